@@ -1,0 +1,91 @@
+"""SiLU, the sigmoid linear unit, element by element.
+
+    y = x σ(x)                    σ = sigmoid,  σ' = σ (1 - σ)
+    f'(x)  = σ (1 + x (1 - σ))
+    f''(x) = σ' (2 + x (1 - 2σ))
+
+    forward   y = f(x)                jvp       t_y = f' t_x
+    vjp       ct_x = f' ct_y          vjp_jvp   t_ct_x = f' t_ct_y + f'' ct_y t_x
+
+| tensor | shape |
+|---|---|
+| x, y | any |
+
+Residuals: none. Elfwing, Uchibe, Doya 2018, "Sigmoid-weighted linear units", equation 5.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from metakern.ops import _checks
+from metakern.ops._rules import Op, Rules, Tensors
+from metakern.ops._spec import Cost, Make, Sample, Spec
+
+
+def silu(x: Tensor) -> Tensor:
+    """x * sigmoid(x), element by element, for a tensor of any shape.
+
+    Raises TypeError where x is not a floating-point tensor.
+
+    >>> import metakern as mk, torch
+    >>> mk.ops.silu(torch.tensor([0.0, 1.0]))
+    tensor([0.0000, 0.7311])
+    """
+    _checks.floating("silu", x=x)
+    return OP(x.reshape(1, -1))[0].reshape(x.shape)
+
+
+def _forward(c: SimpleNamespace, x: Tensors) -> tuple[Tensors, Tensors]:
+    (x,) = x
+    return (x * torch.sigmoid(x),), ()
+
+
+def _jvp(c: SimpleNamespace, x: Tensors, r: Tensors, t_x: Tensors) -> tuple[Tensors, Tensors]:
+    (x,), (t_x,) = x, t_x
+    return (_first(x) * t_x,), ()
+
+
+def _vjp(c: SimpleNamespace, x: Tensors, r: Tensors, ct_y: Tensors) -> Tensors:
+    (x,), (ct_y,) = x, ct_y
+    return (_first(x) * ct_y,)
+
+
+def _vjp_jvp(
+    c: SimpleNamespace, x: Tensors, r: Tensors, t_x: Tensors, t_r: Tensors, ct_y: Tensors, t_ct_y: Tensors | None
+) -> Tensors:
+    (x,), (t_x,), (ct_y,) = x, t_x, ct_y
+    curvature = _second(x) * ct_y * t_x
+    return (curvature if t_ct_y is None else curvature + _first(x) * t_ct_y[0],)
+
+
+def _first(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _second(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 - s) * (2 + x * (1 - 2 * s))
+
+
+OP = Op("silu", inputs=("x",), kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)})
+
+
+def _samples(make: Make) -> list[Sample]:
+    return [Sample("matrix", (make(3, 5, 7),)), Sample("odd", (make(2, 63),)), Sample("empty", (make(2, 0, 3),))]
+
+
+def _benchmark(make: Make) -> list[Sample]:
+    return [Sample("8x512x512", (make(8, 512, 512),))]
+
+
+def _cost(sample: Sample, order: int) -> Cost:
+    n, size = sample.args[0].numel(), sample.args[0].element_size()
+    return Cost(flop=(5, 8, 16)[order] * n, bytes=(2, 3, 5)[order] * n * size)
+
+
+SPEC = Spec(OP, silu, torch.nn.functional.silu, _samples, _benchmark, _cost)
