@@ -1,8 +1,9 @@
 """Which kernels an op uses: the reference in plain PyTorch, C++ on the CPU, Triton, or CUDA.
 
-Automatic choice takes the fastest backend that has a kernel for the tensors' device and dtype, and the reference where none has.
-A backend chosen by hand (`metakern.backend("cpu")`, or the environment variable METAKERN_BACKEND) must be available here, or the
-call raises with the cure; an op that has no kernel of its own on that backend, or none for the dtype, uses the reference.
+Automatic choice takes the fastest backend that has a kernel for the tensors' device and dtype, and the reference where
+none has. A backend chosen by hand (`metakern.backend("cpu")`, or the environment variable METAKERN_BACKEND) must be
+available here, or the call raises with the cure; an op that has no kernel of its own on that backend, or none for the
+dtype, uses the reference.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def backends() -> dict[str, str]:
 
 
 def _obstacle(name: str) -> str | None:
-    """Why a backend can't be used here, or None. Imports no Triton and touches no device but to ask whether there is one."""
+    """Why a backend can't be used here, or None. Imports no Triton, and only asks whether there is a device."""
     if name == "cpu":
         return _native.obstacle()
     if name == "triton":

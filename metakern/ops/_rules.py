@@ -2,20 +2,21 @@
 
 An op y = f(x) is given by four rules (Rules, below), and by nothing else. Every kind of second order follows from them:
 
-    reverse                  Op.backward   applies  Vjp              ct_x  = vjp(ct_y)
-    reverse over reverse     Vjp.backward  applies  VjpTransposed    ct_ct_y = jvp(g),  ct_x' = vjp_jvp(g, t_r, ct_y, None)
-    forward over reverse     Vjp.jvp       applies  VjpTangent       t_ct_x = vjp_jvp(t_x, t_r, ct_y, t_ct_y)
-    forward                  Op.jvp        applies  Jvp              t_y, t_r = jvp(t_x)
-    reverse over forward     Jvp.backward  applies  JvpTransposed    ct_t_x = vjp(ct_t_y),  ct_x = vjp_jvp(t_x, t_r, ct_t_y, None)
-    forward over forward     Jvp.jvp       differentiates the reference's jvp, plain PyTorch, once more
+    reverse               Op.backward   applies  Vjp            ct_x = vjp(ct_y)
+    reverse over reverse  Vjp.backward  applies  VjpTransposed  ct_ct_y = jvp(g), ct_x = vjp_jvp(g, t_r, ct_y, None)
+    forward over reverse  Vjp.jvp       applies  VjpTangent     t_ct_x = vjp_jvp(t_x, t_r, ct_y, t_ct_y)
+    forward               Op.jvp        applies  Jvp            t_y, t_r = jvp(t_x)
+    reverse over forward  Jvp.backward  applies  JvpTransposed  ct_t_x = vjp(ct), ct_x = vjp_jvp(t_x, t_r, ct, None)
+    forward over forward  Jvp.jvp       differentiates the reference's jvp, plain PyTorch, once more
 
-The term ∂ₓ⟨ct_y, J t_x⟩ of `vjp_jvp` is symmetric in its two uses, so one kernel serves both directions. A backward never runs
-a kernel: it applies a Function, which is what keeps second order from silently becoming first order. The transposed Functions
-and the tangent are the end of the road: differentiating them raises NotImplementedError with the op's name.
+The term ∂ₓ⟨ct_y, J t_x⟩ of `vjp_jvp` is symmetric in its two uses, so one kernel serves both directions. A backward
+never runs a kernel: it applies a Function, which is what keeps second order from silently becoming first order. The
+transposed Functions and the tangent are the end of the road: differentiating them raises NotImplementedError with the
+op's name.
 
-Every tensor that reaches a rule has the tasks first, `[T, ...]`, with the same T; under `torch.func.vmap` the mapped dimension is
-folded into T. The residuals r that `forward` hands out are outputs of the Function as far as forward mode is concerned, so that
-their tangents t_r are at hand in `vjp_jvp` and nothing is computed twice.
+Every tensor that reaches a rule has the tasks first, `[T, ...]`, with the same T; under `torch.func.vmap` the mapped
+dimension is folded into T. The residuals r that `forward` hands out are outputs of the Function as far as forward mode
+is concerned, so that their tangents t_r are at hand in `vjp_jvp` and nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ Tensors = tuple[Tensor | None, ...]
 class Rules:
     """The four kernels of an op on one backend.
 
-    `c` holds the op's constants by name (`c.eps`, `c.target`) and `c.needs`, which says for each input whether its cotangent is
-    wanted (the others may be returned as None). Tuples follow the order of the op's inputs, outputs and residuals; an absent
-    optional input is None throughout. `t_ct_y` is None when it is zero.
+    `c` holds the op's constants by name (`c.eps`, `c.target`) and `c.needs`, which says for each input whether its
+    cotangent is wanted (the others may be returned as None). Tuples follow the order of the op's inputs, outputs and
+    residuals; an absent optional input is None throughout. `t_ct_y` is None when it is zero.
 
         forward(c, x)                                 -> y, r
         jvp(c, x, r, t_x)                             -> t_y, t_r
@@ -59,9 +60,9 @@ class Rules:
 class Op:
     """A twice differentiable op: its name, the names of its tensors, and its rules on each backend.
 
-    inputs: differentiable inputs; constants: tensors without a derivative (targets, lengths); `saves_output` appends the outputs to
-    the residuals (r, then y), and their tangents to t_r; `zero_tangents=False` lets the rules receive None for an input's zero
-    tangent, where knowing it saves a product.
+    inputs: differentiable inputs; constants: tensors without a derivative (targets, lengths); `saves_output` appends
+    the outputs to the residuals (r, then y), and their tangents to t_r; `zero_tangents=False` lets the rules receive
+    None for an input's zero tangent, where knowing it saves a product.
     """
 
     name: str
@@ -73,7 +74,7 @@ class Op:
     zero_tangents: bool = True
 
     def __call__(self, *x: Tensor | None, **constants: Any) -> tuple[Tensor, ...]:
-        """Applies the op to `[T, ...]` tensors; constants are tensors named in `self.constants` and any other values."""
+        """Applies the op to `[T, ...]` tensors. Constants are tensors named in `self.constants`, and any other values."""
         tensors = tuple(constants.pop(name) for name in self.constants)
         for name, tensor in zip(self.constants, tensors, strict=True):
             if tensor is not None and tensor.requires_grad:
@@ -84,7 +85,7 @@ class Op:
 
 @dataclass(frozen=True)
 class _Call:
-    """What the Functions of one call share: the op, its rules, options, which cotangents are wanted, how many residuals there are."""
+    """What the Functions of one call share; `needs` are the wanted cotangents, `residuals` their number."""
 
     op: Op
     rules: Rules
@@ -96,7 +97,7 @@ class _Call:
         return _Call(self.op, self.rules, self.options, needs, residuals)
 
     def split(self, values: tuple, *groups: str) -> list[tuple]:
-        """Cuts a flat tuple into groups: `x` (or any input-shaped tuple), `c`onstants, `r`esiduals, `y` (or any output-shaped tuple)."""
+        """Cuts a flat tuple into groups like the inputs "x", constants "c", residuals "r" and outputs "y"."""
         sizes = {"x": len(self.op.inputs), "c": len(self.op.constants), "r": self.residuals, "y": self.op.outputs}
         parts, start = [], 0
         for group in groups:
@@ -226,10 +227,9 @@ class _Vjp(_Rule):
         nothing = (None,) * (1 + len(x) + len(constants) + len(r) + len(ct_y))
         if all(gi is None for gi in g):
             return nothing
-        t_x = _scattered(g, call.needs)
-        out = _VjpTransposed.apply(call.wanting(needs, call.residuals), *x, *constants, *r, *ct_y, *t_x)
-        ct_ct_y, ct_x = out[: len(ct_y)], _scattered(out[len(ct_y) :], needs)
-        return (None, *ct_x, *(None for _ in (*constants, *r)), *(c if n else None for c, n in zip(ct_ct_y, needs_ct)))
+        t_x = _scattered(g, call.needs) out = _VjpTransposed.apply(call.wanting(needs, call.residuals), *x, *constants,
+        *r, *ct_y, *t_x) ct_ct_y, ct_x = out[: len(ct_y)], _scattered(out[len(ct_y) :], needs) return (None, *ct_x,
+        *(None for _ in (*constants, *r)), *(c if n else None for c, n in zip(ct_ct_y, needs_ct, strict=True)))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *t: Tensor | None) -> tuple:
@@ -278,7 +278,7 @@ class _Jvp(_Rule):
     def jvp(ctx: Any, _: None, *t: Tensor | None) -> tuple:
         """Forward over forward: the reference's own jvp is plain PyTorch, and is differentiated once more."""
         call = ctx.call
-        x, constants, r, t_x, _ = call.split(ctx.saved_tensors, "x", "c", "r", "x", "r")
+        x, constants, _, t_x, _ = call.split(ctx.saved_tensors, "x", "c", "r", "x", "r")
         t_of_x, _, _, t_of_t = call.split(t, "x", "c", "r", "x")
         c, reference = call.namespace(constants), call.op.kernels["reference"]
         present = tuple(xi is not None for xi in x)

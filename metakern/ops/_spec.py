@@ -27,7 +27,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call must spend at least: floating-point operations, and bytes moved (each input read once, each output written once)."""
+    """What a call must spend at least: operations, and bytes (each input read once, each output written once)."""
 
     flop: float
     bytes: float
@@ -37,9 +37,10 @@ class Cost:
 class Spec:
     """An op as tests and benchmarks see it.
 
-    call: the public function. plain: the same function of ordinary PyTorch operations, differentiable by PyTorch to any order:
-    the independent truth. samples(make): small arguments of many kinds, odd and empty sizes included; `make(*shape)` draws a tensor.
-    benchmark(make): arguments of the sizes that users have. cost(sample, order): order 0 is `forward`, 1 `vjp`, 2 `vjp_jvp`.
+    call: the public function. plain: the same function of ordinary PyTorch operations, differentiable by PyTorch to any
+    order: the independent truth. samples(make): small arguments of many kinds, odd and empty sizes included;
+    `make(*shape)` draws a tensor. benchmark(make): arguments of the sizes that users have. cost(sample, order): order 0
+    is `forward`, 1 `vjp`, 2 `vjp_jvp`.
     """
 
     op: Op
