@@ -74,7 +74,7 @@ class Op:
     zero_tangents: bool = True
 
     def __call__(self, *x: Tensor | None, **constants: Any) -> tuple[Tensor, ...]:
-        """Applies the op to `[T, ...]` tensors. Constants are tensors named in `self.constants`, and any other values."""
+        """Applies the op to `[T, ...]` tensors. Constants: the tensors of `self.constants`, and any other values."""
         tensors = tuple(constants.pop(name) for name in self.constants)
         for name, tensor in zip(self.constants, tensors, strict=True):
             if tensor is not None and tensor.requires_grad:
@@ -227,9 +227,11 @@ class _Vjp(_Rule):
         nothing = (None,) * (1 + len(x) + len(constants) + len(r) + len(ct_y))
         if all(gi is None for gi in g):
             return nothing
-        t_x = _scattered(g, call.needs) out = _VjpTransposed.apply(call.wanting(needs, call.residuals), *x, *constants,
-        *r, *ct_y, *t_x) ct_ct_y, ct_x = out[: len(ct_y)], _scattered(out[len(ct_y) :], needs) return (None, *ct_x,
-        *(None for _ in (*constants, *r)), *(c if n else None for c, n in zip(ct_ct_y, needs_ct, strict=True)))
+        t_x = _scattered(g, call.needs)
+        out = _VjpTransposed.apply(call.wanting(needs, call.residuals), *x, *constants, *r, *ct_y, *t_x)
+        ct_x = _scattered(out[len(ct_y) :], needs)
+        ct_ct_y = (c if n else None for c, n in zip(out[: len(ct_y)], needs_ct, strict=True))
+        return (None, *ct_x, *(None for _ in (*constants, *r)), *ct_ct_y)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *t: Tensor | None) -> tuple:
