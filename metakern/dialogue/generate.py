@@ -1,0 +1,77 @@
+"""Write a reply token by token with any causal language model.
+
+    p ∝ exp(logits / temperature), cut to the likeliest tokens that together reach top_p, then drawn from
+
+Holtzman et al. 2020, "The curious case of neural text degeneration", section 3.1 (top_p, nucleus sampling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["generate"]
+
+
+@torch.no_grad()
+def generate(
+    model: Callable[..., Any],
+    input_ids: Tensor | Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    eos_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> list[int]:
+    """The ids that follow `input_ids`, without the `eos_id` that ends them.
+
+    model        a call with ids [1, L] gives logits [1, L, V], or an object with them as `logits`; a module is put into
+                 eval mode meanwhile, and reads the last `model.max_length` ids where it has that attribute
+    input_ids    [L] or [1, L], at least one
+    temperature  0 takes the likeliest token
+
+    Raises ValueError for arguments out of range and for logits that are not finite.
+
+    >>> def count_up(ids):
+    ...     return torch.nn.functional.one_hot((ids + 1) % 9, 9) * 50.0
+    >>> generate(count_up, [3], max_new_tokens=9, temperature=0, eos_id=8)
+    [4, 5, 6, 7]
+    """
+    if temperature < 0:
+        raise ValueError(f"generate: temperature must be at least 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    ids = torch.as_tensor(input_ids, dtype=torch.long, device=None if parameter is None else parameter.device)
+    if ids.numel() == 0 or ids.dim() > 2 or (ids.dim() == 2 and ids.shape[0] != 1):
+        raise ValueError(f"generate: input_ids must be [L] or [1, L] with L at least 1, got {list(ids.shape)}")
+    ids = ids.reshape(1, -1)
+    start, window = ids.shape[1], getattr(model, "max_length", None) or 0
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    for module, _ in modes:
+        module.training = False
+    try:
+        for _ in range(max_new_tokens):
+            output = model(ids[:, -window:])
+            token = _next(getattr(output, "logits", output)[0, -1].float(), temperature, top_p, generator)
+            if token == eos_id:
+                break
+            ids = torch.cat([ids, ids.new_tensor([[token]])], 1)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return ids[0, start:].tolist()
+
+
+def _next(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
+    if not logits.isfinite().any() or logits.isnan().any():
+        raise ValueError("generate: logits must be finite, got NaN: the model has diverged")
+    if temperature == 0:
+        return int(logits.argmax())
+    p, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+    p = p * (p.cumsum(0) - p < top_p)
+    return int(order[torch.multinomial(p, 1, generator=generator)])

@@ -1,0 +1,111 @@
+"""How sure a mean over tasks is, and how good replies are.
+
+    interval      mean ± t(0.975, T - 1) · s / √T        s² = Σ (x - mean)² / (T - 1)
+    word_f1       2 P R / (P + R) of the bags of words of reply and reference
+    distinct_n    distinct n-grams / n-grams over all replies
+    bleu          corpus BLEU-4 as sacrebleu computes it
+
+Student 1908 (interval); Dinan et al. 2019, "The second conversational intelligence challenge", section 4.1 (word F1,
+without articles and punctuation); Li et al. 2016, "A diversity-promoting objective function", section 5 (distinct-n);
+Post 2018, "A call for clarity in reporting BLEU scores".
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from metakern.dialogue.readers import words
+
+__all__ = ["bleu", "distinct_n", "interval", "paired_interval", "word_f1"]
+
+ARTICLES = {"a", "an", "the"}
+
+
+def interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of the 95% confidence interval of values [T] of T tasks; infinite for one task.
+
+    >>> mean, half_width = interval([1.0, 2.0, 4.0])
+    >>> f"{mean:.3f} ± {half_width:.3f}"
+    '2.333 ± 3.795'
+    """
+    x = torch.as_tensor(values, dtype=torch.float64)
+    if x.dim() != 1 or x.numel() == 0:
+        raise ValueError(f"interval: values must be [T] with T at least 1, got {list(x.shape)}")
+    T = x.numel()
+    if T == 1:
+        return x.item(), math.inf
+    return x.mean().item(), _t_quantile(T - 1) * x.std().item() / math.sqrt(T)
+
+
+def paired_interval(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of the 95% confidence interval of a - b, both [T] over the same tasks.
+
+    >>> paired_interval([3.0, 5.0, 9.0], [2.0, 4.0, 8.0])
+    (1.0, 0.0)
+    """
+    first, second = (torch.as_tensor(values, dtype=torch.float64) for values in (a, b))
+    if first.shape != second.shape:
+        raise ValueError(f"paired_interval: b must be {list(first.shape)} as a is, got {list(second.shape)}")
+    return interval(first - second)
+
+
+def word_f1(reply: str, reference: str) -> float:
+    """F1 of the words of a reply, in [0, 1].
+
+    >>> word_f1("The cat sat.", "a cat sat down")
+    0.8
+    """
+    a, b = (Counter(word for word in words(text) if word not in ARTICLES) for text in (reply, reference))
+    common = (a & b).total()
+    return 2 * common / (a.total() + b.total()) if common else 0.0
+
+
+def bleu(replies: Sequence[str], references: Sequence[str]) -> float:
+    """Corpus BLEU in [0, 100] of replies against one reference each; needs sacrebleu.
+
+    >>> round(bleu(["the cat sat on the mat"], ["the cat sat on the mat"]))
+    100
+    """
+    if len(replies) != len(references) or not replies:
+        raise ValueError(f"bleu: references must be as many as replies, got {len(references)} and {len(replies)}")
+    try:
+        import sacrebleu
+    except ImportError:
+        raise ImportError("bleu: the package sacrebleu is missing: pip install metakern[dialogue]") from None
+    return float(sacrebleu.corpus_bleu(list(replies), [list(references)]).score)
+
+
+def distinct_n(replies: Sequence[str], n: int) -> float:
+    """Share of distinct n-grams among all n-grams of replies, in [0, 1]; 0 where there is none.
+
+    >>> distinct_n(["so so good", "so good"], 2)
+    0.6666666666666666
+    """
+    if n < 1:
+        raise ValueError(f"distinct_n: n must be at least 1, got {n}")
+    grams = [w[i : i + n] for w in map(words, replies) for i in range(len(w) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _t_quantile(freedom: int, confidence: float = 0.95) -> float:
+    """The t that |Student's t| stays under with this probability: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4."""
+
+    def inside(angle: float) -> float:
+        cos, term, total = math.cos(angle), 1.0, 0.0
+        for k in range(2 + freedom % 2, freedom + 1, 2):
+            total += term
+            term *= cos * cos * (k - 1) / k
+        if freedom % 2 == 0:
+            return math.sin(angle) * total
+        return 2 / math.pi * (angle + math.sin(angle) * cos * total)
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < confidence else (low, middle)
+    return math.sqrt(freedom) * math.tan((low + high) / 2)

@@ -1,0 +1,172 @@
+"""Small causal language models: a recurrent one and a GPT.
+
+    RNNLM   embedding -> rnn | gru | lstm -> [projection] -> head
+    GPT     embedding -> layers x (x + attention(norm x); x + mlp(norm x)) -> norm -> head    (pre-norm, rotary)
+
+| tensor         | shape   |
+|----------------|---------|
+| input_ids      | [B, L]  |
+| logits         | [B, L, V] |
+
+Logits at i depend on tokens up to i only, so padding on the right needs no mask: `attention_mask` is accepted and not
+used.  A head is tied to the embedding.  `model.config` holds what `build_model(**config)` makes the same model from.
+
+Radford et al. 2019, "Language models are unsupervised multitask learners", section 2.3 (GPT); Su et al. 2021,
+"RoFormer", section 3.2 (rotary positions); Press and Wolf 2017, "Using the output embedding to improve language
+models" (tied heads).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["GPT", "MODELS", "RNNLM", "build_model"]
+
+CELLS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+
+
+class RNNLM(nn.Module):
+    """A recurrent language model.
+
+    cell        "rnn", "gru" or "lstm"
+    tie         share the embedding with the head; hidden states are projected to its width where that differs
+    dropout     after the embedding, between layers and before the head
+
+    >>> model = RNNLM("gru", vocab_size=300, embedding=8, hidden=16)
+    >>> model(torch.zeros(2, 5, dtype=torch.long)).shape
+    torch.Size([2, 5, 300])
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        vocab_size: int,
+        embedding: int = 128,
+        hidden: int = 256,
+        layers: int = 1,
+        dropout: float = 0.0,
+        tie: bool = True,
+    ) -> None:
+        super().__init__()
+        if cell not in CELLS:
+            raise ValueError(f"RNNLM: cell must be one of {', '.join(CELLS)}, got {cell!r}")
+        _check("RNNLM", vocab_size=vocab_size, embedding=embedding, hidden=hidden, layers=layers)
+        self.config = {"name": cell, "vocab_size": vocab_size, "embedding": embedding, "hidden": hidden}
+        self.config |= {"layers": layers, "dropout": dropout, "tie": tie}
+        self.embedding = nn.Embedding(vocab_size, embedding)
+        nn.init.normal_(self.embedding.weight, std=embedding**-0.5)
+        self.drop = nn.Dropout(dropout)
+        self.rnn = CELLS[cell](embedding, hidden, layers, batch_first=True, dropout=dropout if layers > 1 else 0.0)
+        self.projection = nn.Linear(hidden, embedding) if tie and hidden != embedding else nn.Identity()
+        self.head = nn.Linear(embedding if tie else hidden, vocab_size)
+        if tie:
+            self.head.weight = self.embedding.weight
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        hidden, _ = self.rnn(self.drop(self.embedding(input_ids)))
+        return self.head(self.drop(self.projection(hidden)))
+
+
+class GPT(nn.Module):
+    """A Transformer decoder.
+
+    max_length   the longest input that is accepted
+
+    >>> model = GPT(vocab_size=300, width=16, heads=2, layers=1, max_length=8)
+    >>> model(torch.zeros(2, 5, dtype=torch.long)).shape
+    torch.Size([2, 5, 300])
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int = 128,
+        heads: int = 4,
+        layers: int = 2,
+        max_length: int = 256,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check("GPT", vocab_size=vocab_size, width=width, heads=heads, layers=layers, max_length=max_length)
+        if width % (2 * heads):
+            raise ValueError(f"GPT: width must be a multiple of 2 * heads, got {width} and {heads} heads")
+        self.config = {"name": "gpt", "vocab_size": vocab_size, "width": width, "heads": heads}
+        self.config |= {"layers": layers, "max_length": max_length, "dropout": dropout}
+        self.max_length = max_length
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, vocab_size)
+        self.head.weight = self.embedding.weight
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                # Every block adds to the residual stream twice: small enough to keep the sum's size at the start.
+                depth = (2 * layers) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * depth)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if input_ids.shape[-1] > self.max_length:
+            raise ValueError(f"GPT: input_ids must be at most {self.max_length} long, got {input_ids.shape[-1]}")
+        x = self.drop(self.embedding(input_ids))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Block(nn.Module):
+    """One pre-norm layer of a GPT: [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, L, D = x.shape
+        q, k, v = self.qkv(self.attention_norm(x)).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(_rope(q), _rope(k), v, is_causal=True)
+        x = x + self.drop(self.out(attended.transpose(1, 2).reshape(B, L, D)))
+        return x + self.drop(self.down(F.gelu(self.up(self.mlp_norm(x)))))
+
+
+def _rope(x: Tensor) -> Tensor:
+    """Turn the pairs (i, i + D/2) of [B, H, L, D] by an angle that grows with the position."""
+    L, D = x.shape[-2:]
+    angle = torch.arange(L, device=x.device).unsqueeze(1) * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+MODELS = (*CELLS, "gpt")
+
+
+def build_model(name: str, vocab_size: int, **sizes: Any) -> nn.Module:
+    """A model by its name, "rnn", "gru", "lstm" or "gpt"; `sizes` are arguments of `RNNLM` or `GPT`.
+
+    Raises ValueError for another name and TypeError for a size that the model does not have.
+
+    >>> model = build_model("lstm", 300, embedding=8, hidden=8)
+    >>> build_model(**model.config).config == model.config
+    True
+    """
+    if name not in MODELS:
+        raise ValueError(f"build_model: name must be one of {', '.join(MODELS)}, got {name!r}")
+    return GPT(vocab_size, **sizes) if name == "gpt" else RNNLM(name, vocab_size, **sizes)
+
+
+def _check(model: str, **sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{model}: {name} must be at least 1, got {value}")
