@@ -1,8 +1,24 @@
-"""The compiled kernels, where the package was built with them."""
+"""The compiled kernels: whether this installation has them, and one checked call for all of them.
+
+A kernel is named `<op>_<rule>` and described by its signature (csrc/kernel.h), from which `call` takes what it checks
+and what it allocates: "x:TND weight:TD? -> y:TND ct_weight:TD?weight" reads
+
+    x:TND           a tensor [T, N, D]; the first tensor with a size sets it, the others must agree
+    x:*             any shape, the same for all that have it
+    target:TNi      int64 elements; all other tensors share one dtype, float32 or float64
+    weight:TD?      may be None
+    ct_weight:TD?weight    an output made only where the input `weight` is given
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 _C: ModuleType | None
 try:
@@ -10,9 +26,97 @@ try:
 except ImportError:
     _C = None
 
+DTYPES = frozenset({torch.float32, torch.float64})
+
 
 def obstacle() -> str | None:
     """Why the C++ kernels can't be used, or None."""
     if _C is None:
         return "metakern was built without C++ kernels: reinstall where a C++17 compiler is found (METAKERN_NATIVE=cpu)"
     return None
+
+
+class _Argument(NamedTuple):
+    name: str
+    dims: str
+    condition: str | None  # after the "?": "" for an input that may be None, or the input that an output goes with
+    indices: bool
+
+
+class _Signature(NamedTuple):
+    index: int
+    inputs: list[_Argument]
+    outputs: list[_Argument]
+
+
+@cache
+def _signatures() -> dict[str, _Signature]:
+    if _C is None:
+        raise RuntimeError(obstacle())
+
+    def parse(text: str) -> _Argument:
+        name, _, dims = text.partition(":")
+        dims, optional, condition = dims.partition("?")
+        return _Argument(name, dims.removesuffix("i"), condition if optional else None, dims.endswith("i"))
+
+    signatures = {}
+    for index, (kernel, text) in enumerate(_C.signatures()):
+        inputs, outputs = ([parse(part) for part in side.split()] for side in text.split("->"))
+        signatures[kernel] = _Signature(index, inputs, outputs)
+    return signatures
+
+
+def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple[Tensor | None, ...]:
+    """Runs a kernel on CPU tensors and returns its outputs.
+
+    Raises ValueError or TypeError, before anything runs, where the inputs do not fit the signature.
+
+    >>> import pytest
+    >>> _ = _C or pytest.skip(obstacle())
+    >>> call("silu_forward", torch.zeros(3))
+    (tensor([0., 0., 0.]),)
+    """
+    signature = _signatures()[kernel]
+    if len(inputs) != len(signature.inputs):
+        raise TypeError(f"{kernel}: inputs must number {len(signature.inputs)}, got {len(inputs)}")
+    sizes: dict[str, int] = {}
+    shape: torch.Size | None = None
+    first = inputs[0]
+    assert first is not None
+    dtype = first.dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"{kernel}: {signature.inputs[0].name} must be float32 or float64, got {dtype}")
+    tensors: list[Tensor | None] = []  # kept, so that the addresses of contiguous copies stay good
+    for argument, tensor in zip(signature.inputs, inputs, strict=True):
+        name, dims, condition, indices = argument
+        if tensor is None:
+            if condition is None:
+                raise TypeError(f"{kernel}: {name} must be a tensor, got None")
+            tensors.append(None)
+            continue
+        if tensor.dtype != (torch.int64 if indices else dtype):
+            raise TypeError(f"{kernel}: {name} must be {torch.int64 if indices else dtype}, got {tensor.dtype}")
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{kernel}: {name} must be on the CPU, got {tensor.device}")
+        if dims == "*":
+            shape = shape or tensor.shape
+            fits = tensor.shape == shape
+        else:
+            fits = tensor.dim() == len(dims)
+            for dim, size in zip(dims, tensor.shape, strict=False):
+                fits = fits and sizes.setdefault(dim, size) == size
+        if not fits:
+            raise ValueError(f"{kernel}: {name} must have shape {dims} of {shape or sizes}, got {list(tensor.shape)}")
+        tensors.append(tensor.contiguous())
+    if shape is not None:
+        sizes["*"] = shape.numel()
+    given = {argument.name for argument, tensor in zip(signature.inputs, tensors, strict=True) if tensor is not None}
+    outputs: tuple[Tensor | None, ...] = tuple(
+        None
+        if condition is not None and condition not in given
+        else torch.empty(shape if dims == "*" else [sizes[dim] for dim in dims], dtype=dtype)
+        for _, dims, condition, _ in signature.outputs
+    )
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*tensors, *outputs)]
+    _C.call(signature.index, dtype == torch.float64, addresses, list(sizes.values()), scalars, torch.get_num_threads())
+    return outputs

@@ -1,0 +1,51 @@
+# Each target makes what it needs, from nothing but python3 (>= 3.10): the first call sets up .venv, later ones are quick.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0 # e.g. TORCH="torch" for the build that pip takes by default
+BIN := .venv/bin
+RUN := runs/demo
+DEMO_TRAIN := train --config demo --out $(RUN)
+DEMO_EVAL := eval $(RUN) --compare finetune
+SOURCES := metakern tests setup.py $(wildcard benchmarks)
+
+.PHONY: demo test lint types unit smoke clean
+.DELETE_ON_ERROR:
+
+demo: .venv/demo
+	$(BIN)/metakern $(DEMO_TRAIN)
+	$(BIN)/metakern $(DEMO_EVAL)
+
+test: lint types unit smoke
+
+lint: .venv/dev
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+
+types: .venv/dev
+	$(BIN)/mypy
+
+unit: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# The wheel, installed into an empty environment where no compiler is found: it imports, and one meta-gradient is exact.
+smoke: .venv/dev
+	rm -rf build/smoke
+	$(BIN)/python -m build --wheel --outdir build/smoke/dist .
+	$(PYTHON) -m venv build/smoke/env
+	build/smoke/env/bin/pip install -q $(TORCH)
+	build/smoke/env/bin/pip install -q build/smoke/dist/*.whl
+	cd build/smoke && env -i PATH=/nonexistent env/bin/python -W error ../../tests/smoke.py
+
+clean:
+	rm -rf .venv build dist runs *.egg-info metakern/_C*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# PyTorch first and by itself, so that the wanted build of it is there when metakern asks for one.
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q $(TORCH)
+	touch $@
+
+.venv/demo .venv/dev: .venv/%: .venv/torch pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/pip install -q -e '.[$(if $(filter demo,$*),dialogue,dev)]'
+	touch $@
