@@ -32,7 +32,7 @@ from torch.autograd import Function
 
 from metakern.ops import _backend
 
-Tensors = tuple[Tensor | None, ...]
+Tensors = tuple[Any, ...]  # tensors, and None for what is absent or zero
 
 
 @dataclass(frozen=True)
@@ -311,11 +311,11 @@ class _Last(_Rule):
         ctx.call = inputs[0]
 
     @staticmethod
-    def backward(ctx: Any, *ct: Tensor | None) -> tuple:
+    def backward(ctx: Any, *ct: Tensor | None) -> None:
         ctx.call.refuse()
 
     @staticmethod
-    def jvp(ctx: Any, *t: Tensor | None) -> tuple:
+    def jvp(ctx: Any, *t: Tensor | None) -> None:
         ctx.call.refuse()
 
 

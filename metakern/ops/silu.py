@@ -19,11 +19,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.ops import _checks
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
+from metakern.ops._tensors import wide
 
 
 def silu(x: Tensor) -> Tensor:
@@ -39,27 +41,33 @@ def silu(x: Tensor) -> Tensor:
     return OP(x.reshape(1, -1))[0].reshape(x.shape)
 
 
-def _forward(c: SimpleNamespace, x: Tensors) -> tuple[Tensors, Tensors]:
-    (x,) = x
-    return (x * torch.sigmoid(x),), ()
+def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
+    (x,) = inputs
+    return (F.silu(x),), ()
 
 
-def _jvp(c: SimpleNamespace, x: Tensors, r: Tensors, t_x: Tensors) -> tuple[Tensors, Tensors]:
-    (x,), (t_x,) = x, t_x
-    return (_first(x) * t_x,), ()
+def _jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
+    (x,), (t_x,) = inputs, t_inputs
+    return ((_first(wide(x)) * t_x).to(x.dtype),), ()
 
 
-def _vjp(c: SimpleNamespace, x: Tensors, r: Tensors, ct_y: Tensors) -> Tensors:
-    (x,), (ct_y,) = x, ct_y
-    return (_first(x) * ct_y,)
+def _vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
+    (x,), (ct_y,) = inputs, ct_outputs
+    return (torch.ops.aten.silu_backward(ct_y, x),)
 
 
 def _vjp_jvp(
-    c: SimpleNamespace, x: Tensors, r: Tensors, t_x: Tensors, t_r: Tensors, ct_y: Tensors, t_ct_y: Tensors | None
+    c: SimpleNamespace,
+    inputs: Tensors,
+    r: Tensors,
+    t_inputs: Tensors,
+    t_r: Tensors,
+    ct_outputs: Tensors,
+    t_ct_outputs: Tensors | None,
 ) -> Tensors:
-    (x,), (t_x,), (ct_y,) = x, t_x, ct_y
-    curvature = _second(x) * ct_y * t_x
-    return (curvature if t_ct_y is None else curvature + _first(x) * t_ct_y[0],)
+    (x,), (t_x,), (ct_y,) = inputs, t_inputs, ct_outputs
+    t_ct_x = (_second(wide(x)) * ct_y * t_x).to(x.dtype)
+    return (t_ct_x if t_ct_outputs is None else t_ct_x + torch.ops.aten.silu_backward(t_ct_outputs[0], x),)
 
 
 def _first(x: Tensor) -> Tensor:
@@ -88,4 +96,4 @@ def _cost(sample: Sample, order: int) -> Cost:
     return Cost(flop=(5, 8, 16)[order] * n, bytes=(2, 3, 5)[order] * n * size)
 
 
-SPEC = Spec(OP, silu, torch.nn.functional.silu, _samples, _benchmark, _cost)
+SPEC = Spec(OP, silu, F.silu, _samples, _benchmark, _cost)
