@@ -4,7 +4,7 @@ A kernel is named `<op>_<rule>` and described by its signature (csrc/kernel.h), 
 and what it allocates: "x:TND weight:TD? -> y:TND ct_weight:TD?weight" reads
 
     x:TND           a tensor [T, N, D]; the first tensor with a size sets it, the others must agree
-    x:*             any shape, the same for all that have it
+    x:*             any shape, the same for all tensors of the kernel
     target:TNi      int64 elements; all other tensors share one dtype, float32 or float64
     weight:TD?      may be None
     ct_weight:TD?weight    an output made only where the input `weight` is given
@@ -14,17 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from types import ModuleType
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_C: ModuleType | None
+_C: Any = None
+_missing = ""
 try:
-    from metakern import _C  # type: ignore[attr-defined, no-redef]
-except ImportError:
-    _C = None
+    _C = import_module("metakern._C")
+except ImportError as error:
+    _missing = str(error)
 
 DTYPES = frozenset({torch.float32, torch.float64})
 
@@ -32,7 +33,9 @@ DTYPES = frozenset({torch.float32, torch.float64})
 def obstacle() -> str | None:
     """Why the C++ kernels can't be used, or None."""
     if _C is None:
-        return "metakern was built without C++ kernels: reinstall where a C++17 compiler is found (METAKERN_NATIVE=cpu)"
+        return (
+            f"the C++ kernels are missing ({_missing}): reinstall where a C++17 compiler is, with METAKERN_NATIVE=cpu"
+        )
     return None
 
 
@@ -44,7 +47,7 @@ class _Argument(NamedTuple):
 
 
 class _Signature(NamedTuple):
-    index: int
+    number: int
     inputs: list[_Argument]
     outputs: list[_Argument]
 
@@ -60,9 +63,9 @@ def _signatures() -> dict[str, _Signature]:
         return _Argument(name, dims.removesuffix("i"), condition if optional else None, dims.endswith("i"))
 
     signatures = {}
-    for index, (kernel, text) in enumerate(_C.signatures()):
+    for number, (kernel, text) in enumerate(_C.signatures()):
         inputs, outputs = ([parse(part) for part in side.split()] for side in text.split("->"))
-        signatures[kernel] = _Signature(index, inputs, outputs)
+        signatures[kernel] = _Signature(number, inputs, outputs)
     return signatures
 
 
@@ -80,12 +83,12 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
     if len(inputs) != len(signature.inputs):
         raise TypeError(f"{kernel}: inputs must number {len(signature.inputs)}, got {len(inputs)}")
     sizes: dict[str, int] = {}
-    shape: torch.Size | None = None
     first = inputs[0]
-    assert first is not None
+    if first is None or first.dtype not in DTYPES:
+        raise TypeError(
+            f"{kernel}: {signature.inputs[0].name} must be float32 or float64, got {getattr(first, 'dtype', None)}"
+        )
     dtype = first.dtype
-    if dtype not in DTYPES:
-        raise TypeError(f"{kernel}: {signature.inputs[0].name} must be float32 or float64, got {dtype}")
     tensors: list[Tensor | None] = []  # kept, so that the addresses of contiguous copies stay good
     for argument, tensor in zip(signature.inputs, inputs, strict=True):
         name, dims, condition, indices = argument
@@ -99,24 +102,24 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
         if tensor.device.type != "cpu":
             raise ValueError(f"{kernel}: {name} must be on the CPU, got {tensor.device}")
         if dims == "*":
-            shape = shape or tensor.shape
-            fits = tensor.shape == shape
+            fits = tensor.shape == first.shape
         else:
             fits = tensor.dim() == len(dims)
             for dim, size in zip(dims, tensor.shape, strict=False):
                 fits = fits and sizes.setdefault(dim, size) == size
         if not fits:
-            raise ValueError(f"{kernel}: {name} must have shape {dims} of {shape or sizes}, got {list(tensor.shape)}")
+            expected = f"{dims} with {sizes}" if sizes else list(first.shape)
+            raise ValueError(f"{kernel}: {name} must have shape {expected}, got {list(tensor.shape)}")
         tensors.append(tensor.contiguous())
-    if shape is not None:
-        sizes["*"] = shape.numel()
+    if not sizes:
+        sizes["*"] = first.numel()
     given = {argument.name for argument, tensor in zip(signature.inputs, tensors, strict=True) if tensor is not None}
     outputs: tuple[Tensor | None, ...] = tuple(
         None
         if condition is not None and condition not in given
-        else torch.empty(shape if dims == "*" else [sizes[dim] for dim in dims], dtype=dtype)
+        else torch.empty(first.shape if dims == "*" else [sizes[dim] for dim in dims], dtype=dtype)
         for _, dims, condition, _ in signature.outputs
     )
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*tensors, *outputs)]
-    _C.call(signature.index, dtype == torch.float64, addresses, list(sizes.values()), scalars, torch.get_num_threads())
+    _C.call(signature.number, dtype == torch.float64, addresses, list(sizes.values()), scalars, torch.get_num_threads())
     return outputs
