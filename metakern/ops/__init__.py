@@ -1,8 +1,19 @@
 """Ops that are exact to second order, in both modes, batched over tasks. One op, one file."""
 
+from metakern.ops.linear import SPEC as _LINEAR
+from metakern.ops.linear import linear
+from metakern.ops.lstm import SPEC as _LSTM
+from metakern.ops.lstm import lstm
 from metakern.ops.silu import SPEC as _SILU
 from metakern.ops.silu import silu
 
-SPECS = {spec.op.name: spec for spec in (_SILU,)}
+SPECS = {
+    spec.op.name: spec
+    for spec in (
+        _LINEAR,
+        _LSTM,
+        _SILU,
+    )
+}
 
-__all__ = ["SPECS", "silu"]
+__all__ = ["SPECS", "linear", "lstm", "silu"]

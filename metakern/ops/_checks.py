@@ -41,3 +41,18 @@ def indices(op: str, name: str, value: Tensor, device: torch.device) -> None:
 def shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     if tuple(value.shape) != expected:
         raise ValueError(f"{op}: {name} must have shape {meaning} = {list(expected)}, got {list(value.shape)}")
+
+
+def tasks(op: str, x: Tensor, features: str, **parameter: tuple[Tensor, str]) -> int | None:
+    """T where a parameter is a task's own, [T, *sizes] with x [T, ..., D]; None where it is shared, with x [..., D].
+
+    `features` names the last dimension of x and of the parameter, `sizes` the parameter's dimensions without tasks.
+    """
+    ((name, (value, sizes)),) = parameter.items()
+    own = value.dim() - sizes.count(",") - 1
+    if own not in (0, 1):
+        raise ValueError(f"{op}: {name} must have shape [{sizes}] or [T, {sizes}], got {list(value.shape)}")
+    if x.dim() < 1 + own or x.shape[-1] != value.shape[-1] or x.shape[:own] != value.shape[:own]:
+        meaning = f"[T, ..., {features}] = [{value.shape[0]}" if own else f"[..., {features}] = ["
+        raise ValueError(f"{op}: x must have shape {meaning}{', ' * own}..., {value.shape[-1]}], got {list(x.shape)}")
+    return value.shape[0] if own else None

@@ -46,7 +46,7 @@ class Rules:
         forward(c, x)                                 -> y, r
         jvp(c, x, r, t_x)                             -> t_y, t_r
         vjp(c, x, r, ct_y)                            -> ct_x
-        vjp_jvp(c, x, r, t_x, t_r, ct_y, t_ct_y)      -> t_ct_x
+        vjp_jvp(c, x, r, t_x, t_r, ct_y, t_ct_y)      -> t_ct_x       (an entry may be None where it is zero)
     """
 
     forward: Callable[..., tuple[Tensors, Tensors]]
@@ -166,7 +166,10 @@ class _Rule(Function):
             return (tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)).flatten(0, 1)
 
         outputs = cls.apply(call, *(fold(t, d) for t, d in zip(tensors, in_dims[1:], strict=True)))
-        return tuple(o.unflatten(0, (size, -1)) for o in outputs), (0,) * len(outputs)
+        return (
+            tuple(None if o is None else o.unflatten(0, (size, o.shape[0] // size)) for o in outputs),
+            tuple(None if o is None else 0 for o in outputs),
+        )
 
 
 class _Op(_Rule):
@@ -346,13 +349,13 @@ class _VjpTangent(_Last):
         c = call.namespace(constants)
         some_ct = any(t is not None for t in t_ct_y)
         if all(t is None for t in t_x):
-            t_ct_x = call.rules.vjp(c, x, r, _filled(t_ct_y, ct_y)) if some_ct else _filled((None,) * len(x), x)
+            t_ct_x = call.rules.vjp(c, x, r, _filled(t_ct_y, ct_y)) if some_ct else (None,) * len(x)
         else:
             t_x = call.tangents(t_x, x)
             if any(t is None for t in t_r):
                 t_r = call.residual_tangents(c, x, r, t_x)
             t_ct_x = call.rules.vjp_jvp(c, x, r, t_x, t_r, ct_y, _filled(t_ct_y, ct_y) if some_ct else None)
-        return _pruned(t_ct_x, call.needs)
+        return _filled(_pruned(t_ct_x, call.needs), _pruned(x, call.needs))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:

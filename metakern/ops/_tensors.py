@@ -1,4 +1,4 @@
-"""What the rooms share: folding arguments into tasks and rows, precision, and products with a weight that tasks may share."""
+"""What the rooms share: folding into tasks and rows, precision, and products with a weight that tasks may share."""
 
 from __future__ import annotations
 
@@ -29,10 +29,8 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
     if not shared(b):
         return torch.bmm(a, b) if add is None else torch.baddbmm(add, a, b)
     flat = a.flatten(0, 1)
-    if add is None:
-        y = flat @ b[0]
-    else:
-        y = torch.addmm(add.expand(*a.shape[:2], b.shape[2]).flatten(0, 1), flat, b[0])
+    total = None if add is None else add.expand(*a.shape[:2], b.shape[2]).flatten(0, 1)
+    y = flat @ b[0] if total is None else torch.addmm(total, flat, b[0])
     return y.unflatten(0, a.shape[:2])
 
 

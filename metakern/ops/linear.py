@@ -1,0 +1,149 @@
+"""Linear: a matrix product with a weight that all tasks share or that each task has for itself.
+
+    y = x Wᵀ + b
+
+    forward   y      = x Wᵀ + b
+    jvp       t_y    = t_x Wᵀ + x t_Wᵀ + t_b
+    vjp       ct_x   = ct_y W                    ct_W   = ct_yᵀ x                    ct_b   = Σ_n ct_y
+    vjp_jvp   t_ct_x = t_ct_y W + ct_y t_W       t_ct_W = t_ct_y_mT x + ct_yᵀ t_x      t_ct_b = Σ_n t_ct_y
+
+| tensor | shape |
+|---|---|
+| x | [T, N, in] |
+| weight W | [T, out, in] |
+| bias b | [T, out], optional |
+| y | [T, N, out] |
+
+Residuals: none. A weight that is expanded over T (stride 0) takes one large product for `y` and `ct_x`, and a product
+per task for `ct_W`. Half precision accumulates in float32 inside each product.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metakern.ops import _checks
+from metakern.ops._rules import Op, Rules, Tensors
+from metakern.ops._spec import Cost, Make, Sample, Spec
+from metakern.ops._tensors import product, products, rows, shared
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, with one weight, or with a weight for each task.
+
+    x [..., in] with weight [out, in] and bias [out], or x [T, ..., in] with weight [T, out, in] and bias [T, out].
+
+    Raises TypeError for tensors that are not of one floating-point dtype, ValueError where shapes or devices differ.
+
+    >>> import metakern as mk, torch
+    >>> x, weight = torch.ones(2, 3, 4), torch.arange(2.0).view(2, 1, 1).expand(2, 5, 4)
+    >>> mk.ops.linear(x, weight)[:, 0, 0]
+    tensor([0., 4.])
+    """
+    _checks.floating("linear", x=x, weight=weight, bias=bias)
+    tasks = _checks.tasks("linear", x, "in", weight=(weight, "out, in"))
+    if bias is not None:
+        _checks.shape("linear", "bias", bias, weight.shape[:-1], "[T, out]" if tasks else "[out]")
+    if tasks is None:
+        weight, bias = weight[None], None if bias is None else bias[None]
+    (y,) = OP(rows(x, tasks), weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
+    x, weight, bias = inputs
+    if bias is None:
+        return (product(x, weight.mT),), ()
+    if shared(weight) and shared(bias):
+        return (F.linear(x, weight[0], bias[0]),), ()
+    return (product(x, weight.mT, bias.unsqueeze(1)),), ()
+
+
+def _jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
+    (x, weight, _), (t_x, t_weight, t_bias) = inputs, t_inputs
+    t_y = products((t_x, weight.mT), (x, None if t_weight is None else t_weight.mT))
+    if t_y is None:
+        return (t_bias.unsqueeze(1).expand(*x.shape[:2], -1).clone(),), ()
+    return (t_y if t_bias is None else t_y + t_bias.unsqueeze(1),), ()
+
+
+def _vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
+    (x, weight, _), (ct_y,), needs = inputs, ct_outputs, c.needs
+    return (
+        product(ct_y, weight) if needs[0] else None,
+        product(ct_y.mT, x) if needs[1] else None,
+        ct_y.sum(1) if needs[2] else None,
+    )
+
+
+def _vjp_jvp(
+    c: SimpleNamespace,
+    inputs: Tensors,
+    r: Tensors,
+    t_inputs: Tensors,
+    t_r: Tensors,
+    ct_outputs: Tensors,
+    t_ct_outputs: Tensors | None,
+) -> Tensors:
+    (x, weight, _), (t_x, t_weight, _), (ct_y,) = inputs, t_inputs, ct_outputs
+    (t_ct_y,), needs = t_ct_outputs or (None,), c.needs
+    t_ct_y_mT = None if t_ct_y is None else t_ct_y.mT
+    return (
+        products((t_ct_y, weight), (ct_y, t_weight)) if needs[0] else None,
+        products((t_ct_y_mT, x), (ct_y.mT, t_x)) if needs[1] else None,
+        t_ct_y.sum(1) if needs[2] and t_ct_y is not None else None,
+    )
+
+
+OP = Op(
+    "linear",
+    inputs=("x", "weight", "bias"),
+    kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)},
+    zero_tangents=False,
+)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    y = torch.einsum("t...i,toi->t...o", x, weight)
+    return y if bias is None else y + bias.view(len(bias), *(1,) * (x.dim() - 2), bias.shape[1])
+
+
+def _samples(make: Make) -> list[Sample]:
+    return [
+        Sample("shared", (make(2, 3, 5), make(4, 5), make(4)), per_task=False),
+        Sample("vector", (make(5), make(3, 5)), per_task=False),
+        Sample("tasks", (make(3, 4, 5), make(3, 2, 5), make(3, 2))),
+        Sample("no-bias", (make(2, 3, 7), make(2, 3, 7))),
+        Sample("rows", (make(3, 5), make(3, 2, 5), make(3, 2))),
+        Sample("deep", (make(2, 2, 3, 4), make(2, 3, 4), make(2, 3))),
+        Sample("no-rows", (make(2, 0, 3), make(2, 4, 3), make(2, 4))),
+        Sample("no-tasks", (make(0, 2, 3), make(0, 4, 3), make(0, 4))),
+        Sample("no-features", (make(2, 3, 0), make(2, 4, 0), make(2, 4)), per_task=False),
+    ]
+
+
+def _benchmark(make: Make) -> list[Sample]:
+    return [
+        Sample("8x256x128-512", (make(8, 256, 128), make(8, 512, 128), make(8, 512))),
+        Sample("32x10x128-128", (make(32, 10, 128), make(32, 128, 128), make(32, 128))),
+        Sample("shared-2048x512-512", (make(2048, 512), make(512, 512), make(512)), per_task=False),
+    ]
+
+
+def _cost(sample: Sample, order: int) -> Cost:
+    x, weight, *_ = sample.args
+    y = x.numel() // x.shape[-1] * weight.shape[-2]
+    moved = x.numel() + weight.numel()
+    return Cost(
+        flop=2 * (1, 2, 4)[order] * y * x.shape[-1],
+        bytes=((1, 2, 3)[order] * moved + (1, 1, 2)[order] * y) * x.element_size(),
+    )
+
+
+SPEC = Spec(OP, linear, _plain, _samples, _benchmark, _cost)

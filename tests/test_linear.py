@@ -1,0 +1,72 @@
+"""What only `linear` has: shared and expanded weights as one product, and errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import metakern as mk
+from metakern.ops._spec import Make
+
+
+def test_equals_torch_on_its_usual_shapes() -> None:
+    make = Make(seed=2)
+    weight, bias = make(3, 4), make(3)
+    for shape in [(4,), (5, 4), (2, 5, 4), (0, 4)]:
+        x = make(*shape)
+        torch.testing.assert_close(mk.ops.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+def second(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """The second derivatives of a loss that is not linear, with respect to what was given before any expansion."""
+    y = mk.ops.linear(x, weight, bias)
+    g = torch.autograd.grad((y * y * y).sum(), (x, weight, bias), create_graph=True)
+    return torch.autograd.grad(sum((gi * gi.detach().sin()).sum() for gi in g), (x, weight, bias))
+
+
+def test_an_expanded_weight_equals_its_copies_at_both_orders_and_is_never_copied() -> None:
+    make = Make(seed=3)
+    x, weight, bias = make(4, 5, 3), make(1, 2, 3).expand(4, 2, 3), make(1, 2).expand(4, 2)
+    copies = second(*(t.clone().requires_grad_() for t in (x, weight, bias)))
+    with torch.profiler.profile(record_shapes=True) as profile:
+        expanded = second(*(t.detach().requires_grad_() for t in (x, weight, bias)))
+    for a, b in zip(expanded, copies, strict=True):
+        torch.testing.assert_close(a, b)
+    copied = [e for e in profile.events() if e.name == "aten::clone" and e.input_shapes[0] == [4, 2, 3]]
+    assert not copied
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        (
+            (torch.ones(2, 3), torch.ones(4, 5)),
+            ValueError,
+            r"linear: x must have shape \[..., in\] = \[..., 5\], got \[2, 3\]",
+        ),
+        (
+            (torch.ones(3, 2, 5), torch.ones(2, 4, 5)),
+            ValueError,
+            r"linear: x must have shape \[T, ..., in\] = \[2, ..., 5\], got \[3, 2, 5\]",
+        ),
+        ((torch.ones(5), torch.ones(5, 4, 5)), ValueError, r"linear: x must have shape \[T, ..., in\]"),
+        (
+            (torch.ones(5), torch.ones(5)),
+            ValueError,
+            r"linear: weight must have shape \[out, in\] or \[T, out, in\], got \[5\]",
+        ),
+        ((torch.ones(5), torch.ones(4, 5), torch.ones(5)), ValueError, r"linear: bias must have shape \[out\] = \[4\]"),
+        (
+            (torch.ones(2, 5), torch.ones(2, 4, 5), torch.ones(4)),
+            ValueError,
+            r"bias must have shape \[T, out\] = \[2, 4\]",
+        ),
+        ((torch.ones(5), torch.ones(4, 5).double()), TypeError, "linear: weight must have the dtype torch.float32"),
+        ((torch.ones(5).int(), torch.ones(4, 5)), TypeError, "linear: x must be floating point, got torch.int32"),
+        (([1.0], torch.ones(4, 1)), TypeError, "linear: x must be a tensor, got list"),
+        ((torch.ones(5), torch.ones(4, 5, device="meta")), ValueError, "linear: weight must be on cpu"),
+    ],
+)
+def test_errors(args: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mk.ops.linear(*args)
