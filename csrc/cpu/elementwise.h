@@ -1,14 +1,9 @@
 // Elementwise kernels: a rule is a function of vectors, and every tensor is read or written once.
 #pragma once
 
-#include "../kernel.h"
-#include "../parallel.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace metakern::METAKERN_ISA {
-
-// Elements of a unit of work: enough to outweigh the waking of a thread.
-constexpr int64_t kUnit = 16384;
 
 // Applies rule(const Vec inputs[], Vec outputs[]) to the first `inputs` tensors and writes the `outputs` that follow.
 // An absent input is zero.
@@ -17,18 +12,12 @@ inline void elementwise(const Args& args, Rule rule) {
     const int64_t count = args.sizes[0];
     parallel_for((count + kUnit - 1) / kUnit, args.threads, [&](int64_t unit) {
         const int64_t begin = unit * kUnit, end = begin + kUnit < count ? begin + kUnit : count;
-        const auto step = [&](int64_t i, auto... lanes) {
+        each<F>(end - begin, [&](int64_t i, auto... n) {
             Vec<F> in[inputs], out[outputs];
-            for (int j = 0; j < inputs; ++j) {
-                const F* p = args.tensor<F>(j);
-                in[j] = p ? load(p + i, lanes...) : Vec<F>{};
-            }
+            for (int j = 0; j < inputs; ++j) in[j] = maybe(args.tensor<F>(j), begin + i, n...);
             rule(in, out);
-            for (int j = 0; j < outputs; ++j) store(args.tensor<F>(inputs + j) + i, out[j], lanes...);
-        };
-        int64_t i = begin;
-        for (; i + kLanes<F> <= end; i += kLanes<F>) step(i);
-        if (i < end) step(i, end - i);
+            for (int j = 0; j < outputs; ++j) store(args.tensor<F>(inputs + j) + begin + i, out[j], n...);
+        });
     });
 }
 

@@ -61,6 +61,41 @@ inline void store(F* p, Vec<F> v, int64_t n) {
     std::memcpy(p, &v, static_cast<std::size_t>(n) * sizeof(F));
 }
 
+// What an absent tensor, or tangent, stands for.
+template <class F, class... Lanes>
+inline Vec<F> maybe(const F* p, int64_t i, Lanes... n) {
+    return p ? load(p + i, n...) : Vec<F>{};
+}
+
+// p += v
+template <class F, class... Lanes>
+inline void add(F* p, Vec<F> v, Lanes... n) {
+    store(p, load(p, n...) + v, n...);
+}
+
+// v with zeros after the first n lanes.
+template <class F>
+inline Vec<F> first(Vec<F> v) {
+    return v;
+}
+template <class F>
+inline Vec<F> first(Vec<F> v, int64_t n) {
+    F lanes[kLanes<F>];
+    std::memcpy(lanes, &v, sizeof v);
+    return load(lanes, n);
+}
+
+// step(i) at every whole vector of count elements, then step(i, n) for the n that remain.
+template <class F, class Step>
+inline void each(int64_t count, Step step) {
+    int64_t i = 0;
+    for (; i + kLanes<F> <= count; i += kLanes<F>) step(i);
+    if (i < count) step(i, count - i);
+}
+
+inline float root(float x) { return __builtin_sqrtf(x); }
+inline double root(double x) { return __builtin_sqrt(x); }
+
 // The sum of all lanes, in a fixed order.
 template <class F>
 inline F sum(Vec<F> v) {
