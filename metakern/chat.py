@@ -1,0 +1,198 @@
+"""Adapting a trained model to a handful of exchanges, and talking with it.
+
+In a conversation a line is something said, or a command:
+
+    /teach   type exchanges, what you say and what the bot should answer in turn; an empty line ends them
+    /forget  forget the conversation (what was taught stays)
+    /help    these lines
+    /quit    the end
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from metakern import checkpoint
+from metakern.config import UserError
+from metakern.dialogue.generate import generate
+from metakern.dialogue.readers import Dialogue, Turn, read
+from metakern.dialogue.tokenizer import IGNORE
+from metakern.run import Run, cache_folder
+
+__all__ = ["Chat", "adapt", "support_batch", "talk"]
+
+HELP = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    /"))
+
+
+def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:
+    """``dialogues`` as the support of one task, ``[1, B, L]``: windows that follow each other, a reply in each.
+
+    A window begins with a turn that is not the bot's, where the window before has no room for that turn.
+    """
+    config, tokenizer, rows = run.config, run.tokenizer, []
+    for dialogue in dialogues:
+        bot, room = dialogue.meta.get("bot"), 0
+        starts: list[int] = []
+        for i, turn in enumerate(dialogue.turns):
+            size = len(tokenizer.encode(turn.text)) + 2
+            if not starts or (room < size and turn.speaker != bot):
+                starts.append(i)
+                room = config.max_length - 1
+            room -= size
+        for start in starts:
+            rows.append(tokenizer.encode_dialogue(dialogue.turns[start:], config.train_on, config.max_length, bot))
+    rows = [row for row in rows if any(label != IGNORE for label in row[1])]
+    if not rows:
+        raise UserError("adapt: the support must hold a reply of the bot, got none")
+    length = max(len(ids) for ids, _ in rows)
+
+    def padded(which: int, value: int) -> Tensor:
+        return torch.tensor([[row[which] + [value] * (length - len(row[which])) for row in rows]])
+
+    mask = torch.tensor([[[i < len(ids) for i in range(length)] for ids, _ in rows]]).long()
+    return {"input_ids": padded(0, run.tokenizer.pad_id), "attention_mask": mask, "labels": padded(1, IGNORE)}
+
+
+def adapted_model(run: Run, dialogues: Iterable[Dialogue], steps: int | None = None) -> tuple[nn.Module, str]:
+    """A copy of the run's model, adapted to ``dialogues`` by ``steps`` (as in training), and a line that says so."""
+    steps = run.config.inner_steps if steps is None else steps
+    support = support_batch(run, dialogues)
+    run.algorithm.eval()
+    before, after = run.algorithm.evaluate(support, support, steps=(0, steps)).mean(1).exp().tolist()
+    phi = run.algorithm.adapt(support, steps=steps)
+    model = copy.deepcopy(run.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in phi:
+                parameter.copy_(phi[name][0])
+    windows = support["input_ids"].shape[1]
+    return (
+        model,
+        f"adapted by {steps} steps on {windows} windows; their perplexity went from {before:.1f} to {after:.1f}",
+    )
+
+
+def adapt(path: str | Path, support: str, out: str | Path, steps: int | None = None) -> str:
+    """Write the run ``path``, adapted to the conversations in the file ``support``, as the run ``out``."""
+    run, out = Run.open(path), Path(out)
+    if (out / "config.toml").exists():
+        raise UserError(f"{out}: holds a run already; choose another --out")
+    model, line = adapted_model(run, read(support), steps)
+    run.model.load_state_dict(model.state_dict())
+    checkpoint.write(out / "tokenizer.json", (run.path / "tokenizer.json").read_bytes())
+    checkpoint.write(out / "config.toml", run.config.toml().encode())
+    adapted = replace(run, path=out, state={"phase": "adapted", "step": run.state["step"], "from": str(path)})
+    adapted.save("best")
+    return line
+
+
+class Chat:
+    """A conversation: `hear` takes a line and gives what to show; `prompt` says whose line is next."""
+
+    def __init__(
+        self,
+        run: Run,
+        support: Sequence[Dialogue] = (),
+        *,
+        steps: int | None = None,
+        temperature: float = 0.7,
+        top_p: float = 0.9,
+        seed: int = 0,
+    ) -> None:
+        self.run, self.steps, self.sampling = run, steps, {"temperature": temperature, "top_p": top_p}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.known, self.turns = list(support), list[Turn]()
+        self.lesson: list[Turn] | None = None
+        self.model, self.greeting = run.model, "not adapted: /teach me some exchanges, or just talk; /help"
+        if self.known:
+            self.model, self.greeting = adapted_model(run, self.known, steps)
+
+    @property
+    def prompt(self) -> str:
+        """``you`` or, while being taught the bot's side, ``bot``."""
+        return "bot> " if self.lesson and len(self.lesson) % 2 else "you> "
+
+    def hear(self, line: str) -> str | None:
+        """Answer ``line``, or obey it; None for nothing to show, EOFError for the end."""
+        line = line.strip()
+        if self.lesson is not None:
+            return self._learn(self.lesson, line)
+        if line.startswith("/"):
+            return self._obey(line)
+        if not line:
+            return None
+        self.turns.append(Turn("user", line))
+        length = self.run.config.max_length
+        ids = generate(
+            self.model,
+            self.run.tokenizer.prompt(self.turns, length, "bot"),
+            max_new_tokens=length // 2,
+            eos_id=self.run.tokenizer.eos_id,
+            generator=self.generator,
+            **self.sampling,
+        )
+        self.turns.append(Turn("bot", self.run.tokenizer.decode(ids).strip()))
+        return self.turns[-1].text
+
+    def _obey(self, command: str) -> str:
+        if command == "/quit":
+            raise EOFError
+        if command == "/teach":
+            self.lesson = []
+            return "what you say and what I should answer, in turn; an empty line ends it"
+        if command == "/forget":
+            self.turns.clear()
+            return "forgotten"
+        return HELP if command == "/help" else f"{command} is no command\n{HELP}"
+
+    def _learn(self, lesson: list[Turn], line: str) -> str | None:
+        if line:
+            lesson.append(Turn("bot" if len(lesson) % 2 else "user", line))
+            return None
+        self.lesson = None
+        if len(lesson) < 2:
+            return "nothing learned: that was no exchange"
+        self.known.append(Dialogue("taught", str(len(self.known)), tuple(lesson), {"bot": "bot"}))
+        self.model, line = adapted_model(self.run, self.known, self.steps)
+        return line
+
+
+def talk(chat: Chat) -> None:
+    """Talk until the end: with a history on a terminal; line by line, replies alone, where input is piped."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(chat.greeting)
+    ask = _terminal() if interactive else lambda prompt: _next_line()
+    while True:
+        try:
+            answer = chat.hear(ask(chat.prompt))
+        except (EOFError, KeyboardInterrupt):
+            return
+        if answer is not None:
+            print(answer, flush=True)
+
+
+def _next_line() -> str:
+    if line := sys.stdin.readline():
+        return line
+    raise EOFError
+
+
+def _terminal() -> Callable[[str], str]:
+    """What asks for a line on a terminal: prompt_toolkit with a lasting history, or what Python has."""
+    try:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.history import FileHistory
+    except ImportError:
+        import readline  # noqa: F401  (gives input() a history and editing keys)
+
+        return input
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    return PromptSession(history=FileHistory(str(cache_folder() / "history"))).prompt

@@ -1,0 +1,218 @@
+"""The command line: train, eval, adapt, chat, doctor.
+
+An error that the user can put right is one line on the standard error and exit code 2; Ctrl-C is exit code 130.
+What a command needs is imported when it runs, so that `metakern doctor` works without any optional extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import metakern
+from metakern.config import Config, UserError, describe
+
+__all__ = ["main"]
+
+GROUPS = {
+    "data": "data",
+    "model": "model",
+    "algorithm": "meta-learning",
+    "outer_lr": "outer loop",
+    "pretrain_steps": "pretraining",
+    "log_every": "the run",
+}
+EXTRAS = ("tokenizers", "safetensors", "rich", "matplotlib", "tensorboard", "sacrebleu", "transformers", "triton")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser with room for words, and complaints of one line."""
+
+    def __init__(self, **options: Any) -> None:
+        width = min(shutil.get_terminal_size().columns - 2, 110)
+        super().__init__(
+            **options, allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, 2, 30, width)
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        options = vars(_parser().parse_args(arguments))
+        options.pop("command")(**options)
+        return 0
+    except KeyboardInterrupt:
+        print("metakern: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRAS:
+            raise
+        return _complain(f"the package {error.name} is missing: pip install metakern[dialogue]")
+    except OSError as error:
+        return _complain(f"{error.filename or 'input or output'}: {error.strerror}")
+    except (UserError, ValueError) as error:
+        return _complain(str(error))
+    except ImportError as error:
+        if "pip install" not in str(error):
+            raise
+        return _complain(str(error))
+
+
+def _complain(message: str) -> int:
+    print(f"metakern: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="metakern",
+        description="Exact second-order MAML for dialogue models: train, look at the adaptation curve, adapt, talk.",
+        epilog="metakern COMMAND --help says more.",
+    )
+    parser.add_argument("--version", action="version", version=f"metakern {metakern.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(command: Any, text: str, **options: Any) -> argparse.ArgumentParser:
+        added = commands.add_parser(command.__name__[1:], help=text, description=f"{text}.", **options)
+        added.set_defaults(command=command)
+        return added
+
+    train = add(
+        _train, "Meta-train a dialogue model", usage="metakern train [--config FILE] [--out DIR] [--resume] ..."
+    )
+    train.add_argument("--config", metavar="FILE", help="a TOML file of the keys below, or a packaged one: demo")
+    train.add_argument("--out", metavar="DIR", help="folder of the run (runs/DATA-MODEL-ALGORITHM)")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    group: Any = train
+    for key in fields(Config):
+        if key.name in GROUPS:
+            group = train.add_argument_group(GROUPS[key.name])
+        _add_flag(group, key)
+
+    evaluate = add(_eval, "Show how well a run adapts to unseen tasks")
+    evaluate.add_argument("run", metavar="RUN", help="folder of a run")
+    evaluate.add_argument("--data", help="other data; its test tasks are used (the run's data)")
+    evaluate.add_argument("--steps", type=_numbers, default=(0, 1, 3, 5, 10), help="inner steps (0,1,3,5,10)")
+    evaluate.add_argument("--compare", type=_names, default=(), help="baselines, trained if need be: finetune,fomaml")
+
+    adapt = add(_adapt, "Adapt a run to conversations and keep the result as a run")
+    adapt.add_argument("run", metavar="RUN", help="folder of a run")
+    adapt.add_argument("--support", metavar="FILE", required=True, help="conversations, such as messages JSONL")
+    adapt.add_argument("--out", metavar="DIR", required=True, help="folder of the adapted run")
+    adapt.add_argument("--steps", type=_number, help="inner steps (as in training)")
+
+    chat = add(_chat, "Talk with a run")
+    chat.add_argument("run", metavar="RUN", help="folder of a run")
+    chat.add_argument("--support", metavar="FILE", help="conversations to adapt to first")
+    chat.add_argument("--steps", type=_number, help="inner steps (as in training)")
+    chat.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest word (0.7)")
+    chat.add_argument("--top-p", type=float, default=0.9, help="share of probability to draw words from (0.9)")
+    chat.add_argument("--seed", type=_number, default=0, help="seed of the draws (0)")
+
+    add(_doctor, "Tell what this environment has, and what it lacks")
+    return parser
+
+
+def _add_flag(group: Any, key: Field[Any]) -> None:
+    """A flag for a field of the config; absent unless given, so that it does not hide the file's value."""
+    flag, default = f"--{key.name.replace('_', '-')}", key.default
+    shown = ("no", "yes")[default] if isinstance(default, bool) else "all" if default == () else default
+    text = f"{describe(key.metadata)} ({shown})".replace("%", "%%")
+    options: dict[str, Any] = {"dest": key.name, "default": argparse.SUPPRESS, "help": text}
+    if isinstance(default, bool):
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+    else:
+        kind = _names if isinstance(default, tuple) else type(default)
+        metavar = {int: "N", float: "X", str: "NAME"}.get(type(default), "NAMES")
+        group.add_argument(flag, type=kind, metavar=metavar, **options)
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_number(part.strip()) for part in text.split(","))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _train(config: str | None, out: str | None, resume: bool, **flags: Any) -> None:
+    from metakern.trainer import train
+
+    if resume and out and not config:
+        config = str(Path(out) / "config.toml")
+    settings = Config.parse(flags, "train", base=Config.load(config) if config else None)
+    out = out or str(Path("runs") / re.sub(r"\W+", "-", f"{settings.data}-{settings.model}-{settings.algorithm}"))
+    run = train(settings, out, resume=resume)
+    print(f"best validation loss {run.state['best']:.4f} at step {run.state['step']}; next: metakern eval {out}")
+
+
+def _eval(run: str, data: str | None, steps: tuple[int, ...], compare: tuple[str, ...]) -> None:
+    from rich.console import Console
+
+    from metakern.evaluate import evaluate, show
+
+    show(evaluate(run, steps, compare, data), Console())
+    print(f"written: {Path(run) / 'eval.json'}, {Path(run) / 'eval.png'}")
+
+
+def _adapt(run: str, support: str, out: str, steps: int | None) -> None:
+    from metakern.chat import adapt
+
+    print(f"{adapt(run, support, out, steps)}\nnext: metakern chat {out}")
+
+
+def _chat(run: str, support: str | None, steps: int | None, temperature: float, top_p: float, seed: int) -> None:
+    from metakern.chat import Chat, talk
+    from metakern.dialogue.readers import read
+    from metakern.run import Run
+
+    dialogues = read(support) if support else []
+    talk(Chat(Run.open(run), dialogues, steps=steps, temperature=temperature, top_p=top_p, seed=seed))
+
+
+def _doctor() -> None:
+    python = ".".join(map(str, sys.version_info[:3]))
+    print(f"metakern {metakern.__version__}, Python {python}, torch {torch.__version__}")
+    print(f"CPU: {torch.get_num_threads()} threads")
+    for i in range(torch.cuda.device_count()):
+        print(f"GPU {i}: {torch.cuda.get_device_name(i)}")
+    _table("backends", metakern.backends())
+    _table("kernels", {name: ", ".join(spec.op.kernels) for name, spec in metakern.ops.SPECS.items()})
+    _table("packages", {name: _installed(name) for name in EXTRAS})
+
+
+def _table(title: str, rows: Mapping[str, str]) -> None:
+    print(f"\n{title}")
+    for name, text in rows.items():
+        print(f"  {name:<22}{text}")
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing: pip install " + {"transformers": "metakern[hf]", "triton": "triton"}.get(
+            package, "metakern[dialogue]"
+        )

@@ -1,0 +1,159 @@
+"""A run: a folder with everything that a trained model needs, opened by `eval`, `adapt`, `chat` and the trainer alike.
+
+::
+
+    config.toml  tokenizer.json          what it was made from
+    checkpoints/last, best, pretrained   where to go on; the best on validation tasks; the start that baselines share
+    log.jsonl  tensorboard/              every number on the way
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import metakern as mk
+from metakern import checkpoint
+from metakern.config import Config, UserError
+from metakern.dialogue.episodes import Episodes, Split, TaskData, split_tasks
+from metakern.dialogue.models import build_model
+from metakern.dialogue.readers import read
+from metakern.dialogue.tokenizer import Tokenizer
+
+__all__ = ["FineTune", "Run", "build_algorithm", "curve", "episodes", "load_split"]
+
+Batch = Mapping[str, Tensor]
+
+
+class FineTune(nn.Module):
+    """The baseline: plain training on support and query together, then adaptation just as after meta-training."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], **options: Any) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+        maml = mk.MAML(model, loss, **options)
+        self.adapt, self.evaluate = maml.adapt, maml.evaluate
+
+    def forward(self, support: Batch, query: Batch) -> Tensor:
+        """The mean loss over all labeled tokens; ``[T, B, L]`` of each batch become ``[T * 2B, L]``."""
+        return self.loss(self.model, {k: torch.cat([support[k], query[k]], 1).flatten(0, 1) for k in support})
+
+
+ALGORITHMS = {
+    "maml": mk.MAML,
+    "fomaml": mk.FOMAML,
+    "anil": mk.ANIL,
+    "metasgd": mk.MetaSGD,
+    "reptile": mk.Reptile,
+    "finetune": FineTune,
+}
+OPTIMIZERS = {"sgd": mk.optim.SGD, "adam": mk.optim.Adam, "adamw": mk.optim.AdamW}
+
+
+def build_algorithm(config: Config, model: nn.Module) -> Any:
+    """The config's algorithm over ``model``: a module with ``(support, query) -> value``, `adapt` and `evaluate`."""
+    learn_lr = config.learn_lr and config.algorithm != "finetune"
+    inner = OPTIMIZERS[config.inner](lr=config.inner_lr, learn_lr=learn_lr, per=config.lr_per)
+    options: dict[str, Any] = {"adapt": list(config.adapt)} if config.adapt else {}
+    return ALGORITHMS[config.algorithm](model, mk.losses.causal_lm, inner=inner, steps=config.inner_steps, **options)
+
+
+@dataclass
+class Run:
+    """An algorithm over a model, with its vocabulary, in a folder; ``state`` is what else its checkpoint says."""
+
+    path: Path
+    config: Config
+    tokenizer: Tokenizer
+    algorithm: Any
+    state: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, path: Path, config: Config, tokenizer: Tokenizer) -> Run:
+        """A run at its start; the weights come from the config's seed."""
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        sizes = (
+            {"width": config.width, "heads": config.heads, "max_length": config.max_length}
+            if config.model == "gpt"
+            else {"embedding": config.width, "hidden": config.hidden}
+        )
+        model = build_model(config.model, tokenizer.vocab_size, layers=config.layers, dropout=config.dropout, **sizes)
+        return cls(path, config, tokenizer, build_algorithm(config, model))
+
+    @classmethod
+    def open(cls, path: str | Path, name: str = "best", **changes: Any) -> Run:
+        """The run in the folder ``path`` with the weights of its checkpoint ``name``; ``changes`` are of its config."""
+        path = Path(path)
+        if not (path / "config.toml").is_file():
+            raise UserError(f"{path}: is not the folder of a run (it has no config.toml); metakern train makes one")
+        config = replace(Config.load(path / "config.toml"), **changes)
+        run = cls.create(path, config, Tokenizer.load(path / "tokenizer.json"))
+        run.restore(name)
+        return run
+
+    @property
+    def model(self) -> nn.Module:
+        return self.algorithm.model
+
+    @property
+    def vocabulary(self) -> str:
+        """A digest of the tokenizer's file: weights mean something with their own vocabulary only."""
+        return hashlib.sha256((self.path / "tokenizer.json").read_bytes()).hexdigest()
+
+    def save(self, name: str, module: nn.Module | None = None, extra: Mapping[str, Tensor] | None = None) -> None:
+        """Write the weights of ``module`` (the algorithm), ``extra`` tensors and `state` as the checkpoint ``name``."""
+        weights = checkpoint.module_tensors(module or self.algorithm)
+        tensors = {f"weights.{key}": value for key, value in weights.items()} | dict(extra or {})
+        checkpoint.save(self.path / "checkpoints", name, tensors, {**self.state, "vocabulary": self.vocabulary})
+
+    def restore(self, name: str, module: nn.Module | None = None, source: Path | None = None) -> dict[str, Tensor]:
+        """Undo `save`, with the checkpoint of the run ``source`` (this one): sets `state`, returns ``extra``."""
+        folder = (source or self.path) / "checkpoints"
+        tensors, state = checkpoint.load(folder, name)
+        if state.pop("vocabulary", None) != self.vocabulary:
+            raise checkpoint.CheckpointError(
+                f"{self.path / 'tokenizer.json'}: is not the vocabulary that {folder / name} was trained with"
+            )
+        weights = {key[8:]: tensors.pop(key) for key in list(tensors) if key.startswith("weights.")}
+        checkpoint.load_module(module or self.algorithm, weights, folder / name)
+        self.state = state
+        return tensors
+
+
+def load_split(config: Config) -> Split:
+    """The tasks of the config's data, the same split every time and everywhere."""
+    return split_tasks(read(config.data, config.format), seed=config.seed)
+
+
+def episodes(config: Config, tasks: tuple[TaskData, ...], tokenizer: Tokenizer, **changes: Any) -> Episodes:
+    """Episodes of ``tasks`` as the config wants them, but for ``changes``."""
+    names = ("support_size", "query_size", "max_length", "seed", "train_on")
+    return Episodes(tasks, tokenizer, **{name: getattr(config, name) for name in names} | changes)
+
+
+def curve(algorithm: Any, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> tuple[list[str], Tensor]:
+    """Tasks of ``source`` (at most ``limit``; 0: all) and their query losses after ``steps`` of adaptation,
+    ``[len(steps), T]``, in evaluation mode."""
+    training = algorithm.training
+    algorithm.eval()
+    names: list[str] = []
+    losses = []
+    for tasks, support, query in source.evaluation(limit or None):
+        names += tasks
+        losses.append(algorithm.evaluate(support, query, steps=steps).cpu())
+    algorithm.train(training)
+    return names, torch.cat(losses, 1)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakern"
