@@ -1,5 +1,7 @@
 """Ops that are exact to second order, in both modes, batched over tasks. One op, one file."""
 
+from metakern.ops.embedding import SPEC as _EMBEDDING
+from metakern.ops.embedding import embedding
 from metakern.ops.linear import SPEC as _LINEAR
 from metakern.ops.linear import linear
 from metakern.ops.lstm import SPEC as _LSTM
@@ -10,10 +12,11 @@ from metakern.ops.silu import silu
 SPECS = {
     spec.op.name: spec
     for spec in (
+        _EMBEDDING,
         _LINEAR,
         _LSTM,
         _SILU,
     )
 }
 
-__all__ = ["SPECS", "linear", "lstm", "silu"]
+__all__ = ["SPECS", "embedding", "linear", "lstm", "silu"]
