@@ -56,3 +56,14 @@ def tasks(op: str, x: Tensor, features: str, **parameter: tuple[Tensor, str]) ->
         meaning = f"[T, ..., {features}] = [{value.shape[0]}" if own else f"[..., {features}] = ["
         raise ValueError(f"{op}: x must have shape {meaning}{', ' * own}..., {value.shape[-1]}], got {list(x.shape)}")
     return value.shape[0] if own else None
+
+
+def below(op: str, name: str, value: Tensor, high: int, ignored: int | None = None) -> None:
+    """Indices lie in [0, high), but for the ignored one. Looks on the CPU only: a GPU would have to be waited for."""
+    if value.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return
+    wrong = (value < 0) | (value >= high)
+    if ignored is not None:
+        wrong &= value != ignored
+    if wrong.any():
+        raise ValueError(f"{op}: {name} must be in [0, {high}), got {value[wrong][0].item()}")

@@ -1,0 +1,45 @@
+"""What only `embedding` has: tokens out of range, and errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import vmap
+
+import metakern as mk
+from metakern.ops._spec import Make
+
+
+def test_equals_torch() -> None:
+    make = Make(seed=2)
+    tokens, weight = make.integers(5, 2, 3), make(5, 4)
+    assert torch.equal(mk.ops.embedding(tokens, weight), F.embedding(tokens, weight))
+
+
+def test_a_token_out_of_range_never_reads_a_neighbours_table() -> None:
+    """Under vmap, where the values of the tokens can't be looked at before the op runs."""
+    weight = torch.zeros(3, 2, 4, 5)
+    for wrong in (-1, 4, 7):
+        tokens = torch.full((3, 2, 1), wrong)
+        with pytest.raises(IndexError, match="out of range"):
+            vmap(mk.ops.embedding)(tokens, weight)
+        with pytest.raises(ValueError, match=rf"embedding: tokens must be in \[0, 4\), got {wrong}"):
+            mk.ops.embedding(tokens[0], weight[0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "weight", "error", "message"),
+    [
+        (torch.ones(2), torch.ones(4, 5), TypeError, "embedding: tokens must be int64 or int32, got torch.float32"),
+        (torch.ones(2).long(), torch.ones(4), ValueError, r"embedding: weight must have shape \[V, D\] or"),
+        (
+            torch.ones(2).long(),
+            torch.ones(3, 4, 5),
+            ValueError,
+            r"tokens must have shape \[T, ...\] = \[3, ...\], got \[2\]",
+        ),
+        (torch.ones(2).long(), torch.ones(4, 5).long(), TypeError, "embedding: weight must be floating point"),
+    ],
+)
+def test_errors(tokens: torch.Tensor, weight: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        mk.ops.embedding(tokens, weight)
