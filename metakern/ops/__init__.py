@@ -1,7 +1,11 @@
 """Ops that are exact to second order, in both modes, batched over tasks. One op, one file."""
 
+from metakern.ops.attention import SPEC as _ATTENTION
+from metakern.ops.attention import attention
 from metakern.ops.embedding import SPEC as _EMBEDDING
 from metakern.ops.embedding import embedding
+from metakern.ops.layer_norm import SPEC as _LAYER_NORM
+from metakern.ops.layer_norm import layer_norm
 from metakern.ops.linear import SPEC as _LINEAR
 from metakern.ops.linear import linear
 from metakern.ops.lstm import SPEC as _LSTM
@@ -12,11 +16,13 @@ from metakern.ops.silu import silu
 SPECS = {
     spec.op.name: spec
     for spec in (
+        _ATTENTION,
         _EMBEDDING,
+        _LAYER_NORM,
         _LINEAR,
         _LSTM,
         _SILU,
     )
 }
 
-__all__ = ["SPECS", "embedding", "linear", "lstm", "silu"]
+__all__ = ["SPECS", "attention", "embedding", "layer_norm", "linear", "lstm", "silu"]

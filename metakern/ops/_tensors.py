@@ -19,6 +19,11 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def per_row(parameter: Tensor) -> Tensor:
+    """[T, D] -> [T, 1, D], in the dtype that accumulates it."""
+    return wide(parameter).unsqueeze(1)
+
+
 def shared(weight: Tensor) -> bool:
     """Whether a `[T, ...]` tensor is the same for all tasks: T = 1, or expanded."""
     return weight.shape[0] == 1 or (weight.stride(0) == 0 and weight.shape[0] > 0)
