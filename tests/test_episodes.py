@@ -143,8 +143,10 @@ def test_fractions_and_order():
 
 
 def test_too_little_data_is_one_clear_line():
-    single = [d for d in DIALOGUES if d.dialogue_id.endswith(":1")]
-    with pytest.raises(DataError, match=r"must have 3 tasks of at least 8 dialogues, got 0: add tasks"):
+    single = {d.task_id: d for d in DIALOGUES}.values()
+    with pytest.raises(
+        DataError, match=r"at least 8 dialogues, got 0 \(10 tasks of fewer than 8 dialogues left out\): add"
+    ):
         split_tasks(single)
     with pytest.raises(DataError, match="must have 3 tasks of at least 4 dialogues, got 2"):
         split_tasks([d for d in DIALOGUES if d.task_id in ("rain", "cats")], min_dialogues=4)

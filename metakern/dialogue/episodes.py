@@ -29,10 +29,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from metakern.dialogue.readers import DataError, Dialogue, words
+from metakern.dialogue.readers import DataError, Dialogue, count_of, words
 from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, Tokenizer, bot_of
 
-__all__ = ["Episodes", "Split", "TaskData", "split_tasks"]
+__all__ = ["Episodes", "Split", "TaskData", "collate", "split_tasks"]
 
 Batch = dict[str, Tensor]
 Startable = tuple[Dialogue, list[int]]  # with the turns at which a window may begin
@@ -117,7 +117,7 @@ def split_tasks(
     if len(order) < (needed := sum(sizes) + (fractions[0] > 0)):
         raise DataError(
             f"split_tasks: data must have {max(needed, 1)} tasks of at least {min_dialogues} dialogues,"
-            f" got {len(order)}: add tasks, or lower the least number of dialogues"
+            f" got {len(order)} ({count_of(skipped) or 'no dialogue'} left out): add data, lower min_dialogues or raise min_words"
         )
     test, validation, train = order[: sizes[1]], order[sizes[1] : sum(sizes)], order[sum(sizes) :]
     taken: set[Hashable] = set()
@@ -217,7 +217,7 @@ class Episodes:
                 side.append([self._window(pool[i % len(pool)], rng) for i in range(size)])
         longest = max(len(ids) for side in sides for rows in side for ids, _ in rows)
         length = min(-(-longest // 8) * 8, self.max_length)
-        support, query = (self._tensors(side, length) for side in sides)
+        support, query = (collate(side, self.tokenizer.pad_id, length) for side in sides)
         return [name for name, _ in tasks], support, query
 
     def _window(self, item: Startable, rng: random.Random) -> Window:
@@ -226,13 +226,22 @@ class Episodes:
         turns = dialogue.turns[: _instructions(dialogue)] + dialogue.turns[start:]
         return self.tokenizer.encode_dialogue(turns, self.train_on, self.max_length, _bot(dialogue))
 
-    def _tensors(self, side: list[list[Window]], length: int) -> Batch:
-        def padded(which: int, value: int) -> Tensor:
-            return torch.tensor([[row[which] + [value] * (length - len(row[which])) for row in rows] for rows in side])
 
-        lengths = torch.tensor([[len(ids) for ids, _ in rows] for rows in side])
-        mask = (torch.arange(length) < lengths.unsqueeze(-1)).long()
-        return {"input_ids": padded(0, self.tokenizer.pad_id), "attention_mask": mask, "labels": padded(1, IGNORE)}
+def collate(tasks: Sequence[Sequence[Window]], pad_id: int, length: int | None = None) -> Batch:
+    """The batch of the windows of each task, as many in every task, padded on the right to `length` or the longest.
+
+    >>> batch = collate([[([1, 5, 2], [-100, 5, 2]), ([1, 7], [-100, 7])]], pad_id=0)
+    >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+    ([[[1, 5, 2], [1, 7, 0]]], [[[-100, 5, 2], [-100, 7, -100]]])
+    """
+    lengths = torch.tensor([[len(ids) for ids, _ in windows] for windows in tasks])
+    length = int(lengths.max()) if length is None else length
+
+    def padded(which: int, value: int) -> Tensor:
+        return torch.tensor([[w[which] + [value] * (length - len(w[which])) for w in windows] for windows in tasks])
+
+    mask = (torch.arange(length) < lengths.unsqueeze(-1)).long()
+    return {"input_ids": padded(0, pad_id), "attention_mask": mask, "labels": padded(1, IGNORE)}
 
 
 def _texts(dialogue: Dialogue, min_words: int) -> set[Hashable]:

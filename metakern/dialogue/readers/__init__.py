@@ -63,7 +63,7 @@ class Dialogues(list[Dialogue]):
         'talk.jsonl: 0 dialogues of 0 tasks; skipped 3 (3 with fewer than 2 turns)'
         """
         line = f"{self.source}: {len(self)} dialogues of {len({d.task_id for d in self})} tasks"
-        return line + (f"; skipped {sum(self.skipped.values())} ({_reasons(self.skipped)})" if self.skipped else "")
+        return line + (f"; skipped {sum(self.skipped.values())} ({count_of(self.skipped)})" if self.skipped else "")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def read(source: str, format: str = "auto", **options: Any) -> list[Dialogue]:
         else:
             found.append(item)
     if not found:
-        raise DataError(f"{source}: must hold a dialogue, got {_reasons(skipped) or 'an empty file'}")
+        raise DataError(f"{source}: must hold a dialogue, got {count_of(skipped) or 'an empty file'}")
     return Dialogues(found, source, dict(skipped))
 
 
@@ -226,7 +226,8 @@ def _recognize(path: Path) -> Reader:
     raise DataError(f"{path}: of no known format: name one of {', '.join(READERS)}")
 
 
-def _reasons(skipped: Mapping[str, int]) -> str:
+def count_of(skipped: Mapping[str, int]) -> str:
+    """What was left out: each count and its reason."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
 
 

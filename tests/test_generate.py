@@ -1,0 +1,94 @@
+"""Generation: the distribution that is drawn from, where it ends, and what it leaves as it was."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from metakern.dialogue.generate import generate
+
+P = torch.tensor([0.5, 0.25, 0.15, 0.1])
+
+
+def fixed(ids):
+    return P.log().expand(*ids.shape, 4)
+
+
+def draws(n: int = 4000, **options) -> dict[int, float]:
+    generator = torch.Generator().manual_seed(1)
+    counts = Counter(generate(fixed, [0], max_new_tokens=n, generator=generator, **options))
+    return {token: count / n for token, count in sorted(counts.items())}
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    assert draws() == pytest.approx(dict(enumerate(P.tolist())), abs=0.03)
+    warm = (P ** (1 / 2)) / (P ** (1 / 2)).sum()
+    assert draws(temperature=2.0) == pytest.approx(dict(enumerate(warm.tolist())), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.1, [0]), (0.5, [0]), (0.6, [0, 1]), (0.76, [0, 1, 2]), (1.0, [0, 1, 2, 3])]
+)
+def test_top_p_keeps_the_fewest_likeliest_that_reach_it(top_p, kept):
+    expected = P[kept] / P[kept].sum()
+    assert draws(top_p=top_p) == pytest.approx(dict(zip(kept, expected.tolist(), strict=True)), abs=0.03)
+
+
+def test_a_generator_makes_it_reproducible():
+    def run(seed: int) -> list[int]:
+        return generate(fixed, [0], max_new_tokens=30, generator=torch.Generator().manual_seed(seed))
+
+    assert run(3) == run(3) != run(4)
+
+
+def test_it_ends_at_eos_and_reads_what_was_written():
+    seen = []
+
+    def next_is_sum(ids):
+        seen.append(ids[0].tolist())
+        return nn.functional.one_hot(ids.sum(-1, keepdim=True) % 7, 7).float() * 9
+
+    assert generate(next_is_sum, torch.tensor([[1, 2]]), max_new_tokens=3, temperature=0) == [3, 6, 5]
+    assert seen == [[1, 2], [1, 2, 3], [1, 2, 3, 6]]
+    assert generate(next_is_sum, [1, 2], max_new_tokens=9, temperature=0, eos_id=6) == [3]
+    assert generate(next_is_sum, [1, 2], max_new_tokens=0) == []
+
+
+def test_a_module_is_in_eval_mode_meanwhile_and_keeps_its_modes_and_gradients():
+    class Model(nn.Module):
+        max_length = 2
+
+        def __init__(self):
+            super().__init__()
+            self.weight, self.drop = nn.Parameter(torch.ones(3)), nn.Dropout(0.9)
+            self.drop.eval()
+            self.lengths = []
+
+        def forward(self, ids):
+            assert not self.training
+            assert not torch.is_grad_enabled()
+            self.lengths.append(ids.shape[1])
+            return SimpleNamespace(logits=self.weight.expand(*ids.shape, 3))
+
+    model = Model()
+    generate(model, [0], max_new_tokens=4)
+    assert model.lengths == [1, 2, 2, 2]
+    assert (model.training, model.drop.training) == (True, False)
+
+
+def test_bad_arguments_and_a_diverged_model():
+    for options, message in [
+        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"input_ids": []}, r"input_ids must be \[L\] or \[1, L\] with L at least 1, got \[0\]"),
+        ({"input_ids": torch.zeros(2, 3)}, r"got \[2, 3\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            generate(fixed, **{"input_ids": [0], "max_new_tokens": 1, **options})
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="logits must be finite, got NaN"):
+            generate(lambda ids: fixed(ids) * torch.nan, [0], max_new_tokens=1, temperature=temperature)
+    masked = torch.tensor([0.0, -torch.inf, 0.0])
+    assert 1 not in generate(lambda ids: masked.expand(1, ids.shape[1], 3), [0], max_new_tokens=50)

@@ -1,0 +1,125 @@
+"""The dialogue models: causal, rebuilt from their config, differentiable twice."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from metakern.dialogue.models import GPT, MODELS, RNNLM, build_model
+
+SIZES = {"gpt": {"width": 16, "heads": 2, "layers": 2, "max_length": 12}}
+V = 30
+
+
+def make(name: str, **options) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = SIZES.get(name, {"embedding": 8, "hidden": 12, "layers": 2})
+    return build_model(name, V, **(sizes | options)).double()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(V, (3, 7), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_see_the_past_and_all_of_it_and_nothing_else(name, ids):
+    model = make(name)
+    logits = model(ids, torch.ones_like(ids))
+    assert logits.shape == (3, 7, V)
+    for i in range(7):
+        changed = ids.clone()
+        changed[1, i] = (changed[1, i] + 1) % V
+        moved = (model(changed) - logits).abs().amax(-1) > 1e-12
+        assert not moved[[0, 2]].any()
+        assert moved[1].tolist() == [j >= i for j in range(7)]
+    padded = torch.cat([ids, ids.new_zeros(3, 4)], 1)
+    assert torch.allclose(model(padded)[:, :7], logits, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_config_rebuilds_the_model(name, ids):
+    model = make(name, dropout=0.1).eval()
+    other = build_model(**json.loads(json.dumps(model.config))).double().eval()
+    other.load_state_dict(model.state_dict())
+    assert other.config == model.config
+    assert torch.equal(other(ids), model(ids))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_head_is_tied_and_begins_near_the_uniform_distribution(name, ids):
+    model = make(name)
+    assert model.head.weight is model.embedding.weight
+    loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.roll(-1, 1).flatten())
+    assert loss.item() == pytest.approx(torch.tensor(V).log().item(), abs=1.0)
+
+
+def test_untied_and_projected_heads():
+    names = lambda model: {name for name, _ in model.named_parameters()}  # noqa: E731
+    assert "projection.weight" in names(make("gru"))
+    assert "projection.weight" not in names(make("gru", embedding=12))
+    untied = make("gru", tie=False)
+    assert untied.head.weight.shape == (V, 12)
+    assert untied.head.weight is not untied.embedding.weight
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropout_is_in_training_only(name, ids):
+    model = make(name, dropout=0.5)
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_second_derivatives_are_finite_differences_of_first_ones(name, ids):
+    model = make(name)
+    parameters = list(model.parameters())
+    generator = torch.Generator().manual_seed(5)
+    directions = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in parameters]
+
+    def gradients(create_graph: bool = False):
+        loss = nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return torch.autograd.grad(loss, parameters, create_graph=create_graph)
+
+    def moved(eps: float):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p += eps * d
+        return gradients()
+
+    inner = sum((g * d).sum() for g, d in zip(gradients(True), directions, strict=True))
+    hvp = torch.autograd.grad(inner, parameters)
+    eps = 1e-5
+    plus, minus = moved(eps), moved(-2 * eps)
+    for h, a, b in zip(hvp, plus, minus, strict=True):
+        torch.testing.assert_close(h, (a - b) / (2 * eps), rtol=1e-4, atol=1e-6)
+    assert any(h.abs().max() > 1e-3 for h in hvp)
+
+
+def test_positions_of_a_gpt_are_relative(ids):
+    """Two copies of a phrase far enough apart to attend to nothing else are told apart by distance alone."""
+    from metakern.dialogue.models import _rope
+
+    generator = torch.Generator().manual_seed(3)
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=generator).unbind(0)
+    scores = _rope(q.expand(1, 1, 6, 8)) @ _rope(k.expand(1, 1, 6, 8)).mT
+    for offset in range(-5, 6):
+        diagonal = scores[0, 0].diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    assert scores[0, 0, 0].std() > 1e-3
+
+
+def test_bad_arguments(ids):
+    for call, message in [
+        (lambda: build_model("elman", V), "name must be one of rnn, gru, lstm, gpt, got 'elman'"),
+        (lambda: RNNLM("gpt", V), "cell must be one of rnn, gru, lstm, got 'gpt'"),
+        (lambda: build_model("gru", 0), "vocab_size must be at least 1, got 0"),
+        (lambda: GPT(V, width=12, heads=4), r"width must be a multiple of 2 \* heads, got 12 and 4 heads"),
+        (lambda: make("gpt")(ids.repeat(1, 2)), "input_ids must be at most 12 long, got 14"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="width"):
+        build_model("gru", V, width=3)
