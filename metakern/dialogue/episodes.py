@@ -115,9 +115,10 @@ def split_tasks(
     order = sorted(enough(tasks), key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
     sizes = [max(round(fraction * len(order)), 1) if fraction else 0 for fraction in fractions[1:]]
     if len(order) < (needed := sum(sizes) + (fractions[0] > 0)):
+        lacking = f"{len(order)} ({count_of(skipped) or 'no dialogue'} left out)"
         raise DataError(
-            f"split_tasks: data must have {max(needed, 1)} tasks of at least {min_dialogues} dialogues,"
-            f" got {len(order)} ({count_of(skipped) or 'no dialogue'} left out): add data, lower min_dialogues or raise min_words"
+            f"split_tasks: data must have {max(needed, 1)} tasks of at least {min_dialogues} dialogues, got {lacking}:"
+            " add data, lower min_dialogues or raise min_words"
         )
     test, validation, train = order[: sizes[1]], order[sizes[1] : sum(sizes)], order[sum(sizes) :]
     taken: set[Hashable] = set()
