@@ -190,11 +190,19 @@ class Episodes:
 
         The tasks differ from each other unless more are asked for than there are.
         """
+        drawn, rng = self._drawn(step, tasks)
+        _, support, query = self._batch(drawn, [rng] * tasks)
+        return support, query
+
+    def names(self, step: int, tasks: int) -> list[str]:
+        """The tasks that `sample` gives, in its order."""
+        return [name for name, _ in self._drawn(step, tasks)[0]]
+
+    def _drawn(self, step: int, tasks: int) -> tuple[list[tuple[str, list[Startable]]], random.Random]:
         if tasks < 1:
             raise ValueError(f"sample: tasks must be at least 1, got {tasks}")
         rng = random.Random(f"episodes/{self.seed}/{step}")
-        _, support, query = self._batch(_draw(self._tasks, tasks, rng), [rng] * tasks)
-        return support, query
+        return _draw(self._tasks, tasks, rng), rng
 
     def evaluation(self, limit: int | None = None, *, batch: int = 16) -> Iterator[tuple[list[str], Batch, Batch]]:
         """One fixed episode of every task, or of the first `limit`, `batch` tasks at once: names, support, query.
