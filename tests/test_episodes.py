@@ -142,6 +142,16 @@ def test_fractions_and_order():
     assert (len(alone.train), len(alone.validation), len(alone.test)) == (0, 0, 10)
 
 
+def test_large_tasks_stay_in_train_if_asked():
+    talks = [
+        dialogue(t, f"{t}{i}", [("x", f"{t} {i}"), ("y", "yes")]) for n, t in enumerate("abcdef") for i in range(2 + n)
+    ]
+    for seed in range(5):
+        split = split_tasks(talks, seed=seed, min_dialogues=2, max_held_out=4)
+        assert {task.task_id for task in (*split.validation, *split.test)} <= set("abc")
+        assert {task.task_id for task in split.train} > set("def")
+
+
 def test_too_little_data_is_one_clear_line():
     single = {d.task_id: d for d in DIALOGUES}.values()
     with pytest.raises(

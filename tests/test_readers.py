@@ -40,7 +40,7 @@ def test_chitchat_topics_merge_turns_and_count_what_they_skip():
         ("What if pigs could fly?", "c1", {"bot": "bob"}),
         ("Mozart or Beethoven?", "c2", {"bot": "eve"}),
     ]
-    assert found[0].turns[0] == Turn("ann", "Hi there how are you?")
+    assert found[0].turns[0] == Turn("ann", "Hi there\nhow are   you?")
     assert found.skipped == {
         "with an e-mail address": 1,
         "with fewer than 4 turns": 1,
@@ -251,7 +251,7 @@ def test_a_format_is_one_decorated_function(tmp_path, monkeypatch):
 )
 def test_dialogue_cleans_and_merges_whatever_comes(turns):
     result = dialogue("t", "d", turns).turns
-    assert all(turn.text == " ".join(turn.text.split()) != "" for turn in result)
+    assert all(turn.text == turn.text.strip() != "" for turn in result)
     assert all(a.speaker != b.speaker for a, b in pairwise(result))
     said = Counter("".join("".join(text.encode("utf-8", "replace").decode().split()) for _, text in turns))
     assert said == Counter("".join("".join(turn.text.split()) for turn in result))

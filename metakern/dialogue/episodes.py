@@ -78,12 +78,15 @@ def split_tasks(
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
     min_dialogues: int = 8,
     min_words: int = 5,
+    max_held_out: int | None = None,
 ) -> Split:
     """Split by task; the module says what is left out so that no text is shared.
 
     fractions       of tasks for train, validation and test; one that is not 0 gets at least one task
     min_dialogues   a task with fewer is left out
     min_words       a turn that long must not recur; see the module
+    max_held_out    a task with more dialogues is for training: held out, a speaker who talks with everybody would take
+                    most conversations away from train
 
     A task's place follows from the seed and its name alone, up to the rounding of fractions.  Raises `DataError` where
     too few tasks are left and `ValueError` for fractions that are not a partition.
@@ -113,6 +116,8 @@ def split_tasks(
         return kept
 
     order = sorted(enough(tasks), key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    if max_held_out is not None:
+        order.sort(key=lambda name: len(tasks[name]) > max_held_out)
     sizes = [max(round(fraction * len(order)), 1) if fraction else 0 for fraction in fractions[1:]]
     if len(order) < (needed := sum(sizes) + (fractions[0] > 0)):
         lacking = f"{len(order)} ({count_of(skipped) or 'no dialogue'} left out)"

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from metakern import ops
+
 __all__ = ["GPT", "MODELS", "RNNLM", "build_model"]
 
 CELLS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
@@ -135,7 +137,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, L, D = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(_rope(q), _rope(k), v, is_causal=True)
+        attended = ops.attention(_rope(q), _rope(k), v, causal=True)
         x = x + self.drop(self.out(attended.transpose(1, 2).reshape(B, L, D)))
         return x + self.drop(self.down(F.gelu(self.up(self.mlp_norm(x)))))
 

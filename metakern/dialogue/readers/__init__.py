@@ -7,7 +7,7 @@ turns a model learns to produce.  A reader is one function in one file of this p
     def lines(path: Path, skipped: Counter[str]) -> Iterator[Dialogue]: ...
 
 It yields dialogues, counts in `skipped` what it leaves out and why, and raises `DataError` for a damaged file.
-Texts are cleaned and consecutive turns of a speaker merged by `dialogue`, which every reader uses.
+Every reader makes its dialogues with `dialogue`.
 """
 
 from __future__ import annotations
@@ -153,16 +153,16 @@ def read(source: str, format: str = "auto", **options: Any) -> list[Dialogue]:
 def dialogue(
     task_id: str, dialogue_id: str, turns: Iterable[tuple[str, str]], meta: Mapping[str, str] | None = None
 ) -> Dialogue:
-    """A dialogue of `(speaker, text)` pairs: white space collapsed, no empty turns, a speaker's run of turns merged.
+    """A dialogue of `(speaker, text)` pairs: texts stripped, empty ones dropped, a speaker's run of texts one turn.
 
     >>> dialogue("greetings", "1", [("ann", " hi\\n"), ("ann", "you"), ("bob", " "), ("bob", "hello")]).turns
-    (Turn(speaker='ann', text='hi you'), Turn(speaker='bob', text='hello'))
+    (Turn(speaker='ann', text='hi\\nyou'), Turn(speaker='bob', text='hello'))
     """
     merged: list[Turn] = []
     for speaker, text in turns:
-        text = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+        text = text.encode("utf-8", "replace").decode("utf-8").strip()
         if text and merged and merged[-1].speaker == speaker:
-            merged[-1] = Turn(speaker, f"{merged[-1].text} {text}")
+            merged[-1] = Turn(speaker, f"{merged[-1].text}\n{text}")
         elif text:
             merged.append(Turn(speaker, text))
     return Dialogue(task_id, dialogue_id, tuple(merged), meta or {})
