@@ -2,6 +2,8 @@
 
 from metakern.ops.attention import SPEC as _ATTENTION
 from metakern.ops.attention import attention
+from metakern.ops.cross_entropy import SPEC as _CROSS_ENTROPY
+from metakern.ops.cross_entropy import cross_entropy
 from metakern.ops.embedding import SPEC as _EMBEDDING
 from metakern.ops.embedding import embedding
 from metakern.ops.layer_norm import SPEC as _LAYER_NORM
@@ -17,6 +19,7 @@ SPECS = {
     spec.op.name: spec
     for spec in (
         _ATTENTION,
+        _CROSS_ENTROPY,
         _EMBEDDING,
         _LAYER_NORM,
         _LINEAR,
@@ -25,4 +28,4 @@ SPECS = {
     )
 }
 
-__all__ = ["SPECS", "attention", "embedding", "layer_norm", "linear", "lstm", "silu"]
+__all__ = ["SPECS", "attention", "cross_entropy", "embedding", "layer_norm", "linear", "lstm", "silu"]
