@@ -6,12 +6,16 @@ from metakern.ops.cross_entropy import SPEC as _CROSS_ENTROPY
 from metakern.ops.cross_entropy import cross_entropy
 from metakern.ops.embedding import SPEC as _EMBEDDING
 from metakern.ops.embedding import embedding
+from metakern.ops.gru import SPEC as _GRU
+from metakern.ops.gru import gru
 from metakern.ops.layer_norm import SPEC as _LAYER_NORM
 from metakern.ops.layer_norm import layer_norm
 from metakern.ops.linear import SPEC as _LINEAR
 from metakern.ops.linear import linear
 from metakern.ops.lstm import SPEC as _LSTM
 from metakern.ops.lstm import lstm
+from metakern.ops.rnn import SPEC as _RNN
+from metakern.ops.rnn import rnn
 from metakern.ops.silu import SPEC as _SILU
 from metakern.ops.silu import silu
 
@@ -21,11 +25,13 @@ SPECS = {
         _ATTENTION,
         _CROSS_ENTROPY,
         _EMBEDDING,
+        _GRU,
         _LAYER_NORM,
         _LINEAR,
         _LSTM,
+        _RNN,
         _SILU,
     )
 }
 
-__all__ = ["SPECS", "attention", "cross_entropy", "embedding", "layer_norm", "linear", "lstm", "silu"]
+__all__ = ["SPECS", "attention", "cross_entropy", "embedding", "gru", "layer_norm", "linear", "lstm", "rnn", "silu"]

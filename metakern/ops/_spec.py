@@ -60,7 +60,7 @@ class Make:
 
     def __call__(self, *shape: int) -> Tensor:
         """A standard normal tensor."""
-        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.device, self.dtype)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.device, self.dtype)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Uniform integers below `high`."""
