@@ -14,6 +14,8 @@ from metakern.ops.linear import SPEC as _LINEAR
 from metakern.ops.linear import linear
 from metakern.ops.lstm import SPEC as _LSTM
 from metakern.ops.lstm import lstm
+from metakern.ops.rms_norm import SPEC as _RMS_NORM
+from metakern.ops.rms_norm import rms_norm
 from metakern.ops.rnn import SPEC as _RNN
 from metakern.ops.rnn import rnn
 from metakern.ops.silu import SPEC as _SILU
@@ -29,9 +31,22 @@ SPECS = {
         _LAYER_NORM,
         _LINEAR,
         _LSTM,
+        _RMS_NORM,
         _RNN,
         _SILU,
     )
 }
 
-__all__ = ["SPECS", "attention", "cross_entropy", "embedding", "gru", "layer_norm", "linear", "lstm", "rnn", "silu"]
+__all__ = [
+    "SPECS",
+    "attention",
+    "cross_entropy",
+    "embedding",
+    "gru",
+    "layer_norm",
+    "linear",
+    "lstm",
+    "rms_norm",
+    "rnn",
+    "silu",
+]
