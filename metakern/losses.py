@@ -1,0 +1,56 @@
+"""Losses of one task: `loss(model, batch) -> scalar`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from metakern import ops
+
+
+def causal_lm(model: nn.Module, batch: Any) -> Tensor:
+    """Mean cross-entropy of the next token, in nats a token, over the labels that are not -100.
+
+    batch: dict(input_ids [B, L], attention_mask [B, L] (optional), labels [B, L] aligned with input_ids, -100 where a
+    token is not to be learned), shifted by one here as Hugging Face does; or (tokens, targets), each [B, L], where
+    targets[i] is what follows tokens[i]. `model(input_ids)` (or `model(input_ids=…, attention_mask=…)`) gives logits
+    [B, L, V], as a tensor or as `.logits`.
+
+    >>> import metakern as mk, torch
+    >>> tokens = torch.randint(50, (4, 9))
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(50, 8), torch.nn.Linear(8, 50))
+    >>> mk.losses.causal_lm(model, (tokens[:, :-1], tokens[:, 1:])).shape
+    torch.Size([])
+    """
+    if isinstance(batch, Mapping):
+        if "input_ids" not in batch or "labels" not in batch:
+            raise ValueError(f"causal_lm: batch must hold input_ids and labels, got {sorted(batch)}")
+        known = {"input_ids": batch["input_ids"]}
+        if batch.get("attention_mask") is not None:
+            known["attention_mask"] = batch["attention_mask"]
+        logits = _logits(model(**known))[:, :-1]
+        target = batch["labels"][:, 1:]
+    else:
+        tokens, target = batch
+        logits = _logits(model(tokens))
+    return ops.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+def classification(model: nn.Module, batch: Any) -> Tensor:
+    """Mean cross-entropy of `model(x)` [B, classes] against integer labels: batch is (x, y), y [B] (or [B, ...]).
+
+    >>> import metakern as mk, torch
+    >>> mk.losses.classification(torch.nn.Linear(3, 2), (torch.randn(5, 3), torch.ones(5, dtype=torch.long))).shape
+    torch.Size([])
+    """
+    x, y = batch
+    logits = _logits(model(x))
+    return ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return output.logits if hasattr(output, "logits") else output[0]

@@ -1,0 +1,227 @@
+"""Folding: the tasks ride in the model's batch dimension, and modules that own parameters get weights for each task.
+
+A model called on `[B, ...]` for one task is called once on `[T·B, ...]` for all of them. Everything without parameters
+(attention, activations, dropout, reshapes) is native code on a larger batch. A module that owns adapted parameters is a
+unit, and runs by the rule of its type: products with per-task weights for linear layers and embeddings, metakern's ops
+for norms and recurrent layers, and for every other type `torch.func.vmap` of the unit alone.
+
+Which tensors carry the tasks is not guessed from a size that could coincide: the model is traced once with 2 tasks and
+once with 3, and a tensor is folded if its first dimension followed. Later calls replay what was recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from metakern import ops
+from metakern.meta._parameters import Parameters
+
+
+class FoldError(RuntimeError):
+    """This model or loss can't be folded; another batching can still be exact."""
+
+
+class Fold:
+    """A model with its units, and the record of which tensors carry the tasks."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.model, self.parameters = parameters.model, parameters
+        self.units = _units(parameters)
+        self.originals = {module: module.forward for module in self.units}
+        self.tasks = self.size = 0  # T, and T·B while the model runs
+        self.recording = True
+        self.record: list[bool] = []
+        self._position = 0
+
+    @contextmanager
+    def active(self, phi: Sequence[Tensor]) -> Iterator[None]:
+        """Within the block the model takes BatchedTensors of a vmap over tasks, and runs folded with parameters phi."""
+        patched = {module: partial(unit, self, module) for module, unit in self.units.items()}
+        inner = patched.pop(self.model, self.model.forward)
+        patched[self.model] = partial(self._enter, inner)
+        kept = {module: module.__dict__.get("forward") for module in patched}
+        self.tasks, self._position = phi[0].shape[0], 0
+        if self.recording:
+            self.record = []
+        with self.parameters.bound(phi):
+            try:
+                for module, forward in patched.items():
+                    module.__dict__["forward"] = forward
+                yield
+            finally:
+                for module, forward in kept.items():
+                    if forward is None:
+                        del module.__dict__["forward"]
+                    else:
+                        module.__dict__["forward"] = forward
+        if self._position != len(self.record):
+            raise FoldError("the model made fewer calls than when it was traced")
+
+    def folded(self, tensor: Tensor) -> bool:
+        """Whether a tensor carries the tasks in its first dimension; recorded in order, then replayed."""
+        now = tensor.dim() > 0 and tensor.shape[0] == self.size
+        if self.recording:
+            self.record.append(now)
+        elif self._position >= len(self.record):
+            raise FoldError("the model made more calls than when it was traced")
+        answer = self.record[self._position]
+        self._position += 1
+        if answer and not now:
+            raise FoldError(f"a tensor that carries the tasks must have {self.size} rows, got {list(tensor.shape)}")
+        return answer
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """[T·B, ...] -> [T, B, ...]"""
+        return tensor.unflatten(0, (self.tasks, -1))
+
+    def merge(self, tensor: Tensor) -> Tensor:
+        """[T, B, ...] -> [T·B, ...]"""
+        if tensor.dim() < 2 or tensor.shape[1] * self.tasks != self.size:
+            raise FoldError(f"a unit's output must keep the batch dimension, got {list(tensor.shape[1:])}")
+        return tensor.flatten(0, 1)
+
+    def spread(self, tensor: Tensor) -> Tensor:
+        """[T, ...] -> [T·B, ...]: what all sequences of a task share, repeated; a batch of 1 is one of B."""
+        if tensor.dim() > 3 and tensor.shape[1] == 1:
+            tensor = tensor.squeeze(1)
+        return tensor.unsqueeze(1).expand(-1, self.size // self.tasks, *tensor.shape[1:]).flatten(0, 1)
+
+    def weight(self, module: nn.Module, name: str) -> Tensor | None:
+        """A unit's parameter for each task, [T, *shape]; one that is not adapted is expanded."""
+        value = module._parameters.get(name)
+        if value is None or not isinstance(value, nn.Parameter):
+            return value
+        return value.expand(self.tasks, *value.shape)
+
+    def _enter(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The model's call, seen from inside the vmap over tasks of the user's loss."""
+        leaves, spec = tree_flatten((args, kwargs))
+        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        result: list[tuple[list, TreeSpec, list[int]]] = []
+
+        def run(in_dims: tuple, tensors: tuple) -> tuple[tuple, tuple]:
+            mapped = [t.movedim(d, 0) for t, d in zip(tensors, in_dims, strict=True) if d is not None]
+            if any(t.dim() < 2 for t in mapped) or len({t.shape[1] for t in mapped}) != 1:
+                raise FoldError("the model's inputs must share a batch dimension")
+            self.size = self.tasks * mapped[0].shape[1]
+            inner = list(leaves)
+            for i, tensor, dim in zip(where, tensors, in_dims, strict=True):
+                inner[i] = tensor if dim is None else tensor.movedim(dim, 0).flatten(0, 1)
+            inner_args, inner_kwargs = tree_unflatten(inner, spec)
+            outputs, out_spec = tree_flatten(forward(*inner_args, **inner_kwargs))
+            out_where = [i for i, o in enumerate(outputs) if isinstance(o, Tensor)]
+            result.append((outputs, out_spec, out_where))
+            carry = [self.folded(outputs[i]) for i in out_where]
+            out = tuple(self.split(outputs[i]) if c else outputs[i] for i, c in zip(out_where, carry, strict=True))
+            return out, tuple(0 if c else None for c in carry)
+
+        tensors = _Enter.apply(run, *(leaves[i] for i in where))
+        outputs, out_spec, out_where = result[0]
+        for i, tensor in zip(out_where, tensors, strict=True):
+            outputs[i] = tensor
+        return tree_unflatten(outputs, out_spec)
+
+
+class _Enter(torch.autograd.Function):
+    """Steps out of the vmap over tasks: its vmap rule sees the tensors of all tasks, and runs the model on them."""
+
+    @staticmethod
+    def forward(run: Callable, *tensors: Tensor) -> Any:
+        raise FoldError("the loss calls the model on tensors that do not depend on the task")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, run: Callable, *tensors: Tensor) -> tuple[tuple, tuple]:
+        return run(in_dims[1:], tensors)
+
+
+Unit = Callable[..., Any]  # unit(fold, module, *args, **kwargs): the module's forward, folded
+
+
+def _units(parameters: Parameters) -> dict[nn.Module, Unit]:
+    """The outermost modules that own an adapted parameter, each with the rule of its type."""
+    owners = {id(module) for module, _, _ in parameters.places}
+    units: dict[nn.Module, Unit] = {}
+
+    def visit(module: nn.Module) -> None:
+        if id(module) in owners:
+            units[module] = _rule(module)
+        else:
+            for child in module.children():
+                visit(child)
+
+    visit(parameters.model)
+    return units
+
+
+def _rule(module: nn.Module) -> Unit:
+    kind = type(module)
+    if "forward" in module.__dict__:  # somebody has wrapped this module's forward
+        return _mapped
+    if kind is nn.Linear:
+        return _linear
+    if kind is nn.Embedding and module.max_norm is None and not module.sparse and not module.scale_grad_by_freq:
+        return _embedding
+    return _mapped
+
+
+def _linear(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
+    weight, bias = fold.weight(module, "weight"), fold.weight(module, "bias")
+    if not fold.folded(x):
+        return fold.spread(ops.linear(x.expand(fold.tasks, *x.shape), weight, bias))
+    return ops.linear(fold.split(x), weight, bias).flatten(0, 1)
+
+
+def _embedding(fold: Fold, module: nn.Module, tokens: Tensor) -> Tensor:
+    weight = fold.weight(module, "weight")
+    carries = fold.folded(tokens)
+    per_task = fold.split(tokens) if carries else tokens.expand(fold.tasks, *tokens.shape)
+    rows = ops.embedding(per_task, weight)
+    if module.padding_idx is not None:
+        rows = torch.where((per_task == module.padding_idx).unsqueeze(-1), rows.detach(), rows)
+    return rows.flatten(0, 1) if carries else fold.spread(rows)
+
+
+def _mapped(fold: Fold, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Any module: vmap of the unit alone, over the tasks, with all parameters in it."""
+    leaves, spec = tree_flatten((args, kwargs))
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    carries = [fold.folded(leaves[i]) for i in where]
+    tensors = [fold.split(leaves[i]) if c else leaves[i] for i, c in zip(where, carries, strict=True)]
+    places = [
+        (owner, name, value)
+        for owner in module.modules()
+        for name, value in owner._parameters.items()
+        if value is not None and not isinstance(value, nn.Parameter)
+    ]
+    out_spec: list[TreeSpec] = []
+
+    def one(values: tuple, tensors: tuple) -> tuple:
+        inner = list(leaves)
+        for i, tensor in zip(where, tensors, strict=True):
+            inner[i] = tensor
+        inner_args, inner_kwargs = tree_unflatten(inner, spec)
+        for (owner, name, _), value in zip(places, values, strict=True):
+            owner._parameters[name] = value
+        outputs, structure = tree_flatten(fold.originals[module](*inner_args, **inner_kwargs))
+        out_spec.append(structure)
+        return tuple(outputs)
+
+    try:
+        outputs = torch.func.vmap(one, (0, tuple(0 if c else None for c in carries)), randomness="different")(
+            tuple(value for _, _, value in places), tuple(tensors)
+        )
+    finally:
+        for owner, name, value in places:
+            owner._parameters[name] = value
+    return tree_unflatten([(fold.merge if any(carries) else fold.spread)(o) for o in outputs], out_spec[0])

@@ -1,0 +1,78 @@
+"""A model's parameters by role: adapted (one for each task), shared (meta-learned, the same for all), frozen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+Adapt = Sequence[str] | Callable[[str], bool] | None
+
+
+class Parameters:
+    """Names, tensors and places of a model's parameters; tied ones are one parameter with several places.
+
+    adapted: {name: parameter} that the inner loop changes; shared: those that only the outer loop learns.
+    """
+
+    def __init__(self, model: nn.Module, adapt: Adapt = None) -> None:
+        self.model = model
+        selected = _selector(adapt)
+        self.adapted: dict[str, nn.Parameter] = {}
+        self.shared: dict[str, nn.Parameter] = {}
+        for name, parameter in model.named_parameters():
+            if selected(name) and not parameter.requires_grad and adapt is not None:
+                raise ValueError(
+                    f"MAML: adapt must select trainable parameters, got {name!r}, which has requires_grad=False"
+                )
+            if parameter.requires_grad:
+                (self.adapted if selected(name) else self.shared)[name] = parameter
+        if not self.adapted:
+            rule = "model must have trainable parameters" if adapt is None else "adapt must match a parameter's name"
+            raise ValueError(f"MAML: {rule}, got {'none' if adapt is None else repr(adapt)}")
+        names = {id(p): name for name, p in self.adapted.items()}
+        self.places: list[tuple[nn.Module, str, str]] = [  # module, attribute, name of the parameter
+            (module, attribute, names[id(parameter)])
+            for module in model.modules()
+            for attribute, parameter in module._parameters.items()
+            if parameter is not None and id(parameter) in names
+        ]
+        recurrent = {id(m): m for m, _, _ in self.places if isinstance(m, nn.RNNBase)}
+        self._recurrent = list(recurrent.values())
+
+    @contextmanager
+    def bound(self, phi: Sequence[Tensor]) -> Iterator[None]:
+        """Puts phi (in the order of `adapted`) in the parameters' places for the duration of the block."""
+        values = dict(zip(self.adapted, phi, strict=True))
+        try:
+            self._put(values)
+            yield
+        finally:
+            self._put(self.adapted)
+
+    def _put(self, values: dict) -> None:
+        for module, attribute, name in self.places:
+            module._parameters[attribute] = values[name]
+        for module in self._recurrent:  # torch.nn's recurrent layers keep a second list of their weights
+            module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
+
+
+def _selector(adapt: Adapt) -> Callable[[str], bool]:
+    if adapt is None:
+        return lambda name: True
+    if callable(adapt):
+        return adapt
+    if isinstance(adapt, str):
+        adapt = [adapt]
+    patterns = [re.compile(_as_regex(pattern)) for pattern in adapt]
+    return lambda name: any(pattern.fullmatch(name) for pattern in patterns)
+
+
+def _as_regex(pattern: str) -> str:
+    """A shell-style pattern over dotted names; a prefix selects all under it: "head", "layers.*.bias"."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"MAML: adapt must hold name patterns (strings), got {type(pattern).__name__}")
+    escaped = "".join({"*": ".*", "?": "."}.get(ch, re.escape(ch)) for ch in pattern)
+    return rf"{escaped}(\..*)?"

@@ -1,0 +1,206 @@
+"""Model-agnostic meta-learning, with the exact second-order meta-gradient.
+
+    phi_0 = theta        phi_{k+1} = U(phi_k, grad S_t(phi_k))        L(theta) = mean_t Q_t(phi_K)
+
+Finn, Abbeel, Levine 2017, "Model-agnostic meta-learning for fast adaptation of deep networks", algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten
+
+from metakern.meta._batching import Loss, exact_kernels, select, tasks_of
+from metakern.meta._parameters import Adapt, Parameters
+from metakern.meta._plan import Plan, Planner, Wishes
+from metakern.meta._unroll import Gradients, Result, Unroll, _add
+from metakern.optim import SGD, InnerOptimizer
+
+
+class MAML(nn.Module):
+    """Exact second-order MAML for any module.
+
+    model: any `nn.Module`. loss(model, batch) -> scalar: the loss of one task; it calls the model as usual.
+    inner: an inner optimizer. steps: K. adapt: which parameters the inner loop changes: None for all, name patterns, or
+    a predicate on names; the others are meta-learned all the same. strategy "store" | "recompute", batching "fold" |
+    "vmap" | "loop" and task_chunk (tasks at once) give the same numbers; "auto" chooses, and `maml.plan` says why.
+
+    Calling it with support and query batches (trees of tensors, tasks along dimension 0) gives the mean query loss over
+    tasks, whose `backward()` accumulates the meta-gradient into the parameters' `.grad`.
+
+    Raises ValueError for what can't be exact: batch-norm in training mode, a model that no batching reproduces.
+
+    >>> import torch, metakern as mk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    >>> maml = mk.MAML(model, mk.losses.classification, inner=mk.optim.SGD(lr=0.1), steps=3)
+    >>> x, y = torch.randn(5, 10, 8), torch.randint(4, (5, 10))
+    >>> maml((x, y), (x, y)).backward()
+    >>> model[0].weight.grad.shape
+    torch.Size([16, 8])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        inner: InnerOptimizer | None = None,
+        steps: int = 1,
+        first_order: bool = False,
+        adapt: Adapt = None,
+        strategy: str = "auto",
+        batching: str = "auto",
+        task_chunk: int | str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"MAML: model must be an nn.Module, got {type(model).__name__}")
+        if not callable(loss):
+            raise TypeError(f"MAML: loss must be a function of (model, batch), got {type(loss).__name__}")
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"MAML: steps must be an integer of at least 0, got {steps!r}")
+        if inner is not None and not isinstance(inner, InnerOptimizer):
+            raise TypeError(f"MAML: inner must be one of metakern.optim's optimizers, got {type(inner).__name__}")
+        self.model, self.inner = model, SGD() if inner is None else inner
+        self.loss, self.steps, self.first_order = loss, steps, first_order
+        self._adapt, self._wishes = adapt, Wishes(batching, strategy, task_chunk)
+        self.inner.prepare(Parameters(model, adapt).adapted)
+        self.query_losses: Tensor | None = None  # of the last call, for each task, [T]
+        self._prepared: _Prepared | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What was chosen at the first batch, and why."""
+        if self._prepared is None:
+            raise RuntimeError("MAML: plan must be read after a batch was seen, got none: call maml(support, query)")
+        return self._prepared.plan
+
+    def forward(self, support: Any, query: Any) -> Tensor:
+        """The mean query loss over tasks, a scalar; with gradients enabled, its backward() is the meta-gradient."""
+        tasks = _count(support, query)
+        if not torch.is_grad_enabled():
+            self.query_losses = self.evaluate(support, query, (self.steps,))[0]
+            return self.query_losses.mean()
+        prepared = self._prepare(support)
+        gradients: Gradients = [None] * len(prepared.outer)
+        losses = []
+        for result in prepared.by_chunks(lambda s, q: self._meta_gradient(prepared, s, q, 1 / tasks), support, query):
+            losses.append(result.losses)
+            gradients = _add(gradients, [*result.theta, *result.shared, *result.hyper])
+        self.query_losses = torch.cat(losses)
+        return _MetaGradient.apply(self.query_losses.mean(), gradients, *prepared.outer)
+
+    def adapt(self, support: Any, steps: int | None = None) -> dict[str, Tensor]:
+        """The parameters of each task after `steps` inner steps (by default as many as in training), detached.
+
+        Returns {name: [T, *shape]}, for the adapted parameters.
+        """
+        prepared = self._prepare(support)
+        steps = self.steps if steps is None else _non_negative(steps)
+
+        def compute(support: Any) -> list[Tensor]:
+            *_, phi = prepared.unroll.trajectory(prepared.theta(tasks_of(support)), support, steps)
+            return phi
+
+        chunks = list(prepared.by_chunks(compute, support))
+        phi = (torch.cat(parts).detach().clone() for parts in zip(*chunks, strict=True))
+        return dict(zip(prepared.parameters.adapted, phi, strict=True))
+
+    def evaluate(self, support: Any, query: Any, steps: Sequence[int] = (0, 1, 3, 5, 10)) -> Tensor:
+        """The adaptation curve: query losses after each number of inner steps, [len(steps), T], detached."""
+        _count(support, query)
+        prepared = self._prepare(support)
+        wanted = [_non_negative(step) for step in steps]
+
+        def compute(support: Any, query: Any) -> Tensor:
+            theta = prepared.theta(tasks_of(support))
+            trajectory = enumerate(prepared.unroll.trajectory(theta, support, max(wanted, default=0)))
+            losses = {k: prepared.unroll.query(phi, query) for k, phi in trajectory if k in wanted}
+            return torch.stack([losses[k] for k in wanted])
+
+        return torch.cat(list(prepared.by_chunks(compute, support, query)), dim=1)
+
+    def _meta_gradient(self, prepared: _Prepared, support: Any, query: Any, weight: float) -> Result:
+        """The part of one chunk of tasks, whose query losses count `weight` each."""
+        unroll, plan = prepared.unroll, prepared.plan
+        compute = unroll.store if plan.strategy == "store" else unroll.recompute
+        return compute(prepared.theta(tasks_of(support)), prepared.shared, support, query, weight)
+
+    def _prepare(self, support: Any) -> _Prepared:
+        """The plan for batches of this structure, made when the first one is seen."""
+        tasks_of(support, "support")
+        leaves, spec = tree_flatten(support)
+        parameters = tuple((id(p), p.requires_grad) for p in self.model.parameters())
+        shape = tuple(leaf.dim() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        key = (parameters, str(spec), str(shape), self.model.training, self.steps, self.first_order)
+        if self._prepared is None or self._prepared.key != key:
+            roles = Parameters(self.model, self._adapt)
+            plan, batching = Planner(roles, self.loss, self._wishes).plan(support, self.steps, self.first_order)
+            unroll = Unroll(batching, self.inner, self.steps, self.first_order, plan.hvp)
+            self._prepared = _Prepared(key, roles, plan, unroll)
+        return self._prepared
+
+
+class _Prepared:
+    """A plan and what it needs at hand: the parameters by role, and the inner loop."""
+
+    def __init__(self, key: tuple, parameters: Parameters, plan: Plan, unroll: Unroll) -> None:
+        self.key, self.parameters, self.plan, self.unroll = key, parameters, plan, unroll
+        self.shared = list(parameters.shared.values())
+        self.outer = [*parameters.adapted.values(), *self.shared, *unroll.inner.hyper_parameters()]
+
+    def theta(self, tasks: int) -> list[Tensor]:
+        """phi_0: the shared initialisation, seen once for each task."""
+        return [p.detach().expand(tasks, *p.shape) for p in self.parameters.adapted.values()]
+
+    def by_chunks(self, compute: Callable[..., Any], *batches: Any) -> Iterator[Any]:
+        """compute(*batches) over as many tasks at once as the plan says; where memory runs out, over half as many."""
+        start, tasks = 0, tasks_of(batches[0])
+        while start < tasks:
+            part = slice(start, start + self.plan.task_chunk)
+            try:
+                with exact_kernels():
+                    result = compute(*(select(batch, part) for batch in batches))
+            except RuntimeError as error:
+                if not _out_of_memory(error) or self.plan.task_chunk == 1:
+                    raise
+                self.plan = self.plan.halved()
+                continue
+            yield result
+            start = part.stop
+
+
+class _MetaGradient(Function):
+    """The one autograd node of a meta-step: its inputs are the parameters, their gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Gradients, *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ct: Tensor) -> tuple:
+        return (None, None, *(None if g is None else g * ct.to(g.dtype) for g in ctx.gradients))
+
+
+def _count(support: Any, query: Any) -> int:
+    tasks, others = tasks_of(support, "support"), tasks_of(query, "query")
+    if tasks != others:
+        raise ValueError(f"MAML: query must have the {tasks} tasks of support, got {others}")
+    return tasks
+
+
+def _non_negative(steps: int) -> int:
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"MAML: steps must be an integer of at least 0, got {steps!r}")
+    return steps
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,29 @@
+"""Meta-SGD: MAML that learns a learning rate for each element of each parameter along with theta.
+
+Li, Zhou, Chen, Li 2017, "Meta-SGD: learning to learn quickly for few-shot learning", algorithm 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from metakern import optim
+from metakern.meta._batching import Loss
+from metakern.meta.algorithms.maml import MAML
+
+
+class MetaSGD(MAML):
+    """MAML with metakern.optim.MetaSGD inside; lr is where the rates start. Other arguments as MAML's.
+
+    Give the outer optimizer `metasgd.parameters()`, which holds the model's parameters and the rates.
+
+    >>> import torch, metakern as mk
+    >>> metasgd = mk.MetaSGD(torch.nn.Linear(8, 4), mk.losses.classification, lr=0.05)
+    >>> [tuple(p.shape) for p in metasgd.parameters()]
+    [(4, 8), (4,), (4, 8), (4,)]
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, lr: float = 0.01, **options: Any) -> None:
+        super().__init__(model, loss, inner=optim.MetaSGD(lr), **options)

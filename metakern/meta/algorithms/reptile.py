@@ -1,0 +1,34 @@
+"""Reptile: move the initialisation toward the parameters that each task ends with.
+
+    dL/dtheta := mean_t (theta - phi_K)        (Nichol, Achiam, Schulman 2018, algorithm 2, the batched version)
+
+With one task a step it is the serial version, algorithm 1. No second derivative and no query batch take part in the
+gradient; the query loss after adaptation is what the call returns, to be watched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from metakern.meta._batching import tasks_of
+from metakern.meta._unroll import Result
+from metakern.meta.algorithms.maml import MAML, _Prepared
+
+
+class Reptile(MAML):
+    """MAML's interface with Reptile's gradient. Arguments as MAML's; `first_order` and `strategy` have no effect.
+
+    >>> import torch, metakern as mk
+    >>> model = torch.nn.Linear(8, 4)
+    >>> x, y = torch.randn(5, 10, 8), torch.randint(4, (5, 10))
+    >>> mk.Reptile(model, mk.losses.classification, steps=5)((x, y), (x, y)).backward()
+    >>> model.weight.grad.shape
+    torch.Size([4, 8])
+    """
+
+    def _meta_gradient(self, prepared: _Prepared, support: Any, query: Any, weight: float) -> Result:
+        unroll, theta = prepared.unroll, prepared.theta(tasks_of(support))
+        *_, phi = unroll.trajectory(theta, support, self.steps)
+        moved = [(start - end).sum(0) * weight for start, end in zip(theta, phi, strict=True)]
+        hyper = unroll.inner.hyper_parameters()
+        return Result(unroll.query(phi, query), moved, [None] * len(prepared.shared), [None] * len(hyper))
