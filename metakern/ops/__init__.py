@@ -6,6 +6,8 @@ from metakern.ops.cross_entropy import SPEC as _CROSS_ENTROPY
 from metakern.ops.cross_entropy import cross_entropy
 from metakern.ops.embedding import SPEC as _EMBEDDING
 from metakern.ops.embedding import embedding
+from metakern.ops.gelu import SPEC as _GELU
+from metakern.ops.gelu import gelu
 from metakern.ops.gru import SPEC as _GRU
 from metakern.ops.gru import gru
 from metakern.ops.layer_norm import SPEC as _LAYER_NORM
@@ -20,6 +22,8 @@ from metakern.ops.rnn import SPEC as _RNN
 from metakern.ops.rnn import rnn
 from metakern.ops.silu import SPEC as _SILU
 from metakern.ops.silu import silu
+from metakern.ops.swiglu import SPEC as _SWIGLU
+from metakern.ops.swiglu import swiglu
 
 SPECS = {
     spec.op.name: spec
@@ -27,6 +31,7 @@ SPECS = {
         _ATTENTION,
         _CROSS_ENTROPY,
         _EMBEDDING,
+        _GELU,
         _GRU,
         _LAYER_NORM,
         _LINEAR,
@@ -34,6 +39,7 @@ SPECS = {
         _RMS_NORM,
         _RNN,
         _SILU,
+        _SWIGLU,
     )
 }
 
@@ -42,6 +48,7 @@ __all__ = [
     "attention",
     "cross_entropy",
     "embedding",
+    "gelu",
     "gru",
     "layer_norm",
     "linear",
@@ -49,4 +56,5 @@ __all__ = [
     "rms_norm",
     "rnn",
     "silu",
+    "swiglu",
 ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metakern.ops import _checks
-from metakern.ops._rules import Op
+from metakern.ops._rules import Op, Tensors
 from metakern.ops._tensors import product, shared
 
 
@@ -34,15 +34,13 @@ def apply(
     _checks.floating(op.name, x=x, **states, **weights, **biases)
     if x.dim() not in (3, 4):
         raise ValueError(f"{op.name}: x must have shape [B, L, I] or [T, B, L, I], got {list(x.shape)}")
-    if weights["w_hh"].dim() not in (2, 3):
-        raise ValueError(
-            f"{op.name}: w_hh must have shape [{gates}H, H] or [T, {gates}H, H], got {list(weights['w_hh'].shape)}"
-        )
+    w_hh = weights["w_hh"]
+    if w_hh.dim() not in (2, 3):
+        raise ValueError(f"{op.name}: w_hh must have shape [{gates}H, H] or [T, {gates}H, H], got {list(w_hh.shape)}")
     *lead, length, features = x.shape
-    hidden = weights["w_hh"].shape[-1]
-    sizes = {"w_ih": (gates * hidden, features), "w_hh": (gates * hidden, hidden)} | dict.fromkeys(
-        biases, (gates * hidden,)
-    )
+    hidden = w_hh.shape[-1]
+    rows = gates * hidden
+    sizes = {"w_ih": (rows, features), "w_hh": (rows, hidden), "b_ih": (rows,), "b_hh": (rows,)}
     present = {key: p for key, p in (weights | biases).items() if p is not None}
     owned = {key: p.dim() > len(sizes[key]) for key, p in present.items()}
     if any(owned.values()) and x.dim() != 4:
@@ -118,25 +116,42 @@ def t_affine(
     )
 
 
-def ct_affine(needs: Sequence[bool], x: Tensor, w: Tensor, ct: Tensor) -> tuple[Tensor | None, ...]:
-    """ct_x, ct_w, ct_b of `affine`, those needed."""
+def cotangents(needs: Sequence[bool], x: Tensor, before: Tensor, w_ih: Tensor, ct_u: Tensor, ct_a: Tensor) -> Tensors:
+    """ct_x, ct_w_ih, ct_w_hh, ct_b_ih, ct_b_hh, those needed, of u = x w_ihᵀ + b_ih and a = before w_hhᵀ + b_hh.
+
+    `needs` follows the op's inputs: x, its states, the weights, the biases.
+    """
     return (
-        times(ct, w) if needs[0] else None,
-        outer(ct, x) if needs[1] else None,
-        ct.sum((1, 2)) if needs[2] else None,
+        times(ct_u, w_ih) if needs[0] else None,
+        outer(ct_u, x) if needs[-4] else None,
+        outer(ct_a, before) if needs[-3] else None,
+        ct_u.sum((1, 2)) if needs[-2] else None,
+        ct_a.sum((1, 2)) if needs[-1] else None,
     )
 
 
-def t_ct_affine(
-    needs: Sequence[bool], x: Tensor, w: Tensor, t_x: Tensor | None, t_w: Tensor | None, ct: Tensor, t_ct: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The tangents of what `ct_affine` gives."""
-    t_ct_x, t_ct_w, t_ct_b = ct_affine(needs, x, w, t_ct)
-    if t_ct_x is not None and t_w is not None:
-        t_ct_x = t_ct_x + times(ct, t_w)
-    if t_ct_w is not None and t_x is not None:
-        t_ct_w = torch.baddbmm(t_ct_w, ct.flatten(1, 2).mT, t_x.flatten(1, 2))
-    return t_ct_x, t_ct_w, t_ct_b
+def t_cotangents(
+    needs: Sequence[bool],
+    x: Tensor,
+    before: Tensor,
+    w_ih: Tensor,
+    ct_u: Tensor,
+    ct_a: Tensor,
+    t_x: Tensor | None,
+    t_before: Tensor,
+    t_w_ih: Tensor | None,
+    t_ct_u: Tensor,
+    t_ct_a: Tensor,
+) -> Tensors:
+    """The tangents of what `cotangents` gives."""
+    t_ct_x, t_ct_w_ih, t_ct_w_hh, *t_ct_b = cotangents(needs, x, before, w_ih, t_ct_u, t_ct_a)
+    if needs[0] and t_w_ih is not None:
+        t_ct_x = t_ct_x + times(ct_u, t_w_ih)
+    if needs[-4] and t_x is not None:
+        t_ct_w_ih = t_ct_w_ih + outer(ct_u, t_x)
+    if needs[-3]:
+        t_ct_w_hh = t_ct_w_hh + outer(ct_a, t_before)
+    return t_ct_x, t_ct_w_ih, t_ct_w_hh, *t_ct_b
 
 
 def previous(first: Tensor | None, sequence: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ def attention(
     """softmax(scale q kᵀ) v for q [B, H, L, D] and k, v [B, H_kv, L_k, D]; H is a multiple of H_kv.
 
     causal: query i sees keys up to i + L_k - L, as in decoding. lengths [B]: the number of a sequence's valid keys;
-    what stands beyond them, NaN included, reaches no result. A query that sees no key gives zeros, with zero derivatives.
-    scale: 1 / √D where None.
+    what stands beyond them, NaN included, reaches no result. A query that sees no key gives zeros, with zero
+    derivatives. scale: 1 / √D where None.
 
     Raises TypeError or ValueError, naming the argument, where kinds, dtypes, devices or shapes do not fit.
 

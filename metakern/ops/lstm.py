@@ -51,14 +51,14 @@ from torch import Tensor
 from metakern.ops._recurrent import (
     affine,
     apply,
-    ct_affine,
+    cotangents,
     last,
     narrow,
     previous,
     stack,
     start,
     t_affine,
-    t_ct_affine,
+    t_cotangents,
     times,
     total,
     wide,
@@ -145,10 +145,8 @@ def _vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -
     k, k_h = _coefficients(gates, previous(cell, cells), torch.tanh(cells))
     ct_zs, _, ct_h, ct_c = _backward(gates, k, k_h, w_hh, previous(None, ct_y), last(ct_h, ct_y), ct_c.clone())
     ct_z = stack(ct_zs, x, w_hh.shape[1])
-    n_x, _, _, n_w_ih, n_w_hh, n_b_ih, n_b_hh = c.needs
-    ct_x, ct_w_ih, ct_b_ih = ct_affine((n_x, n_w_ih, n_b_ih), x, w_ih, ct_z)
-    _, ct_w_hh, ct_b_hh = ct_affine((False, n_w_hh, n_b_hh), previous(h, y), w_hh, ct_z)
-    return narrow(inputs, (ct_x, ct_h, ct_c, ct_w_ih, ct_w_hh, ct_b_ih, ct_b_hh))
+    ct_x, *ct_p = cotangents(c.needs, x, previous(h, y), w_ih, ct_z, ct_z)
+    return narrow(inputs, (ct_x, ct_h, ct_c, *ct_p))
 
 
 def _vjp_jvp(
@@ -180,11 +178,9 @@ def _vjp_jvp(
         gates, k, k_h, w_hh, s_h, last(t_ct_h, t_ct_y), last(t_ct_c, through_k_h), s_c, t_k * ct_state
     )
     t_ct_z = stack(t_ct_zs, x, gate_size)
-    n_x, _, _, n_w_ih, n_w_hh, n_b_ih, n_b_hh = c.needs
-    t_ct_x, t_ct_w_ih, t_ct_b_ih = t_ct_affine((n_x, n_w_ih, n_b_ih), x, w_ih, t_x, t_w_ih, ct_z, t_ct_z)
-    before, t_before = previous(h, y), previous(t_h, t_y)
-    _, t_ct_w_hh, t_ct_b_hh = t_ct_affine((False, n_w_hh, n_b_hh), before, w_hh, t_before, t_w_hh, ct_z, t_ct_z)
-    return narrow(inputs, (t_ct_x, t_ct_h, t_ct_c, t_ct_w_ih, t_ct_w_hh, t_ct_b_ih, t_ct_b_hh))
+    tangents = t_x, previous(t_h, t_y), t_w_ih, t_ct_z, t_ct_z
+    t_ct_x, *t_ct_p = t_cotangents(c.needs, x, previous(h, y), w_ih, ct_z, ct_z, *tangents)
+    return narrow(inputs, (t_ct_x, t_ct_h, t_ct_c, *t_ct_p))
 
 
 def _backward(
