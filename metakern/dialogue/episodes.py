@@ -130,16 +130,13 @@ def split_tasks(
     parts: list[tuple[TaskData, ...]] = []
     for names in (test, validation, train):
         for name in names:
-            free = [
-                (d, texts) for d, texts in tasks[name] if taken.isdisjoint(texts) and taken.isdisjoint(_speakers(d))
-            ]
-            skipped["dialogues that share a text or a task's speaker with a held-out split"] += len(tasks[name]) - len(
-                free
-            )
-            tasks[name] = free
-        names = enough(names)
-        parts.append(tuple(TaskData(name, tuple(d for d, _ in tasks[name])) for name in names))
-        taken.update(names, *(texts for name in names for _, texts in tasks[name]))
+            whole = tasks[name]
+            tasks[name] = [(d, texts) for d, texts in whole if taken.isdisjoint(texts | _speakers(d))]
+            lost = len(whole) - len(tasks[name])
+            skipped["dialogues that share a text or a task's speaker with a held-out split"] += lost
+        kept = enough(names)
+        parts.append(tuple(TaskData(name, tuple(d for d, _ in tasks[name])) for name in kept))
+        taken.update(kept, *(texts for name in kept for _, texts in tasks[name]))
     for kind, part, fraction in zip(("test", "validation", "train"), parts, fractions[::-1], strict=True):
         if fraction and not part:
             raise DataError(f"split_tasks: {kind} must have a task, got none that shares no text with held-out tasks")
