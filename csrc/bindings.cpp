@@ -14,7 +14,7 @@
 namespace py = pybind11;
 
 // The files of csrc/cpu, each compiled once for every instruction set.
-#define METAKERN_FILES(X) X(gelu) X(layer_norm) X(rms_norm) X(silu) X(swiglu)
+#define METAKERN_FILES(X) X(cross_entropy) X(gelu) X(layer_norm) X(rms_norm) X(silu) X(swiglu)
 
 namespace metakern {
 
@@ -46,7 +46,7 @@ struct Entry {
         std::string seen;
         for (const char* c = k.signature; *c; ++c) {
             if (*c != ':') continue;
-            while (*++c && *c != ' ' && *c != '?')
+            while (*++c && *c != ' ' && *c != '?' && *c != 'i')
                 if (seen.find(*c) == std::string::npos) seen += *c;
             optional.push_back(*c == '?');
             if (!*c) break;

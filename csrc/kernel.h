@@ -19,7 +19,7 @@ struct Args {
 };
 
 // `signature` reads "x:TND weight:TD? -> y:TND": a letter is a size, in the order of first appearance, `*` any one shape,
-// `i` before the colon int64 elements, `?` a tensor that may be absent, `?name` an output made only beside that input.
+// `i` after the sizes int64 elements, `?` a tensor that may be absent, `?name` an output made only beside that input.
 struct Kernel {
     const char* name;
     const char* signature;

@@ -5,7 +5,7 @@ and what it allocates: "x:TND weight:TD? -> y:TND ct_weight:TD?weight" reads
 
     x:TND           a tensor [T, N, D]; the first tensor with a size sets it, the others must agree
     x:*             any shape, the same for all tensors of the kernel
-    target:TNi      int64 elements; all other tensors share one dtype, float32 or float64
+    target:TNi      integers, passed on as int64; all other tensors share one dtype, float32 or float64
     weight:TD?      may be None
     ct_weight:TD?weight    an output made only where the input `weight` is given
 """
@@ -97,8 +97,9 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
                 raise TypeError(f"{kernel}: {name} must be a tensor, got None")
             tensors.append(None)
             continue
-        if tensor.dtype != (torch.int64 if indices else dtype):
-            raise TypeError(f"{kernel}: {name} must be {torch.int64 if indices else dtype}, got {tensor.dtype}")
+        tensor = tensor.long() if indices else tensor
+        if tensor.dtype != dtype and not indices:
+            raise TypeError(f"{kernel}: {name} must be {dtype} like the other tensors, got {tensor.dtype}")
         if tensor.device.type != "cpu":
             raise ValueError(f"{kernel}: {name} must be on the CPU, got {tensor.device}")
         if dims == "*":

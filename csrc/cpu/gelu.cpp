@@ -1,4 +1,5 @@
 // gelu(x) = x Phi(x), and its tanh form x (1 + tanh(u)) / 2 = x s(2u) with u = sqrt(2/pi) (x + 0.044715 x^3).
+// Of the first form PyTorch's own kernels are the better ones at first order.
 #include "elementwise.h"
 
 namespace metakern::METAKERN_ISA {
@@ -17,9 +18,29 @@ inline Derivatives<F> gelu_tanh(Vec<F> x) {
     return gated<F>(x, z, c * z * (F(1) + a * square), c * (F(1) + 3 * a * square), 6 * a * c * z);
 }
 
-METAKERN_UNARY_RULES(gelu, gelu)
-METAKERN_UNARY_RULES(gelu_tanh, gelu_tanh)
+template <class F>
+void gelu_tanh_forward(const Args& args) {
+    elementwise<F, 1, 1>(args, [](const Vec<F>* in, Vec<F>* out) { out[0] = gelu_tanh<F>(in[0]).value; });
+}
 
-extern const Kernel gelu_kernels[] = {METAKERN_UNARY_TABLE(gelu), METAKERN_UNARY_TABLE(gelu_tanh), {}};
+// jvp and vjp: f' is diagonal, so they are one product.
+template <class F>
+void gelu_tanh_slope(const Args& args) {
+    elementwise<F, 2, 1>(args, [](const Vec<F>* in, Vec<F>* out) { out[0] = in[1] * gelu_tanh<F>(in[0]).first; });
+}
+
+extern const Kernel gelu_kernels[] = {
+    {"gelu_vjp_jvp",
+     "x:* t_x:* ct_y:* t_ct_y:*? -> t_ct_x:*",
+     0,
+     {curvature<float, gelu<float>>, curvature<double, gelu<double>>}},
+    {"gelu_tanh_forward", "x:* -> y:*", 0, {gelu_tanh_forward<float>, gelu_tanh_forward<double>}},
+    {"gelu_tanh_jvp", "x:* t_x:* -> t_y:*", 0, {gelu_tanh_slope<float>, gelu_tanh_slope<double>}},
+    {"gelu_tanh_vjp", "x:* ct_y:* -> ct_x:*", 0, {gelu_tanh_slope<float>, gelu_tanh_slope<double>}},
+    {"gelu_tanh_vjp_jvp",
+     "x:* t_x:* ct_y:* t_ct_y:*? -> t_ct_x:*",
+     0,
+     {curvature<float, gelu_tanh<float>>, curvature<double, gelu_tanh<double>>}},
+    {}};
 
 }  // namespace metakern::METAKERN_ISA

@@ -1,10 +1,13 @@
-// silu(x) = x s(x), with the sigmoid s.
+// silu(x) = x s(x), with the sigmoid s. PyTorch's own kernels are the better ones at first order.
 #include "elementwise.h"
 
 namespace metakern::METAKERN_ISA {
 
-METAKERN_UNARY_RULES(silu, silu)
-
-extern const Kernel silu_kernels[] = {METAKERN_UNARY_TABLE(silu), {}};
+extern const Kernel silu_kernels[] = {
+    {"silu_vjp_jvp",
+     "x:* t_x:* ct_y:* t_ct_y:*? -> t_ct_x:*",
+     0,
+     {curvature<float, silu<float>>, curvature<double, silu<double>>}},
+    {}};
 
 }  // namespace metakern::METAKERN_ISA
