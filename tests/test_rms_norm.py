@@ -16,6 +16,8 @@ def test_equals_torch_on_its_usual_shapes(eps: float | None) -> None:
         x = make(*shape)
         torch.testing.assert_close(mk.ops.rms_norm(x, weight, eps), F.rms_norm(x, (5,), weight, eps))
         torch.testing.assert_close(mk.ops.rms_norm(x, eps=eps), F.rms_norm(x, (5,), None, eps))
+        small = 1e-3 * x.bfloat16()
+        torch.testing.assert_close(mk.ops.rms_norm(small, eps=eps), F.rms_norm(small, (5,), None, eps))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from metakern.ops.rms_norm import SPEC as _RMS_NORM
 from metakern.ops.rms_norm import rms_norm
 from metakern.ops.rnn import SPEC as _RNN
 from metakern.ops.rnn import rnn
+from metakern.ops.rope import SPEC as _ROPE
+from metakern.ops.rope import rope
 from metakern.ops.silu import SPEC as _SILU
 from metakern.ops.silu import silu
 from metakern.ops.swiglu import SPEC as _SWIGLU
@@ -38,6 +40,7 @@ SPECS = {
         _LSTM,
         _RMS_NORM,
         _RNN,
+        _ROPE,
         _SILU,
         _SWIGLU,
     )
@@ -55,6 +58,7 @@ __all__ = [
     "lstm",
     "rms_norm",
     "rnn",
+    "rope",
     "silu",
     "swiglu",
 ]
