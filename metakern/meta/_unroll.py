@@ -56,7 +56,7 @@ class Unroll:
     def _forward(self, theta: Sequence[Tensor], support: Any, steps: int) -> Iterator[_Step]:
         phi, state = list(theta), self.inner.init(theta)
         for _ in range(steps):
-            random, grads = _Random(phi[0].device), self._grads(phi, support)
+            random, grads = Random(phi[0].device), self._grads(phi, support)
             with torch.no_grad():
                 after, next_state = self.inner.update(phi, grads, state)
             yield _Step(phi, state, grads, random, after)
@@ -103,7 +103,7 @@ class Unroll:
             leaves = [p.detach().requires_grad_() for p in phi]
             losses = self.batching.losses(leaves, query)
             ct = _grad(losses.sum() * weight, [*leaves, *shared])
-        after = _Random(phi[0].device)
+        after = Random(phi[0].device)
         ct_phi, ct_shared = ct[:n], ct[n:]
         ct_state: Gradients = [None] * len(history[0].state if history else ())
         ct_hyper: Gradients = [None] * len(hyper)
@@ -172,11 +172,11 @@ class _Step:
     phi: list[Tensor]
     state: tuple[Tensor, ...]
     grads: list[Tensor] | None
-    random: _Random
+    random: Random
     after: list[Tensor]
 
 
-class _Random:
+class Random:
     """A state of the random generators, so that a step that is computed again draws the same dropout masks."""
 
     def __init__(self, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from metakern.meta._batching import Loss, exact_kernels, select, tasks_of
 from metakern.meta._parameters import Adapt, Parameters
 from metakern.meta._plan import Plan, Planner, Wishes
-from metakern.meta._unroll import Gradients, Result, Unroll, _add
+from metakern.meta._unroll import Gradients, Random, Result, Unroll, _add
 from metakern.optim import SGD, InnerOptimizer
 
 
@@ -140,7 +140,9 @@ class MAML(nn.Module):
         key = (parameters, str(spec), str(shape), self.model.training, self.steps, self.first_order)
         if self._prepared is None or self._prepared.key != key:
             roles = Parameters(self.model, self._adapt)
+            random = Random(next(iter(roles.adapted.values())).device)
             plan, batching = Planner(roles, self.loss, self._wishes).plan(support, self.steps, self.first_order)
+            random.restore()  # the trials draw; what the user's model draws must not depend on when they are made
             unroll = Unroll(batching, self.inner, self.steps, self.first_order, plan.hvp)
             self._prepared = _Prepared(key, roles, plan, unroll)
         return self._prepared
