@@ -1,0 +1,46 @@
+"""torch.nn's layer norm and RMS norm over metakern's ops: first and second derivatives in closed form."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from metakern import ops
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm by `metakern.ops.layer_norm`: the same arguments, state dict and outputs.
+
+    Input and output are [..., *normalized_shape]; another shape raises ValueError.
+
+    >>> import metakern as mk, torch
+    >>> mk.nn.LayerNorm(2)(torch.tensor([[1.0, 3.0]]))
+    tensor([[-1.0000,  1.0000]], grad_fn=<ViewBackward0>)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.flatten() for p in (self.weight, self.bias))
+        return ops.layer_norm(_flat(self, input), weight, bias, self.eps).view(input.shape)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm by `metakern.ops.rms_norm`: the same arguments, state dict and outputs.
+
+    Input and output are [..., *normalized_shape]; another shape raises ValueError.
+
+    >>> import metakern as mk, torch
+    >>> mk.nn.RMSNorm(2, elementwise_affine=False)(torch.tensor([[1.0, 7.0]]))
+    tensor([[0.2000, 1.4000]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.flatten()
+        return ops.rms_norm(_flat(self, x), weight, self.eps).view(x.shape)
+
+
+def _flat(module: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
+    """[..., *normalized_shape] -> [..., D]"""
+    sizes = tuple(module.normalized_shape)
+    if tuple(x.shape[-len(sizes) :]) != sizes:
+        name = type(module).__name__
+        raise ValueError(f"{name}: input must have shape [..., {', '.join(map(str, sizes))}], got {list(x.shape)}")
+    return x.flatten(-len(sizes))

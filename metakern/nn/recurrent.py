@@ -1,0 +1,127 @@
+"""torch.nn's recurrent layers over metakern's ops: layers, directions and dropout around one op for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from metakern import ops
+
+States = tuple[Tensor, ...]
+
+
+def run(
+    module: nn.RNNBase, x: Tensor, states: States | None, parameter: Callable[[str], Tensor]
+) -> tuple[Tensor, States]:
+    """All layers and directions of a torch.nn or metakern.nn module, with the parameters that `parameter` finds.
+
+    x [B, L, I] gives [B, L, directions · H]; states, (h,) or (h, c), are [layers · directions, B, H], given and
+    returned. With the tasks first in each parameter, x is [T, B, L, I], and states [layers · directions, T, B, H].
+    """
+    directions = ("", "_reverse") if module.bidirectional else ("",)
+    finals: list[States] = []
+    for layer in range(module.num_layers):
+        if layer and module.training and module.dropout:
+            x = F.dropout(x, module.dropout)
+        outputs = []
+        for suffix in directions:
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
+            weights = [parameter(f"{name}_l{layer}{suffix}") for name in names]
+            start = None if states is None else tuple(state[len(finals)] for state in states)
+            y, final = _layer(module.mode, x.flip(-2) if suffix else x, start, weights)
+            outputs.append(y.flip(-2) if suffix else y)
+            finals.append(final)
+        x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
+    return x, tuple(torch.stack(state) for state in zip(*finals, strict=True))
+
+
+def _layer(mode: str, x: Tensor, start: States | None, weights: list[Tensor]) -> tuple[Tensor, States]:
+    """One direction of one layer."""
+    if mode == "LSTM":
+        return ops.lstm(x, None if start is None else (start[0], start[1]), *weights)
+    h = None if start is None else start[0]
+    if mode == "GRU":
+        y, h = ops.gru(x, h, *weights)
+    else:
+        y, h = ops.rnn(x, h, *weights, nonlinearity=mode.removeprefix("RNN_").lower())
+    return y, (h,)
+
+
+class _Recurrent(nn.RNNBase):
+    """What the three layers share: torch.nn's arguments brought to `run`, and its results back."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.proj_size:
+            raise ValueError(f"{self._get_name()}: proj_size must be 0, got {self.proj_size}")
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
+        name, x = self._get_name(), input
+        if isinstance(x, PackedSequence):
+            raise TypeError(f"{name}: input must be a tensor, got a PackedSequence: pad it")
+        if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"{name}: input must have 2 or 3 dimensions, the last of size {self.input_size}, got {list(x.shape)}"
+            )
+        batched = x.dim() == 3
+        states = None if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
+        if not batched:
+            x = x.unsqueeze(0)
+            states = None if states is None else tuple(state.unsqueeze(1) for state in states)
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        for state in states or ():
+            expected = [self.num_layers * (2 if self.bidirectional else 1), x.shape[0], self.hidden_size]
+            if list(state.shape) != expected:
+                raise ValueError(f"{name}: hx must have shape {expected}, got {list(state.shape)}")
+        y, states = run(self, x, states, partial(getattr, self))
+        if not batched:
+            y, states = y.squeeze(0), tuple(state.squeeze(1) for state in states)
+        elif not self.batch_first:
+            y = y.transpose(0, 1)
+        return y, states if self.mode == "LSTM" else states[0]
+
+
+class RNN(_Recurrent, nn.RNN):
+    """torch.nn.RNN by `metakern.ops.rnn`: the same arguments, state dict and outputs.
+
+    input is [L, B, I], [B, L, I] with batch_first, or [L, I] without a batch; hx, None or
+    [layers · directions, B, H]. Raises TypeError for a PackedSequence, ValueError for shapes that do not fit.
+
+    >>> import metakern as mk, torch
+    >>> y, h = mk.nn.RNN(3, 5, num_layers=2, batch_first=True)(torch.zeros(2, 7, 3))
+    >>> y.shape, h.shape
+    (torch.Size([2, 7, 5]), torch.Size([2, 2, 5]))
+    """
+
+
+class GRU(_Recurrent, nn.GRU):
+    """torch.nn.GRU by `metakern.ops.gru`: the same arguments, state dict and outputs.
+
+    input is [L, B, I], [B, L, I] with batch_first, or [L, I] without a batch; hx, None or
+    [layers · directions, B, H]. Raises TypeError for a PackedSequence, ValueError for shapes that do not fit.
+
+    >>> import metakern as mk, torch
+    >>> y, h = mk.nn.GRU(3, 5, bidirectional=True)(torch.zeros(7, 2, 3))
+    >>> y.shape, h.shape
+    (torch.Size([7, 2, 10]), torch.Size([2, 2, 5]))
+    """
+
+
+class LSTM(_Recurrent, nn.LSTM):
+    """torch.nn.LSTM by `metakern.ops.lstm`: the same arguments, state dict and outputs; proj_size must be 0.
+
+    input is [L, B, I], [B, L, I] with batch_first, or [L, I] without a batch; hx is (h, c), each
+    [layers · directions, B, H], or None. Raises TypeError for a PackedSequence, ValueError for shapes that do not fit.
+
+    >>> import metakern as mk, torch
+    >>> y, (h, c) = mk.nn.LSTM(3, 5, batch_first=True)(torch.zeros(2, 7, 3))
+    >>> y.shape, h.shape, c.shape
+    (torch.Size([2, 7, 5]), torch.Size([1, 2, 5]), torch.Size([1, 2, 5]))
+    """

@@ -1,0 +1,254 @@
+"""metakern.nn: torch.nn's state dicts, calls and outputs, and the derivatives that torch.nn lacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils._pytree import tree_leaves
+
+import metakern as mk
+
+RECURRENT = {
+    "rnn": ("RNN", {}),
+    "relu": ("RNN", {"nonlinearity": "relu"}),
+    "gru": ("GRU", {}),
+    "lstm": ("LSTM", {}),
+}
+SHAPES = [
+    {},
+    {"batch_first": True},
+    {"num_layers": 3, "bias": False},
+    {"num_layers": 2, "bidirectional": True, "batch_first": True},
+]
+
+
+def pair(name: str, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    """The module of torch.nn and ours with its state dict, in float64."""
+    torch.manual_seed(3)
+    theirs = getattr(nn, name)(*args, **kwargs).double()
+    ours = getattr(mk.nn, name)(*args, **kwargs).double()
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.5)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def draw(*shape: int, seed: int = 5) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def double_backward(module: nn.Module, *args: Tensor, **kwargs: Any) -> list[Tensor]:
+    """Outputs, first derivatives and those of a random functional of these, for all parameters and inputs."""
+    args = tuple(a.clone().requires_grad_() for a in args)
+    wrt = [*module.parameters(), *args]
+    outputs = [o for o in tree_leaves(module(*args, **kwargs)) if o is not None]
+    loss = sum((draw(*o.shape, seed=i) * o * o).sum() for i, o in enumerate(outputs))
+    g = torch.autograd.grad(loss, wrt, create_graph=True)
+    product = sum((draw(*gi.shape, seed=i) * gi).sum() for i, gi in enumerate(g))
+    return [*outputs, *g, *torch.autograd.grad(product, wrt)]
+
+
+def close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_recurrent_equals_torch_to_second_order(cell: str, options: dict) -> None:
+    name, extra = RECURRENT[cell]
+    ours, theirs = pair(name, 3, 4, **extra, **options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert isinstance(ours, type(theirs))
+    close(double_backward(ours, draw(2, 5, 3)), double_backward(theirs, draw(2, 5, 3)))
+
+
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_initial_state_and_sequences_without_a_batch(cell: str) -> None:
+    name, extra = RECURRENT[cell]
+    ours, theirs = pair(name, 3, 4, num_layers=2, bidirectional=True, **extra)
+    for shape, state in (((5, 2, 3), (4, 2, 4)), ((5, 3), (4, 4))):
+        hx: Any = draw(*state, seed=6)
+        hx = (hx, draw(*state, seed=7)) if cell == "lstm" else hx
+        for arguments in ((draw(*shape), hx), (draw(*shape),)):
+            close(tree_leaves(ours(*arguments)), tree_leaves(theirs(*arguments)))
+
+
+def test_dropout_between_layers_only_in_training() -> None:
+    ours, _ = pair("LSTM", 3, 64, num_layers=2, dropout=0.5, batch_first=True)
+    x = draw(2, 5, 3)
+    ours.eval()
+    assert torch.equal(ours(x)[0], ours(x)[0])
+    ours.train()
+    torch.manual_seed(0)
+    first = ours(x)
+    assert not torch.equal(first[0], ours(x)[0])
+    torch.manual_seed(0)
+    assert torch.equal(first[0], ours(x)[0])
+    assert torch.equal(first[1][0][0], ours(x)[1][0][0]), "the first layer's state must see no dropout"
+
+
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_parameters_may_be_replaced_and_mapped(cell: str) -> None:
+    """vmap over tasks of forward over reverse through functional_call equals a loop over the tasks."""
+    name, extra = RECURRENT[cell]
+    module, _ = pair(name, 3, 4, batch_first=True, **extra)
+    before = [p.detach().clone() for p in module.parameters()]
+    theta = {n: draw(3, *p.shape, seed=i) for i, (n, p) in enumerate(module.named_parameters())}
+    v = {n: draw(*p.shape, seed=20 + i) for i, (n, p) in enumerate(theta.items())}
+    x = draw(3, 2, 5, 3)
+
+    def hvp(phi: dict, v: dict, x: Tensor) -> dict:
+        return jvp(grad(lambda p: (functional_call(module, p, (x,))[0] ** 2).sum()), (phi,), (v,))[1]
+
+    mapped = vmap(hvp)(theta, v, x)
+    for t in range(3):
+        one = hvp({n: p[t] for n, p in theta.items()}, {n: p[t] for n, p in v.items()}, x[t])
+        close([m[t] for m in mapped.values()], list(one.values()))
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_weights_of_each_task_run_all_layers_at_once(cell: str) -> None:
+    name, extra = RECURRENT[cell]
+    module, _ = pair(name, 3, 4, num_layers=2, bidirectional=True, batch_first=True, **extra)
+    theta = {n: draw(3, *p.shape, seed=i) for i, (n, p) in enumerate(module.named_parameters())}
+    x = draw(3, 2, 5, 3)
+    y, states = mk.nn.recurrent.run(module, x, None, theta.__getitem__)
+    for t in range(3):
+        expected, final = functional_call(module, {n: p[t] for n, p in theta.items()}, (x[t],))
+        final = final if cell == "lstm" else (final,)
+        close([y[t], *(s[:, t] for s in states)], [expected, *final])
+
+
+def test_recurrent_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match=r"^LSTM: proj_size must be 0, got 2$"):
+        mk.nn.LSTM(3, 4, proj_size=2)
+    gru = mk.nn.GRU(3, 4)
+    with pytest.raises(TypeError, match=r"^GRU: input must be a tensor, got a PackedSequence"):
+        gru(pack_sequence([torch.zeros(2, 3)]))
+    with pytest.raises(ValueError, match=r"^GRU: input must have 2 or 3 dimensions, the last of size 3, got \[2, 5\]$"):
+        gru(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"^GRU: hx must have shape \[1, 2, 4\], got \[1, 3, 4\]$"):
+        gru(torch.zeros(5, 2, 3), torch.zeros(1, 3, 4))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("LayerNorm", 6), ("LayerNorm", (2, 3)), ("RMSNorm", 6), ("RMSNorm", (2, 3))]
+)
+def test_norms_equal_torch_to_second_order(name: str, shape: Any, affine: bool) -> None:
+    ours, theirs = pair(name, shape, eps=0.1, elementwise_affine=affine)
+    sizes = (6,) if shape == 6 else shape
+    close(double_backward(ours, draw(4, 5, *sizes)), double_backward(theirs, draw(4, 5, *sizes)))
+    with pytest.raises(ValueError, match=rf"^{name}: input must have shape .*, got \[4, 7\]$"):
+        ours(draw(4, 7))
+
+
+def test_layer_norm_without_a_bias() -> None:
+    ours, theirs = pair("LayerNorm", 6, bias=False)
+    close(double_backward(ours, draw(4, 6)), double_backward(theirs, draw(4, 6)))
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The options of each call of the fused op."""
+    calls: list[dict] = []
+    op = mk.ops.attention
+
+    def counted(*args: Tensor, **kwargs: Any) -> Tensor:
+        calls.append(kwargs)
+        return op(*args, **kwargs)
+
+    monkeypatch.setattr(mk.ops, "attention", counted)
+    return calls
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        return self.inner(x, x, x, **options)
+
+
+CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
+PADDING = torch.tensor([[False] * 5, [True, False, False, True, True]])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "is_fused"),
+    [
+        ({"need_weights": False}, True),
+        ({"need_weights": False, "attn_mask": CAUSAL, "is_causal": True}, True),
+        ({"need_weights": False, "attn_mask": CAUSAL}, False),
+        ({"attn_mask": CAUSAL, "average_attn_weights": False}, False),
+        ({"key_padding_mask": PADDING}, False),
+        ({"need_weights": False, "key_padding_mask": PADDING}, False),
+        ({"attn_mask": draw(8, 5, 5)}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_attention_equals_torch_to_second_order(kwargs: dict, is_fused: bool, fused: list[dict]) -> None:
+    for batch_first in (True, False):
+        ours, theirs = pair("MultiheadAttention", 8, 4, batch_first=batch_first)
+        x = draw(2, 5, 8) if batch_first else draw(5, 2, 8)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            expected = double_backward(SelfAttention(theirs), x, **kwargs)
+        close(double_backward(SelfAttention(ours), x, **kwargs), expected)
+    assert len(fused) == (2 if is_fused else 0)
+    assert all(call == {"causal": kwargs.get("is_causal", False)} for call in fused)
+
+
+def test_cross_attention_of_other_widths_and_without_a_batch() -> None:
+    ours, theirs = pair("MultiheadAttention", 8, 2, kdim=3, vdim=5, bias=False, batch_first=True)
+    arguments = draw(2, 4, 8), draw(2, 6, 3), draw(2, 6, 5)
+    for need_weights in (True, False):
+        for index in (slice(None), 0):
+            batch = [a[index] for a in arguments]
+            a, e = ours(*batch, need_weights=need_weights), theirs(*batch, need_weights=need_weights)
+            close([t for t in a if t is not None], [t for t in e if t is not None])
+
+
+def test_attention_dropout_only_in_training(fused: list[dict]) -> None:
+    ours, _ = pair("MultiheadAttention", 8, 2, dropout=0.5)
+    x = draw(5, 2, 8)
+    assert not torch.equal(ours(x, x, x, need_weights=False)[0], ours(x, x, x, need_weights=False)[0])
+    assert not fused
+    ours.eval()
+    assert torch.equal(ours(x, x, x, need_weights=False)[0], ours(x, x, x, need_weights=False)[0])
+    assert len(fused) == 2
+
+
+def test_a_query_that_sees_no_key_gives_the_bias() -> None:
+    ours, _ = pair("MultiheadAttention", 8, 2, batch_first=True)
+    x = draw(2, 5, 8)
+    y, weights = ours(x, x, x, key_padding_mask=torch.tensor([[True] * 5, [False] * 5]))
+    assert torch.equal(weights[0], torch.zeros(5, 5).double())
+    close([y[0]], [ours.out_proj.bias.expand(5, 8)])
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(y.sum(), list(ours.parameters())))
+
+
+def test_attention_refuses_what_it_cannot_do() -> None:
+    for name in ("add_bias_kv", "add_zero_attn"):
+        with pytest.raises(ValueError, match=rf"^MultiheadAttention: {name} must be False, got True$"):
+            mk.nn.MultiheadAttention(4, 2, **{name: True})
+    ours, _ = pair("MultiheadAttention", 8, 2, batch_first=True)
+    x = draw(2, 5, 8)
+    with pytest.raises(ValueError, match=r"^MultiheadAttention: key must have 2 or 3 dimensions .*, got \[2, 5, 7\]$"):
+        ours(x, x[..., :7], x)
+    with pytest.raises(ValueError, match=r"^MultiheadAttention: attn_mask must have shape \[5, 5\], got \[4, 5\]$"):
+        ours(x, x, x, attn_mask=torch.zeros(4, 5))
+    with pytest.raises(
+        ValueError, match=r"^MultiheadAttention: key_padding_mask must have shape \[2, 5\], got \[2, 4\]$"
+    ):
+        ours(x, x, x, key_padding_mask=torch.zeros(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"^MultiheadAttention: key must have the length 4 of query where is_causal"):
+        ours(x[:, :4], x, x, is_causal=True, need_weights=False)
