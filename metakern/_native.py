@@ -69,6 +69,11 @@ def _signatures() -> dict[str, _Signature]:
     return signatures
 
 
+def _in_memory(tensor: Tensor) -> Tensor:
+    """The tensor in contiguous memory: forward mode has zeros without any, and a view may be lazily negated."""
+    return (tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()).contiguous()
+
+
 def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple[Tensor | None, ...]:
     """Runs a kernel on CPU tensors and returns its outputs.
 
@@ -111,7 +116,7 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
         if not fits:
             expected = f"{dims} with {sizes}" if sizes else list(first.shape)
             raise ValueError(f"{kernel}: {name} must have shape {expected}, got {list(tensor.shape)}")
-        tensors.append(tensor.contiguous())
+        tensors.append(_in_memory(tensor))
     if not sizes:
         sizes["*"] = first.numel()
     given = {argument.name for argument, tensor in zip(signature.inputs, tensors, strict=True) if tensor is not None}

@@ -13,16 +13,16 @@ extern const Kernel rms_norm_kernels[] = {
      {RMSNorm<float>::forward, RMSNorm<double>::forward}},
     {"rms_norm_jvp",
      "x:TND weight:TD? rstd:TN t_x:TND? t_weight:TD? -> t_y:TND t_rstd:TN",
-     0,
+     1,
      {RMSNorm<float>::jvp, RMSNorm<double>::jvp}},
     {"rms_norm_vjp",
      "x:TND weight:TD? rstd:TN ct_y:TND -> ct_x:TND ct_weight:TD?weight",
-     0,
+     1,
      {RMSNorm<float>::vjp, RMSNorm<double>::vjp}},
     {"rms_norm_vjp_jvp",
      "x:TND weight:TD? rstd:TN t_x:TND? t_weight:TD? t_rstd:TN ct_y:TND t_ct_y:TND?"
      " -> t_ct_x:TND t_ct_weight:TD?weight",
-     0,
+     1,
      {RMSNorm<float>::vjp_jvp, RMSNorm<double>::vjp_jvp}},
     {}};
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks
+from metakern.ops import _checks, _cpu
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import per_row, rows, wide
@@ -148,7 +148,10 @@ def _projected(a: Tensor, x_hat: Tensor) -> Tensor:
 OP = Op(
     "layer_norm",
     inputs=("x", "weight", "bias"),
-    kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)},
+    kernels={
+        "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
+        "cpu": _cpu.rules("layer_norm", scalars=lambda c: (c.eps,)),
+    },
 )
 
 

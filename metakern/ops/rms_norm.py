@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks
+from metakern.ops import _checks, _cpu
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import per_row, rows, wide
@@ -133,7 +133,14 @@ def _projected(a: Tensor, x_hat: Tensor) -> Tensor:
     return torch.addcmul(a, x_hat, _mean(x_hat * a), value=-1)
 
 
-OP = Op("rms_norm", inputs=("x", "weight"), kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)})
+OP = Op(
+    "rms_norm",
+    inputs=("x", "weight"),
+    kernels={
+        "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
+        "cpu": _cpu.rules("rms_norm", scalars=lambda c: (c.eps,)),
+    },
+)
 
 
 def _plain(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
