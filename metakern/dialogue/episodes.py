@@ -280,7 +280,7 @@ def _starts(dialogue: Dialogue, train_on: str) -> list[int]:
     bot = _bot(dialogue)
     spoken = [i for i, turn in enumerate(dialogue.turns) if turn.speaker not in SYSTEM_SPEAKERS]
     learned = {i: train_on == "all" or dialogue.turns[i].speaker == bot for i in spoken}
-    answered = [i for i, j in pairwise(spoken) if learned[j] and (train_on == "all" or not learned[i])]
+    answered = [i for i, j in pairwise(spoken) if learned[j]]
     return answered or spoken[:1] * any(learned.values())
 
 

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from metakern import ops
+from metakern.nn import GRU, LSTM, RNN, RMSNorm
 
 __all__ = ["GPT", "MODELS", "RNNLM", "build_model"]
 
-CELLS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+CELLS = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
 
 
 class RNNLM(nn.Module):
@@ -99,11 +99,11 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: width must be a multiple of 2 * heads, got {width} and {heads} heads")
         self.config = {"name": "gpt", "vocab_size": vocab_size, "width": width, "heads": heads}
         self.config |= {"layers": layers, "max_length": max_length, "dropout": dropout}
-        self.max_length = max_length
+        self.max_length, self.head_width = max_length, width // heads
         self.embedding = nn.Embedding(vocab_size, width)
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
         self.head = nn.Linear(width, vocab_size)
         self.head.weight = self.embedding.weight
         for name, parameter in self.named_parameters():
@@ -118,37 +118,36 @@ class GPT(nn.Module):
         if input_ids.shape[-1] > self.max_length:
             raise ValueError(f"GPT: input_ids must be at most {self.max_length} long, got {input_ids.shape[-1]}")
         x = self.drop(self.embedding(input_ids))
+        rotation = rotations(x.shape[1], self.head_width, x)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, *rotation)
         return self.head(self.norm(x))
 
 
 class Block(nn.Module):
-    """One pre-norm layer of a GPT: [B, L, D] -> [B, L, D]."""
+    """One pre-norm layer of a GPT: x [B, L, D] and the `rotations` of a head -> [B, L, D]."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attention_norm, self.mlp_norm = RMSNorm(width), RMSNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, L, D = x.shape
         q, k, v = self.qkv(self.attention_norm(x)).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        attended = ops.attention(_rope(q), _rope(k), v, causal=True)
+        attended = ops.attention(ops.rope(q, cos, sin), ops.rope(k, cos, sin), v)
         x = x + self.drop(self.out(attended.transpose(1, 2).reshape(B, L, D)))
-        return x + self.drop(self.down(F.gelu(self.up(self.mlp_norm(x)))))
+        return x + self.drop(self.down(ops.gelu(self.up(self.mlp_norm(x)))))
 
 
-def _rope(x: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of [B, H, L, D] by an angle that grows with the position."""
-    L, D = x.shape[-2:]
-    angle = torch.arange(L, device=x.device).unsqueeze(1) * 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+def rotations(L: int, D: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [L, D] of the angles of `ops.rope`, which grow with the position, faster in the first pairs."""
+    rates = 10000 ** (-torch.arange(0, D, 2, device=like.device) / D)
+    angles = torch.arange(L, device=like.device).unsqueeze(1) * rates.repeat(2)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 MODELS = (*CELLS, "gpt")
