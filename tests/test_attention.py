@@ -1,0 +1,134 @@
+"""What only attention has: masks that hide NaN, rows that see nothing, alignment, large scores, and its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import grad, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import metakern as mk
+from metakern.ops import SPECS
+from metakern.ops._spec import Make
+
+
+def qkv(B: int, H: int, H_kv: int, L: int, L_k: int, D: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    make = Make(seed=7)
+    return make(B, H, L, D), make(B, H_kv, L_k, D), make(B, H_kv, L_k, D)
+
+
+def run(f: Callable, *args: Tensor, **kwargs: Any) -> list[Tensor]:
+    """Output, cotangents, the derivatives of a random functional of these, and the same by forward over reverse."""
+    args, make = tuple(a.detach().clone().requires_grad_() for a in args), Make(seed=9)
+    y = f(*args, **kwargs)
+    ct, v = make(*y.shape), tuple(make(*a.shape) for a in args)
+    ct_x = torch.autograd.grad(y, args, ct, create_graph=True)
+    transposed = torch.autograd.grad(ct_x, args, v)
+
+    def inner(*args: Tensor) -> Tensor:
+        return (f(*args, **kwargs) * ct).sum()
+
+    return [y, *ct_x, *transposed, *jvp(grad(inner, (0, 1, 2)), tuple(a.detach() for a in args), v)[1]]
+
+
+def close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_equals_torch_to_first_order(causal: bool) -> None:
+    q, k, v = qkv(2, 4, 2, 5, 5)
+    arguments = [t.requires_grad_() for t in (q, k, v)]
+    ours = mk.ops.attention(q, k, v, causal=causal, scale=0.3)
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=0.3, enable_gqa=True)
+    ct = Make()(2, 4, 5, 3)
+    close([ours, *torch.autograd.grad(ours, arguments, ct)], [theirs, *torch.autograd.grad(theirs, arguments, ct)])
+
+
+def test_decoding_continues_the_whole_sequence() -> None:
+    """The last queries alone see what they see among all queries, at every order."""
+    q, k, v = qkv(2, 4, 2, 6, 6)
+
+    def tail(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return mk.ops.attention(torch.cat((torch.zeros_like(k).repeat(1, 2, 1, 1)[:, :, :4], q), 2), k, v)[:, :, 4:]
+
+    close(run(mk.ops.attention, q[:, :, 4:], k, v), run(tail, q[:, :, 4:], k, v))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_nothing_beyond_the_lengths_reaches_a_result(causal: bool) -> None:
+    q, k, v = qkv(3, 2, 1, 4, 4)
+    lengths = torch.tensor([4, 0, 2])
+    beyond = (torch.arange(4) >= lengths[:, None])[:, None, :, None]
+    spoiled = [t.masked_fill(beyond, float("nan")) for t in (k, v)]
+    clean = [t.masked_fill(beyond, 1.0) for t in (k, v)]
+    options = {"causal": causal, "lengths": lengths}
+    close(run(mk.ops.attention, q, *spoiled, **options), run(mk.ops.attention, q, *clean, **options))
+    close(run(mk.ops.attention, q, *spoiled, **options)[:4], run(SPECS["attention"].plain, q, *clean, **options)[:4])
+
+
+def test_a_tangent_beyond_the_lengths_reaches_no_result() -> None:
+    q, k, v = qkv(2, 2, 1, 3, 4)
+    lengths = torch.tensor([3, 1])
+    beyond = (torch.arange(4) >= lengths[:, None])[:, None, :, None]
+
+    def tangents(fill: float) -> tuple[Tensor, ...]:
+        t = tuple(x.masked_fill(beyond, fill) for x in (k.sin(), v.sin()))
+
+        def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return (mk.ops.attention(q, k, v, causal=False, lengths=lengths) ** 2).sum()
+
+        return jvp(grad(loss, (0, 1, 2)), (q, k, v), (q.sin(), *t))[1]
+
+    assert all(torch.equal(a, b) for a, b in zip(tangents(float("nan")), tangents(0.0), strict=True))
+
+
+def test_queries_that_see_nothing_give_zeros_at_every_order() -> None:
+    q, k, v = qkv(2, 2, 2, 5, 3)
+    y, ct_q, _, _, x_q, *_ = run(mk.ops.attention, q, k, v)
+    for t in (y, ct_q, x_q):
+        assert torch.equal(t[:, :, :2], torch.zeros(2, 2, 2, 3).double())
+        assert (t[:, :, 2:] != 0).any()
+    empty = run(mk.ops.attention, q, k, v, causal=False, lengths=torch.tensor([0, 0]))
+    assert all(torch.equal(t, torch.zeros_like(t)) for t in empty)
+
+
+def test_lengths_hide_what_they_say() -> None:
+    q, k, v = qkv(2, 2, 1, 3, 5)
+    y = mk.ops.attention(q, k, v, causal=False, lengths=torch.tensor([2, 5], dtype=torch.int32))
+    close([y[:1]], [mk.ops.attention(q[:1], k[:1, :, :2], v[:1, :, :2], causal=False)])
+    close([y[1:]], [mk.ops.attention(q[1:], k[1:], v[1:], causal=False)])
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e150])
+def test_large_scores_do_not_overflow(factor: float) -> None:
+    q, k, v = qkv(2, 2, 1, 4, 4)
+    assert all(torch.isfinite(t).all() for t in run(mk.ops.attention, factor * q, k, v))
+
+
+def test_errors_name_the_argument() -> None:
+    q, k, v = qkv(2, 4, 2, 3, 5)
+
+    def refuses(error: type[Exception], message: str, *args: Any, **kwargs: Any) -> None:
+        with pytest.raises(error, match="^attention: " + message):
+            mk.ops.attention(*args, **kwargs)
+
+    lengths = torch.tensor([5, 1])
+    refuses(TypeError, "k must be a tensor, got list", q, [1.0], v)
+    refuses(ValueError, r"q must have 4 dimensions, \[B, H, L, D\], got \[4, 3, 3\]", q[0], k, v)
+    refuses(TypeError, "v must have the dtype torch.float64 .*, got torch.float32", q, k, v.float())
+    refuses(ValueError, r"k must have shape .* = \[2, 2, 5, 3\], got \[2, 2, 5, 2\]", q, k[..., :2], v)
+    refuses(ValueError, r"v must have shape .* = \[2, 2, 5, 3\], got \[2, 2, 4, 3\]", q, k, v[:, :, :4])
+    refuses(ValueError, "q must have a multiple of the 2 heads of k and v, got 3", q[:, :3], k, v)
+    refuses(ValueError, r"lengths must have shape \[B\] = \[2\], got \[1\]", q, k, v, lengths=lengths[:1])
+    refuses(TypeError, "lengths must be int64 or int32, got torch.float32", q, k, v, lengths=lengths.float())
+    refuses(ValueError, r"lengths must be between 0 and L_k = 5, got \[6, 2\]", q, k, v, lengths=lengths + 1)
+    refuses(ValueError, r"lengths must be between 0 and L_k = 5, got \[-1, 1\]", q, k, v, lengths=torch.tensor([-1, 1]))
+    refuses(TypeError, "scale must be a number or None, got Tensor", q, k, v, scale=torch.ones(()))

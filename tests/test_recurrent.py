@@ -1,0 +1,162 @@
+"""What rnn, gru and lstm share: arguments, initial and final states, sharing of weights, and extreme values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import metakern as mk
+from metakern.ops import SPECS
+from metakern.ops._spec import Make
+
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+every_cell = pytest.mark.parametrize("cell", GATES)
+
+
+def weights(cell: str, *lead: int, features: int = 3, hidden: int = 2, seed: int = 1) -> list[Tensor]:
+    make, rows = Make(seed=seed), GATES[cell] * hidden
+    return [make(*lead, rows, features), make(*lead, rows, hidden), make(*lead, rows), make(*lead, rows)]
+
+
+def states(cell: str, *shape: int, seed: int = 2) -> list[Tensor]:
+    make = Make(seed=seed)
+    return [make(*shape) for _ in range(2 if cell == "lstm" else 1)]
+
+
+def run(f: Callable, *args: Any) -> list[Tensor]:
+    """Outputs, the cotangents of all arguments, and the derivatives of a random functional of these."""
+    args = tuple(None if a is None else a.detach().clone().requires_grad_() for a in args)
+    wrt, make = [a for a in args if a is not None], Make(seed=9)
+    outputs = tree_leaves(f(*args))
+    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+    ct_x = torch.autograd.grad(outputs, wrt, [make(*o.shape) for o in outputs], create_graph=True, **options)
+    return [*outputs, *ct_x, *torch.autograd.grad(ct_x, wrt, [make(*c.shape) for c in ct_x], **options)]
+
+
+def close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11)
+
+
+@every_cell
+def test_a_sequence_without_steps_leaves_the_state(cell: str) -> None:
+    x, initial = Make()(2, 3, 0, 3), states(cell, 2, 3, 2)
+    y, *final = SPECS[cell].call(x, *initial, *weights(cell, 2))
+    assert y.shape == (2, 3, 0, 2)
+    close(final, initial)
+    assert all(f.data_ptr() != i.data_ptr() for f, i in zip(final, initial, strict=True))
+    initial = [s.requires_grad_() for s in initial]
+    _, *final = SPECS[cell].call(x, *initial, *weights(cell, 2))
+    ct = [Make(seed=4)(2, 3, 2).requires_grad_() for _ in final]
+    ct_x = torch.autograd.grad(final, initial, ct, create_graph=True)
+    close(list(ct_x), ct)
+    close(list(torch.autograd.grad(ct_x, ct, [c.detach() for c in ct])), ct)
+
+
+@every_cell
+def test_shared_parameters_beside_those_of_each_task(cell: str) -> None:
+    """Each subset of the parameters may be shared: the others are each task's own."""
+    spec, x, initial = SPECS[cell], Make()(3, 2, 4, 3), states(cell, 3, 2, 2)
+    own, shared = weights(cell, 3), weights(cell, seed=5)
+    for subset in range(1, 15):
+        mixed = [shared[i] if subset >> i & 1 else own[i] for i in range(4)]
+
+        def plain(*args: Tensor) -> Any:
+            *rest, w_ih, w_hh, b_ih, b_hh = args
+            ranks = {w_ih: 3, w_hh: 3, b_ih: 2, b_hh: 2}
+            return spec.plain(*rest, *(p if p.dim() == rank else p.expand(3, *p.shape) for p, rank in ranks.items()))
+
+        close(run(spec.call, x, *initial, *mixed), run(plain, x, *initial, *mixed))
+
+
+@every_cell
+def test_a_weight_expanded_over_the_tasks_is_read_once(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision too, the products see one matrix, and the gradient is each task's own."""
+    seen = []
+    product = mk.ops._recurrent.product
+
+    def spy(a: Tensor, b: Tensor, *rest: Tensor) -> Tensor:
+        seen.append(b.stride(0))
+        return product(a, b, *rest)
+
+    monkeypatch.setattr(mk.ops._recurrent, "product", spy)
+    with mk.backend("reference"):
+        for dtype in (torch.float64, torch.bfloat16):
+            x, (w_ih, *rest) = Make(dtype)(3, 2, 4, 3), [p.to(dtype) for p in weights(cell, 3)]
+            expanded = w_ih[:1].expand_as(w_ih).requires_grad_()
+            y, *_ = SPECS[cell].call(x, *([None] * len(states(cell, 1))), expanded, *rest)
+            (ct_w,) = torch.autograd.grad(y.sum(), [expanded])
+            assert ct_w.shape == w_ih.shape
+            assert not torch.equal(ct_w[0], ct_w[1])
+    assert seen[0] == 0
+    assert 0 in seen[len(seen) // 2 :]
+
+
+@every_cell
+def test_saturated_gates_stay_finite(cell: str) -> None:
+    x, initial = 100 * Make()(2, 2, 3, 3), [100 * s for s in states(cell, 2, 2, 2)]
+    actual = run(SPECS[cell].call, x, *initial, *weights(cell, 2))
+    assert all(torch.isfinite(a).all() for a in actual)
+    close(actual, run(SPECS[cell].plain, x, *initial, *weights(cell, 2)))
+
+
+@every_cell
+def test_only_the_final_state_is_used(cell: str) -> None:
+    x, initial = Make()(2, 2, 3, 3), states(cell, 2, 2, 2)
+
+    def final(f: Callable) -> Callable:
+        return lambda *args: f(*args)[-1]
+
+    spec = SPECS[cell]
+    close(run(final(spec.call), x, *initial, *weights(cell, 2)), run(final(spec.plain), x, *initial, *weights(cell, 2)))
+
+
+@every_cell
+def test_equals_torch_nn(cell: str) -> None:
+    torch.manual_seed(0)
+    module = getattr(nn, cell.upper())(3, 5, batch_first=True).double()
+    x, initial = Make()(4, 6, 3), states(cell, 4, 5)
+    parameters = list(module.parameters())
+
+    def theirs(x: Tensor, *rest: Tensor) -> Any:
+        hx = tuple(s[None] for s in rest[: len(initial)])
+        names = [name for name, _ in module.named_parameters()]
+        values = dict(zip(names, rest[len(initial) :], strict=True))
+        y, final = torch.func.functional_call(module, values, (x, hx if cell == "lstm" else hx[0]))
+        return y, *(f[0] for f in (final if cell == "lstm" else (final,)))
+
+    close(run(SPECS[cell].call, x, *initial, *parameters), run(theirs, x, *initial, *parameters))
+
+
+@every_cell
+def test_errors_name_the_argument(cell: str) -> None:
+    rows, op = GATES[cell] * 2, getattr(mk.ops, cell)
+    w_ih, w_hh, b_ih, b_hh = weights(cell)
+    x, prefix = Make()(4, 5, 3), rf"^{cell}: "
+    own = weights(cell, 4)
+    per_task = Make()(4, 2, 5, 3)
+
+    def refuses(error: type[Exception], message: str, *args: Any) -> None:
+        with pytest.raises(error, match=prefix + message):
+            op(*args)
+
+    refuses(TypeError, "x must be a tensor, got list", [1.0], None, w_ih, w_hh)
+    refuses(TypeError, "w_hh must be a tensor, got NoneType", x, None, w_ih, None)
+    refuses(TypeError, r"x must be floating point, got torch.int64", x.long(), None, w_ih, w_hh)
+    refuses(TypeError, r"w_ih must have the dtype torch.float64 .*, got torch.float32", x, None, w_ih.float(), w_hh)
+    refuses(ValueError, r"w_ih must be on cpu .*, got meta", x, None, w_ih.to("meta"), w_hh)
+    refuses(ValueError, r"x must have shape \[B, L, I\] or \[T, B, L, I\], got \[5, 3\]", x[0], None, w_ih, w_hh)
+    refuses(ValueError, rf"w_hh must have shape .*, got \[{rows}\]", x, None, w_ih, b_hh)
+    refuses(ValueError, rf"w_ih must have shape .* = \[{rows}, 3\], got \[{rows}, 2\]", x, None, w_ih[:, :2], w_hh)
+    refuses(ValueError, rf"w_hh must have shape .* = \[{rows}, 2\], got \[{rows - 1}, 2\]", x, None, w_ih, w_hh[:-1])
+    refuses(ValueError, rf"b_hh must have shape .* = \[{rows}\], got \[1\]", x, None, w_ih, w_hh, b_ih, b_hh[:1])
+    refuses(ValueError, r"x must have shape \[T, B, L, I\] for weights of each task", x, None, *own)
+    refuses(ValueError, rf"w_ih must have shape .* = \[4, {rows}, 3\], got \[2, ", per_task, None, own[0][:2], w_hh)
+    bad = Make()(4, 3)
+    bad_state = (bad, bad) if cell == "lstm" else bad
+    refuses(ValueError, r"h must have shape \[B, H\] = \[4, 2\], got \[4, 3\]", x, bad_state, w_ih, w_hh)
