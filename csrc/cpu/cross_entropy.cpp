@@ -4,7 +4,8 @@
 //     y = sum of s (l - z[target])             t_l    = p . t_z,   t_y = sum of s (t_l - t_z[target])
 //     ct_z = s ct_y (p - e)                    t_ct_z = s ct_y p (t_z - t_l) + s t_ct_y (p - e)
 //
-// Nothing of the size of the logits is written but a cotangent of them.
+// Nothing of the size of the logits is written but a cotangent of them. As l is rounded, exp(z - l) is divided by its own
+// sum: that is p to full precision, however large the logits.
 #include "rows.h"
 
 namespace metakern::METAKERN_ISA {
@@ -59,8 +60,13 @@ inline Vec<F> logits(const F* p, int64_t i, Lanes... n) {
     return v;
 }
 
+// The largest logit of a row, and the logarithm of the sum of exp(z - top).
 template <class F>
-F log_sum_exp(const F* z, int64_t V) {
+struct LogSumExp {
+    F top, log_sum;
+};
+template <class F>
+LogSumExp<F> log_sum_exp(const F* z, int64_t V) {
     Vec<F> highest = logits(z, 0, V < kLanes<F> ? V : kLanes<F>), total{};
     each<F>(V, [&](int64_t i, auto... n) {
         const Vec<F> v = logits(z, i, n...);
@@ -69,7 +75,19 @@ F log_sum_exp(const F* z, int64_t V) {
     F top = highest[0];
     for (int64_t i = 1; i < kLanes<F>; ++i) top = highest[i] > top ? highest[i] : top;
     each<F>(V, [&](int64_t i, auto... n) { total += exp<F>(logits(z, i, n...) - top); });
-    return top + log(sum<F>(total));
+    return {top, log(sum<F>(total))};
+}
+
+// Writes exp(z - l) and returns its sum.
+template <class F>
+F unscaled(const F* z, F lse, int64_t V, F* p) {
+    Vec<F> total{};
+    each<F>(V, [&](int64_t i, auto... n) {
+        const Vec<F> v = exp<F>(logits(z, i, n...) - lse);
+        total += v;
+        store(p + i, v, n...);
+    });
+    return sum<F>(total);
 }
 
 template <class F>
@@ -83,8 +101,9 @@ void forward(const Args& args) {
     blocks.run([&](int64_t, int64_t, int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
             const int64_t v = targets.at(r);
-            lse[r] = log_sum_exp(z + r * V, V);
-            losses.as<F>()[r] = v < 0 ? F(0) : lse[r] - z[r * V + v];
+            const auto [top, log_sum] = log_sum_exp(z + r * V, V);
+            lse[r] = top + log_sum;
+            losses.as<F>()[r] = v < 0 ? F(0) : top - z[r * V + v] + log_sum;
         }
     });
     targets.mean(losses.as<F>(), y);
@@ -101,11 +120,13 @@ void jvp(const Args& args) {
     blocks.run([&](int64_t, int64_t, int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
             const int64_t v = targets.at(r);
-            Vec<F> total{};
+            Vec<F> total{}, along{};
             each<F>(V, [&](int64_t i, auto... n) {
-                total += exp<F>(logits(z + r * V, i, n...) - lse[r]) * load(t_z + r * V + i, n...);
+                const Vec<F> p = exp<F>(logits(z + r * V, i, n...) - lse[r]);
+                total += p;
+                along += p * load(t_z + r * V + i, n...);
             });
-            t_lse[r] = sum<F>(total);
+            t_lse[r] = sum<F>(along) / sum<F>(total);
             losses.as<F>()[r] = v < 0 ? F(0) : t_lse[r] - t_z[r * V + v];
         }
     });
@@ -123,10 +144,8 @@ void vjp(const Args& args) {
         const F scale = targets.share(t) * ct_y[t];
         for (int64_t r = begin; r < end; ++r) {
             const int64_t v = targets.at(r);
-            const F kept = v < 0 ? F(0) : scale;
-            each<F>(V, [&](int64_t i, auto... n) {
-                store(ct_z + r * V + i, exp<F>(logits(z + r * V, i, n...) - lse[r]) * kept, n...);
-            });
+            const F kept = v < 0 ? F(0) : scale, share = kept / unscaled(z + r * V, lse[r], V, ct_z + r * V);
+            each<F>(V, [&, p = ct_z + r * V](int64_t i, auto... n) { store(p + i, load(p + i, n...) * share, n...); });
             if (v >= 0) ct_z[r * V + v] -= kept;
         }
     });
@@ -145,9 +164,10 @@ void vjp_jvp(const Args& args) {
         for (int64_t r = begin; r < end; ++r) {
             const int64_t v = targets.at(r);
             const F kept = v < 0 ? F(0) : scale, t_kept = v < 0 ? F(0) : t_scale;
-            each<F>(V, [&](int64_t i, auto... n) {
-                const Vec<F> p = exp<F>(logits(z + r * V, i, n...) - lse[r]);
-                store(t_ct_z + r * V + i, p * (kept * (load(t_z + r * V + i, n...) - t_lse[r]) + t_kept), n...);
+            const F total = unscaled(z + r * V, lse[r], V, t_ct_z + r * V), share = kept / total, t_share = t_kept / total;
+            each<F>(V, [&, p = t_ct_z + r * V](int64_t i, auto... n) {
+                const Vec<F> t_log_p = load(t_z + r * V + i, n...) - t_lse[r];
+                store(p + i, load(p + i, n...) * (share * t_log_p + t_share), n...);
             });
             if (v >= 0) t_ct_z[r * V + v] -= t_kept;
         }

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks
+from metakern.ops import _checks, _cpu
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -114,7 +114,10 @@ OP = Op(
     "cross_entropy",
     inputs=("logits",),
     constants=("target",),
-    kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)},
+    kernels={
+        "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
+        "cpu": _cpu.rules("cross_entropy", constants=("target",), scalars=lambda c: (c.ignore_index,)),
+    },
 )
 
 
