@@ -112,14 +112,15 @@ def reader(
     return register
 
 
-def read(source: str, format: str = "auto", **options: Any) -> list[Dialogue]:
+def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
     """Read dialogues from packaged data or from a file or directory.
 
-    source    `"chitchat"`, `"chitchat:senders"`, `"chatterbot"`, `"chatterbot:english"`, …, or a path
+    source    `"chitchat"`, `"chitchat:senders"`, `"chatterbot"`, `"chatterbot:english"`, …, or a path (`"./chitchat"`
+              for one that has such a name)
     format    a name of `READERS`, or `"auto"`: by the name and the beginning of the file
     options   those of the format's reader
 
-    Returns a `Dialogues`, a list whose `summary()` tells what was skipped.  Raises `DataError`.
+    Returns a list whose `summary()` tells what was skipped.  Raises `DataError`.
 
     >>> len({d.task_id for d in read("chatterbot:english")}) > 10
     True
@@ -128,7 +129,7 @@ def read(source: str, format: str = "auto", **options: Any) -> list[Dialogue]:
         raise DataError(f"read: format must be one of {', '.join(READERS)}, got {format!r}{_closest(format)}")
     name, _, variant = source.partition(":")
     path = Path(source)
-    if name in READERS and READERS[name].package and format in ("auto", name) and not path.exists():
+    if name in READERS and READERS[name].package and format in ("auto", name):
         chosen = READERS[name]
         path = chosen.packaged()
         if variant:

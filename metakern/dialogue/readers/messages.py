@@ -26,7 +26,7 @@ ROLES |= {"function": "tool"} | {role: role for role in ("system", "user", "assi
 @reader(
     "messages",
     suffixes=(".jsonl", ".ndjson", ".json"),
-    sniff=lambda head: not head.strip() or '"messages"' in head or '"completion"' in head,
+    sniff=lambda head: not head.strip() or '"messages"' in head or '"prompt"' in head,
 )
 def messages(path: Path, skipped: Counter[str], *, task_key: str | None = None) -> Iterator[Dialogue]:
     """Yield the dialogues of a file or directory; see the module."""
