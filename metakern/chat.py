@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from metakern import checkpoint
 from metakern.config import UserError
+from metakern.dialogue.episodes import collate
 from metakern.dialogue.generate import generate
 from metakern.dialogue.readers import Dialogue, Turn, read
 from metakern.dialogue.tokenizer import IGNORE
@@ -51,13 +52,7 @@ def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:
     rows = [row for row in rows if any(label != IGNORE for label in row[1])]
     if not rows:
         raise UserError("adapt: the support must hold a reply of the bot, got none")
-    length = max(len(ids) for ids, _ in rows)
-
-    def padded(which: int, value: int) -> Tensor:
-        return torch.tensor([[row[which] + [value] * (length - len(row[which])) for row in rows]])
-
-    mask = torch.tensor([[[i < len(ids) for i in range(length)] for ids, _ in rows]]).long()
-    return {"input_ids": padded(0, run.tokenizer.pad_id), "attention_mask": mask, "labels": padded(1, IGNORE)}
+    return collate([rows], tokenizer.pad_id)
 
 
 def adapted_model(run: Run, dialogues: Iterable[Dialogue], steps: int | None = None) -> tuple[nn.Module, str]:
@@ -73,10 +68,7 @@ def adapted_model(run: Run, dialogues: Iterable[Dialogue], steps: int | None = N
             if name in phi:
                 parameter.copy_(phi[name][0])
     windows = support["input_ids"].shape[1]
-    return (
-        model,
-        f"adapted by {steps} steps on {windows} windows; their perplexity went from {before:.1f} to {after:.1f}",
-    )
+    return model, f"{steps} steps on a support of {windows}: its perplexity went from {before:.1f} to {after:.1f}"
 
 
 def adapt(path: str | Path, support: str, out: str | Path, steps: int | None = None) -> str:

@@ -101,7 +101,7 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Copy ``tensors`` into ``module``; `CheckpointError` if a name or a shape differs."""
     own = module_tensors(module)
-    for name in own.keys() | tensors.keys():
+    for name in sorted(own.keys() | tensors.keys()):
         shapes = [tuple(x[name].shape) if name in x else "nothing" for x in (own, tensors)]
         if shapes[0] != shapes[1]:
             raise CheckpointError(f"{source}: {name} must be {shapes[0]} for this config, got {shapes[1]}")

@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(f"the package {error.name} is missing: pip install metakern[dialogue]")
     except OSError as error:
         return _complain(f"{error.filename or 'input or output'}: {error.strerror}")
-    except (UserError, ValueError) as error:
+    except UserError as error:
+        return _complain(str(error), error.code)
+    except ValueError as error:
         return _complain(str(error))
     except ImportError as error:
         if "pip install" not in str(error):
@@ -74,9 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error))
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, code: int = 2) -> int:
     print(f"metakern: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

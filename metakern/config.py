@@ -23,7 +23,9 @@ __all__ = ["Config", "UserError"]
 
 
 class UserError(Exception):
-    """Something that the user can put right: the command line prints it as one line and exits with code 2."""
+    """Something that the user can put right: the command line prints it as one line and exits with ``code``."""
+
+    code = 2
 
 
 def _option(

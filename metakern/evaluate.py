@@ -38,7 +38,7 @@ from metakern.trainer import train
 __all__ = ["evaluate", "plot", "show"]
 
 STEPS = (0, 1, 3, 5, 10)
-FACTORS = tuple(10 ** (exponent / 2) for exponent in range(-3, 4))
+REACH = 6  # half decades of inner rate to either side
 
 
 def evaluate(
@@ -50,8 +50,8 @@ def evaluate(
     compare   algorithms to train, if not yet done, into ``path/<algorithm>``: the same model from the same pretrained
               weights on the same episodes for as many outer steps as the run
 
-    A fine-tuned baseline has learned no inner rate, so it is given the best one of a grid for every number of steps,
-    by its loss on the validation tasks. Returns what ``eval.json`` holds.
+    A fine-tuned baseline has learned no inner rate, so it is given the best one for every number of steps, by its loss
+    on the validation tasks. Returns what ``eval.json`` holds.
     """
     for name in compare:
         if name not in ALGORITHMS:
@@ -90,6 +90,8 @@ def evaluate(
 
 def _baseline(run: Run, name: str) -> Run:
     """The baseline ``name`` of ``run``, trained now where it is not trained yet."""
+    if "from" in run.state:
+        raise UserError(f"{run.path}: is adapted from {run.state['from']}; compare that one")
     state = checkpoint.load(run.path / "checkpoints", "last")[1]
     if state["phase"] != "train" or not state["step"]:
         raise UserError(f"{run.path}: has not been trained yet, so it has no baseline; go on with it by --resume")
@@ -98,16 +100,26 @@ def _baseline(run: Run, name: str) -> Run:
     return train(config, folder, resume=(folder / "checkpoints" / "last.json").exists(), start=run.path)
 
 
-def _at_rate(run: Run, rate: float, source: Episodes, steps: tuple[int, ...]) -> Tensor:
+def _at_rate(run: Run, rate: float, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> Tensor:
     """Query losses ``[len(steps), T]`` of a fine-tuned run that adapts with the inner rate ``rate``."""
-    return curve(Run.open(run.path, inner_lr=rate).algorithm, source, steps)[1]
+    return curve(Run.open(run.path, inner_lr=rate).algorithm, source, steps, limit)[1]
 
 
 def _best_rates(run: Run, validation: Episodes, steps: tuple[int, ...]) -> list[float]:
-    """For every number of steps the inner rate with the lowest mean loss on validation tasks."""
-    rates = [run.config.inner_lr * factor for factor in FACTORS]
-    means = torch.stack([_at_rate(run, rate, validation, steps).mean(1) for rate in rates])
-    return [rates[i] for i in means.nan_to_num(math.inf, math.inf).argmin(0).tolist()]
+    """For every number of steps the inner rate with the lowest mean loss on validation tasks: a search over half
+    decades around the config's rate, until both neighbors of each choice are known to be worse."""
+    means: dict[int, Tensor] = {}
+    best = [0] * len(steps)
+    while untried := {e for b in best for e in (b - 1, b, b + 1) if abs(e) <= REACH} - means.keys():
+        for exponent in sorted(untried):
+            losses = _at_rate(run, _rate(run, exponent), validation, steps, run.config.eval_tasks)
+            means[exponent] = losses.mean(1).nan_to_num(math.inf, math.inf)
+        best = [min(means, key=lambda e: (means[e][i].item(), abs(e))) for i in range(len(steps))]
+    return [_rate(run, exponent) for exponent in best]
+
+
+def _rate(run: Run, exponent: int) -> float:
+    return run.config.inner_lr * 10 ** (exponent / 2)
 
 
 def _summary(losses: Tensor) -> dict[str, Any]:
@@ -138,11 +150,7 @@ def _finite(value: Any) -> Any:
 
 def show(report: dict[str, Any], console: Console) -> None:
     """Print the curves of `evaluate` as a table."""
-    table = Table(
-        title=f"{report['data']}: perplexity of {len(report['tasks'])} unseen tasks after adaptation",
-        caption=escape("[low, high]: 95% interval over tasks"),
-        box=SIMPLE_HEAD,
-    )
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("steps", justify="right")
     columns = [(name, values, "perplexity", ".1f") for name, values in report["curves"].items()]
     own = columns[0][0]
@@ -155,6 +163,8 @@ def show(report: dict[str, Any], console: Console) -> None:
             for _, values, key, form in columns
         ]
         table.add_row(str(k), *(escape(cell) for cell in cells))
+    tasks = f"{len(report['tasks'])} unseen tasks"
+    console.print(f"perplexity after adaptation, {report['data']}, {tasks} [95% interval over tasks]", markup=False)
     console.print(table)
 
 

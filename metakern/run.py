@@ -59,10 +59,15 @@ OPTIMIZERS = {"sgd": mk.optim.SGD, "adam": mk.optim.Adam, "adamw": mk.optim.Adam
 
 def build_algorithm(config: Config, model: nn.Module) -> Any:
     """The config's algorithm over ``model``: a module with ``(support, query) -> value``, `adapt` and `evaluate`."""
-    learn_lr = config.learn_lr and config.algorithm != "finetune"
-    inner = OPTIMIZERS[config.inner](lr=config.inner_lr, learn_lr=learn_lr, per=config.lr_per)
-    options: dict[str, Any] = {"adapt": list(config.adapt)} if config.adapt else {}
-    return ALGORITHMS[config.algorithm](model, mk.losses.causal_lm, inner=inner, steps=config.inner_steps, **options)
+    options: dict[str, Any] = {"steps": config.inner_steps}
+    if config.adapt:
+        options["adapt"] = list(config.adapt)
+    if config.algorithm == "metasgd":
+        options["lr"] = config.inner_lr
+    else:
+        learn_lr = config.learn_lr and config.algorithm != "finetune"
+        options["inner"] = OPTIMIZERS[config.inner](lr=config.inner_lr, learn_lr=learn_lr, per=config.lr_per)
+    return ALGORITHMS[config.algorithm](model, mk.losses.causal_lm, **options)
 
 
 @dataclass

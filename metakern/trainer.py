@@ -7,12 +7,13 @@ state and the step's number, and a checkpoint holds all four: a resumed run goes
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -50,6 +51,8 @@ class DivergenceError(UserError):
 
 class StoppedError(UserError):
     """The user stopped the run, which is saved."""
+
+    code = 130
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False, start: str | Path | None = None) -> Run:
@@ -132,6 +135,7 @@ class _Loop:
     def __init__(self, run: Run, phase: _Phase, validation: Episodes, log: _Log) -> None:
         self.run, self.phase, self.validation, self.log = run, phase, validation, log
         self.config, self.algorithm = run.config, phase.algorithm
+        self.judge = copy.copy(self.algorithm)  # the same weights, and a plan of its own for evaluation mode
         decayed = {id(p) for p in run.model.parameters() if p.ndim > 1}
         parameters = [p for p in self.algorithm.parameters() if p.requires_grad]
         groups = [
@@ -177,7 +181,8 @@ class _Loop:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(algorithm.parameters(), config.clip or math.inf)
         if not torch.isfinite(loss.detach() + norm):
-            raise DivergenceError(self.diagnosis(support, query))
+            names = self.phase.episodes.names(state["step"], config.tasks)
+            raise self.divergence(names, self.look(support, query).sum(0))
         if state["step"] % config.log_every == 0:
             before, after = self.look(support, query).mean(1).tolist()
             self.log(self.phase.name, state["step"], loss=loss.item(), norm=norm.item(), before=before, after=after)
@@ -185,16 +190,18 @@ class _Loop:
 
     def look(self, support: Any, query: Any) -> Tensor:
         """Query losses before and after adaptation ``[2, T]``, in evaluation mode."""
-        self.algorithm.eval()
-        losses = self.algorithm.evaluate(support, query, steps=(0, self.config.inner_steps))
-        self.algorithm.train()
+        self.judge.eval()
+        losses = self.judge.evaluate(support, query, steps=(0, self.config.inner_steps))
+        self.judge.train()
         return losses
 
     def validate(self) -> None:
         """Judge the weights on the validation tasks, keep them if they are the best so far, and save."""
         run, config, state = self.run, self.config, self.run.state
-        steps = (0, config.inner_steps)
-        before, after = curve(self.algorithm, self.validation, steps, config.eval_tasks)[1].mean(1).tolist()
+        names, losses = curve(self.judge, self.validation, (0, config.inner_steps), config.eval_tasks)
+        before, after = losses.mean(1).tolist()
+        if not math.isfinite(before):
+            raise self.divergence(names, losses[0])
         self.log(self.phase.name, state["step"], validation_before=before, validation_after=after)
         self.log.say(f"{self.phase.name} {state['step']}: validation loss {before:.4f} -> {after:.4f}")
         score = before if isinstance(self.algorithm, FineTune) else after
@@ -219,17 +226,15 @@ class _Loop:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         torch.set_rng_state(saved["random"])
 
-    def diagnosis(self, support: Any, query: Any) -> str:
-        """Where training went wrong, and what to do."""
-        step, kept = self.run.state["step"], checkpoint.load(self.run.path / "checkpoints", "last")[1]["step"]
-        names = self.phase.episodes.names(step, self.config.tasks)
-        finite = torch.isfinite(self.look(support, query)).all(0)
-        bad = [name for name, fine in zip(names, finite, strict=True) if not fine]
+    def divergence(self, names: Sequence[str], losses: Tensor) -> DivergenceError:
+        """Where training went wrong, from the losses ``[T]`` of the tasks ``names``, and what to do."""
+        bad = [name for name, loss in zip(names, losses.tolist(), strict=True) if not math.isfinite(loss)]
         what = f"the loss of task {bad[0]!r}" if bad else "the gradient"
-        return (
-            f"{what} is not finite at step {step} of {self.phase.name}; checkpoints/last holds step {kept}: "
-            f"try a lower inner_lr or {'pretrain_lr' if self.phase.name == 'pretrain' else 'outer_lr'} in a new run"
-        )
+        where = f"step {self.run.state['step']} of {self.phase.name}"
+        kept = checkpoint.load(self.run.path / "checkpoints", "last")[1]["step"]
+        rate = "pretrain_lr" if self.phase.name == "pretrain" else "outer_lr"
+        cure = f"checkpoints/last is of step {kept}: try a lower inner_lr or {rate} in a new run"
+        return DivergenceError(f"{what} is not finite at {where}; {cure}")
 
 
 def _schedule(config: Config, step: int, done: float) -> float:

@@ -1,0 +1,140 @@
+"""A checkpoint is whole or absent, whatever happens while it is written."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from metakern import checkpoint
+from metakern.checkpoint import CheckpointError
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with the checkpoint `last` of step 1."""
+    checkpoint.save(tmp_path, "last", {"x": torch.arange(5.0)}, {"step": 1})
+    return tmp_path
+
+
+def check_step_1(folder):
+    tensors, state = checkpoint.load(folder, "last")
+    assert state == {"step": 1}
+    assert torch.equal(tensors["x"], torch.arange(5.0))
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    tensors = {
+        "float": torch.randn(3, 4),
+        "double": torch.randn(2, dtype=torch.float64),
+        "half": torch.randn(2).bfloat16(),
+        "bytes": torch.get_rng_state(),
+        "strided": torch.randn(4, 3).t(),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 2),
+    }
+    state = {"step": 7, "best": None, "seconds": 1.5}
+    checkpoint.save(tmp_path, "last", tensors, state)
+    loaded, loaded_state = checkpoint.load(tmp_path, "last")
+    assert loaded_state == state
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_a_new_checkpoint_takes_the_place_of_the_old_and_of_no_other(saved):
+    checkpoint.save(saved, "best", {"x": torch.zeros(2)}, {"step": 1})
+    checkpoint.save(saved, "last", {"x": torch.ones(2)}, {"step": 2})
+    assert checkpoint.load(saved, "last")[1] == {"step": 2}
+    assert checkpoint.load(saved, "best")[0]["x"].tolist() == [0, 0]
+    assert len(list(saved.iterdir())) == 4
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+@pytest.mark.parametrize("writes", [0, 1])
+def test_a_full_disk_loses_nothing(saved, monkeypatch, failing, writes):
+    done, real = [], getattr(os, failing)
+
+    def full(*args):
+        if len(done) == writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(CheckpointError, match="cannot write: No space left on device; nothing that was there is lost"):
+        checkpoint.save(saved, "last", {"x": torch.ones(9)}, {"step": 2})
+    check_step_1(saved)
+    assert not [file for file in saved.iterdir() if file.name.startswith(".")]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        checkpoint.save(tmp_path / "file", "last", {}, {"step": 1})
+
+
+def test_tensors_cut_short_or_damaged(saved):
+    (file,) = saved.glob("*.safetensors")
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:4], whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), whole + b"\0"):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"safetensors: is cut short or damaged"):
+            checkpoint.load(saved, "last")
+    file.write_bytes(whole)
+    check_step_1(saved)
+
+
+def test_json_cut_short_or_damaged(saved):
+    file = saved / "last.json"
+    whole = file.read_text()
+    for damaged in ("", whole[:-5], "[]", "{}", json.dumps({"tensors": 3}), json.dumps({"tensors": "x"})):
+        file.write_text(damaged)
+        with pytest.raises(CheckpointError):
+            checkpoint.load(saved, "last")
+
+
+def test_a_checkpoint_that_is_not_there(saved):
+    with pytest.raises(CheckpointError, match=r"best\.json: no such checkpoint"):
+        checkpoint.load(saved, "best")
+    next(saved.glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        checkpoint.load(saved, "last")
+
+
+class Tied(nn.Module):
+    def __init__(self, width=3):
+        super().__init__()
+        self.embedding = nn.Embedding(5, width)
+        self.head = nn.Linear(width, 5)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("kept", torch.rand(2))
+        self.register_buffer("made", torch.rand(2), persistent=False)
+
+
+def test_a_module_round_trip_keeps_ties(tmp_path):
+    module, other = Tied(), Tied()
+    tensors = checkpoint.module_tensors(module)
+    assert set(tensors) == {"embedding.weight", "head.bias", "kept"}
+    checkpoint.save(tmp_path, "last", tensors, {})
+    checkpoint.load_module(other, checkpoint.load(tmp_path, "last")[0], tmp_path)
+    assert other.head.weight is other.embedding.weight
+    for name, tensor in checkpoint.module_tensors(other).items():
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_a_module_of_another_shape_is_refused_and_left_alone(tmp_path):
+    module = Tied(width=4)
+    before = module.head.weight.clone()
+    with pytest.raises(CheckpointError, match=r"embedding\.weight must be \(5, 4\) for this config, got \(5, 3\)"):
+        checkpoint.load_module(module, checkpoint.module_tensors(Tied()), tmp_path)
+    tensors = checkpoint.module_tensors(Tied(width=4))
+    bias = tensors.pop("head.bias")
+    with pytest.raises(CheckpointError, match=r"head\.bias must be \(5,\) for this config, got nothing"):
+        checkpoint.load_module(module, tensors, tmp_path)
+    with pytest.raises(CheckpointError, match="more must be nothing for this config, got "):
+        checkpoint.load_module(module, {**tensors, "head.bias": bias, "more": bias}, tmp_path)
+    assert torch.equal(module.head.weight, before)

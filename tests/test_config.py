@@ -1,0 +1,84 @@
+"""A config comes from defaults, a file and flags, and says what is wrong with it in one line."""
+
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metakern.config import Config, UserError
+
+
+def values_of(key):
+    """Allowed values of a field that are not its default."""
+    rule = key.metadata
+    if rule["choices"]:
+        return st.sampled_from(rule["choices"])
+    if isinstance(key.default, bool):
+        return st.booleans()
+    if isinstance(key.default, int):
+        return st.integers(max(rule["least"], -(10**9)), 10**9)
+    if isinstance(key.default, float):
+        return st.floats(rule["least"] or 0, 1e9, exclude_min=rule["above"] is not None)
+    text = st.text(st.characters(exclude_categories=["Cs", "Cc"]))
+    return st.lists(text).map(tuple) if isinstance(key.default, tuple) else text
+
+
+@given(st.data())
+def test_a_file_says_all_of_a_config(tmp_path_factory, data):
+    config = Config(**{key.name: data.draw(values_of(key), key.name) for key in fields(Config)})
+    file = tmp_path_factory.mktemp("config") / "c.toml"
+    file.write_text(config.toml(), "utf-8")
+    assert Config.load(file) == config
+
+
+def test_every_key_is_explained():
+    text = Config().toml()
+    for key in fields(Config):
+        assert f"# {key.metadata['help']}" in text
+
+
+def test_a_file_over_defaults_and_flags_over_a_file(tmp_path):
+    (tmp_path / "c.toml").write_text('model = "gpt"\nsteps = 7\nadapt = ["head", "rnn.*"]\n')
+    config = Config.load(tmp_path / "c.toml")
+    assert config == replace(Config(), model="gpt", steps=7, adapt=("head", "rnn.*"))
+    assert Config.parse({"steps": 9}, base=config) == replace(config, steps=9)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("inner_lrr = 0.1", "unknown key 'inner_lrr', did you mean 'inner_lr'?"),
+        ("[train]\nsteps = 3", "unknown key 'train'"),
+        ("steps = 2.5", "steps must be a whole number, got 2.5"),
+        ("steps = true", "steps must be a whole number, got True"),
+        ("steps = 0", "steps must be at least 1, got 0"),
+        ("inner_lr = 0", "inner_lr must be more than 0, got 0"),
+        ("inner_lr = nan", "inner_lr must be finite, got nan"),
+        ("clip = inf", "clip must be finite, got inf"),
+        ("inner_lr = '0.1'", "inner_lr must be a number, got '0.1'"),
+        ("learn_lr = 1", "learn_lr must be true or false, got 1"),
+        ("adapt = 'head'", "adapt must be a list of strings, got 'head'"),
+        ("adapt = [1]", "adapt must be a list of strings, got (1,)"),
+        ("model = 'gtp'", "model must be one of rnn, gru, lstm, gpt, got 'gtp'"),
+        ("steps = ", "is not TOML"),
+    ],
+)
+def test_bad_files_are_one_line_with_the_path(tmp_path, text, complaint):
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        Config.load(file)
+    assert str(error.value).startswith(f"{file}: ")
+    assert complaint in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="cannot read the config: No such file"):
+        Config.load(tmp_path / "none.toml")
+    with pytest.raises(UserError, match="cannot read the config: Is a directory"):
+        Config.load(tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b'data = "caf\xe9"')
+    with pytest.raises(UserError, match="is not UTF-8"):
+        Config.load(tmp_path / "latin.toml")

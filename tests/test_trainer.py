@@ -1,0 +1,248 @@
+"""A run trains, stops, goes on bit for bit, and says where it went wrong."""
+
+import json
+import os
+import re
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_config, write_tasks
+
+from metakern import checkpoint
+from metakern.checkpoint import CheckpointError
+from metakern.config import Config, UserError
+from metakern.dialogue.episodes import Episodes
+from metakern.run import Run
+from metakern.trainer import DivergenceError, StoppedError, _schedule, train
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("data"))
+
+
+def final(run_folder):
+    """Everything that the last checkpoint of a run holds, but for the time it took."""
+    tensors, state = checkpoint.load(run_folder / "checkpoints", "last")
+    return tensors, {key: value for key, value in state.items() if key != "seconds"}
+
+
+def log_of(run_folder, phase):
+    lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["phase"] == phase]
+
+
+def stop_after(monkeypatch, samples, number=signal.SIGINT):
+    """Send this process a signal while it draws its `samples`-th episode."""
+    real, drawn = Episodes.sample, []
+
+    def sample(self, step, tasks):
+        drawn.append(step)
+        if len(drawn) == samples:
+            os.kill(os.getpid(), number)
+        return real(self, step, tasks)
+
+    monkeypatch.setattr(Episodes, "sample", sample)
+
+
+@pytest.mark.parametrize(
+    ("stopped_at", "changes"),
+    [
+        (("pretrain", 2), {"dropout": 0.3}),
+        (("pretrain", 3), {"algorithm": "reptile"}),
+        (("train", 3), {"dropout": 0.3}),
+        (("train", 1), {"model": "gpt", "heads": 2, "algorithm": "fomaml", "learn_lr": False}),
+        (("train", 4), {"algorithm": "metasgd", "inner_lr": 0.1, "pretrain_steps": 0}),
+        (("train", 2), {"algorithm": "finetune", "model": "lstm"}),
+    ],
+)
+def test_resume_goes_on_bit_for_bit(tmp_path, data, monkeypatch, stopped_at, changes):
+    config = tiny_config(data, **changes)
+    train(config, tmp_path / "whole")
+    phase, step = stopped_at
+    with monkeypatch.context() as patch:
+        stop_after(patch, step + (config.pretrain_steps if phase == "train" else 0))
+        stopped = f"stopped at step {step} of {phase}; go on with: metakern train --resume --out {tmp_path / 'cut'}"
+        with pytest.raises(StoppedError, match=stopped):
+            train(config, tmp_path / "cut")
+    assert final(tmp_path / "cut")[1]["step"] == step
+    torch.manual_seed(99)
+    train(config, tmp_path / "cut", resume=True)
+
+    for name in ("last", "best", "pretrained"):
+        whole, cut = (checkpoint.load(tmp_path / run / "checkpoints", name) for run in ("whole", "cut"))
+        assert whole[0].keys() == cut[0].keys()
+        assert all(torch.equal(whole[0][key], cut[0][key]) for key in whole[0])
+        assert {**whole[1], "seconds": 0} == {**cut[1], "seconds": 0}
+    assert log_of(tmp_path / "whole", "train") == log_of(tmp_path / "cut", "train")
+
+
+@pytest.mark.slow
+def test_more_steps_go_on_from_the_last(tmp_path, data):
+    config = tiny_config(data, cosine=False)
+    train(config, tmp_path / "whole")
+    train(replace(config, steps=3), tmp_path / "more")
+    train(config, tmp_path / "more", resume=True)
+    whole, more = final(tmp_path / "whole"), final(tmp_path / "more")
+    assert whole[1] == more[1]
+    assert all(torch.equal(whole[0][key], more[0][key]) for key in whole[0])
+
+
+def test_training_learns_and_is_logged(tmp_path, data):
+    config = tiny_config(data, steps=30, pretrain_steps=40, pretrain_lr=0.03, outer_lr=0.02, log_every=5, eval_every=10)
+    run = train(config, tmp_path / "run")
+    assert Config.load(tmp_path / "run" / "config.toml") == config
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    lines = log_of(tmp_path / "run", "train")
+    validations = {line["step"]: line for line in lines if "validation_after" in line}
+    assert list(validations) == [0, 10, 20, 30]
+    assert validations[30]["validation_after"] < validations[0]["validation_after"] - 0.05
+    assert validations[30]["validation_after"] < validations[30]["validation_before"] - 0.05
+    best = min(validations.values(), key=lambda line: line["validation_after"])
+    assert (run.state["step"], run.state["best"]) == (best["step"], best["validation_after"])
+    losses = [line for line in lines if "before" in line]
+    assert [line["step"] for line in losses] == list(range(0, 30, 5))
+    for line in losses:
+        assert line["after"] == pytest.approx(line["loss"], rel=1e-4)  # no dropout: the same loss, seen twice
+
+
+def test_the_best_weights_are_those_of_the_best_validation(tmp_path, data, monkeypatch):
+    scores, trained = iter([3.0, 2.0, 4.0]), set()
+    sample = Episodes.sample
+
+    def validate(algorithm, source, steps, limit):
+        assert limit == 5
+        assert {name for names, _, _ in source.evaluation() for name in names}.isdisjoint(trained)
+        return [], torch.tensor([[9.0], [next(scores)]])
+
+    def spy(self, step, tasks):
+        trained.update(self.names(step, tasks))
+        return sample(self, step, tasks)
+
+    monkeypatch.setattr(Episodes, "sample", spy)
+    monkeypatch.setattr("metakern.trainer.curve", validate)
+    run = train(tiny_config(data, pretrain_steps=0, eval_tasks=5), tmp_path / "run")
+    assert (run.state["best"], run.state["step"]) == (2.0, 3)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, data, monkeypatch):
+    real = Episodes.sample
+
+    def sample(self, step, tasks):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(self, step, tasks)
+
+    monkeypatch.setattr(Episodes, "sample", sample)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(data), tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert final(tmp_path / "run")[1]["step"] == 0
+
+
+def test_sigterm_saves_too(tmp_path, data, monkeypatch):
+    stop_after(monkeypatch, 1, signal.SIGTERM)
+    with pytest.raises(StoppedError, match="stopped at step 1 of train"):
+        train(tiny_config(data, pretrain_steps=0), tmp_path / "run")
+
+
+@pytest.mark.parametrize("phase", ["pretrain", "train"])
+@pytest.mark.parametrize("eval_every", [1, 100])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, data, phase, eval_every):
+    rate = "pretrain_lr" if phase == "pretrain" else "outer_lr"
+    config = tiny_config(data, eval_every=eval_every, warmup=0, **{rate: 1e30})
+    with pytest.raises(DivergenceError) as error:
+        train(config, tmp_path / "run")
+    kept, state = final(tmp_path / "run")
+    cure = f"checkpoints/last is of step {state['step']}: try a lower inner_lr or {rate} in a new run"
+    assert re.fullmatch(
+        rf"the (gradient|loss of task 'task\d') is not finite at step \d of {phase}; {cure}", str(error.value)
+    )
+    assert state["phase"] == phase
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+def test_a_validation_that_is_not_finite_names_its_task(tmp_path, data, monkeypatch):
+    curves = iter([torch.ones(2, 3), torch.tensor([[1.0, float("nan"), 1.0], [1.0, 1.0, 1.0]])])
+    monkeypatch.setattr("metakern.trainer.curve", lambda *_: (["a", "b", "c"], next(curves)))
+    with pytest.raises(DivergenceError, match=r"the loss of task 'b' is not finite at step 3 of train; .* of step 0"):
+        train(tiny_config(data, pretrain_steps=0), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("losses", "what"), [([1.0, float("nan")], "the loss of task '{1}'"), ([1.0, 2.0], "the gradient")]
+)
+def test_the_error_names_the_task_that_broke(tmp_path, data, monkeypatch, losses, what):
+    clip, calls, names = torch.nn.utils.clip_grad_norm_, [], []
+
+    def broken_at_step_2(parameters, limit):
+        calls.append(limit)
+        return torch.tensor(float("inf")) if len(calls) == 3 else clip(parameters, limit)
+
+    def look(loop, support, query):
+        names[:] = loop.phase.episodes.names(2, 2)
+        return torch.tensor([[1.0, 1.0], losses])
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken_at_step_2)
+    monkeypatch.setattr("metakern.trainer._Loop.look", look)
+    with pytest.raises(DivergenceError) as error:
+        train(tiny_config(data, pretrain_steps=0), tmp_path / "run")
+    assert str(error.value).startswith(f"{what.format(*names)} is not finite at step 2 of train")
+
+
+def test_a_time_limit_ends_a_phase(tmp_path, data):
+    config = tiny_config(data, steps=10**6, minutes=1e-9, pretrain_steps=10**6, pretrain_minutes=1e-9)
+    train(config, tmp_path / "run")
+    assert final(tmp_path / "run")[1]["step"] == 1
+    assert [line["step"] for line in log_of(tmp_path / "run", "pretrain") if "before" in line] == [0]
+
+
+def test_a_baseline_starts_where_the_run_started(tmp_path, data):
+    config = tiny_config(data)
+    train(config, tmp_path / "run")
+    train(replace(config, algorithm="finetune"), tmp_path / "run" / "finetune", start=tmp_path / "run")
+    own, other = log_of(tmp_path / "run", "train")[0], log_of(tmp_path / "run" / "finetune", "train")[0]
+    assert own["validation_before"] == other["validation_before"]
+    assert not log_of(tmp_path / "run" / "finetune", "pretrain")
+    tokenizers = {(tmp_path / "run" / name / "tokenizer.json").read_bytes() for name in ("", "finetune")}
+    assert len(tokenizers) == 1
+
+
+def test_a_folder_is_not_overwritten_and_not_resumed_as_something_else(tmp_path, data):
+    config = tiny_config(data, steps=1, pretrain_steps=0)
+    with pytest.raises(UserError, match="holds no run to resume"):
+        train(config, tmp_path / "run", resume=True)
+    train(config, tmp_path / "run")
+    before = final(tmp_path / "run")[0]
+    with pytest.raises(UserError, match=r"holds a run already; go on with it by --resume, or choose another --out"):
+        train(config, tmp_path / "run")
+    for change in ({"hidden": 9}, {"vocab_size": 400}, {"seed": 4}, {"algorithm": "fomaml"}):
+        ((key, value),) = change.items()
+        with pytest.raises(UserError, match=f"was begun with {key} = .*, got {value!r}; resume it as it was begun"):
+            train(replace(config, **change), tmp_path / "run", resume=True)
+    assert all(torch.equal(before[key], value) for key, value in final(tmp_path / "run")[0].items())
+
+
+def test_a_run_with_another_vocabulary_is_refused(tmp_path, data):
+    folder = tmp_path / "run"
+    train(tiny_config(data, steps=1, pretrain_steps=0), folder)
+    train(tiny_config(data, steps=1, pretrain_steps=0, vocab_size=280), tmp_path / "other")
+    (folder / "tokenizer.json").write_bytes((tmp_path / "other" / "tokenizer.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is not the vocabulary that .*best was trained with"):
+        Run.open(folder)
+    with pytest.raises(CheckpointError, match="is not the vocabulary"):
+        train(tiny_config(data, steps=2, pretrain_steps=0), folder, resume=True)
+
+
+def test_the_schedule_warms_up_and_ends_at_zero():
+    config = Config(warmup=4, steps=100)
+    rates = [_schedule(config, step, step / 100) for step in range(101)]
+    assert rates[:4] == sorted(rates[:4])
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[4] < 1
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[100] == 0
+    assert _schedule(replace(config, cosine=False), 50, 0.5) == 1

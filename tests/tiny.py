@@ -1,0 +1,51 @@
+"""Small conversations and a small run, for the tests of what trains, evaluates and talks."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+from metakern.config import Config
+
+WORDS = ("river", "stone", "cloud", "ember", "maple", "otter", "violin", "copper", "lantern", "meadow", "harbor")
+
+
+def write_tasks(folder: Path, tasks: int = 10, dialogues: int = 10) -> Path:
+    """A folder of messages JSONL, a file a task; each task has favorite words of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for t in range(tasks):
+        draw = random.Random(t)
+        favorites = draw.sample(WORDS, 3)
+        lines = []
+        for _ in range(dialogues):
+            said = " ".join(draw.choices(WORDS, k=4))
+            reply = " ".join(draw.choices(favorites, k=4))
+            talk = [("user", said), ("assistant", reply), ("user", f"why {said}"), ("assistant", f"for {reply}")]
+            lines.append(json.dumps({"messages": [{"role": role, "content": text} for role, text in talk]}))
+        (folder / f"task{t}.jsonl").write_text("\n".join(lines), "utf-8")
+    return folder
+
+
+def tiny_config(data: Path, **changes: object) -> Config:
+    """A run of a few seconds over `data`."""
+    config = Config(
+        data=str(data),
+        vocab_size=300,
+        max_length=24,
+        support_size=3,
+        query_size=2,
+        width=8,
+        hidden=8,
+        inner_steps=2,
+        inner_lr=0.3,
+        outer_lr=0.01,
+        warmup=2,
+        tasks=2,
+        steps=6,
+        pretrain_steps=4,
+        log_every=2,
+        eval_every=3,
+        threads=1,
+        seed=3,
+    )
+    return replace(config, **changes)
