@@ -14,7 +14,7 @@
 namespace py = pybind11;
 
 // The files of csrc/cpu, each compiled once for every instruction set.
-#define METAKERN_FILES(X) X(cross_entropy) X(gelu) X(layer_norm) X(rms_norm) X(silu) X(swiglu)
+#define METAKERN_FILES(X) X(cross_entropy) X(gelu) X(layer_norm) X(rms_norm) X(rope) X(silu) X(swiglu)
 
 namespace metakern {
 

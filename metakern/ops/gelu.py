@@ -20,14 +20,16 @@ section 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import pi, sqrt
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks
+from metakern.ops import _checks, _cpu
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -84,7 +86,17 @@ def _second(x: Tensor, approximate: str) -> Tensor:
     return (1 - tau * tau) * (slope + x * (3 * _K * _A * x - tau * slope * slope))
 
 
-OP = Op("gelu", inputs=("x",), kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)})
+_REFERENCE = Rules(_forward, _jvp, _vjp, _vjp_jvp)
+_NATIVE = {"none": _cpu.curvature("gelu", _REFERENCE), "tanh": _cpu.rules("gelu_tanh")}
+
+
+def _native(rule: str) -> Callable[..., Any]:
+    return lambda c, *tensors: getattr(_NATIVE[c.approximate], rule)(c, *tensors)
+
+
+_CPU = Rules(_native("forward"), _native("jvp"), _native("vjp"), _native("vjp_jvp"), _NATIVE["tanh"].dtypes)
+
+OP = Op("gelu", inputs=("x",), kernels={"reference": _REFERENCE, "cpu": _CPU})
 
 
 def _plain(x: Tensor, approximate: str = "none") -> Tensor:

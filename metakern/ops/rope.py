@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from metakern.ops import _checks
+from metakern.ops import _checks, _cpu
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -88,7 +88,12 @@ def _turned(x: Tensor) -> Tensor:
     return torch.cat((-b, a), -1)
 
 
-OP = Op("rope", inputs=("x",), constants=("cos", "sin"), kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)})
+OP = Op(
+    "rope",
+    inputs=("x",),
+    constants=("cos", "sin"),
+    kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp), "cpu": _cpu.linear_rules("rope", ("cos", "sin"))},
+)
 
 
 def _plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

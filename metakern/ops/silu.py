@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks
+from metakern.ops import _checks, _cpu
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -80,7 +80,9 @@ def _second(x: Tensor) -> Tensor:
     return s * (1 - s) * (2 + x * (1 - 2 * s))
 
 
-OP = Op("silu", inputs=("x",), kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)})
+_REFERENCE = Rules(_forward, _jvp, _vjp, _vjp_jvp)
+
+OP = Op("silu", inputs=("x",), kernels={"reference": _REFERENCE, "cpu": _cpu.curvature("silu", _REFERENCE)})
 
 
 def _samples(make: Make) -> list[Sample]:

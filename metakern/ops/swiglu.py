@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks
+from metakern.ops import _checks, _cpu
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -90,7 +90,11 @@ def _orders(gate: Tensor) -> tuple[Tensor, Tensor]:
     return value, s + value * (1 - s)
 
 
-OP = Op("swiglu", inputs=("gate", "up"), kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)})
+OP = Op(
+    "swiglu",
+    inputs=("gate", "up"),
+    kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp), "cpu": _cpu.rules("swiglu")},
+)
 
 
 def _plain(gate: Tensor, up: Tensor) -> Tensor:
