@@ -31,7 +31,7 @@ def episodes(tasks=SPLIT.train, **options) -> Episodes:
 
 def texts(dialogue: Dialogue) -> set[str]:
     """What may not be shared, computed in another way than in the package."""
-    turns = [re.sub(r"[^a-z]+", " ", turn.text.lower()).strip() for turn in dialogue.turns]
+    turns = [re.sub(r"[\W_]+", " ", turn.text.casefold()).strip() for turn in dialogue.turns]
     return {" | ".join(turns), *(turn for turn in turns if len(turn.split()) >= 5)}
 
 
@@ -92,6 +92,20 @@ def test_a_held_out_speaker_says_nothing_in_train(corpus, seed):
     assert train.isdisjoint(task.task_id for task in (*split.validation, *split.test))
     assert validation.isdisjoint(task.task_id for task in split.test)
     assert test
+
+
+@pytest.mark.parametrize("source", ["chitchat:topics", "chitchat:senders"])
+def test_real_conversations_are_split_without_leaks(source):
+    split = split_tasks(read(source), seed=1)
+    assert disjoint(*parts(split))
+    assert all(
+        len({text for d in task.dialogues for text in texts(d)}) == sum(len(texts(d)) for d in task.dialogues)
+        for task in (*split.train, *split.validation, *split.test)
+    )
+    held_out = {task.task_id for task in (*split.validation, *split.test)}
+    assert held_out.isdisjoint(turn.speaker for d in parts(split)[0] for turn in d.turns)
+    assert min(len(split.validation), len(split.test)) >= 3
+    assert len(split.train) > 20
 
 
 def test_a_short_phrase_may_recur_and_a_long_one_or_a_whole_dialogue_may_not():
