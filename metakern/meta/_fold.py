@@ -22,6 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metakern import ops
 from metakern.meta._parameters import Parameters
+from metakern.nn.recurrent import run
 
 
 class FoldError(RuntimeError):
@@ -43,7 +44,9 @@ class Fold:
     @contextmanager
     def active(self, phi: Sequence[Tensor]) -> Iterator[None]:
         """Within the block the model takes BatchedTensors of a vmap over tasks, and runs folded with parameters phi."""
-        patched = {module: partial(unit, self, module) for module, unit in self.units.items()}
+        patched: dict[nn.Module, Callable] = {
+            module: partial(unit, self, module) for module, unit in self.units.items()
+        }
         inner = patched.pop(self.model, self.model.forward)
         patched[self.model] = partial(self._enter, inner)
         kept = {module: module.__dict__.get("forward") for module in patched}
@@ -56,17 +59,16 @@ class Fold:
                     module.__dict__["forward"] = forward
                 yield
             finally:
-                for module, forward in kept.items():
-                    if forward is None:
-                        del module.__dict__["forward"]
-                    else:
-                        module.__dict__["forward"] = forward
+                for module, before in kept.items():
+                    del module.__dict__["forward"]
+                    if before is not None:
+                        module.__dict__["forward"] = before
         if self._position != len(self.record):
             raise FoldError("the model made fewer calls than when it was traced")
 
-    def folded(self, tensor: Tensor) -> bool:
-        """Whether a tensor carries the tasks in its first dimension; recorded in order, then replayed."""
-        now = tensor.dim() > 0 and tensor.shape[0] == self.size
+    def folded(self, tensor: Tensor, dim: int = 0) -> bool:
+        """Whether a tensor carries the tasks in a dimension; recorded in order, then replayed."""
+        now = tensor.dim() > dim and tensor.shape[dim] == self.size
         if self.recording:
             self.record.append(now)
         elif self._position >= len(self.record):
@@ -74,7 +76,7 @@ class Fold:
         answer = self.record[self._position]
         self._position += 1
         if answer and not now:
-            raise FoldError(f"a tensor that carries the tasks must have {self.size} rows, got {list(tensor.shape)}")
+            raise FoldError(f"a tensor that carries the tasks must have size {self.size}, got {list(tensor.shape)}")
         return answer
 
     def split(self, tensor: Tensor) -> Tensor:
@@ -93,12 +95,10 @@ class Fold:
             tensor = tensor.squeeze(1)
         return tensor.unsqueeze(1).expand(-1, self.size // self.tasks, *tensor.shape[1:]).flatten(0, 1)
 
-    def weight(self, module: nn.Module, name: str) -> Tensor | None:
-        """A unit's parameter for each task, [T, *shape]; one that is not adapted is expanded."""
+    def weight(self, module: nn.Module, name: str) -> Any:
+        """A unit's parameter for each task, [T, *shape], or None; one that is not adapted is expanded."""
         value = module._parameters.get(name)
-        if value is None or not isinstance(value, nn.Parameter):
-            return value
-        return value.expand(self.tasks, *value.shape)
+        return value.expand(self.tasks, *value.shape) if isinstance(value, nn.Parameter) else value
 
     def _enter(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """The model's call, seen from inside the vmap over tasks of the user's loss."""
@@ -164,7 +164,7 @@ def _units(parameters: Parameters) -> dict[nn.Module, Unit]:
     return units
 
 
-def _rule(module: nn.Module) -> Unit:
+def _rule(module: Any) -> Unit:
     kind = type(module)
     if "forward" in module.__dict__:  # somebody has wrapped this module's forward
         return _mapped
@@ -172,24 +172,71 @@ def _rule(module: nn.Module) -> Unit:
         return _linear
     if kind is nn.Embedding and module.max_norm is None and not module.sparse and not module.scale_grad_by_freq:
         return _embedding
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1:
+        return _layer_norm if isinstance(module, nn.LayerNorm) else _rms_norm
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return _conv1d
+    if isinstance(module, nn.RNNBase) and not module.proj_size:
+        return _recurrent
     return _mapped
+
+
+def _per_task(fold: Fold, x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
+    """An op of [T, ..., D] on a tensor of the model, folded or the same for all."""
+    if fold.folded(x):
+        return op(fold.split(x)).flatten(0, 1)
+    return fold.spread(op(x.expand(fold.tasks, *x.shape)))
 
 
 def _linear(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
     weight, bias = fold.weight(module, "weight"), fold.weight(module, "bias")
-    if not fold.folded(x):
-        return fold.spread(ops.linear(x.expand(fold.tasks, *x.shape), weight, bias))
-    return ops.linear(fold.split(x), weight, bias).flatten(0, 1)
+    return _per_task(fold, x, lambda x: ops.linear(x, weight, bias))
 
 
-def _embedding(fold: Fold, module: nn.Module, tokens: Tensor) -> Tensor:
+def _conv1d(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
+    """Hugging Face's linear layer of GPT-2, whose weight is [in, out]."""
+    weight, bias = fold.weight(module, "weight"), fold.weight(module, "bias")
+    return _per_task(fold, x, lambda x: ops.linear(x, weight.mT, bias))
+
+
+def _layer_norm(fold: Fold, module: nn.LayerNorm, x: Tensor) -> Tensor:
+    weight, bias = fold.weight(module, "weight"), fold.weight(module, "bias")
+    return _per_task(fold, x, lambda x: ops.layer_norm(x, weight, bias, module.eps))
+
+
+def _rms_norm(fold: Fold, module: nn.RMSNorm, x: Tensor) -> Tensor:
     weight = fold.weight(module, "weight")
-    carries = fold.folded(tokens)
-    per_task = fold.split(tokens) if carries else tokens.expand(fold.tasks, *tokens.shape)
-    rows = ops.embedding(per_task, weight)
-    if module.padding_idx is not None:
-        rows = torch.where((per_task == module.padding_idx).unsqueeze(-1), rows.detach(), rows)
-    return rows.flatten(0, 1) if carries else fold.spread(rows)
+    eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+    return _per_task(fold, x, lambda x: ops.rms_norm(x, weight, eps))
+
+
+def _embedding(fold: Fold, module: Any, tokens: Tensor) -> Tensor:
+    weight = fold.weight(module, "weight")
+
+    def look_up(tokens: Tensor) -> Tensor:
+        rows = ops.embedding(tokens, weight)
+        if module.padding_idx is None:
+            return rows
+        return torch.where((tokens == module.padding_idx).unsqueeze(-1), rows.detach(), rows)  # a row not learned
+
+    return _per_task(fold, tokens, look_up)
+
+
+def _recurrent(fold: Fold, module: nn.RNNBase, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+    """torch.nn's and metakern.nn's recurrent layers; states have the batch in dimension 1."""
+    batch_dim = 0 if module.batch_first else 1
+    states = None if hx is None else tuple(hx) if module.mode == "LSTM" else (hx,)
+    if not isinstance(x, Tensor) or x.dim() != 3 or not fold.folded(x, batch_dim):
+        raise FoldError(f"{type(module).__name__} takes a padded batch of sequences")
+    if states is not None:
+        carries = [fold.folded(state, 1) for state in states]  # every one is recorded
+        if not all(carries):
+            raise FoldError(f"{type(module).__name__} takes a state for each sequence")
+        states = tuple(state.unflatten(1, (fold.tasks, -1)) for state in states)
+    per_task = fold.split(x.transpose(0, batch_dim))
+    y, states = run(module, per_task, states, partial(fold.weight, module))
+    states = tuple(state.flatten(1, 2) for state in states)
+    return y.flatten(0, 1).transpose(0, batch_dim), states if module.mode == "LSTM" else states[0]
 
 
 def _mapped(fold: Fold, module: nn.Module, *args: Any, **kwargs: Any) -> Any:

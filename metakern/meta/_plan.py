@@ -12,7 +12,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,7 @@ class Planner:
                 reasons.append(f"{name} is not possible: {_one_line(error)}")
                 continue
             reasons.append(f"{name} equals plain autograd on two tasks, {probe.measure()}: taken")
+            reasons += [probe.note] * bool(probe.note)
             chosen = _batching.WAYS[name](self.parameters, self.loss)
             if isinstance(batching, _batching.Folded) and isinstance(chosen, _batching.Folded):
                 chosen.fold.record, chosen.fold.recording = batching.fold.record, False
@@ -87,16 +88,17 @@ class Planner:
         device = next(iter(adapted)).device
         copy_bytes = sum(p.numel() * p.element_size() for p in adapted)
         working, free = saved + 3 * copy_bytes, _free_bytes(device)
-        chunk, strategy = self.wishes.task_chunk, self.wishes.strategy
-        if chunk == "auto":
+        wish, strategy = self.wishes.task_chunk, self.wishes.strategy
+        if isinstance(wish, int):
+            chunk = wish
+        else:
             room = CACHE_BYTES if device.type == "cpu" else free // 2
-            chunk = max(1, min(tasks, room // max(working, 1)))
+            chunk = max(1, room // max(working, 1))
             where = "cache" if device.type == "cpu" else "memory"
-            reasons.append(
-                f"{chunk} of {tasks} tasks at once: {_mib(working)} a task and step, {_mib(room)} of {where}"
-            )
+            now = min(chunk, tasks)
+            reasons.append(f"{now} of {tasks} tasks at once: {_mib(working)} a task and step, {_mib(room)} of {where}")
         if strategy == "auto":
-            stored = chunk * (inner_steps * (3 * saved + 2 * copy_bytes) + working)
+            stored = min(chunk, tasks) * (inner_steps * (3 * saved + 2 * copy_bytes) + working)
             strategy = "store" if stored <= free // 4 else "recompute"
             fits = "fits" if strategy == "store" else "does not fit"
             reasons.append(
@@ -140,7 +142,7 @@ class _Probe:
 
     def __init__(self, model: nn.Module, adapt: Sequence[str], loss: Loss, support: Any, tolerance: float) -> None:
         self.parameters, self.loss, self.tolerance = Parameters(model, lambda name: name in adapt), loss, tolerance
-        self.worst = 0.0
+        self.worst, self.note = 0.0, ""
         index = torch.arange(2) % tasks_of(support)
         self.batch = select(support, index.to(next(model.parameters()).device))
         random = torch.Generator().manual_seed(0)
@@ -225,11 +227,14 @@ class _Probe:
             self._compare("Hessian-vector product", self._products(batching, "reverse"), self.truth[2])
             try:
                 self._compare("Hessian-vector product", self._products(batching, "forward"), self.truth[2])
-            except (RuntimeError, NotImplementedError, _MismatchError):
+            except RuntimeError as error:
+                self.note = (
+                    f"Hessian-vector products reverse over reverse, for want of forward mode: {_one_line(error)}"
+                )
                 return "reverse", bytes_a_task
         return "forward", bytes_a_task
 
-    def _products(self, batching: Batching, hvp: str) -> list[Tensor | None]:
+    def _products(self, batching: Batching, hvp: str) -> Sequence[Tensor | None]:
         unroll = Unroll(batching, SGD(), steps=1, hvp=hvp)
         return unroll.hessian_vector_product(self.phi, self.shared, self.batch, self.v)[1]
 
@@ -252,7 +257,7 @@ class _Probe:
         for i, (a, b) in enumerate(zip(found, truth, strict=True)):
             if a is None and b is None:
                 continue
-            a, b = (torch.zeros_like(y) if x is None else x for x, y in ((a, b), (b, a)))
+            a, b = _aligned(a, b)
             error = (a - b).norm().item() / max(norms[i], 1e-3 * max(norms), 1e-30)
             if not error <= self.tolerance:
                 raise _MismatchError(f"its {what} differs from plain autograd's by {error:.0e}")
@@ -266,15 +271,22 @@ class _MismatchError(RuntimeError):
 class _without_dropout(TorchFunctionMode):  # noqa: N801, a context manager
     """Dropout is the identity: two ways of computing a loss can only be compared without it."""
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention and kwargs:
+        if func is F.scaled_dot_product_attention:
             kwargs = {**kwargs, "dropout_p": 0.0}
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+
+
+def _aligned(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Zeros for the one that is None; not both are."""
+    some = cast(Tensor, b if a is None else a)
+    return (torch.zeros_like(some) if a is None else a.detach(), torch.zeros_like(some) if b is None else b.detach())
 
 
 def _both(a: Sequence[Tensor | None], b: Sequence[Tensor | None], n: int) -> list[Tensor | None]:
@@ -284,7 +296,7 @@ def _both(a: Sequence[Tensor | None], b: Sequence[Tensor | None], n: int) -> lis
         if x is None and y is None:
             out.append(None)
             continue
-        x, y = (torch.zeros_like(q) if p is None else p.detach() for p, q in ((x, y), (y, x)))
+        x, y = _aligned(x, y)
         out.append(torch.stack([x, y]) if i < n else x + y)
     return out
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from metakern.meta._batching import Batching
 from metakern.optim import InnerOptimizer
 
-Gradients = list[Tensor | None]
+Gradients = Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Unroll:
         ct_hyper: Gradients = [None] * len(hyper)
         while history and any(c is not None for c in ct_phi):
             step = history.pop()
-            grads = step.grads
-            direct, ct_grads, next_ct_state, _ = self._pullback(step, grads or step.phi, ct_phi, ct_state)
+            grads = step.grads or step.phi  # an affine update's pullback needs no gradients
+            direct, ct_grads, next_ct_state, _ = self._pullback(step, grads, ct_phi, ct_state)
             if not self.first_order:
                 step.random.restore()
                 grads, products = self.hessian_vector_product(step.phi, shared, support, ct_grads)
@@ -125,15 +125,15 @@ class Unroll:
         self, step: _Step, grads: Sequence[Tensor], ct_phi: Gradients, ct_state: Gradients
     ) -> tuple[Gradients, Gradients, Gradients, Gradients]:
         """The cotangents of phi, grads, state and hyper-parameters, from those of the inner optimizer's results."""
-        groups = [list(step.phi), list(grads), list(step.state), self.inner.hyper_parameters()]
+        before = [[t.detach().requires_grad_() for t in group] for group in (step.phi, grads, step.state)]
+        groups: list[list[Tensor]] = [*before, [*self.inner.hyper_parameters()]]
         with torch.enable_grad():
-            groups[:3] = [[t.detach().requires_grad_(t.is_floating_point()) for t in group] for group in groups[:3]]
-            phi, state = self.inner.update(groups[0], groups[1], tuple(groups[2]))
+            phi, state = self.inner.update(before[0], before[1], tuple(before[2]))
             pairs = [(y, ct) for y, ct in zip([*phi, *state], [*ct_phi, *ct_state], strict=True) if ct is not None]
             ct = _grad([y for y, _ in pairs], [t for group in groups for t in group], [ct for _, ct in pairs])
         rest = iter(ct)
-        phi_ct, grads_ct, state_ct, hyper_ct = ([next(rest) for _ in group] for group in groups)
-        return phi_ct, grads_ct, state_ct, hyper_ct
+        of_phi, of_grads, of_state, of_hyper = ([next(rest) for _ in group] for group in groups)
+        return of_phi, of_grads, of_state, of_hyper
 
     def hessian_vector_product(
         self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients
@@ -160,8 +160,8 @@ class Unroll:
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in phi]
             grads = _grad(self.batching.losses(leaves, batch).sum(), leaves, create_graph=True)
-            curved = [(g, t) for g, t in zip(grads, v, strict=True) if t is not None and _depends(g)]
-            products = _grad([g for g, _ in curved], [*leaves, *shared], [t for _, t in curved])
+            pairs = [(g, t) for g, t in zip(grads, v, strict=True) if g is not None and t is not None]
+            products = _grad([g for g, _ in pairs], [*leaves, *shared], [t for _, t in pairs])
         return [None if g is None else g.detach() for g in grads], products
 
 
@@ -187,10 +187,6 @@ class Random:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
-
-
-def _depends(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
 
 
 def _grad(
