@@ -1,13 +1,19 @@
 """The dialogue models: causal, rebuilt from their config, differentiable twice."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from metakern.dialogue.models import GPT, MODELS, RNNLM, build_model
+import metakern as mk
+from metakern.dialogue.episodes import Episodes, split_tasks
+from metakern.dialogue.models import GPT, MODELS, RNNLM, build_model, rotations
+from metakern.dialogue.readers import read
+from metakern.dialogue.tokenizer import Tokenizer
 
+TOPICS = Path(__file__).parent / "data" / "topics.jsonl"
 SIZES = {"gpt": {"width": 16, "heads": 2, "layers": 2, "max_length": 12}}
 V = 30
 
@@ -15,7 +21,7 @@ V = 30
 def make(name: str, **options) -> nn.Module:
     torch.manual_seed(0)
     sizes = SIZES.get(name, {"embedding": 8, "hidden": 12, "layers": 2})
-    return build_model(name, V, **(sizes | options)).double()
+    return build_model(name, **({"vocab_size": V} | sizes | options)).double()
 
 
 @pytest.fixture
@@ -98,16 +104,46 @@ def test_second_derivatives_are_finite_differences_of_first_ones(name, ids):
     assert any(h.abs().max() > 1e-3 for h in hvp)
 
 
-def test_positions_of_a_gpt_are_relative(ids):
-    """Two copies of a phrase far enough apart to attend to nothing else are told apart by distance alone."""
-    from metakern.dialogue.models import _rope
+@pytest.mark.parametrize("name", MODELS)
+def test_the_meta_gradient_on_dialogues_is_plain_autograds(name):
+    """Ragged episodes, folded: two inner steps of a model of ops against the same in plain autograd, task by task."""
+    split = split_tasks(read(str(TOPICS)), min_dialogues=4)
+    tokenizer = Tokenizer.train([d for task in split.train for d in task.dialogues], 300)
+    sizes = {"support_size": 2, "query_size": 3, "max_length": 12, "seed": 1}
+    support, query = Episodes(split.train, tokenizer, **sizes).sample(0, 3)
+    model = make(name, vocab_size=tokenizer.vocab_size)
+    parameters = dict(model.named_parameters())
+    maml = mk.MAML(model, mk.losses.causal_lm, inner=mk.optim.SGD(lr=0.3), steps=2)
+    maml(support, query).backward()
+    folded = {key: p.grad.clone() for key, p in parameters.items()}
+    assert maml.plan.batching == "fold", maml.plan
 
+    def loss(phi, batch):
+        logits = torch.func.functional_call(model, phi, (batch["input_ids"],), tie_weights=True)[:, :-1]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    values = []
+    for t in range(3):
+        phi, own = parameters, [{key: value[t] for key, value in batch.items()} for batch in (support, query)]
+        for _ in range(2):
+            grads = torch.autograd.grad(loss(phi, own[0]), list(phi.values()), create_graph=True)
+            phi = {key: p - 0.3 * g for (key, p), g in zip(phi.items(), grads, strict=True)}
+        values.append(loss(phi, own[1]))
+    expected = torch.autograd.grad(torch.stack(values).mean(), list(parameters.values()))
+    for key, value in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(
+            folded[key], value, rtol=1e-8, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+def test_positions_of_a_gpt_are_relative():
     generator = torch.Generator().manual_seed(3)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=generator).unbind(0)
-    scores = _rope(q.expand(1, 1, 6, 8)) @ _rope(k.expand(1, 1, 6, 8)).mT
+    cos, sin = rotations(6, 8, q)
+    scores = mk.ops.rope(q.expand(1, 1, 6, 8), cos, sin) @ mk.ops.rope(k.expand(1, 1, 6, 8), cos, sin).mT
     for offset in range(-5, 6):
         diagonal = scores[0, 0].diagonal(offset)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-6, atol=1e-6)
     assert scores[0, 0, 0].std() > 1e-3
 
 
