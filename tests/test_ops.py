@@ -72,7 +72,7 @@ def random_like(tensors: Any, seed: int) -> tuple[Tensor, ...]:
 
 def first(f: Callable, inputs: list[Tensor], ct: tuple[Tensor, ...], create_graph: bool = False) -> tuple[Tensor, ...]:
     """ct_x of every input; zeros where an input has no part in the result."""
-    y = f(*inputs)
+    y, ct = zip(*((yi, c) for yi, c in zip(f(*inputs), ct, strict=True) if yi.requires_grad), strict=True)
     return torch.autograd.grad(y, inputs, ct, create_graph=create_graph, allow_unused=True, materialize_grads=True)
 
 

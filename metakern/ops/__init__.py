@@ -22,6 +22,8 @@ from metakern.ops.rnn import SPEC as _RNN
 from metakern.ops.rnn import rnn
 from metakern.ops.rope import SPEC as _ROPE
 from metakern.ops.rope import rope
+from metakern.ops.sgd_update import SPEC as _SGD_UPDATE
+from metakern.ops.sgd_update import sgd_update
 from metakern.ops.silu import SPEC as _SILU
 from metakern.ops.silu import silu
 from metakern.ops.swiglu import SPEC as _SWIGLU
@@ -41,6 +43,7 @@ SPECS = {
         _RMS_NORM,
         _RNN,
         _ROPE,
+        _SGD_UPDATE,
         _SILU,
         _SWIGLU,
     )
@@ -59,6 +62,7 @@ __all__ = [
     "rms_norm",
     "rnn",
     "rope",
+    "sgd_update",
     "silu",
     "swiglu",
 ]

@@ -297,7 +297,8 @@ class _Jvp(_Rule):
             )
             return (*t_y, *t_residuals)
 
-        primals = (*_pruned(x, present), *_pruned(_filled(t_x, x), present))
+        # A dual tensor must not be expanded.
+        primals = tuple(p.contiguous() for p in (*_pruned(x, present), *_pruned(_filled(t_x, x), present)))
         directions = (*_pruned(_filled(t_of_x, x), present), *_pruned(_filled(t_of_t, x), present))
         return torch.func.jvp(tangent, primals, directions)[1]
 
