@@ -279,7 +279,25 @@ def test_a_system_prompt_is_in_front_of_every_window():
         assert rows == ({"Rhyme.abcd", "Rhyme.cd"} if train_on == "bot" else {"Rhyme.abcd", "Rhyme.bcd", "Rhyme.cd"})
 
 
+def test_openings_and_what_comes_later_share_no_turn():
+    turns = [(("ann", "bob")[i % 2], f"{i:02}") for i in range(40)]  # 4 tokens each
+    tasks = (TaskData("t", tuple(dialogue("t", str(i), turns, {"bot": "bob"}) for i in range(2))),)
+
+    def numbers(windows: str) -> set[int]:
+        drawn = episodes(tasks, windows=windows, support_size=200, query_size=1, max_length=17).sample(0, 1)[0]
+        rows = [TOKENIZER.decode(row.tolist()) for row in drawn["input_ids"][0]]
+        return {int(row[i : i + 2]) for row in rows for i in range(0, len(row) - 1, 2)}
+
+    assert numbers("opening") == {0, 1, 2, 3}
+    assert numbers("later") == set(range(4, 40))
+    assert numbers("any") == set(range(40))
+    with pytest.raises(DataError, match="task 't' must have 2 dialogues with a reply"):
+        episodes(tasks, windows="later", max_length=200)
+
+
 def test_bad_arguments():
+    with pytest.raises(ValueError, match="windows must be any, opening or later, got 'best'"):
+        episodes(windows="best")
     with pytest.raises(ValueError, match="train_on must be bot or all, got 'us'"):
         episodes(train_on="us")
     with pytest.raises(ValueError, match="sizes must be at least 1, got 0 and 3"):

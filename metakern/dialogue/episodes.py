@@ -150,6 +150,9 @@ class Episodes:
     system says at the beginning of a dialogue is in front of its every window.  The dialogues of a task are shared out
     to support and query in proportion to their sizes, and a side takes each of its dialogues once before any twice.
 
+    windows   "any"; "opening": only from the first turn that is answered, where people keep to a topic; "later": only
+              from turns that the opening window does not reach
+
     A batch is a dict of int64 tensors `[T, B, L]`: `input_ids`, `attention_mask` (1 on tokens, 0 on padding, which is
     on the right) and `labels` (aligned with `input_ids`, -100 where nothing is to be learned), with L a multiple of 8
     or `max_length`.
@@ -165,16 +168,19 @@ class Episodes:
         max_length: int,
         seed: int,
         train_on: str = "bot",
+        windows: str = "any",
     ) -> None:
+        if windows not in ("any", "opening", "later"):
+            raise ValueError(f"Episodes: windows must be any, opening or later, got {windows!r}")
         if train_on not in ("bot", "all"):
             raise ValueError(f"Episodes: train_on must be bot or all, got {train_on!r}")
         if min(support_size, query_size) < 1:
             raise ValueError(f"Episodes: sizes must be at least 1, got {support_size} and {query_size}")
         self.tokenizer, self.max_length, self.seed, self.train_on = tokenizer, max_length, seed, train_on
-        self.sizes = (support_size, query_size)
+        self.sizes, self.windows = (support_size, query_size), windows
         self._tasks: list[tuple[str, list[Startable]]] = []
         for task in tasks:
-            usable = [(d, starts) for d in task.dialogues if (starts := _starts(d, train_on))]
+            usable = [(d, starts) for d in task.dialogues if (starts := self._starts(d))]
             if len(usable) < 2:
                 raise DataError(
                     f"Episodes: task {task.task_id!r} must have 2 dialogues with a reply, for support and query,"
@@ -231,10 +237,21 @@ class Episodes:
         support, query = (collate(side, self.tokenizer.pad_id, length) for side in sides)
         return [name for name, _ in tasks], support, query
 
+    def _starts(self, dialogue: Dialogue) -> list[int]:
+        starts = _starts(dialogue, self.train_on)
+        if self.windows == "any":
+            return starts
+        if self.windows == "opening":
+            return starts[:1]
+        opening = ((i, self._encode(dialogue, starts[0], starts[i])[0]) for i in range(1, len(starts)))
+        return starts[next((i for i, ids in opening if len(ids) == self.max_length), len(starts)) :]
+
     def _window(self, item: Startable, rng: random.Random) -> Window:
         dialogue, starts = item
-        start = starts[int(rng.random() * len(starts))]
-        turns = dialogue.turns[: _instructions(dialogue)] + dialogue.turns[start:]
+        return self._encode(dialogue, starts[int(rng.random() * len(starts))])
+
+    def _encode(self, dialogue: Dialogue, start: int, end: int | None = None) -> Window:
+        turns = dialogue.turns[: _instructions(dialogue)] + dialogue.turns[start:end]
         return self.tokenizer.encode_dialogue(turns, self.train_on, self.max_length, _bot(dialogue))
 
 
