@@ -1,0 +1,116 @@
+"""What an installation promises: a light import, a build without PyTorch, clear words where something is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import metakern as mk
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | environment
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what a build needs, to build in."""
+    for name in ("csrc", "metakern"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "README.md").touch()
+    return tmp_path
+
+
+def build(source: Path, native: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    script = "import sys; sys.modules['torch'] = None; exec(open('setup.py').read())"
+    arguments = ("bdist_wheel", "--dist-dir", "dist")
+    return run(sys.executable, "-c", script, *arguments, cwd=source, METAKERN_NATIVE=native, **environment)
+
+
+def contents(source: Path) -> list[str]:
+    (wheel,) = (source / "dist").iterdir()
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def test_version_is_one() -> None:
+    assert mk.__version__ == PROJECT["version"]
+
+
+def test_import_is_light() -> None:
+    """No device, no Triton, no extra, no compiler: only torch and numpy."""
+    extras = {requirement.split(">")[0].split("[")[0] for requirement in PROJECT["optional-dependencies"]["dialogue"]}
+    modules = {"pyyaml": "yaml", "chitchat-dataset": "chitchat_dataset", "chatterbot-corpus": "chatterbot_corpus"}
+    hidden = sorted(
+        {modules.get(name, name) for name in extras} | {"transformers", "triton", "pybind11", "metakern._C"}
+    )
+    script = f"""
+import sys
+sys.modules.update(dict.fromkeys({hidden}))
+import torch
+import metakern as mk
+assert not torch.cuda.is_initialized()
+assert "metakern._C" in mk.backends()["cpu"], mk.backends()
+torch.testing.assert_close(mk.ops.silu(torch.ones(2)), torch.nn.functional.silu(torch.ones(2)))
+try:
+    with mk.backend("cpu"):
+        mk.ops.silu(torch.ones(2))
+except RuntimeError as error:
+    assert "METAKERN_NATIVE=cpu" in str(error), error
+else:
+    raise AssertionError("a missing backend was used")
+"""
+    result = run(sys.executable, "-c", script, PYTHONPATH=str(ROOT), PATH="/nonexistent")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(("native", "message"), [("cuda", "has no CUDA kernels; use auto"), ("gpu", "got 'gpu'")])
+def test_an_impossible_build_says_so(source: Path, native: str, message: str) -> None:
+    result = build(source, native)
+    assert result.returncode != 0
+    assert message in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_none_builds_a_pure_wheel(source: Path) -> None:
+    assert build(source, "none").returncode == 0
+    assert [path.name for path in (source / "dist").iterdir()] == [f"metakern-{mk.__version__}-py3-none-any.whl"]
+
+
+@pytest.mark.slow
+def test_without_a_compiler_auto_goes_on_and_cpu_fails(source: Path) -> None:
+    nothing = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+    result = build(source, "auto", **nothing)
+    assert result.returncode == 0, result.stderr
+    assert "the C++ kernels were not built" in result.stderr
+    assert not [name for name in contents(source) if "_C." in name and name.endswith(".so")]
+    result = build(source, "cpu", **nothing)
+    assert result.returncode != 0
+    assert "METAKERN_NATIVE=none does without" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler")
+def test_cpu_builds_the_kernels_without_torch(source: Path) -> None:
+    result = build(source, "cpu")
+    assert result.returncode == 0, result.stderr
+    names = contents(source)
+    assert [name for name in names if name.startswith("metakern/_C.") and name.endswith(".so")]
+    assert {"metakern/py.typed", "metakern/ops/_rules.py"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "csrc"))]
