@@ -24,7 +24,7 @@ from metakern.config import UserError
 from metakern.dialogue.episodes import collate
 from metakern.dialogue.generate import generate
 from metakern.dialogue.readers import Dialogue, Turn, read
-from metakern.dialogue.tokenizer import IGNORE
+from metakern.dialogue.tokenizer import IGNORE, bot_of
 from metakern.run import Run, cache_folder
 
 __all__ = ["Chat", "adapt", "support_batch", "talk"]
@@ -33,26 +33,33 @@ HELP = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.s
 
 
 def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:
-    """``dialogues`` as the support of one task, ``[1, B, L]``: windows that follow each other, a reply in each.
-
-    A window begins with a turn that is not the bot's, where the window before has no room for that turn.
-    """
-    config, tokenizer, rows = run.config, run.tokenizer, []
+    """``dialogues`` as the support of one task, ``[1, B, L]``: windows of as many whole exchanges as fit."""
+    config, tokenizer = run.config, run.tokenizer
+    rows = []
     for dialogue in dialogues:
-        bot, room = dialogue.meta.get("bot"), 0
-        starts: list[int] = []
-        for i, turn in enumerate(dialogue.turns):
-            size = len(tokenizer.encode(turn.text)) + 2
-            if not starts or (room < size and turn.speaker != bot):
-                starts.append(i)
-                room = config.max_length - 1
-            room -= size
-        for start in starts:
-            rows.append(tokenizer.encode_dialogue(dialogue.turns[start:], config.train_on, config.max_length, bot))
-    rows = [row for row in rows if any(label != IGNORE for label in row[1])]
+        bot = dialogue.meta.get("bot") or bot_of(dialogue.turns)
+        windows: list[list[Turn]] = []
+        for exchange in _exchanges(dialogue.turns, bot):
+            longer = [*windows[-1], *exchange] if windows else exchange
+            if windows and sum(len(tokenizer.encode(turn.text)) + 2 for turn in longer) < config.max_length:
+                windows[-1] = longer
+            else:
+                windows.append(exchange)
+        rows += [tokenizer.encode_dialogue(turns, config.train_on, config.max_length, bot) for turns in windows]
+    rows = [(ids, labels) for ids, labels in rows if any(label != IGNORE for label in labels)]
     if not rows:
         raise UserError("adapt: the support must hold a reply of the bot, got none")
     return collate([rows], tokenizer.pad_id)
+
+
+def _exchanges(turns: Iterable[Turn], bot: str | None) -> list[list[Turn]]:
+    """``turns`` cut after what the bot says."""
+    exchanges: list[list[Turn]] = []
+    for turn in turns:
+        if not exchanges or (turn.speaker != bot and exchanges[-1][-1].speaker == bot):
+            exchanges.append([])
+        exchanges[-1].append(turn)
+    return exchanges
 
 
 def adapted_model(run: Run, dialogues: Iterable[Dialogue], steps: int | None = None) -> tuple[nn.Module, str]:

@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = vars(_parser().parse_args(arguments))
         options.pop("command")(**options)
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         print("metakern: stopped", file=sys.stderr)
@@ -162,7 +163,7 @@ def _names(text: str) -> tuple[str, ...]:
 def _train(config: str | None, out: str | None, resume: bool, **flags: Any) -> None:
     from metakern.trainer import train
 
-    if resume and out and not config:
+    if resume and out and not config and (Path(out) / "config.toml").exists():
         config = str(Path(out) / "config.toml")
     settings = Config.parse(flags, "train", base=Config.load(config) if config else None)
     out = out or str(Path("runs") / re.sub(r"\W+", "-", f"{settings.data}-{settings.model}-{settings.algorithm}"))

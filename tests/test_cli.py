@@ -1,0 +1,264 @@
+"""The command line: every command, and every mistake as one line with exit code 2."""
+
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from tiny import tiny_config, write_tasks
+
+import metakern
+from metakern import cli
+from metakern.cli import main
+from metakern.config import Config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run made by the command line alone, with its config file and data beside it."""
+    folder = tmp_path_factory.mktemp("cli")
+    data = write_tasks(folder / "data", tasks=12)
+    (folder / "tiny.toml").write_text(tiny_config(data, steps=5, hidden=9, pretrain_steps=2).toml())
+    assert main(["train", "--config", str(folder / "tiny.toml"), "--out", str(folder / "run"), "--hidden", "8"]) == 0
+    return folder
+
+
+def complaint(capsys, *arguments, code=2):
+    """What a failing command says: one line on the standard error."""
+    assert main([str(argument) for argument in arguments]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("metakern: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    return error[len("metakern: ") : -1]
+
+
+def test_flags_are_over_the_file(folder):
+    config = Config.load(folder / "run" / "config.toml")
+    assert config == tiny_config(folder / "data", steps=5, hidden=8, pretrain_steps=2)
+
+
+def test_every_key_is_a_flag():
+    flags = {"learn_lr": "--no-learn-lr", "cosine": "--no-cosine", "adapt": "--adapt=head,rnn.*"}
+    for key in fields(Config):
+        flag = flags.get(key.name, f"--{key.name.replace('_', '-')}={key.default}")
+        parsed = vars(cli._parser().parse_args(["train", flag]))
+        expected = {"learn_lr": False, "cosine": False, "adapt": ("head", "rnn.*")}.get(key.name, key.default)
+        assert parsed[key.name] == expected
+        assert type(parsed[key.name]) is type(key.default)
+        assert parsed.keys() - {"command", "config", "out", "resume"} == {key.name}
+
+
+@pytest.mark.parametrize("command", ["", "train", "eval", "adapt", "chat", "doctor"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command.split(), "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: metakern {command}".rstrip() in text
+    if command == "train":
+        for key in fields(Config):
+            assert f"--{key.name.replace('_', '-')}" in text
+    if not command:
+        for name in ("train", "eval", "adapt", "chat", "doctor"):
+            assert f"\n    {name}" in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"metakern {metakern.__version__}\n"
+
+
+def test_eval_prints_and_writes_the_curve(folder, capsys):
+    assert main(["eval", str(folder / "run"), "--steps", "0,2", "--compare", "finetune"]) == 0
+    text = capsys.readouterr().out
+    assert "finetune / maml" in text
+    assert f"written: {folder / 'run' / 'eval.json'}, {folder / 'run' / 'eval.png'}" in text
+    report = json.loads((folder / "run" / "eval.json").read_text())
+    assert (report["steps"], list(report["curves"])) == ([0, 2], ["maml", "finetune"])
+
+
+def test_adapt_then_chat_then_eval(folder, tmp_path, monkeypatch, capsys):
+    support = str(folder / "data" / "task1.jsonl")
+    assert main(["adapt", str(folder / "run"), "--support", support, "--out", str(tmp_path / "mine")]) == 0
+    assert f"next: metakern chat {tmp_path / 'mine'}" in capsys.readouterr().out
+    for arguments in ([str(tmp_path / "mine")], [str(folder / "run"), "--support", support, "--steps", "2"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("river stone\n"))
+        assert main(["chat", *arguments, "--temperature", "0"]) == 0
+        assert capsys.readouterr().out.count("\n") == 1
+    assert main(["eval", str(tmp_path / "mine"), "--steps", "0"]) == 0
+    adapted = complaint(capsys, "eval", tmp_path / "mine", "--compare", "finetune")
+    assert adapted == f"{tmp_path / 'mine'}: is adapted from {folder / 'run'}; compare that one"
+
+
+def test_resume_of_a_finished_run_changes_nothing(folder, capsys):
+    before = (folder / "run" / "checkpoints" / "last.json").read_text()
+    assert main(["train", "--resume", "--out", str(folder / "run")]) == 0
+    assert "best validation loss" in capsys.readouterr().out
+    assert (folder / "run" / "checkpoints" / "last.json").read_text() == before
+
+
+def test_the_folder_of_a_run_has_a_name(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_tasks(tmp_path / "d.a-ta")
+    limits = ["--steps", "1", "--pretrain-steps", "0"]
+    config = ["--config", str(folder / "tiny.toml"), "--data", "d.a-ta"]
+    assert main(["train", *config, *limits, "--algorithm", "fomaml"]) == 0
+    assert (tmp_path / "runs" / "d-a-ta-gru-fomaml" / "config.toml").exists()
+
+
+def test_doctor_tells_the_environment_without_any_extra(capsys, monkeypatch):
+    for extra in cli.EXTRAS:
+        for module in [name for name in sys.modules if name.partition(".")[0] == extra]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, extra, None)
+    monkeypatch.setattr(cli, "version", lambda name: "1.2.3" if name == "rich" else missing(name))
+    assert main(["doctor"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    for name, status in metakern.backends().items():
+        assert [name, status] in lines
+    for name, spec in metakern.ops.SPECS.items():
+        assert [name, ", ".join(spec.op.kernels)] in lines
+    assert ["rich", "1.2.3"] in lines
+    assert ["matplotlib", "missing: pip install metakern[dialogue]"] in lines
+    assert ["transformers", "missing: pip install metakern[hf]"] in lines
+
+
+def missing(name):
+    raise cli.PackageNotFoundError(name)
+
+
+def test_mistakes_in_the_arguments(capsys):
+    assert "invalid choice: 'trian'" in complaint(capsys, "trian")
+    assert "required: COMMAND" in complaint(capsys)
+    assert complaint(capsys, "train", "--lr", "3") == "unrecognized arguments: --lr 3; see metakern --help"
+    assert "--steps: invalid int value: 'x'; see metakern train --help" in complaint(capsys, "train", "--steps", "x")
+    assert complaint(capsys, "train", "--inner-lr", "-1") == "train: inner_lr must be more than 0, got -1.0"
+    assert "must be a whole number, got '-1'" in complaint(capsys, "eval", "run", "--steps=0,-1")
+    assert "required: --support" in complaint(capsys, "adapt", "run", "--out", "x")
+
+
+def test_mistakes_in_files(folder, tmp_path, capsys):
+    (tmp_path / "bad.toml").write_text("inner_lrr = 1")
+    assert complaint(capsys, "train", "--config", tmp_path / "bad.toml") == (
+        f"{tmp_path / 'bad.toml'}: unknown key 'inner_lrr', did you mean 'inner_lr'?"
+    )
+    assert "no run to resume" in complaint(capsys, "train", "--resume", "--out", folder / "data", "--data", "x")
+    assert "no run to resume" in complaint(capsys, "train", "--resume", "--out", tmp_path / "none")
+    assert "cannot read the config" in complaint(capsys, "train", "--config", tmp_path)
+    assert "holds a run already" in complaint(capsys, "train", "--out", folder / "run", "--data", folder / "data")
+    assert "is not the folder of a run" in complaint(capsys, "eval", tmp_path)
+    assert "no such file or directory" in complaint(capsys, "chat", folder / "run", "--support", tmp_path / "none")
+
+
+def test_mistakes_in_data(tmp_path, capsys):
+    def says(text, name="data.jsonl", *flags):
+        (tmp_path / name).write_bytes(text)
+        error = complaint(capsys, "train", "--data", tmp_path / name, "--out", tmp_path / "run", *flags)
+        assert not (tmp_path / "run" / "checkpoints").exists()
+        return error
+
+    turn = b'{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}'
+    assert "must hold a dialogue, got an empty file" in says(b"")
+    assert "data.jsonl:2: must be JSON" in says(b'{"messages": [' + turn + b']}\n{"messages": [{"ro')
+    assert "must hold a dialogue" in says(b'{"messages": [{"role": "assistant", "content": "hi"}]}')
+    assert "must have" in says(b'{"messages": [' + turn + b"]}")
+    assert "must be UTF-8" in says(b'{"messages": "\xff"}')
+    assert "no known format" in says(b"x", "data.xyz")
+    assert "format must be one of" in says(b"", "data.jsonl", "--format", "chit")
+    assert "nor packaged data" in complaint(capsys, "train", "--data", "chitchta", "--out", tmp_path / "run")
+
+
+def test_a_vocabulary_of_another_run(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "--config", str(folder / "tiny.toml"), "--out", str(out), "--vocab-size=280"]) == 0
+    (out / "tokenizer.json").write_bytes((folder / "run" / "tokenizer.json").read_bytes())
+    assert "tokenizer.json: is not the vocabulary that" in complaint(capsys, "eval", out)
+
+
+def test_a_checkpoint_cut_short(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "--config", str(folder / "tiny.toml"), "--out", str(out), "--steps=1"]) == 0
+    for file in (out / "checkpoints").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:99])
+    for arguments in (["eval", out], ["train", "--resume", "--out", out, "--steps=2"], ["chat", out]):
+        assert "is cut short or damaged; use another checkpoint or train again" in complaint(capsys, *arguments)
+
+
+@pytest.mark.parametrize("at", [1, 4, 6, 9])
+def test_a_full_disk(folder, tmp_path, monkeypatch, capsys, at):
+    arguments = ["train", "--config", folder / "tiny.toml", "--out", tmp_path / "run"]
+    real, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) >= at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert "No space left on device" in complaint(capsys, *arguments)
+    resume = ["--resume"] if (tmp_path / "run" / "checkpoints" / "last.json").exists() else []
+    assert bool(resume) == (at > 4)
+    assert main([str(argument) for argument in [*arguments, *resume]]) == 0
+
+
+def test_a_loss_that_is_not_finite(folder, tmp_path, capsys):
+    config = folder / "tiny.toml"
+    error = complaint(capsys, "train", "--config", config, "--out", tmp_path / "run", "--outer-lr=1e30", "--warmup=0")
+    assert "is not finite at step" in error
+    assert "checkpoints/last is of step" in error
+
+
+def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "metakern", "train", "--config", str(folder / "tiny.toml"), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--steps=1000000"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("train 1/"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.startswith("metakern: stopped at step ")
+    assert error.endswith(f"; go on with: metakern train --resume --out {out}\n")
+    assert error.count("\n") == 1
+    step = json.loads((out / "checkpoints" / "last.json").read_text())["step"]
+    assert f"stopped at step {step} of train" in error
+
+
+def test_ctrl_c_outside_of_training(monkeypatch, capsys):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_table", stop)
+    assert complaint(capsys, "doctor", code=130) == "stopped"
+
+
+def test_a_missing_extra_is_named(folder, monkeypatch, capsys):
+    for module in [name for name in sys.modules if name.startswith(("matplotlib", "metakern.evaluate"))]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert complaint(capsys, "eval", folder / "run") == (
+        "the package matplotlib is missing: pip install metakern[dialogue]"
+    )
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "metakern", "doctor"], stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -1,0 +1,147 @@
+"""The adaptation curve is what it says: means over unseen tasks, intervals, paired ratios, a fairly tuned baseline."""
+
+import json
+import math
+import shutil
+from io import StringIO
+
+import pytest
+import torch
+from rich.console import Console
+from tiny import tiny_config, write_tasks
+
+from metakern import evaluate as module
+from metakern.checkpoint import CheckpointError
+from metakern.config import UserError
+from metakern.dialogue.metrics import interval
+from metakern.evaluate import evaluate, plot, show
+from metakern.run import Run, curve, episodes, load_split
+from metakern.trainer import train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with four test tasks, evaluated beside two baselines: its folder and the report."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    data = write_tasks(folder / "data", tasks=40, dialogues=9)
+    train(tiny_config(data, steps=8, pretrain_steps=20, pretrain_lr=0.03, eval_tasks=2), folder / "run")
+    report = evaluate(folder / "run", (3, 0, 1, 1), ("finetune", "fomaml", "maml"))
+    return folder / "run", report
+
+
+def test_the_curve_is_that_of_unseen_tasks(trained):
+    folder, report = trained
+    run = Run.open(folder)
+    split = load_split(run.config)
+    unseen = [task.task_id for task in split.test]
+    assert report["steps"] == [0, 1, 3]
+    assert report["tasks"] == unseen
+    assert set(unseen).isdisjoint(task.task_id for task in (*split.train, *split.validation))
+    _, losses = curve(run.algorithm, episodes(run.config, split.test, run.tokenizer), (0, 1, 3))
+    assert report["curves"]["maml"]["loss"] == losses.tolist()
+    for i, row in enumerate(losses):
+        mean, half = interval(row)
+        shown = [report["curves"]["maml"][key][i] for key in ("low", "perplexity", "high")]
+        assert shown == pytest.approx([math.exp(mean + sign * half) for sign in (-1, 0, 1)])
+
+
+def test_ratios_are_paired(trained):
+    _, report = trained
+    assert list(report["ratios"]) == ["finetune", "fomaml"]
+    for name, ratio in report["ratios"].items():
+        for i in range(3):
+            b, own = (torch.tensor(report["curves"][k]["loss"][i], dtype=torch.float64) for k in (name, "maml"))
+            mean, half = interval(b - own)
+            assert [ratio["low"][i], ratio["ratio"][i], ratio["high"][i]] == pytest.approx(
+                [math.exp(mean + sign * half) for sign in (-1, 0, 1)]
+            )
+
+
+def test_the_report_is_written(trained):
+    folder, report = trained
+    assert json.loads((folder / "eval.json").read_text()) == report
+    assert (folder / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_baselines_are_trained_once_for_as_many_steps(trained):
+    folder, report = trained
+    logs = {name: (folder / name / "log.jsonl").read_text() for name in ("finetune", "fomaml")}
+    for log in logs.values():
+        lines = [json.loads(line) for line in log.splitlines()]
+        assert {line["phase"] for line in lines} == {"train"}
+        assert max(line["step"] for line in lines) == 8
+    again = evaluate(folder, (0, 1, 3), ("finetune", "fomaml"))
+    assert again["curves"] == report["curves"]
+    assert logs == {name: (folder / name / "log.jsonl").read_text() for name in logs}
+
+
+def test_the_baseline_has_the_best_rate_on_validation_tasks(trained):
+    folder, report = trained
+    run = Run.open(folder / "finetune")
+    split = load_split(run.config)
+    validation = episodes(run.config, split.validation, run.tokenizer)
+    test = episodes(run.config, split.test, run.tokenizer)
+    for i, k in enumerate((1, 3), start=1):
+        best = report["curves"]["finetune"]["inner_lr"][i]
+        means = {}
+        for rate in (best / 10**0.5, best, best * 10**0.5):
+            algorithm = Run.open(folder / "finetune", inner_lr=rate).algorithm
+            means[rate] = curve(algorithm, validation, (k,), 2)[1].mean().item()
+            if rate == best:
+                assert report["curves"]["finetune"]["loss"][i] == curve(algorithm, test, (k,))[1][0].tolist()
+        assert min(means, key=means.get) == best
+
+
+def test_the_search_of_rates_goes_on_until_neighbors_are_worse(trained, monkeypatch):
+    folder, _ = trained
+    tried = []
+
+    def at_rate(run, rate, source, steps, limit):
+        exponent = round(2 * math.log10(rate / run.config.inner_lr))
+        tried.append(exponent)
+        losses = torch.tensor([0.0, abs(exponent - 4), abs(exponent + 2)])[:, None].expand(3, limit).clone()
+        return losses.masked_fill(torch.tensor(exponent > 4), math.nan)
+
+    monkeypatch.setattr(module, "_at_rate", at_rate)
+    run = Run.open(folder / "finetune")
+    rates = module._best_rates(run, None, (0, 1, 3))
+    assert rates == pytest.approx([0.3, 0.3 * 100, 0.3 / 10])
+    assert sorted(tried) == list(range(-3, 6))
+
+
+def test_the_table_and_the_plot_show_every_curve(trained):
+    _, report = trained
+    console = Console(file=StringIO(), width=120)
+    show(report, console)
+    text = console.file.getvalue()
+    for words in ("maml", "finetune", "fomaml", "finetune / maml", "fomaml / maml", f"{len(report['tasks'])} unseen"):
+        assert words in text
+    assert f"{report['curves']['maml']['perplexity'][2]:.1f} [" in text
+    alone = {**report, "curves": {"maml": report["curves"]["maml"]}, "ratios": {}}
+    assert len(plot(alone)) != len(plot(report))
+
+
+def test_one_test_task_has_no_interval_and_valid_json(tmp_path):
+    data = write_tasks(tmp_path / "data")
+    train(tiny_config(data, steps=1, pretrain_steps=0), tmp_path / "run")
+    report = evaluate(tmp_path / "run", (0, 2))
+    assert len(report["tasks"]) == 1
+    assert report["curves"]["maml"]["high"] == [math.inf] * 2
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["curves"]["maml"]["high"] == [None] * 2
+
+
+def test_other_data_and_refusals(trained, tmp_path):
+    folder, _ = trained
+    other = write_tasks(tmp_path / "other", tasks=12)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert evaluate(copy, (0,), data=str(other))["data"] == str(other)
+    with pytest.raises(UserError, match=r"compare must be among maml, .*, got 'fine'"):
+        evaluate(folder, (0,), ("fine",))
+    with pytest.raises(UserError, match=r"steps must be whole numbers of at least 0, got \[-1\]"):
+        evaluate(folder, (-1,))
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        evaluate(tmp_path / "other")
+    next((copy / "checkpoints").glob("best-*.safetensors")).write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="is cut short or damaged"):
+        evaluate(copy, (0,))
