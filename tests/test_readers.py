@@ -113,7 +113,7 @@ def test_messages_roles_parts_and_tasks(tmp_path):
         tmp_path / "mine.jsonl",
         talk("Hi", "Hello", topic="a"),
         talk("Hi", "Hello", task="b", topic="a"),
-        talk("Hi", "Hello", persona=["likes tea", "has 2 cats"]),
+        talk("Hi", "Hello", persona=["likes tea\n", "has 2 cats"]),
         talk("Hi", "Hello", topic=None),
         {"prompt": "Question?", "completion": "Answer."},
         {"prompt": [{"role": "human", "content": "Q"}], "completion": [{"role": "gpt", "content": "A"}]},
@@ -183,6 +183,7 @@ def test_bad_dialogues_among_good_ones_are_skipped_and_counted(tmp_path):
         (b'{"messages": [{"role": "assistant", "content": "only me"}]}', ("1 with fewer than 2 turns",)),
         (b'[["messages"]]', (":1: must be an object with messages, got list",)),
         (b'{"messages": ' + b"[" * 100_000, (":1: must be JSON",)),
+        (b'{"messages": [], "id": ' + b"9" * 10_000 + b"}", (":1: must be JSON",)),
     ],
 )
 def test_a_bad_file_is_one_clear_line(tmp_path, content, parts):
@@ -197,6 +198,8 @@ def test_bad_sources_are_one_clear_line(tmp_path):
     with pytest.raises(DataError) as excinfo:
         read("chitchap")
     one_line(excinfo, "chitchap: no such file or directory", "did you mean chitchat?")
+    with pytest.raises(DataError, match="no such file or directory"):
+        read("x" * 5000)
     with pytest.raises(DataError, match=r"format must be one of .*, got 'mesages'; did you mean messages\?"):
         read(str(DATA / "topics.jsonl"), "mesages")
     with pytest.raises(DataError, match="tasks must be topics or senders, got weather"):

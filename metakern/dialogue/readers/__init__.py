@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import pkgutil
 import re
 from collections import Counter
@@ -134,7 +135,7 @@ def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
         path = chosen.packaged()
         if variant:
             options = {chosen.variant: variant, **options}
-    elif not path.exists():
+    elif not os.path.exists(source):  # not Path.exists, which raises where a name is too long to be a file's
         raise DataError(f"{source}: no such file or directory, nor packaged data{_closest(name)}")
     else:
         chosen = READERS[format] if format != "auto" else _recognize(path)
@@ -211,8 +212,8 @@ def json_of(text: str, path: Path, first_line: int = 1) -> Any:
         line = first_line + error.lineno - 1
         where = f"{path}:{line}: must be JSON, got {error.msg} at column {error.colno}"
         raise DataError(f"{where}: the file may be cut short; fetch it again or remove the line") from None
-    except RecursionError:
-        raise DataError(f"{path}:{first_line}: must be JSON of moderate depth, got too many brackets") from None
+    except (RecursionError, ValueError):  # brackets or digits by the thousand
+        raise DataError(f"{path}:{first_line}: must be JSON of moderate depth, got one that Python refuses") from None
 
 
 def _recognize(path: Path) -> Reader:
@@ -236,8 +237,6 @@ def _closest(name: str) -> str:
     near = get_close_matches(name, READERS, n=1)
     return f"; did you mean {near[0]}?" if near else f" (known: {', '.join(READERS)})"
 
-
-EMAIL = re.compile(r"\S@\w[\w-]*\.\w")
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -10,13 +10,16 @@ Left out: conversations of one speaker, of fewer than 4 turns or with an e-mail 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from metakern.dialogue.readers import EMAIL, DataError, Dialogue, dialogue, json_of, reader, text_of
+from metakern.dialogue.readers import DataError, Dialogue, dialogue, json_of, reader, text_of
 
 __all__ = ["chitchat"]
+
+EMAIL = re.compile(r"\S@\w[\w-]*\.\w")
 
 
 @reader(

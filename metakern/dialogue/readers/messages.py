@@ -80,4 +80,5 @@ def _content(content: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """A name on one line; a persona may be a list of sentences."""
+    return " ".join(" ".join(map(str, value if isinstance(value, list) else [value])).split())
