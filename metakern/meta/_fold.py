@@ -12,7 +12,7 @@ once with 3, and a tensor is folded if its first dimension followed. Later calls
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ class Fold:
         self.units = _units(parameters)
         self.originals = {module: module.forward for module in self.units}
         self.tasks = self.size = 0  # T, and T·B while the model runs
+        self.within: Callable[[], AbstractContextManager] = nullcontext  # what the model runs in
         self.recording = True
         self.record: list[bool] = []
         self._position = 0
@@ -64,7 +65,7 @@ class Fold:
                     if before is not None:
                         module.__dict__["forward"] = before
         if self._position != len(self.record):
-            raise FoldError("the model made fewer calls than when it was traced")
+            raise FoldError("the model made fewer calls than when it was traced: give MAML batching='vmap' or 'loop'")
 
     def folded(self, tensor: Tensor, dim: int = 0) -> bool:
         """Whether a tensor carries the tasks in a dimension; recorded in order, then replayed."""
@@ -72,7 +73,7 @@ class Fold:
         if self.recording:
             self.record.append(now)
         elif self._position >= len(self.record):
-            raise FoldError("the model made more calls than when it was traced")
+            raise FoldError("the model made more calls than when it was traced: give MAML batching='vmap' or 'loop'")
         answer = self.record[self._position]
         self._position += 1
         if answer and not now:
@@ -115,7 +116,8 @@ class Fold:
             for i, tensor, dim in zip(where, tensors, in_dims, strict=True):
                 inner[i] = tensor if dim is None else tensor.movedim(dim, 0).flatten(0, 1)
             inner_args, inner_kwargs = tree_unflatten(inner, spec)
-            outputs, out_spec = tree_flatten(forward(*inner_args, **inner_kwargs))
+            with self.within():
+                outputs, out_spec = tree_flatten(forward(*inner_args, **inner_kwargs))
             out_where = [i for i, o in enumerate(outputs) if isinstance(o, Tensor)]
             result.append((outputs, out_spec, out_where))
             carry = [self.folded(outputs[i]) for i in out_where]
@@ -251,7 +253,7 @@ def _mapped(fold: Fold, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for name, value in owner._parameters.items()
         if value is not None and not isinstance(value, nn.Parameter)
     ]
-    out_spec: list[TreeSpec] = []
+    result: list[tuple[list, TreeSpec]] = []
 
     def one(values: tuple, tensors: tuple) -> tuple:
         inner = list(leaves)
@@ -260,15 +262,16 @@ def _mapped(fold: Fold, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inner_args, inner_kwargs = tree_unflatten(inner, spec)
         for (owner, name, _), value in zip(places, values, strict=True):
             owner._parameters[name] = value
-        outputs, structure = tree_flatten(fold.originals[module](*inner_args, **inner_kwargs))
-        out_spec.append(structure)
-        return tuple(outputs)
+        result.append(tree_flatten(fold.originals[module](*inner_args, **inner_kwargs)))
+        return tuple(o for o in result[0][0] if isinstance(o, Tensor))
 
     try:
-        outputs = torch.func.vmap(one, (0, tuple(0 if c else None for c in carries)), randomness="different")(
+        mapped = torch.func.vmap(one, (0, tuple(0 if c else None for c in carries)), randomness="different")(
             tuple(value for _, _, value in places), tuple(tensors)
         )
     finally:
         for owner, name, value in places:
             owner._parameters[name] = value
-    return tree_unflatten([(fold.merge if any(carries) else fold.spread)(o) for o in outputs], out_spec[0])
+    outputs, out_spec = result[0]
+    folded = iter([(fold.merge if any(carries) else fold.spread)(o) for o in mapped])
+    return tree_unflatten([next(folded) if isinstance(o, Tensor) else o for o in outputs], out_spec)

@@ -162,7 +162,7 @@ class _Probe:
         model = copy.deepcopy(parameters.model)
         adapted, size = tuple(parameters.adapted), sum(p.numel() for p in model.parameters())
         for module in model.modules():
-            if isinstance(module, nn.RNNBase):
+            if isinstance(module, nn.RNNBase | nn.MultiheadAttention):  # they drop inside of their kernels
                 module.dropout = 0.0
         if size <= FLOAT64_PARAMETERS:
             try:
@@ -204,6 +204,7 @@ class _Probe:
     def verify(self, batching: Batching, first_order: bool) -> tuple[str, int]:
         """The mode of its Hessian-vector products ("forward" or "reverse"), and the bytes a task saves for backward."""
         if isinstance(batching, _batching.Folded):
+            batching.fold.within = _without_dropout  # a mode does not reach through the step out of vmap
             self._trace(batching)
         saved: dict[int, int] = {}
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten
 
 from metakern.meta._batching import Loss, exact_kernels, select, tasks_of
@@ -182,13 +181,24 @@ class _MetaGradient(Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Gradients, *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
+        ctx.gradients, ctx.parameters = gradients, parameters
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, ct: Tensor) -> tuple:
-        return (None, None, *(None if g is None else g * ct.to(g.dtype) for g in ctx.gradients))
+        return (None, None, *_Known.apply(ctx.gradients, ct, *ctx.parameters))
+
+
+class _Known(Function):
+    """The meta-gradient depends on the parameters, so that a derivative of it is refused, not taken for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Gradients, ct: Tensor, *parameters: Tensor) -> tuple:
+        return tuple(None if g is None else g * ct.to(g.dtype) for g in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *ct: Tensor) -> tuple:
+        raise NotImplementedError("MAML: derivatives of the meta-gradient are not implemented")
 
 
 def _count(support: Any, query: Any) -> int:

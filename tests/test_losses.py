@@ -1,0 +1,56 @@
+"""The losses of one task, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metakern as mk
+
+
+class Model(nn.Module):
+    """Logits that depend on the token alone, with or without an attention mask."""
+
+    def __init__(self, wrap: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.wrap = nn.Embedding(7, 7, dtype=torch.float64), wrap
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> object:
+        logits = self.table(input_ids)
+        if attention_mask is not None:
+            logits = logits * attention_mask.unsqueeze(-1)
+        return type("Output", (), {"logits": logits})() if self.wrap else logits
+
+
+TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 1]])
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_causal_lm_shifts_aligned_labels(wrap: bool) -> None:
+    model = Model(wrap)
+    labels = TOKENS.masked_fill(TOKENS == 3, -100)
+    expected = F.cross_entropy(model.table(TOKENS)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(mk.losses.causal_lm(model, {"input_ids": TOKENS, "labels": labels}), expected)
+    shifted = mk.losses.causal_lm(model, (TOKENS[:, :-1], labels[:, 1:]))
+    torch.testing.assert_close(shifted, expected)
+
+
+def test_causal_lm_passes_the_attention_mask() -> None:
+    model, mask = Model(), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    batch = {"input_ids": TOKENS, "attention_mask": mask, "labels": TOKENS}
+    logits = (model.table(TOKENS) * mask.unsqueeze(-1))[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), TOKENS[:, 1:].flatten())
+    torch.testing.assert_close(mk.losses.causal_lm(model, batch), expected)
+
+
+def test_classification() -> None:
+    model, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
+    torch.testing.assert_close(mk.losses.classification(model, (x, y)), F.cross_entropy(model(x), y))
+
+
+def test_a_batch_without_labels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"causal_lm: batch must hold input_ids and labels, got \['input_ids'\]"):
+        mk.losses.causal_lm(Model(), {"input_ids": TOKENS})

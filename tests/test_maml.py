@@ -1,0 +1,455 @@
+"""The engine against plain autograd in float64: models of every kind, both strategies, every batching, K = 1, 3, 5."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
+
+import metakern as mk
+
+T, B, L, V = 3, 2, 6, 17
+
+
+class Functional:
+    """A model called with other parameters, for plain autograd."""
+
+    def __init__(self, model: nn.Module, phi: dict[str, Tensor]) -> None:
+        self.model, self.phi = model, phi
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.model, self.phi, args, kwargs)
+
+
+Update = Callable[[dict[str, Tensor], dict[str, Tensor], int], dict[str, Tensor]]
+
+
+def sgd(lr: float) -> Update:
+    return lambda phi, grads, step: {name: p - lr * grads[name] for name, p in phi.items()}
+
+
+def plain_loss(
+    model: nn.Module,
+    loss: Callable,
+    support: Any,
+    query: Any,
+    steps: int,
+    update: Update,
+    adapted: Callable[[str], bool] = lambda name: True,
+    first_order: bool = False,
+) -> Tensor:
+    """The mean query loss over tasks, with its whole graph, a task at a time."""
+    tasks, total = len(torch.utils._pytree.tree_leaves(support)[0]), 0.0
+    theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with sdpa_kernel(SDPBackend.MATH):
+        for t in range(tasks):
+            phi = {name: p for name, p in theta.items() if adapted(name)}
+            for step in range(steps):
+                value = loss(Functional(model, phi), tree_map(lambda a, t=t: a[t], support))
+                grads = torch.autograd.grad(
+                    value, list(phi.values()), create_graph=not first_order, allow_unused=True, materialize_grads=True
+                )
+                phi = update(phi, dict(zip(phi, grads, strict=True)), step)
+            total = total + loss(Functional(model, phi), tree_map(lambda a, t=t: a[t], query)) / tasks
+    return total
+
+
+def gradients(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(found: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    """Equal to `tolerance`, relative to the norm of each tensor; a missing gradient is a zero one."""
+    for name in {**found, **truth}:
+        right = truth.get(name, torch.zeros_like(found.get(name, torch.zeros(()))))
+        ours = found.get(name, torch.zeros_like(right))
+        assert (ours - right).norm() <= tolerance * max(right.norm(), 1e-3), name
+
+
+def tokens_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    output = model(batch["input_ids"])
+    logits = output if isinstance(output, Tensor) else output.logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+def tokens(seed: int = 0) -> dict[str, Tensor]:
+    """Ragged tasks: what is not to be learned is labelled -100."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(V, (T, B, L), generator=generator)
+    labels = ids.clone()
+    for t in range(T):
+        labels[t, :, : t + 1] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def regression_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def points(seed: int = 0, outputs: int = 3) -> tuple[Tensor, Tensor]:
+    make = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(T, 4, 5, generator=make, dtype=torch.float64),
+        torch.randn(T, 4, outputs, generator=make, dtype=torch.float64),
+    )
+
+
+class Recurrent(nn.Module):
+    def __init__(self, cell: type[nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, 6)
+        self.rnn = cell(6, 5, batch_first=True, **options)
+        self.head = nn.Linear(10 if options.get("bidirectional") else 5, V)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embedding(tokens))[0])
+
+
+class TinyGPT(nn.Module):
+    """Learned positions, fused attention, tied head, a bare parameter, a buffer, dropout."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(V, 8), nn.Embedding(L, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True, norm_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, V, bias=False)
+        self.head.weight = self.tokens.weight
+        self.scale = nn.Parameter(torch.tensor(1.3))
+        self.register_buffer("shift", torch.tensor(0.1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], dtype=x.dtype)
+        return self.head(self.norm(self.encoder(x, mask, is_causal=True))) * self.scale + self.shift
+
+
+class Foldable(nn.Module):
+    """The same without a bare parameter at the root, so that it folds module by module."""
+
+    def __init__(self, model: TinyGPT) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.encoder = model.tokens, model.positions, model.encoder
+        self.norm, self.head = model.norm, model.head
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1])[None])
+        return self.head(self.norm(self.encoder(x)))
+
+
+def hugging_face(name: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    if name == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=V,
+            n_positions=L,
+            n_embd=8,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+            attn_implementation="eager",
+        )
+        return transformers.GPT2LMHeadModel(config)
+    config = transformers.LlamaConfig(
+        vocab_size=V,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="eager",
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable, Callable, tuple[str, ...]]] = {
+    "mlp": (mlp, regression_loss, points, ("fold", "vmap", "loop")),
+    "lstm": (lambda: Recurrent(nn.LSTM), tokens_loss, tokens, ("fold", "loop")),
+    "gru-2": (lambda: Recurrent(nn.GRU, num_layers=2, bidirectional=True), tokens_loss, tokens, ("fold", "loop")),
+    "mk-rnn": (lambda: Recurrent(mk.nn.RNN), tokens_loss, tokens, ("fold", "vmap", "loop")),
+    "gpt": (TinyGPT, tokens_loss, tokens, ("fold", "vmap", "loop")),
+    "gpt-folded": (lambda: Foldable(TinyGPT()), tokens_loss, tokens, ("fold", "vmap", "loop")),
+    "hf-gpt2": (lambda: hugging_face("gpt2"), tokens_loss, tokens, ("fold", "vmap", "loop")),
+    "hf-llama": (lambda: hugging_face("llama"), tokens_loss, tokens, ("fold", "vmap", "loop")),
+}
+
+
+def build(name: str) -> tuple[nn.Module, Callable, Any, Any, tuple[str, ...]]:
+    make, loss, batch, batchings = MODELS[name]
+    torch.manual_seed(1)
+    return make().double(), loss, batch(1), batch(2), batchings
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("name", MODELS)
+def test_meta_gradient_equals_plain_autograd(name: str, steps: int) -> None:
+    model, loss, support, query, batchings = build(name)
+    value = plain_loss(model, loss, support, query, steps, sgd(0.3))
+    truth = gradients(model, value)
+    first_order = gradients(model, plain_loss(model, loss, support, query, steps, sgd(0.3), first_order=True))
+    assert max((first_order[n] - truth[n]).norm() / truth[n].norm() for n in truth if truth[n].norm() > 0) > 1e-3
+    for batching in batchings:
+        for strategy in ("store", "recompute"):
+            options = {"batching": batching, "strategy": strategy, "task_chunk": 2}
+            maml = mk.MAML(model, loss, inner=mk.optim.SGD(lr=0.3), steps=steps, **options)
+            ours = maml(support, query)
+            torch.testing.assert_close(ours, value.detach(), rtol=1e-12, atol=1e-12)
+            assert_equal(gradients(model, ours), truth)
+            assert (maml.plan.batching, maml.plan.strategy) == (batching, strategy)
+
+
+def test_both_modes_of_the_hessian_vector_product_are_taken_and_exact() -> None:
+    """A model whose ops all have forward mode goes forward over reverse; SiLU's backward in PyTorch has none."""
+    for activation, mode in ((nn.Tanh(), "forward"), (nn.SiLU(), "reverse")):
+        model = nn.Sequential(nn.Linear(5, 8), activation, nn.Linear(8, 3)).double()
+        truth = gradients(model, plain_loss(model, regression_loss, points(1), points(2), 3, sgd(0.1)))
+        maml = mk.MAML(model, regression_loss, inner=mk.optim.SGD(lr=0.1), steps=3, strategy="recompute")
+        assert_equal(gradients(model, maml(points(1), points(2))), truth)
+        assert maml.plan.hvp == mode
+
+
+def test_float32_is_as_good_in_every_way() -> None:
+    model, loss, support, query, batchings = build("gpt-folded")
+    truth = gradients(model, plain_loss(model, loss, support, query, 3, sgd(0.3)))
+    model.float()
+    for batching in batchings:
+        for strategy in ("store", "recompute"):
+            maml = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), 3, batching=batching, strategy=strategy)
+            found = {name: g.double() for name, g in gradients(model, maml(support, query)).items()}
+            assert_equal(found, truth, 2e-5)
+
+
+def test_auto_folds_and_says_why() -> None:
+    model, loss, support, query, _ = build("gpt-folded")
+    maml = mk.MAML(model, loss, steps=2)
+    with pytest.raises(RuntimeError, match="plan must be read after"):
+        _ = maml.plan
+    maml(support, query)
+    assert maml.plan.batching == "fold"
+    assert "equals plain autograd" in str(maml.plan)
+
+
+def test_adapt_selects_and_the_rest_is_learned_all_the_same() -> None:
+    model, loss, support, query, batchings = build("gpt-folded")
+    adapted = lambda name: name.startswith("encoder.linear") or name == "norm.bias"  # noqa: E731
+    truth = gradients(model, plain_loss(model, loss, support, query, 3, sgd(0.5), adapted))
+    for adapt in (adapted, ["encoder.linear*", "norm.bias"]):
+        for batching in batchings:
+            for strategy in ("store", "recompute"):
+                maml = mk.MAML(model, loss, mk.optim.SGD(0.5), 3, adapt=adapt, batching=batching, strategy=strategy)
+                assert_equal(gradients(model, maml(support, query)), truth)
+    assert set(maml.adapt(support)) == {name for name, _ in model.named_parameters() if adapted(name)}
+
+
+def test_frozen_and_unused_parameters() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = mlp(), nn.Linear(2, 2)
+            self.used[0].weight.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    model = Partly().double()
+    truth_model = copy.deepcopy(model.used)
+    truth = gradients(truth_model, plain_loss(truth_model, regression_loss, points(1), points(2), 3, sgd(0.1)))
+    for strategy in ("store", "recompute"):
+        maml = mk.MAML(model, regression_loss, inner=mk.optim.SGD(lr=0.1), steps=3, strategy=strategy)
+        found = gradients(model, maml(points(1), points(2)))
+        assert_equal({n.removeprefix("used."): g for n, g in found.items() if n.startswith("used.")}, truth)
+        assert model.used[0].weight.grad is None
+        assert model.unused.weight.grad is None
+
+
+def test_dropout_differs_between_tasks_and_is_the_same_in_both_passes() -> None:
+    """With equal tasks, masks make the losses differ; a fixed seed makes store and recompute draw the same masks."""
+    model, loss, support, _, batchings = build("gpt-folded")
+    model.encoder.dropout.p = model.encoder.dropout1.p = model.encoder.dropout2.p = 0.5
+    same = tree_map(lambda a: a[:1].expand_as(a).contiguous(), support)
+    for batching in batchings:
+        found = []
+        for strategy in ("store", "recompute"):
+            maml = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), 3, batching=batching, strategy=strategy)
+            torch.manual_seed(5)
+            found.append(gradients(model, maml(same, same)))
+            assert len(set(maml.query_losses.tolist())) == T
+            after = torch.rand(())
+        torch.manual_seed(5)
+        maml(same, same)
+        assert torch.equal(after, torch.rand(()))
+        assert_equal(*found)
+
+
+def test_gradients_accumulate_and_scale() -> None:
+    model, loss, support, query, _ = build("mlp")
+    maml = mk.MAML(model, loss, steps=2)
+    once = gradients(model, maml(support, query))
+    (3 * maml(query, support)).backward()
+    twin = copy.deepcopy(model)
+    other = gradients(twin, mk.MAML(twin, loss, steps=2)(query, support))
+    found = {name: p.grad for name, p in model.named_parameters()}
+    assert_equal(found, {name: once[name] + 3 * other[name] for name in once})
+
+
+def test_no_grad_evaluates() -> None:
+    model, loss, support, query, _ = build("mlp")
+    maml = mk.MAML(model, loss, steps=2)
+    value = maml(support, query)
+    with torch.no_grad():
+        quiet = maml(support, query)
+    assert not quiet.requires_grad
+    torch.testing.assert_close(quiet, value.detach())
+    curve = maml.evaluate(support, query, steps=(0, 2, 2, 5))
+    assert curve.shape == (4, T)
+    torch.testing.assert_close(curve[1].mean(), value.detach())
+    torch.testing.assert_close(curve[1], curve[2])
+    torch.testing.assert_close(curve[1], maml.query_losses)
+    phi = maml.adapt(support)
+    assert {name: p.shape[1:] for name, p in phi.items()} == {n: p.shape for n, p in model.named_parameters()}
+    for t in range(T):
+        functional = Functional(model, {name: p[t] for name, p in phi.items()})
+        torch.testing.assert_close(loss(functional, tree_map(lambda a, t=t: a[t], query)), curve[1][t])
+
+
+def test_zero_steps_is_joint_training() -> None:
+    model, loss, support, query, _ = build("mlp")
+    truth = gradients(model, plain_loss(model, loss, support, query, 0, sgd(0.1)))
+    for strategy in ("store", "recompute"):
+        assert_equal(gradients(model, mk.MAML(model, loss, steps=0, strategy=strategy)(support, query)), truth)
+
+
+def test_a_custom_loss_with_branches_on_data_loops() -> None:
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        error = (model(batch[0]) - batch[1]).square()
+        return error.mean() if error.mean().item() > 1 else error.sum()
+
+    model, _, support, query, _ = build("mlp")
+    maml = mk.MAML(model, loss, mk.optim.SGD(lr=0.01), steps=3)
+    truth = gradients(model, plain_loss(model, loss, support, query, 3, sgd(0.01)))
+    assert_equal(gradients(model, maml(support, query)), truth)
+    assert maml.plan.batching == "loop"
+
+
+def test_a_loss_that_reads_the_weights_is_not_folded_wrongly() -> None:
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        penalty = (
+            model[0].weight.square().sum() if isinstance(model, nn.Module) else model.phi["0.weight"].square().sum()
+        )
+        return regression_loss(model, batch) + 0.1 * penalty
+
+    model, _, support, query, _ = build("mlp")
+    maml = mk.MAML(model, loss, mk.optim.SGD(lr=0.1), steps=3)
+    truth = gradients(model, plain_loss(model, loss, support, query, 3, sgd(0.1)))
+    assert_equal(gradients(model, maml(support, query)), truth)
+    assert maml.plan.batching == "vmap"
+
+
+class Fixed(nn.Module):
+    """Learned queries whose number coincides with the folded batch: provenance, not size, says what is folded."""
+
+    def __init__(self, queries: int) -> None:
+        super().__init__()
+        self.table, self.mix, self.out = nn.Embedding(queries, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.mix(self.table(torch.arange(self.table.num_embeddings)))
+        weights = torch.softmax(x @ queries.mT if queries.dim() == 2 else torch.einsum("bi,bqi->bq", x, queries), -1)
+        mixed = weights @ queries if queries.dim() == 2 else torch.einsum("bq,bqi->bi", weights, queries)
+        return self.out(torch.tanh(mixed))
+
+
+@pytest.mark.parametrize("queries", [4, 8, 12, 7])
+def test_a_size_that_coincides_with_the_fold_is_not_mistaken(queries: int) -> None:
+    """T·B is 12, 2·B is 8 and 3·B is 12 when the model is traced."""
+    torch.manual_seed(0)
+    model = Fixed(queries).double()
+    truth = gradients(model, plain_loss(model, regression_loss, points(1), points(2), 2, sgd(0.3)))
+    maml = mk.MAML(model, regression_loss, mk.optim.SGD(lr=0.3), steps=2)
+    assert_equal(gradients(model, maml(points(1), points(2))), truth)
+
+
+def test_memory_that_runs_out_halves_the_chunk_and_goes_on() -> None:
+    class Small(nn.Module):
+        """Runs out of memory, once armed, where it sees more than one task of four points."""
+
+        armed = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.armed and x.shape[0] > 4:
+                raise torch.OutOfMemoryError("planted")
+            return x
+
+    _, loss, support, query, _ = build("mlp")
+    model = nn.Sequential(mlp(), Small()).double()
+    truth = gradients(model, plain_loss(model, loss, support, query, 2, sgd(0.1)))
+    maml = mk.MAML(model, loss, mk.optim.SGD(lr=0.1), steps=2, batching="fold", task_chunk=T)
+    maml(support, query)
+    assert maml.plan.task_chunk == T
+    model[1].armed = True
+    assert_equal(gradients(model, maml(support, query)), truth)
+    assert maml.plan.task_chunk == 1
+    assert "memory ran out" in str(maml.plan)
+
+
+def test_refusals() -> None:
+    model, loss, support, query, _ = build("mlp")
+    with pytest.raises(ValueError, match=r"MAML: batch-norm must be in eval mode, got '1'"):
+        mk.MAML(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).double(), loss)(support, query)
+    normed = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).double().eval()
+    truth = gradients(normed, plain_loss(normed, loss, support, query, 2, sgd(0.1)))
+    assert_equal(gradients(normed, mk.MAML(normed, loss, mk.optim.SGD(lr=0.1), 2)(support, query)), truth)
+    with pytest.raises(ValueError, match=r"loss must return a scalar tensor for one task, got \[4, 3\]"):
+        mk.MAML(model, lambda m, b: m(b[0]))(support, query)
+    with pytest.raises(ValueError, match=r"query must have the 3 tasks of support, got 2"):
+        mk.MAML(model, loss)(support, tree_map(lambda a: a[:2], query))
+    with pytest.raises(ValueError, match=r"one number of tasks along dimension 0, got \[2, 3\]"):
+        mk.MAML(model, loss)((support[0], support[1][:2]), query)
+    with pytest.raises(ValueError, match="at least one task, got 0"):
+        mk.MAML(model, loss)(tree_map(lambda a: a[:0], support), tree_map(lambda a: a[:0], query))
+    with pytest.raises(ValueError, match="must not require a gradient"):
+        mk.MAML(model, loss)((support[0].clone().requires_grad_(), support[1]), query)
+    with pytest.raises(ValueError, match="strategy must be auto, store or recompute, got 'fast'"):
+        mk.MAML(model, loss, strategy="fast")
+    with pytest.raises(ValueError, match="steps must be an integer of at least 0, got -1"):
+        mk.MAML(model, loss, steps=-1)
+    with pytest.raises(ValueError, match="adapt must match a parameter's name"):
+        mk.MAML(model, loss, adapt=["nothing"])
+    with pytest.raises(TypeError, match="inner must be one of"):
+        mk.MAML(model, loss, inner=0.1)
+    value = mk.MAML(model, loss)(support, query)
+    g = torch.autograd.grad(value, list(model.parameters()), create_graph=True)
+    with pytest.raises(NotImplementedError, match="derivatives of the meta-gradient"):
+        torch.autograd.grad(g[0].sum(), list(model.parameters()))
+
+
+def test_a_buffer_that_changes_is_refused() -> None:
+    class Counter(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(5, 3, dtype=torch.float64)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="buffers must not change in a forward pass, got 'calls'"):
+        mk.MAML(Counter(), regression_loss)(points(1), points(2))

@@ -1,0 +1,150 @@
+"""Inner optimizers: one step equals torch.optim's, and the meta-gradient through them equals plain autograd's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import metakern as mk
+
+T, B, K = 3, 4, 4
+
+INNER: dict[str, tuple[Callable[..., mk.optim.InnerOptimizer], Callable[..., torch.optim.Optimizer]]] = {
+    "sgd": (lambda **o: mk.optim.SGD(0.2, **o), lambda p: torch.optim.SGD(p, 0.2)),
+    "momentum": (
+        lambda **o: mk.optim.SGD(0.1, momentum=0.7, weight_decay=0.03, **o),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.7, weight_decay=0.03),
+    ),
+    "nesterov": (
+        lambda **o: mk.optim.SGD(0.1, momentum=0.7, nesterov=True, **o),
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.7, nesterov=True),
+    ),
+    "adam": (
+        lambda **o: mk.optim.Adam(0.05, betas=(0.7, 0.9), weight_decay=0.03, **o),
+        lambda p: torch.optim.Adam(p, 0.05, betas=(0.7, 0.9), weight_decay=0.03),
+    ),
+    "adamw": (
+        lambda **o: mk.optim.AdamW(0.05, betas=(0.7, 0.9), weight_decay=0.03, **o),
+        lambda p: torch.optim.AdamW(p, 0.05, betas=(0.7, 0.9), weight_decay=0.03),
+    ),
+}
+
+
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    make = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=make, dtype=torch.float64)  # noqa: E731
+    return draw(T, B, 5), draw(T, B, 2)
+
+
+def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def unrolled(net: nn.Module, inner: mk.optim.InnerOptimizer) -> Tensor:
+    """Plain autograd through `inner.update`, a task at a time."""
+    total, (sx, sy), (qx, qy) = 0.0, batch(1), batch(2)
+    names = [name for name, _ in net.named_parameters()]
+    for t in range(T):
+        phi = [p[None] for p in net.parameters()]
+        state = inner.init(phi)
+
+        def functional(x: Tensor, phi: list[Tensor]) -> Tensor:
+            return functional_call(net, {n: p[0] for n, p in zip(names, phi, strict=True)}, (x,))
+
+        for _ in range(K):
+            value = (functional(sx[t], phi) - sy[t]).square().mean()
+            grads = torch.autograd.grad(value, phi, create_graph=True)
+            phi, state = inner.update(phi, grads, state)
+        total = total + (functional(qx[t], phi) - qy[t]).square().mean() / T
+    return total
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_adapts_as_torch_optim_does(name: str) -> None:
+    ours, theirs = INNER[name]
+    net = model()
+    phi = mk.MAML(net, loss, inner=ours(), steps=K).adapt(batch(1))
+    for t in range(T):
+        twin = model()
+        optimizer = theirs(twin.parameters())
+        for _ in range(K):
+            optimizer.zero_grad()
+            loss(twin, tuple(a[t] for a in batch(1))).backward()
+            optimizer.step()
+        for key, p in twin.named_parameters():
+            torch.testing.assert_close(phi[key][t], p.detach(), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("per", ["all", "parameter", "element"])
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+@pytest.mark.parametrize("name", INNER)
+def test_meta_gradient_and_rates_equal_plain_autograd(name: str, strategy: str, per: str) -> None:
+    net = model()
+    maml = mk.MAML(net, loss, inner=INNER[name][0](learn_lr=True, per=per), steps=K, strategy=strategy).double()
+    with torch.no_grad():
+        for i, rate in enumerate(maml.inner.parameters()):
+            rate.mul_(1 + 0.1 * i).add_(0.01 * torch.rand(rate.shape, dtype=rate.dtype))
+    everything = list(maml.parameters())
+    assert len(everything) == 4 + (1 if per == "all" else 4)
+    truth = torch.autograd.grad(unrolled(net, maml.inner), everything)
+    maml(batch(1), batch(2)).backward()
+    for parameter, right in zip(everything, truth, strict=True):
+        assert (parameter.grad - right).norm() <= 1e-10 * right.norm()
+
+
+def test_first_order_learns_its_rate_exactly_given_constant_gradients() -> None:
+    for strategy in ("store", "recompute"):
+        net = model()
+        maml = mk.FOMAML(net, loss, inner=mk.optim.SGD(0.2, learn_lr=True), steps=1, strategy=strategy).double()
+        maml(batch(1), batch(2)).backward()
+        step = 1e-6
+        with torch.no_grad():
+            maml.inner.lr.value += step
+            up = maml(batch(1), batch(2))
+            maml.inner.lr.value -= 2 * step
+            down = maml(batch(1), batch(2))
+        torch.testing.assert_close(maml.inner.lr.value.grad, (up - down) / (2 * step), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
+def test_adam_has_no_nan_where_gradients_are_zero(kind: str) -> None:
+    """An input that is always zero gives a weight column whose gradient is exactly zero."""
+    net = model()
+    x, y = batch(1)
+    x[..., 0] = 0
+    for strategy in ("store", "recompute"):
+        net.zero_grad()
+        maml = mk.MAML(net, loss, inner=getattr(mk.optim, kind)(0.05), steps=3, strategy=strategy)
+        maml((x, y), batch(2)).backward()
+        assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_adam_is_differentiable_at_a_zero_gradient() -> None:
+    """At the first step the update is lr g / (|g| + eps), whose slope at g = 0 is lr / eps."""
+    inner = mk.optim.Adam(lr=0.5, eps=0.25)
+    g = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
+    (moved,), _ = inner.update([torch.ones_like(g)], [g], inner.init([g]))
+    torch.testing.assert_close(torch.autograd.grad(moved, g)[0].item(), -0.5 / 0.25)
+
+
+def test_refusals() -> None:
+    for make, text in (
+        (lambda: mk.optim.SGD(lr=-1), "SGD: lr must be at least 0, got -1"),
+        (lambda: mk.optim.SGD(momentum=1.0), r"SGD: momentum must be in \[0, 1\), got 1.0"),
+        (lambda: mk.optim.SGD(nesterov=True), "SGD: momentum must be positive with nesterov"),
+        (lambda: mk.optim.Adam(eps=0), "Adam: eps must be positive, got 0"),
+        (lambda: mk.optim.AdamW(betas=(0.9, 1.0)), r"AdamW: beta2 must be in \[0, 1\), got 1.0"),
+        (lambda: mk.optim.SGD(learn_lr=True, per="layer"), "per must be 'all', 'parameter' or 'element', got 'layer'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            make()
