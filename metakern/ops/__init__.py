@@ -14,6 +14,8 @@ from metakern.ops.layer_norm import SPEC as _LAYER_NORM
 from metakern.ops.layer_norm import layer_norm
 from metakern.ops.linear import SPEC as _LINEAR
 from metakern.ops.linear import linear
+from metakern.ops.linear_cross_entropy import SPEC as _LINEAR_CROSS_ENTROPY
+from metakern.ops.linear_cross_entropy import linear_cross_entropy
 from metakern.ops.lstm import SPEC as _LSTM
 from metakern.ops.lstm import lstm
 from metakern.ops.rms_norm import SPEC as _RMS_NORM
@@ -39,6 +41,7 @@ SPECS = {
         _GRU,
         _LAYER_NORM,
         _LINEAR,
+        _LINEAR_CROSS_ENTROPY,
         _LSTM,
         _RMS_NORM,
         _RNN,
@@ -58,6 +61,7 @@ __all__ = [
     "gru",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "lstm",
     "rms_norm",
     "rnn",

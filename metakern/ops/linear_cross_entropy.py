@@ -1,0 +1,225 @@
+"""Cross-entropy of a linear layer's logits, which are computed again at each order and never held: some rows at a time.
+
+    z = x Wᵀ        ℓ_n = log Σ_v exp(z_nv)        p_nv = exp(z_nv - ℓ_n)        e_n = one-hot(target_n)
+
+    forward   y_n  = ℓ_n - z_n[target_n]
+    jvp       t_z  = t_x Wᵀ + x t_Wᵀ        t_ℓ_n = Σ_v p_nv t_z_nv        t_y_n = t_ℓ_n - t_z_n[target_n]
+    vjp       g    = ct_y (p - e)           ct_x  = g W                    ct_W  = gᵀ x
+    vjp_jvp   t_g  = ct_y p (t_z - t_ℓ) + t_ct_y (p - e)
+              t_ct_x = t_g W + g t_W        t_ct_W = t_gᵀ x + gᵀ t_x
+
+| tensor | shape |
+|---|---|
+| hidden x | [T, N, D] |
+| weight W | [T, V, D] |
+| target | [T, N] |
+| y, residual ℓ | [T, N], float32 for half precision |
+
+A task's mean over its kept tokens is taken outside the rules, so that with a shared weight the tokens of all tasks are
+one sequence. Rows go through in chunks of a fixed number of bytes, and at most half of a task's tokens at once (or 64,
+where tasks share the weight). Half precision has its products in half precision, and all the rest in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from metakern.ops import _checks
+from metakern.ops._rules import Op, Rules, Tensors
+from metakern.ops._spec import Cost, Make, Sample, Spec
+from metakern.ops._tensors import wide
+from metakern.ops.cross_entropy import SPEC as _CROSS_ENTROPY
+from metakern.ops.cross_entropy import kept, lower, ragged
+
+# A chunk of logits stays in a CPU's cache but has the rows that a matrix product needs; a GPU needs more to be busy.
+_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+_LEAST_ROWS = 64
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+    """`cross_entropy(hidden @ weight.T, target)` without the logits: the memory of some rows of them, at every order.
+
+    hidden [T, N, D] with target [T, N] -> [T], and weight [V, D] or [T, V, D]; or hidden [N, D] with weight [V, D] and
+    target [N] -> a scalar. A mean over the targets of a task that are not `ignore_index`, 0 for a task without any.
+    Raises TypeError for tensors that are not of one floating-point dtype or targets that are no integers, ValueError
+    where shapes or devices differ or, on the CPU, where a target is not in [0, V).
+
+    >>> import metakern as mk, torch
+    >>> mk.ops.linear_cross_entropy(torch.zeros(2, 3, 5), torch.ones(4, 5), torch.zeros(2, 3, dtype=torch.long))
+    tensor([1.3863, 1.3863])
+    """
+    name = "linear_cross_entropy"
+    _checks.floating(name, hidden=hidden, weight=weight)
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"{name}: hidden must have shape [N, D] or [T, N, D], got {list(hidden.shape)}")
+    if weight.dim() not in (2, 3):
+        raise ValueError(f"{name}: weight must have shape [V, D] or [T, V, D], got {list(weight.shape)}")
+    own = weight.dim() == 3 and hidden.dim() == 3
+    expected = (*hidden.shape[:own], *weight.shape[-2:-1], hidden.shape[-1])
+    _checks.shape(name, "weight", weight, expected, "[T, V, D]" if own else "[V, D]")
+    _checks.indices(name, "target", target, hidden.device)
+    _checks.shape(name, "target", target, hidden.shape[:-1], "[N]" if hidden.dim() == 2 else "[T, N]")
+    _checks.below(name, "target", target, weight.shape[-2], ignore_index)
+    share, place = kept(target, ignore_index, wide(hidden[..., :0]).dtype)
+    most = max((target.shape[-1] + 1) // 2, _LEAST_ROWS)
+    if own:
+        (y,) = OP(hidden, weight, target=place.squeeze(-1), most=most)
+    else:
+        (y,) = OP(hidden.reshape(1, -1, hidden.shape[-1]), weight[None], target=place.reshape(1, -1), most=most)
+    return (share * y.view(share.shape)).sum(-1).to(hidden.dtype)
+
+
+def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
+    hidden, weight = inputs
+    losses, lses = [wide(hidden[:0, :, 0]).flatten()], [wide(hidden[:0, :, 0]).flatten()]
+    for t, rows in _chunks(c, hidden, weight):
+        logits, place = _logits(hidden[t, rows], weight[t]), c.target[t, rows].unsqueeze(-1)
+        likelihood = torch.log_softmax(logits, -1).gather(-1, place).squeeze(-1)
+        losses.append(-likelihood)
+        lses.append(logits.gather(-1, place).squeeze(-1) - likelihood)
+    return (torch.cat(losses).view(c.target.shape),), (torch.cat(lses).view(c.target.shape),)
+
+
+def _jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
+    hidden, weight = inputs
+    t_losses, t_lses = [r[0][:0].flatten()], [r[0][:0].flatten()]
+    for t, rows in _chunks(c, hidden, weight):
+        p = torch.softmax(_logits(hidden[t, rows], weight[t]), -1)
+        t_logits = _t_logits(inputs, t_inputs, t, rows)
+        t_lse = (p * t_logits).sum(-1)
+        t_lses.append(t_lse)
+        t_losses.append(t_lse - t_logits.gather(-1, c.target[t, rows].unsqueeze(-1)).squeeze(-1))
+    return (torch.cat(t_losses).view(c.target.shape),), (torch.cat(t_lses).view(c.target.shape),)
+
+
+def _vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
+    (hidden, weight), (ct_y,) = inputs, ct_outputs
+    ct_hidden, ct_weight = _cotangents(c, inputs)
+    for t, rows in _chunks(c, hidden, weight):
+        x, ct, place = hidden[t, rows], ct_y[t, rows].unsqueeze(-1), c.target[t, rows].unsqueeze(-1)
+        g = lower(torch.softmax(_logits(x, weight[t]), -1).mul_(ct), place, ct).to(x.dtype)
+        if ct_hidden is not None:
+            ct_hidden[t, rows] += g @ weight[t]
+        if ct_weight is not None:
+            _add_product(ct_weight[t], g.mT, x)
+    return tuple(None if ct is None else ct.to(hidden.dtype) for ct in (ct_hidden, ct_weight))
+
+
+def _vjp_jvp(
+    c: SimpleNamespace,
+    inputs: Tensors,
+    r: Tensors,
+    t_inputs: Tensors,
+    t_r: Tensors,
+    ct_outputs: Tensors,
+    t_ct_outputs: Tensors | None,
+) -> Tensors:
+    (hidden, weight), (t_hidden, t_weight), (t_lse,), (ct_y,) = inputs, t_inputs, t_r, ct_outputs
+    t_ct_hidden, t_ct_weight = _cotangents(c, inputs)
+    for t, rows in _chunks(c, hidden, weight):
+        x, ct, place = hidden[t, rows], ct_y[t, rows].unsqueeze(-1), c.target[t, rows].unsqueeze(-1)
+        p = torch.softmax(_logits(x, weight[t]), -1)
+        t_g = _t_logits(inputs, t_inputs, t, rows).sub_(t_lse[t, rows].unsqueeze(-1)).mul_(ct)
+        if t_ct_outputs is None:
+            t_g.mul_(p)
+        else:
+            t_ct = t_ct_outputs[0][t, rows].unsqueeze(-1)
+            lower(t_g.add_(t_ct).mul_(p), place, t_ct)
+        t_g, g = t_g.to(x.dtype), lower(p.mul_(ct), place, ct).to(x.dtype)
+        if t_ct_hidden is not None:
+            t_ct_hidden[t, rows] += t_g @ weight[t]
+            if t_weight is not None:
+                t_ct_hidden[t, rows] += g @ t_weight[t]
+        if t_ct_weight is not None:
+            _add_product(t_ct_weight[t], t_g.mT, x)
+            if t_hidden is not None:
+                _add_product(t_ct_weight[t], g.mT, t_hidden[t, rows])
+    return tuple(None if t_ct is None else t_ct.to(hidden.dtype) for t_ct in (t_ct_hidden, t_ct_weight))
+
+
+def _chunks(c: SimpleNamespace, hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, slice]]:
+    """A task, and some of its rows: never all of them, unless there is but one, and at most `c.most`."""
+    (T, N, _), V = hidden.shape, weight.shape[1]
+    row_bytes = max(V, 1) * max(hidden.element_size(), 4)
+    size = max(_BYTES.get(hidden.device.type, _BYTES["cuda"]) // row_bytes, _LEAST_ROWS)
+    size = max(min(size, c.most, (N + 1) // 2), 1)
+    return ((t, slice(n, min(n + size, N))) for t in range(T) for n in range(0, N, size))
+
+
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    return wide(x @ weight.mT)
+
+
+def _t_logits(inputs: Tensors, t_inputs: Tensors, t: int, rows: slice) -> Tensor:
+    """t_x Wᵀ + x t_Wᵀ of a chunk; one of the tangents may be absent."""
+    (hidden, weight), (t_hidden, t_weight) = inputs, t_inputs
+    if t_hidden is None:
+        return _logits(hidden[t, rows], t_weight[t])
+    t_logits = _logits(t_hidden[t, rows], weight[t])
+    return t_logits if t_weight is None else t_logits + _logits(hidden[t, rows], t_weight[t])
+
+
+def _cotangents(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensor | None, Tensor | None]:
+    """Zeros to add up the wanted cotangents of hidden and weight."""
+    hidden, weight = (
+        torch.zeros(x.shape, dtype=wide(x[:0]).dtype, device=x.device) if needed else None
+        for x, needed in zip(inputs, c.needs, strict=True)
+    )
+    return hidden, weight
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, where the sum may be wider than the factors."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+OP = Op(
+    "linear_cross_entropy",
+    inputs=("hidden", "weight"),
+    constants=("target",),
+    kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)},
+    zero_tangents=False,
+)
+
+
+def _plain(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+    return _CROSS_ENTROPY.plain(hidden @ weight.mT, target, ignore_index)
+
+
+def _samples(make: Make) -> list[Sample]:
+    return [
+        Sample("tasks", (make(2, 5, 3), make(2, 4, 3), make.integers(4, 2, 5))),
+        Sample("ragged", (make(3, 4, 2), make(3, 5, 2), ragged(make, 5, 3, 4))),
+        Sample("shared", (make(2, 3, 4), make(5, 4), ragged(make, 5, 2, 3, 0)), {"ignore_index": 0}, per_task=False),
+        Sample("one", (make(7, 3), make(5, 3), make.integers(5, 7).int()), per_task=False),
+        Sample("large", (10 * make(2, 3, 5), 10 * make(2, 4, 5), ragged(make, 4, 2, 3))),
+        Sample("one-token", (make(2, 1, 3), make(2, 5, 3), make.integers(5, 2, 1))),
+        Sample("no-tokens", (make(2, 0, 3), make(2, 5, 3), make.integers(5, 2, 0))),
+    ]
+
+
+def _benchmark(make: Make) -> list[Sample]:
+    return [
+        Sample("8x160x256-2000", (make(8, 160, 256), make(8, 2000, 256), make.integers(2000, 8, 160))),
+        Sample("1024x256-32000", (make(1024, 256), make(32000, 256), make.integers(32000, 1024)), per_task=False),
+    ]
+
+
+def _cost(sample: Sample, order: int) -> Cost:
+    hidden, weight, target = sample.args
+    logits = target.numel() * weight.shape[-2]
+    moved = hidden.numel() + weight.numel()
+    return Cost(
+        flop=logits * (2 * (1, 3, 7)[order] * hidden.shape[-1] + (4, 5, 10)[order]),
+        bytes=(1, 2, 3)[order] * moved * hidden.element_size(),
+    )
+
+
+SPEC = Spec(OP, linear_cross_entropy, _plain, _samples, _benchmark, _cost)
