@@ -45,17 +45,23 @@ def close(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 @every_cell
 def test_a_sequence_without_steps_leaves_the_state(cell: str) -> None:
-    x, initial = Make()(2, 3, 0, 3), states(cell, 2, 3, 2)
-    y, *final = SPECS[cell].call(x, *initial, *weights(cell, 2))
+    arguments = [Make()(2, 3, 0, 3), *states(cell, 2, 3, 2), *weights(cell, 2)]
+    y, *final = SPECS[cell].call(*arguments)
+    initial = arguments[1:-4]
     assert y.shape == (2, 3, 0, 2)
     close(final, initial)
     assert all(f.data_ptr() != i.data_ptr() for f, i in zip(final, initial, strict=True))
-    initial = [s.requires_grad_() for s in initial]
-    _, *final = SPECS[cell].call(x, *initial, *weights(cell, 2))
-    ct = [Make(seed=4)(2, 3, 2).requires_grad_() for _ in final]
-    ct_x = torch.autograd.grad(final, initial, ct, create_graph=True)
-    close(list(ct_x), ct)
-    close(list(torch.autograd.grad(ct_x, ct, [c.detach() for c in ct])), ct)
+    results = run(SPECS[cell].call, *arguments)[len(final) + 1 :]
+    ct_x, second = results[: len(arguments)], results[len(arguments) :]
+    assert all(not t.any() for t in (ct_x[0], *ct_x[-4:], *second))
+    assert [t.shape for t in ct_x] == [t.shape for t in second] == [a.shape for a in arguments]
+    make = Make(seed=9)
+    _, *ct = [make(*o.shape) for o in (y, *final)]
+    close(ct_x[1:-4], ct)
+    t_x = [make(*a.shape) for a in arguments]
+    t_y, *t_final = tree_leaves(torch.func.jvp(SPECS[cell].call, tuple(arguments), tuple(t_x))[1])
+    assert t_y.shape == y.shape
+    close(t_final, t_x[1:-4])
 
 
 @every_cell
