@@ -76,6 +76,8 @@ class Config:
     adapt: tuple[str, ...] = _option((), "name patterns of the parameters that adapt")
 
     outer_lr: float = _option(1e-3, "learning rate of the outer AdamW", above=0)
+    rate_lr: float = _option(1e-3, "learning rate of the learned inner rates", above=0)
+    finetune_lr: float = _option(0.0, "outer_lr of the baseline finetune; 0: the same", least=0)
     weight_decay: float = _option(0.01, "weight decay of the outer AdamW, on matrices only", least=0)
     warmup: int = _option(50, "outer steps until the learning rate is full", least=0)
     cosine: bool = _option(True, "let the learning rate end at zero along a half cosine")

@@ -96,6 +96,8 @@ def _baseline(run: Run, name: str) -> Run:
     if state["phase"] != "train" or not state["step"]:
         raise UserError(f"{run.path}: has not been trained yet, so it has no baseline; go on with it by --resume")
     config = replace(run.config, algorithm=name, steps=state["step"], minutes=0.0)
+    if name == "finetune":
+        config = replace(config, outer_lr=config.finetune_lr or config.outer_lr)
     folder = run.path / name
     return train(config, folder, resume=(folder / "checkpoints" / "last.json").exists(), start=run.path)
 

@@ -136,13 +136,16 @@ class _Loop:
         self.run, self.phase, self.validation, self.log = run, phase, validation, log
         self.config, self.algorithm = run.config, phase.algorithm
         self.judge = copy.copy(self.algorithm)  # the same weights, and a plan of its own for evaluation mode
-        decayed = {id(p) for p in run.model.parameters() if p.ndim > 1}
-        parameters = [p for p in self.algorithm.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if id(p) in decayed], "weight_decay": self.config.weight_decay},
-            {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+        self.looks = (0, self.config.inner_steps) if phase.name == "train" else (0,)
+        model = list(run.model.parameters())
+        own = {id(p) for p in model}
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in model if p.ndim > 1], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in model if p.ndim <= 1]},
+            {"params": [p for p in self.algorithm.parameters() if id(p) not in own], "lr": self.config.rate_lr},
         ]
-        self.optimizer = torch.optim.AdamW(groups, phase.lr)
+        self.optimizer = torch.optim.AdamW(groups, phase.lr, weight_decay=0.0)
+        self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def go(self, saved: dict[str, Tensor], stop_asked: Callable[[], bool]) -> None:
         """Run the phase to its end: from its start, or from where ``saved`` was saved."""
@@ -153,14 +156,13 @@ class _Loop:
             run.state = {"phase": phase.name, "step": 0, "seconds": 0.0, "best": None}
             self.validate()
         state = run.state
-        first, began = state["step"], time.monotonic() - state["seconds"]
+        began = time.monotonic() - state["seconds"]
         self.algorithm.train()
         while phase.done(state["step"], state["seconds"]) < 1:
             self.step()
             state["step"] += 1
             state["seconds"] = time.monotonic() - began
-            rate = (state["step"] - first) / (time.monotonic() - began)
-            self.log.progress(phase, state, rate)
+            self.log.progress(phase, state)
             over = phase.done(state["step"], state["seconds"]) == 1
             if over or state["step"] % config.eval_every == 0:
                 self.validate()
@@ -174,8 +176,8 @@ class _Loop:
         config, algorithm, state = self.config, self.algorithm, self.run.state
         support, query = self.phase.episodes.sample(state["step"], config.tasks)
         done = self.phase.done(state["step"], state["seconds"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.phase.lr * _schedule(config, state["step"], done)
+        for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
+            group["lr"] = rate * _schedule(config, state["step"], done)
         self.optimizer.zero_grad()
         loss = algorithm(support, query)
         loss.backward()
@@ -184,26 +186,29 @@ class _Loop:
             names = self.phase.episodes.names(state["step"], config.tasks)
             raise self.divergence(names, self.look(support, query).sum(0))
         if state["step"] % config.log_every == 0:
-            before, after = self.look(support, query).mean(1).tolist()
-            self.log(self.phase.name, state["step"], loss=loss.item(), norm=norm.item(), before=before, after=after)
+            numbers = {"loss": loss.item(), "norm": norm.item()}
+            if self.phase.name == "train":
+                numbers["before"], numbers["after"] = self.look(support, query).mean(1).tolist()
+            self.log(self.phase.name, state["step"], **numbers)
         self.optimizer.step()
 
     def look(self, support: Any, query: Any) -> Tensor:
-        """Query losses before and after adaptation ``[2, T]``, in evaluation mode."""
+        """Query losses before (and in ``train`` after) adaptation ``[1 or 2, T]``, in evaluation mode."""
         self.judge.eval()
-        losses = self.judge.evaluate(support, query, steps=(0, self.config.inner_steps))
+        losses = self.judge.evaluate(support, query, steps=self.looks)
         self.judge.train()
         return losses
 
     def validate(self) -> None:
         """Judge the weights on the validation tasks, keep them if they are the best so far, and save."""
         run, config, state = self.run, self.config, self.run.state
-        names, losses = curve(self.judge, self.validation, (0, config.inner_steps), config.eval_tasks)
-        before, after = losses.mean(1).tolist()
-        if not math.isfinite(before):
+        names, losses = curve(self.judge, self.validation, self.looks, config.eval_tasks)
+        if not losses[0].isfinite().all():
             raise self.divergence(names, losses[0])
+        before, after = losses[0].mean().item(), losses[-1].mean().item()
         self.log(self.phase.name, state["step"], validation_before=before, validation_after=after)
-        self.log.say(f"{self.phase.name} {state['step']}: validation loss {before:.4f} -> {after:.4f}")
+        change = f" -> {after:.4f}" if len(losses) > 1 else ""
+        self.log.say(f"{self.phase.name} {state['step']}: validation loss {before:.4f}{change}")
         score = before if isinstance(self.algorithm, FineTune) else after
         if state["best"] is None or score < state["best"]:
             state["best"] = score
@@ -293,14 +298,17 @@ class _Log:
             self.board.add_scalar(f"{phase}/{name}", value, step)
         if "before" in numbers:
             self.losses, self.fresh = f"query loss {numbers['before']:.3f} -> {numbers['after']:.3f}", True
+        elif "loss" in numbers:
+            self.losses, self.fresh = f"loss {numbers['loss']:.3f}", True
 
     def say(self, text: str) -> None:
         """Show lines."""
         self.console.print(text, highlight=False, markup=False)
 
-    def progress(self, phase: _Phase, state: Mapping[str, Any], rate: float) -> None:
+    def progress(self, phase: _Phase, state: Mapping[str, Any]) -> None:
         """Show how far the phase is and how long it will take."""
         step, seconds = state["step"], state["seconds"]
+        rate = step / max(seconds, 1e-9)
         left = min((phase.steps - step) / rate, max(60 * phase.minutes - seconds, 0) if phase.minutes else math.inf)
         minutes, rest = divmod(round(left), 60)
         text = f"{step}/{phase.steps}  {rate:.1f} steps/s  {minutes}:{rest:02d} left  {self.losses}"

@@ -197,7 +197,7 @@ def test_a_time_limit_ends_a_phase(tmp_path, data):
     config = tiny_config(data, steps=10**6, minutes=1e-9, pretrain_steps=10**6, pretrain_minutes=1e-9)
     train(config, tmp_path / "run")
     assert final(tmp_path / "run")[1]["step"] == 1
-    assert [line["step"] for line in log_of(tmp_path / "run", "pretrain") if "before" in line] == [0]
+    assert [line["step"] for line in log_of(tmp_path / "run", "pretrain") if "loss" in line] == [0]
 
 
 def test_a_baseline_starts_where_the_run_started(tmp_path, data):
