@@ -32,7 +32,8 @@ GROUPS = {
     "pretrain_steps": "pretraining",
     "log_every": "the run",
 }
-EXTRAS = ("tokenizers", "safetensors", "rich", "matplotlib", "tensorboard", "sacrebleu", "transformers", "triton")
+DIALOGUE = ("tokenizers", "safetensors", "rich", "matplotlib", "tensorboard", "prompt_toolkit", "sacrebleu")
+EXTRAS = {**dict.fromkeys(DIALOGUE, "metakern[dialogue]"), "transformers": "metakern[hf]", "triton": "triton"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,9 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRAS:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
             raise
-        return _complain(f"the package {error.name} is missing: pip install metakern[dialogue]")
+        return _complain(f"the package {package} is missing: pip install {EXTRAS[package]}")
     except OSError as error:
         return _complain(f"{error.filename or 'input or output'}: {error.strerror}")
     except UserError as error:
@@ -216,6 +218,4 @@ def _installed(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "missing: pip install " + {"transformers": "metakern[hf]", "triton": "triton"}.get(
-            package, "metakern[dialogue]"
-        )
+        return f"missing: pip install {EXTRAS[package]}"

@@ -99,7 +99,10 @@ def _baseline(run: Run, name: str) -> Run:
     if name == "finetune":
         config = replace(config, outer_lr=config.finetune_lr or config.outer_lr)
     folder = run.path / name
-    return train(config, folder, resume=(folder / "checkpoints" / "last.json").exists(), start=run.path)
+    begun = (folder / "checkpoints" / "last.json").exists()
+    if begun and checkpoint.load(folder / "checkpoints", "last")[1]["step"] >= config.steps:
+        return Run.open(folder)
+    return train(config, folder, resume=begun, start=run.path)
 
 
 def _at_rate(run: Run, rate: float, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> Tensor:
@@ -166,7 +169,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         ]
         table.add_row(str(k), *(escape(cell) for cell in cells))
     tasks = f"{len(report['tasks'])} unseen tasks"
-    console.print(f"perplexity after adaptation, {report['data']}, {tasks} [95% interval over tasks]", markup=False)
+    title = f"perplexity after adaptation, {report['data']}, {tasks} [95% interval over tasks]"
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
     console.print(table)
 
 

@@ -110,6 +110,11 @@ class Run:
         return self.algorithm.model
 
     @property
+    def size(self) -> int:
+        """The number of the model's parameters."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
     def vocabulary(self) -> str:
         """A digest of the tokenizer's file: weights mean something with their own vocabulary only."""
         return hashlib.sha256((self.path / "tokenizer.json").read_bytes()).hexdigest()

@@ -98,7 +98,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, start: str |
     if start or (resume and run.state["phase"] == "train") or not config.pretrain_steps:
         phases = phases[1:]
     with _Log(out) as log, _stop_asked() as stop_asked:
-        log.say(f"{split.summary()}\n{sum(p.numel() for p in run.model.parameters()):,} parameters")
+        log.say(f"{out}: {config.algorithm} over a {config.model} of {run.size:,} parameters\n{split.summary()}")
         for phase in phases:
             if phase.name == "train" and not saved:
                 run.save("pretrained", run.model)
@@ -303,7 +303,7 @@ class _Log:
 
     def say(self, text: str) -> None:
         """Show lines."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, phase: _Phase, state: Mapping[str, Any]) -> None:
         """Show how far the phase is and how long it will take."""
