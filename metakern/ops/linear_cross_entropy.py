@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from metakern.ops import _checks
+from metakern.ops import _checks, _tensors
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -69,13 +69,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
     if own:
         (y,) = OP(hidden, weight, target=place.squeeze(-1), most=most)
     else:
-        (y,) = OP(hidden.reshape(1, -1, hidden.shape[-1]), weight[None], target=place.reshape(1, -1), most=most)
+        (y,) = OP(_tensors.rows(hidden, None), weight[None], target=place.reshape(1, -1), most=most)
     return (share * y.view(share.shape)).sum(-1).to(hidden.dtype)
 
 
 def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
     hidden, weight = inputs
-    losses, lses = [wide(hidden[:0, :, 0]).flatten()], [wide(hidden[:0, :, 0]).flatten()]
+    nothing = wide(hidden[:0].flatten())
+    losses, lses = [nothing], [nothing]
     for t, rows in _chunks(c, hidden, weight):
         logits, place = _logits(hidden[t, rows], weight[t]), c.target[t, rows].unsqueeze(-1)
         likelihood = torch.log_softmax(logits, -1).gather(-1, place).squeeze(-1)
@@ -86,7 +87,8 @@ def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
 
 def _jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
     hidden, weight = inputs
-    t_losses, t_lses = [r[0][:0].flatten()], [r[0][:0].flatten()]
+    nothing = r[0][:0].flatten()
+    t_losses, t_lses = [nothing], [nothing]
     for t, rows in _chunks(c, hidden, weight):
         p = torch.softmax(_logits(hidden[t, rows], weight[t]), -1)
         t_logits = _t_logits(inputs, t_inputs, t, rows)
