@@ -81,7 +81,7 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
 
     >>> import pytest
     >>> _ = _C or pytest.skip(obstacle())
-    >>> call("silu_forward", torch.zeros(3))
+    >>> call("gelu_tanh_forward", torch.zeros(3))
     (tensor([0., 0., 0.]),)
     """
     signature = _signatures()[kernel]

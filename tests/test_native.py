@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -175,26 +177,26 @@ def test_empty_sizes(kernel: str, empty: str) -> None:
 
 def test_wrong_calls_raise() -> None:
     x = torch.randn(2, 3, 4)
-    with pytest.raises(ValueError, match=r"swiglu_forward: up must have shape \[2, 3, 4\], got \[3, 4\]"):
-        _native.call("swiglu_forward", x, x[0])
-    with pytest.raises(TypeError, match=r"swiglu_forward: up must be torch[.]float32 like the other tensors, got"):
-        _native.call("swiglu_forward", x, x.double())
-    with pytest.raises(TypeError, match="swiglu_forward: up must be a tensor, got None"):
-        _native.call("swiglu_forward", x, None)
-    with pytest.raises(TypeError, match=r"swiglu_forward: gate must be float32 or float64, got torch[.]bfloat16"):
-        _native.call("swiglu_forward", x.bfloat16(), x.bfloat16())
-    with pytest.raises(TypeError, match="swiglu_forward: inputs must number 2, got 1"):
-        _native.call("swiglu_forward", x)
+    with pytest.raises(ValueError, match=r"gelu_tanh_vjp: ct_y must have shape \[2, 3, 4\], got \[3, 4\]"):
+        _native.call("gelu_tanh_vjp", x, x[0])
+    with pytest.raises(TypeError, match=r"gelu_tanh_vjp: ct_y must be torch[.]float32 like the other tensors, got"):
+        _native.call("gelu_tanh_vjp", x, x.double())
+    with pytest.raises(TypeError, match="gelu_tanh_vjp: ct_y must be a tensor, got None"):
+        _native.call("gelu_tanh_vjp", x, None)
+    with pytest.raises(TypeError, match=r"gelu_tanh_vjp: x must be float32 or float64, got torch[.]bfloat16"):
+        _native.call("gelu_tanh_vjp", x.bfloat16(), x.bfloat16())
+    with pytest.raises(TypeError, match="gelu_tanh_vjp: inputs must number 2, got 1"):
+        _native.call("gelu_tanh_vjp", x)
     with pytest.raises(ValueError, match=r"rms_norm_forward: weight must have shape TD with .*, got \[2, 3\]"):
         _native.call("rms_norm_forward", x, x[..., 0], scalars=(0.1,))
-    with pytest.raises(ValueError, match="swiglu_forward: up must be on the CPU, got meta"):
-        _native.call("swiglu_forward", x, x.to("meta"))
+    with pytest.raises(ValueError, match="gelu_tanh_vjp: ct_y must be on the CPU, got meta"):
+        _native.call("gelu_tanh_vjp", x, x.to("meta"))
     call = _native._C.call
-    number = _native._signatures()["swiglu_forward"].number
+    number = _native._signatures()["gelu_tanh_vjp"].number
     with pytest.raises(IndexError):
         call(1_000_000, False, [], [], [], 1)
     for tensors, sizes, values in (([1], [1], []), ([1] * 3, [], []), ([1] * 3, [1], [0.5]), ([1, 0, 1], [1], [])):
-        with pytest.raises(ValueError, match="swiglu_forward: "):
+        with pytest.raises(ValueError, match="gelu_tanh_vjp: "):
             call(number, False, tensors, sizes, values, 1)
     with pytest.raises(ValueError, match="sizes must not be negative"):
         call(number, False, [1] * 3, [-1], [], 1)
@@ -203,15 +205,14 @@ def test_wrong_calls_raise() -> None:
 
 
 def test_strides_zeros_without_memory_and_negated_views() -> None:
-    gate, up = torch.randn(6, 4, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
-    expected = torch.nn.functional.silu(gate) * up.t()
-    torch.testing.assert_close(_native.call("swiglu_forward", gate, up.t())[0], expected)
-    assert not _native.call("swiglu_forward", gate, torch._efficientzerotensor(6, 4, dtype=torch.float64))[0].any()
+    x, ct = torch.randn(6, 4, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    (expected,) = _native.call("gelu_tanh_vjp", x, ct.t().contiguous())
+    assert torch.equal(_native.call("gelu_tanh_vjp", x, ct.t())[0], expected)
+    assert not _native.call("gelu_tanh_vjp", x, torch._efficientzerotensor(6, 4, dtype=torch.float64))[0].any()
     negated = torch.view_as_complex(torch.randn(1, 2, dtype=torch.float64)).conj().imag
     assert negated.is_neg()
-    torch.testing.assert_close(
-        _native.call("swiglu_forward", negated, negated)[0], torch.nn.functional.silu(negated) * negated
-    )
+    (expected,) = _native.call("gelu_tanh_vjp", negated + 0, negated + 0)
+    assert torch.equal(_native.call("gelu_tanh_vjp", negated, negated)[0], expected)
 
 
 def test_python_threads_share_the_pool(threads: None) -> None:
@@ -233,11 +234,34 @@ import os, torch
 from metakern import _native
 torch.set_num_threads(2)
 x = torch.randn(300_000)
-before = _native.call("swiglu_forward", x, x)[0]
+before = _native.call("gelu_tanh_vjp", x, x)[0]
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(_native.call("swiglu_forward", x, x)[0], before) else 1)
+    os._exit(0 if torch.equal(_native.call("gelu_tanh_vjp", x, x)[0], before) else 1)
 assert os.waitpid(child, 0)[1] == 0
-assert torch.equal(_native.call("swiglu_forward", x, x)[0], before)
+assert torch.equal(_native.call("gelu_tanh_vjp", x, x)[0], before)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_no_fault_under_sanitizers(tmp_path: Path) -> None:
+    """This file's tests once more, on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    library = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False).stdout
+    if not os.path.isabs(library.strip()):
+        pytest.skip("the compiler has no AddressSanitizer")
+    root = Path(__file__).parent.parent
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+    build = os.environ | {"METAKERN_NATIVE": "cpu", "CFLAGS": flags, "CXXFLAGS": flags, "LDFLAGS": flags}
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path), "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=root, env=build, check=True, capture_output=True, timeout=600)
+    checked = os.environ | {
+        "LD_PRELOAD": library.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=checked, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
