@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from metakern.ops import _backend
@@ -146,6 +147,13 @@ def _scattered(values: tuple[Tensor | None, ...], keep: tuple[bool, ...]) -> Ten
 
 class _Rule(Function):
     """What all Functions here share: no materialized zeros, and vmap by folding into the tasks."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Function.apply without binding defaults: inspecting `forward` at each call costs as much as a small op."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
