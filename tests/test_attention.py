@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import grad, jvp
+from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metakern as mk
@@ -105,6 +105,19 @@ def test_lengths_hide_what_they_say() -> None:
     y = mk.ops.attention(q, k, v, causal=False, lengths=torch.tensor([2, 5], dtype=torch.int32))
     close([y[:1]], [mk.ops.attention(q[:1], k[:1, :, :2], v[:1, :, :2], causal=False)])
     close([y[1:]], [mk.ops.attention(q[1:], k[1:], v[1:], causal=False)])
+
+
+def test_lengths_of_each_task_under_vmap() -> None:
+    q, k, v = (t.unflatten(0, (2, 2)) for t in qkv(4, 2, 1, 3, 5))
+    lengths = torch.tensor([[2, 5], [0, 4]])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        return mk.ops.attention(q, k, v, causal=False, lengths=lengths)
+
+    mapped = vmap(attend)(q, k, v, lengths)
+    close([mapped.flatten(0, 1)], [attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), lengths.flatten())])
+    with pytest.raises(ValueError, match="^attention: lengths must be between 0 and L_k = 5"):
+        vmap(attend)(q, k, v, lengths + 1)
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e150])

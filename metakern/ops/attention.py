@@ -73,9 +73,6 @@ def attention(
     if lengths is not None:
         _checks.indices("attention", "lengths", lengths, q.device)
         _checks.shape("attention", "lengths", lengths, (B,), "[B]")
-        # Elsewhere the check would wait for the device; lengths out of range act there as 0 or L_k.
-        if q.device.type == "cpu" and B and not (lengths.min() >= 0 and lengths.max() <= L_k):
-            raise ValueError(f"attention: lengths must be between 0 and L_k = {L_k}, got {lengths.tolist()}")
     if scale is None:
         scale = D**-0.5 if D else 1.0
     elif not isinstance(scale, float | int):
@@ -84,6 +81,7 @@ def attention(
 
 
 def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
+    _check_lengths(c.lengths, inputs[1].shape[2])
     q, k, v = _stacked(c, inputs, *inputs)
     s = _scores(c, inputs, q, k)
     top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
@@ -136,6 +134,12 @@ def _vjp_jvp(
     t_centered = t_ct_p - (t_p * ct_p + p * t_ct_p).sum(-1, keepdim=True)
     ct_s, t_ct_s = p * centered, t_p * centered + p * t_centered
     return _cotangents(c, inputs, (t_ct_s @ k + ct_s @ t_k, t_ct_s.mT @ q + ct_s.mT @ t_q, t_ct_v))
+
+
+def _check_lengths(lengths: Tensor | None, L_k: int) -> None:
+    """On the CPU alone: elsewhere it would wait for the device, and lengths out of range act as 0 or L_k."""
+    if lengths is not None and lengths.device.type == "cpu" and ((lengths < 0) | (lengths > L_k)).any():
+        raise ValueError(f"attention: lengths must be between 0 and L_k = {L_k}, got {lengths.tolist()}")
 
 
 def _rows(x: Tensor, k: Tensor) -> Tensor:
