@@ -116,7 +116,7 @@ def test_lengths_of_each_task_under_vmap() -> None:
 
     mapped = vmap(attend)(q, k, v, lengths)
     close([mapped.flatten(0, 1)], [attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), lengths.flatten())])
-    with pytest.raises(ValueError, match="^attention: lengths must be between 0 and L_k = 5"):
+    with pytest.raises(ValueError, match=r"^attention: lengths must be between 0 and L_k = 5"):
         vmap(attend)(q, k, v, lengths + 1)
 
 
