@@ -28,7 +28,7 @@ unit: .venv/dev
 
 # The wheel, installed into an empty environment where no compiler is found: it imports, and one meta-gradient is exact.
 smoke: .venv/dev
-	rm -rf build/smoke
+	rm -rf build
 	$(BIN)/python -m build --wheel --outdir build/smoke/dist .
 	$(PYTHON) -m venv build/smoke/env
 	build/smoke/env/bin/pip install -q $(TORCH)
