@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -101,6 +102,17 @@ def test_a_weight_expanded_over_the_tasks_is_read_once(cell: str, monkeypatch: p
             assert not torch.equal(ct_w[0], ct_w[1])
     assert seen[0] == 0
     assert 0 in seen[len(seen) // 2 :]
+
+
+@every_cell
+def test_any_two_arguments_alone_have_their_derivatives(cell: str) -> None:
+    spec, arguments = SPECS[cell], [Make()(2, 2, 3, 3), *states(cell, 2, 2, 2), *weights(cell, 2)]
+    for i, j in combinations(range(len(arguments)), 2):
+
+        def of_two(f: Callable, i: int = i, j: int = j) -> Callable:
+            return lambda a, b: f(*(a if n == i else b if n == j else x for n, x in enumerate(arguments)))
+
+        close(run(of_two(spec.call), arguments[i], arguments[j]), run(of_two(spec.plain), arguments[i], arguments[j]))
 
 
 @every_cell
