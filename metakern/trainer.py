@@ -186,7 +186,7 @@ class _Loop:
             names = self.phase.episodes.names(state["step"], config.tasks)
             raise self.divergence(names, self.look(support, query).sum(0))
         if state["step"] % config.log_every == 0:
-            numbers = {"loss": loss.item(), "norm": norm.item()}
+            numbers = {"loss": loss.item(), "norm": norm.item(), "lr": self.optimizer.param_groups[0]["lr"]}
             if self.phase.name == "train":
                 numbers["before"], numbers["after"] = self.look(support, query).mean(1).tolist()
             self.log(self.phase.name, state["step"], **numbers)
@@ -203,13 +203,14 @@ class _Loop:
         """Judge the weights on the validation tasks, keep them if they are the best so far, and save."""
         run, config, state = self.run, self.config, self.run.state
         names, losses = curve(self.judge, self.validation, self.looks, config.eval_tasks)
-        if not losses[0].isfinite().all():
-            raise self.divergence(names, losses[0])
+        judged = losses[:1] if isinstance(self.algorithm, FineTune) else losses
+        if not judged.isfinite().all():
+            raise self.divergence(names, judged.sum(0))
         before, after = losses[0].mean().item(), losses[-1].mean().item()
         self.log(self.phase.name, state["step"], validation_before=before, validation_after=after)
         change = f" -> {after:.4f}" if len(losses) > 1 else ""
         self.log.say(f"{self.phase.name} {state['step']}: validation loss {before:.4f}{change}")
-        score = before if isinstance(self.algorithm, FineTune) else after
+        score = judged[-1].mean().item()
         if state["best"] is None or score < state["best"]:
             state["best"] = score
             if self.phase.name == "train":

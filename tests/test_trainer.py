@@ -105,6 +105,7 @@ def test_training_learns_and_is_logged(tmp_path, data):
     losses = [line for line in lines if "before" in line]
     assert [line["step"] for line in losses] == list(range(0, 30, 5))
     for line in losses:
+        assert line["lr"] == 0.02 * _schedule(config, line["step"], line["step"] / 30)
         assert line["after"] == pytest.approx(line["loss"], rel=1e-4)  # no dropout: the same loss, seen twice
 
 
@@ -165,8 +166,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
-def test_a_validation_that_is_not_finite_names_its_task(tmp_path, data, monkeypatch):
-    curves = iter([torch.ones(2, 3), torch.tensor([[1.0, float("nan"), 1.0], [1.0, 1.0, 1.0]])])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_validation_that_is_not_finite_names_its_task(tmp_path, data, monkeypatch, adapted):
+    broken = torch.tensor([1.0, float("nan"), 1.0])
+    curves = iter([torch.ones(2, 3), torch.stack([torch.ones(3), broken] if adapted else [broken, torch.ones(3)])])
     monkeypatch.setattr("metakern.trainer.curve", lambda *_: (["a", "b", "c"], next(curves)))
     with pytest.raises(DivergenceError, match=r"the loss of task 'b' is not finite at step 3 of train; .* of step 0"):
         train(tiny_config(data, pretrain_steps=0), tmp_path / "run")
