@@ -126,6 +126,7 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
         else torch.empty(first.shape if dims == "*" else [sizes[dim] for dim in dims], dtype=dtype)
         for _, dims, condition, _ in signature.outputs
     )
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*tensors, *outputs)]
+    # An empty tensor has no address; one that is never read keeps it apart from an absent tensor.
+    addresses = [0 if tensor is None else tensor.data_ptr() or 64 for tensor in (*tensors, *outputs)]
     _C.call(signature.number, dtype == torch.float64, addresses, list(sizes.values()), scalars, torch.get_num_threads())
     return outputs
