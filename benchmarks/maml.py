@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -163,7 +164,7 @@ def machine() -> dict[str, str | int]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "cpu": cpu,
-        "cores": torch.get_num_threads(),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "metakern": mk.__version__,
@@ -191,9 +192,8 @@ def main() -> None:
         print(f"\n{name}: {WORKLOADS[name].__doc__}")
         for method, row in results[name].items():
             spread = f"{row['min_ms']:.0f}-{row['max_ms']:.0f}"
-            print(
-                f"  {method:20} {row['median_ms']:7.0f} ms ({spread:>11})  {row['speedup']:5.2f} x  {row['peak_mib']:6.0f} MiB"
-            )
+            time_, gain, memory = row["median_ms"], row["speedup"], row["peak_mib"]
+            print(f"  {method:20} {time_:7.0f} ms ({spread:>11})  {gain:5.2f} x  {memory:6.0f} MiB")
     args.out.write_text(
         json.dumps({"machine": machine(), "threads": args.threads, "results": results}, indent=1) + "\n"
     )

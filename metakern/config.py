@@ -55,6 +55,9 @@ class Config:
     train_on: str = _option("bot", "whose words the loss counts", choices=("bot", "all"))
     vocab_size: int = _option(2048, "size of the byte-level BPE vocabulary", least=262)
     max_length: int = _option(64, "tokens of a conversation that are kept", least=2)
+    windows: str = _option("any", "where in a conversation a window may be", choices=("any", "opening", "later"))
+    validation_part: float = _option(0.1, "share of the tasks that choices are made on", above=0)
+    test_part: float = _option(0.1, "share of the tasks that are kept for eval", above=0)
     support_size: int = _option(8, "conversations of a task to adapt on", least=1)
     query_size: int = _option(8, "conversations of a task to be judged on", least=1)
 
@@ -100,6 +103,8 @@ class Config:
     def __post_init__(self) -> None:
         for key in fields(self):
             _check(key.name, getattr(self, key.name), key.default, key.metadata)
+        if not (held_out := self.validation_part + self.test_part) < 1:
+            raise UserError(f"validation_part and test_part must leave tasks to train on, got {held_out} together")
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], source: str = "config", base: Config | None = None) -> Config:

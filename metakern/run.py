@@ -141,12 +141,13 @@ class Run:
 
 def load_split(config: Config) -> Split:
     """The tasks of the config's data, the same split every time and everywhere."""
-    return split_tasks(read(config.data, config.format), seed=config.seed)
+    held_out = config.validation_part, config.test_part
+    return split_tasks(read(config.data, config.format), seed=config.seed, fractions=(1 - sum(held_out), *held_out))
 
 
 def episodes(config: Config, tasks: tuple[TaskData, ...], tokenizer: Tokenizer, **changes: Any) -> Episodes:
     """Episodes of ``tasks`` as the config wants them, but for ``changes``."""
-    names = ("support_size", "query_size", "max_length", "seed", "train_on")
+    names = ("support_size", "query_size", "max_length", "seed", "train_on", "windows")
     return Episodes(tasks, tokenizer, **{name: getattr(config, name) for name in names} | changes)
 
 

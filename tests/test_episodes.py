@@ -94,7 +94,7 @@ def test_a_held_out_speaker_says_nothing_in_train(corpus, seed):
     assert test
 
 
-@pytest.mark.parametrize("source", ["chitchat:topics", "chitchat:senders"])
+@pytest.mark.parametrize("source", ["chitchat:topics", "chitchat:subjects", "chitchat:senders"])
 def test_real_conversations_are_split_without_leaks(source):
     split = split_tasks(read(source), seed=1)
     assert disjoint(*parts(split))

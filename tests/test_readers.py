@@ -1,5 +1,6 @@
 """Readers: every format as dialogues, every bad input as one clear line."""
 
+import importlib
 import json
 import re
 import sys
@@ -74,6 +75,47 @@ def test_packaged_chitchat():
     assert all(len({t.speaker for t in d.turns}) == 2 and len(d.turns) >= 4 for d in topics)
     senders = Counter(d.task_id for d in read("chitchat:senders"))
     assert sum(count >= 8 for count in senders.values()) == 144
+
+
+def test_packaged_chitchat_has_subjects():
+    found = read("chitchat:subjects")
+    assert len(found) > 10_000
+    counts = Counter(d.task_id for d in found)
+    assert {"piano", "pizza", "physics"} < counts.keys()
+    assert min(counts.values()) >= 24
+    assert len({(d.task_id, d.dialogue_id) for d in found}) == len(found)
+    assert all(d.task_id in {w for t in d.turns for w in words(t.text)} and len(d.turns) >= 2 for d in found)
+    turns = [(d.dialogue_id, id(t)) for d in found for t in d.turns]
+    assert len(set(turns)) == len(turns)
+
+
+def test_a_passage_belongs_to_the_subject_that_it_names_most(tmp_path, monkeypatch):
+    module = importlib.import_module("metakern.dialogue.readers.chitchat")
+    for name, value in {"PASSAGE": 4, "FEWEST": 2, "RARE": 1, "FEWEST_PASSAGES": 2}.items():
+        monkeypatch.setattr(module, name, value)
+
+    def conversation(*texts: str) -> dict:
+        messages = [[{"text": text, "timestamp": "", "sender": "ab"[i % 2]}] for i, text in enumerate(texts)]
+        return {"messages": messages, "prompt": "anything"}
+
+    talks = {
+        "1": conversation("you play piano", "piano yes", "so nice", "pizza then"),
+        "2": conversation("my piano is old", "sell it", "or eat pizza pizza", "with piano music"),
+        "3": conversation("hm ok", "no", "some salad", "today too"),
+        "4": conversation("eh oh", "no", "well salad", "then"),
+        "5": conversation("unique words", "here and", "nobody else", "says them"),
+    }
+    path = tmp_path / "talks.json"
+    path.write_text(json.dumps(talks))
+    found = read(str(path), "chitchat", tasks="subjects")
+    assert [(d.task_id, d.dialogue_id, d.turns[0].text) for d in found] == [
+        ("piano", "1", "you play piano"),
+        ("piano", "2", "my piano is old"),
+        ("pizza", "1", "so nice"),
+        ("pizza", "2", "or eat pizza pizza"),
+        ("salad", "3", "hm ok"),
+        ("salad", "4", "eh oh"),
+    ]
 
 
 def test_chatterbot_deduplicates_questions_and_keeps_words_as_written():
@@ -202,7 +244,7 @@ def test_bad_sources_are_one_clear_line(tmp_path):
         read("x" * 5000)
     with pytest.raises(DataError, match=r"format must be one of .*, got 'mesages'; did you mean messages\?"):
         read(str(DATA / "topics.jsonl"), "mesages")
-    with pytest.raises(DataError, match="tasks must be topics or senders, got weather"):
+    with pytest.raises(DataError, match="tasks must be one of topics, subjects, senders, got weather"):
         read(str(DATA / "chitchat.json"), tasks="weather")
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(DataError, match=r"notes.txt: of no known format: name one of "):

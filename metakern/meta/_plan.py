@@ -107,7 +107,7 @@ class Planner:
         return Plan(name, strategy, hvp, chunk, saved, tuple(reasons))
 
 
-CACHE_BYTES = 16 * 2**20  # a CPU's working set of one chunk: measured best between 8 and 32 MiB
+CACHE_BYTES = 64 * 2**20  # a CPU's working set of one chunk of tasks
 
 
 @dataclass(frozen=True)
