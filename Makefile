@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0 # e.g. TORCH="torch" for the build that pip takes by default
 BIN := .venv/bin
 RUN := runs/demo
-DEMO_TRAIN := train --config demo --out $(RUN)
+DEMO_TRAIN := train --config demo --out $(RUN) $(if $(wildcard $(RUN)/checkpoints/last.json),--resume)
 DEMO_EVAL := eval $(RUN) --compare finetune
 SOURCES := metakern tests setup.py $(wildcard benchmarks)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -103,18 +105,20 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if field in line)
 
 
-def worker(method: str, workload: str, threads: int) -> None:
+def worker(method: str, workload: str, threads: int, steps: int | None) -> None:
     """Answers each line on standard input with the seconds of one meta-gradient."""
     torch.set_num_threads(threads)
     work = make(workload)
+    work = work if steps is None else replace(work, steps=steps)
     torch.ones(512, 512) @ torch.ones(512, 512)  # the library's own buffers belong to the idle process
     idle = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
     step = METHODS[method](work)
     first = time.perf_counter()
     step()
     first = time.perf_counter() - first
     work.model.zero_grad()
+    ctypes.CDLL(None).malloc_trim(0)  # what the first call (planning, loading) left behind is not this step's
+    Path("/proc/self/clear_refs").write_text("5")
     step()
     print(json.dumps({"first_s": first, "peak_mib": (resident("VmHWM") - idle) / 1024}), flush=True)
     for _ in sys.stdin:
@@ -124,15 +128,30 @@ def worker(method: str, workload: str, threads: int) -> None:
         print(json.dumps(time.perf_counter() - start), flush=True)
 
 
+def start(method: str, workload: str, threads: int, *more: str) -> tuple[subprocess.Popen, dict[str, float]]:
+    """A worker, warm, and what it says of its first call and its memory."""
+    command = [sys.executable, "-m", "benchmarks.maml", "--threads", str(threads), *more, "--worker", method, workload]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return process, json.loads(process.stdout.readline())
+
+
+def memory_over_steps(workload: str, threads: int) -> dict[str, dict[int, float]]:
+    """Peak memory in MiB over the idle process, for K = 1, 4, 16 inner steps."""
+    peaks: dict[str, dict[int, float]] = {}
+    for method in ("plain PyTorch", "metakern store", "metakern recompute"):
+        for steps in (1, 4, 16):
+            process, ready = start(method, workload, threads, "--steps", str(steps))
+            process.stdin.close()
+            process.wait()
+            peaks.setdefault(method, {})[steps] = ready["peak_mib"]
+    return peaks
+
+
 def measure(workload: str, rounds: int, threads: int) -> dict:
     errors = {name: error(method, make(workload)) for name, method in METHODS.items()}
     right = [name for name in METHODS if errors[name] <= 1e-4]
-    command = [sys.executable, "-m", "benchmarks.maml", "--threads", str(threads), "--worker"]
-    processes = {
-        name: subprocess.Popen([*command, name, workload], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name in right
-    }
-    ready = {name: json.loads(process.stdout.readline()) for name, process in processes.items()}
+    started = {name: start(name, workload, threads) for name in right}
+    processes = {name: process for name, (process, _) in started.items()}
     seconds: dict[str, list[float]] = {name: [] for name in right}
     for i in range(rounds):
         for name, process in processes.items():
@@ -152,7 +171,7 @@ def measure(workload: str, rounds: int, threads: int) -> dict:
             "min_ms": min(times) * 1e3,
             "max_ms": max(times) * 1e3,
             "speedup": statistics.median(b / t for b, t in zip(base, times, strict=True)),
-            **ready[name],
+            **started[name][1],
         }
         for name, times in seconds.items()
     }
@@ -179,23 +198,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each process (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs=2, metavar=("METHOD", "WORKLOAD"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(*args.worker, args.threads)
+        worker(*args.worker, args.threads, args.steps)
         return
-    results = {}
+    results, memory = {}, {}
     for name in args.workloads.split(","):
         if name not in WORKLOADS:
             parser.error(f"workloads must be among {', '.join(WORKLOADS)}, got {name!r}")
         results[name] = measure(name, args.rounds, args.threads)
+        memory[name] = memory_over_steps(name, args.threads)
         print(f"\n{name}: {WORKLOADS[name].__doc__}")
         for method, row in results[name].items():
             spread = f"{row['min_ms']:.0f}-{row['max_ms']:.0f}"
             time_, gain, memory = row["median_ms"], row["speedup"], row["peak_mib"]
             print(f"  {method:20} {time_:7.0f} ms ({spread:>11})  {gain:5.2f} x  {memory:6.0f} MiB")
     args.out.write_text(
-        json.dumps({"machine": machine(), "threads": args.threads, "results": results}, indent=1) + "\n"
+        json.dumps({"machine": machine(), "threads": args.threads, "results": results, "memory_mib": memory}, indent=1)
+        + "\n"
     )
 
 

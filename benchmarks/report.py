@@ -36,6 +36,11 @@ def maml_table() -> str:
             spread = f"{row['median_ms']:.0f} ({row['min_ms']:.0f}-{row['max_ms']:.0f})"
             cells = (TITLES[workload], method, spread, f"{row['speedup']:.2f} x", f"{row['peak_mib']:.0f}")
             lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Peak memory over the number of inner steps, MiB over the idle process:", ""]
+    lines += ["| workload | method | K = 1 | 4 | 16 |", "|---|---|---|---|---|"]
+    for workload, methods in data["memory_mib"].items():
+        for method, peaks in methods.items():
+            lines.append(f"| {workload.upper()} | {method} | {' | '.join(f'{peak:.0f}' for peak in peaks.values())} |")
     return "\n".join([*lines, "", described(data)])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -71,7 +72,9 @@ class Planner:
         for name in names:
             batching = _batching.WAYS[name](probe.parameters, self.loss)
             try:
-                hvp, saved = probe.verify(batching, first_order)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # a candidate is judged by its numbers
+                    hvp, saved = probe.verify(batching, first_order)
             except Exception as error:  # whatever a model raises under a batching, that batching is not for it
                 reasons.append(f"{name} is not possible: {_one_line(error)}")
                 continue
