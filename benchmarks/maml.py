@@ -204,19 +204,21 @@ def main() -> None:
     if args.worker:
         worker(*args.worker, args.threads, args.steps)
         return
-    results, memory = {}, {}
+    results, over_steps = {}, {}
     for name in args.workloads.split(","):
         if name not in WORKLOADS:
             parser.error(f"workloads must be among {', '.join(WORKLOADS)}, got {name!r}")
         results[name] = measure(name, args.rounds, args.threads)
-        memory[name] = memory_over_steps(name, args.threads)
+        over_steps[name] = memory_over_steps(name, args.threads)
         print(f"\n{name}: {WORKLOADS[name].__doc__}")
         for method, row in results[name].items():
             spread = f"{row['min_ms']:.0f}-{row['max_ms']:.0f}"
             time_, gain, memory = row["median_ms"], row["speedup"], row["peak_mib"]
             print(f"  {method:20} {time_:7.0f} ms ({spread:>11})  {gain:5.2f} x  {memory:6.0f} MiB")
     args.out.write_text(
-        json.dumps({"machine": machine(), "threads": args.threads, "results": results, "memory_mib": memory}, indent=1)
+        json.dumps(
+            {"machine": machine(), "threads": args.threads, "results": results, "memory_mib": over_steps}, indent=1
+        )
         + "\n"
     )
 
