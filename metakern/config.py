@@ -29,9 +29,16 @@ class UserError(Exception):
 
 
 def _option(
-    default: Any, text: str, *, choices: tuple[str, ...] = (), least: float | None = None, above: float | None = None
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices, "least": least, "above": above})
+    rule = {"choices": choices, "least": least, "above": above, "below": below}
+    return field(default=default, metadata={"help": text, **rule})
 
 
 ALGORITHMS = ("maml", "fomaml", "anil", "metasgd", "reptile", "finetune")
@@ -56,8 +63,8 @@ class Config:
     vocab_size: int = _option(2048, "size of the byte-level BPE vocabulary", least=262)
     max_length: int = _option(64, "tokens of a conversation that are kept", least=2)
     windows: str = _option("any", "where in a conversation a window may be", choices=("any", "opening", "later"))
-    validation_part: float = _option(0.1, "share of the tasks that choices are made on", above=0)
-    test_part: float = _option(0.1, "share of the tasks that are kept for eval", above=0)
+    validation_part: float = _option(0.1, "share of the tasks that choices are made on", above=0, below=0.5)
+    test_part: float = _option(0.1, "share of the tasks that are kept for eval", above=0, below=0.5)
     support_size: int = _option(8, "conversations of a task to adapt on", least=1)
     query_size: int = _option(8, "conversations of a task to be judged on", least=1)
 
@@ -103,8 +110,6 @@ class Config:
     def __post_init__(self) -> None:
         for key in fields(self):
             _check(key.name, getattr(self, key.name), key.default, key.metadata)
-        if not (held_out := self.validation_part + self.test_part) < 1:
-            raise UserError(f"validation_part and test_part must leave tasks to train on, got {held_out} together")
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], source: str = "config", base: Config | None = None) -> Config:
@@ -171,3 +176,5 @@ def _check(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None
         raise UserError(f"{name} must be at least {rule['least']}, got {value}")
     if rule["above"] is not None and not value > rule["above"]:
         raise UserError(f"{name} must be more than {rule['above']}, got {value}")
+    if rule["below"] is not None and not value < rule["below"]:
+        raise UserError(f"{name} must be less than {rule['below']}, got {value}")

@@ -19,7 +19,8 @@ def values_of(key):
     if isinstance(key.default, int):
         return st.integers(max(rule["least"], -(10**9)), 10**9)
     if isinstance(key.default, float):
-        return st.floats(rule["least"] or 0, 1e9, exclude_min=rule["above"] is not None)
+        most = 1e9 if rule["below"] is None else rule["below"]
+        return st.floats(rule["least"] or 0, most, exclude_min=rule["above"] is not None, exclude_max=True)
     text = st.text(st.characters(exclude_categories=["Cs", "Cc"]))
     return st.lists(text).map(tuple) if isinstance(key.default, tuple) else text
 
@@ -55,6 +56,7 @@ def test_a_file_over_defaults_and_flags_over_a_file(tmp_path):
         ("steps = 0", "steps must be at least 1, got 0"),
         ("inner_lr = 0", "inner_lr must be more than 0, got 0"),
         ("inner_lr = nan", "inner_lr must be finite, got nan"),
+        ("test_part = 0.5", "test_part must be less than 0.5, got 0.5"),
         ("clip = inf", "clip must be finite, got inf"),
         ("inner_lr = '0.1'", "inner_lr must be a number, got '0.1'"),
         ("learn_lr = 1", "learn_lr must be true or false, got 1"),

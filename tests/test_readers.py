@@ -102,7 +102,7 @@ def test_a_passage_belongs_to_the_subject_that_it_names_most(tmp_path, monkeypat
         "1": conversation("you play piano", "piano yes", "so nice", "pizza then"),
         "2": conversation("my piano is old", "sell it", "or eat pizza pizza", "with piano music"),
         "3": conversation("hm ok", "no", "some salad", "today too"),
-        "4": conversation("eh oh", "no", "well salad", "then"),
+        "4": conversation("eh oh", "no", "well salad", "x"),
         "5": conversation("unique words", "here and", "nobody else", "says them"),
     }
     path = tmp_path / "talks.json"
