@@ -399,9 +399,9 @@ def test_memory_that_runs_out_halves_the_chunk_and_goes_on() -> None:
     _, loss, support, query, _ = build("mlp")
     model = nn.Sequential(mlp(), Small()).double()
     truth = gradients(model, plain_loss(model, loss, support, query, 2, sgd(0.1)))
-    maml = mk.MAML(model, loss, mk.optim.SGD(lr=0.1), steps=2, batching="fold", task_chunk=T)
+    maml = mk.MAML(model, loss, mk.optim.SGD(lr=0.1), steps=2, batching="fold", task_chunk=100)
     maml(support, query)
-    assert maml.plan.task_chunk == T
+    assert maml.plan.task_chunk == 100
     model[1].armed = True
     assert_equal(gradients(model, maml(support, query)), truth)
     assert maml.plan.task_chunk == 1

@@ -43,9 +43,9 @@ class Plan:
     activation_bytes: int
     reasons: tuple[str, ...] = field(repr=False)
 
-    def halved(self) -> Plan:
-        """The plan after memory ran out."""
-        chunk = self.task_chunk // 2
+    def halved(self, tried: int) -> Plan:
+        """The plan after memory ran out with so many tasks at once."""
+        chunk = tried // 2
         return replace(
             self, task_chunk=chunk, reasons=(*self.reasons, f"memory ran out: {chunk} tasks at once from now")
         )

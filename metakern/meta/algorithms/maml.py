@@ -163,14 +163,15 @@ class _Prepared:
         """compute(*batches) over as many tasks at once as the plan says; where memory runs out, over half as many."""
         start, tasks = 0, tasks_of(batches[0])
         while start < tasks:
-            part = slice(start, start + self.plan.task_chunk)
+            tried = min(self.plan.task_chunk, tasks - start)
+            part = slice(start, start + tried)
             try:
                 with exact_kernels():
                     result = compute(*(select(batch, part) for batch in batches))
             except RuntimeError as error:
-                if not _out_of_memory(error) or self.plan.task_chunk == 1:
+                if not _out_of_memory(error) or tried == 1:
                     raise
-                self.plan = self.plan.halved()
+                self.plan = self.plan.halved(tried)
                 continue
             yield result
             start = part.stop
