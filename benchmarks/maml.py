@@ -1,180 +1,223 @@
-"""Time and peak memory of one exact second-order meta-gradient: metakern against plain PyTorch.
+"""Time and peak memory of one exact second-order meta-gradient: metakern against its peers and the machine's limit.
 
-    python -m benchmarks.maml [--workloads mlp,lstm,gpt] [--rounds 9] [--threads 2]
+    python -m benchmarks.maml [--workloads mlp,lstm] [--methods metakern,jax] [--rounds 9] [--threads 2] [--quick]
 
-Every method runs in a process of its own on the same weights and data. Its meta-gradient must agree with plain autograd
-in float64 to 1e-4 before it is timed. Rounds are interleaved; what counts is the ratio within a round. Memory is the
-peak resident size of one meta-gradient over that of the idle process with model and data loaded. Results go to
-benchmarks/results/maml.json with the machine, versions and commit.
+Every method runs in a process of its own, in an environment that the first run makes under ~/.cache/metakern, on the
+same weights and data. Its meta-gradient must agree with plain autograd in float64 to 1e-4, or it is not timed. It is
+compiled and warm before the first of the rounds, which interleave the methods; what counts are ratios within a round.
+Memory is the peak of one meta-gradient over the idle process with libraries, model and data loaded. The limit is the
+counted FLOP of the products at the rate of a large product, measured in the same rounds. Each finished workload goes to
+benchmarks/results/maml.json at once, so that a run can be interrupted and go on with the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import ctypes
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import IO, Any
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metakern as mk
+from benchmarks import peers
+from benchmarks.peers.plain import plain
+from benchmarks.peers.products import FLOP
 from benchmarks.workloads import WORKLOADS, Workload, make
 
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "maml.json"
-Method = Callable[[Workload], Callable[[], None]]
+TOLERANCE = 1e-4
+PLAIN, AUTO, PRODUCTS = "plain PyTorch", "metakern auto", "products"
 
 
-def plain(work: Workload) -> Callable[[], None]:
-    """Ordinary autograd, a task at a time; attention in its twice differentiable form."""
-    parameters = dict(work.model.named_parameters())
-
-    class Functional:
-        def __init__(self, phi: dict[str, Tensor]) -> None:
-            self.phi = phi
-
-        def __call__(self, *args: Tensor) -> Tensor:
-            return functional_call(work.model, self.phi, args)
-
-    def step() -> None:
-        tasks = len(work.support[0])
-        for t in range(tasks):
-            support, query = (tuple(a[t] for a in batch) for batch in (work.support, work.query))
-            phi = parameters
-            with sdpa_kernel(SDPBackend.MATH):
-                for _ in range(work.steps):
-                    loss = work.loss(Functional(phi), support)
-                    grads = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
-                    phi = {name: p - work.lr * g for (name, p), g in zip(phi.items(), grads, strict=True)}
-                (work.loss(Functional(phi), query) / tasks).backward()
-
-    return step
+class RefusedError(Exception):
+    """A method that can't be timed; its message says why."""
 
 
-def metakern(**options: str) -> Method:
-    def method(work: Workload) -> Callable[[], None]:
-        maml = mk.MAML(work.model, work.loss, inner=mk.optim.SGD(lr=work.lr), steps=work.steps, **options)
-        return lambda: maml(work.support, work.query).backward()
+class Runner:
+    """A worker: warm, with what it said of its first call, memory and error; `sample()` is the seconds of one call."""
 
-    return method
+    def __init__(self, peer: str, method: str, problem: Path, tiny: Path, threads: int, limit: float) -> None:
+        self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
+        try:
+            python = peers.environment(peer)
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            raise RefusedError(f"not installed: {error}") from error
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.worker", peer, method, problem, tiny, str(threads)],
+            cwd=ROOT,
+            # A compiler's cache on disk would hide what compiling costs.
+            env=os.environ
+            | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+            | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,
+        )
+        late = threading.Timer(limit, self._process.kill)
+        late.start()
+        try:
+            self.ready: dict[str, float] = self._answer()
+        except RefusedError:
+            if not late.is_alive():
+                raise RefusedError(f"not ready after {limit:.0f} s") from None
+            raise
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            late.cancel()
+        if self.ready["error"] is not None and not self.ready["error"] <= TOLERANCE:
+            self.close()
+            raise RefusedError(f"wrong by {self.ready['error']:.0e}")
+
+    def _answer(self) -> Any:
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        self._process.wait()
+        self._errors.seek(0)
+        said = [text.strip() for text in self._errors if text.strip()]
+        # An exception's own line, where there is one; what follows it is advice.
+        found = [text for text in said if text.partition(":")[0].rpartition(".")[2].endswith(("Error", "Exception"))]
+        raise RefusedError((found or said or [f"ended with {self._process.returncode}"])[-1])
+
+    def sample(self) -> float:
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
 
 
-METHODS: dict[str, Method] = {
-    "plain PyTorch": plain,
-    "metakern store": metakern(strategy="store"),
-    "metakern recompute": metakern(strategy="recompute"),
-    "metakern auto": metakern(),
-}
-
-
-def gradient(method: Method, work: Workload) -> list[Tensor]:
-    work.model.zero_grad()
-    method(work)()
-    return [p.grad.double() for p in work.model.parameters()]
-
-
-def error(method: Method, work: Workload) -> float:
-    """The relative error of the meta-gradient against plain autograd in float64."""
-    exact = copy.deepcopy(work)
-    exact.model.double()
-    wide = Workload(
-        exact.model,
-        work.loss,
-        *(tuple(a.double() if a.is_floating_point() else a for a in b) for b in (work.support, work.query)),
-        work.steps,
-        work.lr,
+@contextmanager
+def progress() -> Iterator[Any]:
+    """A function that shows a line in place of the last one."""
+    shown = sys.stderr.isatty()
+    yield lambda line: print(
+        f"\r\x1b[K{line}" if shown else line, end="" if shown else "\n", file=sys.stderr, flush=True
     )
-    truth, found = gradient(plain, wide), gradient(method, work)
-    distance = sum((a - b).square().sum() for a, b in zip(found, truth, strict=True))
-    return (distance / sum(b.square().sum() for b in truth)).sqrt().item()
+    if shown:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def resident(field: str) -> int:
-    """Kilobytes from /proc/self/status: VmRSS now, VmHWM at its peak."""
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if field in line)
+def exact(work: Workload) -> dict[str, torch.Tensor]:
+    return plain(work.double())()
 
 
-def worker(method: str, workload: str, threads: int, steps: int | None) -> None:
-    """Answers each line on standard input with the seconds of one meta-gradient."""
-    torch.set_num_threads(threads)
-    work = make(workload)
-    work = work if steps is None else replace(work, steps=steps)
-    torch.ones(512, 512) @ torch.ones(512, 512)  # the library's own buffers belong to the idle process
-    idle = resident("VmRSS")
-    step = METHODS[method](work)
-    first = time.perf_counter()
-    step()
-    first = time.perf_counter() - first
-    work.model.zero_grad()
-    ctypes.CDLL(None).malloc_trim(0)  # what the first call (planning, loading) left behind is not this step's
-    Path("/proc/self/clear_refs").write_text("5")
-    step()
-    print(json.dumps({"first_s": first, "peak_mib": (resident("VmHWM") - idle) / 1024}), flush=True)
-    for _ in sys.stdin:
-        work.model.zero_grad()
-        start = time.perf_counter()
-        step()
-        print(json.dumps(time.perf_counter() - start), flush=True)
-
-
-def start(method: str, workload: str, threads: int, *more: str) -> tuple[subprocess.Popen, dict[str, float]]:
-    """A worker, warm, and what it says of its first call and its memory."""
-    command = [sys.executable, "-m", "benchmarks.maml", "--threads", str(threads), *more, "--worker", method, workload]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    return process, json.loads(process.stdout.readline())
-
-
-def memory_over_steps(workload: str, threads: int) -> dict[str, dict[int, float]]:
-    """Peak memory in MiB over the idle process, for K = 1, 4, 16 inner steps."""
-    peaks: dict[str, dict[int, float]] = {}
-    for method in ("plain PyTorch", "metakern store", "metakern recompute"):
-        for steps in (1, 4, 16):
-            process, ready = start(method, workload, threads, "--steps", str(steps))
-            process.stdin.close()
-            process.wait()
-            peaks.setdefault(method, {})[steps] = ready["peak_mib"]
-    return peaks
-
-
-def measure(workload: str, rounds: int, threads: int) -> dict:
-    errors = {name: error(method, make(workload)) for name, method in METHODS.items()}
-    right = [name for name in METHODS if errors[name] <= 1e-4]
-    started = {name: start(name, workload, threads) for name in right}
-    processes = {name: process for name, (process, _) in started.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in right}
-    for i in range(rounds):
-        for name, process in processes.items():
-            process.stdin.write("\n")
-            process.stdin.flush()
-            seconds[name].append(json.loads(process.stdout.readline()))
-        print(f"\r{workload}: round {i + 1} of {rounds}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
-    base = seconds["plain PyTorch"]
+def measure(name: str, methods: dict[str, str], args: argparse.Namespace, say: Any) -> dict[str, Any]:
+    """Everything about one workload, as it goes into the results."""
+    work = make(name, args.tiny)
+    runners: dict[str, Runner] = {}
+    refused: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        problem, tiny = Path(folder) / "problem.npz", Path(folder) / "tiny.npz"
+        say(f"{name}: the exact meta-gradient in float64")
+        work.problem(name, args.tiny, exact(work)).save(problem)
+        make(name, tiny=True).problem(name, tiny=True).save(tiny)
+        try:
+            runners[PRODUCTS] = Runner("products", PRODUCTS, problem, tiny, args.threads, args.limit)
+            for method, peer in methods.items():
+                say(f"{name}: {method} gets ready")
+                try:
+                    runners[method] = Runner(peer, method, problem, tiny, args.threads, args.limit)
+                except RefusedError as reason:
+                    refused[method] = str(reason)
+            seconds = rounds(runners, args.rounds, lambda i: say(f"{name}: round {i + 1} of {args.rounds}"))
+            ready = {method: runner.ready for method, runner in runners.items()}
+        finally:
+            for runner in runners.values():
+                runner.close()
+        over_steps = {} if args.quick else memory_over_steps(work, name, methods, args, Path(folder), say)
     return {
-        name: {
-            "error": errors[name],
+        "machine": machine(),
+        "threads": args.threads,
+        "rounds": args.rounds,
+        **summary(seconds, ready, methods, work.flop()),
+        "refused": refused,
+        "memory_mib": over_steps,
+    }
+
+
+def rounds(runners: dict[str, Runner], count: int, say: Any) -> dict[str, list[float]]:
+    """Seconds by method and round; the order within a round is a new one each time, the same in every run."""
+    order, shuffle = list(runners), random.Random(0).shuffle
+    seconds: dict[str, list[float]] = {method: [] for method in order}
+    for i in range(count):
+        say(i)
+        shuffle(order)
+        for method in order:
+            seconds[method].append(runners[method].sample())
+    return seconds
+
+
+def summary(
+    seconds: dict[str, list[float]], ready: dict[str, dict[str, float]], methods: dict[str, str], flop: float
+) -> dict[str, Any]:
+    """Medians and spreads; ratios are medians of ratios within a round."""
+
+    def ratio(above: list[float], below: list[float]) -> float:
+        return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+    products = seconds[PRODUCTS]
+    limit = [flop * t / FLOP for t in products]
+    rows = {}
+    for method in methods:
+        if method not in seconds:
+            continue
+        times = seconds[method]
+        rows[method] = {
+            "peer": methods[method],
+            **ready[method],
             "median_ms": statistics.median(times) * 1e3,
             "min_ms": min(times) * 1e3,
             "max_ms": max(times) * 1e3,
-            "speedup": statistics.median(b / t for b, t in zip(base, times, strict=True)),
-            **started[name][1],
+            "of_limit": ratio(limit, times),
         }
-        for name, times in seconds.items()
+        if PLAIN in seconds:
+            rows[method]["speedup"] = ratio(seconds[PLAIN], times)
+        if AUTO in seconds:
+            rows[method]["over_auto"] = ratio(times, seconds[AUTO])
+    return {
+        "gflop": flop / 1e9,
+        "gflop_per_s": FLOP / statistics.median(products) / 1e9,
+        "limit_ms": statistics.median(limit) * 1e3,
+        "methods": rows,
     }
+
+
+def memory_over_steps(
+    work: Workload, name: str, methods: dict[str, str], args: argparse.Namespace, folder: Path, say: Any
+) -> dict[str, dict[int, float]]:
+    """Peak memory in MiB over the idle process, for K = 1, 4, 16 inner steps."""
+    peaks: dict[str, dict[int, float]] = {}
+    tiny, file = folder / "tiny.npz", folder / "steps.npz"
+    for steps in (1, 4, 16):
+        replace(work, steps=steps).problem(name, args.tiny).save(file)
+        for method in (PLAIN, "metakern store", "metakern recompute"):
+            if method in methods:
+                say(f"{name}: memory of {method} at K = {steps}")
+                runner = Runner(methods[method], method, file, tiny, args.threads, args.limit)
+                runner.close()
+                peaks.setdefault(method, {})[steps] = runner.ready["peak_mib"]
+    return peaks
 
 
 def machine() -> dict[str, str | int]:
@@ -192,35 +235,61 @@ def machine() -> dict[str, str | int]:
     }
 
 
+def chosen(wanted: str) -> dict[str, str]:
+    """Peers by method, where the method's name or its peer's holds one of the comma-separated words."""
+    known = {method: peer for peer in peers.PEERS for method in peers.load(peer).methods}
+    words = [word.strip().lower() for word in wanted.split(",")]
+    for word in words:
+        if not any(word in f"{method} {peer}".lower() for method, peer in known.items()):
+            raise ValueError(f"methods must be among {'; '.join(known)}, got {word!r}")
+    return {m: peer for m, peer in known.items() if any(word in f"{m} {peer}".lower() for word in words)}
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    limit, rate = found["limit_ms"], found["gflop_per_s"]
+    print(f"\n{name}: {found['gflop']:.2f} GFLOP of products, {limit:.1f} ms at {rate:.0f} GFLOP/s")
+    print(f"  {'':64}{'ms (min-max)':>22}{'of limit':>10}{'/ auto':>8}{'MiB':>7}{'first, s':>10}{'error':>9}")
+    for method, row in sorted(found["methods"].items(), key=lambda item: item[1]["median_ms"]):
+        spread = f"{row['median_ms']:.1f} ({row['min_ms']:.1f}-{row['max_ms']:.1f})"
+        auto = f"{row['over_auto']:.2f}" if "over_auto" in row else ""
+        print(f"  {method:64}{spread:>22}{row['of_limit']:>10.0%}{auto:>8}", end="")
+        print(f"{row['peak_mib']:>7.0f}{row['first_s']:>10.1f}{row['error']:>9.0e}")
+    for method, reason in found["refused"].items():
+        print(f"  {method}: not timed: {reason}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="comma-separated: %(default)s")
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--workloads", help=f"comma-separated (default: {','.join(WORKLOADS)})")
+    parser.add_argument("--methods", help="comma-separated words that names hold, e.g. jax,metakern (default: all)")
+    parser.add_argument("--rounds", type=int, help="interleaved rounds (default: 9)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each process (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--worker", nargs=2, metavar=("METHOD", "WORKLOAD"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        worker(*args.worker, args.threads, args.steps)
-        return
-    results, over_steps = {}, {}
-    for name in args.workloads.split(","):
-        if name not in WORKLOADS:
-            parser.error(f"workloads must be among {', '.join(WORKLOADS)}, got {name!r}")
-        results[name] = measure(name, args.rounds, args.threads)
-        over_steps[name] = memory_over_steps(name, args.threads)
-        print(f"\n{name}: {WORKLOADS[name].__doc__}")
-        for method, row in results[name].items():
-            spread = f"{row['min_ms']:.0f}-{row['max_ms']:.0f}"
-            time_, gain, memory = row["median_ms"], row["speedup"], row["peak_mib"]
-            print(f"  {method:20} {time_:7.0f} ms ({spread:>11})  {gain:5.2f} x  {memory:6.0f} MiB")
-    args.out.write_text(
-        json.dumps(
-            {"machine": machine(), "threads": args.threads, "results": results, "memory_mib": over_steps}, indent=1
-        )
-        + "\n"
+    parser.add_argument(
+        "--limit", type=float, default=900, help="seconds until a method is warm (default: %(default)s)"
     )
+    parser.add_argument("--out", type=Path, help=f"where the JSON goes (default: {RESULTS.relative_to(ROOT)})")
+    parser.add_argument("--quick", action="store_true", help="mlp and lstm, plain and metakern, 3 rounds; printed only")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.rounds = args.rounds or (3 if args.quick else 9)
+    names = (args.workloads or ("mlp,lstm" if args.quick else ",".join(WORKLOADS))).split(",")
+    if unknown := [name for name in names if name not in WORKLOADS]:
+        parser.error(f"workloads must be among {', '.join(WORKLOADS)}, got {unknown[0]!r}")
+    try:
+        methods = chosen(args.methods or ("plain,metakern" if args.quick else ""))
+    except ValueError as error:
+        parser.error(str(error))
+    out = args.out or (None if args.quick or args.tiny else RESULTS)
+    results = json.loads(out.read_text()) if out and out.exists() else {}
+    try:
+        for name in names:
+            with progress() as say:
+                results[name] = measure(name, methods, args, say)
+            show(name, results[name])
+            if out:
+                out.write_text(json.dumps(results, indent=1) + "\n")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

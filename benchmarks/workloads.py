@@ -1,17 +1,23 @@
 """The workloads of the meta-gradient benchmarks: a model, a loss of one task, and batches, from one seed.
 
-Models are plain torch.nn, as a user brings them; every method gets the same weights and data.
+Models are plain torch.nn, as a user brings them. Every method gets the same weights and data, through a `Problem`.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -20,19 +26,47 @@ class Workload:
 
     model: nn.Module
     loss: Callable[[nn.Module, Any], Tensor]
-    support: Any
-    query: Any
+    support: tuple[Tensor, ...]
+    query: tuple[Tensor, ...]
     steps: int
     lr: float
 
+    @property
+    def tasks(self) -> int:
+        return len(self.support[0])
+
+    def double(self) -> Workload:
+        """The same in float64."""
+        support, query = (
+            tuple(a.double() if a.is_floating_point() else a for a in batch) for batch in (self.support, self.query)
+        )
+        return replace(self, model=copy.deepcopy(self.model).double(), support=support, query=query)
+
+    def flop(self) -> float:
+        """What the products of one meta-gradient cost: 9K + 3 forward passes of a task, for each task.
+
+        Attention counts in full. float64 keeps recurrent layers in products that PyTorch's counter sees.
+        """
+        exact = self.double()
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            exact.loss(exact.model, tuple(a[0] for a in exact.support))
+        return counter.get_total_flops() * (9 * self.steps + 3) * self.tasks
+
+    def problem(self, name: str, tiny: bool, truth: dict[str, Tensor] | None = None) -> Problem:
+        theta = {key: p.detach().numpy() for key, p in self.model.named_parameters()}
+        support, query = (tuple(a.numpy() for a in batch) for batch in (self.support, self.query))
+        exact = {key: g.numpy() for key, g in (truth or {}).items()}
+        heads = getattr(self.model, "heads", 0)
+        return Problem(name, tiny, theta, support, query, exact, self.steps, self.lr, heads)
+
 
 class RecurrentLM(nn.Module):
-    """Embedding, one LSTM layer, output layer."""
+    """Embedding, one recurrent layer, output layer."""
 
-    def __init__(self, vocabulary: int, embedding: int, hidden: int) -> None:
+    def __init__(self, cell: type[nn.RNNBase], vocabulary: int, embedding: int, hidden: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, embedding)
-        self.rnn = nn.LSTM(embedding, hidden, batch_first=True)
+        self.rnn = cell(embedding, hidden, batch_first=True)
         self.head = nn.Linear(hidden, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -79,37 +113,58 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 
-def _tokens(vocabulary: int, *shape: int) -> tuple[Tensor, Tensor]:
-    drawn = torch.randint(vocabulary, (*shape[:-1], shape[-1] + 1))
-    return drawn[..., :-1].contiguous(), drawn[..., 1:].contiguous()
-
-
-def mlp() -> Workload:
-    """64-128-128-16, 32 tasks, 10+10 examples, K=5."""
-    sizes = ((64, 128), (128, 128), (128, 16))
-    layers = [layer for a, b in sizes for layer in (nn.Linear(a, b), nn.ReLU())][:-1]
+def mlp(sizes: tuple[int, ...], examples: int, tasks: int, steps: int) -> Workload:
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())][:-1]
 
     def batch() -> tuple[Tensor, Tensor]:
-        return torch.randn(32, 10, 64), torch.randint(16, (32, 10))
+        return torch.randn(tasks, examples, sizes[0]), torch.randint(sizes[-1], (tasks, examples))
 
-    return Workload(nn.Sequential(*layers), cross_entropy, batch(), batch(), 5, 0.1)
-
-
-def lstm() -> Workload:
-    """Vocabulary 2000, embedding 128, hidden 256, length 20, 8+8 sequences, 8 tasks, K=3."""
-    return Workload(
-        RecurrentLM(2000, 128, 256), cross_entropy, _tokens(2000, 8, 8, 20), _tokens(2000, 8, 8, 20), 3, 0.1
-    )
+    return Workload(nn.Sequential(*layers), cross_entropy, batch(), batch(), steps, 0.1)
 
 
-def gpt() -> Workload:
-    """Vocabulary 2000, 128 wide, 4 heads, 2 layers, length 64, 4+4 sequences, 8 tasks, K=3."""
-    return Workload(GPT(2000, 128, 4, 2, 64), cross_entropy, _tokens(2000, 8, 4, 64), _tokens(2000, 8, 4, 64), 3, 0.1)
+def language(model: nn.Module, vocabulary: int, length: int, sequences: int, tasks: int, steps: int) -> Workload:
+    def batch() -> tuple[Tensor, Tensor]:
+        drawn = torch.randint(vocabulary, (tasks, sequences, length + 1))
+        return drawn[..., :-1].contiguous(), drawn[..., 1:].contiguous()
+
+    return Workload(model, cross_entropy, batch(), batch(), steps, 0.1)
 
 
-WORKLOADS = {"mlp": mlp, "lstm": lstm, "gpt": gpt}
+def recurrent(cell: type[nn.RNNBase]) -> Callable[[], Workload]:
+    return lambda: language(RecurrentLM(cell, 2000, 128, 256), 2000, length=20, sequences=8, tasks=8, steps=3)
 
 
-def make(name: str) -> Workload:
+def tiny_recurrent(cell: type[nn.RNNBase]) -> Callable[[], Workload]:
+    return lambda: language(RecurrentLM(cell, 29, 6, 7), 29, length=5, sequences=2, tasks=3, steps=2)
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "mlp": lambda: mlp((64, 128, 128, 16), examples=10, tasks=32, steps=5),
+    "rnn": recurrent(nn.RNN),
+    "gru": recurrent(nn.GRU),
+    "lstm": recurrent(nn.LSTM),
+    "lstm-small": lambda: language(RecurrentLM(nn.LSTM, 2000, 64, 64), 2000, length=32, sequences=2, tasks=32, steps=5),
+    "gpt": lambda: language(GPT(2000, 128, 4, 2, 64), 2000, length=64, sequences=4, tasks=8, steps=3),
+}
+# The same models at sizes that cost nothing: to load what a library loads at its first use, and for tests.
+TINY: dict[str, Callable[[], Workload]] = {
+    "mlp": lambda: mlp((5, 7, 6, 4), examples=3, tasks=3, steps=2),
+    "rnn": tiny_recurrent(nn.RNN),
+    "gru": tiny_recurrent(nn.GRU),
+    "lstm": tiny_recurrent(nn.LSTM),
+    "lstm-small": tiny_recurrent(nn.LSTM),
+    "gpt": lambda: language(GPT(29, 12, 2, 2, 5), 29, length=5, sequences=2, tasks=3, steps=2),
+}
+
+
+def make(name: str, tiny: bool = False) -> Workload:
     torch.manual_seed(0)
-    return WORKLOADS[name]()
+    return (TINY if tiny else WORKLOADS)[name]()
+
+
+def of(problem: Problem) -> Workload:
+    """The workload in PyTorch, with the problem's own weights and data."""
+    work = make(problem.name, problem.tiny)
+    work.model.load_state_dict({name: torch.from_numpy(p) for name, p in problem.theta.items()})
+    support, query = (tuple(map(torch.from_numpy, batch)) for batch in (problem.support, problem.query))
+    return replace(work, support=support, query=query, steps=problem.steps, lr=problem.lr)

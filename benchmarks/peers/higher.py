@@ -1,0 +1,31 @@
+"""higher: `innerloop_ctx`, a task at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.plain import Gradient, by_backward
+from benchmarks.workloads import Workload
+
+requirements = ("--no-deps higher==0.2.1",)
+shares_torch = True
+
+
+def higher(work: Workload) -> Callable[[], Gradient]:
+    from higher import innerloop_ctx
+
+    optimizer = torch.optim.SGD(work.model.parameters(), lr=work.lr)
+
+    def one(support: tuple[Tensor, ...], query: tuple[Tensor, ...]) -> Tensor:
+        with innerloop_ctx(work.model, optimizer, copy_initial_weights=False) as (model, inner):
+            for _ in range(work.steps):
+                inner.step(work.loss(model, support))
+            return work.loss(model, query)
+
+    return by_backward(work, one)
+
+
+methods = {"higher": higher}

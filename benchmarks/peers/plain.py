@@ -1,0 +1,55 @@
+"""Plain PyTorch: ordinary autograd, a task at a time; attention in its twice differentiable form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.workloads import Workload
+
+requirements: tuple[str, ...] = ()
+shares_torch = True
+Gradient = dict[str, Tensor]
+Loss = Callable[[tuple[Tensor, ...]], Tensor]
+
+
+def bound(model: nn.Module, phi: Gradient) -> Callable[..., Tensor]:
+    """The model with weights phi, to be called as the model is."""
+    return lambda *args: functional_call(model, phi, args)
+
+
+def by_backward(
+    work: Workload, one: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], Tensor]
+) -> Callable[[], Gradient]:
+    """A step out of `one(support, query)`, the query loss of a task as a function of the model's parameters."""
+
+    def step() -> Gradient:
+        work.model.zero_grad()
+        with sdpa_kernel(SDPBackend.MATH):
+            for t in range(work.tasks):
+                support, query = (tuple(a[t] for a in batch) for batch in (work.support, work.query))
+                (one(support, query) / work.tasks).backward()
+        return {name: p.grad for name, p in work.model.named_parameters()}
+
+    return step
+
+
+def plain(work: Workload) -> Callable[[], Gradient]:
+    theta = dict(work.model.named_parameters())
+
+    def one(support: tuple[Tensor, ...], query: tuple[Tensor, ...]) -> Tensor:
+        phi = theta
+        for _ in range(work.steps):
+            loss = work.loss(bound(work.model, phi), support)
+            grads = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+            phi = {name: p - work.lr * g for (name, p), g in zip(phi.items(), grads, strict=True)}
+        return work.loss(bound(work.model, phi), query)
+
+    return by_backward(work, one)
+
+
+methods = {"plain PyTorch": plain}

@@ -1,0 +1,37 @@
+"""torch.compile: of the model under ordinary autograd (it refuses second order), and of torch.func's whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.peers._modules import differentiable
+from benchmarks.peers.plain import Gradient, plain
+from benchmarks.peers.torch_func import reverse
+from benchmarks.workloads import Workload
+
+requirements: tuple[str, ...] = ()
+shares_torch = True
+
+
+def model(work: Workload) -> Callable[[], Gradient]:
+    torch.compiler.reset()
+    work.model.compile(dynamic=False)
+    return plain(work)
+
+
+def whole(work: Workload) -> Callable[[], Gradient]:
+    torch.compiler.reset()
+    theta = {name: p.detach() for name, p in work.model.named_parameters()}
+    meta_gradient = torch.compile(reverse(work, differentiable(work.model)), dynamic=False)
+
+    def step() -> Gradient:
+        with sdpa_kernel(SDPBackend.MATH):
+            return meta_gradient(theta, work.support, work.query)
+
+    return step
+
+
+methods = {"torch.compile of the model": model, "torch.compile of torch.func": whole}
