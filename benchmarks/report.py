@@ -25,7 +25,14 @@ TITLES = {
     "lstm-small": "small LSTM LM, vocabulary 2000, embedding 64, hidden 64, length 32, 2+2 sequences, 32 tasks, K=5",
     "gpt": "GPT, vocabulary 2000, 128 wide, 4 heads, 2 layers, length 64, 4+4 sequences, 8 tasks, K=3",
 }
-RATIOS = {"of_limit": "{:.0%}", "speedup": "{:.2f} x", "over_auto": "{:.2f} x"}  # the last two want their base
+CELLS = {  # heading of a column: key and form; a ratio is absent where its base was not measured
+    "of the limit": ("of_limit", "{:.0%}"),
+    "plain / it": ("speedup", "{:.2f} x"),
+    "it / metakern auto": ("over_auto", "{:.2f} x"),
+    "peak, MiB": ("peak_mib", "{:.0f}"),
+    "kept, MiB": ("kept_mib", "{:.0f}"),
+    "first call, s": ("first_s", "{:.1f}"),
+}
 
 
 def load(name: str) -> dict[str, Any]:
@@ -43,6 +50,10 @@ def fastest(rows: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
 def maml_table() -> str:
     """Each workload's meta-gradient by method, then memory over the inner steps."""
     data = load("maml")
@@ -52,19 +63,14 @@ def maml_table() -> str:
         best = next((method for method, row in rows.items() if row["peer"] != "metakern"), None)
         title = TITLES[workload]
         if "limit_ms" in found:
-            title += f"; its products alone: {found['limit_ms']:.1f} ms at {found['gflop_per_s']:.0f} GFLOP/s"
+            title += f"; its products alone: {ms(found['limit_ms'])} ms at {found['gflop_per_s']:.0f} GFLOP/s"
         lines += [f"**{title}**", ""]
-        lines += [
-            "| method | time, ms (min-max) | of the limit | plain / it | it / metakern auto | MiB | first call, s |"
-        ]
-        lines += ["|---|---|---|---|---|---|---|"]
+        lines += [f"| method | time, ms (min-max) | {' | '.join(CELLS)} |", "|---" * (2 + len(CELLS)) + "|"]
         for method, row in rows.items():
             cells = [
                 f"**{method}**" if method == best else method,
-                f"{row['median_ms']:.0f} ({row['min_ms']:.0f}-{row['max_ms']:.0f})",
-                *(form.format(row[key]) if key in row else "" for key, form in RATIOS.items()),
-                f"{row['peak_mib']:.0f}",
-                f"{row['first_s']:.1f}",
+                f"{ms(row['median_ms'])} ({ms(row['min_ms'])}-{ms(row['max_ms'])})",
+                *(form.format(row[key]) if key in row else "" for key, form in CELLS.values()),
             ]
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", *(f"Not timed: {method}: {reason}  " for method, reason in found["refused"].items())]
@@ -131,7 +137,7 @@ def draw() -> None:
             colors = ["C0" if row["peer"] == "metakern" else "0.65" for row in rows.values()]
             names = [method.partition(",")[0] for method in rows]
             bars = axes.barh(names, [row["median_ms"] for row in rows.values()], color=colors)
-            labels = [f"{row['median_ms']:.0f} ms, {row['peak_mib']:.0f} MiB" for row in rows.values()]
+            labels = [f"{ms(row['median_ms'])} ms, {row['peak_mib']:.0f} MiB" for row in rows.values()]
             axes.bar_label(bars, labels, padding=3)
             if "limit_ms" in found:
                 axes.axvline(found["limit_ms"], color="C3", linewidth=1)

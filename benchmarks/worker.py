@@ -62,10 +62,12 @@ def main(peer: str, name: str, file: str, tiny: str, threads: str) -> None:
     error = problem.error(gradient) if gradient is not None and problem.truth else None
     del gradient
     settle()
+    kept = resident("VmRSS")
     start = time.perf_counter()
     step()
     repeats = max(1, math.ceil(SAMPLE / (time.perf_counter() - start)))
-    hello = {"error": error, "first_s": first, "peak_mib": (resident("VmHWM") - idle) / 1024}
+    peak = resident("VmHWM")
+    hello = {"error": error, "first_s": first, "peak_mib": (peak - idle) / 1024, "kept_mib": (kept - idle) / 1024}
     print(json.dumps(hello), file=answer, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()

@@ -47,11 +47,11 @@ def environment(peer: str) -> Path:
     module = load(peer)
     if not module.requirements:
         return Path(sys.executable)
-    shared = "".join(f"import site; site.addsitedir({folder!r})\n" for folder in site.getsitepackages())
-    constraints = ""
+    shared = constraints = ""
     if module.shares_torch:
         from torch import __version__
 
+        shared = "".join(f"import site; site.addsitedir({folder!r})\n" for folder in site.getsitepackages())
         constraints = f"torch=={__version__.split('+')[0]}\n"
     recipe = "\n".join((sys.version, shared, constraints, *module.requirements))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakern" / "benchmarks"
