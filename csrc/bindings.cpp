@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -10,11 +11,13 @@
 #include <vector>
 
 #include "kernel.h"
+#include "product.h"
 
 namespace py = pybind11;
 
 // The files of csrc/cpu, each compiled once for every instruction set.
-#define METAKERN_FILES(X) X(cross_entropy) X(gelu) X(layer_norm) X(rms_norm) X(rope) X(silu) X(swiglu)
+#define METAKERN_FILES(X) \
+    X(cross_entropy) X(gelu) X(gru) X(layer_norm) X(lstm) X(rms_norm) X(rnn) X(rope) X(silu) X(swiglu)
 
 namespace metakern {
 
@@ -23,6 +26,7 @@ namespace metakern {
 #define METAKERN_TABLE(isa)                                               \
     namespace isa {                                                       \
     METAKERN_FILES(METAKERN_DECLARE)                                      \
+    extern const ProductKernels product_kernels;                          \
     const Kernel* const files[] = {METAKERN_FILES(METAKERN_ENTER)};       \
     }
 
@@ -46,8 +50,9 @@ struct Entry {
         std::string seen;
         for (const char* c = k.signature; *c; ++c) {
             if (*c != ':') continue;
-            while (*++c && *c != ' ' && *c != '?' && *c != 'i')
-                if (seen.find(*c) == std::string::npos) seen += *c;
+            while (*++c && *c != ' ' && *c != '?' && *c != 'i' && *c != '=')
+                if ((*c < '0' || *c > '9') && seen.find(*c) == std::string::npos) seen += *c;
+            if (*c == 'i') ++c;
             optional.push_back(*c == '?');
             if (!*c) break;
         }
@@ -55,30 +60,35 @@ struct Entry {
     }
 };
 
-using Table = std::vector<Entry>;
+// The kernels of an instruction set.
+struct Isa {
+    std::string name;
+    std::vector<Entry> kernels;
+    ProductKernels product;
+};
 
 template <std::size_t n>
-Table table(const Kernel* const (&files)[n]) {
-    Table entries;
+Isa isa_of(const char* name, const Kernel* const (&files)[n], ProductKernels product) {
+    Isa isa{name, {}, product};
     for (const Kernel* file : files)
-        for (; file->name; ++file) entries.emplace_back(*file);
-    return entries;
+        for (; file->name; ++file) isa.kernels.emplace_back(*file);
+    return isa;
 }
 
 // The instruction sets that this machine has, best first.
-const std::vector<std::pair<std::string, Table>>& isas() {
+const std::vector<Isa>& isas() {
     static const auto* const list = [] {
-        auto* found = new std::vector<std::pair<std::string, Table>>;
+        auto* found = new std::vector<Isa>;
 #ifdef METAKERN_HAS_avx512
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            found->emplace_back("avx512", table(avx512::files));
+            found->push_back(isa_of("avx512", avx512::files, avx512::product_kernels));
 #endif
 #ifdef METAKERN_HAS_avx2
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-            found->emplace_back("avx2", table(avx2::files));
+            found->push_back(isa_of("avx2", avx2::files, avx2::product_kernels));
 #endif
-        found->emplace_back("baseline", table(baseline::files));
+        found->push_back(isa_of("baseline", baseline::files, baseline::product_kernels));
         return found;
     }();
     return *list;
@@ -86,29 +96,37 @@ const std::vector<std::pair<std::string, Table>>& isas() {
 
 std::atomic<std::size_t> chosen{0};
 
-std::string isa() { return isas()[chosen].first; }
+std::string isa() { return isas()[chosen].name; }
+
+bool is_intel() {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
 
 std::vector<std::string> isa_names() {
     std::vector<std::string> names;
-    for (const auto& each : isas()) names.push_back(each.first);
+    for (const auto& each : isas()) names.push_back(each.name);
     return names;
 }
 
 void set_isa(const std::string& name) {
     for (std::size_t i = 0; i < isas().size(); ++i)
-        if (isas()[i].first == name) return void(chosen = i);
+        if (isas()[i].name == name) return void(chosen = i);
     throw std::invalid_argument("isa must be one of this machine's, got '" + name + "'");
 }
 
 std::vector<std::pair<std::string, std::string>> signatures() {
     std::vector<std::pair<std::string, std::string>> all;
-    for (const Entry& entry : isas()[0].second) all.emplace_back(entry.kernel.name, entry.kernel.signature);
+    for (const Entry& entry : isas()[0].kernels) all.emplace_back(entry.kernel.name, entry.kernel.signature);
     return all;
 }
 
 void call(std::size_t index, bool is_double, const std::vector<std::uintptr_t>& tensors,
           const std::vector<std::int64_t>& sizes, const std::vector<double>& scalars, int threads) {
-    const Table& kernels = isas()[chosen].second;
+    const std::vector<Entry>& kernels = isas()[chosen].kernels;
     if (index >= kernels.size()) throw std::out_of_range("no kernel has the number " + std::to_string(index));
     const Entry& entry = kernels[index];
     const auto refuse = [&](const char* what, std::size_t got) {
@@ -129,15 +147,29 @@ void call(std::size_t index, bool is_double, const std::vector<std::uintptr_t>& 
     entry.kernel.run[is_double]({addresses.data(), sizes.data(), scalars.data(), threads});
 }
 
+// Sizes T, M, N, K and the strides of product.h; metakern._native.product has checked them.
+void product(bool is_double, const std::array<std::uintptr_t, 4>& addresses, const std::array<std::int64_t, 4>& sizes,
+             const std::array<std::int64_t, 8>& strides, int threads) {
+    const auto at = [&](int i) { return reinterpret_cast<void*>(addresses[i]); };
+    const auto& s = strides;
+    const Product p{at(0),    at(1),    at(2), at(3), sizes[0], sizes[1], sizes[2], sizes[3], {s[0], s[1], s[2]},
+                    {s[3], s[4], s[5]}, {s[6], s[7]}};
+    py::gil_scoped_release released;
+    isas()[chosen].product.run[is_double](p, threads);
+}
+
 }  // namespace
 }  // namespace metakern
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     module.doc() = "metakern's kernels for CPUs";
     module.def("isa", &metakern::isa, "The instruction set in use.");
+    module.def("is_intel", &metakern::is_intel, "Whether the CPU is Intel's.");
     module.def("isas", &metakern::isa_names, "The instruction sets of this machine, best first.");
     module.def("set_isa", &metakern::set_isa, py::arg("name"), "Use the kernels of another instruction set.");
     module.def("signatures", &metakern::signatures, "(name, signature) of every kernel; its place is its number.");
     module.def("call", &metakern::call, py::arg("index"), py::arg("is_double"), py::arg("tensors"), py::arg("sizes"),
                py::arg("scalars"), py::arg("threads"), "Run a kernel. metakern._native.call checks what it is given.");
+    module.def("product", &metakern::product, py::arg("is_double"), py::arg("addresses"), py::arg("sizes"),
+               py::arg("strides"), py::arg("threads"), "A batched matrix product; metakern._native.product checks.");
 }

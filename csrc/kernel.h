@@ -19,7 +19,8 @@ struct Args {
 };
 
 // `signature` reads "x:TND weight:TD? -> y:TND": a letter is a size, in the order of first appearance, `*` any one shape,
-// `i` after the sizes int64 elements, `?` a tensor that may be absent, `?name` an output made only beside that input.
+// `4H` four times a size, `i` after the sizes int64 elements, `?` a tensor that may be absent, `?name` an output made only beside that input,
+// `=name` an output that takes the memory of that input.
 struct Kernel {
     const char* name;
     const char* signature;

@@ -1,10 +1,14 @@
-// The pool of parallel.h. OpenMP is not used: a second OpenMP runtime beside PyTorch's makes both spin.
+// The threads of parallel.h are those of the OpenMP runtime that PyTorch has loaded, found by the name of its entry point:
+// they are awake, and threads of our own would compete with them for the cores, since they spin for a while after each of
+// PyTorch's own parallel regions. Where there is none, and in a forked child, which it does not survive, a pool.
 #include "parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -72,17 +76,52 @@ private:
     int workers_ = 0, seats_ = 0, working_ = 0;
 };
 
+using OpenMP = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+OpenMP openmp = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+
 // Never destroyed: detached workers wait on it when the process exits. A forked child, which has no workers, starts anew.
 Pool* pool = [] {
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+    pthread_atfork(nullptr, nullptr, [] {
+        openmp = nullptr;
+        pool = new Pool;
+    });
     return new Pool;
 }();
 
+struct Units {
+    std::int64_t count;
+    void (*unit)(void*, std::int64_t);
+    void* context;
+    std::atomic<std::int64_t> next{0};
+
+    static void work(void* self) {
+        auto& units = *static_cast<Units*>(self);
+        for (std::int64_t i; (i = units.next.fetch_add(1, std::memory_order_relaxed)) < units.count;)
+            units.unit(units.context, i);
+    }
+};
+
 }  // namespace
 
-void parallel(std::int64_t units, int threads, void (*unit)(void*, std::int64_t), void* context) {
-    if (units > 1 && threads > 1) return pool->run(units, threads, unit, context);
-    for (std::int64_t i = 0; i < units; ++i) unit(context, i);
+void parallel(std::int64_t count, int threads, void (*unit)(void*, std::int64_t), void* context) {
+    if (count > 1 && threads > 1) {
+        if (!openmp) return pool->run(count, threads, unit, context);
+        Units units{count, unit, context};
+        return openmp(Units::work, &units, static_cast<unsigned>(count < threads ? count : threads), 0);
+    }
+    for (std::int64_t i = 0; i < count; ++i) unit(context, i);
+}
+
+void* thread_memory(std::int64_t bytes) {
+    thread_local std::unique_ptr<Scratch> memory;
+    thread_local std::int64_t size = 0;
+    if (size < bytes) {
+        size = 0;
+        memory.reset();  // before the larger one is there
+        memory = std::make_unique<Scratch>(bytes);
+        size = bytes;
+    }
+    return memory->as<void>();
 }
 
 Scratch::Scratch(std::int64_t bytes)

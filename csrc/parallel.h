@@ -1,4 +1,4 @@
-// A small persistent pool of threads, and memory from outside the kernels' own instruction sets.
+// Threads, and memory from outside the kernels' own instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -38,5 +38,8 @@ public:
 private:
     void* memory_;
 };
+
+// Memory of the calling thread, at least so large and 64-byte aligned; good until the thread asks again.
+void* thread_memory(std::int64_t bytes);
 
 }  // namespace metakern

@@ -4,14 +4,17 @@ A kernel is named `<op>_<rule>` and described by its signature (csrc/kernel.h), 
 and what it allocates: "x:TND weight:TD? -> y:TND ct_weight:TD?weight" reads
 
     x:TND           a tensor [T, N, D]; the first tensor with a size sets it, the others must agree
+    gates:TBL4H     a last dimension of four times the size H
     x:*             any shape, the same for all tensors of the kernel
     target:TNi      integers, passed on as int64; all other tensors share one dtype, float32 or float64
     weight:TD?      may be None
     ct_weight:TD?weight    an output made only where the input `weight` is given
+    gates:TBLG=u    an output that takes the memory of the input `u`, which the call uses up
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -41,9 +44,10 @@ def obstacle() -> str | None:
 
 class _Argument(NamedTuple):
     name: str
-    dims: str
+    dims: tuple[tuple[int, str], ...]  # a multiple of a size for each dimension; empty for any shape
     condition: str | None  # after the "?": "" for an input that may be None, or the input that an output goes with
     indices: bool
+    memory: str  # the input whose memory an output takes, or ""
 
 
 class _Signature(NamedTuple):
@@ -59,8 +63,10 @@ def _signatures() -> dict[str, _Signature]:
 
     def parse(text: str) -> _Argument:
         name, _, dims = text.partition(":")
+        dims, _, memory = dims.partition("=")
         dims, optional, condition = dims.partition("?")
-        return _Argument(name, dims.removesuffix("i"), condition if optional else None, dims.endswith("i"))
+        sizes = tuple((int(times or 1), size) for times, size in re.findall(r"(\d*)([A-Z])", dims))
+        return _Argument(name, sizes, condition if optional else None, dims.endswith("i"), memory)
 
     signatures = {}
     for number, (kernel, text) in enumerate(_C.signatures()):
@@ -96,7 +102,7 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
     dtype = first.dtype
     tensors: list[Tensor | None] = []  # kept, so that the addresses of contiguous copies stay good
     for argument, tensor in zip(signature.inputs, inputs, strict=True):
-        name, dims, condition, indices = argument
+        name, dims, condition, indices, _ = argument
         if tensor is None:
             if condition is None:
                 raise TypeError(f"{kernel}: {name} must be a tensor, got None")
@@ -107,26 +113,68 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
             raise TypeError(f"{kernel}: {name} must be {dtype} like the other tensors, got {tensor.dtype}")
         if tensor.device.type != "cpu":
             raise ValueError(f"{kernel}: {name} must be on the CPU, got {tensor.device}")
-        if dims == "*":
+        if not dims:
             fits = tensor.shape == first.shape
         else:
             fits = tensor.dim() == len(dims)
-            for dim, size in zip(dims, tensor.shape, strict=False):
-                fits = fits and sizes.setdefault(dim, size) == size
+            for (times, dim), size in zip(dims, tensor.shape, strict=False):
+                fits = fits and times * sizes.setdefault(dim, size // times) == size
         if not fits:
-            expected = f"{dims} with {sizes}" if sizes else list(first.shape)
+            letters = "".join(f"{times if times > 1 else ''}{dim}" for times, dim in dims)
+            expected = f"{letters} with {sizes}" if sizes else list(first.shape)
             raise ValueError(f"{kernel}: {name} must have shape {expected}, got {list(tensor.shape)}")
         tensors.append(_in_memory(tensor))
     if not sizes:
         sizes["*"] = first.numel()
-    given = {argument.name for argument, tensor in zip(signature.inputs, tensors, strict=True) if tensor is not None}
-    outputs: tuple[Tensor | None, ...] = tuple(
-        None
-        if condition is not None and condition not in given
-        else torch.empty(first.shape if dims == "*" else [sizes[dim] for dim in dims], dtype=dtype)
-        for _, dims, condition, _ in signature.outputs
-    )
+    given = {argument.name: tensor for argument, tensor in zip(signature.inputs, tensors, strict=True)}
+
+    def output(argument: _Argument) -> Tensor | None:
+        if argument.memory:
+            return given[argument.memory].detach()  # else a view to forward mode
+        if argument.condition is not None and given[argument.condition] is None:
+            return None
+        shape = [times * sizes[dim] for times, dim in argument.dims] or first.shape
+        return torch.empty(shape, dtype=dtype)
+
+    outputs = tuple(output(argument) for argument in signature.outputs)
     # An empty tensor has no address; one that is never read keeps it apart from an absent tensor.
     addresses = [0 if tensor is None else tensor.data_ptr() or 64 for tensor in (*tensors, *outputs)]
     _C.call(signature.number, dtype == torch.float64, addresses, list(sizes.values()), scalars, torch.get_num_threads())
     return outputs
+
+
+def has_fast_products() -> bool:
+    """Whether `product` is faster than torch.bmm here: its library leaves the AVX-512 of CPUs that aren't Intel's alone."""
+    return _C is not None and _C.isa() == "avx512" and not _C.is_intel()
+
+
+def product(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
+    """add + a b of CPU tensors [T, M, K] and [T, K, N]; `add` is expanded to [T, M, N].
+
+    >>> import pytest
+    >>> _ = _C or pytest.skip(obstacle())
+    >>> product(torch.ones(2, 1, 3), torch.ones(1, 3, 1).expand(2, 3, 1)).flatten()
+    tensor([3., 3.])
+    """
+    (T, M, K), N = a.shape, b.shape[2]
+    if b.shape[:2] != (T, K) or a.dtype not in DTYPES or b.dtype != a.dtype:
+        raise ValueError(f"product: b must be {[T, K, N]} of {a.dtype}, got {list(b.shape)} of {b.dtype}")
+    if a.device.type != "cpu" or b.device.type != "cpu":
+        raise ValueError(f"product: a and b must be on the CPU, got {a.device} and {b.device}")
+    a, b = _one_unit_stride(a), _one_unit_stride(b)
+    address, add_strides = 0, (0, 0)
+    if add is not None:
+        if add.dtype != a.dtype or add.device.type != "cpu":
+            raise ValueError(f"product: add must be {a.dtype} on the CPU, got {add.dtype} on {add.device}")
+        add = add.expand(T, M, N).resolve_neg()
+        add = add if add.stride(2) == 1 or N == 1 else add.contiguous()
+        address, add_strides = add.data_ptr(), add.stride()[:2]
+    c = a.new_empty(T, M, N)
+    addresses = a.data_ptr(), b.data_ptr(), address, c.data_ptr()
+    _C.product(a.dtype == torch.float64, addresses, (T, M, N, K), (*a.stride(), *b.stride(), *add_strides), torch.get_num_threads())
+    return c
+
+
+def _one_unit_stride(x: Tensor) -> Tensor:
+    x = x.clone() if x._is_zerotensor() else x.resolve_neg()
+    return x if 1 in x.stride()[1:] else x.contiguous()

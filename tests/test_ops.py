@@ -293,23 +293,39 @@ def test_strides_do_not_matter(spec: Spec, sample: Sample) -> None:
 @every_full_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_is_as_good_as_plain(spec: Spec, sample: Sample, dtype: torch.dtype) -> None:
-    """error(op) <= 2 x error(plain PyTorch in that dtype) + eps, against float64, at every order."""
+    """error(op) <= 2 x error(plain PyTorch in that dtype) + eps, against float64, at every order.
+
+    Errors are geometric means over draws: that of a single one, or of the worst, is luck where terms cancel.
+    """
+    draws = [next(s for s in spec.samples(Make(seed=seed)) if s.name == sample.name) for seed in (1, 2, 3, 4)]
+    eps = torch.finfo(dtype).eps
+    ours, theirs = torch.stack([_errors(spec, draw, dtype) + eps / 8 for draw in draws]).log().mean(0).exp()
+    assert (ours <= 2 * theirs + 4 * eps).all()
+
+
+def _errors(spec: Spec, sample: Sample, dtype: torch.dtype) -> Tensor:
+    """The relative errors of the op and of plain PyTorch, for every result of every order."""
     low = Sample(sample.name, tuple(_cast(a, dtype) for a in sample.args), sample.kwargs)
     exact = Sample(sample.name, tuple(_cast(a, torch.float64) for a in low.args), sample.kwargs)
     ct, v = problem(spec, low)[3:]
 
-    def orders(f: Callable, s: Sample, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+    def orders(f: Callable, s: Sample, dtype: torch.dtype) -> list[Tensor]:
         g, x = function(f, s)
         cts, vs = (tuple(t.to(dtype) for t in ts) for ts in (ct, v))
-        return [g(*x), first(g, leaves(x), cts), second(g, x, cts, vs)]
+        return [*g(*x), *first(g, leaves(x), cts), *second(g, x, cts, vs)]
 
-    truth = orders(spec.plain, exact, torch.float64)
-    for ours, theirs, right in zip(orders(spec.call, low, dtype), orders(spec.plain, low, dtype), truth, strict=True):
-        for a, p, t in zip(ours, theirs, right, strict=True):
-            assert a.dtype == dtype
-            scale = t.norm() + 1e-30
-            error, allowed = ((b.double() - t).norm() / scale for b in (a, p))
-            assert error <= 2 * allowed + 4 * torch.finfo(dtype).eps
+    truth, ours, theirs = (
+        orders(spec.plain, exact, torch.float64),
+        orders(spec.call, low, dtype),
+        orders(spec.plain, low, dtype),
+    )
+    assert all(a.dtype == dtype for a in ours)
+    return torch.tensor(
+        [
+            [((a.double() - t).norm() / (t.norm() + 1e-30)).item() for a, t in zip(found, truth, strict=True)]
+            for found in (ours, theirs)
+        ]
+    )
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -185,6 +185,22 @@ inline Sigmoid<F> sigmoid(Vec<F> x) {
     return {x < 0 ? low : high, low * high};
 }
 
+// tanh by a rational function near zero, which keeps the relative error small, and by exp beyond (S. Moshier, Cephes).
+inline Vec<float> tanh_near_zero(Vec<float> x, Vec<float> square) {
+    constexpr float c[] = {-3.33332819422e-1f, 1.33314422036e-1f, -5.37397155531e-2f, 2.06390887954e-2f, -5.70498872745e-3f};
+    return x + x * square * polynomial(square, c);
+}
+inline Vec<double> tanh_near_zero(Vec<double> x, Vec<double> square) {
+    constexpr double p[] = {-1.61468768441708447952e3, -9.92877231001918586564e1, -9.64399179425052238628e-1};
+    constexpr double q[] = {4.84406305325125486048e3, 2.23548839060100448583e3, 1.12811678491632931402e2, 1.0};
+    return x + x * square * (polynomial(square, p) / polynomial(square, q));
+}
+template <class F>
+inline Vec<F> tanh_of(Vec<F> x) {
+    const Vec<F> size = abs<F>(x), far = F(1) - F(2) / (exp<F>(size + size) + F(1));
+    return size < F(0.625) ? tanh_near_zero(x, x * x) : x < 0 ? -far : far;
+}
+
 // The normal distribution: its density, and its distribution function from
 //     Phi(-|x|) = exp(-x^2/2) g(t) / (1 + |x|/2),   t = (|x| - 4) / (|x| + 4) in [-1, 1],
 // with the Chebyshev series of the smooth g (M. Shepherd and J. Laframboise, 1981) written in powers of t. Phi has a small

@@ -44,6 +44,9 @@ class Rules:
     cotangent is wanted (the others may be returned as None). Tuples follow the order of the op's inputs, outputs and
     residuals; an absent optional input is None throughout. `t_ct_y` is None when it is zero.
 
+    Where the op has `vjp_residuals`, `vjp` appends so many tensors to ct_x, and `vjp_jvp` finds them as `c.from_vjp`, or
+    None there where no vjp has run.
+
         forward(c, x)                                 -> y, r
         jvp(c, x, r, t_x)                             -> t_y, t_r
         vjp(c, x, r, ct_y)                            -> ct_x
@@ -63,7 +66,8 @@ class Op:
 
     inputs: differentiable inputs; constants: tensors without a derivative (targets, lengths); `saves_output` appends
     the outputs to the residuals (r, then y), and their tangents to t_r; `zero_tangents=False` lets the rules receive
-    None for an input's zero tangent, where knowing it saves a product.
+    None for an input's zero tangent, where knowing it saves a product; `vjp_residuals`: tensors that `vjp` keeps for
+    `vjp_jvp`.
     """
 
     name: str
@@ -73,6 +77,7 @@ class Op:
     outputs: int = 1
     saves_output: bool = False
     zero_tangents: bool = True
+    vjp_residuals: int = 0
 
     def __call__(self, *x: Tensor | None, **constants: Any) -> tuple[Tensor, ...]:
         """Applies the op to `[T, ...]` tensors. Constants: the tensors of `self.constants`, and any other values."""
@@ -98,18 +103,21 @@ class _Call:
         return _Call(self.op, self.rules, self.options, needs, residuals)
 
     def split(self, values: tuple, *groups: str) -> list[tuple]:
-        """Cuts a flat tuple into groups like the inputs "x", constants "c", residuals "r" and outputs "y"."""
-        sizes = {"x": len(self.op.inputs), "c": len(self.op.constants), "r": self.residuals, "y": self.op.outputs}
+        """Cuts a flat tuple into groups like inputs "x", constants "c", residuals "r", outputs "y", vjp residuals "q"."""
+        op = self.op
+        sizes = {"x": len(op.inputs), "c": len(op.constants), "r": self.residuals, "y": op.outputs}
+        sizes["q"] = op.vjp_residuals
         parts, start = [], 0
         for group in groups:
             parts.append(values[start : start + sizes[group]])
             start += sizes[group]
         return parts
 
-    def namespace(self, constants: Tensors, needs: tuple[bool, ...] = ()) -> SimpleNamespace:
-        return SimpleNamespace(
-            **self.options, **dict(zip(self.op.constants, constants, strict=True)), needs=needs or self.needs
-        )
+    def namespace(
+        self, constants: Tensors, needs: tuple[bool, ...] = (), from_vjp: Tensors | None = None
+    ) -> SimpleNamespace:
+        named = dict(zip(self.op.constants, constants, strict=True))
+        return SimpleNamespace(**self.options, **named, needs=needs or self.needs, from_vjp=from_vjp)
 
     def tangents(self, t_x: Tensors, x: Tensors) -> Tensors:
         return _filled(t_x, x) if self.op.zero_tangents else t_x
@@ -208,7 +216,7 @@ class _Op(_Rule):
             return (None,) * len(ctx.needs_input_grad)
         x, constants, r = call.split(ctx.saved_tensors, "x", "c", "r")
         ct_y = _cotangents(ct_y, ctx.shapes)
-        ct_x = _Vjp.apply(call.wanting(needs, call.residuals), *x, *constants, *r, *ct_y)
+        ct_x = _Vjp.apply(call.wanting(needs, call.residuals), *x, *constants, *r, *ct_y)[: sum(needs)]
         return (None, *_scattered(ct_x, needs), *(None for _ in constants))
 
     @staticmethod
@@ -223,23 +231,31 @@ class _Op(_Rule):
 
 
 class _Vjp(_Rule):
-    """The wanted ct_x, from x, constants, r, ct_y."""
+    """The wanted ct_x, and the vjp's residuals, from x, constants, r, ct_y."""
 
     @staticmethod
     def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         x, constants, r, ct_y = call.split(tensors, "x", "c", "r", "y")
-        return _pruned(call.rules.vjp(call.namespace(constants), x, r, ct_y), call.needs)
+        ct_x = call.rules.vjp(call.namespace(constants), x, r, ct_y)
+        return (*_pruned(ct_x[: len(x)], call.needs), *ct_x[len(x) :])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        q = output[sum(inputs[0].needs) :]
+        ctx.mark_non_differentiable(*q)
+        _Rule.setup_context(ctx, (*inputs, *q), ())
 
     @staticmethod
     def backward(ctx: Any, *g: Tensor | None) -> tuple:
         call = ctx.call
-        x, constants, r, ct_y = call.split(ctx.saved_tensors, "x", "c", "r", "y")
+        x, constants, r, ct_y, q = call.split(ctx.saved_tensors, "x", "c", "r", "y", "q")
         needs, _, _, needs_ct = call.split(ctx.needs_input_grad[1:], "x", "c", "r", "y")
         nothing = (None,) * (1 + len(x) + len(constants) + len(r) + len(ct_y))
+        g = g[: sum(call.needs)]
         if all(gi is None for gi in g):
             return nothing
         t_x = _scattered(g, call.needs)
-        out = _VjpTransposed.apply(call.wanting(needs, call.residuals), *x, *constants, *r, *ct_y, *t_x)
+        out = _VjpTransposed.apply(call.wanting(needs, call.residuals), *x, *constants, *r, *ct_y, *t_x, *q)
         ct_x = _scattered(out[len(ct_y) :], needs)
         ct_ct_y = (c if n else None for c, n in zip(out[: len(ct_y)], needs_ct, strict=True))
         return (None, *ct_x, *(None for _ in (*constants, *r)), *ct_ct_y)
@@ -247,9 +263,10 @@ class _Vjp(_Rule):
     @staticmethod
     def jvp(ctx: Any, _: None, *t: Tensor | None) -> tuple:
         call = ctx.call
-        x, constants, r, ct_y = call.split(ctx.saved_tensors, "x", "c", "r", "y")
+        x, constants, r, ct_y, q = call.split(ctx.saved_tensors, "x", "c", "r", "y", "q")
         t_x, _, t_r, t_ct_y = call.split(t, "x", "c", "r", "y")
-        return _VjpTangent.apply(call, *x, *constants, *r, *t_x, *t_r, *ct_y, *t_ct_y)
+        t_ct_x = _VjpTangent.apply(call, *x, *constants, *r, *t_x, *t_r, *ct_y, *t_ct_y, *q)
+        return (*t_ct_x, *(None for _ in q))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
@@ -336,8 +353,8 @@ class _VjpTransposed(_Last):
 
     @staticmethod
     def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        x, constants, r, ct_y, t_x = call.split(tensors, "x", "c", "r", "y", "x")
-        c, t_x = call.namespace(constants), call.tangents(t_x, x)
+        x, constants, r, ct_y, t_x, q = call.split(tensors, "x", "c", "r", "y", "x", "q")
+        c, t_x = call.namespace(constants, from_vjp=q), call.tangents(t_x, x)
         t_y, t_r = call.rules.jvp(c, x, r, t_x)
         if not any(call.needs):
             return t_y
@@ -354,11 +371,11 @@ class _VjpTangent(_Last):
 
     @staticmethod
     def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        x, constants, r, t_x, t_r, ct_y, t_ct_y = call.split(tensors, "x", "c", "r", "x", "r", "y", "y")
-        c = call.namespace(constants)
+        x, constants, r, t_x, t_r, ct_y, t_ct_y, q = call.split(tensors, "x", "c", "r", "x", "r", "y", "y", "q")
+        c = call.namespace(constants, from_vjp=q)
         some_ct = any(t is not None for t in t_ct_y)
         if all(t is None for t in t_x):
-            t_ct_x = call.rules.vjp(c, x, r, _filled(t_ct_y, ct_y)) if some_ct else (None,) * len(x)
+            t_ct_x = call.rules.vjp(c, x, r, _filled(t_ct_y, ct_y))[: len(x)] if some_ct else (None,) * len(x)
         else:
             t_x = call.tangents(t_x, x)
             if any(t is None for t in t_r):
@@ -383,7 +400,7 @@ class _JvpTransposed(_Last):
             t_x = call.tangents(t_x, x)
             ct_x = call.rules.vjp_jvp(call.namespace(constants, needs), x, r, t_x, t_r, ct_t_y, None)
         if any(needs_t):
-            ct_t_x = call.rules.vjp(call.namespace(constants, needs_t), x, r, ct_t_y)
+            ct_t_x = call.rules.vjp(call.namespace(constants, needs_t), x, r, ct_t_y)[: len(x)]
         return (*_pruned(ct_x, needs), *_pruned(ct_t_x, needs_t))
 
     @staticmethod

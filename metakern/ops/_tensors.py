@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import torch
 from torch import Tensor
+
+
+Product = Callable[..., Tensor]  # product(a, b, add=None) = add + a b
 
 
 def rows(x: Tensor, tasks: int | None) -> Tensor:
@@ -39,7 +43,7 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
     return y.unflatten(0, a.shape[:2])
 
 
-def products(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
+def products(product: Product, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
     """The sum of the products of the pairs that are complete; None where none is."""
     total = None
     for a, b in pairs:

@@ -3,26 +3,17 @@
     u = x_t W_ihᵀ + b_ih     p = h_{t-1} W_hhᵀ + b_hh
     r, z = σ(u_r + p_r), σ(u_z + p_z)     n = tanh(u_n + r p_n)     h_t = n + z (h_{t-1} - n)
 
-With a = (u_r + p_r, u_z + p_z, p_n) and the slopes r' = r (1 - r), z' = z (1 - z), n' = 1 - n², the linear map of a
-step is t_h = k · t_a + k_n t_u_n + z t_h_{t-1}, with the coefficients
+With the slopes r' = r (1 - r), z' = z (1 - z), n' = 1 - n², a step's tangents are
 
-    k_n = (1 - z) n'     k = (k_n p_n r',  (h_{t-1} - n) z',  k_n r)
+    t_r = r' (t_u_r + t_p_r),   t_z = z' (t_u_z + t_p_z),   t_n = n' (t_u_n + r t_p_n + t_r p_n)
+    t_h_t = (1 - z) t_n + z t_h_{t-1} + t_z (h_{t-1} - n)
 
-which are known for all steps before the recurrence starts. Tangents run forward in time, with t_u, v (t_a
-without what t_h_{t-1} adds) and s = k_n t_u_n coming from large products over all steps:
+its cotangents, with m = (1 - z) n' ct_h_t,
 
-    t_a = v + t_h_{t-1} W_hhᵀ     t_h = s + k_r t_a_r + k_z t_a_z + k_p t_a_n + z t_h_{t-1}
+    ct_p = (m p_n r',  (h_{t-1} - n) z' ct_h_t,  m r)     ct_u = (ct_p_r, ct_p_z, m)     ct_h_{t-1} = z ct_h_t + ct_p W_hh
 
-Cotangents run backward from the sources s_h = ct_y, s_a = 0:
-
-    ct_h = s_h + z_{t+1} ct_h_{t+1} + ct_a_{t+1} W_hh     ct_a = s_a + k ct_h     ct_u = (ct_a_r, ct_a_z, k_n ct_h)
-
-and the tangents of the cotangents obey the same recurrence from other sources:
-
-    s_h = t_ct_y + t_z_{t+1} ct_h_{t+1} + ct_a_{t+1} t_W_hh     s_a = t_k ct_h     t_ct_u_n = t_k_n ct_h + k_n t_ct_h
-
-Then ct_x = ct_u W_ih, ct_W_ih = Σ ct_uᵀ x, ct_b_ih = Σ ct_u, ct_W_hh = Σ ct_aᵀ h_{t-1}, ct_b_hh = Σ ct_a, and their
-tangents by the product rule: large products over all steps.
+and their tangents by the product rule, with t_r' = (1 - 2 r) t_r and t_n' = -2 n t_n. The large products before and after
+the recurrence stand in `_recurrent.py`.
 
 | tensor | shape |
 |---|---|
@@ -32,7 +23,8 @@ tangents by the product rule: large products over all steps.
 | b_ih, b_hh | [T, 3H] |
 | y | [T, B, L, H] |
 
-Residuals: (r, z, n, p_n) [T, B, L, 4H]; y itself. Half precision is computed in float32. Cho et al. 2014, "Learning
+Residuals: (r, z, n, p_n) [T, B, L, 4H] and h_{t-1} [T, B, L, H]; of the vjp, the cotangent of h_t. Half precision is
+computed in float32. Cho et al. 2014, "Learning
 phrase representations using RNN encoder-decoder", section 2.3; equations and order of the gates as in torch.nn.GRU.
 """
 
@@ -43,24 +35,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from metakern.ops._recurrent import (
-    affine,
-    apply,
-    cotangents,
-    last,
-    narrow,
-    previous,
-    stack,
-    start,
-    t_affine,
-    t_cotangents,
-    times,
-    total,
-    wide,
-)
-from metakern.ops._rules import Op, Rules, Tensors
+from metakern.ops._recurrent import Cell, Gates, apply, kernels
+from metakern.ops._rules import Op
 from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import product
 
 
 def gru(
@@ -70,12 +47,18 @@ def gru(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The outputs of a GRU at every step, and its final state.
 
     x [B, L, I] with weights [3H, I], [3H, H] and biases [3H], or x [T, B, L, I] with weights and biases that are shared
     or have the tasks first, [T, 3H, I]. h is [B, H] or [T, B, H], or None for zeros. Returns the output, [B, L, H] or
     [T, B, L, H], and the final h. The gates stand in torch.nn's order: reset, update, new.
+    lengths, integers [B] or [T, B], are those of sequences that end before L: their outputs are zero from there on, and
+    their final state is that of their last step, as torch.nn.utils.rnn.pack_padded_sequence has it. reverse runs from the
+    last step of each sequence to the first.
 
     Raises TypeError or ValueError, naming the argument, where kinds, dtypes, devices or shapes do not fit.
 
@@ -84,153 +67,51 @@ def gru(
     >>> y[0, :, 0], h.shape
     (tensor([0.5000, 0.2500, 0.1250]), torch.Size([2, 5]))
     """
-    y, h_n = apply(OP, 3, x, {"h": h}, {"w_ih": w_ih, "w_hh": w_hh}, {"b_ih": b_ih, "b_hh": b_hh})
+    weights, biases = {"w_ih": w_ih, "w_hh": w_hh}, {"b_ih": b_ih, "b_hh": b_hh}
+    y, h_n = apply(OP, 3, x, {"h": h}, weights, biases, lengths, reverse=reverse)
     return y, h_n
 
 
-def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
-    x, h, w_ih, w_hh, b_ih, b_hh = wide(inputs)
-    hidden, w = w_hh.shape[-1], w_hh.mT
-    h, u = start(h, x, hidden), affine(x, w_ih, b_ih)
-    u_a, u_n = _inputs(u, None if b_hh is None else b_hh[:, None, None])
-    outputs, gates = [], []
-    for u_a_t, u_n_t in zip(u_a.unbind(2), u_n.unbind(2), strict=True):
-        a_r_z, p_n = product(h, w, u_a_t).split((2 * hidden, hidden), -1)
-        r_z = torch.sigmoid(a_r_z)
-        r, z = r_z.chunk(2, -1)
-        n = torch.tanh(torch.addcmul(u_n_t, r, p_n))
-        h = torch.addcmul(n, z, h - n)
-        outputs.append(h)
-        gates.append(torch.cat((r_z, n, p_n), -1))
-    y = stack(outputs, x, hidden), h
-    return narrow(inputs, y), narrow(inputs, (stack(gates, x, 4 * hidden),))
+def _forward(c: SimpleNamespace, u: Gates, p: Gates, s: Gates) -> tuple[Gates, Gates]:
+    r, z = torch.sigmoid(u[0] + p[0]), torch.sigmoid(u[1] + p[1])
+    n = torch.tanh(u[2] + r * p[2])
+    return (n + z * (s[0] - n),), (r, z, n, p[2])
 
 
-def _jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
-    x, h, w_ih, w_hh, *_ = wide(inputs)
-    t_x, t_h, t_w_ih, t_w_hh, t_b_ih, t_b_hh = wide(t_inputs)
-    gates, y, _ = wide(r)
-    hidden, w, before = w_hh.shape[-1], w_hh.mT, previous(h, y)
-    k, k_n = _coefficients(gates, before)
-    t_u = total(t_affine(x, w_ih, t_x, t_w_ih, t_b_ih), k)
-    v, t_u_n = _inputs(t_u, *t_affine(before, w_hh, None, t_w_hh, t_b_hh))
-    z = gates.chunk(4, -1)[1]
-    t_h, t_outputs, t_as = start(t_h, x, hidden), [], []
-    steps = zip(*(t.unbind(2) for t in (v, k_n * t_u_n, k, z)), strict=True)
-    for v_t, s_t, k_t, z_t in steps:
-        t_a = product(t_h, w, v_t)
-        t_r, t_z, t_p = (k_t * t_a).chunk(3, -1)
-        t_h = torch.addcmul(s_t + t_r + t_z + t_p, z_t, t_h)
-        t_outputs.append(t_h)
-        t_as.append(t_a)
-    t_gates = _t_gates(gates, stack(t_as, x, 3 * hidden), t_u_n)
-    return narrow(inputs, (stack(t_outputs, x, hidden), t_h)), narrow(inputs, (t_gates,))
+def _jvp(c: SimpleNamespace, kept: Gates, s: Gates, t_u: Gates, t_p: Gates, t_s: Gates) -> tuple[Gates, Gates]:
+    r, z, n, p_n = kept
+    t_r, t_z = r * (1 - r) * (t_u[0] + t_p[0]), z * (1 - z) * (t_u[1] + t_p[1])
+    t_n = (1 - n * n) * (t_u[2] + r * t_p[2] + t_r * p_n)
+    return (t_n + z * (t_s[0] - t_n) + t_z * (s[0] - n),), (t_r, t_z, t_n, t_p[2])
 
 
-def _vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
-    x, h, w_ih, w_hh, *_ = wide(inputs)
-    (gates, y, _), (ct_y, ct_h) = wide(r), wide(ct_outputs)
-    before, hidden = previous(h, y), w_hh.shape[-1]
-    k, k_n = _coefficients(gates, before)
-    ct_as, ct_hs, ct_h = _backward(gates, k, w_hh, previous(None, ct_y), last(ct_h, ct_y))
-    ct_a = stack(ct_as, x, 3 * hidden)
-    ct_u = torch.cat((ct_a[..., : 2 * hidden], k_n * stack(ct_hs, x, hidden)), -1)
-    ct_x, *ct_p = cotangents(c.needs, x, before, w_ih, ct_u, ct_a)
-    return narrow(inputs, (ct_x, ct_h, *ct_p))
+def _vjp(c: SimpleNamespace, kept: Gates, s: Gates, ct: Gates) -> tuple[Gates, Gates, Gates]:
+    (r, z, n, p_n), (ct_h,) = kept, ct
+    m = (1 - z) * (1 - n * n) * ct_h
+    ct_r, ct_z = m * p_n * r * (1 - r), ct_h * (s[0] - n) * z * (1 - z)
+    return (ct_r, ct_z, m * r), (ct_r, ct_z, m), (z * ct_h,)
 
 
 def _vjp_jvp(
-    c: SimpleNamespace,
-    inputs: Tensors,
-    r: Tensors,
-    t_inputs: Tensors,
-    t_r: Tensors,
-    ct_outputs: Tensors,
-    t_ct_outputs: Tensors | None,
-) -> Tensors:
-    x, h, w_ih, w_hh, *_ = wide(inputs)
-    t_x, t_h, t_w_ih, t_w_hh, *_ = wide(t_inputs)
-    (gates, y, _), (t_gates, t_y, _), (ct_y, ct_h) = wide(r), wide(t_r), wide(ct_outputs)
-    t_ct_y, t_ct_h = wide(t_ct_outputs or [torch.zeros_like(ct) for ct in (ct_y, ct_h)])
-    before, t_before, hidden = previous(h, y), previous(t_h, t_y), w_hh.shape[-1]
-    k, k_n = _coefficients(gates, before)
-    t_k, t_k_n = _t_coefficients(gates, before, t_gates, t_before)
-    ct_as, ct_hs, _ = _backward(gates, k, w_hh, previous(None, ct_y), last(ct_h, ct_y))
-    ct_a, ct_state = stack(ct_as, x, 3 * hidden), stack(ct_hs, x, hidden)
-    ct_u = torch.cat((ct_a[..., : 2 * hidden], k_n * ct_state), -1)
-
-    through_z = t_gates.chunk(4, -1)[1] * ct_state
-    s_h = total((previous(None, t_ct_y), through_z, None if t_w_hh is None else times(ct_a, t_w_hh)), y)
-    s_a = t_k * torch.cat((ct_state, ct_state, ct_state), -1)
-    t_ct_as, t_ct_hs, t_ct_h = _backward(gates, k, w_hh, s_h, last(t_ct_h, t_ct_y), s_a)
-    t_ct_a = stack(t_ct_as, x, 3 * hidden)
-    t_ct_u_n = torch.addcmul(t_k_n * ct_state, k_n, stack(t_ct_hs, x, hidden))
-    t_ct_u = torch.cat((t_ct_a[..., : 2 * hidden], t_ct_u_n), -1)
-    tangents = t_x, t_before, t_w_ih, t_ct_u, t_ct_a
-    t_ct_x, *t_ct_p = t_cotangents(c.needs, x, before, w_ih, ct_u, ct_a, *tangents)
-    return narrow(inputs, (t_ct_x, t_ct_h, *t_ct_p))
+    c: SimpleNamespace, kept: Gates, s: Gates, t_kept: Gates, t_s: Gates, ct: Gates, t_ct: Gates
+) -> tuple[Gates, Gates, Gates]:
+    (r, z, n, p_n), (t_r, t_z, t_n, t_p_n), (ct_h,), (t_ct_h,) = kept, t_kept, ct, t_ct
+    k, t_k = (1 - z) * (1 - n * n), -t_z * (1 - n * n) - 2 * (1 - z) * n * t_n
+    m, t_m = k * ct_h, t_k * ct_h + k * t_ct_h
+    t_ct_r = (t_m * p_n + m * t_p_n) * r * (1 - r) + m * p_n * (1 - 2 * r) * t_r
+    t_ct_z = ((t_s[0] - t_n) * ct_h + (s[0] - n) * t_ct_h) * z * (1 - z) + (s[0] - n) * ct_h * (1 - 2 * z) * t_z
+    return (t_ct_r, t_ct_z, t_m * r + m * t_r), (t_ct_r, t_ct_z, t_m), (t_z * ct_h + z * t_ct_h,)
 
 
-def _backward(
-    gates: Tensor, k: Tensor, w_hh: Tensor, s_h: Tensor, ct_h: Tensor, s_a: Tensor | None = None
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """From ct_h of the last state back to that of the first: ct_a and ct_h of each step, and ct_h.
-
-    The source s_h of a step belongs to the state that it finds, s_a to the step itself.
-    """
-    z = gates.chunk(4, -1)[1]
-    s_a_steps = (None,) * k.shape[2] if s_a is None else s_a.unbind(2)
-    steps = list(zip(s_h.unbind(2), s_a_steps, k.unbind(2), z.unbind(2), strict=True))
-    ct_as, ct_hs = [], []
-    for s_h_t, s_a_t, k_t, z_t in reversed(steps):
-        ct_state = torch.cat((ct_h, ct_h, ct_h), -1)
-        ct_a = k_t * ct_state if s_a_t is None else torch.addcmul(s_a_t, k_t, ct_state)
-        ct_as.append(ct_a)
-        ct_hs.append(ct_h)
-        ct_h = product(ct_a, w_hh, torch.addcmul(s_h_t, z_t, ct_h))
-    return ct_as[::-1], ct_hs[::-1], ct_h
-
-
-def _inputs(u: Tensor, *hidden_terms: Tensor | None) -> tuple[Tensor, Tensor]:
-    """a without the state's part, (u_r, u_z, 0) plus what the hidden side adds, and u_n."""
-    u_r, u_z, u_n = u.chunk(3, -1)
-    a = torch.cat((u_r, u_z, torch.zeros_like(u_n)), -1)
-    return total((a, *hidden_terms), u), u_n
-
-
-def _coefficients(gates: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """k and k_n, from h_{t-1} = before."""
-    r, z, n, p_n = gates.chunk(4, -1)
-    k_n = (1 - z) * (1 - n * n)
-    return torch.cat((k_n * p_n * r * (1 - r), (before - n) * z * (1 - z), k_n * r), -1), k_n
-
-
-def _t_coefficients(gates: Tensor, before: Tensor, t_gates: Tensor, t_before: Tensor) -> tuple[Tensor, Tensor]:
-    """The tangents of `_coefficients`."""
-    r, z, n, p_n = gates.chunk(4, -1)
-    t_r, t_z, t_n, t_p_n = t_gates.chunk(4, -1)
-    k_n = (1 - z) * (1 - n * n)
-    t_k_n = -t_z * (1 - n * n) - 2 * (1 - z) * n * t_n
-    t_k_r = (t_k_n * p_n + k_n * t_p_n) * r * (1 - r) + k_n * p_n * (1 - 2 * r) * t_r
-    t_k_z = (t_before - t_n) * z * (1 - z) + (before - n) * (1 - 2 * z) * t_z
-    return torch.cat((t_k_r, t_k_z, t_k_n * r + k_n * t_r), -1), t_k_n
-
-
-def _t_gates(gates: Tensor, t_a: Tensor, t_u_n: Tensor) -> Tensor:
-    """The tangents of (r, z, n, p_n)."""
-    r, z, n, p_n = gates.chunk(4, -1)
-    t_a_r, t_a_z, t_p_n = t_a.chunk(3, -1)
-    t_r = r * (1 - r) * t_a_r
-    return torch.cat((t_r, z * (1 - z) * t_a_z, (1 - n * n) * (t_u_n + r * t_p_n + t_r * p_n), t_p_n), -1)
-
-
+CELL = Cell(lambda c: "gru", 3, _forward, _jvp, _vjp, _vjp_jvp, kept=4, split=True)
 OP = Op(
     "gru",
     inputs=("x", "h", "w_ih", "w_hh", "b_ih", "b_hh"),
-    kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)},
+    constants=("lengths",),
+    kernels=kernels(CELL),
     outputs=2,
-    saves_output=True,
     zero_tangents=False,
+    vjp_residuals=1,
 )
 
 

@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks
+from metakern.ops import _checks, _cpu, _tensors
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import product, products, rows, shared
+from metakern.ops._tensors import Product, products, rows
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,55 +54,53 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], weight.shape[1])
 
 
-def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
-    x, weight, bias = inputs
-    if bias is None:
-        return (product(x, weight.mT),), ()
-    if shared(weight) and shared(bias):
-        return (F.linear(x, weight[0], bias[0]),), ()
-    return (product(x, weight.mT, bias.unsqueeze(1)),), ()
+def _rules(product: Product) -> Rules:
+    """The four rules, which are products."""
 
+    def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
+        x, weight, bias = inputs
+        return (product(x, weight.mT, None if bias is None else bias.unsqueeze(1)),), ()
 
-def _jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
-    (x, weight, _), (t_x, t_weight, t_bias) = inputs, t_inputs
-    t_y = products((t_x, weight.mT), (x, None if t_weight is None else t_weight.mT))
-    if t_y is None:
-        return (t_bias.unsqueeze(1).expand(*x.shape[:2], -1).clone(),), ()
-    return (t_y if t_bias is None else t_y + t_bias.unsqueeze(1),), ()
+    def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
+        (x, weight, _), (t_x, t_weight, t_bias) = inputs, t_inputs
+        t_y = products(product, (t_x, weight.mT), (x, None if t_weight is None else t_weight.mT))
+        if t_y is None:
+            return (t_bias.unsqueeze(1).expand(*x.shape[:2], -1).clone(),), ()
+        return (t_y if t_bias is None else t_y + t_bias.unsqueeze(1),), ()
 
+    def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
+        (x, weight, _), (ct_y,), needs = inputs, ct_outputs, c.needs
+        return (
+            product(ct_y, weight) if needs[0] else None,
+            product(ct_y.mT, x) if needs[1] else None,
+            ct_y.sum(1) if needs[2] else None,
+        )
 
-def _vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
-    (x, weight, _), (ct_y,), needs = inputs, ct_outputs, c.needs
-    return (
-        product(ct_y, weight) if needs[0] else None,
-        product(ct_y.mT, x) if needs[1] else None,
-        ct_y.sum(1) if needs[2] else None,
-    )
+    def vjp_jvp(
+        c: SimpleNamespace,
+        inputs: Tensors,
+        r: Tensors,
+        t_inputs: Tensors,
+        t_r: Tensors,
+        ct_outputs: Tensors,
+        t_ct_outputs: Tensors | None,
+    ) -> Tensors:
+        (x, weight, _), (t_x, t_weight, _), (ct_y,) = inputs, t_inputs, ct_outputs
+        (t_ct_y,), needs = t_ct_outputs or (None,), c.needs
+        t_ct_y_mT = None if t_ct_y is None else t_ct_y.mT
+        return (
+            products(product, (t_ct_y, weight), (ct_y, t_weight)) if needs[0] else None,
+            products(product, (t_ct_y_mT, x), (ct_y.mT, t_x)) if needs[1] else None,
+            t_ct_y.sum(1) if needs[2] and t_ct_y is not None else None,
+        )
 
-
-def _vjp_jvp(
-    c: SimpleNamespace,
-    inputs: Tensors,
-    r: Tensors,
-    t_inputs: Tensors,
-    t_r: Tensors,
-    ct_outputs: Tensors,
-    t_ct_outputs: Tensors | None,
-) -> Tensors:
-    (x, weight, _), (t_x, t_weight, _), (ct_y,) = inputs, t_inputs, ct_outputs
-    (t_ct_y,), needs = t_ct_outputs or (None,), c.needs
-    t_ct_y_mT = None if t_ct_y is None else t_ct_y.mT
-    return (
-        products((t_ct_y, weight), (ct_y, t_weight)) if needs[0] else None,
-        products((t_ct_y_mT, x), (ct_y.mT, t_x)) if needs[1] else None,
-        t_ct_y.sum(1) if needs[2] and t_ct_y is not None else None,
-    )
+    return Rules(forward, jvp, vjp, vjp_jvp)
 
 
 OP = Op(
     "linear",
     inputs=("x", "weight", "bias"),
-    kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)},
+    kernels={"reference": _rules(_tensors.product), "cpu": _rules(_cpu.product)},
     zero_tangents=False,
 )
 

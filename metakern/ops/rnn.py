@@ -2,17 +2,11 @@
 
     h_t = f(x_t W_ihᵀ + b_ih + h_{t-1} W_hhᵀ + b_hh)      f = tanh or relu,    k = 1 - h² or [h > 0]
 
-Tangents run forward in time, v = t_x W_ihᵀ + x t_W_ihᵀ + h_{t-1} t_W_hhᵀ + t_b being large products over all steps:
+A step's tangents and cotangents, and the tangents of these, are
 
-    t_h = k (v + t_h_{t-1} W_hhᵀ)
+    t_h_t = k t_z     ct_z = k ct_h_t     t_ct_z = k t_ct_h_t + t_k ct_h_t     t_k = -2 h_t t_h_t or 0
 
-Cotangents run backward from the sources s_h = ct_y, s_z = 0:
-
-    ct_h = s_h + ct_z_{t+1} W_hh     ct_z = s_z + k ct_h
-
-and the tangents of the cotangents obey the same recurrence from s_h = t_ct_y + ct_z_{t+1} t_W_hh and s_z = t_k ct_h.
-Then ct_x = ct_z W_ih, ct_W_ih = Σ ct_zᵀ x, ct_W_hh = Σ ct_zᵀ h_{t-1}, ct_b = Σ ct_z, and their tangents by the product
-rule: large products over all steps.
+for z, the argument of f. The large products before and after the recurrence stand in `_recurrent.py`.
 
 | tensor | shape |
 |---|---|
@@ -22,7 +16,7 @@ rule: large products over all steps.
 | b_ih, b_hh | [T, H] |
 | y | [T, B, L, H] |
 
-Residuals: y. Half precision is computed in float32. Elman 1990, "Finding structure in time", with the equations of
+Residuals: h_{t-1} [T, B, L, H], and y itself; of the vjp, the cotangent of h_t. Half precision is computed in float32. Elman 1990, "Finding structure in time", with the equations of
 torch.nn.RNN.
 """
 
@@ -33,24 +27,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from metakern.ops._recurrent import (
-    affine,
-    apply,
-    cotangents,
-    last,
-    narrow,
-    previous,
-    stack,
-    start,
-    t_affine,
-    t_cotangents,
-    times,
-    total,
-    wide,
-)
-from metakern.ops._rules import Op, Rules, Tensors
+from metakern.ops._recurrent import Cell, Gates, apply, kernels
+from metakern.ops._rules import Op
 from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import product
 
 
 def rnn(
@@ -62,12 +41,17 @@ def rnn(
     b_hh: Tensor | None = None,
     *,
     nonlinearity: str = "tanh",
+    lengths: Tensor | None = None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The outputs of a recurrent layer at every step, and its final state.
 
     x [B, L, I] with weights [H, I], [H, H] and biases [H], or x [T, B, L, I] with weights and biases that are shared or
     have the tasks first, [T, H, I]. h is [B, H] or [T, B, H], or None for zeros. nonlinearity is "tanh" or "relu".
     Returns the output, [B, L, H] or [T, B, L, H], and the final h.
+    lengths, integers [B] or [T, B], are those of sequences that end before L: their outputs are zero from there on, and
+    their final state is that of their last step, as torch.nn.utils.rnn.pack_padded_sequence has it. reverse runs from the
+    last step of each sequence to the first.
 
     Raises TypeError or ValueError, naming the argument, where kinds, dtypes, devices or shapes do not fit.
 
@@ -79,99 +63,49 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"rnn: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
     weights, biases = {"w_ih": w_ih, "w_hh": w_hh}, {"b_ih": b_ih, "b_hh": b_hh}
-    y, h_n = apply(OP, 1, x, {"h": h}, weights, biases, nonlinearity=nonlinearity)
+    y, h_n = apply(OP, 1, x, {"h": h}, weights, biases, lengths, nonlinearity=nonlinearity, reverse=reverse)
     return y, h_n
 
 
-def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
-    x, h, w_ih, w_hh, b_ih, b_hh = wide(inputs)
-    hidden, w, f = w_hh.shape[-1], w_hh.mT, getattr(torch, c.nonlinearity)
-    h, outputs = start(h, x, hidden), []
-    for u_t in affine(x, w_ih, b_ih, b_hh).unbind(2):
-        h = f(product(h, w, u_t))
-        outputs.append(h)
-    return narrow(inputs, (stack(outputs, x, hidden), h)), ()
+def _forward(c: SimpleNamespace, u: Gates, p: Gates, s: Gates) -> tuple[Gates, Gates]:
+    h = getattr(torch, c.nonlinearity)(u[0] + p[0])
+    return (h,), (h,)
 
 
-def _jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
-    x, h, w_ih, w_hh, *_ = wide(inputs)
-    t_x, t_h, t_w_ih, t_w_hh, t_b_ih, t_b_hh = wide(t_inputs)
-    y, _ = wide(r)
-    hidden, w = w_hh.shape[-1], w_hh.mT
-    terms = t_affine(x, w_ih, t_x, t_w_ih, t_b_ih), t_affine(previous(h, y), w_hh, None, t_w_hh, t_b_hh)
-    v, k = total((*terms[0], *terms[1]), y), _slope(c, y)
-    t_h, t_outputs = start(t_h, x, hidden), []
-    for v_t, k_t in zip(v.unbind(2), k.unbind(2), strict=True):
-        t_h = k_t * product(t_h, w, v_t)
-        t_outputs.append(t_h)
-    return narrow(inputs, (stack(t_outputs, x, hidden), t_h)), ()
+def _slope(c: SimpleNamespace, h: Tensor) -> Tensor:
+    """k"""
+    return 1 - h * h if c.nonlinearity == "tanh" else (h > 0).to(h.dtype)
 
 
-def _vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
-    x, h, w_ih, w_hh, *_ = wide(inputs)
-    (y, _), (ct_y, ct_h) = wide(r), wide(ct_outputs)
-    ct_zs, _, ct_h = _backward(_slope(c, y), w_hh, previous(None, ct_y), last(ct_h, ct_y))
-    ct_z = stack(ct_zs, x, w_hh.shape[1])
-    ct_x, *ct_p = cotangents(c.needs, x, previous(h, y), w_ih, ct_z, ct_z)
-    return narrow(inputs, (ct_x, ct_h, *ct_p))
+def _jvp(c: SimpleNamespace, kept: Gates, s: Gates, t_u: Gates, t_p: Gates, t_s: Gates) -> tuple[Gates, Gates]:
+    t_h = _slope(c, kept[0]) * (t_u[0] + t_p[0])
+    return (t_h,), (t_h,)
+
+
+def _vjp(c: SimpleNamespace, kept: Gates, s: Gates, ct: Gates) -> tuple[Gates, Gates, Gates]:
+    ct_z = _slope(c, kept[0]) * ct[0]
+    return (ct_z,), (ct_z,), (torch.zeros_like(ct_z),)
 
 
 def _vjp_jvp(
-    c: SimpleNamespace,
-    inputs: Tensors,
-    r: Tensors,
-    t_inputs: Tensors,
-    t_r: Tensors,
-    ct_outputs: Tensors,
-    t_ct_outputs: Tensors | None,
-) -> Tensors:
-    x, h, w_ih, w_hh, *_ = wide(inputs)
-    t_x, t_h, t_w_ih, t_w_hh, *_ = wide(t_inputs)
-    (y, _), (t_y, _), (ct_y, ct_h) = wide(r), wide(t_r), wide(ct_outputs)
-    t_ct_y, t_ct_h = wide(t_ct_outputs or [torch.zeros_like(ct) for ct in (ct_y, ct_h)])
-    k, hidden = _slope(c, y), w_hh.shape[1]
-    ct_zs, ct_hs, _ = _backward(k, w_hh, previous(None, ct_y), last(ct_h, ct_y))
-    ct_z = stack(ct_zs, x, hidden)
-
-    s_h = total((previous(None, t_ct_y), None if t_w_hh is None else times(ct_z, t_w_hh)), y)
-    s_z = -2 * y * t_y * stack(ct_hs, x, hidden) if c.nonlinearity == "tanh" else None
-    t_ct_zs, _, t_ct_h = _backward(k, w_hh, s_h, last(t_ct_h, t_ct_y), s_z)
-    t_ct_z = stack(t_ct_zs, x, hidden)
-    tangents = t_x, previous(t_h, t_y), t_w_ih, t_ct_z, t_ct_z
-    t_ct_x, *t_ct_p = t_cotangents(c.needs, x, previous(h, y), w_ih, ct_z, ct_z, *tangents)
-    return narrow(inputs, (t_ct_x, t_ct_h, *t_ct_p))
+    c: SimpleNamespace, kept: Gates, s: Gates, t_kept: Gates, t_s: Gates, ct: Gates, t_ct: Gates
+) -> tuple[Gates, Gates, Gates]:
+    t_ct_z = _slope(c, kept[0]) * t_ct[0]
+    if c.nonlinearity == "tanh":
+        t_ct_z = t_ct_z - 2 * kept[0] * t_kept[0] * ct[0]
+    return (t_ct_z,), (t_ct_z,), (torch.zeros_like(t_ct_z),)
 
 
-def _backward(
-    k: Tensor, w_hh: Tensor, s_h: Tensor, ct_h: Tensor, s_z: Tensor | None = None
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """From ct_h of the last state back to that of the first: ct_z and ct_h of each step, and ct_h.
-
-    The source s_h of a step belongs to the state that it finds, s_z to the step itself.
-    """
-    s_z_steps = (None,) * k.shape[2] if s_z is None else s_z.unbind(2)
-    steps = list(zip(s_h.unbind(2), s_z_steps, k.unbind(2), strict=True))
-    ct_zs, ct_hs = [], []
-    for s_h_t, s_z_t, k_t in reversed(steps):
-        ct_z = k_t * ct_h if s_z_t is None else torch.addcmul(s_z_t, k_t, ct_h)
-        ct_zs.append(ct_z)
-        ct_hs.append(ct_h)
-        ct_h = product(ct_z, w_hh, s_h_t)
-    return ct_zs[::-1], ct_hs[::-1], ct_h
-
-
-def _slope(c: SimpleNamespace, y: Tensor) -> Tensor:
-    """k, by the value of h."""
-    return 1 - y * y if c.nonlinearity == "tanh" else (y > 0).to(y.dtype)
-
-
+CELL = Cell(lambda c: f"rnn_{c.nonlinearity}", 1, _forward, _jvp, _vjp, _vjp_jvp, keeps_gates=False)
 OP = Op(
     "rnn",
     inputs=("x", "h", "w_ih", "w_hh", "b_ih", "b_hh"),
-    kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)},
+    constants=("lengths",),
+    kernels=kernels(CELL),
     outputs=2,
     saves_output=True,
     zero_tangents=False,
+    vjp_residuals=1,
 )
 
 

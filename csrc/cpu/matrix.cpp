@@ -1,0 +1,197 @@
+// The tiles of matrix.h, and products of a batch of matrices for CPUs on which the library behind torch.bmm stays far below
+// the machine's rate.
+#include "matrix.h"
+
+#include <utility>
+
+#include "../parallel.h"
+#include "../product.h"
+
+namespace metakern::METAKERN_ISA {
+
+namespace {
+
+// Rows of a tile, and the accumulators that the registers hold beside a panel's row and a broadcast element of A.
+#if defined(__AVX512F__)
+constexpr int kRows = 12;
+#else
+constexpr int kRows = 6;
+#endif
+constexpr int kAccumulators = kRows * kPanelVectors;
+
+// Transposes kLanes vectors of kLanes elements: log2(kLanes) perfect shuffles.
+template <class F, std::size_t... i>
+inline void transpose(Vec<F> (&v)[kLanes<F>], std::index_sequence<i...>) {
+    constexpr int lanes = kLanes<F>;
+    for (int stage = 1; stage < lanes; stage *= 2) {
+        Vec<F> w[lanes];
+#pragma GCC unroll 16
+        for (int j = 0; j < lanes / 2; ++j) {
+            w[2 * j] = __builtin_shufflevector(v[j], v[j + lanes / 2], (i / 2 + (i % 2) * lanes)...);
+            w[2 * j + 1] = __builtin_shufflevector(v[j], v[j + lanes / 2], (lanes / 2 + i / 2 + (i % 2) * lanes)...);
+        }
+#pragma GCC unroll 16
+        for (int j = 0; j < lanes; ++j) v[j] = w[j];
+    }
+}
+
+// One tile of R rows and P panels, which are `next` apart.
+template <class F, int R, int P, bool a_is_row_major>
+inline void tile(const F* a, int64_t stride, const F* b, int64_t next, int64_t K, Output<F> c, int64_t width) {
+    constexpr int V = P * kPanelVectors;
+    Vec<F> sum[R][V];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) sum[r][v] = Vec<F>{};
+    for (int64_t k = 0; k < K; ++k) {
+        Vec<F> row[V];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v)
+            row[v] = load(b + (v / kPanelVectors) * next + k * kPanel<F> + (v % kPanelVectors) * kLanes<F>);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const Vec<F> x = Vec<F>{} + (a_is_row_major ? a[r * stride + k] : a[k * stride + r]);
+#pragma GCC unroll 16
+            for (int v = 0; v < V; ++v) sum[r][v] += x * row[v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) {
+            const int64_t j = v * kLanes<F>;
+            F* to = c.data + r * c.rows + j;
+            const F* add = c.add ? c.add + r * c.add_rows + j : nullptr;
+            if (width - j >= kLanes<F>)
+                store(to, add ? load(add) + sum[r][v] : sum[r][v]);
+            else if (width > j)
+                store(to, add ? load(add, width - j) + sum[r][v] : sum[r][v], width - j);
+        }
+}
+
+// Panels that a tile of R rows takes at once: enough sums in flight to hide the latency of one.
+constexpr int panels_at_once(int R) {
+    int P = 1;
+    while (P < 4 && 2 * P * R * kPanelVectors <= kAccumulators) P *= 2;
+    return P;
+}
+
+template <class F, int R, bool a_is_row_major>
+void strip(const F* a, int64_t stride, const F* b, int64_t next, int64_t K, int64_t N, Output<F> c) {
+    constexpr int P = panels_at_once(R);
+    int64_t j = 0;
+    for (; j + (P - 1) * kPanel<F> < N; j += P * kPanel<F>, b += P * next)
+        tile<F, R, P, a_is_row_major>(a, stride, b, next, K, c.at(0, j), N - j);
+    for (; j < N; j += kPanel<F>, b += next) tile<F, R, 1, a_is_row_major>(a, stride, b, next, K, c.at(0, j), N - j);
+}
+
+template <class F>
+using Strip = void (*)(const F*, int64_t, const F*, int64_t, int64_t, int64_t, Output<F>);
+template <class F, bool a_is_row_major, std::size_t... r>
+inline Strip<F> strip_of(int64_t rows, std::index_sequence<r...>) {
+    static constexpr Strip<F> strips[] = {strip<F, static_cast<int>(r) + 1, a_is_row_major>...};
+    return strips[rows - 1];
+}
+
+// The depth of a panel that stays in the first cache while the rows of A pass by.
+constexpr int64_t kDepth = 256;
+
+}  // namespace
+
+template <class F>
+void pack(F* to, Matrix<F> b, int64_t K, int64_t N, int64_t begin, int64_t end) {
+    constexpr int64_t lanes = kLanes<F>;
+    for (int64_t p = begin; p < end; ++p, to += K * kPanel<F>) {
+        for (int64_t v = 0; v < kPanelVectors; ++v) {
+            const int64_t j = p * kPanel<F> + v * lanes, width = N - j < lanes ? N - j : lanes;
+            F* column = to + v * lanes;
+            if (width <= 0) {
+                for (int64_t k = 0; k < K; ++k) store(column + k * kPanel<F>, Vec<F>{});
+            } else if (b.columns == 1) {
+                const F* from = b.data + j;
+                if (width == lanes)
+                    for (int64_t k = 0; k < K; ++k) store(column + k * kPanel<F>, load(from + k * b.rows));
+                else
+                    for (int64_t k = 0; k < K; ++k) store(column + k * kPanel<F>, load(from + k * b.rows, width));
+            } else {
+                const F* from = b.data + j * b.columns;
+                int64_t k = 0;
+                for (; k + lanes <= K; k += lanes) {
+                    Vec<F> block[lanes];
+#pragma GCC unroll 16
+                    for (int64_t i = 0; i < lanes; ++i)
+                        block[i] = i < width ? load(from + i * b.columns + k) : Vec<F>{};
+                    transpose<F>(block, std::make_index_sequence<lanes>());
+#pragma GCC unroll 16
+                    for (int64_t i = 0; i < lanes; ++i) store(column + (k + i) * kPanel<F>, block[i]);
+                }
+                for (; k < K; ++k)
+                    for (int64_t i = 0; i < lanes; ++i)
+                        column[k * kPanel<F> + i] = i < width ? from[i * b.columns + k * b.rows] : F(0);
+            }
+        }
+    }
+}
+
+template <class F>
+void multiply(int64_t M, int64_t N, int64_t K, Matrix<F> a, const F* b, Output<F> c) {
+    const auto sizes = std::make_index_sequence<kRows>();
+    const int64_t blocks = (M + kRows - 1) / kRows, wide = blocks > 1 ? kPanel<F> : N;
+    int64_t k = 0;
+    do {  // once where K = 0: the sums are empty
+        const int64_t depth = K - k < kDepth ? K - k : kDepth;
+        for (int64_t j = 0; j < N; j += wide) {
+            const int64_t width = N - j < wide ? N - j : wide;
+            for (int64_t i = 0, block = 0; block < blocks; ++block) {
+                const int64_t rows = (M - i) / (blocks - block);
+                const Strip<F> run = a.columns == 1 ? strip_of<F, true>(rows, sizes) : strip_of<F, false>(rows, sizes);
+                run(a.data + i * a.rows + k * a.columns, a.columns == 1 ? a.rows : a.columns,
+                    b + j * K + k * kPanel<F>, K * kPanel<F>, depth, width, c.at(i, j));
+                i += rows;
+            }
+        }
+        k += kDepth;
+        c.add = c.data;
+        c.add_rows = c.rows;
+    } while (k < K);
+}
+
+template void pack(float*, Matrix<float>, int64_t, int64_t, int64_t, int64_t);
+template void pack(double*, Matrix<double>, int64_t, int64_t, int64_t, int64_t);
+template void multiply(int64_t, int64_t, int64_t, Matrix<float>, const float*, Output<float>);
+template void multiply(int64_t, int64_t, int64_t, Matrix<double>, const double*, Output<double>);
+
+namespace {
+
+// A unit of work: rows enough to outweigh packing, and panels that fit into the second cache. Products with fewer
+// multiplications than kSmall do not outweigh the waking of a thread.
+constexpr int64_t kUnitRows = 1024, kUnitBytes = 1 << 18, kSmall = 1 << 17;
+
+template <class F>
+void product(const Product& p, int threads) {
+    if (!p.M || !p.N) return;
+    const int64_t panel_bytes = p.K * kPanel<F> * static_cast<int64_t>(sizeof(F));
+    const int64_t all = panels<F>(p.N), most = panel_bytes < kUnitBytes ? kUnitBytes / (panel_bytes + 1) + 1 : 1;
+    const int64_t groups = (all + most - 1) / most, parts = (p.M + kUnitRows - 1) / kUnitRows;
+    parallel_for(p.T * groups * parts, p.T * p.M * p.N * (p.K + 1) < kSmall ? 1 : threads, [&](int64_t unit) {
+        const int64_t part = unit % parts, group = unit / parts % groups, t = unit / parts / groups;
+        const int64_t begin = all * group / groups, end = all * (group + 1) / groups, j = begin * kPanel<F>;
+        const int64_t first = p.M * part / parts, last = p.M * (part + 1) / parts;
+        const F* a = static_cast<const F*>(p.a) + t * p.a_strides[0] + first * p.a_strides[1];
+        const F* b = static_cast<const F*>(p.b) + t * p.b_strides[0];
+        const F* add = static_cast<const F*>(p.add);
+        F* packed = static_cast<F*>(thread_memory((end - begin) * panel_bytes));
+        pack<F>(packed, {b, p.b_strides[1], p.b_strides[2]}, p.K, p.N, begin, end);
+        const Output<F> c{static_cast<F*>(p.c) + t * p.M * p.N, p.N, add ? add + t * p.add_strides[0] : add,
+                          p.add_strides[1]};
+        multiply<F>(last - first, (p.N < end * kPanel<F> ? p.N : end * kPanel<F>) - j, p.K,
+                    {a, p.a_strides[1], p.a_strides[2]}, packed, c.at(first, j));
+    });
+}
+
+}  // namespace
+
+extern const ProductKernels product_kernels = {{product<float>, product<double>}};
+
+}  // namespace metakern::METAKERN_ISA
