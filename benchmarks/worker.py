@@ -16,6 +16,8 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from benchmarks import peers
 from benchmarks.problem import Problem
@@ -35,6 +37,15 @@ def settle() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def wanted(module: ModuleType, problem: Problem) -> Any:
+    """The problem in the form that the peer asks for."""
+    if not module.shares_torch:
+        return problem
+    from benchmarks.workloads import of
+
+    return of(problem)
+
+
 def main(peer: str, name: str, file: str, tiny: str, threads: str) -> None:
     answer, sys.stdout = sys.stdout, sys.stderr  # libraries may talk
     # Every library takes what the process may use; a variable or a call that all of them know does not exist.
@@ -44,15 +55,10 @@ def main(peer: str, name: str, file: str, tiny: str, threads: str) -> None:
     if module.shares_torch:
         import torch
 
-        from benchmarks.workloads import of
-
         torch.set_num_threads(int(threads))
-    else:
-        of = lambda problem: problem  # noqa: E731
-
-    method(of(Problem.load(Path(tiny))))()
+    method(wanted(module, Problem.load(Path(tiny))))()
     problem = Problem.load(Path(file))
-    work = of(problem)
+    work = wanted(module, problem)
     settle()
     idle = resident("VmRSS")
     start = time.perf_counter()

@@ -25,7 +25,7 @@ class Workload:
     """One exact second-order meta-gradient: `loss(model, batch)` of one task, K inner SGD steps at `lr`."""
 
     model: nn.Module
-    loss: Callable[[nn.Module, Any], Tensor]
+    loss: Callable[[Any, Any], Tensor]
     support: tuple[Tensor, ...]
     query: tuple[Tensor, ...]
     steps: int

@@ -11,7 +11,6 @@ and imports its library inside its functions only, so that anybody can read the 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import shutil
@@ -55,9 +54,9 @@ def environment(peer: str) -> Path:
         constraints = f"torch=={__version__.split('+')[0]}\n"
     recipe = "\n".join((sys.version, shared, constraints, *module.requirements))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakern" / "benchmarks"
-    home = cache / f"{peer}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
-    python, done, log = home / "bin" / "python", home / "installed", home / "pip.log"
-    if done.exists():
+    home = cache / peer
+    python, done, log = home / "bin" / "python", home / "recipe.txt", home / "pip.log"
+    if done.exists() and done.read_text() == recipe:
         return python
     shutil.rmtree(home, ignore_errors=True)
     print(f"{peer}: pip installs {' '.join(module.requirements)}", file=sys.stderr)
@@ -72,5 +71,5 @@ def environment(peer: str) -> Path:
         if failed:
             said = [line.strip() for line in log.read_text().splitlines() if "error:" in line.lower()]
             raise RuntimeError(f"pip install {arguments}: {said[0] if said else 'failed'} ({log})")
-    done.touch()
+    done.write_text(recipe)
     return python

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,7 @@ from benchmarks.workloads import Workload
 
 requirements: tuple[str, ...] = ()
 shares_torch = True
-Gradient = dict[str, Tensor]
-Loss = Callable[[tuple[Tensor, ...]], Tensor]
+Gradient = dict[str, Any]  # tensors by the names of parameters
 
 
 def bound(model: nn.Module, phi: Gradient) -> Callable[..., Tensor]:
@@ -39,7 +39,7 @@ def by_backward(
 
 
 def plain(work: Workload) -> Callable[[], Gradient]:
-    theta = dict(work.model.named_parameters())
+    theta: Gradient = dict(work.model.named_parameters())
 
     def one(support: tuple[Tensor, ...], query: tuple[Tensor, ...]) -> Tensor:
         phi = theta
