@@ -26,6 +26,7 @@ torch.nn.utils.rnn.pack_padded_sequence. Half precision is computed in float32.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metakern import _native
@@ -133,6 +135,35 @@ def kernels(cell: Cell) -> dict[str, Rules]:
         "reference": _rules(cell, _Loops(cell), _tensors.product),
         "cpu": _rules(cell, _Kernels(cell), _cpu.product),
     }
+
+
+def plain(layer: Callable[..., Tensors], states: int) -> Callable[..., Tensors]:
+    """The truth for tests: `layer`, a loop over the steps of x [..., L, I] with `states` states, as a room's function.
+
+    With lengths, each sequence by itself, cut to its own; reverse turns sequences around before and after.
+    """
+
+    def whole(x: Tensor, *rest: Tensor | None, reverse: bool = False, **options: Any) -> Tensors:
+        if not reverse:
+            return layer(x, *rest, **options)
+        y, *final = layer(x.flip(-2), *rest, **options)
+        return y.flip(-2), *final
+
+    def ragged(x: Tensor, *rest: Tensor | None, **options: Any) -> Tensors:
+        start, parameters, lengths = rest[:states], rest[states : states + 4], rest[states + 4 :]
+        if not lengths or lengths[0] is None:
+            return whole(x, *start, *parameters, **options)
+        *lead, length, _ = x.shape
+        rows = []
+        for at in itertools.product(*map(range, lead)):
+            first = (None if s is None else s[at][None] for s in start)
+            ranks = zip(parameters, (2, 2, 1, 1), strict=False)
+            own = (p if p is None or p.dim() == rank else p[at[0]] for p, rank in ranks)
+            y, *final = whole(x[at][None, : int(lengths[0][at])], *first, *own, **options)
+            rows.append((F.pad(y, (0, 0, 0, length - y.shape[1])), *final))
+        return tuple(torch.cat(column).unflatten(0, lead) for column in zip(*rows, strict=True))
+
+    return ragged
 
 
 def _rules(cell: Cell, recurrence: _Loops | _Kernels, product: _tensors.Product) -> Rules:

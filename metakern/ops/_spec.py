@@ -65,3 +65,7 @@ class Make:
     def integers(self, high: int, *shape: int) -> Tensor:
         """Uniform integers below `high`."""
         return torch.randint(high, shape, generator=self.generator).to(self.device)
+
+    def lengths(self, *tasks: list[int]) -> Tensor:
+        """Those of sequences, a list for each task."""
+        return torch.tensor(tasks, device=self.device)

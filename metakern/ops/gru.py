@@ -10,10 +10,11 @@ With the slopes r' = r (1 - r), z' = z (1 - z), n' = 1 - n², a step's tangents 
 
 its cotangents, with m = (1 - z) n' ct_h_t,
 
-    ct_p = (m p_n r',  (h_{t-1} - n) z' ct_h_t,  m r)     ct_u = (ct_p_r, ct_p_z, m)     ct_h_{t-1} = z ct_h_t + ct_p W_hh
+    ct_p = (m p_n r',  (h_{t-1} - n) z' ct_h_t,  m r)     ct_u = (ct_p_r, ct_p_z, m)
+    ct_h_{t-1} = z ct_h_t + ct_p W_hh
 
-and their tangents by the product rule, with t_r' = (1 - 2 r) t_r and t_n' = -2 n t_n. The large products before and after
-the recurrence stand in `_recurrent.py`.
+and their tangents by the product rule, with t_r' = (1 - 2 r) t_r and t_n' = -2 n t_n. The large products before and
+after the recurrence stand in `_recurrent.py`.
 
 | tensor | shape |
 |---|---|
@@ -24,8 +25,8 @@ the recurrence stand in `_recurrent.py`.
 | y | [T, B, L, H] |
 
 Residuals: (r, z, n, p_n) [T, B, L, 4H] and h_{t-1} [T, B, L, H]; of the vjp, the cotangent of h_t. Half precision is
-computed in float32. Cho et al. 2014, "Learning
-phrase representations using RNN encoder-decoder", section 2.3; equations and order of the gates as in torch.nn.GRU.
+computed in float32. Cho et al. 2014, "Learning phrase representations using RNN encoder-decoder", section 2.3; equations
+and order of the gates as in torch.nn.GRU.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from metakern.ops._recurrent import Cell, Gates, apply, kernels
+from metakern.ops._recurrent import Cell, Gates, apply, kernels, plain
 from metakern.ops._rules import Op
 from metakern.ops._spec import Cost, Make, Sample, Spec
 
@@ -47,8 +48,8 @@ def gru(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
-    *,
     lengths: Tensor | None = None,
+    *,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The outputs of a GRU at every step, and its final state.
@@ -56,9 +57,10 @@ def gru(
     x [B, L, I] with weights [3H, I], [3H, H] and biases [3H], or x [T, B, L, I] with weights and biases that are shared
     or have the tasks first, [T, 3H, I]. h is [B, H] or [T, B, H], or None for zeros. Returns the output, [B, L, H] or
     [T, B, L, H], and the final h. The gates stand in torch.nn's order: reset, update, new.
+
     lengths, integers [B] or [T, B], are those of sequences that end before L: their outputs are zero from there on, and
-    their final state is that of their last step, as torch.nn.utils.rnn.pack_padded_sequence has it. reverse runs from the
-    last step of each sequence to the first.
+    their final state is that of their last step, as torch.nn.utils.rnn.pack_padded_sequence has it. reverse runs from
+    the last step of each sequence to the first.
 
     Raises TypeError or ValueError, naming the argument, where kinds, dtypes, devices or shapes do not fit.
 
@@ -115,7 +117,7 @@ OP = Op(
 )
 
 
-def _plain(
+def _layer(
     x: Tensor,
     h: Tensor | None,
     w_ih: Tensor,
@@ -147,6 +149,14 @@ def _samples(make: Make) -> list[Sample]:
         Sample("shared", (make(3, 2, 2), make(3, 2), *weights()), per_task=False),
         Sample("shared_of_tasks", (make(2, 2, 3, 2), make(2, 2, 2), *weights()), per_task=False),
         Sample("odd_one_bias", (make(1, 3, 5, 1), None, *weights(1, features=1, hidden=3)[:3]), per_task=False),
+        Sample("lengths", (make(2, 3, 4, 2), make(2, 3, 2), *weights(2), make.lengths([0, 4, 2], [3, 1, 4]))),
+        Sample("reverse", (make(2, 2, 3, 2), make(2, 2, 2), *weights(2)), {"reverse": True}),
+        Sample(
+            "lengths_reverse",
+            (make(2, 2, 3, 2), None, *weights()[:3], None, make.lengths([3, 0], [1, 2])),
+            {"reverse": True},
+            per_task=False,
+        ),
         Sample("no_sequences", (make(2, 0, 3, 2), None, *weights(2))),
         Sample("no_tasks", (make(0, 2, 3, 2), None, *weights(0))),
     ]
@@ -170,4 +180,4 @@ def _cost(sample: Sample, order: int) -> Cost:
     return Cost(flop=(1, 2, 6)[order] * products, bytes=moved[order] * size)
 
 
-SPEC = Spec(OP, gru, _plain, _samples, _benchmark, _cost)
+SPEC = Spec(OP, gru, plain(_layer, 1), _samples, _benchmark, _cost)

@@ -25,18 +25,19 @@ products before and after the recurrence stand in `_recurrent.py`.
 | y | [T, B, L, H] |
 
 Residuals: the gates (i, f, g, o) [T, B, L, 4H], h_{t-1} and c_{t-1} [T, B, L, H]; of the vjp, the cotangents of h_t and
-c_t. Half precision is computed in float32. Hochreiter, Schmidhuber 1997, "Long short-term memory"; the forget gate of Gers, Schmidhuber, Cummins 2000,
-section 3; equations and order of the gates as in torch.nn.LSTM.
+c_t. Half precision is computed in float32. Hochreiter, Schmidhuber 1997, "Long short-term memory"; the forget gate of
+Gers, Schmidhuber, Cummins 2000, section 3; equations and order of the gates as in torch.nn.LSTM.
 """
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metakern.ops._recurrent import Cell, Gates, apply, kernels
+from metakern.ops._recurrent import Cell, Gates, apply, kernels, plain
 from metakern.ops._rules import Op
 from metakern.ops._spec import Cost, Make, Sample, Spec
 
@@ -48,8 +49,8 @@ def lstm(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
-    *,
     lengths: Tensor | None = None,
+    *,
     reverse: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The outputs of an LSTM at every step, and its final state (h, c).
@@ -57,9 +58,10 @@ def lstm(
     x [B, L, I] with weights [4H, I], [4H, H] and biases [4H], or x [T, B, L, I] with weights and biases that are shared
     or have the tasks first, [T, 4H, I]. state is (h, c), each [B, H] or [T, B, H], or None for zeros. Returns the
     output, [B, L, H] or [T, B, L, H], and (h, c). The gates stand in torch.nn's order: input, forget, cell, output.
+
     lengths, integers [B] or [T, B], are those of sequences that end before L: their outputs are zero from there on, and
-    their final state is that of their last step, as torch.nn.utils.rnn.pack_padded_sequence has it. reverse runs from the
-    last step of each sequence to the first.
+    their final state is that of their last step, as torch.nn.utils.rnn.pack_padded_sequence has it. reverse runs from
+    the last step of each sequence to the first.
 
     Raises TypeError or ValueError, naming the argument, where kinds, dtypes, devices or shapes do not fit.
 
@@ -138,15 +140,17 @@ OP = Op(
 )
 
 
-def _plain(
+def _layer(
     x: Tensor,
-    state: tuple[Tensor, Tensor] | None,
+    h: Tensor | None,
+    c: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    h, c = state or (x.new_zeros(*x.shape[:-2], w_hh.shape[-1]),) * 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    zeros = x.new_zeros(*x.shape[:-2], w_hh.shape[-1])
+    h, c = zeros if h is None else h, zeros if c is None else c
     outputs = [h]
     for x_t in x.unbind(-2):
         z = x_t @ w_ih.mT + h @ w_hh.mT
@@ -156,17 +160,12 @@ def _plain(
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
         outputs.append(h)
-    return torch.stack(outputs, -2)[..., 1:, :], (h, c)
+    return torch.stack(outputs, -2)[..., 1:, :], h, c
 
 
-def _flat(x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _flat(x: Tensor, h: Tensor | None, c: Tensor | None, *rest: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The public function of tensors alone, as samples give them."""
-    y, (h, c) = lstm(x, None if h is None or c is None else (h, c), *weights)
-    return y, h, c
-
-
-def _flat_plain(x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    y, (h, c) = _plain(x, None if h is None or c is None else (h, c), *weights)
+    y, (h, c) = lstm(x, None if h is None or c is None else (h, c), *rest, **options)
     return y, h, c
 
 
@@ -186,6 +185,16 @@ def _samples(make: Make) -> list[Sample]:
         Sample("shared", (make(3, 2, 2), make(3, 2), make(3, 2), *weights()), per_task=False),
         Sample("shared_of_tasks", (make(2, 2, 3, 2), make(2, 2, 2), make(2, 2, 2), *shared), per_task=False),
         Sample("odd_one_bias", (make(1, 3, 5, 1), None, None, *weights(1, features=1, hidden=3)[:3]), per_task=False),
+        Sample(
+            "lengths", (make(2, 3, 4, 2), make(2, 3, 2), make(2, 3, 2), *weights(2), make.lengths([0, 4, 2], [3, 1, 4]))
+        ),
+        Sample("reverse", (make(2, 2, 3, 2), make(2, 2, 2), make(2, 2, 2), *weights(2)), {"reverse": True}),
+        Sample(
+            "lengths_reverse",
+            (make(2, 2, 3, 2), None, None, *shared[:3], None, make.lengths([3, 0], [1, 2])),
+            {"reverse": True},
+            per_task=False,
+        ),
         Sample("no_sequences", (make(2, 0, 3, 2), None, None, *weights(2))),
         Sample("no_tasks", (make(0, 2, 3, 2), None, None, *weights(0))),
     ]
@@ -211,4 +220,4 @@ def _cost(sample: Sample, order: int) -> Cost:
     )
 
 
-SPEC = Spec(OP, _flat, _flat_plain, _samples, _benchmark, _cost)
+SPEC = Spec(OP, _flat, plain(_layer, 2), _samples, _benchmark, _cost)

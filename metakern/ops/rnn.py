@@ -16,8 +16,8 @@ for z, the argument of f. The large products before and after the recurrence sta
 | b_ih, b_hh | [T, H] |
 | y | [T, B, L, H] |
 
-Residuals: h_{t-1} [T, B, L, H], and y itself; of the vjp, the cotangent of h_t. Half precision is computed in float32. Elman 1990, "Finding structure in time", with the equations of
-torch.nn.RNN.
+Residuals: h_{t-1} [T, B, L, H], and y itself; of the vjp, the cotangent of h_t. Half precision is computed in float32.
+Elman 1990, "Finding structure in time", with the equations of torch.nn.RNN.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from metakern.ops._recurrent import Cell, Gates, apply, kernels
+from metakern.ops._recurrent import Cell, Gates, apply, kernels, plain
 from metakern.ops._rules import Op
 from metakern.ops._spec import Cost, Make, Sample, Spec
 
@@ -39,9 +39,9 @@ def rnn(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    lengths: Tensor | None = None,
     *,
     nonlinearity: str = "tanh",
-    lengths: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The outputs of a recurrent layer at every step, and its final state.
@@ -49,9 +49,10 @@ def rnn(
     x [B, L, I] with weights [H, I], [H, H] and biases [H], or x [T, B, L, I] with weights and biases that are shared or
     have the tasks first, [T, H, I]. h is [B, H] or [T, B, H], or None for zeros. nonlinearity is "tanh" or "relu".
     Returns the output, [B, L, H] or [T, B, L, H], and the final h.
+
     lengths, integers [B] or [T, B], are those of sequences that end before L: their outputs are zero from there on, and
-    their final state is that of their last step, as torch.nn.utils.rnn.pack_padded_sequence has it. reverse runs from the
-    last step of each sequence to the first.
+    their final state is that of their last step, as torch.nn.utils.rnn.pack_padded_sequence has it. reverse runs from
+    the last step of each sequence to the first.
 
     Raises TypeError or ValueError, naming the argument, where kinds, dtypes, devices or shapes do not fit.
 
@@ -109,7 +110,7 @@ OP = Op(
 )
 
 
-def _plain(
+def _layer(
     x: Tensor,
     h: Tensor | None,
     w_ih: Tensor,
@@ -142,6 +143,14 @@ def _samples(make: Make) -> list[Sample]:
         Sample("shared", (make(3, 2, 2), make(3, 2), *weights()), per_task=False),
         Sample("shared_of_tasks", (make(2, 2, 3, 2), make(2, 2, 2), *weights()), per_task=False),
         Sample("odd_one_bias", (make(1, 3, 5, 1), None, *weights(1, features=1, hidden=3)[:3]), per_task=False),
+        Sample("lengths", (make(2, 3, 4, 2), make(2, 3, 2), *weights(2), make.lengths([0, 4, 2], [3, 1, 4]))),
+        Sample("reverse", (make(2, 2, 3, 2), make(2, 2, 2), *weights(2)), {"reverse": True}),
+        Sample(
+            "lengths_reverse",
+            (make(2, 2, 3, 2), None, *weights()[:3], None, make.lengths([3, 0], [1, 2])),
+            {"reverse": True, **relu},
+            per_task=False,
+        ),
         Sample("no_sequences", (make(2, 0, 3, 2), None, *weights(2))),
         Sample("no_tasks", (make(0, 2, 3, 2), None, *weights(0)), relu),
     ]
@@ -165,4 +174,4 @@ def _cost(sample: Sample, order: int) -> Cost:
     return Cost(flop=(1, 2, 6)[order] * products, bytes=moved[order] * size)
 
 
-SPEC = Spec(OP, rnn, _plain, _samples, _benchmark, _cost)
+SPEC = Spec(OP, rnn, plain(_layer, 1), _samples, _benchmark, _cost)
