@@ -77,9 +77,27 @@ constexpr int panels_at_once(int R) {
     return P;
 }
 
+// Blocks for the caches: kDepth rows of kWide panels of B stay in the second one while the rows of A pass by, a strip of A
+// in the first.
+constexpr int64_t kDepth = 256, kWide = 8;
+
+// Rows this far apart fall into the same few places of the first cache.
+constexpr int64_t kPage = 4096;
+
+// R rows of C. Elements of A that are far apart are brought together.
 template <class F, int R, bool a_is_row_major>
 void strip(const F* a, int64_t stride, const F* b, int64_t next, int64_t K, int64_t N, Output<F> c) {
     constexpr int P = panels_at_once(R);
+    F near[R * kDepth];
+    if (!a_is_row_major) {
+        for (int64_t k = 0; k < K; ++k) std::memcpy(near + k * R, a + k * stride, R * sizeof(F));
+        a = near;
+        stride = R;
+    } else if (R > 4 && stride * static_cast<int64_t>(sizeof(F)) % kPage == 0) {
+        for (int r = 0; r < R; ++r) std::memcpy(near + r * K, a + r * stride, static_cast<std::size_t>(K) * sizeof(F));
+        a = near;
+        stride = K;
+    }
     int64_t j = 0;
     for (; j + (P - 1) * kPanel<F> < N; j += P * kPanel<F>, b += P * next)
         tile<F, R, P, a_is_row_major>(a, stride, b, next, K, c.at(0, j), N - j);
@@ -93,9 +111,6 @@ inline Strip<F> strip_of(int64_t rows, std::index_sequence<r...>) {
     static constexpr Strip<F> strips[] = {strip<F, static_cast<int>(r) + 1, a_is_row_major>...};
     return strips[rows - 1];
 }
-
-// The depth of a panel that stays in the first cache while the rows of A pass by.
-constexpr int64_t kDepth = 256;
 
 }  // namespace
 
@@ -137,20 +152,18 @@ void pack(F* to, Matrix<F> b, int64_t K, int64_t N, int64_t begin, int64_t end) 
 template <class F>
 void multiply(int64_t M, int64_t N, int64_t K, Matrix<F> a, const F* b, Output<F> c) {
     const auto sizes = std::make_index_sequence<kRows>();
-    const int64_t blocks = (M + kRows - 1) / kRows, wide = blocks > 1 ? kPanel<F> : N;
+    const int64_t blocks = (M + kRows - 1) / kRows, wide = blocks > 1 ? kWide * kPanel<F> : N;
     int64_t k = 0;
     do {  // once where K = 0: the sums are empty
         const int64_t depth = K - k < kDepth ? K - k : kDepth;
-        for (int64_t j = 0; j < N; j += wide) {
-            const int64_t width = N - j < wide ? N - j : wide;
+        for (int64_t j = 0; j < N; j += wide)
             for (int64_t i = 0, block = 0; block < blocks; ++block) {
-                const int64_t rows = (M - i) / (blocks - block);
-                const Strip<F> run = a.columns == 1 ? strip_of<F, true>(rows, sizes) : strip_of<F, false>(rows, sizes);
+                const int64_t rows = (M - i) / (blocks - block), width = N - j < wide ? N - j : wide;
+                const auto run = a.columns == 1 ? strip_of<F, true>(rows, sizes) : strip_of<F, false>(rows, sizes);
                 run(a.data + i * a.rows + k * a.columns, a.columns == 1 ? a.rows : a.columns,
                     b + j * K + k * kPanel<F>, K * kPanel<F>, depth, width, c.at(i, j));
                 i += rows;
             }
-        }
         k += kDepth;
         c.add = c.data;
         c.add_rows = c.rows;
@@ -164,29 +177,37 @@ template void multiply(int64_t, int64_t, int64_t, Matrix<double>, const double*,
 
 namespace {
 
-// A unit of work: rows enough to outweigh packing, and panels that fit into the second cache. Products with fewer
-// multiplications than kSmall do not outweigh the waking of a thread.
-constexpr int64_t kUnitRows = 1024, kUnitBytes = 1 << 18, kSmall = 1 << 17;
+// Rows of a unit of work: at most so many, and at least enough to outweigh packing where threads have too few units. And the
+// multiplications that outweigh the waking of a thread.
+constexpr int64_t kMostRows = 1024, kLeastRows = 96, kSmall = 1 << 17;
 
 template <class F>
 void product(const Product& p, int threads) {
     if (!p.M || !p.N) return;
-    const int64_t panel_bytes = p.K * kPanel<F> * static_cast<int64_t>(sizeof(F));
-    const int64_t all = panels<F>(p.N), most = panel_bytes < kUnitBytes ? kUnitBytes / (panel_bytes + 1) + 1 : 1;
-    const int64_t groups = (all + most - 1) / most, parts = (p.M + kUnitRows - 1) / kUnitRows;
-    parallel_for(p.T * groups * parts, p.T * p.M * p.N * (p.K + 1) < kSmall ? 1 : threads, [&](int64_t unit) {
+    if (p.T * p.M * p.N * (p.K + 1) < kSmall) threads = 1;
+    const int64_t all = panels<F>(p.N), groups = (all + kWide - 1) / kWide, few = (p.M + kMostRows - 1) / kMostRows;
+    const int64_t wanted = threads > 1 ? 4 * threads / (p.T * groups + 1) : 1, many = p.M / kLeastRows;
+    const int64_t parts = wanted <= few || many <= few ? few : wanted < many ? wanted : many;
+    parallel_for(p.T * groups * parts, threads, [&](int64_t unit) {
         const int64_t part = unit % parts, group = unit / parts % groups, t = unit / parts / groups;
         const int64_t begin = all * group / groups, end = all * (group + 1) / groups, j = begin * kPanel<F>;
         const int64_t first = p.M * part / parts, last = p.M * (part + 1) / parts;
+        const int64_t width = (p.N < end * kPanel<F> ? p.N : end * kPanel<F>) - j;
         const F* a = static_cast<const F*>(p.a) + t * p.a_strides[0] + first * p.a_strides[1];
         const F* b = static_cast<const F*>(p.b) + t * p.b_strides[0];
         const F* add = static_cast<const F*>(p.add);
-        F* packed = static_cast<F*>(thread_memory((end - begin) * panel_bytes));
-        pack<F>(packed, {b, p.b_strides[1], p.b_strides[2]}, p.K, p.N, begin, end);
-        const Output<F> c{static_cast<F*>(p.c) + t * p.M * p.N, p.N, add ? add + t * p.add_strides[0] : add,
-                          p.add_strides[1]};
-        multiply<F>(last - first, (p.N < end * kPanel<F> ? p.N : end * kPanel<F>) - j, p.K,
-                    {a, p.a_strides[1], p.a_strides[2]}, packed, c.at(first, j));
+        F* packed = static_cast<F*>(thread_memory((end - begin) * kDepth * kPanel<F> * static_cast<int64_t>(sizeof(F))));
+        Output<F> c{static_cast<F*>(p.c) + t * p.M * p.N, p.N, add ? add + t * p.add_strides[0] : add, p.add_strides[1]};
+        c = c.at(first, j);
+        int64_t k = 0;
+        do {
+            const int64_t depth = p.K - k < kDepth ? p.K - k : kDepth;
+            pack<F>(packed, {b + k * p.b_strides[1], p.b_strides[1], p.b_strides[2]}, depth, p.N, begin, end);
+            multiply<F>(last - first, width, depth, {a + k * p.a_strides[2], p.a_strides[1], p.a_strides[2]}, packed, c);
+            k += kDepth;
+            c.add = c.data;
+            c.add_rows = c.rows;
+        } while (k < p.K);
     });
 }
 
