@@ -81,35 +81,33 @@ constexpr int panels_at_once(int R) {
 // in the first.
 constexpr int64_t kDepth = 256, kWide = 8;
 
-// Rows this far apart fall into the same few places of the first cache.
-constexpr int64_t kPage = 4096;
-
-// R rows of C. Elements of A that are far apart are brought together.
+// R rows of C.
 template <class F, int R, bool a_is_row_major>
 void strip(const F* a, int64_t stride, const F* b, int64_t next, int64_t K, int64_t N, Output<F> c) {
     constexpr int P = panels_at_once(R);
-    F near[R * kDepth];
-    if (!a_is_row_major) {
-        for (int64_t k = 0; k < K; ++k) std::memcpy(near + k * R, a + k * stride, R * sizeof(F));
-        a = near;
-        stride = R;
-    } else if (R > 4 && stride * static_cast<int64_t>(sizeof(F)) % kPage == 0) {
-        for (int r = 0; r < R; ++r) std::memcpy(near + r * K, a + r * stride, static_cast<std::size_t>(K) * sizeof(F));
-        a = near;
-        stride = K;
-    }
     int64_t j = 0;
     for (; j + (P - 1) * kPanel<F> < N; j += P * kPanel<F>, b += P * next)
         tile<F, R, P, a_is_row_major>(a, stride, b, next, K, c.at(0, j), N - j);
     for (; j < N; j += kPanel<F>, b += next) tile<F, R, 1, a_is_row_major>(a, stride, b, next, K, c.at(0, j), N - j);
 }
 
+// R columns of A' that are far apart, brought together: [K, R].
+template <class F, int R>
+void gather(F* to, const F* a, int64_t stride, int64_t K) {
+    for (int64_t k = 0; k < K; ++k) std::memcpy(to + k * R, a + k * stride, R * sizeof(F));
+}
+
+// What there is for each number of rows.
 template <class F>
-using Strip = void (*)(const F*, int64_t, const F*, int64_t, int64_t, int64_t, Output<F>);
-template <class F, bool a_is_row_major, std::size_t... r>
-inline Strip<F> strip_of(int64_t rows, std::index_sequence<r...>) {
-    static constexpr Strip<F> strips[] = {strip<F, static_cast<int>(r) + 1, a_is_row_major>...};
-    return strips[rows - 1];
+struct Rows {
+    using Strip = void (*)(const F*, int64_t, const F*, int64_t, int64_t, int64_t, Output<F>);
+    Strip row_major, gathered;
+    void (*gather)(F*, const F*, int64_t, int64_t);
+};
+template <class F, std::size_t... r>
+inline const Rows<F>& rows_of(int64_t rows, std::index_sequence<r...>) {
+    static constexpr Rows<F> all[] = {{strip<F, r + 1, true>, strip<F, r + 1, false>, gather<F, r + 1>}...};
+    return all[rows - 1];
 }
 
 }  // namespace
@@ -117,18 +115,19 @@ inline Strip<F> strip_of(int64_t rows, std::index_sequence<r...>) {
 template <class F>
 void pack(F* to, Matrix<F> b, int64_t K, int64_t N, int64_t begin, int64_t end) {
     constexpr int64_t lanes = kLanes<F>;
-    for (int64_t p = begin; p < end; ++p, to += K * kPanel<F>) {
+    const int64_t whole = N / kPanel<F> < end ? N / kPanel<F> : end;
+    if (b.columns == 1)
+        for (int64_t k = 0; k < K; ++k)
+            for (int64_t p = begin; p < whole; ++p)
+                std::memcpy(to + ((p - begin) * K + k) * kPanel<F>, b.data + k * b.rows + p * kPanel<F>, kPanel<F> * sizeof(F));
+    for (int64_t p = b.columns == 1 && whole > begin ? whole : begin; p < end; ++p) {
         for (int64_t v = 0; v < kPanelVectors; ++v) {
             const int64_t j = p * kPanel<F> + v * lanes, width = N - j < lanes ? N - j : lanes;
-            F* column = to + v * lanes;
+            F* column = to + (p - begin) * K * kPanel<F> + v * lanes;
             if (width <= 0) {
                 for (int64_t k = 0; k < K; ++k) store(column + k * kPanel<F>, Vec<F>{});
             } else if (b.columns == 1) {
-                const F* from = b.data + j;
-                if (width == lanes)
-                    for (int64_t k = 0; k < K; ++k) store(column + k * kPanel<F>, load(from + k * b.rows));
-                else
-                    for (int64_t k = 0; k < K; ++k) store(column + k * kPanel<F>, load(from + k * b.rows, width));
+                for (int64_t k = 0; k < K; ++k) store(column + k * kPanel<F>, load(b.data + k * b.rows + j, width));
             } else {
                 const F* from = b.data + j * b.columns;
                 int64_t k = 0;
@@ -153,15 +152,21 @@ template <class F>
 void multiply(int64_t M, int64_t N, int64_t K, Matrix<F> a, const F* b, Output<F> c) {
     const auto sizes = std::make_index_sequence<kRows>();
     const int64_t blocks = (M + kRows - 1) / kRows, wide = blocks > 1 ? kWide * kPanel<F> : N;
+    F together[kRows * kDepth];
     int64_t k = 0;
     do {  // once where K = 0: the sums are empty
         const int64_t depth = K - k < kDepth ? K - k : kDepth;
         for (int64_t j = 0; j < N; j += wide)
             for (int64_t i = 0, block = 0; block < blocks; ++block) {
                 const int64_t rows = (M - i) / (blocks - block), width = N - j < wide ? N - j : wide;
-                const auto run = a.columns == 1 ? strip_of<F, true>(rows, sizes) : strip_of<F, false>(rows, sizes);
-                run(a.data + i * a.rows + k * a.columns, a.columns == 1 ? a.rows : a.columns,
-                    b + j * K + k * kPanel<F>, K * kPanel<F>, depth, width, c.at(i, j));
+                const Rows<F>& run = rows_of<F>(rows, sizes);
+                const F *from = a.data + i * a.rows + k * a.columns, *panel = b + j * K + k * kPanel<F>;
+                if (a.columns == 1) {
+                    run.row_major(from, a.rows, panel, K * kPanel<F>, depth, width, c.at(i, j));
+                } else {
+                    run.gather(together, from, a.columns, depth);
+                    run.gathered(together, rows, panel, K * kPanel<F>, depth, width, c.at(i, j));
+                }
                 i += rows;
             }
         k += kDepth;

@@ -46,6 +46,8 @@ struct Sequences {
     void run(const F* w, int64_t G, const Rule& rule) const {
         const int64_t from = Rule::kBack ? G : H, to = Rule::kBack ? H : G, weight = G * H;
         const int64_t packed_size = panels<F>(to) * kPanel<F> * from, carry = 2 * H;
+        // Rows of a power of two would meet in the same few places of the first cache.
+        const int64_t left_row = from + kLanes<F>, product_row = to + kLanes<F>;
         // A task a unit; where there are fewer tasks than threads, their sequences are shared out.
         const int wanted = L * B * weight < kStep ? 1 : threads;
         const int64_t parts = T && B && T < wanted ? min((wanted + T - 1) / T, B) : 1;
@@ -63,15 +65,15 @@ struct Sequences {
             const int64_t t = unit / parts, part = unit % parts;
             const int64_t first = t * B + B * part / parts, rows = t * B + B * (part + 1) / parts - first;
             F* memory = static_cast<F*>(thread_memory(
-                ((together ? 0 : packed_size) + rows * (from + to + carry)) * static_cast<int64_t>(sizeof(F))));
+                ((together ? 0 : packed_size) + rows * (left_row + product_row + carry)) * static_cast<int64_t>(sizeof(F))));
             F* packed = together ? shared.as<F>() + t * packed_size : memory;
             if (!together) pack<F>(packed, matrix(t), from, to, 0, panels<F>(to)), memory += packed_size;
-            F *left = memory, *product = left + rows * from, *carried = product + rows * to;
+            F *left = memory, *product = left + rows * left_row, *carried = product + rows * product_row;
             const auto sequence = [=](int64_t i) {
-                return Sequence<F>{left + i * from, product + i * to, carried + i * carry};
+                return Sequence<F>{left + i * left_row, product + i * product_row, carried + i * carry};
             };
             const auto multiply_all = [=] {
-                multiply<F>(rows, to, from, {left, from, 1}, packed, {product, to, nullptr, 0});
+                multiply<F>(rows, to, from, {left, left_row, 1}, packed, {product, product_row, nullptr, 0});
             };
             for (int64_t i = 0; i < rows; ++i) rule.begin(first + i, sequence(i));
             for (int64_t step = 0; step < L; ++step) {
