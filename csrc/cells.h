@@ -12,7 +12,7 @@
 #pragma once
 
 #ifdef __CUDACC__
-#define METAKERN_INLINE __host__ __device__ __forceinline__
+#define METAKERN_INLINE __device__ __forceinline__
 #else
 #define METAKERN_INLINE inline __attribute__((always_inline))
 #endif

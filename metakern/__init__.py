@@ -2,7 +2,22 @@
 
 from metakern import losses, nn, ops, optim
 from metakern.meta.algorithms import ANIL, FOMAML, MAML, MetaSGD, Reptile
+from metakern.nn.patch import patch, unpatch
 from metakern.ops._backend import backend, backends
 
 __version__ = "0.1.0"
-__all__ = ["ANIL", "FOMAML", "MAML", "MetaSGD", "Reptile", "backend", "backends", "losses", "nn", "ops", "optim"]
+__all__ = [
+    "ANIL",
+    "FOMAML",
+    "MAML",
+    "MetaSGD",
+    "Reptile",
+    "backend",
+    "backends",
+    "losses",
+    "nn",
+    "ops",
+    "optim",
+    "patch",
+    "unpatch",
+]

@@ -1,12 +1,14 @@
 """The compiled kernels: whether this installation has them, and one checked call for all of them.
 
-A kernel is named `<op>_<rule>` and described by its signature (csrc/kernel.h), from which `call` takes what it checks
-and what it allocates: "x:TND weight:TD? -> y:TND ct_weight:TD?weight" reads
+Tensors on the CPU go to C++, in float32 or float64; those on a GPU to the CUDA kernel of the same name and signature, in
+float32 or bfloat16, on PyTorch's current stream. A kernel is named `<op>_<rule>` and described by its signature
+(csrc/kernel.h), from which `call` takes what it checks and what it allocates: "x:TND weight:TD? -> y:TND
+ct_weight:TD?weight" reads
 
     x:TND           a tensor [T, N, D]; the first tensor with a size sets it, the others must agree
     gates:TBL4H     a last dimension of four times the size H
     x:*             any shape, the same for all tensors of the kernel
-    target:TNi      integers, passed on as int64; all other tensors share one dtype, float32 or float64
+    target:TNi      integers, passed on as int64; all other tensors share one dtype
     weight:TD?      may be None
     ct_weight:TD?weight    an output made only where the input `weight` is given
     gates:TBLG=u    an output that takes the memory of the input `u`, which the call uses up
@@ -15,7 +17,7 @@ and what it allocates: "x:TND weight:TD? -> y:TND ct_weight:TD?weight" reads
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -23,14 +25,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_C: Any = None
-_missing = ""
-try:
-    _C = import_module("metakern._C")
-except ImportError as error:
-    _missing = str(error)
+
+def _module(name: str) -> tuple[Any, str]:
+    """A compiled module, or None and why not."""
+    try:
+        return import_module(name), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+_C, _missing = _module("metakern._C")
+_cuda, _cuda_missing = _module("metakern._cuda")
 
 DTYPES = frozenset({torch.float32, torch.float64})
+CUDA_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
 def obstacle() -> str | None:
@@ -40,6 +48,15 @@ def obstacle() -> str | None:
             f"the C++ kernels are missing ({_missing}): reinstall where a C++17 compiler is, with METAKERN_NATIVE=cpu"
         )
     return None
+
+
+def cuda_obstacle() -> str | None:
+    """Why the CUDA kernels can't be used, or None. Only asks whether there is a device."""
+    if _cuda is None:
+        return f"the CUDA kernels are missing ({_cuda_missing}): reinstall where nvcc is, with METAKERN_NATIVE=cuda"
+    if not torch.cuda.is_available():
+        return "no GPU is present, or this PyTorch was built without CUDA: install one for your driver"
+    return obstacle()
 
 
 class _Argument(NamedTuple):
@@ -80,8 +97,54 @@ def _in_memory(tensor: Tensor) -> Tensor:
     return (tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()).contiguous()
 
 
+def _run_on_cpu(
+    kernel: str,
+    dtype: torch.dtype,
+    addresses: list[int],
+    sizes: list[int],
+    scalars: Sequence[float],
+    device: torch.device,
+) -> None:
+    number = _signatures()[kernel].number
+    _C.call(number, dtype == torch.float64, addresses, sizes, scalars, torch.get_num_threads())
+
+
+@cache
+def _cuda_numbers() -> dict[str, int]:
+    if _cuda is None:
+        raise RuntimeError(cuda_obstacle())
+    return {name: number for number, name in enumerate(_cuda.names())}
+
+
+def _run_on_gpu(
+    kernel: str,
+    dtype: torch.dtype,
+    addresses: list[int],
+    sizes: list[int],
+    scalars: Sequence[float],
+    device: torch.device,
+) -> None:
+    memory = []  # PyTorch gives it to later work on this stream alone
+
+    def allocate(size: int) -> int:
+        memory.append(torch.empty(size, dtype=torch.uint8, device=device))
+        return memory[-1].data_ptr()
+
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _cuda.call(_cuda_numbers()[kernel], dtype == torch.bfloat16, addresses, sizes, scalars, stream, allocate)
+
+
+class _Device(NamedTuple):
+    dtypes: frozenset[torch.dtype]
+    run: Callable[[str, torch.dtype, list[int], list[int], Sequence[float], torch.device], None]
+
+
+_DEVICES = {"cpu": _Device(DTYPES, _run_on_cpu), "cuda": _Device(CUDA_DTYPES, _run_on_gpu)}
+
+
 def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple[Tensor | None, ...]:
-    """Runs a kernel on CPU tensors and returns its outputs.
+    """Runs a kernel where its tensors are and returns its outputs.
 
     Raises ValueError or TypeError, before anything runs, where the inputs do not fit the signature.
 
@@ -94,12 +157,14 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
     if len(inputs) != len(signature.inputs):
         raise TypeError(f"{kernel}: inputs must number {len(signature.inputs)}, got {len(inputs)}")
     sizes: dict[str, int] = {}
-    first = inputs[0]
-    if first is None or first.dtype not in DTYPES:
-        raise TypeError(
-            f"{kernel}: {signature.inputs[0].name} must be float32 or float64, got {getattr(first, 'dtype', None)}"
-        )
-    dtype = first.dtype
+    first, name = inputs[0], signature.inputs[0].name
+    if first is None or first.device.type not in _DEVICES:
+        raise ValueError(f"{kernel}: {name} must be on the CPU or a GPU, got {getattr(first, 'device', None)}")
+    dtypes, run = _DEVICES[first.device.type]
+    if first.dtype not in dtypes:
+        expected = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise TypeError(f"{kernel}: {name} must be {expected}, got {first.dtype}")
+    dtype, device = first.dtype, first.device
     tensors: list[Tensor | None] = []  # kept, so that the addresses of contiguous copies stay good
     for argument, tensor in zip(signature.inputs, inputs, strict=True):
         name, dims, condition, indices, _ = argument
@@ -111,8 +176,9 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
         tensor = tensor.long() if indices else tensor
         if tensor.dtype != dtype and not indices:
             raise TypeError(f"{kernel}: {name} must be {dtype} like the other tensors, got {tensor.dtype}")
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{kernel}: {name} must be on the CPU, got {tensor.device}")
+        if tensor.device != device:
+            where = "the CPU" if device.type == "cpu" else device
+            raise ValueError(f"{kernel}: {name} must be on {where}, got {tensor.device}")
         if not dims:
             fits = tensor.shape == first.shape
         else:
@@ -134,12 +200,12 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
         if argument.condition is not None and given[argument.condition] is None:
             return None
         shape = [times * sizes[dim] for times, dim in argument.dims] or first.shape
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     outputs = tuple(output(argument) for argument in signature.outputs)
     # An empty tensor has no address; one that is never read keeps it apart from an absent tensor.
     addresses = [0 if tensor is None else tensor.data_ptr() or 64 for tensor in (*tensors, *outputs)]
-    _C.call(signature.number, dtype == torch.float64, addresses, list(sizes.values()), scalars, torch.get_num_threads())
+    run(kernel, dtype, addresses, list(sizes.values()), scalars, device)
     return outputs
 
 
@@ -171,7 +237,13 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
         address, add_strides = add.data_ptr(), add.stride()[:2]
     c = a.new_empty(T, M, N)
     addresses = a.data_ptr(), b.data_ptr(), address, c.data_ptr()
-    _C.product(a.dtype == torch.float64, addresses, (T, M, N, K), (*a.stride(), *b.stride(), *add_strides), torch.get_num_threads())
+    _C.product(
+        a.dtype == torch.float64,
+        addresses,
+        (T, M, N, K),
+        (*a.stride(), *b.stride(), *add_strides),
+        torch.get_num_threads(),
+    )
     return c
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
 import metakern as mk
@@ -79,6 +79,84 @@ def test_initial_state_and_sequences_without_a_batch(cell: str) -> None:
             close(tree_leaves(ours(*arguments)), tree_leaves(theirs(*arguments)))
 
 
+@pytest.mark.parametrize("lengths", [[3, 5, 1, 5], [5, 4, 4, 1]], ids=["unsorted", "sorted"])
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_packed_sequences_equal_torch_to_second_order(cell: str, lengths: list[int]) -> None:
+    name, extra = RECURRENT[cell]
+    ours, theirs = pair(name, 3, 4, num_layers=2, bidirectional=True, **extra)
+    is_sorted = lengths == sorted(lengths, reverse=True)
+    seen: list[PackedSequence] = []
+
+    class Padded(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor, *hx: Tensor) -> Any:
+            packed = pack_padded_sequence(x, torch.tensor(lengths), batch_first=True, enforce_sorted=is_sorted)
+            y, final = self.inner(packed, *((hx,) if len(hx) == 2 else hx))
+            seen.append(y)
+            return pad_packed_sequence(y)[0], final
+
+    states = [draw(4, 4, 4, seed=6), draw(4, 4, 4, seed=7)][: 1 + (cell == "lstm")]
+    for hx in ([], states):
+        x = draw(4, 5, 3)
+        close(double_backward(Padded(ours), x, *hx), double_backward(Padded(theirs), x, *hx))
+        mine, expected = seen
+        assert all((a is None) == (b is None) for a, b in zip(mine, expected, strict=True))
+        close([t for t in mine if t is not None], [t for t in expected if t is not None])
+        seen.clear()
+
+
+class Tagger(nn.Module):
+    """Packs its sequences, as models for torch.nn's layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mk.nn.GRU(3, 4, batch_first=True)
+        self.outer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        y, _ = pad_packed_sequence(self.inner(packed)[0], batch_first=True, total_length=x.shape[1])
+        return self.outer(y)
+
+
+def test_a_model_that_packs_its_sequences_has_an_exact_meta_gradient() -> None:
+    torch.manual_seed(0)
+    model = Tagger().double()
+
+    def loss(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
+        return ((model(*batch[:2]) - batch[2]) ** 2).mean()
+
+    lengths = torch.tensor([[3, 1], [5, 2], [1, 5]])
+    support, query = ((draw(3, 2, 5, 3, seed=i), lengths, draw(3, 2, 5, 2, seed=i + 1)) for i in (1, 3))
+    maml = mk.MAML(model, loss, inner=mk.optim.SGD(lr=0.3), steps=2)
+    maml(support, query).backward()
+    assert maml.plan.batching == "loop"
+    assert any("fold is not possible: FoldError: GRU must be given a padded batch" in r for r in maml.plan.reasons)
+
+    theta, total = dict(model.named_parameters()), torch.zeros(()).double()
+    for t in range(3):
+        phi, tasks = theta, [tuple(tensor[t] for tensor in batch) for batch in (support, query)]
+        for batch in (tasks[0], tasks[0], tasks[1]):
+            value = loss(lambda *args, phi=phi: functional_call(model, phi, args), batch)
+            g = torch.autograd.grad(value, list(phi.values()), create_graph=True)
+            phi = {n: p - 0.3 * gi for (n, p), gi in zip(phi.items(), g, strict=True)}
+        total = total + value / 3
+    close([p.grad for p in theta.values()], list(torch.autograd.grad(total, list(theta.values()))))
+
+
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_a_state_dict_of_torch_gives_its_outputs_in_float32(cell: str) -> None:
+    name, extra = RECURRENT[cell]
+    options = {"num_layers": 2, "bidirectional": True, **extra}
+    ours, theirs = getattr(mk.nn, name)(17, 33, **options), getattr(nn, name)(17, 33, **options)
+    ours.load_state_dict(theirs.state_dict())
+    x = draw(9, 5, 17).float()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=2e-6, atol=2e-6)
+
+
 def test_dropout_between_layers_only_in_training() -> None:
     ours, _ = pair("LSTM", 3, 64, num_layers=2, dropout=0.5, batch_first=True)
     x = draw(2, 5, 3)
@@ -130,12 +208,24 @@ def test_recurrent_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match=r"^LSTM: proj_size must be 0, got 2$"):
         mk.nn.LSTM(3, 4, proj_size=2)
     gru = mk.nn.GRU(3, 4)
-    with pytest.raises(TypeError, match=r"^GRU: input must be a tensor, got a PackedSequence"):
-        gru(pack_sequence([torch.zeros(2, 3)]))
+    with pytest.raises(TypeError, match=r"^GRU: input must be a tensor or a PackedSequence, got list$"):
+        gru([torch.zeros(2, 3)])
+    with pytest.raises(
+        ValueError, match=r"^GRU: input must have 2 or 3 dimensions, the last of size 3, got \[1, 2, 5\]$"
+    ):
+        gru(pack_sequence([torch.zeros(2, 5)]))
     with pytest.raises(ValueError, match=r"^GRU: input must have 2 or 3 dimensions, the last of size 3, got \[2, 5\]$"):
         gru(torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"^GRU: hx must have shape \[1, 2, 4\], got \[1, 3, 4\]$"):
         gru(torch.zeros(5, 2, 3), torch.zeros(1, 3, 4))
+    with pytest.raises(ValueError, match=r"^GRU: hx must have shape \[1, 4\], got \[4\]$"):
+        gru(torch.zeros(5, 3), torch.zeros(4))
+    with pytest.raises(TypeError, match=r"^GRU: hx must be a tensor, got tuple$"):
+        gru(torch.zeros(5, 2, 3), (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)))
+    with pytest.raises(TypeError, match=r"^LSTM: hx must be a pair \(h, c\) of tensors, got Tensor$"):
+        mk.nn.LSTM(3, 4)(torch.zeros(5, 2, 3), torch.zeros(1, 2, 4))
+    with pytest.raises(TypeError, match=r"^GRU: input must be floating point, got torch.int64$"):
+        gru(torch.zeros(5, 2, 3, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("affine", [True, False])

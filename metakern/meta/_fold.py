@@ -229,7 +229,8 @@ def _recurrent(fold: Fold, module: nn.RNNBase, x: Tensor, hx: Any = None) -> tup
     batch_dim = 0 if module.batch_first else 1
     states = None if hx is None else tuple(hx) if module.mode == "LSTM" else (hx,)
     if not isinstance(x, Tensor) or x.dim() != 3 or not fold.folded(x, batch_dim):
-        raise FoldError(f"{type(module).__name__} takes a padded batch of sequences")
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise FoldError(f"{type(module).__name__} must be given a padded batch of sequences, got {got}")
     if states is not None:
         carries = [fold.folded(state, 1) for state in states]  # every one is recorded
         if not all(carries):

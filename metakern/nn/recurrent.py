@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from metakern import ops
 
@@ -17,12 +17,17 @@ States = tuple[Tensor, ...]
 
 
 def run(
-    module: nn.RNNBase, x: Tensor, states: States | None, parameter: Callable[[str], Tensor]
+    module: nn.RNNBase,
+    x: Tensor,
+    states: States | None,
+    parameter: Callable[[str], Tensor],
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, States]:
     """All layers and directions of a torch.nn or metakern.nn module, with the parameters that `parameter` finds.
 
     x [B, L, I] gives [B, L, directions · H]; states, (h,) or (h, c), are [layers · directions, B, H], given and
-    returned. With the tasks first in each parameter, x is [T, B, L, I], and states [layers · directions, T, B, H].
+    returned; lengths, [B], are those of sequences that end before L. With the tasks first in each parameter, x is
+    [T, B, L, I], states are [layers · directions, T, B, H] and lengths [T, B].
     """
     directions = ("", "_reverse") if module.bidirectional else ("",)
     finals: list[States] = []
@@ -34,22 +39,22 @@ def run(
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
             weights = [parameter(f"{name}_l{layer}{suffix}") for name in names]
             start = None if states is None else tuple(state[len(finals)] for state in states)
-            y, final = _layer(module.mode, x.flip(-2) if suffix else x, start, weights)
-            outputs.append(y.flip(-2) if suffix else y)
+            y, final = _layer(module.mode, x, start, weights, lengths=lengths, reverse=bool(suffix))
+            outputs.append(y)
             finals.append(final)
         x = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]
     return x, tuple(torch.stack(state) for state in zip(*finals, strict=True))
 
 
-def _layer(mode: str, x: Tensor, start: States | None, weights: list[Tensor]) -> tuple[Tensor, States]:
+def _layer(mode: str, x: Tensor, start: States | None, weights: list[Tensor], **options: Any) -> tuple[Tensor, States]:
     """One direction of one layer."""
     if mode == "LSTM":
-        return ops.lstm(x, None if start is None else (start[0], start[1]), *weights)
+        return ops.lstm(x, None if start is None else (start[0], start[1]), *weights, **options)
     h = None if start is None else start[0]
     if mode == "GRU":
-        y, h = ops.gru(x, h, *weights)
+        y, h = ops.gru(x, h, *weights, **options)
     else:
-        y, h = ops.rnn(x, h, *weights, nonlinearity=mode.removeprefix("RNN_").lower())
+        y, h = ops.rnn(x, h, *weights, nonlinearity=mode.removeprefix("RNN_").lower(), **options)
     return y, (h,)
 
 
@@ -62,37 +67,60 @@ class _Recurrent(nn.RNNBase):
             raise ValueError(f"{self._get_name()}: proj_size must be 0, got {self.proj_size}")
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> Any:
-        name, x = self._get_name(), input
+        name, x, lengths = self._get_name(), input, None
         if isinstance(x, PackedSequence):
-            raise TypeError(f"{name}: input must be a tensor, got a PackedSequence: pad it")
+            x, lengths = pad_packed_sequence(x, batch_first=True)
+            lengths = lengths.to(x.device)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: input must be a tensor or a PackedSequence, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: input must be floating point, got {x.dtype}")
         if x.dim() not in (2, 3) or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"{name}: input must have 2 or 3 dimensions, the last of size {self.input_size}, got {list(x.shape)}"
             )
         batched = x.dim() == 3
-        states = None if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
-        if not batched:
-            x = x.unsqueeze(0)
-            states = None if states is None else tuple(state.unsqueeze(1) for state in states)
-        elif not self.batch_first:
-            x = x.transpose(0, 1)
-        for state in states or ():
-            expected = [self.num_layers * (2 if self.bidirectional else 1), x.shape[0], self.hidden_size]
-            if list(state.shape) != expected:
-                raise ValueError(f"{name}: hx must have shape {expected}, got {list(state.shape)}")
-        y, states = run(self, x, states, partial(getattr, self))
+        time_first = batched and lengths is None and not self.batch_first
+        x = x.transpose(0, 1) if time_first else x if batched else x.unsqueeze(0)
+        states = self._states(hx, x.shape[:1] if batched else ())
+        if states is not None and not batched:
+            states = tuple(state.unsqueeze(1) for state in states)
+        y, states = run(self, x, states, partial(getattr, self), lengths)
         if not batched:
             y, states = y.squeeze(0), tuple(state.squeeze(1) for state in states)
-        elif not self.batch_first:
-            y = y.transpose(0, 1)
-        return y, states if self.mode == "LSTM" else states[0]
+        y = y.transpose(0, 1) if time_first else y
+        output = _packed(y, input) if isinstance(input, PackedSequence) else y
+        return output, states if self.mode == "LSTM" else states[0]
+
+    def _states(self, hx: Any, batch: Sequence[int]) -> States | None:
+        """hx, checked, as (h,) or (h, c), each [layers · directions, *batch, H]."""
+        if hx is None:
+            return None
+        name, is_lstm = self._get_name(), self.mode == "LSTM"
+        states = tuple(hx) if is_lstm and isinstance(hx, tuple | list) else (hx,)
+        if len(states) != 1 + is_lstm or not all(isinstance(state, Tensor) for state in states):
+            kind = "a pair (h, c) of tensors" if is_lstm else "a tensor"
+            raise TypeError(f"{name}: hx must be {kind}, got {type(hx).__name__}")
+        expected = [self.num_layers * (2 if self.bidirectional else 1), *batch, self.hidden_size]
+        for state in states:
+            if list(state.shape) != expected:
+                raise ValueError(f"{name}: hx must have shape {expected}, got {list(state.shape)}")
+        return states
+
+
+def _packed(y: Tensor, like: PackedSequence) -> PackedSequence:
+    """y [B, L, D] with the lengths and the order of another PackedSequence."""
+    if like.sorted_indices is not None:
+        y = y.index_select(0, like.sorted_indices)
+    steps = zip(y.unbind(1), like.batch_sizes.tolist(), strict=True)
+    return PackedSequence(torch.cat([y_l[:size] for y_l, size in steps]), *like[1:])
 
 
 class RNN(_Recurrent, nn.RNN):
     """torch.nn.RNN by `metakern.ops.rnn`: the same arguments, state dict and outputs.
 
-    input is [L, B, I], [B, L, I] with batch_first, or [L, I] without a batch; hx, None or
-    [layers · directions, B, H]. Raises TypeError for a PackedSequence, ValueError for shapes that do not fit.
+    input is [L, B, I], [B, L, I] with batch_first, [L, I] without a batch, or a PackedSequence; hx, None or
+    [layers · directions, B, H]. Raises TypeError or ValueError for what does not fit.
 
     >>> import metakern as mk, torch
     >>> y, h = mk.nn.RNN(3, 5, num_layers=2, batch_first=True)(torch.zeros(2, 7, 3))
@@ -104,8 +132,8 @@ class RNN(_Recurrent, nn.RNN):
 class GRU(_Recurrent, nn.GRU):
     """torch.nn.GRU by `metakern.ops.gru`: the same arguments, state dict and outputs.
 
-    input is [L, B, I], [B, L, I] with batch_first, or [L, I] without a batch; hx, None or
-    [layers · directions, B, H]. Raises TypeError for a PackedSequence, ValueError for shapes that do not fit.
+    input is [L, B, I], [B, L, I] with batch_first, [L, I] without a batch, or a PackedSequence; hx, None or
+    [layers · directions, B, H]. Raises TypeError or ValueError for what does not fit.
 
     >>> import metakern as mk, torch
     >>> y, h = mk.nn.GRU(3, 5, bidirectional=True)(torch.zeros(7, 2, 3))
@@ -117,8 +145,8 @@ class GRU(_Recurrent, nn.GRU):
 class LSTM(_Recurrent, nn.LSTM):
     """torch.nn.LSTM by `metakern.ops.lstm`: the same arguments, state dict and outputs; proj_size must be 0.
 
-    input is [L, B, I], [B, L, I] with batch_first, or [L, I] without a batch; hx is (h, c), each
-    [layers · directions, B, H], or None. Raises TypeError for a PackedSequence, ValueError for shapes that do not fit.
+    input is [L, B, I], [B, L, I] with batch_first, [L, I] without a batch, or a PackedSequence; hx is (h, c), each
+    [layers · directions, B, H], or None. Raises TypeError or ValueError for what does not fit.
 
     >>> import metakern as mk, torch
     >>> y, (h, c) = mk.nn.LSTM(3, 5, batch_first=True)(torch.zeros(2, 7, 3))

@@ -63,7 +63,7 @@ def _obstacle(name: str) -> str | None:
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             return "no GPU is present: use one, or set TRITON_INTERPRET=1 to run Triton kernels in the interpreter"
     if name == "cuda":
-        return "metakern was built without CUDA kernels: no op has one yet"
+        return _native.cuda_obstacle()
     return None
 
 

@@ -21,7 +21,8 @@ LSTM. The vjp hands ct_s_t to vjp_jvp, where ct_u and ct_a follow from it withou
 Sequences are [T, B, L, ...], states [T, B, H], weights [T, out, in], biases [T, out], lengths [T, B]. A weight that is
 expanded over T (stride 0) is one matrix for all tasks: products with it are one large product, its cotangent is still a
 task's own. A step beyond the length of its sequence changes no state, and its output is zero: results are those of
-torch.nn.utils.rnn.pack_padded_sequence. Half precision is computed in float32.
+torch.nn.utils.rnn.pack_padded_sequence. Half precision is computed in float32; the CUDA kernels store bfloat16, and carry
+the states of a step in float32.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ def kernels(cell: Cell) -> dict[str, Rules]:
     return {
         "reference": _rules(cell, _Loops(cell), _tensors.product),
         "cpu": _rules(cell, _Kernels(cell), _cpu.product),
+        "cuda": _rules(cell, _Kernels(cell), _tensors.product, _native.CUDA_DTYPES),
     }
 
 
@@ -166,7 +168,14 @@ def plain(layer: Callable[..., Tensors], states: int) -> Callable[..., Tensors]:
     return ragged
 
 
-def _rules(cell: Cell, recurrence: _Loops | _Kernels, product: _tensors.Product) -> Rules:
+def _rules(
+    cell: Cell,
+    recurrence: _Loops | _Kernels,
+    product: _tensors.Product,
+    dtypes: frozenset[torch.dtype] | None = None,
+) -> Rules:
+    widen = wide if dtypes is None else tuple  # kernels that name their dtypes take half precision as it is
+
     def times(x: Tensor, w: Tensor, add: Tensor | None = None) -> Tensor:
         """add + x w, all steps at once: [T, B, L, in], [T, in, out] -> [T, B, L, out]."""
         return product(x.flatten(1, 2), w, None if add is None else add.flatten(1, 2)).unflatten(1, x.shape[1:3])
@@ -176,16 +185,16 @@ def _rules(cell: Cell, recurrence: _Loops | _Kernels, product: _tensors.Product)
         return product(ct.flatten(1, 2).mT, x.flatten(1, 2), add)
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
-        x, *states, w_ih, w_hh, b_ih, b_hh = wide(inputs)
+        x, *states, w_ih, w_hh, b_ih, b_hh = widen(inputs)
         bias = b_ih if cell.split else _sum(b_ih, b_hh)
         u = times(x, w_ih.mT, _steps(bias, x))
         y, r = recurrence.forward(c, u, w_hh, b_hh if cell.split else None, states)
         return _narrow(inputs, y), _narrow(inputs, r)
 
     def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
-        x, *states, w_ih, w_hh, _, _ = wide(inputs)
-        t_x, *t_states, t_w_ih, t_w_hh, t_b_ih, t_b_hh = wide(t_inputs)
-        gates, before = cell.residuals(wide(r))
+        x, *states, w_ih, w_hh, _, _ = widen(inputs)
+        t_x, *t_states, t_w_ih, t_w_hh, t_b_ih, t_b_hh = widen(t_inputs)
+        gates, before = cell.residuals(widen(r))
         t_u = _steps(t_b_ih if cell.split else _sum(t_b_ih, t_b_hh), x)
         t_u = t_u if t_x is None else times(t_x, w_ih.mT, t_u)
         t_u = t_u if t_w_ih is None else times(x, t_w_ih.mT, t_u)
@@ -197,9 +206,9 @@ def _rules(cell: Cell, recurrence: _Loops | _Kernels, product: _tensors.Product)
         return _narrow(inputs, t_y), _narrow(inputs, t_r)
 
     def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
-        x, *_, w_ih, w_hh, _, _ = wide(inputs)
-        gates, before = cell.residuals(wide(r))
-        ct_a, ct_u, ct_states, cts = recurrence.vjp(c, w_hh, gates, before, wide(ct_outputs))
+        x, *_, w_ih, w_hh, _, _ = widen(inputs)
+        gates, before = cell.residuals(widen(r))
+        ct_a, ct_u, ct_states, cts = recurrence.vjp(c, w_hh, gates, before, widen(ct_outputs))
         ct_x, *ct_p = products(c.needs, x, before[0], w_ih, ct_u, ct_a)
         return _narrow(inputs, (ct_x, *ct_states, *ct_p, *cts))
 
@@ -212,16 +221,16 @@ def _rules(cell: Cell, recurrence: _Loops | _Kernels, product: _tensors.Product)
         ct_outputs: Tensors,
         t_ct_outputs: Tensors | None,
     ) -> Tensors:
-        x, *_, w_ih, w_hh, _, _ = wide(inputs)
-        t_x, *_, t_w_ih, t_w_hh, _, _ = wide(t_inputs)
-        (gates, before), (t_gates, t_before) = cell.residuals(wide(r)), cell.residuals(wide(t_r))
+        x, *_, w_ih, w_hh, _, _ = widen(inputs)
+        t_x, *_, t_w_ih, t_w_hh, _, _ = widen(t_inputs)
+        (gates, before), (t_gates, t_before) = cell.residuals(widen(r)), cell.residuals(widen(t_r))
         if c.from_vjp is None:
-            ct_a, ct_u, _, cts = recurrence.vjp(c, w_hh, gates, before, wide(ct_outputs))
+            ct_a, ct_u, _, cts = recurrence.vjp(c, w_hh, gates, before, widen(ct_outputs))
         else:
-            cts = wide(c.from_vjp)
+            cts = widen(c.from_vjp)
             ct_a, ct_u = recurrence.cotangents(c, gates, before, cts)
         source = None if t_w_hh is None else times(ct_a, t_w_hh)
-        t_ct = wide(t_ct_outputs or (None,) * (1 + cell.states))
+        t_ct = widen(t_ct_outputs or (None,) * (1 + cell.states))
         t_ct_a, t_ct_u, t_ct_states = recurrence.vjp_jvp(
             c, w_hh, gates, before, t_gates, t_before, cts, source, t_ct
         )
@@ -251,7 +260,7 @@ def _rules(cell: Cell, recurrence: _Loops | _Kernels, product: _tensors.Product)
             return of_u, None
         return of_u, ct_a.sum((1, 2)) if of_u is None or cell.split else of_u.clone()
 
-    return Rules(forward, jvp, vjp, vjp_jvp)
+    return Rules(forward, jvp, vjp, vjp_jvp, dtypes)
 
 
 class _Loops:
@@ -358,7 +367,7 @@ class _Loops:
 
 
 class _Kernels:
-    """The recurrence in C++: `<cell>_<rule>` of csrc/cpu."""
+    """The recurrence in C++ or CUDA: `<cell>_<rule>` of csrc/cpu and csrc/cuda."""
 
     def __init__(self, cell: Cell) -> None:
         self.cell = cell

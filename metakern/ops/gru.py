@@ -25,8 +25,8 @@ after the recurrence stand in `_recurrent.py`.
 | y | [T, B, L, H] |
 
 Residuals: (r, z, n, p_n) [T, B, L, 4H] and h_{t-1} [T, B, L, H]; of the vjp, the cotangent of h_t. Half precision is
-computed in float32. Cho et al. 2014, "Learning phrase representations using RNN encoder-decoder", section 2.3; equations
-and order of the gates as in torch.nn.GRU.
+computed in float32. Cho et al. 2014, "Learning phrase representations using RNN encoder-decoder", section 2.3;
+equations and order of the gates as in torch.nn.GRU.
 """
 
 from __future__ import annotations

@@ -1,0 +1,55 @@
+// Python's way to the CUDA kernels: by number, with tensors by address. metakern._native.call has checked them.
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+namespace py = pybind11;
+
+namespace metakern::cuda {
+
+extern const Kernel rnn_kernels[], gru_kernels[], lstm_kernels[];
+
+namespace {
+
+const std::vector<Kernel>& kernels() {
+    static const auto* const list = [] {
+        auto* found = new std::vector<Kernel>;
+        for (const Kernel* file : {rnn_kernels, gru_kernels, lstm_kernels})
+            for (; file->name; ++file) found->push_back(*file);
+        return found;
+    }();
+    return *list;
+}
+
+std::vector<std::string> names() {
+    std::vector<std::string> all;
+    for (const Kernel& kernel : kernels()) all.emplace_back(kernel.name);
+    return all;
+}
+
+// The stream's order protects what `allocate` gives: nothing here waits for the GPU.
+void call(std::size_t index, bool is_bf16, const std::vector<std::uintptr_t>& tensors, std::vector<std::int64_t> sizes,
+          std::vector<double> scalars, std::uintptr_t stream, const std::function<std::uintptr_t(std::size_t)>& allocate) {
+    std::vector<void*> addresses;
+    for (const std::uintptr_t address : tensors) addresses.push_back(reinterpret_cast<void*>(address));
+    if (sizes.size() != 4) throw std::invalid_argument("a recurrence has four sizes, got " + std::to_string(sizes.size()));
+    kernels().at(index).run[is_bf16]({std::move(addresses), std::move(sizes), std::move(scalars), reinterpret_cast<void*>(stream),
+                                      [&](std::size_t bytes) { return reinterpret_cast<void*>(allocate(bytes)); }});
+}
+
+}  // namespace
+}  // namespace metakern::cuda
+
+PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
+    module.doc() = "metakern's kernels for NVIDIA GPUs";
+    module.def("names", &metakern::cuda::names, "The name of every kernel; its place is its number.");
+    module.def("call", &metakern::cuda::call, py::arg("index"), py::arg("is_bf16"), py::arg("tensors"), py::arg("sizes"),
+               py::arg("scalars"), py::arg("stream"), py::arg("allocate"),
+               "Launch a kernel. metakern._native.call checks what it is given.");
+}

@@ -1,0 +1,8 @@
+// gru on a GPU: the kernels of csrc/cpu/gru.cpp.
+#include "recurrent.cuh"
+
+namespace metakern::cuda {
+
+extern const Kernel gru_kernels[] = {METAKERN_RULES("gru", Gru), {}};
+
+}  // namespace metakern::cuda

@@ -1,0 +1,176 @@
+"""patch and unpatch: the same objects, parameters, hooks and outputs under another class, and back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metakern as mk
+
+
+class Wide(nn.LayerNorm):
+    """Computes in float64, as some models do in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.double()).to(input.dtype)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(6), nn.RMSNorm(6), Wide(6)])
+        self.cells = nn.ModuleDict(
+            {
+                "rnn": nn.RNN(6, 6, batch_first=True, nonlinearity="relu"),
+                "gru": nn.GRU(6, 3, bidirectional=True, batch_first=True),
+                "lstm": nn.LSTM(6, 6, num_layers=2, dropout=0.3, batch_first=True),
+            }
+        )
+        self.head = nn.Linear(6, 2)
+        self.again = self.cells["gru"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for cell in self.cells.values():
+            x = cell(x)[0]
+        for norm in self.norms:
+            x = norm(x)
+        return self.head(x)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(1)
+    return Model().double().eval()
+
+
+def results(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The outputs, first derivatives, and those of a random functional of these."""
+    parameters = list(model.parameters())
+    y = model(x)
+    ct = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
+    g = torch.autograd.grad(y, parameters, ct, create_graph=True)
+    product = sum((torch.linspace(-1, 1, gi.numel()).view(gi.shape) * gi).sum() for gi in g)
+    return [y, *g, *torch.autograd.grad(product, parameters, allow_unused=True, materialize_grads=True)]
+
+
+def close(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-10)
+
+
+REPLACED = {
+    "norms.0": "LayerNorm",
+    "norms.1": "RMSNorm",
+    "cells.rnn": "RNN",
+    "cells.gru": "GRU",
+    "cells.lstm": "LSTM",
+}
+
+
+def test_everything_but_the_class_stays(model: nn.Module) -> None:
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    expected, parameters, modules = results(model, x), list(model.parameters()), list(model.modules())
+    state, calls = {k: v.clone() for k, v in model.state_dict().items()}, []
+    model.cells["lstm"].register_forward_hook(lambda *_: calls.append("lstm"))
+    model.cells["gru"].train()
+
+    report = mk.patch(model)
+
+    assert report.replaced == tuple((p, f"torch.nn.{n}", f"metakern.nn.{n}") for p, n in REPLACED.items())
+    why = "a subclass, which may compute something else"
+    assert report.left == (("norms.2", f"{Wide.__module__}.Wide", why),)
+    for path, name in REPLACED.items():
+        assert type(model.get_submodule(path)) is getattr(mk.nn, name)
+    assert type(model.norms[2]) is Wide
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert model.again is model.cells["gru"]
+    assert model.cells["gru"].training
+    assert not model.cells["lstm"].training
+    assert list(model.state_dict()) == list(state)
+    close(results(model, x), expected)
+    assert calls == ["lstm"]
+
+
+def test_is_the_same_again_when_repeated_and_taken_back(model: nn.Module) -> None:
+    kinds = [type(m) for m in model.modules()]
+    before = {name: set(vars(m)) for name, m in model.named_modules()}
+    first = mk.patch(model)
+    assert mk.patch(model) == mk.nn.patch.Report((), first.left)
+    back = mk.unpatch(model)
+    assert back.replaced == tuple((path, after, was) for path, was, after in first.replaced)
+    assert [type(m) for m in model.modules()] == kinds
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == before
+    assert mk.unpatch(model) == mk.nn.patch.Report(())
+
+
+def test_an_optimizer_goes_on_with_a_patched_model(model: nn.Module) -> None:
+    other, x = copy.deepcopy(model), torch.randn(2, 4, 6, dtype=torch.float64)
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, other)]
+    for step in range(3):
+        for m, optimizer in zip((model, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            (m(x) ** 2).sum().backward()
+            optimizer.step()
+        if step == 0:
+            mk.patch(model)
+    close(list(model.parameters()), list(other.parameters()))
+
+
+def test_copies_stay_patched_and_can_be_taken_back(model: nn.Module) -> None:
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    mk.patch(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin.cells["lstm"]) is mk.nn.LSTM
+        assert torch.equal(twin(x), model(x))
+        assert len(mk.unpatch(twin).replaced) == len(REPLACED)
+        assert type(twin.cells["lstm"]) is nn.LSTM
+        close([twin(x)], [model(x)])
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "LayerNorm", "RMSNorm"])
+def test_the_model_itself_may_be_one(name: str) -> None:
+    model = getattr(nn, name)(*((6, 6) if name.isupper() else (6,)))
+    report = mk.patch(model)
+    assert report.replaced == (("", f"torch.nn.{name}", f"metakern.nn.{name}"),)
+    assert str(report) == f"1 replaced, 0 left\n  (model)  torch.nn.{name} -> metakern.nn.{name}"
+    assert type(model) is getattr(mk.nn, name)
+
+
+def test_what_can_not_be_replaced_is_left_and_reported() -> None:
+    projected, wrapped, own = nn.LSTM(3, 4, proj_size=2), nn.GRU(3, 4), mk.nn.LSTM(3, 4)
+    original: Any = wrapped.forward
+    wrapped.forward = lambda *args: original(*args)  # type: ignore[method-assign]
+    model = nn.ModuleList([projected, wrapped, own, nn.Linear(2, 2)])
+    report = mk.patch(model)
+    assert report.replaced == ()
+    assert report.left == (
+        ("0", "torch.nn.LSTM", "proj_size must be 0, got 2"),
+        ("1", "torch.nn.GRU", "its forward was replaced"),
+    )
+    mk.unpatch(model)
+    assert [type(m) for m in model] == [nn.LSTM, nn.GRU, mk.nn.LSTM, nn.Linear]
+
+
+def test_a_patched_model_has_forward_mode_and_vmap(model: nn.Module) -> None:
+    """What torch.nn's recurrent layers lack."""
+    x = torch.randn(3, 2, 4, 6, dtype=torch.float64)
+    mk.patch(model)
+    many = torch.func.vmap(model)(x)
+    close([many], [torch.stack([model(xi) for xi in x])])
+    t_x = torch.randn_like(x[0])
+    tangent = torch.func.jvp(model, (x[0],), (t_x,))[1]
+    eps = 1e-6
+    difference = (model(x[0] + eps * t_x) - model(x[0] - eps * t_x)) / (2 * eps)
+    torch.testing.assert_close(tangent, difference, rtol=1e-5, atol=1e-7)
+
+
+def test_must_be_given_a_module() -> None:
+    for f, name in ((mk.patch, "patch"), (mk.unpatch, "unpatch")):
+        with pytest.raises(TypeError, match=rf"^{name}: model must be a torch.nn.Module, got list$"):
+            f([nn.LSTM(1, 1)])  # type: ignore[arg-type]
