@@ -1,11 +1,14 @@
 """Build the compiled kernels of metakern, which neither include nor link PyTorch.
 
-METAKERN_NATIVE says what is built: `cpu` the C++ kernels, failing without a compiler; `none` pure Python;
-`auto` (the default) `cpu` where a compiler works, else `none`.
+METAKERN_NATIVE says what is built: `cuda` the C++ and the CUDA kernels, failing without nvcc; `cpu` the C++ kernels,
+failing without a compiler; `none` pure Python; `auto` (the default) what the compilers at hand can build. Whether there is
+a GPU is never asked: the CUDA kernels bring the runtime library along and are for sm_80, sm_90, and what comes after.
 """
 
 import os
 import platform
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,12 +26,22 @@ X86 = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
 ISAS = X86 if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Icsrc/cuda", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
+
+
+def nvcc() -> str | None:
+    """CUDA's compiler: on the path, or where CUDA_HOME or custom has it."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
+    return shutil.which("nvcc") or (str(home) if home.exists() else None)
 
 
 class BuildKernels(build_ext):
-    """Compile `csrc`, the files of `csrc/cpu` once for each instruction set, all in parallel."""
+    """Compile `csrc`, the files of `csrc/cpu` once for each instruction set, those of `csrc/cuda` by nvcc, in parallel."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
+        cuda = ext.name == "metakern._cuda"
+        kind, without = ("CUDA", "cpu") if cuda else ("C++", "none")
         try:
             if self.compiler.compiler_type == "msvc":
                 raise PlatformError("they need GCC or Clang")
@@ -36,11 +49,15 @@ class BuildKernels(build_ext):
                 jobs = [pool.submit(self.compile_one, ext, source, isa) for source, isa in self.units(ext)]
             objects = [job.result() for job in jobs]
             target = self.get_ext_fullpath(ext.name)
+            if cuda:
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+                self.run_nvcc("-shared", "-cudart=static", *objects, "-o", target)
+                return
             flags = [*ext.extra_link_args, "-pthread"]
             self.compiler.link_shared_object(objects, target, extra_postargs=flags, target_lang="c++")
         except (CompileError, LinkError, PlatformError) as error:
             raise CompileError(
-                f"the C++ kernels were not built ({error}); METAKERN_NATIVE=none does without"
+                f"the {kind} kernels were not built ({error}); METAKERN_NATIVE={without} does without"
             ) from error
 
     def units(self, ext: Pybind11Extension) -> list[tuple[str, str]]:
@@ -48,7 +65,18 @@ class BuildKernels(build_ext):
         many = [(source, isa) for source in ext.sources if "/cpu/" in source for isa in ISAS]
         return many + [(source, "") for source in ext.sources if "/cpu/" not in source]
 
+    def run_nvcc(self, *arguments: str) -> None:
+        try:
+            subprocess.run([nvcc(), *arguments], check=True)
+        except subprocess.CalledProcessError as error:
+            raise CompileError(f"nvcc failed with status {error.returncode}") from error
+
     def compile_one(self, ext: Pybind11Extension, source: str, isa: str) -> str:
+        if source.endswith(".cu"):
+            compiled = Path(self.build_temp, source).with_suffix(".o")
+            compiled.parent.mkdir(parents=True, exist_ok=True)
+            self.run_nvcc(*NVCC_FLAGS, "-c", source, "-o", str(compiled))
+            return str(compiled)
         macros = [("METAKERN_ISA", isa)] if isa else [(f"METAKERN_HAS_{name}", "1") for name in ISAS]
         (compiled,) = self.compiler.compile(
             [source],
@@ -62,15 +90,22 @@ class BuildKernels(build_ext):
 
 def extensions() -> list[Pybind11Extension]:
     native = os.environ.get("METAKERN_NATIVE", "auto")
-    if native == "cuda":
-        raise SystemExit("METAKERN_NATIVE=cuda: this version of metakern has no CUDA kernels; use auto, cpu or none")
     if native not in ("auto", "cpu", "none"):
         raise SystemExit(f"METAKERN_NATIVE must be auto, cuda, cpu or none, got {native!r}")
     if native == "none":
         return []
-    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
-    headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
-    return [Pybind11Extension("metakern._C", sources, depends=headers, optional=native == "auto")]
+    if native == "cuda" and not nvcc():
+        raise SystemExit("METAKERN_NATIVE=cuda: nvcc was not found; install CUDA's compiler or set CUDA_HOME, or use auto")
+
+    def extension(name: str, patterns: tuple[str, ...], required: bool) -> Pybind11Extension:
+        sources = sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
+        headers = sorted(str(path) for path in Path("csrc").rglob("*.[hc]*") if path.suffix in (".h", ".cuh"))
+        return Pybind11Extension(name, sources, depends=headers, optional=not required)
+
+    found = [extension("metakern._C", ("*.cpp", "cpu/*.cpp"), native != "auto")]
+    if nvcc() and native in ("auto", "cuda"):
+        found.append(extension("metakern._cuda", ("cuda/*.cpp", "cuda/*.cu"), native == "cuda"))
+    return found
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
