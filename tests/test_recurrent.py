@@ -116,6 +116,21 @@ def test_any_two_arguments_alone_have_their_derivatives(cell: str) -> None:
 
 
 @every_cell
+def test_a_tangent_is_only_read(cell: str) -> None:
+    """For a single step too, where a bias's tangent has the memory layout of what a kernel may write into."""
+    arguments = [Make()(2, 1, 1, 3), *states(cell, 2, 1, 2), *weights(cell, 2)]
+    for i, argument in enumerate(arguments):
+        before = Make(seed=i)(*argument.shape)
+        tangent = before.clone()
+
+        def of_one(x: Tensor, i: int = i) -> Any:
+            return SPECS[cell].call(*arguments[:i], x, *arguments[i + 1 :])
+
+        torch.func.jvp(of_one, (argument,), (tangent,))
+        assert torch.equal(tangent, before)
+
+
+@every_cell
 def test_saturated_gates_stay_finite(cell: str) -> None:
     x, initial = 100 * Make()(2, 2, 3, 3), [100 * s for s in states(cell, 2, 2, 2)]
     actual = run(SPECS[cell].call, x, *initial, *weights(cell, 2))

@@ -195,13 +195,16 @@ def _rules(
         x, *states, w_ih, w_hh, _, _ = widen(inputs)
         t_x, *t_states, t_w_ih, t_w_hh, t_b_ih, t_b_hh = widen(t_inputs)
         gates, before = cell.residuals(widen(r))
-        t_u = _steps(t_b_ih if cell.split else _sum(t_b_ih, t_b_hh), x)
+        t_u = of_bias = _steps(t_b_ih if cell.split else _sum(t_b_ih, t_b_hh), x)
         t_u = t_u if t_x is None else times(t_x, w_ih.mT, t_u)
         t_u = t_u if t_w_ih is None else times(x, t_w_ih.mT, t_u)
         t_p = _steps(t_b_hh, x) if cell.split else t_u
         t_p = t_p if t_w_hh is None else times(before[0], t_w_hh.mT, t_p)
         t_u, t_p = (t_u, t_p) if cell.split else (t_p, None)
-        t_u = x.new_zeros(*x.shape[:3], w_hh.shape[1]) if t_u is None else t_u
+        if t_u is None:
+            t_u = x.new_zeros(*x.shape[:3], w_hh.shape[1])
+        elif t_u is of_bias:  # a view of the user's, while a kernel may write into what it is given
+            t_u = t_u.clone()
         t_y, t_r = recurrence.jvp(c, t_u, t_p, w_hh, gates, before, t_states)
         return _narrow(inputs, t_y), _narrow(inputs, t_r)
 
