@@ -34,13 +34,19 @@ std::vector<std::string> names() {
 }
 
 // The stream's order protects what `allocate` gives: nothing here waits for the GPU.
-void call(std::size_t index, bool is_bf16, const std::vector<std::uintptr_t>& tensors, std::vector<std::int64_t> sizes,
+py::dict call(std::size_t index, bool is_bf16, const std::vector<std::uintptr_t>& tensors, std::vector<std::int64_t> sizes,
           std::vector<double> scalars, std::uintptr_t stream, const std::function<std::uintptr_t(std::size_t)>& allocate) {
     std::vector<void*> addresses;
     for (const std::uintptr_t address : tensors) addresses.push_back(reinterpret_cast<void*>(address));
     if (sizes.size() != 4) throw std::invalid_argument("a recurrence has four sizes, got " + std::to_string(sizes.size()));
-    kernels().at(index).run[is_bf16]({std::move(addresses), std::move(sizes), std::move(scalars), reinterpret_cast<void*>(stream),
+    const Plan plan = kernels().at(index).run[is_bf16]({std::move(addresses), std::move(sizes), std::move(scalars), reinterpret_cast<void*>(stream),
                                       [&](std::size_t bytes) { return reinterpret_cast<void*>(allocate(bytes)); }});
+    using namespace py::literals;
+    const char* const meetings[] = {"alone", "cluster", "counter"};
+    return py::dict("meeting"_a = meetings[static_cast<int>(plan.meeting)], "blocks"_a = plan.blocks, "units"_a = plan.units,
+                    "rows"_a = plan.rows, "parts"_a = plan.parts, "groups"_a = plan.groups, "splits"_a = plan.splits,
+                    "iterations"_a = plan.iterations, "resident"_a = plan.resident, "chunk"_a = plan.chunk,
+                    "shared"_a = plan.shared);
 }
 
 }  // namespace
@@ -51,5 +57,5 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     module.def("names", &metakern::cuda::names, "The name of every kernel; its place is its number.");
     module.def("call", &metakern::cuda::call, py::arg("index"), py::arg("is_bf16"), py::arg("tensors"), py::arg("sizes"),
                py::arg("scalars"), py::arg("stream"), py::arg("allocate"),
-               "Launch a kernel. metakern._native.call checks what it is given.");
+               "Launch a kernel and say how. metakern._native.call checks what it is given.");
 }

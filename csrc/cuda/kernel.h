@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "plan.h"
+
 namespace metakern::cuda {
 
 // One call: the tensors in the order of the signature (null where absent), its sizes and scalars, and the stream.
@@ -20,7 +22,7 @@ struct Call {
 
 struct Kernel {
     const char* name;
-    void (*run[2])(const Call&);  // float32, bfloat16
+    Plan (*run[2])(const Call&);  // float32, bfloat16; what was launched
 };
 
 // Hands out the tensors of a call in their order, but those that a variant of the kernel does not have.

@@ -165,7 +165,6 @@ __global__ void __launch_bounds__(kThreads, 1) prepare(const Sequences<E> q, con
             E part[Tile::kWide * Tile::kDeep];
             uint4 whole;
         } vector;
-#pragma unroll
         for (int x = 0; x < Tile::kWide * Tile::kDeep; ++x) {
             // What each of the four words of a fragment holds: two numbers of one column, then of the other; as mma has it.
             const int wide = Tile::kDeep == 1 ? x : x / 2 % 2, deep = Tile::kDeep == 1 ? 0 : x / 4 * 2 + x % 2;
@@ -252,15 +251,12 @@ __global__ void __launch_bounds__(kThreads, 1) recur(const Sequences<typename Ru
         };
         const auto summed = [&](int r, std::int64_t j, float* p) {
             const float* at = sums + r * plan.spread + (j - first_unit);
-#pragma unroll
             for (int g = 0; g < kTo; ++g) p[g] = 0;
             for (int s = 0; s < plan.splits; ++s, at += Tile::kRows * plan.spread)
-#pragma unroll
                 for (int g = 0; g < kTo; ++g) p[g] += at[g * plan.units];
         };
         const auto hand_on = [&](int buffer, std::int64_t row, std::int64_t j, const float* values) {
             E* to = reinterpret_cast<E*>(exchange + buffer * q.exchanged() + (row - first) * plan.depth);
-#pragma unroll
             for (int i = 0; i < kFrom; ++i) to[i * q.H + j] = narrow<E>(values[i]);
         };
 
@@ -417,12 +413,10 @@ struct Recurrent {
         std::int64_t H;
 
         __device__ void load(std::int64_t at, std::int64_t j, float* to) const {
-#pragma unroll
             for (int g = 0; g < n; ++g) to[g] = data ? wide(data[(at * n + g) * H + j]) : 0.0f;
         }
         __device__ void store(std::int64_t at, std::int64_t j, const float* from) const {
             if (!data) return;
-#pragma unroll
             for (int g = 0; g < n; ++g) data[(at * n + g) * H + j] = narrow<E>(from[g]);
         }
         __device__ void clear(std::int64_t at, std::int64_t j) const {
@@ -431,7 +425,6 @@ struct Recurrent {
         }
         __device__ void fetch(std::int64_t at, std::int64_t j) const {
             if (!data) return;
-#pragma unroll
             for (int g = 0; g < n; ++g) prefetch(data + (at * n + g) * H + j);
         }
     };
@@ -446,19 +439,15 @@ struct Recurrent {
         Steps<1, P> state[S];
 
         __device__ void load(std::int64_t at, std::int64_t j, float* to) const {
-#pragma unroll
             for (int s = 0; s < S; ++s) state[s].load(at, j, to + s);
         }
         __device__ void store(std::int64_t at, std::int64_t j, const float* from) const {
-#pragma unroll
             for (int s = 0; s < S; ++s) state[s].store(at, j, from + s);
         }
         __device__ void clear(std::int64_t at, std::int64_t j) const {
-#pragma unroll
             for (int s = 0; s < S; ++s) state[s].clear(at, j);
         }
         __device__ void fetch(std::int64_t at, std::int64_t j) const {
-#pragma unroll
             for (int s = 0; s < S; ++s) state[s].fetch(at, j);
         }
     };
@@ -471,11 +460,13 @@ struct Recurrent {
     }
 
     template <class Rule>
-    static void launch(const Call& call, const E* w, const void* lengths, const Rule& rule) {
+    static Plan launch(const Call& call, const E* w, const void* lengths, const Rule& rule) {
         const auto &size = call.sizes;
         const std::int64_t T = size[0], B = size[1], L = size[2], H = size[3];
-        if (!T || !B || !H) return;
-        Sequences<E> q{T, B, L, H, static_cast<const std::int64_t*>(lengths), call.scalars.at(0) != 0};
+        if (!T || !B || !H) return {};
+        Sequences<E> q{};
+        q.T = T, q.B = B, q.L = L, q.H = H, q.reverse = call.scalars.at(0) != 0;
+        q.lengths = static_cast<const std::int64_t*>(lengths);
         q.plan = plan_of<Rule>(T, B, H);
         const std::int64_t items = T * q.plan.parts;
         const std::int64_t weights = 16 * T * q.plan.blocks * q.slice(), exchange = 16 * items * 2 * q.exchanged();
@@ -488,6 +479,7 @@ struct Recurrent {
         spread_over(weights / 16, prepare<E>, call.stream, q, w, G, Rule::kBack);
         const Launch grid(q.plan, q.plan.groups, call.stream);
         check(cudaLaunchKernelEx(&grid.config, recur<Rule>, q, rule), "a recurrence was not launched");
+        return q.plan;
     }
 
     static std::int64_t up16(std::int64_t bytes) { return (bytes + 15) / 16 * 16; }
@@ -521,7 +513,6 @@ struct Recurrent {
             float inputs[G], gates[K], bias[G];
             u.load(at, j, inputs);
             In<G>{b_hh, u.H}.load(row / B, j, bias);
-#pragma unroll
             for (int g = 0; g < G; ++g) p[g] += bias[g];
             before.store(at, j, s);
             Cell::forward(inputs, p, s, gates);
@@ -536,7 +527,7 @@ struct Recurrent {
         __device__ void end(std::int64_t row, std::int64_t j, const float* s) const { last.store(row, j, s); }
     };
 
-    static void forward(const Call& call) {
+    static Plan forward(const Call& call) {
         Tensors<E> tensors(call);
         const std::int64_t B = call.sizes.at(1), H = call.sizes.at(3);
         const In<G> u{tensors.next(), H};
@@ -548,7 +539,7 @@ struct Recurrent {
         const Out<K> kept{tensors.next(keeps_gates), H};
         const auto before = states<E>(tensors, H);
         tensors.finish();
-        launch(call, w, lengths, Forward{u, b_hh, B, first, y, last, kept, before});
+        return launch(call, w, lengths, Forward{u, b_hh, B, first, y, last, kept, before});
     }
 
     struct Jvp {
@@ -571,7 +562,6 @@ struct Recurrent {
             float u[G], more[G], gates[K], s[S], t_gates[K];
             t_u.load(at, j, u);
             t_p.load(at, j, more);
-#pragma unroll
             for (int g = 0; g < G; ++g) p[g] += more[g];
             kept.load(at, j, gates);
             before.load(at, j, s);
@@ -588,7 +578,7 @@ struct Recurrent {
         __device__ void end(std::int64_t row, std::int64_t j, const float* t_s) const { t_last.store(row, j, t_s); }
     };
 
-    static void jvp(const Call& call) {
+    static Plan jvp(const Call& call) {
         Tensors<E> tensors(call);
         const std::int64_t H = call.sizes.at(3);
         const In<G> t_u{tensors.next(), H};
@@ -602,7 +592,7 @@ struct Recurrent {
         const Out<K> t_kept{tensors.next(keeps_gates), H};
         const auto t_before = states<E>(tensors, H);
         tensors.finish();
-        launch(call, w, lengths, Jvp{t_u, t_p, kept, before, t_first, t_y, t_last, t_kept, t_before});
+        return launch(call, w, lengths, Jvp{t_u, t_p, kept, before, t_first, t_y, t_last, t_kept, t_before});
     }
 
     // What the two rules that go back share: Rule::pull turns the cotangents of a step's states into those before it.
@@ -630,7 +620,6 @@ struct Recurrent {
         __device__ void skip(std::int64_t at, std::int64_t j, const float* p, float* ct, float* left) const {
             ct_a.clear(at, j), ct_u.clear(at, j), rule.clear(at, j);
             ct[0] += p[0];
-#pragma unroll
             for (int g = 0; g < G; ++g) left[g] = 0;
         }
         __device__ void end(std::int64_t row, std::int64_t j, const float* ct) const { ct_first.store(row, j, ct); }
@@ -648,14 +637,13 @@ struct Recurrent {
             before.load(at, j, s);
             Cell::total(gates, s, ct);
             cts.store(at, j, ct);
-#pragma unroll
             for (int i = 0; i < S; ++i) total[i] = ct[i];
             Cell::vjp(gates, s, total, ct_a, ct_u, ct);
         }
         __device__ void clear(std::int64_t at, std::int64_t j) const { cts.clear(at, j); }
     };
 
-    static void vjp(const Call& call) {
+    static Plan vjp(const Call& call) {
         Tensors<E> tensors(call);
         const std::int64_t H = call.sizes.at(3);
         const In<1> ct_y{tensors.next(), H};
@@ -666,7 +654,7 @@ struct Recurrent {
         const Out<G> ct_a{tensors.next(), H}, ct_u{tensors.next(Cell::kSplit), H};
         const auto ct_first = states<E>(tensors, H), cts = states<E>(tensors, H);
         tensors.finish();
-        launch(call, w, lengths, Back<Vjp>{ct_y, ct_last, ct_a, ct_u, ct_first, {kept, before, cts}});
+        return launch(call, w, lengths, Back<Vjp>{ct_y, ct_last, ct_a, ct_u, ct_first, {kept, before, cts}});
     }
 
     // ct_a and ct_u of all steps, from the total cotangents.
@@ -687,7 +675,7 @@ struct Recurrent {
         }
     };
 
-    static void cotangents(const Call& call) {
+    static Plan cotangents(const Call& call) {
         Tensors<E> tensors(call);
         const auto& size = call.sizes;
         const std::int64_t tokens = size.at(0) * size.at(1) * size.at(2), H = size.at(3);
@@ -696,7 +684,9 @@ struct Recurrent {
         const auto before = states<const E>(tensors, H, false);
         const Out<G> ct_a{tensors.next(), H}, ct_u{tensors.next(Cell::kSplit), H};
         tensors.finish();
-        if (tokens * H) spread_over(tokens * H, apply<Cotangents>, call.stream, tokens, H, Cotangents{cts, kept, before, ct_a, ct_u});
+        const Cotangents rule{cts, kept, before, ct_a, ct_u};
+        if (tokens && H) spread_over(tokens * H, apply<Cotangents>, call.stream, tokens, H, rule);
+        return {};
     }
 
     struct VjpJvp {
@@ -716,7 +706,6 @@ struct Recurrent {
             t_before.load(at, j, t_s);
             cts.load(at, j, ct);
             source.load(at, j, extra);
-#pragma unroll
             for (int i = 0; i < S; ++i) t_total[i] = t_ct[i];
             Cell::vjp_jvp(gates, s, t_gates, t_s, ct, t_total, t_ct_a, t_ct_u, t_ct);
             t_ct[0] += extra[0];
@@ -724,7 +713,7 @@ struct Recurrent {
         __device__ void clear(std::int64_t, std::int64_t) const {}
     };
 
-    static void vjp_jvp(const Call& call) {
+    static Plan vjp_jvp(const Call& call) {
         Tensors<E> tensors(call);
         const std::int64_t H = call.sizes.at(3);
         const auto cts = states<const E>(tensors, H);
@@ -740,7 +729,7 @@ struct Recurrent {
         const auto t_ct_first = states<E>(tensors, H);
         tensors.finish();
         const VjpJvp rule{kept, t_kept, before, t_before, cts, source};
-        launch(call, w, lengths, Back<VjpJvp>{t_ct_y, t_ct_last, t_ct_a, t_ct_u, t_ct_first, rule});
+        return launch(call, w, lengths, Back<VjpJvp>{t_ct_y, t_ct_last, t_ct_a, t_ct_u, t_ct_first, rule});
     }
 };
 

@@ -20,7 +20,7 @@
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
-    explicit dim3(unsigned n = 1) : x(n) {}
+    dim3(unsigned n = 1) : x(n) {}
 };
 struct alignas(16) uint4 {
     std::uint32_t x, y, z, w;
@@ -47,9 +47,7 @@ void* shared_memory();
 std::uint32_t (*warp_memory())[8];
 
 struct Gpu {
-    int arch = 90, processors = 132, shared = 227 << 10, largest_cluster = 16;
-    long launched[3] = {};  // without groups of blocks, with clusters, cooperative
-    bool resident = false, streamed = false;
+    int arch, processors, shared, largest_cluster;
 };
 extern Gpu gpu;
 
@@ -173,7 +171,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* count, K* kernel, const cudaLaun
 }
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
-    emulation::Gpu& gpu = emulation::gpu;
+    const emulation::Gpu& gpu = emulation::gpu;
     const unsigned grid = config->gridDim.x;
     unsigned cluster = 1, together = 1;
     if (!grid || config->dynamicSmemBytes > static_cast<std::size_t>(gpu.shared)) return cudaErrorInvalidValue;
@@ -186,7 +184,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         if (grid > static_cast<unsigned>(fit * gpu.processors)) return cudaErrorCooperativeLaunchTooLarge;
         together = grid;
     }
-    ++gpu.launched[cluster > 1 ? 1 : together > 1 || config->numAttrs ? 2 : 0];
     emulation::run(grid, config->blockDim.x, together, cluster, config->dynamicSmemBytes, [&] { kernel(Parameters(arguments)...); });
     return cudaSuccess;
 }
