@@ -1,7 +1,7 @@
 """The compiled kernels: whether this installation has them, and one checked call for all of them.
 
-Tensors on the CPU go to C++, in float32 or float64; those on a GPU to the CUDA kernel of the same name and signature, in
-float32 or bfloat16, on PyTorch's current stream. A kernel is named `<op>_<rule>` and described by its signature
+Tensors on the CPU go to C++, in float32 or float64; those on a GPU to the CUDA kernel of the same name and signature,
+in float32 or bfloat16, on PyTorch's current stream. A kernel is named `<op>_<rule>` and described by its signature
 (csrc/kernel.h), from which `call` takes what it checks and what it allocates: "x:TND weight:TD? -> y:TND
 ct_weight:TD?weight" reads
 
@@ -187,12 +187,12 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
                 fits = fits and times * sizes.setdefault(dim, size // times) == size
         if not fits:
             letters = "".join(f"{times if times > 1 else ''}{dim}" for times, dim in dims)
-            expected = f"{letters} with {sizes}" if sizes else list(first.shape)
+            expected: Any = f"{letters} with {sizes}" if sizes else list(first.shape)
             raise ValueError(f"{kernel}: {name} must have shape {expected}, got {list(tensor.shape)}")
         tensors.append(_in_memory(tensor))
     if not sizes:
         sizes["*"] = first.numel()
-    given = {argument.name: tensor for argument, tensor in zip(signature.inputs, tensors, strict=True)}
+    given: dict[str, Any] = {argument.name: tensor for argument, tensor in zip(signature.inputs, tensors, strict=True)}
 
     def output(argument: _Argument) -> Tensor | None:
         if argument.memory:
@@ -210,12 +210,12 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
 
 
 def has_fast_products() -> bool:
-    """Whether `product` is faster than torch.bmm here: its library leaves the AVX-512 of CPUs that aren't Intel's alone."""
+    """Whether `product` is faster than torch.bmm here, whose library uses AVX-512 on Intel's CPUs only."""
     return _C is not None and _C.isa() == "avx512" and not _C.is_intel()
 
 
-def product(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
-    """add + a b of CPU tensors [T, M, K] and [T, K, N]; `add` is expanded to [T, M, N].
+def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False) -> Tensor:
+    """add + a b of CPU tensors [T, M, K] and [T, K, N]; `add` is expanded to [T, M, N], and overwritten with `reuse`.
 
     >>> import pytest
     >>> _ = _C or pytest.skip(obstacle())
@@ -228,14 +228,15 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
     if a.device.type != "cpu" or b.device.type != "cpu":
         raise ValueError(f"product: a and b must be on the CPU, got {a.device} and {b.device}")
     a, b = _one_unit_stride(a), _one_unit_stride(b)
-    address, add_strides = 0, (0, 0)
+    address = 0
+    add_strides: tuple[int, ...] = (0, 0)
     if add is not None:
         if add.dtype != a.dtype or add.device.type != "cpu":
             raise ValueError(f"product: add must be {a.dtype} on the CPU, got {add.dtype} on {add.device}")
         add = add.expand(T, M, N).resolve_neg()
         add = add if add.stride(2) == 1 or N == 1 else add.contiguous()
         address, add_strides = add.data_ptr(), add.stride()[:2]
-    c = a.new_empty(T, M, N)
+    c = add if reuse and add is not None and add.is_contiguous() else a.new_empty(T, M, N)
     addresses = a.data_ptr(), b.data_ptr(), address, c.data_ptr()
     _C.product(
         a.dtype == torch.float64,

@@ -16,7 +16,7 @@ from metakern.ops._rules import Rules, Tensors
 _FEW = 4
 
 
-def product(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False) -> Tensor:
     """add + a b of `[T, M, K]` and `[T, K, N]`, by the faster of torch.bmm and csrc/cpu/matrix.cpp."""
     tasks, rows = a.shape[:2]
     if not _native.has_fast_products() or a.dtype not in _native.DTYPES or a.device.type != "cpu":
@@ -26,9 +26,10 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
     one_row = full is not None and full.stride()[:2] == (0, 0)
     if tasks > 1 and _tensors.shared(b) and (full is None or one_row or full.is_contiguous()):
         size = tasks * rows
-        full = full[:1, :1].expand(1, size, -1) if one_row else None if full is None else full.view(1, size, columns)
-        return product(a.reshape(1, size, a.shape[2]), b[:1], full).view(tasks, rows, columns)
-    return _tensors.product(a, b, add) if rows < _FEW else _native.product(a, b, full)
+        if full is not None:
+            full = full[:1, :1].expand(1, size, -1) if one_row else full.view(1, size, columns)
+        return product(a.reshape(1, size, a.shape[2]), b[:1], full, reuse).view(tasks, rows, columns)
+    return _tensors.product(a, b, add) if rows < _FEW else _native.product(a, b, full, reuse)
 
 
 def rules(

@@ -4,25 +4,26 @@ With u = x W_ihᵀ + b_ih, p_t = h_{t-1} W_hhᵀ + b_hh and the state s (h, and 
 
     s_t, kept_t = cell(u_t, p_t, s_{t-1})
 
-of one hidden unit at a time, given with its derivatives by `Cell`; kept_t are its gates. Inside the recurrence runs what
-depends on time. Everything else is one large product over all steps, before or after it:
+of one hidden unit at a time, given with its derivatives by `Cell`; kept_t are its gates. Inside the recurrence runs
+what depends on time. Everything else is one large product over all steps, before or after it:
 
-    forward   u                                              then s_t, step by step
+    forward   u                                            then s_t, step by step
     jvp       t_u = t_x W_ihᵀ + x t_W_ihᵀ + t_b_ih
-              and h_{t-1} t_W_hhᵀ + t_b_hh, a part of t_p    then t_s_t
-    vjp       backward in time, from sources ct_y:           ct_s_t, which gives ct_u_t and ct_a_t, the cotangent of p_t
-              ct_x = ct_u W_ih,   ct_W_ih = Σ ct_uᵀ x,   ct_W_hh = Σ ct_aᵀ h_{t-1},   ct_b_ih = Σ ct_u,   ct_b_hh = Σ ct_a
-    vjp_jvp   the same recurrence with its tangents, from sources t_ct_y and, to h_{t-1}, ct_a_t t_W_hh; then the tangents of
-              the products above by the product rule
+              and h_{t-1} t_W_hhᵀ + t_b_hh, a part of t_p  then t_s_t
+    vjp       backward in time, from sources ct_y:         ct_s_t, which gives ct_u_t and ct_a_t, the cotangent of p_t
+              ct_x = ct_u W_ih           ct_W_ih = Σ ct_uᵀ x          ct_b_ih = Σ ct_u
+                                         ct_W_hh = Σ ct_aᵀ h_{t-1}    ct_b_hh = Σ ct_a
+    vjp_jvp   the same recurrence for the tangents, from sources t_ct_y and, to h_{t-1}, ct_a_t t_W_hh; then the
+              tangents of the products above by the product rule
 
-Residuals are what each step finds and decides, so that every rule is local in time: the gates, h_{t-1}, and c_{t-1} of an
-LSTM. The vjp hands ct_s_t to vjp_jvp, where ct_u and ct_a follow from it without a second recurrence.
+Residuals are what each step finds and decides, so that every rule is local in time: the gates, h_{t-1}, and c_{t-1} of
+an LSTM. The vjp hands ct_s_t to vjp_jvp, where ct_u and ct_a follow from it without a second recurrence.
 
 Sequences are [T, B, L, ...], states [T, B, H], weights [T, out, in], biases [T, out], lengths [T, B]. A weight that is
 expanded over T (stride 0) is one matrix for all tasks: products with it are one large product, its cotangent is still a
 task's own. A step beyond the length of its sequence changes no state, and its output is zero: results are those of
-torch.nn.utils.rnn.pack_padded_sequence. Half precision is computed in float32; the CUDA kernels store bfloat16, and carry
-the states of a step in float32.
+torch.nn.utils.rnn.pack_padded_sequence. Half precision is computed in float32; the CUDA kernels store bfloat16, and
+carry the states of a step in float32.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from torch import Tensor
 from metakern import _native
 from metakern.ops import _checks, _cpu, _tensors
 from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._tensors import shared
+from metakern.ops._tensors import products, shared
 
 Gates = tuple[Tensor, ...]  # a tensor [T, B, H] for each gate, or each state
 
@@ -109,8 +110,8 @@ class Cell:
         vjp(c, kept, s, ct)                           -> ct_a, ct_u, ct_s of the states before, from a total ct
         vjp_jvp(c, kept, s, t_kept, t_s, ct, t_ct)    -> t_ct_a, t_ct_u, t_ct_s of the two together, from a total ct
 
-    name: that of the kernels. gates: rows of W for each unit. kept: numbers kept of each unit and step; not keeps_gates:
-    they are the output. split: ct_u differs from ct_a.
+    name: that of the kernels. gates: rows of W for each unit. kept: numbers kept of each unit and step; they are the
+    output where not keeps_gates. split: ct_u differs from ct_a.
     """
 
     name: Callable[[SimpleNamespace], str]
@@ -176,35 +177,38 @@ def _rules(
 ) -> Rules:
     widen = wide if dtypes is None else tuple  # kernels that name their dtypes take half precision as it is
 
-    def times(x: Tensor, w: Tensor, add: Tensor | None = None) -> Tensor:
-        """add + x w, all steps at once: [T, B, L, in], [T, in, out] -> [T, B, L, out]."""
-        return product(x.flatten(1, 2), w, None if add is None else add.flatten(1, 2)).unflatten(1, x.shape[1:3])
+    def times(*pairs: tuple[Tensor | None, Tensor | None], add: Tensor | None = None) -> Any:
+        """add + Σ x w, all steps at once: [T, B, L, in], [T, in, out] -> [T, B, L, out]; None for no terms."""
+        flat = ((None if x is None else x.flatten(1, 2), w) for x, w in pairs)
+        y = products(product, *flat, add=None if add is None else add.flatten(1, 2))
+        return None if y is None else y.unflatten(1, next(x for x, _ in pairs if x is not None).shape[1:3])
 
-    def outer(ct: Tensor, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """add + ctᵀ x over a task's tokens: [T, B, L, out], [T, B, L, in] -> [T, out, in]."""
-        return product(ct.flatten(1, 2).mT, x.flatten(1, 2), add)
+    def outer(*pairs: tuple[Tensor, Tensor | None]) -> Any:
+        """Σ ctᵀ x over a task's tokens: [T, B, L, out], [T, B, L, in] -> [T, out, in]."""
+        return products(product, *((ct.flatten(1, 2).mT, None if x is None else x.flatten(1, 2)) for ct, x in pairs))
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
         x, *states, w_ih, w_hh, b_ih, b_hh = widen(inputs)
         bias = b_ih if cell.split else _sum(b_ih, b_hh)
-        u = times(x, w_ih.mT, _steps(bias, x))
+        u = times((x, w_ih.mT), add=_steps(bias, x))
         y, r = recurrence.forward(c, u, w_hh, b_hh if cell.split else None, states)
         return _narrow(inputs, y), _narrow(inputs, r)
 
     def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
-        x, *states, w_ih, w_hh, _, _ = widen(inputs)
+        x, *_, w_ih, w_hh, _, _ = widen(inputs)
         t_x, *t_states, t_w_ih, t_w_hh, t_b_ih, t_b_hh = widen(t_inputs)
         gates, before = cell.residuals(widen(r))
-        t_u = of_bias = _steps(t_b_ih if cell.split else _sum(t_b_ih, t_b_hh), x)
-        t_u = t_u if t_x is None else times(t_x, w_ih.mT, t_u)
-        t_u = t_u if t_w_ih is None else times(x, t_w_ih.mT, t_u)
-        t_p = _steps(t_b_hh, x) if cell.split else t_u
-        t_p = t_p if t_w_hh is None else times(before[0], t_w_hh.mT, t_p)
-        t_u, t_p = (t_u, t_p) if cell.split else (t_p, None)
+        of_x = (t_x, w_ih.mT), (x, None if t_w_ih is None else t_w_ih.mT)
+        of_h = (before[0], None if t_w_hh is None else t_w_hh.mT)
+        of_bias = _steps(t_b_ih if cell.split else _sum(t_b_ih, t_b_hh), x)
+        if cell.split:
+            t_u, t_p = times(*of_x, add=of_bias), times(of_h, add=_steps(t_b_hh, x))
+        else:
+            t_u, t_p = times(*of_x, of_h, add=of_bias), None
         if t_u is None:
             t_u = x.new_zeros(*x.shape[:3], w_hh.shape[1])
-        elif t_u is of_bias:  # a view of the user's, while a kernel may write into what it is given
-            t_u = t_u.clone()
+        elif t_x is None and t_w_ih is None and (cell.split or t_w_hh is None):
+            t_u = t_u.clone()  # the user's bias, while a kernel may write into what it is given
         t_y, t_r = recurrence.jvp(c, t_u, t_p, w_hh, gates, before, t_states)
         return _narrow(inputs, t_y), _narrow(inputs, t_r)
 
@@ -212,8 +216,11 @@ def _rules(
         x, *_, w_ih, w_hh, _, _ = widen(inputs)
         gates, before = cell.residuals(widen(r))
         ct_a, ct_u, ct_states, cts = recurrence.vjp(c, w_hh, gates, before, widen(ct_outputs))
-        ct_x, *ct_p = products(c.needs, x, before[0], w_ih, ct_u, ct_a)
-        return _narrow(inputs, (ct_x, *ct_states, *ct_p, *cts))
+        needs = c.needs
+        ct_x = times((ct_u, w_ih)) if needs[0] else None
+        ct_w_ih = outer((ct_u, x)) if needs[-4] else None
+        ct_w_hh = outer((ct_a, before[0])) if needs[-3] else None
+        return _narrow(inputs, (ct_x, *ct_states, ct_w_ih, ct_w_hh, *sums(needs, ct_u, ct_a), *cts))
 
     def vjp_jvp(
         c: SimpleNamespace,
@@ -232,29 +239,14 @@ def _rules(
         else:
             cts = widen(c.from_vjp)
             ct_a, ct_u = recurrence.cotangents(c, gates, before, cts)
-        source = None if t_w_hh is None else times(ct_a, t_w_hh)
+        source = times((ct_a, t_w_hh))
         t_ct = widen(t_ct_outputs or (None,) * (1 + cell.states))
-        t_ct_a, t_ct_u, t_ct_states = recurrence.vjp_jvp(
-            c, w_hh, gates, before, t_gates, t_before, cts, source, t_ct
-        )
+        t_ct_a, t_ct_u, t_ct_states = recurrence.vjp_jvp(c, w_hh, gates, before, t_gates, t_before, cts, source, t_ct)
         needs = c.needs
-        t_ct_x = times(t_ct_u, w_ih) if needs[0] else None
-        if t_ct_x is not None and t_w_ih is not None:
-            t_ct_x = times(ct_u, t_w_ih, t_ct_x)
-        t_ct_w_ih = outer(t_ct_u, x) if needs[-4] else None
-        if t_ct_w_ih is not None and t_x is not None:
-            t_ct_w_ih = outer(ct_u, t_x, t_ct_w_ih)
-        t_ct_w_hh = outer(ct_a, t_before[0], outer(t_ct_a, before[0])) if needs[-3] else None
+        t_ct_x = times((t_ct_u, w_ih), (ct_u, t_w_ih)) if needs[0] else None
+        t_ct_w_ih = outer((t_ct_u, x), (ct_u, t_x)) if needs[-4] else None
+        t_ct_w_hh = outer((t_ct_a, before[0]), (ct_a, t_before[0])) if needs[-3] else None
         return _narrow(inputs, (t_ct_x, *t_ct_states, t_ct_w_ih, t_ct_w_hh, *sums(needs, t_ct_u, t_ct_a)))
-
-    def products(needs: Sequence[bool], x: Tensor, before: Tensor, w_ih: Tensor, ct_u: Tensor, ct_a: Tensor) -> Tensors:
-        """ct_x, ct_w_ih, ct_w_hh, ct_b_ih, ct_b_hh, those needed; `needs` follows the op's inputs."""
-        return (
-            times(ct_u, w_ih) if needs[0] else None,
-            outer(ct_u, x) if needs[-4] else None,
-            outer(ct_a, before) if needs[-3] else None,
-            *sums(needs, ct_u, ct_a),
-        )
 
     def sums(needs: Sequence[bool], ct_u: Tensor, ct_a: Tensor) -> Tensors:
         """ct_b_ih and ct_b_hh, which are one where ct_u and ct_a are."""
@@ -319,9 +311,7 @@ class _Loops:
 
         return self._back(c, w_hh, ct_outputs, pull, cell.states)
 
-    def cotangents(
-        self, c: SimpleNamespace, gates: Tensor, before: Tensors, cts: Tensors
-    ) -> tuple[Tensor, Tensor]:
+    def cotangents(self, c: SimpleNamespace, gates: Tensor, before: Tensors, cts: Tensors) -> tuple[Tensor, Tensor]:
         ct_a, ct_u, _ = self.cell.vjp(c, gates.chunk(self.cell.kept, -1), before, cts)
         return torch.cat(ct_a, -1), torch.cat(ct_u, -1)
 
@@ -444,7 +434,7 @@ class _Kernels:
             weights = tuple(w if w is None else w[:1] for w in weights)
             first, rest = (tuple(t if t is None else t.flatten(0, 1)[None] for t in ts) for ts in (first, rest))
         kernel, scalars = f"{self.cell.name(c)}_{rule}", (float(c.reverse),)
-        found = _native.call(kernel, *first, *weights, *rest, scalars=scalars)
+        found: Tensors = _native.call(kernel, *first, *weights, *rest, scalars=scalars)
         return tuple(t[0].unflatten(0, (tasks, -1)) for t in found) if merge else found
 
 
@@ -479,7 +469,7 @@ def _started(states: Sequence[Tensor | None], like: Tensor, hidden: int) -> Gate
 
 
 def _times(c: SimpleNamespace, x: Tensor, back: bool = False) -> Iterator[tuple[int, Callable[..., Gates]]]:
-    """The steps in their order, or back; with inside(new, old), which is `old`, or zero, in sequences that have ended."""
+    """The steps in their order, or back; with inside(new, old), which is `old` or zero in sequences that have ended."""
     length = x.shape[2]
     for l in range(length) if c.reverse == back else reversed(range(length)):
         mask = None if c.lengths is None else (l < c.lengths).unsqueeze(-1)

@@ -44,8 +44,8 @@ class Rules:
     cotangent is wanted (the others may be returned as None). Tuples follow the order of the op's inputs, outputs and
     residuals; an absent optional input is None throughout. `t_ct_y` is None when it is zero.
 
-    Where the op has `vjp_residuals`, `vjp` appends so many tensors to ct_x, and `vjp_jvp` finds them as `c.from_vjp`, or
-    None there where no vjp has run.
+    Where the op has `vjp_residuals`, `vjp` appends so many tensors to ct_x, and `vjp_jvp` finds them as `c.from_vjp`,
+    or None there where no vjp has run.
 
         forward(c, x)                                 -> y, r
         jvp(c, x, r, t_x)                             -> t_y, t_r
@@ -103,7 +103,7 @@ class _Call:
         return _Call(self.op, self.rules, self.options, needs, residuals)
 
     def split(self, values: tuple, *groups: str) -> list[tuple]:
-        """Cuts a flat tuple into groups like inputs "x", constants "c", residuals "r", outputs "y", vjp residuals "q"."""
+        """Cuts a flat tuple into groups like inputs "x", constants "c", residuals "r", outputs "y", vjp's own "q"."""
         op = self.op
         sizes = {"x": len(op.inputs), "c": len(op.constants), "r": self.residuals, "y": op.outputs}
         sizes["q"] = op.vjp_residuals

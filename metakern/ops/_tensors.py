@@ -8,8 +8,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-
-Product = Callable[..., Tensor]  # product(a, b, add=None) = add + a b
+# product(a, b, add=None, reuse=False) = add + a b, which may take the memory of add with `reuse`
+Product = Callable[..., Tensor]
 
 
 def rows(x: Tensor, tasks: int | None) -> Tensor:
@@ -33,7 +33,7 @@ def shared(weight: Tensor) -> bool:
     return weight.shape[0] == 1 or (weight.stride(0) == 0 and weight.shape[0] > 0)
 
 
-def product(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False) -> Tensor:
     """add + a b of `[T, N, K]` and `[T, K, M]`; one large product where b is shared."""
     if not shared(b):
         return torch.bmm(a, b) if add is None else torch.baddbmm(add, a, b)
@@ -43,10 +43,10 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
     return y.unflatten(0, a.shape[:2])
 
 
-def products(product: Product, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-    """The sum of the products of the pairs that are complete; None where none is."""
-    total = None
+def products(product: Product, *pairs: tuple[Tensor | None, Tensor | None], add: Tensor | None = None) -> Tensor | None:
+    """add and the sum of the products of the pairs that are complete; None where there is nothing."""
+    total = add
     for a, b in pairs:
         if a is not None and b is not None:
-            total = product(a, b, total)
+            total = product(a, b, total, reuse=total is not add)
     return total
