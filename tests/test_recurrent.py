@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import metakern as mk
@@ -36,7 +39,11 @@ def run(f: Callable, *args: Any) -> list[Tensor]:
     outputs = tree_leaves(f(*args))
     options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
     ct_x = torch.autograd.grad(outputs, wrt, [make(*o.shape) for o in outputs], create_graph=True, **options)
-    return [*outputs, *ct_x, *torch.autograd.grad(ct_x, wrt, [make(*c.shape) for c in ct_x], **options)]
+    v = [make(*c.shape) for c in ct_x]
+    if not any(c.requires_grad for c in ct_x):
+        return [*outputs, *ct_x, *(torch.zeros_like(x) for x in wrt)]
+    curved, along = zip(*((c, vi) for c, vi in zip(ct_x, v, strict=True) if c.requires_grad), strict=True)
+    return [*outputs, *ct_x, *torch.autograd.grad(curved, wrt, along, **options)]
 
 
 def close(actual: list[Tensor], expected: list[Tensor]) -> None:
@@ -81,27 +88,30 @@ def test_shared_parameters_beside_those_of_each_task(cell: str) -> None:
         close(run(spec.call, x, *initial, *mixed), run(plain, x, *initial, *mixed))
 
 
+class Rows(TorchDispatchMode):
+    """Counts the rows of every product with one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.seen.append(args[-2].shape[0])
+        return func(*args, **kwargs or {})
+
+
 @every_cell
-def test_a_weight_expanded_over_the_tasks_is_read_once(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In half precision too, the products see one matrix, and the gradient is each task's own."""
-    seen = []
-    product = mk.ops._recurrent.product
-
-    def spy(a: Tensor, b: Tensor, *rest: Tensor) -> Tensor:
-        seen.append(b.stride(0))
-        return product(a, b, *rest)
-
-    monkeypatch.setattr(mk.ops._recurrent, "product", spy)
-    with mk.backend("reference"):
-        for dtype in (torch.float64, torch.bfloat16):
-            x, (w_ih, *rest) = Make(dtype)(3, 2, 4, 3), [p.to(dtype) for p in weights(cell, 3)]
-            expanded = w_ih[:1].expand_as(w_ih).requires_grad_()
+def test_a_weight_expanded_over_the_tasks_is_read_once(cell: str) -> None:
+    """In half precision too, the tokens of all tasks are multiplied at once, and the gradient is each task's own."""
+    for dtype in (torch.float64, torch.bfloat16):
+        x, (w_ih, *rest) = Make(dtype)(3, 2, 4, 3).requires_grad_(), [p.to(dtype) for p in weights(cell, 3)]
+        expanded = w_ih[:1].expand_as(w_ih).requires_grad_()
+        with mk.backend("reference"), Rows() as rows:
             y, *_ = SPECS[cell].call(x, *([None] * len(states(cell, 1))), expanded, *rest)
-            (ct_w,) = torch.autograd.grad(y.sum(), [expanded])
-            assert ct_w.shape == w_ih.shape
-            assert not torch.equal(ct_w[0], ct_w[1])
-    assert seen[0] == 0
-    assert 0 in seen[len(seen) // 2 :]
+            _, ct_w = torch.autograd.grad(y.sum(), [x, expanded])
+        assert rows.seen == [24, 24]
+        assert not torch.equal(ct_w[0], ct_w[1])
 
 
 @every_cell
@@ -167,6 +177,58 @@ def test_equals_torch_nn(cell: str) -> None:
 
 
 @every_cell
+@pytest.mark.parametrize("reverse", [False, True])
+def test_lengths_equal_packed_sequences_of_torch_nn(cell: str, reverse: bool) -> None:
+    """torch.nn runs backward in time only beside forward: its second direction is the op's."""
+    torch.manual_seed(0)
+    module = getattr(nn, cell.upper())(3, 5, bidirectional=True).double()
+    named = dict(module.named_parameters())
+    own = [name for name in named if name.endswith("_reverse") == reverse]
+    x, lengths = Make()(4, 6, 3), torch.tensor([3, 6, 1, 6])
+    initial, half = states(cell, 4, 5), slice(5, None) if reverse else slice(5)
+
+    def ours(x: Tensor, *rest: Tensor) -> Any:
+        return SPECS[cell].call(x, *rest, lengths, reverse=reverse)
+
+    def theirs(x: Tensor, *rest: Tensor) -> Any:
+        hx = [torch.stack([s, s]) for s in rest[: len(initial)]]
+        values = named | dict(zip(own, rest[len(initial) :], strict=True))
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        y, final = torch.func.functional_call(module, values, (packed, tuple(hx) if cell == "lstm" else hx[0]))
+        y, _ = pad_packed_sequence(y, batch_first=True)
+        return y[..., half], *(f[int(reverse)] for f in (final if cell == "lstm" else (final,)))
+
+    arguments = [x, *initial, *(named[name] for name in own)]
+    close(run(ours, *arguments), run(theirs, *arguments))
+
+
+@every_cell
+def test_lengths_may_be_mapped(cell: str) -> None:
+    x, initial, lengths = Make()(3, 2, 4, 3), states(cell, 3, 2, 2), torch.tensor([[4, 2], [0, 3], [1, 4]])
+    own = weights(cell, 3)
+    one = torch.func.vmap(SPECS[cell].call)(x, *initial, *own, lengths)
+    close(one, SPECS[cell].call(x, *initial, *own, lengths))
+
+
+@every_cell
+def test_what_lies_beyond_a_sequence_is_not_seen(cell: str) -> None:
+    """Not even NaN, forward and backward, in either direction."""
+    lengths = torch.tensor([[4, 2], [0, 3]])
+    beyond = (torch.arange(4) >= lengths.unsqueeze(-1)).unsqueeze(-1)
+    clean, initial, own = Make()(2, 2, 4, 3).masked_fill(beyond, 0), states(cell, 2, 2, 2), weights(cell, 2)
+    for reverse in (False, True):
+
+        def call(*args: Tensor, reverse: bool = reverse) -> Any:
+            return SPECS[cell].call(*args, lengths, reverse=reverse)
+
+        a, b = (run(call, x, *initial, *own) for x in (clean, clean.masked_fill(beyond, 1e6)))
+        close(a, b)
+        y = call(clean.masked_fill(beyond, float("nan")), *initial, *own)[0]
+        assert torch.equal(y, call(clean, *initial, *own)[0])
+        assert not y.masked_select(beyond).any()
+
+
+@every_cell
 def test_errors_name_the_argument(cell: str) -> None:
     rows, op = GATES[cell] * 2, getattr(mk.ops, cell)
     w_ih, w_hh, b_ih, b_hh = weights(cell)
@@ -193,3 +255,70 @@ def test_errors_name_the_argument(cell: str) -> None:
     bad = Make()(4, 3)
     bad_state = (bad, bad) if cell == "lstm" else bad
     refuses(ValueError, r"h must have shape \[B, H\] = \[4, 2\], got \[4, 3\]", x, bad_state, w_ih, w_hh)
+
+    def refuses_lengths(error: type[Exception], message: str, lengths: Any, *lead: int) -> None:
+        refuses(error, message, Make()(*(lead or (4,)), 5, 3), None, w_ih, w_hh, None, None, lengths)
+
+    refuses_lengths(TypeError, "lengths must be a tensor, got list", [5, 5, 5, 5])
+    refuses_lengths(TypeError, r"lengths must be int64 or int32, got torch.float32", torch.ones(4))
+    refuses_lengths(TypeError, r"lengths must be int64 or int32, got torch.bool", torch.ones(4, dtype=torch.bool))
+    refuses_lengths(ValueError, r"lengths must be in \[0, 6\), got -1", torch.tensor([5, -1, 0, 5]))
+    refuses_lengths(ValueError, r"lengths must be in \[0, 6\), got 6", torch.tensor([6, 1, 0, 5]))
+    refuses_lengths(ValueError, r"lengths must have shape \[B\] = \[4\], got \[3\]", torch.tensor([5, 5, 5]))
+    refuses_lengths(ValueError, r"lengths must have shape \[T, B\] = \[2, 4\], got \[4\]", torch.tensor([5] * 4), 2, 4)
+    refuses_lengths(
+        ValueError, "lengths must be on cpu like the other arguments, got meta", torch.ones(4).long().to("meta")
+    )
+
+
+@every_cell
+@pytest.mark.parametrize(
+    ("T", "B", "L", "I", "H"),
+    [(0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 3, 0, 4, 5), (2, 3, 4, 0, 5), (2, 3, 4, 5, 0), (0, 0, 0, 0, 0)],
+)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_sizes_of_zero(cell: str, T: int, B: int, L: int, I: int, H: int, backend: str) -> None:
+    arguments = [Make()(T, B, L, I), *states(cell, T, B, H), *weights(cell, T, features=I, hidden=H)]
+    for lengths in (None, torch.full((T, B), L // 2), torch.zeros(T, B, dtype=torch.int32)):
+        with mk.backend(backend):
+            results = run(lambda *args, lengths=lengths: SPECS[cell].call(*args, lengths), *arguments)
+        if T and B:
+            plain = run(lambda *args, lengths=lengths: SPECS[cell].plain(*args, lengths), *arguments)
+            close(results, plain)
+        assert all(torch.isfinite(r).all() for r in results)
+
+
+@every_cell
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_nan_and_infinity_go_through(cell: str, backend: str) -> None:
+    """What has NaN is NaN; a sequence beside it, and a task beside it, are not."""
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = Make()(2, 2, 3, 3)
+        x[0, 0, 1, 0] = bad
+        with mk.backend(backend):
+            y, *_ = run(SPECS[cell].call, x, *states(cell, 2, 2, 2), *weights(cell, 2))
+        assert torch.isfinite(y[0, 0, 0]).all()
+        assert torch.isfinite(y[0, 1]).all()
+        assert torch.isfinite(y[1]).all()
+        assert y[0, 0, 1:].isnan().all() or not math.isnan(bad)
+
+
+@every_cell
+def test_strided_and_expanded_tensors_of_every_kind(cell: str) -> None:
+    x, initial, own = Make()(3, 2, 4, 3), states(cell, 3, 2, 2), weights(cell, 3)
+
+    def scattered(t: Tensor) -> Tensor:
+        """The same numbers in another layout: dimensions in reverse order, and gaps between."""
+        wide = torch.full((*reversed(t.shape), 2), float("nan"), dtype=t.dtype)[..., 0]
+        return wide.copy_(t.permute(*reversed(range(t.dim())))).permute(*reversed(range(t.dim())))
+
+    def expanded(t: Tensor) -> Tensor:
+        return t[..., :1].expand_as(t)
+
+    lengths = torch.tensor([[4, 0, 2, 9], [1, 9, 3, 9], [2, 9, 4, 9]])[:, ::2]
+    for change in (scattered, expanded):
+        changed = [change(t) for t in (x, *initial, *own)]
+        for n in (None, lengths):
+            copies = [t.clone(memory_format=torch.contiguous_format) for t in changed]
+            expected = SPECS[cell].call(*copies, n if n is None else n.contiguous())
+            close(SPECS[cell].call(*changed, n), expected)

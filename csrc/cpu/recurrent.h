@@ -20,7 +20,7 @@ inline Vec<float> positive(Vec<float> x) { return x > 0 ? Vec<float>{} + 1 : Vec
 inline Vec<double> positive(Vec<double> x) { return x > 0 ? Vec<double>{} + 1 : Vec<double>{}; }
 #include "../cells.h"
 
-// Fewer multiplications than this in a step do not outweigh a thread.
+// Fewer multiplications than this do not outweigh the waking of a thread.
 constexpr int64_t kStep = 1 << 13;
 
 // What a block of sequences holds of one of them between two steps: the left operand of the product, its result, and the
@@ -49,7 +49,7 @@ struct Sequences {
         // Rows of a power of two would meet in the same few places of the first cache.
         const int64_t left_row = from + kLanes<F>, product_row = to + kLanes<F>;
         // A task a unit; where there are fewer tasks than threads, their sequences are shared out.
-        const int wanted = L * B * weight < kStep ? 1 : threads;
+        const int wanted = T * L * B * weight < kStep ? 1 : threads;
         const int64_t parts = T && B && T < wanted ? min((wanted + T - 1) / T, B) : 1;
         const bool together = parts > 1;
         const auto matrix = [=](int64_t t) {
@@ -57,11 +57,11 @@ struct Sequences {
         };
         const Scratch shared(together ? T * packed_size * static_cast<int64_t>(sizeof(F)) : 0);
         if (together)
-            parallel_for(T * panels<F>(to), threads, [&](int64_t unit) {
+            parallel_for(T * panels<F>(to), wanted, [&](int64_t unit) {
                 const int64_t t = unit / panels<F>(to), p = unit % panels<F>(to);
                 pack<F>(shared.as<F>() + t * packed_size + p * kPanel<F> * from, matrix(t), from, to, p, p + 1);
             });
-        parallel_for(T * parts, threads, [&](int64_t unit) {
+        parallel_for(T * parts, wanted, [&](int64_t unit) {
             const int64_t t = unit / parts, part = unit % parts;
             const int64_t first = t * B + B * part / parts, rows = t * B + B * (part + 1) / parts - first;
             F* memory = static_cast<F*>(thread_memory(

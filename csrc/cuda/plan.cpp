@@ -8,8 +8,6 @@
 namespace metakern::cuda {
 namespace {
 
-constexpr int kLeftBytes = 64 << 10;  // of shared memory, at most, for the left operand
-
 // Clock cycles, roughly: what the choice turns on is their ratios.
 constexpr double kResidentBytes = 64, kStreamedBytes = 24, kExchangedBytes = 32;  // a cycle
 constexpr double kMeeting[] = {200, 1500, 3000}, kTile = 1200;
@@ -38,7 +36,7 @@ std::optional<Plan> layout(const Problem& p, const Device& device, int blocks, s
     plan.iterations = static_cast<int>(up(depth, std::int64_t{plan.splits}));
     const int left = plan.splits * tile.left;  // vectors of a row of the left operand in an iteration
     plan.depth = plan.iterations * left;
-    plan.chunk = std::clamp(kLeftBytes / (16 * tile.rows * left), 1, plan.iterations);
+    plan.chunk = std::clamp(device.shared / 3 / (16 * tile.rows * left), 1, plan.iterations);
     plan.pitch = plan.chunk * left;
     if (plan.pitch % 8 == 0) plan.pitch += 4;  // so that the rows that a warp reads at once lie in other banks
     plan.spread = plan.columns * tile.columns + 4;

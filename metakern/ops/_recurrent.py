@@ -338,7 +338,7 @@ class _Loops:
 
         t_ct_y, *t_ct_last = (
             cts[0].new_zeros(shape) if t is None else t
-            for t, shape in zip(t_ct_outputs, (cts[0].shape, *(ct[:, :, 0].shape for ct in cts)), strict=True)
+            for t, shape in zip(t_ct_outputs, (cts[0].shape, *((*ct.shape[:2], ct.shape[3]) for ct in cts)), strict=True)
         )
         return self._back(c, w_hh, (t_ct_y, *t_ct_last), pull, 0)[:3]
 
@@ -348,7 +348,7 @@ class _Loops:
         """ct_a, ct_u, the cotangents of the initial states, and the total ones that `pull` gives."""
         ct_y, *last = ct_outputs
         rows, hidden = w_hh.shape[1:]
-        steps, ct_s = [], tuple(last)
+        steps, ct_s = [], tuple(ct.clone() for ct in last)  # without steps they are handed out
         for l, inside in _times(c, ct_y, back=True):
             ct_a, ct_u, ct_new, total = pull(l, (ct_s[0] + ct_y[:, :, l], *ct_s[1:]))
             ct_a, ct_u, *total = inside((torch.cat(ct_a, -1), torch.cat(ct_u, -1), *total))

@@ -11,7 +11,7 @@ emulation::Index threadIdx, blockIdx, gridDim;
 
 namespace emulation {
 
-Gpu gpu{90, 132, 227 << 10, 16};
+Gpu gpu{90, 132, 227 << 10, 16, false};
 
 namespace {
 
@@ -45,6 +45,15 @@ void enter() {
     (*body_of_thread)();
     current->done = true;
     swapcontext(&current->context, &scheduler);
+}
+
+void start(Fiber& fiber, unsigned thread, unsigned block, char* stack) {
+    fiber.thread = thread, fiber.block = block;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stack;
+    fiber.context.uc_stack.ss_size = kStack;
+    makecontext(&fiber.context, enter, 0);
+    ready.push_back(&fiber);
 }
 
 unsigned warp_of(const Fiber& fiber) { return (fiber.block * threads_of_block + fiber.thread) / 32; }
@@ -92,15 +101,7 @@ void run(unsigned grid, unsigned threads, unsigned together, unsigned cluster, s
         memories.assign(together, std::vector<std::max_align_t>(size));
         for (auto& memory : memories) std::memset(memory.data(), 0xff, size * sizeof(std::max_align_t));
         ready.clear();
-        for (std::size_t i = 0; i < count; ++i) {
-            Fiber& fiber = fibers[i];
-            fiber.thread = static_cast<unsigned>(i % threads), fiber.block = static_cast<unsigned>(i / threads);
-            getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = stacks[i].get();
-            fiber.context.uc_stack.ss_size = kStack;
-            makecontext(&fiber.context, enter, 0);
-            ready.push_back(&fiber);
-        }
+        for (unsigned i = 0; i < count; ++i) start(fibers[i], i % threads, i / threads, stacks[i].get());
         std::size_t finished = 0;
         spins = 0;
         while (!ready.empty() && spins < 10'000'000) {
@@ -123,6 +124,6 @@ void run(unsigned grid, unsigned threads, unsigned together, unsigned cluster, s
 }  // namespace emulation
 
 // Another GPU from here on.
-extern "C" __attribute__((visibility("default"))) void emulate(int arch, int processors, int shared, int largest_cluster) {
-    emulation::gpu = {arch, processors, shared, largest_cluster};
+extern "C" __attribute__((visibility("default"))) void emulate(int arch, int processors, int shared, int largest_cluster, int idle) {
+    emulation::gpu = {arch, processors, shared, largest_cluster, idle != 0};
 }

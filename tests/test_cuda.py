@@ -1,0 +1,281 @@
+"""The CUDA kernels without a GPU: what the compiler says of them, and what they compute on an emulated one.
+
+`tests/cuda_emulation` compiles `csrc/cuda` as it stands, launcher and bindings included, for a GPU whose threads are
+fibers; here the recurrent ops run on it and are held against the reference in float64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import itertools
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwd
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import metakern as mk
+from metakern import _native
+from metakern.ops import SPECS, _backend
+from metakern.ops._spec import Make
+
+ROOT = Path(__file__).parent.parent
+CELLS = {"rnn_tanh": (1, 1), "rnn_relu": (1, 1), "gru": (3, 1), "lstm": (4, 2)}  # gates and states
+every_cell = pytest.mark.parametrize("cell", CELLS)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+class Gpu(NamedTuple):
+    """An emulated GPU: 80 or 90, multiprocessors, bytes of shared memory a block, blocks of the largest cluster."""
+
+    arch: int
+    processors: int
+    shared: int
+    largest_cluster: int = 8
+    idle: bool = False  # launches are checked, and do nothing
+
+
+class Emulation:
+    """The compiled emulation, in the place of metakern._cuda and of the device type "cpu"."""
+
+    def __init__(self, path: Path) -> None:
+        spec = importlib.util.spec_from_file_location("cuda_emulation._cuda", path)
+        assert spec is not None
+        assert spec.loader is not None
+        self.module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        self.library = ctypes.CDLL(str(path))
+        self.numbers = {name: number for number, name in enumerate(self.module.names())}
+
+        self.plans: list[dict[str, Any]] = []
+
+    def use(self, gpu: Gpu) -> None:
+        self.library.emulate(*gpu)
+        self.plans.clear()
+
+    def run(
+        self, kernel: str, dtype: torch.dtype, addresses: list[int], sizes: list[int], scalars: Any, _: Any
+    ) -> None:
+        memory: list[Tensor] = []
+
+        def allocate(size: int) -> int:
+            memory.append(torch.full((size + 1024,), 0xFF, dtype=torch.uint8))  # NaN, with a guard behind
+            return memory[-1].data_ptr()
+
+        number, bf16 = self.numbers[kernel], dtype == torch.bfloat16
+        self.plans.append(self.module.call(number, bf16, addresses, sizes, list(scalars), 0, allocate))
+        assert all((m[-1024:] == 0xFF).all() for m in memory), "a launch writes beyond its memory"
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no compiler")
+    pybind11 = pytest.importorskip("pybind11")
+    folder = tmp_path_factory.mktemp("emulation")
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags += [f"-I{ROOT}/tests/cuda_emulation", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    sources = [*ROOT.glob("csrc/cuda/*.c*"), *ROOT.glob("tests/cuda_emulation/*.cpp")]
+    sources = [source for source in sources if source.suffix != ".cuh"]
+
+    def compiled(source: Path) -> str:
+        target = folder / f"{source.name}.o"
+        subprocess.run([compiler, *flags, "-xc++", "-c", str(source), "-o", str(target)], check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, sources))
+    library = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run([compiler, "-shared", *objects, "-o", str(library)], check=True)
+    return Emulation(library)
+
+
+@pytest.fixture
+def on_gpu(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> Emulation:
+    """The backend "cuda" is the emulation, and tensors on the CPU are on the GPU."""
+    monkeypatch.setattr(_native, "_cuda", emulation.module)
+    device = _native._Device(_native.CUDA_DTYPES, emulation.run)
+    monkeypatch.setitem(_native._DEVICES, "cpu", device)
+    monkeypatch.setattr(_backend, "_obstacle", lambda name: None)
+    return emulation
+
+
+class Case(NamedTuple):
+    """A problem, the emulated GPU that it runs on, and what is to be seen of the launches there."""
+
+    gpu: Gpu
+    sizes: tuple[int, int, int, int]  # T, B, L, H
+    seen: Callable[[dict[str, Any]], bool]
+    lengths: bool = False
+    reverse: bool = False
+    shared: bool = False
+
+
+H100, A100 = Gpu(90, 132, 227 << 10), Gpu(80, 108, 163 << 10)
+CASES = {
+    "alone": Case(H100, (2, 3, 3, 5), lambda p: p["meeting"] == "alone", lengths=True),
+    "one of everything": Case(H100, (1, 1, 1, 1), lambda p: p["resident"] == p["iterations"]),
+    "few rows": Case(H100, (1, 2, 2, 37), lambda p: p["rows"] >= 2, reverse=True),
+    "parts": Case(H100, (1, 21, 2, 33), lambda p: p["parts"] > 1 and p["rows"] < 21, shared=True),
+    "tiles": Case(Gpu(90, 1, 64 << 10), (2, 21, 2, 18), lambda p: p["rows"] >= 21, lengths=True, reverse=True),
+    "clusters": Case(H100, (2, 3, 3, 130), lambda p: p["meeting"] == "cluster" and p["blocks"] > 2, lengths=True),
+    "counters": Case(A100, (2, 3, 3, 194), lambda p: p["meeting"] == "counter" and p["blocks"] > 1, reverse=True),
+    "waves": Case(Gpu(80, 2, 163 << 10), (3, 2, 2, 194), lambda p: p["groups"] < 3 * p["parts"] and p["blocks"] > 1),
+    "streamed": Case(Gpu(90, 8, 40 << 10), (2, 3, 2, 98), lambda p: p["resident"] < p["iterations"], shared=True),
+    "chunks": Case(Gpu(90, 2, 40 << 10, 2), (1, 3, 2, 290), lambda p: p["chunk"] < p["iterations"], lengths=True),
+}
+
+
+def problem(cell: str, case: Case, dtype: torch.dtype, seed: int) -> tuple[Callable, Callable, list[Tensor]]:
+    """The op, plain PyTorch, and the arguments that both are to be differentiated by."""
+    (T, B, L, H), (gates, states), make = case.sizes, CELLS[cell], Make(seed=seed)
+    scale, tasks = H**-0.5, () if case.shared else (T,)
+    arguments = [make(T, B, L, 3), *(make(T, B, H) for _ in range(states)), make(*tasks, gates * H, 3)]
+    arguments += [scale * make(*tasks, gates * H, H), make(*tasks, gates * H), make(*tasks, gates * H)]
+    options: dict[str, Any] = {"reverse": case.reverse}
+    if cell.startswith("rnn"):
+        options["nonlinearity"] = cell[4:]
+    lengths = (torch.arange(T * B).reshape(T, B) * 2 % (L + 1),) if case.lengths else ()
+    spec = SPECS[cell.split("_")[0]]
+
+    def op(*x: Tensor) -> Any:
+        return spec.call(*x, *lengths, **options)
+
+    def plain(*x: Tensor) -> Any:
+        return spec.plain(*x, *lengths, **options)
+
+    return op, plain, [a.to(dtype).double() for a in arguments]
+
+
+def results(f: Callable, arguments: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Outputs, first derivatives, and second ones by reverse over reverse and by forward over reverse."""
+    x, make = [a.to(dtype).requires_grad_() for a in arguments], Make(seed=9)
+    y = tree_leaves(f(*x))
+    ct = [make(*t.shape).to(dtype).requires_grad_() for t in y]
+    ct_x = torch.autograd.grad(y, x, ct, create_graph=True)
+    v = [make(*t.shape).to(dtype) for t in x]
+    second = torch.autograd.grad(ct_x, [*x, *ct], v)
+    with fwd.dual_level():
+        duals = [fwd.make_dual(a.detach().requires_grad_(), t) for a, t in zip(x, v, strict=True)]
+        y_dual = tree_leaves(f(*duals))
+        t_ct = torch.autograd.grad(y_dual, duals, [c.detach() for c in ct])
+        tangents = [fwd.unpack_dual(t).tangent for t in (*y_dual, *t_ct)]
+    return [t.detach().double() for t in (*y, *ct_x, *second, *tangents)]
+
+
+def errors(found: list[Tensor], truth: list[Tensor]) -> Tensor:
+    return torch.stack([(a - t).norm() / (t.norm() + 1e-30) for a, t in zip(found, truth, strict=True)])
+
+
+@every_cell
+@every_dtype
+@pytest.mark.parametrize("name", CASES)
+def test_rules_are_as_good_as_plain(on_gpu: Emulation, cell: str, dtype: torch.dtype, name: str) -> None:
+    """error(kernels) <= 2 x error(plain PyTorch in that dtype) + eps, a geometric mean over draws, at every order."""
+    case, eps, mean = CASES[name], torch.finfo(dtype).eps, []
+    on_gpu.use(case.gpu)
+    for seed in (1, 2):
+        op, plain, arguments = problem(cell, case, dtype, seed)
+        with mk.backend("reference"):
+            truth = results(op, arguments, torch.float64)
+        with mk.backend("cuda"):
+            ours = results(op, arguments, dtype)
+        mean.append(torch.stack([errors(ours, truth), errors(results(plain, arguments, dtype), truth)]) + eps / 8)
+    ours, theirs = torch.stack(mean).log().mean(0).exp()
+    assert (ours <= 2 * theirs + 4 * eps).all(), (ours / theirs).tolist()
+    assert any(case.seen(plan) for plan in on_gpu.plans if plan["blocks"]), on_gpu.plans
+
+
+@every_cell
+@every_dtype
+def test_a_sequence_does_not_see_its_neighbors(on_gpu: Emulation, cell: str, dtype: torch.dtype) -> None:
+    """Changing the last task, or the last sequence of each, leaves the others bit-identical."""
+    on_gpu.use(Gpu(90, 4, 64 << 10, 2))
+    op, _, arguments = problem(cell, Case(H100, (3, 9, 2, 20), bool), dtype, seed=1)
+    states = CELLS[cell][1]
+    with mk.backend("cuda"):
+        base = results(op, arguments, dtype)
+        others = [torch.cat([a[:-1], a[-1:] + 1]) for a in arguments]
+        for a, b in zip(results(op, others, dtype), base, strict=True):
+            assert torch.equal(a[:-1], b[:-1])
+        last = [torch.cat([a[:, :-1], a[:, -1:] + 1], 1) if i <= states else a for i, a in enumerate(arguments)]
+        for a, b in zip(tree_leaves(op(*last)), tree_leaves(op(*arguments)), strict=True):
+            assert torch.equal(a[:, :-1], b[:, :-1])
+
+
+@every_cell
+def test_nothing_to_do(on_gpu: Emulation, cell: str) -> None:
+    on_gpu.use(H100)
+    for sizes in ((0, 2, 3, 4), (2, 0, 3, 4), (2, 3, 0, 4)):
+        op, plain, arguments = problem(cell, Case(H100, sizes, bool), torch.float32, seed=1)
+        with mk.backend("cuda"):
+            ours = results(op, arguments, torch.float32)
+        for a, b in zip(ours, results(plain, arguments, torch.float64), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpu_that_is_too_small_says_so(on_gpu: Emulation) -> None:
+    arguments = torch.ones(1, 1, 1, 28), torch.ones(1, 28, 7), None, None, None
+    on_gpu.use(Gpu(90, 1, 1 << 10))
+    with pytest.raises(RuntimeError, match="no launch fits this GPU for 7 hidden units: use the reference backend"):
+        _native.call("lstm_forward", *arguments, scalars=(0.0,))
+    on_gpu.use(Gpu(75, 4, 64 << 10))
+    with pytest.raises(RuntimeError, match=r"the CUDA kernels need compute capability 8[.]0, got 7[.]5"):
+        _native.call("lstm_forward", *arguments, scalars=(0.0,))
+
+
+@every_cell
+@pytest.mark.parametrize("gpu", [H100, A100, Gpu(86, 84, 99 << 10)], ids=lambda gpu: f"sm_{gpu.arch}")
+def test_every_size_has_a_launch_that_fits(emulation: Emulation, cell: str, gpu: Gpu) -> None:
+    """Real sizes, planned and launched as on a GPU, which checks shared memory and that all blocks fit."""
+    emulation.use(gpu._replace(idle=True))
+    for kernel, number in emulation.numbers.items():
+        if not kernel.startswith(cell) or kernel.endswith("cotangents"):
+            continue
+        signature = _native._signatures()[kernel]
+        addresses = [64] * (len(signature.inputs) + len(signature.outputs))
+        for T, B, H in itertools.product((1, 8, 100), (1, 8, 64, 1000), (1, 64, 100, 256, 512, 1024, 3000)):
+            for bf16 in (False, True):
+                plan = emulation.module.call(number, bf16, addresses, [T, B, 1, H], [0.0], 0, lambda size: 64)
+                assert plan["shared"] <= gpu.shared
+                assert plan["blocks"] * plan["units"] >= H
+                assert plan["rows"] * plan["parts"] >= B
+                assert (plan["meeting"] == "cluster") <= (gpu.arch == 90)
+
+
+def test_kernels_are_those_of_the_cpu(emulation: Emulation) -> None:
+    assert set(emulation.numbers) == {k for k in _native._signatures() if k.startswith(("rnn", "gru", "lstm"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_the_compiler_spills_nothing(cell: str, tmp_path: Path) -> None:
+    """For sm_80 and sm_90: no spills, no stack, registers for 256 threads, and no shared memory beside the launcher's."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not on the path")
+    flags = ["-std=c++17", "-O3", f"-I{ROOT}/csrc/cuda", "-Xptxas=-v", "-cubin"]
+    for arch in ("sm_80", "sm_90"):
+        command = [nvcc, *flags, f"-arch={arch}", f"{ROOT}/csrc/cuda/{cell}.cu", "-o", str(tmp_path / f"{cell}.cubin")]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        kernels = report.split("Compiling entry function")[1:]
+        recurrences = [kernel for kernel in kernels if "recur" in kernel.split("'")[1]]
+        assert len(recurrences) == 8 * (2 if cell == "rnn" else 1)
+        for kernel in kernels:
+            name, text = kernel.split("'")[1], re.sub(r"\s+", " ", kernel)
+            assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, (arch, name, text)
+            registers = re.search(r"Used (\d+) registers", text)
+            assert registers is not None
+            assert int(registers[1]) <= 255, (arch, name)
+            assert "smem" not in text, (arch, name)
