@@ -92,20 +92,25 @@ class Planner:
         copy_bytes = sum(p.numel() * p.element_size() for p in adapted)
         working, free = saved + 3 * copy_bytes, _free_bytes(device)
         wish, strategy = self.wishes.task_chunk, self.wishes.strategy
-        if isinstance(wish, int):
-            chunk = wish
-        else:
-            room = CACHE_BYTES if device.type == "cpu" else free // 2
-            chunk = max(1, room // max(working, 1))
-            where = "cache" if device.type == "cpu" else "memory"
-            now = min(chunk, tasks)
-            reasons.append(f"{now} of {tasks} tasks at once: {_mib(working)} a task and step, {_mib(room)} of {where}")
+        on_cpu = device.type == "cpu"
+        room, where = (CACHE_BYTES, "cache") if on_cpu else (free // 2, "memory")
+
+        def fitting(size: int) -> int:
+            return wish if isinstance(wish, int) else max(1, room // max(size, 1))
+
         if strategy == "auto":
-            stored = min(chunk, tasks) * (inner_steps * (3 * saved + 2 * copy_bytes) + working)
+            stored = min(fitting(working), tasks) * (inner_steps * (3 * saved + 2 * copy_bytes) + working)
             strategy = "store" if stored <= free // 4 else "recompute"
             fits = "fits" if strategy == "store" else "does not fit"
             reasons.append(
                 f"{strategy}: the graph of {inner_steps} steps, {_mib(stored)}, {fits} a quarter of what is free"
+            )
+        if strategy == "recompute":  # which keeps the parameters of every step
+            working += inner_steps * copy_bytes
+        chunk = fitting(working)
+        if not isinstance(wish, int):
+            reasons.append(
+                f"{min(chunk, tasks)} of {tasks} tasks at once: {_mib(working)} a task, {_mib(room)} of {where}"
             )
         return Plan(name, strategy, hvp, chunk, saved, tuple(reasons))
 

@@ -338,7 +338,9 @@ class _Loops:
 
         t_ct_y, *t_ct_last = (
             cts[0].new_zeros(shape) if t is None else t
-            for t, shape in zip(t_ct_outputs, (cts[0].shape, *((*ct.shape[:2], ct.shape[3]) for ct in cts)), strict=True)
+            for t, shape in zip(
+                t_ct_outputs, (cts[0].shape, *((*ct.shape[:2], ct.shape[3]) for ct in cts)), strict=True
+            )
         )
         return self._back(c, w_hh, (t_ct_y, *t_ct_last), pull, 0)[:3]
 
