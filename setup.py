@@ -26,6 +26,11 @@ X86 = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
 ISAS = X86 if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+SANITIZERS = []
+if os.environ.get("METAKERN_SANITIZE") == "1":  # a build for the tests that dies of bad memory accesses
+    SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    FLAGS += ["-O1", "-g1", *SANITIZERS]
+    ISAS.pop("avx2", None)
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Icsrc/cuda", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]
 
@@ -53,7 +58,7 @@ class BuildKernels(build_ext):
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
                 self.run_nvcc("-shared", "-cudart=static", *objects, "-o", target)
                 return
-            flags = [*ext.extra_link_args, "-pthread"]
+            flags = [*ext.extra_link_args, *SANITIZERS, "-pthread"]
             self.compiler.link_shared_object(objects, target, extra_postargs=flags, target_lang="c++")
         except (CompileError, LinkError, PlatformError) as error:
             raise CompileError(

@@ -130,16 +130,17 @@ CASES = {
     "parts": Case(H100, (1, 21, 2, 33), lambda p: p["parts"] > 1 and p["rows"] < 21, shared=True),
     "tiles": Case(Gpu(90, 1, 64 << 10), (2, 21, 2, 18), lambda p: p["rows"] >= 21, lengths=True, reverse=True),
     "clusters": Case(H100, (2, 3, 3, 130), lambda p: p["meeting"] == "cluster" and p["blocks"] > 2, lengths=True),
-    "counters": Case(A100, (2, 3, 3, 194), lambda p: p["meeting"] == "counter" and p["blocks"] > 1, reverse=True),
-    "waves": Case(Gpu(80, 2, 163 << 10), (3, 2, 2, 194), lambda p: p["groups"] < 3 * p["parts"] and p["blocks"] > 1),
-    "streamed": Case(Gpu(90, 8, 40 << 10), (2, 3, 2, 98), lambda p: p["resident"] < p["iterations"], shared=True),
-    "chunks": Case(Gpu(90, 2, 40 << 10, 2), (1, 3, 2, 290), lambda p: p["chunk"] < p["iterations"], lengths=True),
+    "counters": Case(Gpu(80, 4, 163 << 10), (1, 3, 3, 300), lambda p: p["meeting"] == "counter", reverse=True),
+    "waves": Case(Gpu(80, 4, 64 << 10), (3, 2, 2, 290), lambda p: p["groups"] < 3 and p["blocks"] > 1),
+    "streamed": Case(Gpu(90, 2, 64 << 10), (1, 3, 2, 260), lambda p: p["resident"] < p["iterations"], shared=True),
+    "chunks": Case(Gpu(90, 2, 64 << 10, 2), (1, 9, 2, 350), lambda p: p["chunk"] < p["iterations"], lengths=True),
 }
 
 
 def problem(cell: str, case: Case, dtype: torch.dtype, seed: int) -> tuple[Callable, Callable, list[Tensor]]:
     """The op, plain PyTorch, and the arguments that both are to be differentiated by."""
     (T, B, L, H), (gates, states), make = case.sizes, CELLS[cell], Make(seed=seed)
+    H *= 2 if gates == 1 and H > 100 else 1  # as many weights as those of an LSTM
     scale, tasks = H**-0.5, () if case.shared else (T,)
     arguments = [make(T, B, L, 3), *(make(T, B, H) for _ in range(states)), make(*tasks, gates * H, 3)]
     arguments += [scale * make(*tasks, gates * H, H), make(*tasks, gates * H), make(*tasks, gates * H)]
@@ -163,14 +164,16 @@ def results(f: Callable, arguments: list[Tensor], dtype: torch.dtype) -> list[Te
     x, make = [a.to(dtype).requires_grad_() for a in arguments], Make(seed=9)
     y = tree_leaves(f(*x))
     ct = [make(*t.shape).to(dtype).requires_grad_() for t in y]
-    ct_x = torch.autograd.grad(y, x, ct, create_graph=True)
+    options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+    ct_x = torch.autograd.grad(y, x, ct, create_graph=True, **options)
     v = [make(*t.shape).to(dtype) for t in x]
-    second = torch.autograd.grad(ct_x, [*x, *ct], v)
+    second = torch.autograd.grad(ct_x, [*x, *ct], v, **options)
     with fwd.dual_level():
         duals = [fwd.make_dual(a.detach().requires_grad_(), t) for a, t in zip(x, v, strict=True)]
         y_dual = tree_leaves(f(*duals))
-        t_ct = torch.autograd.grad(y_dual, duals, [c.detach() for c in ct])
+        t_ct = torch.autograd.grad(y_dual, duals, [c.detach() for c in ct], **options)
         tangents = [fwd.unpack_dual(t).tangent for t in (*y_dual, *t_ct)]
+    tangents = [torch.zeros_like(p) if t is None else t for t, p in zip(tangents, (*y, *x), strict=True)]
     return [t.detach().double() for t in (*y, *ct_x, *second, *tangents)]
 
 
@@ -185,7 +188,7 @@ def test_rules_are_as_good_as_plain(on_gpu: Emulation, cell: str, dtype: torch.d
     """error(kernels) <= 2 x error(plain PyTorch in that dtype) + eps, a geometric mean over draws, at every order."""
     case, eps, mean = CASES[name], torch.finfo(dtype).eps, []
     on_gpu.use(case.gpu)
-    for seed in (1, 2):
+    for seed in (1, 2, 3) if cell == "rnn_relu" else (1,):  # where it bends, errors are luck
         op, plain, arguments = problem(cell, case, dtype, seed)
         with mk.backend("reference"):
             truth = results(op, arguments, torch.float64)
@@ -261,7 +264,7 @@ def test_kernels_are_those_of_the_cpu(emulation: Emulation) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 def test_the_compiler_spills_nothing(cell: str, tmp_path: Path) -> None:
-    """For sm_80 and sm_90: no spills, no stack, registers for 256 threads, and no shared memory beside the launcher's."""
+    """For sm_80 and sm_90: no spills, no stack, registers for 256 threads; shared memory is the launcher's alone."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on the path")

@@ -36,7 +36,7 @@ std::optional<Plan> layout(const Problem& p, const Device& device, int blocks, s
     plan.iterations = static_cast<int>(up(depth, std::int64_t{plan.splits}));
     const int left = plan.splits * tile.left;  // vectors of a row of the left operand in an iteration
     plan.depth = plan.iterations * left;
-    plan.chunk = std::clamp(device.shared / 3 / (16 * tile.rows * left), 1, plan.iterations);
+    plan.chunk = std::clamp(device.shared / 6 / (16 * tile.rows * left), 1, plan.iterations);
     plan.pitch = plan.chunk * left;
     if (plan.pitch % 8 == 0) plan.pitch += 4;  // so that the rows that a warp reads at once lie in other banks
     plan.spread = plan.columns * tile.columns + 4;
@@ -53,8 +53,7 @@ std::optional<Plan> layout(const Problem& p, const Device& device, int blocks, s
 
 // The expected cycles of a step of all sequences, when `resident` blocks are on the chip at once.
 double cost(const Problem& p, const Plan& plan, std::int64_t resident) {
-    const double tiles = up(plan.rows, p.tile.rows), all = double(p.T) * plan.parts;
-    const double waves = std::max(1.0, all / double(std::max<std::int64_t>(1, resident / plan.blocks)));
+    const double tiles = up(plan.rows, p.tile.rows), waves = double(up(p.T * plan.parts, resident / plan.blocks));
     const double slice = 16.0 * plan.vectors, exchanged = 16.0 * p.tile.rows * plan.depth;
     const double product = slice * plan.resident / kResidentBytes + slice * (plan.iterations - plan.resident) / kStreamedBytes;
     const double cells = double(p.tile.rows) * plan.units / kThreads * kTile / 2;

@@ -47,7 +47,7 @@ void* shared_memory();
 std::uint32_t (*warp_memory())[8];
 
 struct Gpu {
-    int arch, processors, shared, largest_cluster;
+    int id, arch, processors, shared, largest_cluster;
     bool idle;  // launches are checked, and do nothing
 };
 extern Gpu gpu;
@@ -146,7 +146,7 @@ struct cudaLaunchConfig_t {
 
 inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaErrorInvalidValue ? "invalid value" : "too large"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* id) { return *id = 0, cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* id) { return *id = emulation::gpu.id, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
     const emulation::Gpu& gpu = emulation::gpu;
     const int values[] = {gpu.arch / 10, gpu.arch % 10, gpu.processors, gpu.shared};

@@ -11,7 +11,7 @@ emulation::Index threadIdx, blockIdx, gridDim;
 
 namespace emulation {
 
-Gpu gpu{90, 132, 227 << 10, 16, false};
+Gpu gpu{0, 90, 132, 227 << 10, 16, false};
 
 namespace {
 
@@ -125,5 +125,5 @@ void run(unsigned grid, unsigned threads, unsigned together, unsigned cluster, s
 
 // Another GPU from here on.
 extern "C" __attribute__((visibility("default"))) void emulate(int arch, int processors, int shared, int largest_cluster, int idle) {
-    emulation::gpu = {arch, processors, shared, largest_cluster, idle != 0};
+    emulation::gpu = {emulation::gpu.id + 1, arch, processors, shared, largest_cluster, idle != 0};
 }

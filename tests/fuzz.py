@@ -1,0 +1,123 @@
+"""Calls every compiled kernel at sizes, strides and numbers that hypothesis draws; test_sanitizers.py runs it.
+
+    python tests/fuzz.py LIBRARY EXAMPLES        with LIBRARY a build of metakern._C by METAKERN_SANITIZE=1
+
+Results are not looked at: every tensor is an allocation of its own, so that a step beyond one is seen. NaN, infinities,
+absent tensors, and indices and lengths far out of range are among the numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+library, examples = sys.argv[1], int(sys.argv[2])
+spec = spec_from_file_location("metakern._C", library)
+assert spec is not None
+assert spec.loader is not None
+sys.modules["metakern._C"] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules["metakern._C"])
+
+from metakern import _native  # noqa: E402
+
+assert _native._C.__file__ == library
+LIMITS = {"T": 3, "B": 5, "H": 40, "L": 4, "N": 30, "D": 70, "V": 70, "*": 3000}
+ODD = [0, 1, -1, -(2**62), 2**62]
+budget = settings(
+    max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+setting = st.tuples(
+    st.sampled_from(_native._C.isas()),
+    st.integers(1, 3),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.integers(0, 2**32),
+)
+
+
+def start(isa: str, threads: int, seed: int) -> torch.Generator:
+    _native._C.set_isa(isa)
+    torch.set_num_threads(threads)
+    return torch.Generator().manual_seed(seed)
+
+
+def numbers(shape: list[int], dtype: torch.dtype, random: torch.Generator, special: bool) -> Tensor:
+    x = torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+    if special and x.numel():
+        for value in (float("nan"), float("inf"), -float("inf"), 1e30, -0.0):
+            x.view(-1)[int(torch.randint(x.numel(), (), generator=random))] = value
+    return x
+
+
+@budget
+@given(setting, st.sampled_from(sorted(_native._signatures())), st.data())
+def kernels(chosen: tuple, kernel: str, data: st.DataObject) -> None:
+    isa, threads, dtype, seed = chosen
+    random, signature = start(isa, threads, seed), _native._signatures()[kernel]
+    letters = sorted({size for a in signature.inputs for _, size in a.dims} or {"*"})
+    sizes = {size: data.draw(st.integers(0, LIMITS[size]), size) for size in letters}
+    if "N" in sizes and data.draw(st.booleans(), "many rows"):
+        sizes["N"] *= 30
+    special, inputs = data.draw(st.booleans(), "special"), []
+    for a in signature.inputs:
+        shape = [times * sizes[size] for times, size in a.dims] or [sizes["*"]]
+        if a.condition is not None and data.draw(st.booleans(), f"no {a.name}"):
+            inputs.append(None)
+        elif a.indices:
+            high = 1 + max(sizes.get("L", 0), sizes.get("V", 0))
+            x = torch.randint(high, shape, generator=random)
+            for value in ODD[: 5 * special * x.numel()]:
+                x.view(-1)[int(torch.randint(x.numel(), (), generator=random))] = value
+            inputs.append(x)
+        else:
+            inputs.append(numbers(shape, dtype, random, special))
+    scalars = {
+        "rms": (1.0,),
+        "layer": (1.0,),
+        "cross": (-100.0,),
+        "lstm": (seed % 2,),
+        "gru": (seed % 2,),
+        "rnn": (seed % 2,),
+    }
+    given_scalars = () if kernel.endswith("cotangents") else scalars.get(kernel.split("_")[0], ())
+    _native.call(kernel, *inputs, scalars=given_scalars)
+
+
+@st.composite
+def matrices(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """A shape, and strides: any order of the dimensions, gaps, and expanded dimensions."""
+    strides, step = [0] * len(shape), 1
+    for i in draw(st.permutations(range(len(shape)))):
+        if draw(st.integers(0, 5)):
+            strides[i] = step
+            step *= max(shape[i], 1) + draw(st.sampled_from([0, 0, 1, 3]))
+    return list(shape), strides
+
+
+def laid_out(shape: list[int], strides: list[int], dtype: torch.dtype, random: torch.Generator) -> Tensor:
+    """A tensor whose memory ends with its last element."""
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if all(shape) else 0
+    return numbers([extent], dtype, random, False).as_strided(shape, strides)
+
+
+@budget
+@given(setting, st.integers(0, 3), st.integers(0, 30), st.integers(0, 70), st.integers(0, 40), st.data())
+def products(chosen: tuple, T: int, M: int, N: int, K: int, data: st.DataObject) -> None:
+    isa, threads, dtype, seed = chosen
+    random = start(isa, threads, seed)
+    M, K = data.draw(st.sampled_from([(M, K), (M, K), (60 * M, K), (M, 20 * K)]), "M, K")
+    a, b, add = (
+        data.draw(matrices(shape), name) for name, shape in (("a", (T, M, K)), ("b", (T, K, N)), ("add", (T, M, N)))
+    )
+    extra = laid_out(*add, dtype, random) if data.draw(st.booleans(), "with add") else None
+    _native.product(laid_out(*a, dtype, random), laid_out(*b, dtype, random), extra)
+
+
+if __name__ == "__main__":
+    kernels()
+    products()
+    print("nothing found in", library)

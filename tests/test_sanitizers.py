@@ -1,0 +1,45 @@
+"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer: a build of its own, fuzzed in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def library(name: str) -> str:
+    """Where the compiler has a library: its path, or its name where it has not."""
+    try:
+        return subprocess.run(
+            ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except FileNotFoundError:
+        return name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(library("libasan.so")).is_absolute(), reason="GCC with its sanitizers is not installed")
+def test_no_kernel_leaves_its_memory(tmp_path: Path) -> None:
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    environment = os.environ | {"METAKERN_SANITIZE": "1", "METAKERN_NATIVE": "cpu"}
+    subprocess.run(build, cwd=ROOT, env=environment, check=True, timeout=900)
+    (built,) = tmp_path.glob("metakern/_C.*")
+    # The C++ library too, else the sanitizer does not find how exceptions are thrown.
+    preload = f"{library('libasan.so')}:{library('libstdc++.so')}"
+    options = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    fuzz = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "fuzz.py"), str(built), "3000"],
+        cwd=ROOT,
+        env=os.environ | options | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert fuzz.returncode == 0, fuzz.stderr[-8000:]
+    assert fuzz.stdout == f"nothing found in {built}\n"
