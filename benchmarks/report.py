@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,62 @@ def described(data: dict[str, Any]) -> str:
     return f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, commit {where['commit']}, {where['date']}."
 
 
-TABLES = {"maml": maml_table, "demo": demo_table}
+def recurrent_table() -> str:
+    """The LSTM's rules by size; the other cells are in the file."""
+    data = load("recurrent")
+    lines = [
+        "| T x B x L x H | forward | jvp | vjp | vjp_jvp, ms | vjp_jvp / vjp | torch.nn / ours | cells / ours | rate |",
+        "|---" * 9 + "|",
+    ]
+    for size, row in data["results"]["lstm"].items():
+        times = (f"{row['ms'][rule][0]:.2f}" for rule in ("forward", "jvp", "vjp", "vjp_jvp"))
+        ratios = (f"{row[key][0]:.2f}" for key in ("vjp_jvp_over_vjp", "torch_over_ours"))
+        loop, rate = f"{row['cell_loop_over_ours'][0]:.1f}", f"{row['recurrence_of_rate'][0]:.0%}"
+        lines.append(f"| {' | '.join((size.replace('x', ' x '), *times, *ratios, loop, rate))} |")
+    return "\n".join([*lines, "", described(data)])
+
+
+def targets_table() -> str:
+    """What the LSTM was to reach on this kind of machine, beside what was measured."""
+    rows = load("recurrent")["results"]["lstm"]
+    sizes = {size: tuple(map(int, size.split("x"))) for size in rows}
+    large = [size for size, (_, B, _, H) in sizes.items() if B >= 8 and H >= 256]
+    single = [size for size, (T, B, _, _) in sizes.items() if T == 8 and B == 1]
+    meta = load("maml")
+
+    def worst(key: str, among: list[str], pick: Callable = min, form: str = "{:.2f}") -> str:
+        size = pick(among, key=lambda s: rows[s][key][0])
+        middle, low, high = (form.format(value) for value in rows[size][key])
+        return f"{middle} [{low}, {high}] at {size.replace('x', ' x ')}"
+
+    def against(workload: str, jax: bool) -> str:
+        peers = {
+            method: row
+            for method, row in meta[workload]["methods"].items()
+            if row["peer"] != "metakern" and (row["peer"] == "jax") == jax
+        }
+        method = min(peers, key=lambda name: peers[name]["over_auto"])
+        return f"{peers[method]['over_auto']:.2f} x ({method})"
+
+    peaks = meta["lstm"]["memory_mib"]["metakern recompute"]
+    lines = [
+        ("vjp_jvp over vjp, worst size", "<= 2.2", worst("vjp_jvp_over_vjp", list(rows), max)),
+        ("torch.nn.LSTM's forward + backward over ours, worst size", ">= 1", worst("torch_over_ours", list(rows))),
+        ("recurrence, of the matrix rate, hidden >= 256 and batch >= 8, worst", ">= 60%",
+         worst("recurrence_of_rate", large, form="{:.0%}")),
+        ("recurrence, of the matrix rate, batch 1 and 8 tasks, worst", ">= 35%",
+         worst("recurrence_of_rate", single, form="{:.0%}")),
+        ("LSTM LM's meta-gradient: the fastest PyTorch peer over ours", ">= 2", against("lstm", jax=False)),
+        ("the fastest JAX form over ours", ">= 1.25", against("lstm", jax=True)),
+        ("ours over its products alone, at torch.mm's rate", "<= 1.2",
+         f"{1 / meta['lstm']['methods']['metakern auto']['of_limit']:.2f}"),
+        ("small LSTM LM's: the fastest PyTorch peer over ours", ">= 5", against("lstm-small", jax=False)),
+        ("peak memory with recompute, K = 16 over K = 1", "<= 1.4", f"{peaks['16'] / peaks['1']:.2f}"),
+    ]  # fmt: skip
+    return "\n".join(["| | target | measured |", "|---|---|---|", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+TABLES = {"maml": maml_table, "demo": demo_table, "recurrent": recurrent_table, "targets": targets_table}
 
 
 def with_tables(text: str) -> str:

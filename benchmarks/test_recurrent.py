@@ -1,4 +1,4 @@
-"""The rules of the recurrent cells under pytest-benchmark: `pytest benchmarks/test_recurrent.py --benchmark-compare`."""
+"""The rules of the recurrent cells under pytest-benchmark: `pytest benchmarks/test_recurrent.py`."""
 
 from __future__ import annotations
 
