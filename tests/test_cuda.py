@@ -222,6 +222,12 @@ def test_kernels_are_those_of_the_cpu(emulation: Emulation) -> None:
     assert set(emulation.numbers) == {k for k in _native._signatures() if k.startswith(("rnn", "gru", "lstm"))}
 
 
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on the path")
+def test_the_build_has_the_kernels(emulation: Emulation) -> None:
+    assert _native._cuda is not None, f"reinstall with METAKERN_NATIVE=cuda: {_native._cuda_missing}"
+    assert _native._cuda.names() == emulation.module.names()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 def test_the_compiler_spills_nothing(cell: str, tmp_path: Path) -> None:
