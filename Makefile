@@ -36,7 +36,7 @@ smoke: .venv/dev
 	cd build/smoke && env -i PATH=/nonexistent env/bin/python ../../tests/smoke.py
 
 clean:
-	rm -rf .venv build dist runs *.egg-info metakern/_C*.so
+	rm -rf .venv build dist runs *.egg-info metakern/_C*.so metakern/_cuda*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # PyTorch first and by itself, so that the wanted build of it is there when metakern asks for one.
@@ -46,6 +46,6 @@ clean:
 	$(BIN)/pip install -q $(TORCH)
 	touch $@
 
-.venv/demo .venv/dev: .venv/%: .venv/torch pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+.venv/demo .venv/dev: .venv/%: .venv/torch pyproject.toml setup.py $(shell find csrc -type f)
 	$(BIN)/pip install -q -e '.[$(if $(filter demo,$*),dialogue,dev)]'
 	touch $@

@@ -1,8 +1,8 @@
 """Build the compiled kernels of metakern, which neither include nor link PyTorch.
 
 METAKERN_NATIVE says what is built: `cuda` the C++ and the CUDA kernels, failing without nvcc; `cpu` the C++ kernels,
-failing without a compiler; `none` pure Python; `auto` (the default) what the compilers at hand can build. Whether there is
-a GPU is never asked: the CUDA kernels bring the runtime library along and are for sm_80, sm_90, and what comes after.
+failing without a compiler; `none` pure Python; `auto` (the default) what the compilers at hand can build. Whether there
+is a GPU is never asked: the CUDA kernels bring the runtime library along, for sm_80, sm_90, and what comes after.
 """
 
 import os
@@ -42,7 +42,7 @@ def nvcc() -> str | None:
 
 
 class BuildKernels(build_ext):
-    """Compile `csrc`, the files of `csrc/cpu` once for each instruction set, those of `csrc/cuda` by nvcc, in parallel."""
+    """Compile `csrc` in parallel, `csrc/cpu` once for each instruction set and what is CUDA by nvcc."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         cuda = ext.name == "metakern._cuda"
@@ -95,12 +95,12 @@ class BuildKernels(build_ext):
 
 def extensions() -> list[Pybind11Extension]:
     native = os.environ.get("METAKERN_NATIVE", "auto")
-    if native not in ("auto", "cpu", "none"):
+    if native not in ("auto", "cuda", "cpu", "none"):
         raise SystemExit(f"METAKERN_NATIVE must be auto, cuda, cpu or none, got {native!r}")
     if native == "none":
         return []
     if native == "cuda" and not nvcc():
-        raise SystemExit("METAKERN_NATIVE=cuda: nvcc was not found; install CUDA's compiler or set CUDA_HOME, or use auto")
+        raise SystemExit("METAKERN_NATIVE=cuda: nvcc was not found; install it or set CUDA_HOME, or use auto")
 
     def extension(name: str, patterns: tuple[str, ...], required: bool) -> Pybind11Extension:
         sources = sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))

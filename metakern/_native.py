@@ -162,8 +162,8 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
         raise ValueError(f"{kernel}: {name} must be on the CPU or a GPU, got {getattr(first, 'device', None)}")
     dtypes, run = _DEVICES[first.device.type]
     if first.dtype not in dtypes:
-        allowed = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise TypeError(f"{kernel}: {name} must be {allowed}, got {first.dtype}")
+        names = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise TypeError(f"{kernel}: {name} must be {names}, got {first.dtype}")
     dtype, device = first.dtype, first.device
     tensors: list[Tensor | None] = []  # kept, so that the addresses of contiguous copies stay good
     for argument, tensor in zip(signature.inputs, inputs, strict=True):

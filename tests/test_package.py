@@ -58,7 +58,8 @@ def test_import_is_light() -> None:
     extras = {requirement.split(">")[0].split("[")[0] for requirement in PROJECT["optional-dependencies"]["dialogue"]}
     modules = {"pyyaml": "yaml", "chitchat-dataset": "chitchat_dataset", "chatterbot-corpus": "chatterbot_corpus"}
     hidden = sorted(
-        {modules.get(name, name) for name in extras} | {"transformers", "triton", "pybind11", "metakern._C"}
+        {modules.get(name, name) for name in extras}
+        | {"transformers", "triton", "pybind11", "metakern._C", "metakern._cuda"}
     )
     script = f"""
 import sys
@@ -80,9 +81,12 @@ else:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize(("native", "message"), [("cuda", "has no CUDA kernels; use auto"), ("gpu", "got 'gpu'")])
+NOTHING = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "PATH": "/nonexistent", "CUDA_HOME": "/nonexistent"}
+
+
+@pytest.mark.parametrize(("native", "message"), [("cuda", "nvcc was not found; install"), ("gpu", "got 'gpu'")])
 def test_an_impossible_build_says_so(source: Path, native: str, message: str) -> None:
-    result = build(source, native)
+    result = build(source, native, **NOTHING)
     assert result.returncode != 0
     assert message in result.stderr.splitlines()[-1]
 
@@ -95,12 +99,11 @@ def test_none_builds_a_pure_wheel(source: Path) -> None:
 
 @pytest.mark.slow
 def test_without_a_compiler_auto_goes_on_and_cpu_fails(source: Path) -> None:
-    nothing = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
-    result = build(source, "auto", **nothing)
+    result = build(source, "auto", **NOTHING)
     assert result.returncode == 0, result.stderr
     assert "the C++ kernels were not built" in result.stderr
     assert not [name for name in contents(source) if "_C." in name and name.endswith(".so")]
-    result = build(source, "cpu", **nothing)
+    result = build(source, "cpu", **NOTHING)
     assert result.returncode != 0
     assert "METAKERN_NATIVE=none does without" in result.stderr
 

@@ -54,9 +54,10 @@ std::optional<Plan> layout(const Problem& p, const Device& device, int blocks, s
 // The expected cycles of a step of all sequences, when `resident` blocks are on the chip at once.
 double cost(const Problem& p, const Plan& plan, std::int64_t resident) {
     const double tiles = up(plan.rows, p.tile.rows), waves = double(up(p.T * plan.parts, resident / plan.blocks));
-    const double slice = 16.0 * plan.vectors, exchanged = 16.0 * p.tile.rows * plan.depth;
+    const double rows = double(std::min<std::int64_t>(p.tile.rows, p.B));
+    const double slice = 16.0 * plan.vectors, exchanged = 16.0 * rows * plan.depth;
     const double product = slice * plan.resident / kResidentBytes + slice * (plan.iterations - plan.resident) / kStreamedBytes;
-    const double cells = double(p.tile.rows) * plan.units / kThreads * kTile / 2;
+    const double cells = rows * plan.units / kThreads * kTile / 2;
     return waves * (kMeeting[int(plan.meeting)] + tiles * (product + exchanged / kExchangedBytes + cells + kTile));
 }
 

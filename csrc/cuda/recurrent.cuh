@@ -260,7 +260,6 @@ __global__ void __launch_bounds__(kThreads, 1) recur(const Sequences<typename Ru
             for (int i = 0; i < kFrom; ++i) to[i * q.H + j] = narrow<E>(values[i]);
         };
 
-        __syncthreads();
         for (int i = threadIdx.x; i < plan.resident * plan.vectors; i += kThreads) resident[i] = slice[i];
         for (std::int64_t tile = 0; tile < rows; tile += Tile::kRows)
             each(tile, [&](int, std::int64_t row, std::int64_t j, float* carried) {
