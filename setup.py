@@ -16,6 +16,7 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, PlatformError
+from setuptools.modified import newer_group
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-pthread", "-fvisibility=hidden"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
@@ -47,13 +48,16 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Pybind11Extension) -> None:
         cuda = ext.name == "metakern._cuda"
         kind, without = ("CUDA", "cpu") if cuda else ("C++", "none")
+        target = self.get_ext_fullpath(ext.name)
+        used = ["setup.py", *ext.sources, *(header for header in ext.depends if "/cpu/" not in header)]
+        if cuda and not self.force and not newer_group(used, target, "newer"):
+            return  # nvcc takes its time
         try:
             if self.compiler.compiler_type == "msvc":
                 raise PlatformError("they need GCC or Clang")
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 jobs = [pool.submit(self.compile_one, ext, source, isa) for source, isa in self.units(ext)]
             objects = [job.result() for job in jobs]
-            target = self.get_ext_fullpath(ext.name)
             if cuda:
                 Path(target).parent.mkdir(parents=True, exist_ok=True)
                 self.run_nvcc("-shared", "-cudart=static", *objects, "-o", target)
@@ -104,7 +108,7 @@ def extensions() -> list[Pybind11Extension]:
 
     def extension(name: str, patterns: tuple[str, ...], required: bool) -> Pybind11Extension:
         sources = sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
-        headers = sorted(str(path) for path in Path("csrc").rglob("*.[hc]*") if path.suffix in (".h", ".cuh"))
+        headers = [str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh")]
         return Pybind11Extension(name, sources, depends=headers, optional=not required)
 
     found = [extension("metakern._C", ("*.cpp", "cpu/*.cpp"), native != "auto")]

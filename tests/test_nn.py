@@ -228,6 +228,36 @@ def test_recurrent_refuses_what_it_cannot_do() -> None:
         gru(torch.zeros(5, 2, 3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_no_steps_and_no_sequences(cell: str) -> None:
+    name, extra = RECURRENT[cell]
+    ours, _ = pair(name, 3, 4, num_layers=2, bidirectional=True, **extra)
+    hx: Any = draw(4, 2, 4)
+    y, final = ours(draw(0, 2, 3), (hx, hx) if cell == "lstm" else hx)
+    assert y.shape == (0, 2, 8)
+    assert all(torch.equal(state, hx) for state in tree_leaves(final))
+    y, final = ours(draw(5, 0, 3))
+    assert y.shape == (5, 0, 8)
+    assert all(state.shape == (4, 0, 4) for state in tree_leaves(final))
+
+
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_recurrent_names_what_lies_elsewhere_or_has_another_dtype(cell: str) -> None:
+    name, extra = RECURRENT[cell]
+    module, x, op = getattr(mk.nn, name)(3, 4, **extra), torch.zeros(5, 2, 3), name.lower()
+    with pytest.raises(ValueError, match=rf"^{op}: w_ih must be on meta like the other arguments, got cpu$"):
+        module(x.to("meta"))
+    with pytest.raises(TypeError, match=rf"^{op}: w_ih must have the dtype torch.float64 .*, got torch.float32$"):
+        module(x.double())
+    for hx, error, message in (
+        (torch.zeros(1, 2, 4, device="meta"), ValueError, "h must be on cpu like the other arguments, got meta"),
+        (torch.zeros(1, 2, 4).double(), TypeError, "h must have the dtype torch.float32 .*, got torch.float64"),
+        (torch.zeros(1, 2, 4).long(), TypeError, "h must be floating point, got torch.int64"),
+    ):
+        with pytest.raises(error, match=rf"^{op}: {message}"):
+            module(x, (hx, hx) if cell == "lstm" else hx)
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(
     ("name", "shape"), [("LayerNorm", 6), ("LayerNorm", (2, 3)), ("RMSNorm", 6), ("RMSNorm", (2, 3))]

@@ -102,16 +102,19 @@ class Rows(TorchDispatchMode):
 
 
 @every_cell
-def test_a_weight_expanded_over_the_tasks_is_read_once(cell: str) -> None:
-    """In half precision too, the tokens of all tasks are multiplied at once, and the gradient is each task's own."""
-    for dtype in (torch.float64, torch.bfloat16):
-        x, (w_ih, *rest) = Make(dtype)(3, 2, 4, 3).requires_grad_(), [p.to(dtype) for p in weights(cell, 3)]
-        expanded = w_ih[:1].expand_as(w_ih).requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_weight_of_all_tasks_is_read_once(cell: str, dtype: torch.dtype) -> None:
+    """Shared or expanded, beside weights of each task: the tokens of all tasks are multiplied at once."""
+    x, (w_ih, *rest) = Make(dtype)(3, 2, 4, 3).requires_grad_(), [p.to(dtype) for p in weights(cell, 3)]
+    gradients = []
+    for of_all in (w_ih[:1].expand_as(w_ih), w_ih[0].clone()):
+        of_all.requires_grad_()
         with mk.backend("reference"), Rows() as rows:
-            y, *_ = SPECS[cell].call(x, *([None] * len(states(cell, 1))), expanded, *rest)
-            _, ct_w = torch.autograd.grad(y.sum(), [x, expanded])
+            y, *_ = SPECS[cell].call(x, *([None] * len(states(cell, 1))), of_all, *rest)
+            gradients.append(torch.autograd.grad(y.sum(), [x, of_all])[1])
         assert rows.seen == [24, 24]
-        assert not torch.equal(ct_w[0], ct_w[1])
+    assert not torch.equal(gradients[0][0], gradients[0][1])
+    torch.testing.assert_close(gradients[0].sum(0), gradients[1])
 
 
 @every_cell
