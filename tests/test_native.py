@@ -143,7 +143,7 @@ def test_a_task_of_many_blocks_does_not_see_its_neighbors(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k.startswith(RECURRENT)])
 def test_sequences_do_not_see_each_other(kernel: str, isa: str) -> None:
     """A sequence's results are the same bits whatever others are in its batch: the row of a tile, and of a thread."""
-    sizes = {"T": 1, "B": 27, "L": 3, "H": 19}
+    sizes = {"T": 1, "B": 61, "L": 5, "H": 70}  # several blocks of steps where a rule has them
     signature = _native._signatures()[kernel]
     inputs = arguments(kernel, sizes, torch.float32)
     batched = [len(a.dims) > 1 and a.dims[1] == (1, "B") for a in signature.inputs]
@@ -347,6 +347,21 @@ def test_products_are_the_same_bits_however_they_are_split(threads: None, isa: s
             assert torch.equal(torch.cat(parts, 1), expected)
         for t in range(T):
             assert torch.equal(_native.product(a[t : t + 1], b[t : t + 1], add[t : t + 1]), expected[t : t + 1])
+
+
+def test_a_product_may_take_the_memory_of_what_it_is_added_to(isa: str) -> None:
+    for T, M, N, K in ((1, 1, 1, 0), (2, 5, 33, 257), (1, 700, 70, 600)):
+        make = Make(torch.float32)
+        a, b, add = make(T, M, K), make(T, K, N), make(T, M, N)
+        expected = _native.product(a, b, add)
+        if M > 1:
+            row = make(N)
+            before = row.clone()
+            _native.product(a, b, row, reuse=True)
+            assert torch.equal(row, before), "what is one row for all must only be read"
+        found = _native.product(a, b, add, reuse=True)
+        assert found.data_ptr() == add.data_ptr()
+        assert torch.equal(found, expected)
 
 
 def test_products_of_what_has_no_memory_or_one_sign() -> None:
