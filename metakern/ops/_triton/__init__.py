@@ -1,4 +1,4 @@
-"""The backend "triton": an op's kernels are in its folder, `metakern/ops/<op>/triton.py`, imported when first called."""
+"""The backend "triton": an op's kernels are in `metakern/ops/<op>/triton.py`, which is imported when first called."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ def rules(op: str) -> Rules:
     def rule(name: str) -> Any:
         return lambda *args: getattr(import_module(f"metakern.ops.{op}.triton").RULES, name)(*args)
 
-    return Rules(*(rule(name) for name in ("forward", "jvp", "vjp", "vjp_jvp")), DTYPES)
+    return Rules(rule("forward"), rule("jvp"), rule("vjp"), rule("vjp_jvp"), DTYPES)
