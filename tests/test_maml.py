@@ -171,7 +171,7 @@ def hugging_face(name: str) -> nn.Module:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        attn_implementation="eager",
+        attn_implementation="sdpa",  # eager attention has a softmax in float32
     )
     model = transformers.LlamaForCausalLM(config)
     for block in model.model.layers:  # Llama's own norms round to float32 inside, where two exact ways may part
