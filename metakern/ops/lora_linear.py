@@ -81,26 +81,21 @@ def lora_linear(
 def _rules(product: Product) -> Rules:
     """The four rules, which are products."""
 
-    def narrow(c: SimpleNamespace, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-        """The scaled sum of products that are R wide."""
-        total = products(product, *pairs)
-        return None if total is None else total * c.scale
-
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
         x, A, B = inputs
-        h = narrow(c, (x, A.mT))
+        h = product(x, A.mT) * c.scale
         y = product(x, c.weight.mT, None if c.bias is None else c.bias.unsqueeze(1))
         return (product(h, B.mT, y, reuse=True),), (h,)
 
     def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
         (x, A, B), (h,), (t_x, t_A, t_B) = inputs, r, t_inputs
-        t_h = narrow(c, (t_x, A.mT), (x, None if t_A is None else t_A.mT))
+        t_h = _scaled(products(product, (t_x, A.mT), (x, None if t_A is None else t_A.mT)), c.scale)
         t_y = products(product, (t_x, c.weight.mT), (t_h, B.mT), (h, None if t_B is None else t_B.mT))
         return (t_y,), (torch.zeros_like(h) if t_h is None else t_h,)
 
     def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
         (x, A, B), (h,), (ct_y,), needs = inputs, r, ct_outputs, c.needs
-        g = narrow(c, (ct_y, B))
+        g = product(ct_y, B) * c.scale
         return (
             products(product, (ct_y, c.weight), (g, A)) if needs[0] else None,
             product(g.mT, x) if needs[1] else None,
@@ -119,8 +114,8 @@ def _rules(product: Product) -> Rules:
     ) -> Tensors:
         (x, A, B), (t_x, t_A, t_B), (h,), (t_h,), (ct_y,) = inputs, t_inputs, r, t_r, ct_outputs
         (t_ct_y,), needs = t_ct_outputs or (None,), c.needs
-        (g,) = c.from_vjp or (narrow(c, (ct_y, B)),)
-        t_g = narrow(c, (t_ct_y, B), (ct_y, t_B))
+        (g,) = c.from_vjp or (product(ct_y, B) * c.scale,)
+        t_g = _scaled(products(product, (t_ct_y, B), (ct_y, t_B)), c.scale)
         t_ct_y_mT, t_g_mT = (None if t is None else t.mT for t in (t_ct_y, t_g))
         return (
             products(product, (t_ct_y, c.weight), (t_g, A), (g, t_A)) if needs[0] else None,
@@ -129,6 +124,10 @@ def _rules(product: Product) -> Rules:
         )
 
     return Rules(forward, jvp, vjp, vjp_jvp)
+
+
+def _scaled(value: Tensor | None, scale: float) -> Tensor | None:
+    return None if value is None else value * scale
 
 
 OP = Op(
