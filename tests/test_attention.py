@@ -72,6 +72,23 @@ def test_nothing_beyond_the_lengths_reaches_a_result(causal: bool) -> None:
     options = {"causal": causal, "lengths": lengths}
     close(run(mk.ops.attention, q, *spoiled, **options), run(mk.ops.attention, q, *clean, **options))
     close(run(mk.ops.attention, q, *spoiled, **options)[:4], run(SPECS["attention"].plain, q, *clean, **options)[:4])
+    by_mask = run(mk.ops.attention, q, *spoiled, causal=causal, mask=~beyond[:, 0, :, 0])
+    close(by_mask, run(mk.ops.attention, q, *clean, **options))
+
+
+def test_lengths_and_mask_hide_together() -> None:
+    q, k, v = qkv(2, 2, 1, 3, 5)
+    mask = torch.tensor([[False, True, True, True, True], [True, False, True, True, False]])
+    both = run(mk.ops.attention, q, k, v, mask=mask, lengths=torch.tensor([3, 4]), padding="left")
+    seen = torch.tensor([[False, False, True, True, True], [False, False, True, True, False]])
+    close(both, run(mk.ops.attention, q, k, v, mask=seen))
+
+
+def test_a_window_wider_than_the_sequence_is_none() -> None:
+    q, k, v = qkv(2, 2, 1, 3, 5)
+    close(run(mk.ops.attention, q, k, v, window=5), run(mk.ops.attention, q, k, v))
+    (y, *_) = run(mk.ops.attention, q, k, v, window=1)
+    close([y], [v[:, :, 2:].expand(-1, 2, -1, -1)])
 
 
 def test_a_tangent_beyond_the_lengths_reaches_no_result() -> None:
@@ -145,3 +162,9 @@ def test_errors_name_the_argument() -> None:
     refuses(ValueError, r"lengths must be between 0 and L_k = 5, got \[6, 2\]", q, k, v, lengths=lengths + 1)
     refuses(ValueError, r"lengths must be between 0 and L_k = 5, got \[-1, 1\]", q, k, v, lengths=torch.tensor([-1, 1]))
     refuses(TypeError, "scale must be a number or None, got Tensor", q, k, v, scale=torch.ones(()))
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    refuses(TypeError, "mask must be torch.bool on cpu, got torch.int64 on cpu", q, k, v, mask=mask.long())
+    refuses(ValueError, r"mask must have shape \[B, L_k\] = \[2, 5\], got \[2, 3\]", q, k, v, mask=mask[:, :3])
+    refuses(ValueError, "padding must be left or right, got 'both'", q, k, v, lengths=lengths, padding="both")
+    refuses(ValueError, "window must be a positive integer, and causal, got 0", q, k, v, window=0)
+    refuses(ValueError, "window must be .*, got 2, causal=False", q, k, v, window=2, causal=False)

@@ -1,4 +1,4 @@
-"""Ops that are exact to second order, in both modes, batched over tasks. One op, one file."""
+"""Ops that are exact to second order, in both modes, batched over tasks. One op, one room: a file, or a folder."""
 
 from metakern.ops.attention import SPEC as _ATTENTION
 from metakern.ops.attention import attention

@@ -1,4 +1,4 @@
-"""Softmax attention: causal or full, grouped-query, with lengths.
+"""Softmax attention: causal, in a window, or full; grouped-query; with a mask over the keys.
 
     S = scale Q Kᵀ, masked     lse = log Σ_j exp S     P = exp(S - lse)     O = P V
 
@@ -10,22 +10,32 @@
               t_ct_Q = scale (t_ct_S K + ct_S t_K)     t_ct_K = scale (t_ct_Sᵀ Q + ct_Sᵀ t_Q)
               t_ct_V = t_Pᵀ ct_O + Pᵀ t_ct_O
 
+In blocks no L x L_k matrix is ever in memory: given the log-sum-exp of its rows, a block of P is computed again from the
+blocks of Q and K, and everything else is a sum over blocks. Only the sums over a whole row, lse, t_lse, δ and t_δ, must
+be known before a block of t_P, ct_S or t_ct_S is. The last two need no pass over the keys, for P enters them by way of O
+alone (Σ_j P_ij ⟨ct_O_i, V_j⟩ = ⟨ct_O_i, O_i⟩):
+
+    δ_i = ⟨ct_O_i, O_i⟩        t_δ_i = ⟨t_ct_O_i, O_i⟩ + ⟨ct_O_i, t_O_i⟩
+
+and in jvp t_lse is a factor of O alone, so that one pass gives both: t_O = Σ_j P (t_S V + t_V) - t_lse O. So lse and O
+are residuals, t_lse and t_O their tangents, and every rule is one pass over the blocks: 2, 5, 5 and 12 products a block.
+
 | tensor | shape |
 |---|---|
 | q, y | [B, H, L, D] |
 | k, v | [B, H_kv, L_k, D] |
-| lengths | [B] |
+| mask | [B, L_k], True for what is seen |
+| lse | [B, H, L], in float32 for half precision |
 
 Sequences are independent, so B takes the place of the tasks. The H / H_kv query heads that share a head of k and v are
-stacked along L. A row that sees no key has lse = ∞: its P, its output and all its derivatives are zeros.
-
-Residuals: lse [B, H, L], in float32 for half precision, which is computed in float32. These reference rules hold
-L x L_k matrices. Dao et al. 2022, "FlashAttention", appendix B.
+stacked along L. A row that sees no key has lse = ∞: its P, its output and all its derivatives are zeros. Half precision
+is computed in float32. The reference rules hold L x L_k matrices. Dao et al. 2022, "FlashAttention", appendix B.
 """
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,13 +53,17 @@ def attention(
     *,
     causal: bool = True,
     lengths: Tensor | None = None,
+    padding: str = "right",
+    mask: Tensor | None = None,
+    window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """softmax(scale q kᵀ) v for q [B, H, L, D] and k, v [B, H_kv, L_k, D]; H is a multiple of H_kv.
 
-    causal: query i sees keys up to i + L_k - L, as in decoding. lengths [B]: the number of a sequence's valid keys;
-    what stands beyond them, NaN included, reaches no result. A query that sees no key gives zeros, with zero
-    derivatives. scale: 1 / √D where None.
+    causal: query i sees keys up to its own position, i + L_k - L, as in decoding. window: only so many of them, its own
+    included. lengths [B]: the number of a sequence's valid keys; the others are the last ones, or the first ones with
+    padding "left". mask [B, L_k] of booleans: which keys are seen. What is not seen by way of lengths or mask, NaN
+    included, reaches no result. A query that sees no key gives zeros, with zero derivatives. scale: 1 / √D where None.
 
     Raises TypeError or ValueError, naming the argument, where kinds, dtypes, devices or shapes do not fit.
 
@@ -70,18 +84,45 @@ def attention(
     _checks.shape("attention", "v", v, (B, H_kv, L_k, D), "[B, H_kv, L_k, D]")
     if H_kv == 0 or H % H_kv:
         raise ValueError(f"attention: q must have a multiple of the {H_kv} heads of k and v, got {H}")
-    if lengths is not None:
-        _checks.indices("attention", "lengths", lengths, q.device)
-        _checks.shape("attention", "lengths", lengths, (B,), "[B]")
+    if window is not None and (not isinstance(window, int) or window < 1 or not causal):
+        raise ValueError(f"attention: window must be a positive integer, and causal, got {window!r}, causal={causal}")
     if scale is None:
         scale = D**-0.5 if D else 1.0
     elif not isinstance(scale, float | int):
         raise TypeError(f"attention: scale must be a number or None, got {type(scale).__name__}")
-    return OP(q, k, v, lengths=lengths, causal=causal, scale=scale)[0]
+    seen = _seen(k, lengths, padding, mask)
+    return OP(q, k, v, mask=seen, causal=bool(causal), window=window, scale=float(scale))[0]
+
+
+def _seen(k: Tensor, lengths: Tensor | None, padding: str, mask: Tensor | None) -> Tensor | None:
+    """The mask that lengths and mask come to."""
+    B, _, L_k, _ = k.shape
+    if padding not in ("left", "right"):
+        raise ValueError(f"attention: padding must be left or right, got {padding!r}")
+    if mask is not None:
+        _checks.tensor("attention", "mask", mask)
+        if mask.dtype != torch.bool or mask.device != k.device:
+            raise TypeError(f"attention: mask must be torch.bool on {k.device}, got {mask.dtype} on {mask.device}")
+        _checks.shape("attention", "mask", mask, (B, L_k), "[B, L_k]")
+    if lengths is None:
+        return mask
+    _checks.indices("attention", "lengths", lengths, k.device)
+    _checks.shape("attention", "lengths", lengths, (B,), "[B]")
+    _check_range(lengths, L_k)
+    at = torch.arange(L_k, device=k.device)
+    seen = at < lengths[:, None] if padding == "right" else at >= L_k - lengths[:, None]
+    return seen if mask is None else seen & mask
+
+
+def _check_range(lengths: Tensor, L_k: int) -> None:
+    """On the CPU alone: elsewhere it would wait for the device, and lengths out of range act as 0 or L_k."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(lengths):
+        lengths = torch._C._functorch.get_unwrapped(lengths)
+    if lengths.device.type == "cpu" and ((lengths < 0) | (lengths > L_k)).any():
+        raise ValueError(f"attention: lengths must be between 0 and L_k = {L_k}, got {lengths.tolist()}")
 
 
 def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
-    _check_lengths(c.lengths, inputs[1].shape[2])
     q, k, v = _stacked(c, inputs, *inputs)
     s = _scores(c, inputs, q, k)
     top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
@@ -136,12 +177,6 @@ def _vjp_jvp(
     return _cotangents(c, inputs, (t_ct_s @ k + ct_s @ t_k, t_ct_s.mT @ q + ct_s.mT @ t_q, t_ct_v))
 
 
-def _check_lengths(lengths: Tensor | None, L_k: int) -> None:
-    """On the CPU alone: elsewhere it would wait for the device, and lengths out of range act as 0 or L_k."""
-    if lengths is not None and lengths.device.type == "cpu" and ((lengths < 0) | (lengths > L_k)).any():
-        raise ValueError(f"attention: lengths must be between 0 and L_k = {L_k}, got {lengths.tolist()}")
-
-
 def _rows(x: Tensor, k: Tensor) -> Tensor:
     """The query heads that share a head of k, stacked: [B, H, L, D] -> [B, H_kv, H / H_kv · L, D]."""
     B, H, L, D = x.shape
@@ -154,11 +189,11 @@ def _unstacked(rows: Tensor, q: Tensor) -> Tensor:
 
 
 def _stacked(c: SimpleNamespace, inputs: Tensors, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
-    """scale q as rows, and k, v with zeros beyond the lengths: 0 · NaN must not reach a sum."""
+    """scale q as rows, and k, v with zeros where the mask hides them: 0 · NaN must not reach a sum."""
     k, v = wide(k), wide(v)
-    if c.lengths is not None:
-        beyond = (torch.arange(k.shape[2], device=k.device) >= c.lengths[:, None])[:, None, :, None]
-        k, v = k.masked_fill(beyond, 0), v.masked_fill(beyond, 0)
+    if c.mask is not None:
+        hidden = ~c.mask[:, None, :, None]
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
     return c.scale * _rows(q, k), k, v
 
 
@@ -167,12 +202,14 @@ def _scores(c: SimpleNamespace, inputs: Tensors, q: Tensor, k: Tensor) -> Tensor
     (H, L), (H_kv, L_k) = inputs[0].shape[1:3], k.shape[1:3]
     s = q @ k.mT
     if c.causal:
-        later = torch.ones(L, L_k, dtype=torch.bool, device=k.device).triu(1 + L_k - L)
-        s = s.masked_fill(later.repeat(H // H_kv, 1), -torch.inf)
-    if c.lengths is not None:
-        beyond = torch.arange(L_k, device=k.device) >= c.lengths[:, None]
-        s = s.masked_fill(beyond[:, None, None], -torch.inf)
-    return s
+        s = s.masked_fill(~_band(L, L_k, c.window, k.device).repeat(H // H_kv, 1), -torch.inf)
+    return s if c.mask is None else s.masked_fill(~c.mask[:, None, None], -torch.inf)
+
+
+def _band(L: int, L_k: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys a query sees by their positions, [L, L_k]."""
+    band = torch.ones(L, L_k, dtype=torch.bool, device=device).tril(L_k - L)
+    return band if window is None else band.triu(1 - window + L_k - L)
 
 
 def _probabilities(c: SimpleNamespace, inputs: Tensors, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
@@ -188,8 +225,11 @@ def _cotangents(c: SimpleNamespace, inputs: Tensors, rows: tuple[Tensor, Tensor,
 OP = Op(
     "attention",
     inputs=("q", "k", "v"),
-    constants=("lengths",),
-    kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)},
+    constants=("mask",),
+    kernels={
+        "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
+    },
+    saves_output=True,
 )
 
 
@@ -200,15 +240,25 @@ def _plain(
     *,
     causal: bool = True,
     lengths: Tensor | None = None,
+    padding: str = "right",
+    mask: Tensor | None = None,
+    window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
     L, L_k = q.shape[2], k.shape[2]
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    i, j = torch.arange(L, device=q.device)[:, None] + L_k - L, torch.arange(L_k, device=q.device)
     visible = torch.ones(L, L_k, dtype=torch.bool, device=q.device)
     if causal:
-        visible = visible.tril(L_k - L)
+        visible = visible & (j <= i)
+    if window is not None:
+        visible = visible & (j > i - window)
     if lengths is not None:
-        visible = visible & (torch.arange(L_k, device=q.device) < lengths[:, None, None, None])
+        first, last = (0, lengths) if padding == "right" else (L_k - lengths, L_k + 0 * lengths)
+        first = first[:, None, None, None] if isinstance(first, Tensor) else first
+        visible = visible & (j >= first) & (j < last[:, None, None, None])
+    if mask is not None:
+        visible = visible & mask[:, None, None]
     s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     return (torch.softmax(s.masked_fill(~visible, torch.finfo(s.dtype).min), -1) * visible) @ v
 
@@ -217,13 +267,20 @@ def _samples(make: Make) -> list[Sample]:
     def qkv(B: int, H: int, H_kv: int, L: int, L_k: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
         return make(B, H, L, D), make(B, H_kv, L_k, D), make(B, H_kv, L_k, D)
 
+    def unequal(name: str, tensors: tuple[Tensor, Tensor, Tensor], **kwargs: Any) -> Sample:
+        return Sample(name, tensors, kwargs, per_task=False)
+
+    holes = torch.tensor([[True, False, True, True], [False, False, False, True], [False] * 4])
     return [
         Sample("causal", qkv(2, 2, 2, 4, 4, 3)),
         Sample("full", qkv(2, 1, 1, 3, 5, 2), {"causal": False}),
         Sample("grouped_decoding", qkv(2, 4, 2, 2, 5, 2), {"scale": 0.7}),
         Sample("more_queries_than_keys", qkv(2, 2, 1, 5, 3, 2)),
-        Sample("lengths", qkv(3, 2, 1, 3, 4, 2), {"lengths": torch.tensor([4, 0, 2]), "causal": False}, per_task=False),
-        Sample("lengths_causal", qkv(2, 2, 2, 4, 4, 2), {"lengths": torch.tensor([3, 1])}, per_task=False),
+        Sample("window", qkv(2, 2, 1, 4, 5, 2), {"window": 2}),
+        unequal("lengths", qkv(3, 2, 1, 3, 4, 2), lengths=torch.tensor([4, 0, 2]), causal=False),
+        unequal("lengths_causal", qkv(2, 2, 2, 4, 4, 2), lengths=torch.tensor([3, 1])),
+        unequal("lengths_left", qkv(2, 2, 2, 4, 4, 2), lengths=torch.tensor([3, 1]), padding="left"),
+        unequal("mask", qkv(3, 2, 1, 4, 4, 2), mask=holes),
         Sample("no_sequences", qkv(0, 2, 1, 3, 3, 2)),
         Sample("no_queries", qkv(2, 2, 1, 0, 3, 2)),
         Sample("no_keys", qkv(2, 2, 1, 3, 0, 2), {"causal": False}),
@@ -241,7 +298,7 @@ def _cost(sample: Sample, order: int) -> Cost:
     q, k, v = sample.args
     product = 2 * q.numel() * k.shape[2] * (0.5 if sample.kwargs.get("causal", True) else 1.0)
     moved = 2 * q.numel() + k.numel() + v.numel()
-    return Cost(flop=(2, 5, 14)[order] * product, bytes=(1, 2, 4)[order] * moved * q.element_size())
+    return Cost(flop=(2, 5, 12)[order] * product, bytes=(1, 2, 4)[order] * moved * q.element_size())
 
 
 SPEC = Spec(OP, attention, _plain, _samples, _benchmark, _cost)

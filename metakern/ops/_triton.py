@@ -1,0 +1,21 @@
+"""The backend "triton": the kernels of an op are `metakern/ops/<op>/triton.py`, imported when first called."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from metakern.ops._rules import Rules
+
+DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def rules(op: str) -> Rules:
+    """The rules of `metakern.ops.<op>.triton`, its RULES."""
+
+    def rule(name: str) -> Any:
+        return lambda *args: getattr(import_module(f"metakern.ops.{op}.triton").RULES, name)(*args)
+
+    return Rules(rule("forward"), rule("jvp"), rule("vjp"), rule("vjp_jvp"), DTYPES)
