@@ -73,8 +73,8 @@ def lora_linear(
     if bias is not None:
         _checks.shape(name, "bias", bias, (size,), "[out]")
     A, B = (A[None], B[None]) if tasks is None else (A, B)
-    weight, bias = (None if c is None else c.expand(A.shape[0], *c.shape) for c in (weight, bias))
-    (y,) = OP(rows(x, tasks), A, B, weight=weight, bias=bias, scale=scale)
+    base, offset = (None if c is None else c.expand(A.shape[0], *c.shape) for c in (weight, bias))
+    (y,) = OP(rows(x, tasks), A, B, weight=base, bias=offset, scale=scale)
     return y.view(*x.shape[:-1], size)
 
 
