@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from metakern.dialogue.readers import DataError, Dialogue, count_of, words
-from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, Tokenizer, bot_of
+from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, DialogueTokenizer, bot_of
 
 __all__ = ["Episodes", "Split", "TaskData", "collate", "split_tasks"]
 
@@ -161,7 +161,7 @@ class Episodes:
     def __init__(
         self,
         tasks: Sequence[TaskData],
-        tokenizer: Tokenizer,
+        tokenizer: DialogueTokenizer,
         *,
         support_size: int,
         query_size: int,
