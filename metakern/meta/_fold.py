@@ -22,6 +22,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metakern import ops
 from metakern.meta._parameters import Parameters
+from metakern.nn.lora import LoraLinear
+from metakern.nn.lora import run as run_lora
 from metakern.nn.recurrent import run
 
 
@@ -180,6 +182,8 @@ def _rule(module: Any) -> Unit:
         return _conv1d
     if isinstance(module, nn.RNNBase) and not module.proj_size:
         return _recurrent
+    if kind is LoraLinear:
+        return _lora
     return _mapped
 
 
@@ -199,6 +203,11 @@ def _conv1d(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
     """Hugging Face's linear layer of GPT-2, whose weight is [in, out]."""
     weight, bias = fold.weight(module, "weight"), fold.weight(module, "bias")
     return _per_task(fold, x, lambda x: ops.linear(x, weight.mT, bias))
+
+
+def _lora(fold: Fold, module: LoraLinear, x: Tensor) -> Tensor:
+    """The frozen base once over all tasks' rows, the factors a task."""
+    return _per_task(fold, x, lambda x: run_lora(module, x, partial(fold.weight, module)))
 
 
 def _layer_norm(fold: Fold, module: nn.LayerNorm, x: Tensor) -> Tensor:
