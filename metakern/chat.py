@@ -85,7 +85,7 @@ def adapt(path: str | Path, support: str, out: str | Path, steps: int | None = N
         raise UserError(f"{out}: holds a run already; choose another --out")
     model, line = adapted_model(run, read(support), steps)
     run.model.load_state_dict(model.state_dict())
-    checkpoint.write(out / "tokenizer.json", (run.path / "tokenizer.json").read_bytes())
+    run.tokenizer.save(out / "tokenizer.json")
     checkpoint.write(out / "config.toml", run.config.toml().encode())
     adapted = replace(run, path=out, state={"phase": "adapted", "step": run.state["step"], "from": str(path)})
     adapted.save("best")

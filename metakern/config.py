@@ -74,7 +74,9 @@ class Config:
         "kind of language model; hf: a pretrained one, in the directory PATH or, as hf:smollm2, in its package",
         choices=("rnn", "gru", "lstm", "gpt", "hf:PATH"),
     )
-    lora: int = _option(0, "rank of the adapters that are trained in place of the model's weights (hf); 0: none", least=0)
+    lora: int = _option(
+        0, "rank of the adapters that are trained in place of the model's weights (hf); 0: none", least=0
+    )
     lora_targets: tuple[str, ...] = _option((), "name patterns of the linear layers that get adapters")
     width: int = _option(128, "width of the embedding (gpt: of the model)", least=1)
     hidden: int = _option(256, "hidden units of a recurrent layer", least=1)

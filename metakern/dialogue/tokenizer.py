@@ -250,7 +250,8 @@ class Tokenizer(DialogueTokenizer):
 def _roles(turns: Sequence[Turn], bot: str | None) -> tuple[str, ...]:
     """Of each turn, "assistant", "system" or "user", as chat templates call them."""
     return tuple(
-        "assistant" if turn.speaker == bot else "system" if turn.speaker in SYSTEM_SPEAKERS else "user" for turn in turns
+        "assistant" if turn.speaker == bot else "system" if turn.speaker in SYSTEM_SPEAKERS else "user"
+        for turn in turns
     )
 
 
