@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metakern import ops
+from metakern.meta._functions import Fused
 from metakern.meta._parameters import Parameters
 from metakern.nn.lora import LoraLinear
 from metakern.nn.lora import run as run_lora
@@ -118,7 +119,7 @@ class Fold:
             for i, tensor, dim in zip(where, tensors, in_dims, strict=True):
                 inner[i] = tensor if dim is None else tensor.movedim(dim, 0).flatten(0, 1)
             inner_args, inner_kwargs = tree_unflatten(inner, spec)
-            with self.within():
+            with self.within(), Fused():  # modes of the caller do not reach through the step out of vmap
                 outputs, out_spec = tree_flatten(forward(*inner_args, **inner_kwargs))
             out_where = [i for i, o in enumerate(outputs) if isinstance(o, Tensor)]
             result.append((outputs, out_spec, out_where))
@@ -188,10 +189,11 @@ def _rule(module: Any) -> Unit:
 
 
 def _per_task(fold: Fold, x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
-    """An op of [T, ..., D] on a tensor of the model, folded or the same for all."""
-    if fold.folded(x):
-        return op(fold.split(x)).flatten(0, 1)
-    return fold.spread(op(x.expand(fold.tasks, *x.shape)))
+    """An op of [T, ..., D] on a tensor of the model, folded or the same for all; unseen by modes, which cost time."""
+    with torch._C.DisableTorchFunction():
+        if fold.folded(x):
+            return op(fold.split(x)).flatten(0, 1)
+        return fold.spread(op(x.expand(fold.tasks, *x.shape)))
 
 
 def _linear(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
