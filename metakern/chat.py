@@ -25,7 +25,7 @@ from metakern.dialogue.generate import generate
 from metakern.dialogue.readers import Dialogue, Turn, read
 from metakern.dialogue.tokenizer import IGNORE, bot_of
 from metakern.meta._parameters import twin
-from metakern.run import Run
+from metakern.run import Run, on_device_of
 
 __all__ = ["Chat", "adapt", "support_batch", "talk"]
 
@@ -49,7 +49,7 @@ def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:
     rows = [(ids, labels) for ids, labels in rows if any(label != IGNORE for label in labels)]
     if not rows:
         raise UserError("adapt: the support must hold a reply of the bot, got none")
-    return collate([rows], tokenizer.pad_id)
+    return on_device_of(run.model, collate([rows], tokenizer.pad_id))
 
 
 def _exchanges(turns: Iterable[Turn], bot: str | None) -> list[list[Turn]]:

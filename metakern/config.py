@@ -114,6 +114,7 @@ class Config:
     eval_every: int = _option(100, "outer steps between validations, each followed by a checkpoint", least=1)
     eval_tasks: int = _option(0, "validation tasks looked at; 0: all", least=0)
     seed: int = _option(0, "seed of the split, the episodes, the weights and the dropout", least=0)
+    device: str = _option("cpu", "where to compute", choices=("cpu", "cuda"))
     threads: int = _option(0, "threads that PyTorch may use; 0: as many as it likes", least=0)
 
     def __post_init__(self) -> None:

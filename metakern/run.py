@@ -30,7 +30,7 @@ from metakern.dialogue.models import build_model
 from metakern.dialogue.readers import DataError, read
 from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
 
-__all__ = ["FineTune", "Run", "build_algorithm", "curve", "episodes", "load_split", "tokenizer_class"]
+__all__ = ["FineTune", "Run", "build_algorithm", "curve", "episodes", "load_split", "on_device_of", "tokenizer_class"]
 
 Batch = Mapping[str, Tensor]
 
@@ -82,6 +82,27 @@ def tokenizer_class(config: Config) -> type[DialogueTokenizer]:
     return ChatTokenizer
 
 
+def _new(config: Config, tokenizer: DialogueTokenizer) -> nn.Module:
+    sizes = (
+        {"width": config.width, "heads": config.heads, "max_length": config.max_length}
+        if config.model == "gpt"
+        else {"embedding": config.width, "hidden": config.hidden}
+    )
+    return build_model(config.model, tokenizer.vocab_size, layers=config.layers, dropout=config.dropout, **sizes)
+
+
+def _pretrained(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module, str]:
+    """The pretrained model with metakern's modules, under LoRA if that is wanted, and its fingerprint."""
+    from metakern.dialogue.huggingface import fingerprint, load_model
+
+    model = load_model(config.pretrained, config.max_length, tokenizer.vocab_size)
+    base = fingerprint(model)
+    mk.patch(model)
+    if config.lora:
+        mk.lora(model, config.lora, list(config.lora_targets) or None, seed=config.seed)
+    return model, base
+
+
 @dataclass
 class Run:
     """An algorithm over a model, with its vocabulary, in a folder; ``state`` is what else its checkpoint says, and
@@ -99,23 +120,11 @@ class Run:
         """A run at its start; the weights come from the config's seed, or from the pretrained model."""
         if config.threads:
             torch.set_num_threads(config.threads)
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device must be cpu where PyTorch finds no GPU, got cuda")
         torch.manual_seed(config.seed)
-        if config.pretrained:
-            from metakern.dialogue.huggingface import fingerprint, load_model
-
-            model = load_model(config.pretrained, config.max_length, tokenizer.vocab_size)
-            base = fingerprint(model)
-            mk.patch(model)
-            if config.lora:
-                mk.lora(model, config.lora, list(config.lora_targets) or None, seed=config.seed)
-            return cls(path, config, tokenizer, build_algorithm(config, model), base=base)
-        sizes = (
-            {"width": config.width, "heads": config.heads, "max_length": config.max_length}
-            if config.model == "gpt"
-            else {"embedding": config.width, "hidden": config.hidden}
-        )
-        model = build_model(config.model, tokenizer.vocab_size, layers=config.layers, dropout=config.dropout, **sizes)
-        return cls(path, config, tokenizer, build_algorithm(config, model))
+        model, base = _pretrained(config, tokenizer) if config.pretrained else (_new(config, tokenizer), "")
+        return cls(path, config, tokenizer, build_algorithm(config, model.to(config.device)), base=base)
 
     @classmethod
     def open(cls, path: str | Path, name: str = "best", **changes: Any) -> Run:
@@ -176,6 +185,12 @@ class Run:
         return tensors
 
 
+def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """``batch`` where ``model`` is."""
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items()}
+
+
 def load_split(config: Config) -> Split:
     """The tasks of the config's data, the same split every time and everywhere."""
     held_out = config.validation_part, config.test_part
@@ -197,6 +212,7 @@ def curve(algorithm: Any, source: Episodes, steps: tuple[int, ...], limit: int =
     losses = []
     for tasks, support, query in source.evaluation(limit or None):
         names += tasks
+        support, query = (on_device_of(algorithm.model, batch) for batch in (support, query))
         losses.append(algorithm.evaluate(support, query, steps=steps).cpu())
     algorithm.train(training)
     return names, torch.cat(losses, 1)

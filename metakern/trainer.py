@@ -29,7 +29,7 @@ from metakern import checkpoint
 from metakern.config import Config, UserError, cache_folder
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
-from metakern.run import FineTune, Run, build_algorithm, curve, episodes, load_split, tokenizer_class
+from metakern.run import FineTune, Run, build_algorithm, curve, episodes, load_split, on_device_of, tokenizer_class
 
 __all__ = ["DivergenceError", "StoppedError", "train"]
 
@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "log_every",
     "eval_every",
     "eval_tasks",
+    "device",
     "threads",
 )
 
@@ -180,7 +181,8 @@ class _Loop:
     def step(self) -> None:
         """One outer step, and now and then a look at the losses before and after adaptation."""
         config, algorithm, state = self.config, self.algorithm, self.run.state
-        support, query = self.phase.episodes.sample(state["step"], config.tasks)
+        episode = self.phase.episodes.sample(state["step"], config.tasks)
+        support, query = (on_device_of(self.run.model, batch) for batch in episode)
         done = self.phase.done(state["step"], state["seconds"])
         for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
             group["lr"] = rate * _schedule(config, state["step"], done)

@@ -176,6 +176,8 @@ class Episodes:
             raise ValueError(f"Episodes: train_on must be bot or all, got {train_on!r}")
         if min(support_size, query_size) < 1:
             raise ValueError(f"Episodes: sizes must be at least 1, got {support_size} and {query_size}")
+        if max_length < tokenizer.least:
+            raise ValueError(f"Episodes: max_length must be at least {tokenizer.least} here, got {max_length}")
         self.tokenizer, self.max_length, self.seed, self.train_on = tokenizer, max_length, seed, train_on
         self.sizes, self.windows = (support_size, query_size), windows
         self._tasks: list[tuple[str, list[Startable]]] = []

@@ -79,4 +79,4 @@ def _next(logits: Tensor, temperature: float, top_p: float, generator: torch.Gen
         return int(logits.argmax())
     p, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
     p = p * (p.cumsum(0) - p < top_p)
-    return int(order[torch.multinomial(p, 1, generator=generator)])
+    return int(order[torch.multinomial(p.cpu(), 1, generator=generator)])

