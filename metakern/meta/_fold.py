@@ -71,7 +71,7 @@ class Fold:
             raise FoldError("the model made fewer calls than when it was traced: give MAML batching='vmap' or 'loop'")
 
     def folded(self, tensor: Tensor, dim: int = 0) -> bool:
-        """Whether a tensor carries the tasks in a dimension; recorded in order, as its multiple of T·B, then replayed."""
+        """Whether a tensor carries the tasks in a dimension; recorded in order, by its multiple, then replayed."""
         now = tensor.dim() > dim and tensor.shape[dim] % self.size == 0
         if self.recording:
             self.record.append(tensor.shape[dim] // self.size if now else 0)
@@ -177,7 +177,7 @@ def _units(parameters: Parameters) -> dict[nn.Module, Unit]:
 
 
 def _rule(module: Any) -> Unit:
-    kind = type(module)
+    kind: Any = type(module)
     if "forward" in module.__dict__:  # somebody has wrapped this module's forward
         return _mapped
     if kind in (nn.Linear, Linear):

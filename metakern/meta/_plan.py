@@ -193,7 +193,7 @@ class _Probe:
                 for name, value in zip(names, self.phi, strict=True):
                     self.parameters.adapted[name].copy_(value[t])
             adapted = list(self.parameters.adapted.values())
-            with _comparable(), _batching.exact_kernels(), torch.enable_grad():
+            with comparable(), _batching.exact_kernels(), torch.enable_grad():
                 value = _batching.scalar(self.loss(model, select(self.batch, t)))
                 grads = _grad(value, [*adapted, *self.shared], create_graph=True)
                 pairs = [(g, v[t]) for g, v in zip(grads, self.v, strict=False) if g is not None]
@@ -211,7 +211,7 @@ class _Probe:
     def verify(self, batching: Batching, first_order: bool) -> tuple[str, int]:
         """The mode of its Hessian-vector products ("forward" or "reverse"), and the bytes a task saves for backward."""
         if isinstance(batching, _batching.Folded):
-            batching.fold.within = _comparable  # a mode does not reach through the step out of vmap
+            batching.fold.within = comparable  # a mode does not reach through the step out of vmap
             self._trace(batching)
         saved: dict[int, int] = {}
 
@@ -219,7 +219,7 @@ class _Probe:
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with _comparable(), _batching.exact_kernels(), torch.enable_grad():
+        with comparable(), _batching.exact_kernels(), torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in self.phi]
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 losses = batching.losses(leaves, self.batch)
@@ -249,7 +249,7 @@ class _Probe:
     def _trace(self, batching: _batching.Folded) -> None:
         """Records which tensors carry the tasks: those whose first dimension follows their number."""
         records = []
-        with _comparable(), _batching.exact_kernels(), torch.no_grad():
+        with comparable(), _batching.exact_kernels(), torch.no_grad():
             for tasks in (2, 3):
                 index = torch.arange(tasks, device=self.phi[0].device) % 2
                 batching.fold.recording = True
@@ -273,7 +273,7 @@ class _MismatchError(RuntimeError):
     """A candidate's numbers are not plain autograd's."""
 
 
-class _comparable(TorchFunctionMode):  # noqa: N801, a context manager
+class comparable(TorchFunctionMode):  # noqa: N801, a context manager
     """Dropout is the identity, and float64 stays float64: two ways of computing a loss can only be compared so."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:

@@ -17,9 +17,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     query is [L, B, E], [B, L, E] with batch_first, or [L, E] without a batch; key and value alike. The fused
     `metakern.ops.attention` runs for need_weights=False without a mask, with a key_padding_mask of booleans, and with
     is_causal=True, which says that attn_mask is the causal mask. Any other mask, active dropout, and need_weights=True
-    (torch.nn's default) take ordinary PyTorch operations, which hold all weights at once. A query that sees no key gives
-    zeros before the output projection, where torch.nn gives NaN. Raises ValueError for add_bias_kv and add_zero_attn,
-    and for shapes that do not fit.
+    (torch.nn's default) take ordinary PyTorch operations, which hold all weights at once. A query that sees no key
+    gives zeros before the output projection, where torch.nn gives NaN. Raises ValueError for add_bias_kv and
+    add_zero_attn, and for shapes that do not fit.
 
     >>> import metakern as mk, torch
     >>> attention, x = mk.nn.MultiheadAttention(4, num_heads=2, batch_first=True), torch.zeros(1, 3, 4)

@@ -1,7 +1,7 @@
 """Puts metakern's modules and ops into a model of torch.nn's or Hugging Face's, in place, and takes them out again.
 
-A replaced module keeps its attributes: only the class of the object changes. Parameters, buffers, hooks, names and modes
-are the very same, optimizers go on with them, and copies and pickles of a patched model are patched.
+A replaced module keeps its attributes: only the class of the object changes. Parameters, buffers, hooks, names and
+modes are the very same, optimizers go on with them, and copies and pickles of a patched model are patched.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def patch(model: nn.Module) -> Report:
-    """Puts metakern into `model`, in place: the same outputs to rounding, and exact second derivatives of all orders'
-    kernels. Done twice is done once.
+    """Puts metakern into `model`, in place: the same outputs to rounding. Done twice is done once.
 
-    Of torch.nn: RNN, GRU, LSTM, LayerNorm, RMSNorm, GELU, SiLU, Linear, MultiheadAttention and the Transformer's layers.
-    Of Hugging Face's transformers (5.17 and 5.23 are tested): attention, by way of the library's own interface, with the
-    padding mask and the window of the model, so that no L x L matrix is made; rotary embeddings; RMS norms; gated MLPs;
-    activations; Conv1D; the loss of a causal language model. Attention that the op does not compute, such as active
-    dropout, soft-capping or a mask of the caller's for each query and key, takes the model's own eager formula; a query
-    that sees no key, at a padded place, gives zeros.
+    Of torch.nn: RNN, GRU, LSTM, LayerNorm, RMSNorm, GELU, SiLU, Linear, MultiheadAttention, Transformer layers.
 
-    Left alone, and reported with the reason, is what may compute something else: subclasses, modules whose `forward` was
-    replaced, LSTMs with projections, modules of transformers that no rule knows. Raises TypeError where `model` is not a
-    module, ValueError where it is compiled or quantized.
+    Of Hugging Face's transformers: attention by way of the library's own interface, with the model's window and the
+    padding mask, [B, L_k], so that there is no L x L matrix; rotary embeddings; RMS norms; gated MLPs; activations;
+    Conv1D; the loss of a causal language model. Attention that `metakern.ops.attention` does not compute, such as
+    active dropout, capped scores or the caller's own mask, takes the model's eager formula. A query that sees no key,
+    as at a padded place, gives zeros.
+
+    Left alone, and reported with the reason, is what may compute something else: subclasses, modules whose `forward`
+    was replaced, LSTMs with projections, modules of transformers that no rule knows. Raises TypeError where `model` is
+    not a module, ValueError where it is compiled or quantized.
 
     >>> import metakern as mk, torch
-    >>> lstm = torch.nn.LSTM(8, 8, proj_size=2)
-    >>> model = torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.LSTM(4, 8), torch.nn.LSTM(8, 8), lstm)
+    >>> layers = torch.nn.LayerNorm(4), torch.nn.LSTM(4, 8), torch.nn.LSTM(8, 8), torch.nn.LSTM(8, 8, proj_size=2)
+    >>> model = torch.nn.ModuleList(layers)
     >>> print(mk.patch(model))
     3 replaced, 1 left
       0  torch.nn.LayerNorm -> metakern.nn.LayerNorm

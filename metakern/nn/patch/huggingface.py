@@ -10,25 +10,29 @@ Where a call is not what the op computes, the class that a module had before com
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from metakern import ops
-from metakern.nn.linear import mixed
+from metakern.nn.linear import Linear, mixed
+from metakern.nn.patch.attention import NAME, is_half_rotation, register, rotary, same
 from metakern.nn.patch.report import Left, Replaced
 from metakern.ops._tensors import wide
 
 FORMER = "_metakern_former_class"  # attributes of a replaced module or model, so that copies keep them
-_FORMER_ATTENTION, _FORMER_LOSS = "_metakern_former_attention", "_metakern_former_loss"
-_NAME = "metakern"  # of the attention, in transformers' interface
+_FORMER_ATTENTION = "_metakern_former_attention"
 _ATTENTION, _ROPE, _ROTARY = "metakern.ops.attention", "metakern.ops.rope", "apply_rotary_pos_emb"
+
+# The models whose logits are what the head returns, if they are not capped.
+_PLAIN_HEADS = frozenset(
+    ("gemma", "gemma2", "gemma3", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "smollm3")
+)
 
 Modules = Sequence[tuple[str, nn.Module]]
 Parameter = Callable[[str], Any]  # a parameter by name, with or without the tasks first
@@ -40,7 +44,7 @@ class Fused(nn.Module):
     runs = ""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)
+        state: Any = super().__reduce_ex__(protocol)[2:]
         mixin, former = type(self).__bases__
         return _blank, (former, mixin, self.runs), *state
 
@@ -138,17 +142,16 @@ def attach(modules: Modules) -> Iterator[Replaced | Left]:
     configs: set[int] = set()
     for path, model in pretrained(modules):
         name = type(model).__name__
-        if id(model.config) not in configs and model.config._attn_implementation != _NAME:
+        if id(model.config) not in configs and model.config._attn_implementation != NAME:
             configs.add(id(model.config))
             why = _attention_obstacle(model)
             if why:
                 yield Left(path, f"attention of {name}", why)
             else:
-                _register()
+                register()
                 model.__dict__[_FORMER_ATTENTION] = model.config._attn_implementation
-                model.config._attn_implementation_internal = _NAME
-        if model.get_output_embeddings() is not None and model.loss_function.__name__ == "ForCausalLMLoss":
-            model.__dict__[_FORMER_LOSS] = model.__dict__.get("_loss_function")
+                model.config._attn_implementation_internal = NAME
+        if _has_causal_loss(model):
             model.loss_function = causal_lm_loss
             yield Replaced(path, f"loss of {name}", "metakern.ops.cross_entropy")
 
@@ -158,11 +161,8 @@ def detach(modules: Modules) -> Iterator[Replaced]:
     for path, model in pretrained(modules):
         if _FORMER_ATTENTION in model.__dict__:
             model.config._attn_implementation_internal = model.__dict__.pop(_FORMER_ATTENTION)
-        if _FORMER_LOSS in model.__dict__:
-            former = model.__dict__.pop(_FORMER_LOSS)
+        if model.__dict__.get("_loss_function") is causal_lm_loss:
             del model._loss_function
-            if former is not None:
-                model.loss_function = former
             yield Replaced(path, "metakern.ops.cross_entropy", f"loss of {type(model).__name__}")
 
 
@@ -175,7 +175,8 @@ def pretrained(modules: Modules) -> Iterator[tuple[str, Any]]:
 
 def replacement(module: nn.Module) -> tuple[type[Fused] | None, str | None]:
     """The class that computes what a module in a pretrained model computes, and why there is none where one is due."""
-    kind, mixin = type(module), known(type(module))
+    kind: Any = type(module)
+    mixin: Any = known(kind)
     if isinstance(module, Fused):
         return None, None
     if "forward" in module.__dict__ and (mixin or _calls_interface(kind)):
@@ -186,9 +187,9 @@ def replacement(module: nn.Module) -> tuple[type[Fused] | None, str | None]:
             return None, None  # its activation is replaced, and a gate of another kind is a product
         return _made(kind, mixin, mixin.runs), None
     if _calls_interface(kind):
-        rotary = _is_half_rotation(_globals(kind).get(_ROTARY)) if _uses(kind, _ROTARY) else None
-        fused = module.config._attn_implementation == _NAME
-        runs = ", ".join([_ATTENTION] * fused + [_ROPE] * bool(rotary))
+        fused = cast(Any, module).config._attn_implementation == NAME
+        turns = _uses(kind, _ROTARY) and is_half_rotation(kind.forward.__globals__.get(_ROTARY))
+        runs = ", ".join([_ATTENTION] * fused + [_ROPE] * turns)
         return _made(kind, Attention, runs) if runs else None, None
     if any(p is not None for p in module._parameters.values()) and not isinstance(module, nn.Embedding):
         return None, "no rule knows it"
@@ -221,7 +222,7 @@ def known(kind: Any) -> type[Fused] | None:
         (Phi3MLP, JointlyGatedMLP, ("forward",)),
     )
     for original, mixin, methods in originals:
-        if all(_same(getattr(kind, method, None), getattr(original, method)) for method in methods):
+        if all(same(getattr(kind, method, None), getattr(original, method)) for method in methods):
             return mixin
     return None
 
@@ -234,7 +235,7 @@ def _made(former: Any, mixin: Any, runs: str) -> type[Fused]:
         forward = former.forward
         body["forward"] = FunctionType(
             forward.__code__,
-            {**forward.__globals__, _ROTARY: _rotary(forward.__globals__[_ROTARY])},
+            {**forward.__globals__, _ROTARY: rotary(forward.__globals__[_ROTARY])},
             forward.__name__,
             forward.__defaults__,
             forward.__closure__,
@@ -243,60 +244,11 @@ def _made(former: Any, mixin: Any, runs: str) -> type[Fused]:
     return type(former.__name__, (mixin, former), body)
 
 
-def _blank(former: type[nn.Module], mixin: type[Fused], runs: str) -> Fused:
+def _blank(former: Any, mixin: Any, runs: str) -> Fused:
     """A module for pickle to fill."""
-    _register()
-    made = _made(former, mixin, runs)
+    register()
+    made: Any = _made(former, mixin, runs)
     return made.__new__(made)
-
-
-def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface over `metakern.ops.attention`: query [B, H, L, D] -> [B, L, H, D], no weights.
-
-    attention_mask is what `key_mask` made, [B, L_k] of booleans or None, or a mask [B, 1, L, L_k] of the caller's.
-    """
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    window = kwargs.get("sliding_window") if causal else None
-    if attention_mask is not None and attention_mask.dim() == 2:
-        attention_mask, keys = attention_mask.bool(), attention_mask.shape[1]
-        key, value = key[:, :, :keys], value[:, :, :keys]  # the rest of a cache of fixed size is not filled yet
-    if (
-        (attention_mask is not None and attention_mask.dim() != 2)
-        or (kwargs.get("dropout") and module.training)
-        or any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias", "head_mask", "cache"))
-        or kwargs.get("output_attentions")
-        or key.shape != value.shape
-        or mixed(query, key, value)
-    ):
-        mask = _scores_mask(query, key, attention_mask, causal, window)
-        return _globals(_former(module))["eager_attention_forward"](module, query, key, value, mask, **kwargs)
-    y = ops.attention(query, key, value, causal=causal, mask=attention_mask, window=window, scale=kwargs.get("scaling"))
-    return y.transpose(1, 2).contiguous(), None
-
-
-def key_mask(**kwargs: Any) -> Tensor | None:
-    """transformers' mask interface: [B, L_k] for causal masks, with a window or without; [B, 1, L, L_k] for others.
-
-    True is seen; None stands for a mask that shows all keys. Keys after the last query's own are cut off.
-    """
-    from transformers import masking_utils
-
-    L_k, start, window = kwargs["kv_length"], int(kwargs.get("kv_offset", 0)), kwargs.get("local_size")
-    positions = kwargs.get("cache_position")  # before transformers 5
-    first = positions[0] if positions is not None else kwargs.get("q_offset", 0)
-    last = int(first) + (len(positions) if positions is not None else kwargs["q_length"])
-    seen, mask = last - start, kwargs.get("attention_mask")
-    causal = masking_utils.causal_mask_function
-    if window is not None:
-        causal = masking_utils.sliding_window_causal_mask_function(window)
-    if seen > L_k or not _same(kwargs.get("mask_function", masking_utils.causal_mask_function), causal):
-        return masking_utils.sdpa_mask(**{**kwargs, "allow_is_causal_skip": False})
-    if mask is not None:
-        return nn.functional.pad(mask, (0, max(last - mask.shape[1], 0)))[:, start:last]
-    return None if seen == L_k else torch.ones(kwargs["batch_size"], seen, dtype=torch.bool, device=kwargs["device"])
 
 
 def causal_lm_loss(
@@ -316,12 +268,38 @@ def causal_lm_loss(
     return loss if num_items_in_batch is None else loss * (target != ignore_index).sum() / num_items_in_batch
 
 
-@cache
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
+def separate_head(model: nn.Module) -> Any:
+    """The head of a patched model, if it can be taken off: the last that is done, without a bias and not adapted."""
+    kind, lm = type(model).__module__.rpartition("modeling_")[2], cast(Any, model)
+    if model.__dict__.get("_loss_function") is not causal_lm_loss or kind not in _PLAIN_HEADS:
+        return None
+    head = lm.get_output_embeddings()
+    plain = type(head) is Linear and head._parameters["bias"] is None and isinstance(head.weight, nn.Parameter)
+    touched = "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks
+    return head if plain and not touched and not getattr(lm.config, "final_logit_softcapping", None) else None
 
-    AttentionInterface.register(_NAME, attention_forward)
-    AttentionMaskInterface.register(_NAME, key_mask)
+
+@contextmanager
+def without(head: nn.Module | None) -> Iterator[None]:
+    """Within the block a head hands on the hidden states that it is given."""
+    if head is None:
+        yield
+        return
+    head.__dict__["forward"] = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del head.__dict__["forward"]
+
+
+def _has_causal_loss(model: Any) -> bool:
+    """Whether a pretrained model computes transformers' ForCausalLMLoss, given labels."""
+    return (
+        model.get_output_embeddings() is not None
+        and not getattr(model.config, "is_encoder_decoder", False)
+        and getattr(model, "loss_type", "") in (None, "ForCausalLM")
+        and "_loss_function" not in model.__dict__
+    )
 
 
 def _attention_obstacle(model: Any) -> str | None:
@@ -340,7 +318,7 @@ def _attention_obstacle(model: Any) -> str | None:
 
 
 def _calls_interface(kind: Any) -> bool:
-    return _uses(kind, "ALL_ATTENTION_FUNCTIONS") and "eager_attention_forward" in _globals(kind)
+    return _uses(kind, "ALL_ATTENTION_FUNCTIONS") and "eager_attention_forward" in kind.forward.__globals__
 
 
 def _uses(kind: Any, name: str) -> bool:
@@ -349,71 +327,6 @@ def _uses(kind: Any, name: str) -> bool:
     return code is not None and name in code.co_names
 
 
-def _globals(kind: Any) -> dict[str, Any]:
-    return kind.forward.__globals__
-
-
-def _former(module: nn.Module) -> Any:
-    return module.__dict__.get(FORMER, type(module))
-
-
 def _is_silu(module: Any) -> bool:
-    return isinstance(module, nn.SiLU | SiLU) or (module is not None and known(type(module)) is SiLU)
-
-
-def _rotary(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """apply_rotary_pos_emb by `metakern.ops.rope`, for the first cos.shape[-1] features of q and k [B, H, L, D]."""
-
-    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if args or kwargs or q.dim() != 4 or cos.dim() != 3 or mixed(q, k, cos, sin):
-            return original(q, k, cos, sin, *args, **kwargs)
-        return _turned(q, cos, sin), _turned(k, cos, sin)
-
-    return apply
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    D = cos.shape[-1]
-    if x.shape[-1] == D:
-        return ops.rope(x, cos, sin)
-    return torch.cat((ops.rope(x[..., :D], cos, sin), x[..., D:]), -1)
-
-
-@cache
-def _is_half_rotation(rotary: Callable[..., Any] | None) -> bool:
-    """Whether a model's apply_rotary_pos_emb computes what `metakern.ops.rope` does: it is tried."""
-    random = torch.Generator().manual_seed(0)
-    q, k, cos, sin = torch.randn(4, 2, 2, 3, 8, generator=random, dtype=torch.float64, device="cpu")
-    cos, sin = cos[:, 0], sin[:, 0]
-    try:
-        found = rotary(q, k, cos, sin)  # type: ignore[misc]
-        return all(torch.allclose(a, ops.rope(x, cos, sin)) for a, x in zip(found, (q, k), strict=True))
-    except Exception:  # a function of other arguments is another function
-        return False
-
-
-def _scores_mask(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int | None) -> Tensor | None:
-    """What an eager formula adds to its scores, [B, 1, L, L_k]."""
-    L, L_k = query.shape[2], key.shape[2]
-    if mask is None or mask.dim() == 2:
-        mask = None if mask is None else mask[:, None, None]
-        if causal:
-            ones = torch.ones(L, L_k, dtype=torch.bool, device=query.device)
-            seen = ones.tril(L_k - L) if window is None else ones.tril(L_k - L).triu(L_k - L - window + 1)
-            mask = seen if mask is None else seen & mask
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-
-
-def _same(f: Any, g: Any) -> bool:
-    """Whether two functions are one, by their code, less its place and its docstring, and what it closes over."""
-    if isinstance(f, tuple) and isinstance(g, tuple):
-        return len(f) == len(g) and all(map(_same, f, g))
-    if not (inspect.isfunction(f) and inspect.isfunction(g)):
-        return bool(f == g)
-    a, b = (
-        (h.__code__.co_code, h.__code__.co_names, [c for c in h.__code__.co_consts if c != h.__doc__]) for h in (f, g)
-    )
-    cells = ([cell.cell_contents for cell in h.__closure__ or ()] for h in (f, g))
-    return a == b and all(_same(x, y) for x, y in zip(*cells, strict=True))
+    kind: Any = type(module)
+    return isinstance(module, nn.SiLU | SiLU) or known(kind) is SiLU
