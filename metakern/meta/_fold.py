@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metakern import ops
+from metakern.meta._functions import Fused
 from metakern.meta._parameters import Parameters
 from metakern.nn import Linear
+from metakern.nn.lora import LoraLinear
+from metakern.nn.lora import run as run_lora
 from metakern.nn.patch import huggingface
 from metakern.nn.recurrent import run
 
@@ -126,7 +129,7 @@ class Fold:
             for i, tensor, dim in zip(where, tensors, in_dims, strict=True):
                 inner[i] = tensor if dim is None else tensor.movedim(dim, 0).flatten(0, 1)
             inner_args, inner_kwargs = tree_unflatten(inner, spec)
-            with self.within():
+            with self.within(), Fused():  # modes of the caller do not reach through the step out of vmap
                 outputs, out_spec = tree_flatten(forward(*inner_args, **inner_kwargs))
             out_where = [i for i, o in enumerate(outputs) if isinstance(o, Tensor)]
             result.append((outputs, out_spec, out_where))
@@ -188,6 +191,8 @@ def _rule(module: Any) -> Unit:
         return _layer_norm if isinstance(module, nn.LayerNorm) else _rms_norm
     if isinstance(module, nn.RNNBase) and not module.proj_size:
         return _recurrent
+    if kind is LoraLinear:
+        return _lora
     if isinstance(module, huggingface.Elementary):
         return _elementary
     if kind.__module__.startswith("transformers."):
@@ -200,15 +205,27 @@ def _rule(module: Any) -> Unit:
 
 
 def _per_task(fold: Fold, x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
-    """An op of [T, ..., D] on a tensor of the model, folded or the same for all."""
+    """An op of metakern's of [T, ..., D] on a tensor of the model; unseen by modes, which cost time."""
+    with torch._C.DisableTorchFunction():
+        return _split(fold, x, op)
+
+
+def _split(fold: Fold, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of [T, ..., D] on a tensor of the model, folded or the same for all."""
     if fold.folded(x):
-        return op(fold.split(x)).flatten(0, 1)
-    return fold.spread(op(x.expand(fold.tasks, *x.shape)))
+        return function(fold.split(x)).flatten(0, 1)
+    return fold.spread(function(x.expand(fold.tasks, *x.shape)))
 
 
 def _linear(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
     weight, bias = fold.weight(module, "weight"), fold.weight(module, "bias")
     return _per_task(fold, x, lambda x: ops.linear(x, weight, bias))
+
+
+def _lora(fold: Fold, module: LoraLinear, x: Tensor) -> Tensor:
+    """The frozen base once over all tasks' rows, the factors a task."""
+    apply = _split if module.training and module.dropout else _per_task  # the probe has to see a dropout
+    return apply(fold, x, lambda x: run_lora(module, x, partial(fold.weight, module)))
 
 
 def _layer_norm(fold: Fold, module: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -251,7 +268,7 @@ def _broadcast(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
         finally:
             module._parameters["weight"] = mine
 
-    return _per_task(fold, x, norm)
+    return _split(fold, x, norm)
 
 
 def _recurrent(fold: Fold, module: nn.RNNBase, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:

@@ -3,6 +3,7 @@
 from metakern.nn.activation import GELU, SiLU
 from metakern.nn.attention import MultiheadAttention
 from metakern.nn.linear import Linear
+from metakern.nn.lora import LoraLinear
 from metakern.nn.norm import LayerNorm, RMSNorm
 from metakern.nn.recurrent import GRU, LSTM, RNN
 from metakern.nn.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
@@ -14,6 +15,7 @@ __all__ = [
     "RNN",
     "LayerNorm",
     "Linear",
+    "LoraLinear",
     "MultiheadAttention",
     "RMSNorm",
     "SiLU",
