@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_lora_linear import Storages
 from test_maml import T, assert_equal, gradients, hugging_face, plain_loss, regression_loss, sgd, tokens, tokens_loss
 from torch import Tensor, nn
 
@@ -113,6 +114,19 @@ def test_the_engine_folds_a_layer_by_its_op_and_never_maps_it(monkeypatch: pytes
     maml(batch, batch)
     assert maml.plan.batching == "fold"
     assert shapes == {((T, 2), 2, T)}
+
+
+@pytest.mark.parametrize("batching", ["fold", "vmap"])
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+def test_a_meta_step_holds_nothing_of_the_size_of_the_base(strategy: str, batching: str) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 20), nn.Linear(20, 40), nn.Linear(40, 3)).double()
+    mk.lora(model, rank=1, targets=["1"])
+    maml = mk.MAML(started(model), regression_loss, steps=2, strategy=strategy, batching=batching, task_chunk=T)
+    maml(points(1), points(2))  # which verifies the plan on copies of the model
+    with Storages(model[1].weight) as found:
+        gradients(model, maml(points(1), points(2)))
+    assert T * 4 * 40 <= found.elements < 20 * 40
 
 
 def test_a_meta_learned_start_of_one_factor() -> None:
