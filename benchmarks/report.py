@@ -25,6 +25,7 @@ TITLES = {
     "lstm": f"LSTM {RECURRENT}",
     "lstm-small": "small LSTM LM, vocabulary 2000, embedding 64, hidden 64, length 32, 2+2 sequences, 32 tasks, K=5",
     "gpt": "GPT, vocabulary 2000, 128 wide, 4 heads, 2 layers, length 64, 4+4 sequences, 8 tasks, K=3",
+    "gpt-long": "the same GPT at length 1024, 4+4 sequences, 1 task, K=3",
 }
 CELLS = {  # heading of a column: key and form; a ratio is absent where its base was not measured
     "of the limit": ("of_limit", "{:.0%}"),

@@ -23,13 +23,12 @@ from torch.utils._pytree import tree_map_only
 
 from metakern.meta import _batching
 from metakern.meta._batching import Batching, Loss, select, tasks_of
-from metakern.meta._fold import FoldError
 from metakern.meta._parameters import Parameters
 from metakern.meta._unroll import Unroll, _grad
 from metakern.optim import SGD
 
 FLOAT64_PARAMETERS = 200_000_000
-TOLERANCE = 1e-6  # relative, of every tensor, in float64: models that compute a norm in float32 reach 1e-7
+TOLERANCE = 1e-6  # relative, of every tensor, in float64: models that compute in float32 reach 1e-7
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Planner:
         working, free = saved + 3 * copy_bytes, _free_bytes(device)
         wish, strategy = self.wishes.task_chunk, self.wishes.strategy
         on_cpu = device.type == "cpu"
-        room, where = (CACHE_BYTES, "cache") if on_cpu else (free // 2, "memory")
+        room, where = (WORKING_BYTES, "working memory") if on_cpu else (free // 2, "memory")
 
         def fitting(size: int) -> int:
             return wish if isinstance(wish, int) else max(1, room // max(size, 1))
@@ -115,7 +114,7 @@ class Planner:
         return Plan(name, strategy, hvp, chunk, saved, tuple(reasons))
 
 
-CACHE_BYTES = 64 * 2**20  # a CPU's working set of one chunk of tasks
+WORKING_BYTES = 192 * 2**20  # a CPU's working set of one chunk of tasks: more is slower, less is more calls
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ class _Probe:
                 for name, value in zip(names, self.phi, strict=True):
                     self.parameters.adapted[name].copy_(value[t])
             adapted = list(self.parameters.adapted.values())
-            with _without_dropout(), _batching.exact_kernels(), torch.enable_grad():
+            with comparable(), _batching.exact_kernels(), torch.enable_grad():
                 value = _batching.scalar(self.loss(model, select(self.batch, t)))
                 grads = _grad(value, [*adapted, *self.shared], create_graph=True)
                 pairs = [(g, v[t]) for g, v in zip(grads, self.v, strict=False) if g is not None]
@@ -212,7 +211,7 @@ class _Probe:
     def verify(self, batching: Batching, first_order: bool) -> tuple[str, int]:
         """The mode of its Hessian-vector products ("forward" or "reverse"), and the bytes a task saves for backward."""
         if isinstance(batching, _batching.Folded):
-            batching.fold.within = _without_dropout  # a mode does not reach through the step out of vmap
+            batching.fold.within = comparable  # a mode does not reach through the step out of vmap
             self._trace(batching)
         saved: dict[int, int] = {}
 
@@ -220,7 +219,7 @@ class _Probe:
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with _without_dropout(), _batching.exact_kernels(), torch.enable_grad():
+        with comparable(), _batching.exact_kernels(), torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in self.phi]
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 losses = batching.losses(leaves, self.batch)
@@ -250,16 +249,13 @@ class _Probe:
     def _trace(self, batching: _batching.Folded) -> None:
         """Records which tensors carry the tasks: those whose first dimension follows their number."""
         records = []
-        with _without_dropout(), _batching.exact_kernels(), torch.no_grad():
+        with comparable(), _batching.exact_kernels(), torch.no_grad():
             for tasks in (2, 3):
                 index = torch.arange(tasks, device=self.phi[0].device) % 2
                 batching.fold.recording = True
                 batching.losses([p[index] for p in self.phi], select(self.batch, index))
                 records.append(batching.fold.record)
-        if len(records[0]) != len(records[1]):
-            raise FoldError("the model's calls depend on the number of tasks")
-        batching.fold.record = [a and b for a, b in zip(*records, strict=True)]
-        batching.fold.recording = False
+        batching.fold.agree(records[0])
 
     def _compare(self, what: str, found: Sequence[Tensor | None], truth: Sequence[Tensor | None]) -> None:
         norms = [0.0 if t is None else t.norm().item() for t in truth]
@@ -277,8 +273,8 @@ class _MismatchError(RuntimeError):
     """A candidate's numbers are not plain autograd's."""
 
 
-class _without_dropout(TorchFunctionMode):  # noqa: N801, a context manager
-    """Dropout is the identity: two ways of computing a loss can only be compared without it."""
+class comparable(TorchFunctionMode):  # noqa: N801, a context manager
+    """Dropout is the identity, and float64 stays float64: two ways of computing a loss can only be compared so."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -286,9 +282,15 @@ class _without_dropout(TorchFunctionMode):  # noqa: N801, a context manager
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
             kwargs = {**kwargs, "dropout_p": 0.0}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float or (func is Tensor.to and any(a is torch.float32 for a in args)):
+                return args[0]  # as in transformers' norms, which are float32 in every model
+            if func in _SOFTMAXES and kwargs.get("dtype") == torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
 
 
+_SOFTMAXES = {F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax}
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 
 
