@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -62,9 +63,17 @@ class ChatTokenizer(DialogueTokenizer):
         self.eos_id = after[self._end(after) - 1]
 
     @classmethod
-    def of(cls, name: str) -> ChatTokenizer:
-        """The tokenizer of the model `hf:name`; raises `DataError`."""
-        return cls._read(folder_of(name))
+    def of(cls, name: str, system: str = "") -> ChatTokenizer:
+        """The tokenizer of the model `hf:name`; in its template a system that says nothing says `system`."""
+        chat = cls._read(folder_of(name))
+        if not system:
+            return chat
+        first = f"[{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}]"
+        with_system = (
+            f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {first} + messages %}}{{% endif %}}"
+        )
+        chat._tokenizer.chat_template = with_system + chat._tokenizer.chat_template
+        return cls(chat._tokenizer, chat._where)
 
     @classmethod
     def load(cls, path: str | Path) -> ChatTokenizer:
