@@ -202,7 +202,7 @@ def _convert(package: Path, folder: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2)
         model.hf_quantizer, model.is_quantized = None, False  # its weights are plain numbers now, and may be saved
-        del model.config.quantization_config
+        model.config.__dict__.pop("quantization_config", None)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
