@@ -28,10 +28,10 @@ from metakern.ops._rules import Rules, Tensors
 from metakern.ops._triton.launch import INTERPRETED, cdiv, contiguous, launch, wide
 
 # The widest row that is one block: the tiles of a wider one would not all stay in registers.
-LARGEST = {"forward": 16384, "jvp": 8192, "vjp": 4096} if not INTERPRETED else {"forward": 4, "jvp": 4, "vjp": 4}
-TILE = 2048 if not INTERPRETED else 8
-CHUNKS = 128 if not INTERPRETED else 2  # of a task's rows, each summed by a program, until chunks have MOST tiles
-MOST = 32 if not INTERPRETED else 2
+LARGEST = {"forward": 16384, "jvp": 8192, "vjp": 4096}
+TILE = 32 if INTERPRETED else 2048
+CHUNKS = 1 if INTERPRETED else 128  # of a task's rows, each summed by a program, until chunks have MOST tiles
+MOST = 2 if INTERPRETED else 32
 
 
 @triton.jit

@@ -18,15 +18,15 @@ from torch import Tensor
 from metakern.ops import _tensors
 from metakern.ops._rules import Rules, Tensors
 from metakern.ops._spec import Make, Sample
-from metakern.ops._triton.launch import INTERPRETED, cdiv, contiguous, launch, wide
+from metakern.ops._triton.launch import cdiv, contiguous, launch, wide
 from metakern.ops.cross_entropy import kept
 
-LARGEST = 4 if INTERPRETED else 4096  # elements of a block
+LARGEST = 4096  # elements of a block
 
 
 @triton.jit
 def _forward_kernel(z_ptr, target_ptr, share_ptr, loss_ptr, lse_ptr, V, BLOCK_V: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     counts = n >= 0 if share_ptr is None else tl.load(share_ptr + n) != 0
     high = tl.full([1], float("-inf"), lse_ptr.dtype.element_ty)  # the largest logit so far
     total = tl.zeros([1], lse_ptr.dtype.element_ty)  # Σ exp(z - high)
@@ -40,14 +40,13 @@ def _forward_kernel(z_ptr, target_ptr, share_ptr, loss_ptr, lse_ptr, V, BLOCK_V:
     lse = tl.where(counts, tl.log(tl.where(counts, total, 1.0)) + high, 0.0)
     target = tl.load(target_ptr + n)
     z = wide(tl.load(z_ptr + n * V + target, (target >= 0) & (target < V) & counts, other=float("nan")))
-    at = n + tl.arange(0, 1)
-    tl.store(lse_ptr + at, lse)
-    tl.store(loss_ptr + at, tl.where(counts, lse - z, 0.0))
+    tl.store(lse_ptr + n, lse)
+    tl.store(loss_ptr + n, tl.where(counts, lse - z, 0.0))
 
 
 @triton.jit
 def _jvp_kernel(z_ptr, lse_ptr, target_ptr, share_ptr, t_z_ptr, t_loss_ptr, t_lse_ptr, V, BLOCK_V: tl.constexpr):
-    n = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     counts = n >= 0 if share_ptr is None else tl.load(share_ptr + n) != 0
     lse = tl.load(lse_ptr + n)
     sums = tl.zeros([BLOCK_V], lse_ptr.dtype.element_ty)
@@ -68,10 +67,11 @@ def _vjp_kernel(
     z_ptr, lse_ptr, target_ptr, t_scale_ptr, scale_ptr, t_z_ptr, t_lse_ptr, out_ptr, g_ptr, V, BLOCK_V: tl.constexpr
 ):
     """out = scale p (t_z - t_ℓ) + t_scale (p - e), either part of which may be absent, and g = scale (p - e)."""
-    n = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    t_scale = 0.0 if t_scale_ptr is None else tl.load(t_scale_ptr + n)
-    scale = 0.0 if scale_ptr is None else tl.load(scale_ptr + n)
+    zero = tl.zeros([1], lse_ptr.dtype.element_ty)
+    t_scale = zero if t_scale_ptr is None else tl.load(t_scale_ptr + n)
+    scale = zero if scale_ptr is None else tl.load(scale_ptr + n)
     inside = (v < V) & ((t_scale != 0) | (scale != 0))
     p = tl.exp(wide(tl.load(z_ptr + n * V + v, inside, other=float("-inf"))) - tl.load(lse_ptr + n))  # [BLOCK_V]
     less = v == tl.load(target_ptr + n)
