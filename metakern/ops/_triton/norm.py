@@ -9,9 +9,9 @@ is ct_y, without tangents, or t_ct_y.
 | weight, bias | [T, D], a pointer and its stride over T | [1, BLOCK_D] |
 | mean, ρ | [T, N] | [BLOCK_N, 1] |
 
-A row that fits into a block is read once: the second pass loads what the first one has loaded, and the compiler drops
-that. The sums over rows, ct_w and ct_b, have no atomics: a program sums some rows, and PyTorch adds these sums up.
-Where rows take several blocks, a launch of its own does it, a block of columns to a program.
+A row that fits into a block is read once: the second pass loads what the first one has loaded, with no store between
+them, and the compiler drops that. The sums over rows, ct_w and ct_b, have no atomics: a program sums some rows, and
+PyTorch adds these up. Where rows take several blocks, a launch of its own does it, a block of columns to a program.
 """
 
 from __future__ import annotations
@@ -115,9 +115,6 @@ def _forward_kernel(
             count += size
         square += tl.sum(x * x, 1)[:, None]
     rstd = 1 / tl.sqrt(square / D + EPS)
-    tl.store(rstd_ptr + n, rstd, some)
-    if mean_ptr is not None:
-        tl.store(mean_ptr + n, mean, some)
     for block in range((D + BLOCK_D - 1) // BLOCK_D):
         d, inside = _columns(block, some, D, BLOCK_D)
         y = (_load(x_ptr, n, d, D, inside) - mean) * rstd
@@ -126,6 +123,9 @@ def _forward_kernel(
         if bias is not None:
             y += _parameter(bias, t, d, D)
         tl.store(y_ptr + n * D + d, y, inside)
+    tl.store(rstd_ptr + n, rstd, some)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + n, mean, some)
 
 
 @triton.jit
@@ -155,9 +155,6 @@ def _jvp_kernel(
         if t_mean_ptr is not None:
             t_mean += _mean(t_x, D)
     rstd = tl.load(x[2] + n, some, other=1.0)
-    tl.store(t_rstd_ptr + n, -rstd * rstd * slope, some)
-    if t_mean_ptr is not None:
-        tl.store(t_mean_ptr + n, t_mean, some)
     for block in range((D + BLOCK_D - 1) // BLOCK_D):
         d, inside = _columns(block, some, D, BLOCK_D)
         x_hat, _ = _normal(x[0], x[1], x[2], n, d, D, some, inside)
@@ -167,6 +164,9 @@ def _jvp_kernel(
         if t_bias is not None:
             t_y += _parameter(t_bias, t, d, D)
         tl.store(t_y_ptr + n * D + d, t_y, inside)
+    tl.store(t_rstd_ptr + n, -rstd * rstd * slope, some)
+    if t_mean_ptr is not None:
+        tl.store(t_mean_ptr + n, t_mean, some)
 
 
 @triton.jit
