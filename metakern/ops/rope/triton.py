@@ -48,11 +48,12 @@ def _turn_kernel(
     l = program % blocks * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
     inside = (l < L) & (d < HALF)
+    ACCUMULATOR: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     angle = (t * L + l) * 2 * HALF + d
-    cos_a = wide(tl.load(cos_ptr + angle, inside, other=0.0))
-    cos_b = wide(tl.load(cos_ptr + angle + HALF, inside, other=0.0))
-    sin_a = wide(tl.load(sin_ptr + angle, inside, other=0.0))
-    sin_b = wide(tl.load(sin_ptr + angle + HALF, inside, other=0.0))
+    cos_a = tl.load(cos_ptr + angle, inside, other=0.0).to(ACCUMULATOR)
+    cos_b = tl.load(cos_ptr + angle + HALF, inside, other=0.0).to(ACCUMULATOR)
+    sin_a = tl.load(sin_ptr + angle, inside, other=0.0).to(ACCUMULATOR)
+    sin_b = tl.load(sin_ptr + angle + HALF, inside, other=0.0).to(ACCUMULATOR)
     if TRANSPOSED:
         sin_a, sin_b = -sin_b, -sin_a
     for i in tl.static_range(HEADS):
