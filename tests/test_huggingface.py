@@ -212,12 +212,10 @@ def test_what_the_op_does_not_compute_is_the_models_own(fused: list[dict]) -> No
 
 
 def test_a_window_that_the_layers_do_not_know(fused: list[dict]) -> None:
-    model = build(
-        "qwen2_moe", **WINDOW, moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts_per_tok=2
-    )
+    sizes = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts_per_tok": 2}
+    model = build("qwen2_moe", **WINDOW, **sizes).float()  # whose experts are not for float64
     ours, _ = patched(model)
-    with comparable():
-        close(ours(**batch(1, padding=None)).logits, model(**batch(1, padding=None)).logits)
+    close(ours(**batch(1, padding=None)).logits, model(**batch(1, padding=None)).logits, 1e-4)
     assert 3 in [call["window"] for call in fused]
 
 
