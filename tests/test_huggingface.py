@@ -258,13 +258,16 @@ def test_half_precision_is_as_good_as_unpatched(name: str) -> None:
     assert errors[0] <= 2 * errors[1] + 1e-6
 
 
-def test_under_autocast_pytorch_chooses_the_dtypes(fused: list[dict]) -> None:
-    model = build("phi3").float()
+@pytest.mark.parametrize("name", ["phi3", "gpt2"])
+def test_under_autocast_pytorch_chooses_the_dtypes(name: str, fused: list[dict]) -> None:
+    model = build(name).float()
     ours, _ = patched(model)
     inputs = batch(1, padding="right")
     seen = inputs["attention_mask"].bool()
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(ours(**inputs).logits[seen], model(**inputs).logits[seen], rtol=0.03, atol=0.03)
+        expected = model(**inputs)
+        torch.testing.assert_close(ours(**inputs).logits[seen], expected.logits[seen], rtol=0.03, atol=0.03)
+        torch.testing.assert_close(mk.losses.causal_lm(ours, inputs).float(), expected.loss, rtol=0.03, atol=0.03)
     assert not fused
 
 

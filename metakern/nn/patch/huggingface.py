@@ -275,7 +275,7 @@ def separate_head(model: nn.Module) -> Any:
         return None
     head = lm.get_output_embeddings()
     plain = type(head) is Linear and head._parameters["bias"] is None and isinstance(head.weight, nn.Parameter)
-    touched = "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks
+    touched = "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks or mixed(head.weight)
     return head if plain and not touched and not getattr(lm.config, "final_logit_softcapping", None) else None
 
 
