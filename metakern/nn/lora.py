@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern import ops
-from metakern.nn.patch import _FORMER
+from metakern.nn.linear import Linear
+from metakern.nn.patch import FORMER
 
 HEADS = ("lm_head", "embed_out", "head", "score", "classifier")  # where logits are made: not adapted unless named
 _TRAINABLE = "_metakern_trainable_before_lora"  # an attribute of the model, so that its copies keep it
@@ -130,27 +131,26 @@ class LoraLinear(nn.Module):
 
 
 def run(module: LoraLinear, x: Tensor, parameter: Callable[[str], Tensor]) -> Tensor:
-    """The layer's output for x [..., in], with the factors and a trained bias that `parameter` finds.
+    """The layer's output for x [..., in], with the factors that `parameter` finds.
 
-    With the tasks first in each of these, x is [T, ..., in].
+    With the tasks first in these, and in a bias that learns for each, x is [T, ..., in].
     """
-    weight, bias = matrix(module), module.bias
+    weight = matrix(module)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     A, B = (parameter(name).to(weight.dtype) for name in ("lora_A", "lora_B"))
-    trained = None
-    if bias is not None and (bias.requires_grad or not isinstance(bias, nn.Parameter)):
-        trained, bias = parameter("bias"), None
-    fixed = None if bias is None else bias.to(weight.dtype)
+    bias = None if module.bias is None else module.bias.to(weight.dtype)
+    learns = bias is not None and (bias.requires_grad or not isinstance(module.bias, nn.Parameter))
+    fixed = None if learns else bias
     if module.training and module.dropout:
         narrow = ops.linear(F.dropout(x, module.dropout), A)
         y = ops.linear(x, weight, fixed) + module.scale * ops.linear(narrow, B)
     else:
         y = ops.lora_linear(x, weight, A, B, module.scale, fixed)
-    if trained is None:
+    if bias is None or bias is fixed:
         return y
-    return y + trained.to(y.dtype).view(*trained.shape[:-1], *(1,) * (y.dim() - trained.dim()), -1)
+    return y + bias.view(*bias.shape[:-1], *(1,) * (y.dim() - bias.dim()), -1)
 
 
 def lora(
@@ -207,7 +207,7 @@ def adapt(
         layer: Any = model.get_submodule(path)
         kept = [p for p in layer.parameters() if p.requires_grad]
         kind = _kind(layer)
-        layer.__dict__.pop(_FORMER, None)
+        layer.__dict__.pop(FORMER, None)
         layer.__class__ = LoraLinear
         layer._adapt(kind, settings, dtype, generator)
         for parameter in kept:
@@ -280,7 +280,7 @@ def _modules(verb: str, model: nn.Module) -> dict[str, nn.Module]:
 
 def _kind(module: nn.Module) -> type[nn.Module]:
     """The class of a module, or the one that it had before `metakern.lora` or `metakern.patch`."""
-    return module.base if isinstance(module, LoraLinear) else module.__dict__.get(_FORMER, type(module))
+    return module.base if isinstance(module, LoraLinear) else module.__dict__.get(FORMER, type(module))
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -306,7 +306,7 @@ def adaptable(verb: str, model: nn.Module) -> dict[str, str | None]:
 
     def obstacle(module: nn.Module) -> str | None:
         weight: Any = module.weight
-        if _kind(module) is not nn.Linear and not is_conv1d(module):
+        if _kind(module) not in (nn.Linear, Linear) and not is_conv1d(module):
             return f"is a {_name(module)}, which may compute something else"
         if "forward" in module.__dict__:
             return "has a forward that was replaced"
