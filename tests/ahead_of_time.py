@@ -56,8 +56,8 @@ class Launch:
         return ASTSource(self.kernel, signature, constants, attributes), parsed.__dict__
 
 
-def recorded(op: str) -> list[Launch]:
-    """Every launch of the op, at both orders and in both modes."""
+def recorded(op: str, target: GPUTarget) -> list[Launch]:
+    """Every launch of the op on such a GPU, at both orders and in both modes."""
     launches: list[Launch] = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -67,6 +67,7 @@ def recorded(op: str) -> list[Launch]:
     with (
         patch.object(JITFunction, "run", record),
         patch.object(_backend, "_obstacle", lambda name: None),
+        patch.object(torch.version, "hip", "7.0" if target.backend == "hip" else None),
         mk.backend("triton"),
     ):
         for dtype in DTYPES:
@@ -103,13 +104,13 @@ def _differentiate(call: Any, sample: Sample) -> None:
         torch.autograd.grad(y, [d for a, d in zip(args, duals, strict=True) if d is not a], ct, **options)
 
 
-def compiled(launches: list[Launch]) -> Iterator[dict[str, Any]]:
+def compiled(op: str) -> Iterator[dict[str, Any]]:
     """What each different kernel takes of each GPU."""
-    seen = set()
     for target in TARGETS:
-        for launch in launches:
+        seen = set()
+        for launch in recorded(op, target):
             source, options = launch.bound(target)
-            key = (target.arch, source.hash(), str(options))
+            key = (source.hash(), str(options))
             if key in seen:
                 continue
             seen.add(key)
@@ -149,4 +150,4 @@ def _resources(target: GPUTarget, result: Any) -> tuple[int, int]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as cache:
         triton.knobs.cache.dir = cache
-        print(json.dumps(list(compiled(recorded(sys.argv[1])))))
+        print(json.dumps(list(compiled(sys.argv[1]))))
