@@ -1,0 +1,342 @@
+"""Attention's rules in Triton: one pass over the keys or over the queries, and no L x L_k matrix in memory.
+
+A program of `_forward_kernel`, `_jvp_kernel` and `_queries_kernel` owns a block of queries and walks over the keys that
+they see; one of `_keys_kernel` owns a block of keys and walks over the queries that see them, in all heads of its group.
+The last two give the vjp and, where they are handed tangents, its tangent. With g = ct_P - δ and t = t_S - t_lse
+
+    ct_S = P g      t_P = P t      t_ct_S = P u      u = t g - t_δ + t_ct_P
+
+so that the products of t_ct_P are added onto t g - t_δ. S is in units of log 2, for exp2. A walk has two spans: of blocks
+that are seen whole, which need no comparisons of positions, and of blocks on the diagonal, or at the end of the keys.
+
+Where PyTorch's own flash kernels take a call, they are its forward and its vjp (`by_library`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from metakern.ops._rules import Rules, Tensors
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Heads(NamedTuple):
+    """A tensor [B, H, L, D] as kernels take it: where it begins, and its strides; that of D is 1."""
+
+    ptr: Any
+    batch: int
+    head: int
+    row: int
+
+
+class Problem(NamedTuple):
+    """The sizes of a call, and what its queries see."""
+
+    H: int
+    group: int
+    L: int
+    L_k: int
+    window: int | None
+    mask_ptr: Any
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a kernel is compiled for, its block sizes aside."""
+
+    scale: float
+    causal: bool
+    D: int
+    BLOCK_D: int
+    ACC: Any
+    precision: str
+
+
+@triton.jit
+def _dot(a, b, total, C: tl.constexpr):
+    """total + a b; total may be None."""
+    return tl.dot(a, b, total, input_precision=C.precision, out_dtype=C.ACC)
+
+
+@triton.jit
+def _tile(x, batch, head, row, inside, C: tl.constexpr):
+    """The given rows of a head, [ROWS, BLOCK_D]: zeros beyond D and, unless `inside` is None, where it is not true."""
+    column = tl.arange(0, C.BLOCK_D)
+    ptrs = x.ptr + batch * x.batch + head * x.head + row.to(tl.int64)[:, None] * x.row + column[None, :]
+    if inside is None:
+        return tl.load(ptrs) if C.D == C.BLOCK_D else tl.load(ptrs, mask=(column < C.D)[None, :], other=0.0)
+    mask = inside[:, None] if C.D == C.BLOCK_D else inside[:, None] & (column < C.D)[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def _put(x, batch, head, row, inside, tile, C: tl.constexpr):
+    """Stores a tile [ROWS, BLOCK_D] as the given rows of a head."""
+    column = tl.arange(0, C.BLOCK_D)
+    ptrs = x.ptr + batch * x.batch + head * x.head + row.to(tl.int64)[:, None] * x.row + column[None, :]
+    tl.store(ptrs, tile.to(x.ptr.dtype.element_ty), mask=inside[:, None] & (column < C.D)[None, :])
+
+
+@triton.jit
+def _place(rows, heads, BLOCK: tl.constexpr):
+    """This program's sequence, head and first row. The last rows come first, for they may see the most keys."""
+    blocks = tl.cdiv(rows, BLOCK)
+    at = tl.program_id(0)
+    head = (at // blocks).to(tl.int64)
+    return head // heads, head % heads, (blocks - 1 - at % blocks) * BLOCK
+
+
+@triton.jit
+def _shown(p, batch, key):
+    """Whether the mask shows these keys; what lies beyond the last one is hidden."""
+    return tl.load(p.mask_ptr + batch * p.L_k + key, mask=key < p.L_k, other=0) != 0
+
+
+@triton.jit
+def _ends_shown(p, batch, BLOCK: tl.constexpr):
+    """The first key that the mask of a sequence shows, and the one after the last."""
+    first, last = p.L_k, 0
+    for start in range(0, p.L_k, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        shown = _shown(p, batch, key)
+        first = tl.minimum(first, tl.min(tl.where(shown, key, p.L_k), 0))
+        last = tl.maximum(last, tl.max(tl.where(shown, key + 1, 0), 0))
+    return first, last
+
+
+@triton.jit
+def _keys_seen(p, batch, query, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """The spans of keys of M queries, of which `query` is the first: whole blocks, then [whole_end, end) to be masked."""
+    low, high = query + p.L_k - p.L, tl.minimum(query + M, p.L) - 1 + p.L_k - p.L  # their positions among the keys
+    begin, whole_end, end = 0, p.L_k, p.L_k
+    if C.causal:
+        whole_end, end = tl.maximum(low + 1, 0), tl.maximum(high + 1, 0)
+    if p.window is not None:
+        begin = tl.maximum(low - p.window + 1, 0)
+    if p.mask_ptr is not None:
+        first, last = _ends_shown(p, batch, 1024)
+        begin, end = tl.maximum(begin, first), tl.minimum(end, last)
+    begin = begin // N * N
+    if p.window is not None:
+        return begin, begin, end
+    return begin, tl.maximum(tl.minimum(whole_end, end) // N * N, begin), end
+
+
+@triton.jit
+def _queries_seeing(p, key, there, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """The spans of queries of N keys, of which `key` is the first: [begin, whole_begin) to be masked, then the others."""
+    low, high = key + p.L - p.L_k, tl.minimum(key + N, p.L_k) - 1 + p.L - p.L_k  # their positions among the queries
+    begin, whole_begin, end = 0, 0, p.L
+    if C.causal:
+        begin, whole_begin = tl.maximum(low, 0) // M * M, tl.cdiv(tl.maximum(high, 0), M) * M
+    if p.window is not None:
+        end = tl.minimum(tl.maximum(high + p.window, 0), p.L)
+        whole_begin = end
+    if p.mask_ptr is not None:
+        end = tl.where(tl.max(there.to(tl.int32), 0) == 0, 0, end)
+    return begin, tl.minimum(whole_begin, end), end
+
+
+@triton.jit
+def _keys_inside(p, batch, key, EDGE: tl.constexpr):
+    """Which of these keys are there and shown; None for all."""
+    if p.mask_ptr is not None:
+        return _shown(p, batch, key)
+    return key < p.L_k if EDGE else None
+
+
+@triton.jit
+def _scores(s, query, key, inside, p, C: tl.constexpr, EDGE: tl.constexpr, KEYS: tl.constexpr):
+    """S of a tile of products q k, whose dimension KEYS is that of the keys; -∞ where a query does not see a key."""
+    query, key = tl.expand_dims(query, KEYS) + p.L_k - p.L, tl.expand_dims(key, 1 - KEYS)
+    s = s * (C.scale * LOG2E)
+    if inside is not None:
+        s = tl.where(tl.expand_dims(inside, 1 - KEYS), s, float("-inf"))
+    if EDGE and C.causal:
+        seen = key <= query if p.window is None else (key <= query) & (key > query - p.window)
+        s = tl.where(seen, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _forward_kernel(q, k, v, y, lse_ptr, p, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    batch, head, first = _place(p.L, p.H, M)
+    query = first + tl.arange(0, M)
+    inside = query < p.L
+    q_tile = _tile(q, batch, head, query, inside, C)  # [M, D]
+    top, total = tl.full([M], float("-inf"), C.ACC), tl.zeros([M], C.ACC)
+    y_tile = tl.zeros([M, C.BLOCK_D], C.ACC)
+    edges = _keys_seen(p, batch, first, C, M, N)
+    for span in tl.static_range(0 if p.window is None else 1, 2):
+        for start in range(edges[span], edges[span + 1], N):
+            key = start + tl.arange(0, N)
+            there = _keys_inside(p, batch, key, span == 1)
+            k_tile = _tile(k, batch, head // p.group, key, there, C)  # [N, D]
+            v_tile = _tile(v, batch, head // p.group, key, there, C)  # [N, D]
+            s = _scores(_dot(q_tile, k_tile.T, None, C), query, key, there, p, C, span == 1, 1)  # [M, N]
+            before = top
+            top = tl.maximum(top, tl.max(s, 1))
+            shift = tl.where(top == float("-inf"), 0.0, top)
+            prob, decay = tl.exp2(s - shift[:, None]), tl.exp2(before - shift)
+            total = total * decay + tl.sum(prob, 1)
+            y_tile = _dot(prob.to(v_tile.dtype), v_tile, y_tile * decay[:, None], C)
+    blind = total == 0
+    total = tl.where(blind, 1.0, total)
+    _put(y, batch, head, query, inside, y_tile / total[:, None], C)
+    lse = tl.where(blind, float("inf"), (top + tl.log2(total)) * LN2)
+    tl.store(lse_ptr + (batch * p.H + head) * p.L + query, lse, mask=inside)
+
+
+@triton.jit
+def _jvp_kernel(q, k, v, t_q, t_k, t_v, y, lse_ptr, t_y, t_lse_ptr, p, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    batch, head, first = _place(p.L, p.H, M)
+    query = first + tl.arange(0, M)
+    inside = query < p.L
+    row = (batch * p.H + head) * p.L + query
+    q_tile = _tile(q, batch, head, query, inside, C)  # [M, D]
+    t_q_tile = _tile(t_q, batch, head, query, inside, C)
+    lse = tl.load(lse_ptr + row, mask=inside, other=float("inf")) * LOG2E  # [M]
+    t_lse, t_y_tile = tl.zeros([M], C.ACC), tl.zeros([M, C.BLOCK_D], C.ACC)
+    edges = _keys_seen(p, batch, first, C, M, N)
+    for span in tl.static_range(0 if p.window is None else 1, 2):
+        for start in range(edges[span], edges[span + 1], N):
+            key = start + tl.arange(0, N)
+            there = _keys_inside(p, batch, key, span == 1)
+            k_tile = _tile(k, batch, head // p.group, key, there, C)  # [N, D]
+            t_k_tile = _tile(t_k, batch, head // p.group, key, there, C)
+            v_tile = _tile(v, batch, head // p.group, key, there, C)
+            t_v_tile = _tile(t_v, batch, head // p.group, key, there, C)
+            s = _scores(_dot(q_tile, k_tile.T, None, C), query, key, there, p, C, span == 1, 1)
+            prob = tl.exp2(s - lse[:, None])  # [M, N]
+            t_s = _dot(q_tile, t_k_tile.T, _dot(t_q_tile, k_tile.T, None, C), C)
+            t_prob = prob * t_s * C.scale  # t_P, but for the part of t_lse
+            t_lse += tl.sum(t_prob, 1)
+            t_y_tile = _dot(t_prob.to(v_tile.dtype), v_tile, t_y_tile, C)
+            t_y_tile = _dot(prob.to(v_tile.dtype), t_v_tile, t_y_tile, C)
+    y_tile = _tile(y, batch, head, query, inside, C)
+    _put(t_y, batch, head, query, inside, t_y_tile - t_lse[:, None] * y_tile, C)
+    tl.store(t_lse_ptr + row, t_lse, mask=inside)
+
+
+@triton.jit
+def _delta_kernel(y, ct_y, t_y, t_ct_y, delta_ptr, t_delta_ptr, p, C: tl.constexpr, M: tl.constexpr):
+    """δ, and t_δ where there is t_y."""
+    batch, head, first = _place(p.L, p.H, M)
+    query = first + tl.arange(0, M)
+    inside = query < p.L
+    row = (batch * p.H + head) * p.L + query
+    y_tile = _tile(y, batch, head, query, inside, C).to(C.ACC)  # [M, D]
+    ct_y_tile = _tile(ct_y, batch, head, query, inside, C).to(C.ACC)
+    tl.store(delta_ptr + row, tl.sum(ct_y_tile * y_tile, 1), mask=inside)
+    if t_y is not None:
+        t_delta = tl.sum(ct_y_tile * _tile(t_y, batch, head, query, inside, C), 1)
+        if t_ct_y is not None:
+            t_delta += tl.sum(_tile(t_ct_y, batch, head, query, inside, C) * y_tile, 1)
+        tl.store(t_delta_ptr + row, t_delta, mask=inside)
+
+
+@triton.jit
+def _queries_kernel(
+    q, k, v, ct_y, t_q, t_k, t_v, t_ct_y, ct_q, lse_ptr, delta_ptr, t_lse_ptr, t_delta_ptr, p,
+    C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """ct_q, or t_ct_q where there are tangents."""
+    batch, head, first = _place(p.L, p.H, M)
+    query = first + tl.arange(0, M)
+    inside = query < p.L
+    row = (batch * p.H + head) * p.L + query
+    q_tile = _tile(q, batch, head, query, inside, C)  # [M, D]
+    ct_y_tile = _tile(ct_y, batch, head, query, inside, C)
+    lse = tl.load(lse_ptr + row, mask=inside, other=float("inf")) * LOG2E  # [M]
+    delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
+    if t_q is not None:
+        t_q_tile = _tile(t_q, batch, head, query, inside, C)
+        t_lse = tl.load(t_lse_ptr + row, mask=inside, other=0.0)
+        t_delta = tl.load(t_delta_ptr + row, mask=inside, other=0.0)
+        if t_ct_y is not None:
+            t_ct_y_tile = _tile(t_ct_y, batch, head, query, inside, C)
+    total = tl.zeros([M, C.BLOCK_D], C.ACC)
+    edges = _keys_seen(p, batch, first, C, M, N)
+    for span in tl.static_range(0 if p.window is None else 1, 2):
+        for start in range(edges[span], edges[span + 1], N):
+            key = start + tl.arange(0, N)
+            there = _keys_inside(p, batch, key, span == 1)
+            k_tile = _tile(k, batch, head // p.group, key, there, C)  # [N, D]
+            v_tile = _tile(v, batch, head // p.group, key, there, C)
+            s = _scores(_dot(q_tile, k_tile.T, None, C), query, key, there, p, C, span == 1, 1)
+            prob = tl.exp2(s - lse[:, None])  # [M, N]
+            g = _dot(ct_y_tile, v_tile.T, None, C) - delta[:, None]
+            if t_q is None:
+                total = _dot((prob * g).to(k_tile.dtype), k_tile, total, C)
+            else:
+                t_k_tile = _tile(t_k, batch, head // p.group, key, there, C)
+                t_v_tile = _tile(t_v, batch, head // p.group, key, there, C)
+                t_s = _dot(q_tile, t_k_tile.T, _dot(t_q_tile, k_tile.T, None, C), C)
+                u = (t_s * C.scale - t_lse[:, None]) * g - t_delta[:, None]
+                u = _dot(ct_y_tile, t_v_tile.T, u, C)
+                if t_ct_y is not None:
+                    u = _dot(t_ct_y_tile, v_tile.T, u, C)
+                total = _dot((prob * u).to(k_tile.dtype), k_tile, total, C)
+                total = _dot((prob * g).to(k_tile.dtype), t_k_tile, total, C)
+    _put(ct_q, batch, head, query, inside, total * C.scale, C)
+
+
+@triton.jit
+def _keys_kernel(
+    q, k, v, ct_y, t_q, t_k, t_v, t_ct_y, ct_k, ct_v, lse_ptr, delta_ptr, t_lse_ptr, t_delta_ptr, p,
+    C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """ct_k and ct_v, or their tangents where there are tangents; either may be None, unwanted."""
+    batch, kv_head, first = _place(p.L_k, p.H // p.group, N)
+    key = first + tl.arange(0, N)
+    inside = key < p.L_k
+    there = _keys_inside(p, batch, key, True)
+    k_tile = _tile(k, batch, kv_head, key, there, C)  # [N, D]
+    v_tile = _tile(v, batch, kv_head, key, there, C)
+    if t_q is not None:
+        t_k_tile = _tile(t_k, batch, kv_head, key, there, C)
+        t_v_tile = _tile(t_v, batch, kv_head, key, there, C)
+    total_k, total_v = tl.zeros([N, C.BLOCK_D], C.ACC), tl.zeros([N, C.BLOCK_D], C.ACC)
+    edges = _queries_seeing(p, first, there, C, M, N)
+    for head in range(kv_head * p.group, (kv_head + 1) * p.group):
+        for span in tl.static_range(0 if C.causal else 1, 2 if p.window is None else 1):
+            for start in range(edges[span], edges[span + 1], M):
+                query = start + tl.arange(0, M)
+                asking = query < p.L
+                row = (batch * p.H + head) * p.L + query
+                q_tile = _tile(q, batch, head, query, asking, C)  # [M, D]
+                ct_y_tile = _tile(ct_y, batch, head, query, asking, C)
+                lse = tl.load(lse_ptr + row, mask=asking, other=float("inf")) * LOG2E  # [M]
+                delta = tl.load(delta_ptr + row, mask=asking, other=0.0)
+                s = _scores(_dot(k_tile, q_tile.T, None, C), query, key, there, p, C, span == 0, 0)
+                prob = tl.exp2(s - lse[None, :])  # [N, M]
+                g = _dot(v_tile, ct_y_tile.T, None, C) - delta[None, :]
+                if t_q is None:
+                    total_v = _dot(prob.to(v_tile.dtype), ct_y_tile, total_v, C)
+                    total_k = _dot((prob * g).to(k_tile.dtype), q_tile, total_k, C)
+                else:
+                    t_q_tile = _tile(t_q, batch, head, query, asking, C)
+                    t_lse = tl.load(t_lse_ptr + row, mask=asking, other=0.0)
+                    t_delta = tl.load(t_delta_ptr + row, mask=asking, other=0.0)
+                    t = _dot(k_tile, t_q_tile.T, _dot(t_k_tile, q_tile.T, None, C), C) * C.scale - t_lse[None, :]
+                    u = _dot(t_v_tile, ct_y_tile.T, t * g - t_delta[None, :], C)
+                    total_v = _dot((prob * t).to(v_tile.dtype), ct_y_tile, total_v, C)
+                    if t_ct_y is not None:
+                        t_ct_y_tile = _tile(t_ct_y, batch, head, query, asking, C)
+                        u = _dot(v_tile, t_ct_y_tile.T, u, C)
+                        total_v = _dot(prob.to(v_tile.dtype), t_ct_y_tile, total_v, C)
+                    total_k = _dot((prob * u).to(k_tile.dtype), q_tile, total_k, C)
+                    total_k = _dot((prob * g).to(k_tile.dtype), t_q_tile, total_k, C)
+    if ct_k is not None:
+        _put(ct_k, batch, kv_head, key, inside, total_k * C.scale, C)
+    if ct_v is not None:
+        _put(ct_v, batch, kv_head, key, inside, total_v, C)
