@@ -17,7 +17,7 @@ namespace py = pybind11;
 
 // The files of csrc/cpu, each compiled once for every instruction set.
 #define METAKERN_FILES(X) \
-    X(cross_entropy) X(gelu) X(gru) X(layer_norm) X(lstm) X(rms_norm) X(rnn) X(rope) X(silu) X(swiglu)
+    X(attention) X(cross_entropy) X(gelu) X(gru) X(layer_norm) X(lstm) X(rms_norm) X(rnn) X(rope) X(silu) X(swiglu)
 
 namespace metakern {
 

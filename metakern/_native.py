@@ -92,7 +92,7 @@ def _signatures() -> dict[str, _Signature]:
     return signatures
 
 
-def _in_memory(tensor: Tensor) -> Tensor:
+def in_memory(tensor: Tensor) -> Tensor:
     """The tensor in contiguous memory: forward mode has zeros without any, and a view may be lazily negated."""
     return (tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()).contiguous()
 
@@ -189,7 +189,7 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
             letters = "".join(f"{times if times > 1 else ''}{dim}" for times, dim in dims)
             expected: Any = f"{letters} with {sizes}" if sizes else list(first.shape)
             raise ValueError(f"{kernel}: {name} must have shape {expected}, got {list(tensor.shape)}")
-        tensors.append(_in_memory(tensor))
+        tensors.append(in_memory(tensor))
     if not sizes:
         sizes["*"] = first.numel()
     given: dict[str, Any] = {argument.name: tensor for argument, tensor in zip(signature.inputs, tensors, strict=True)}

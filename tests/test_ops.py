@@ -19,23 +19,25 @@ import metakern as mk
 from metakern.ops import SPECS
 from metakern.ops._spec import Make, Sample, Spec
 
-BACKENDS = [name for name in ("reference", "cpu") if mk.backends()[name] == "available"]
+BACKENDS = [name for name in ("reference", "cpu", "triton") if mk.backends()[name] == "available"]
 CASES = [
-    pytest.param(spec, sample, id=f"{name}-{sample.name}")
+    pytest.param(spec, sample, backend, id=f"{backend}-{name}-{sample.name}")
+    for backend in BACKENDS
     for name, spec in SPECS.items()
+    if backend in spec.op.kernels
     for sample in spec.samples(Make(seed=1))
 ]
 FULL = [case for case in CASES if all(t.numel() for t in case.values[1].args if isinstance(t, Tensor))]
 PER_TASK = [case for case in FULL if case.values[1].per_task]
 
-every_case = pytest.mark.parametrize(("spec", "sample"), CASES)
-every_full_case = pytest.mark.parametrize(("spec", "sample"), FULL)
-every_per_task_case = pytest.mark.parametrize(("spec", "sample"), PER_TASK)
+every_case = pytest.mark.parametrize(("spec", "sample", "backend"), CASES, indirect=["backend"])
+every_full_case = pytest.mark.parametrize(("spec", "sample", "backend"), FULL, indirect=["backend"])
+every_per_task_case = pytest.mark.parametrize(("spec", "sample", "backend"), PER_TASK, indirect=["backend"])
 
 
-@pytest.fixture(autouse=True, params=BACKENDS)
+@pytest.fixture(autouse=True)
 def backend(request: pytest.FixtureRequest) -> Any:
-    """Every test here runs on every backend, and on uninitialized memory that holds NaN."""
+    """Every test here runs on every backend that the op has kernels on, and on uninitialized memory that holds NaN."""
     torch.use_deterministic_algorithms(True)
     try:
         with mk.backend(request.param):

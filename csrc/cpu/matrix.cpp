@@ -149,7 +149,8 @@ void pack(F* to, Matrix<F> b, int64_t K, int64_t N, int64_t begin, int64_t end) 
 }
 
 template <class F>
-void multiply(int64_t M, int64_t N, int64_t K, Matrix<F> a, const F* b, Output<F> c) {
+void multiply(int64_t M, int64_t N, int64_t K, Matrix<F> a, const F* b, Output<F> c, int64_t packed) {
+    if (!packed) packed = K;
     const auto sizes = std::make_index_sequence<kRows>();
     const int64_t blocks = (M + kRows - 1) / kRows, wide = blocks > 1 ? kWide * kPanel<F> : N;
     F together[kRows * kDepth];
@@ -160,12 +161,12 @@ void multiply(int64_t M, int64_t N, int64_t K, Matrix<F> a, const F* b, Output<F
             for (int64_t i = 0, block = 0; block < blocks; ++block) {
                 const int64_t rows = (M - i) / (blocks - block), width = N - j < wide ? N - j : wide;
                 const Rows<F>& run = rows_of<F>(rows, sizes);
-                const F *from = a.data + i * a.rows + k * a.columns, *panel = b + j * K + k * kPanel<F>;
+                const F *from = a.data + i * a.rows + k * a.columns, *panel = b + j * packed + k * kPanel<F>;
                 if (a.columns == 1) {
-                    run.row_major(from, a.rows, panel, K * kPanel<F>, depth, width, c.at(i, j));
+                    run.row_major(from, a.rows, panel, packed * kPanel<F>, depth, width, c.at(i, j));
                 } else {
                     run.gather(together, from, a.columns, depth);
-                    run.gathered(together, rows, panel, K * kPanel<F>, depth, width, c.at(i, j));
+                    run.gathered(together, rows, panel, packed * kPanel<F>, depth, width, c.at(i, j));
                 }
                 i += rows;
             }
@@ -177,8 +178,8 @@ void multiply(int64_t M, int64_t N, int64_t K, Matrix<F> a, const F* b, Output<F
 
 template void pack(float*, Matrix<float>, int64_t, int64_t, int64_t, int64_t);
 template void pack(double*, Matrix<double>, int64_t, int64_t, int64_t, int64_t);
-template void multiply(int64_t, int64_t, int64_t, Matrix<float>, const float*, Output<float>);
-template void multiply(int64_t, int64_t, int64_t, Matrix<double>, const double*, Output<double>);
+template void multiply(int64_t, int64_t, int64_t, Matrix<float>, const float*, Output<float>, int64_t);
+template void multiply(int64_t, int64_t, int64_t, Matrix<double>, const double*, Output<double>, int64_t);
 
 namespace {
 

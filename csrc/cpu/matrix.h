@@ -40,8 +40,8 @@ struct Output {
 template <class F>
 void pack(F* to, Matrix<F> b, int64_t K, int64_t N, int64_t begin, int64_t end);
 
-// c [M, N] = add + a [M, K] b for a packed b [K, N].
+// c [M, N] = add + a [M, K] b for K rows of a packed b, of `packed` rows where it has more.
 template <class F>
-void multiply(int64_t M, int64_t N, int64_t K, Matrix<F> a, const F* b, Output<F> c);
+void multiply(int64_t M, int64_t N, int64_t K, Matrix<F> a, const F* b, Output<F> c, int64_t packed = 0);
 
 }  // namespace metakern::METAKERN_ISA

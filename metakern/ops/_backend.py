@@ -59,7 +59,7 @@ def _obstacle(name: str) -> str | None:
         return _native.obstacle()
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed: pip install triton"
+            return "Triton is not installed: pip install 'metakern[triton]'"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             return "no GPU is present: use one, or set TRITON_INTERPRET=1 to run Triton kernels in the interpreter"
     if name == "cuda":

@@ -10,15 +10,15 @@
               t_ct_Q = scale (t_ct_S K + ct_S t_K)     t_ct_K = scale (t_ct_Sᵀ Q + ct_Sᵀ t_Q)
               t_ct_V = t_Pᵀ ct_O + Pᵀ t_ct_O
 
-In blocks no L x L_k matrix is ever in memory: given the log-sum-exp of its rows, a block of P is computed again from the
-blocks of Q and K, and everything else is a sum over blocks. Only the sums over a whole row, lse, t_lse, δ and t_δ, must
-be known before a block of t_P, ct_S or t_ct_S is. The last two need no pass over the keys, for P enters them by way of O
-alone (Σ_j P_ij ⟨ct_O_i, V_j⟩ = ⟨ct_O_i, O_i⟩):
+In blocks no L x L_k matrix is ever in memory: given the log-sum-exp of its rows, a block of P is computed again from
+the blocks of Q and K, and everything else is a sum over blocks. Only the sums over a whole row, lse, t_lse, δ and t_δ,
+must be known before a block of t_P, ct_S or t_ct_S is. The last two need no pass over the keys, for P enters them by way
+of O alone (Σ_j P_ij ⟨ct_O_i, V_j⟩ = ⟨ct_O_i, O_i⟩):
 
     δ_i = ⟨ct_O_i, O_i⟩        t_δ_i = ⟨t_ct_O_i, O_i⟩ + ⟨ct_O_i, t_O_i⟩
 
 and in jvp t_lse is a factor of O alone, so that one pass gives both: t_O = Σ_j P (t_S V + t_V) - t_lse O. So lse and O
-are residuals, t_lse and t_O their tangents, and every rule is one pass over the blocks: 2, 5, 5 and 12 products a block.
+are residuals, t_lse and t_O their tangents, and every rule is one pass over the blocks, 2, 5, 5 and 12 products each.
 
 | tensor | shape |
 |---|---|
@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.ops import _checks
+from metakern.ops import _checks, _cpu
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -228,6 +228,7 @@ OP = Op(
     constants=("mask",),
     kernels={
         "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
+        "cpu": _cpu.rules("attention", ("mask",), lambda c: (c.scale, c.causal, c.window or 0)),
     },
     saves_output=True,
 )

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu
+from metakern.ops import _checks, _cpu, _triton
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -82,7 +82,15 @@ def _second(x: Tensor) -> Tensor:
 
 _REFERENCE = Rules(_forward, _jvp, _vjp, _vjp_jvp)
 
-OP = Op("silu", inputs=("x",), kernels={"reference": _REFERENCE, "cpu": _cpu.curvature("silu", _REFERENCE)})
+OP = Op(
+    "silu",
+    inputs=("x",),
+    kernels={
+        "reference": _REFERENCE,
+        "cpu": _cpu.curvature("silu", _REFERENCE),
+        "triton": _triton.rules("silu"),
+    },
+)
 
 
 def _samples(make: Make) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""The backend "triton": the kernels of an op are `metakern/ops/<op>/triton.py`, imported when first called."""
+"""The backend "triton": an op's kernels are in `metakern/ops/<op>/triton.py`, which is imported when first called."""
 
 from __future__ import annotations
 

@@ -1,0 +1,39 @@
+"""What kernels and their launchers share: the launch, the block sizes, and the dtype that accumulates."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from metakern._native import in_memory
+from metakern.ops._rules import Tensors
+
+# In the interpreter blocks are so small that the tensors of tests have several, and a tail.
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+    """kernel[grid](*args, **options) on the tensors' device; nothing where the grid is empty."""
+    if all(grid):
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](*args, **options)
+
+
+def contiguous(*tensors: torch.Tensor | None) -> Tensors:
+    """The tensors as kernels want them: None stays None."""
+    return tuple(None if tensor is None else in_memory(tensor) for tensor in tensors)
+
+
+def cdiv(a: int, b: int) -> int:
+    """The number of blocks of b that cover a."""
+    return -(-a // b)
+
+
+@triton.jit
+def wide(x):
+    """x in the dtype that accumulates it."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)

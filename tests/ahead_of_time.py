@@ -1,0 +1,152 @@
+"""Compiles an op's Triton kernels for GPUs that are not here: `python tests/ahead_of_time.py OP` prints JSON.
+
+The op runs on tensors without memory, of the shapes that `compiled` of its `triton.py` asks for, at both orders and in
+both modes. Instead of running, each launch is compiled, with the argument types, constants and options that it has.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.autograd.forward_ad as fwd
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+import metakern as mk
+from metakern.ops import SPECS, _backend
+from metakern.ops._spec import Make, Sample
+
+TARGETS = [
+    GPUTarget("cuda", 80, 32),
+    GPUTarget("cuda", 90, 32),
+    GPUTarget("cuda", 100, 32),
+    GPUTarget("hip", "gfx942", 64),
+]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    args: tuple
+    options: dict[str, Any]
+    grid: tuple[int, ...]
+
+    def bound(self, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+        """What Triton would compile for this launch, by the steps of JITFunction.run."""
+        backend = make_backend(target)
+        binder = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        arguments, specialization, options = binder(*self.args, **self.options)
+        parsed, signature, constants, attributes = self.kernel._pack_args(
+            backend, self.options, arguments, specialization, options
+        )
+        return ASTSource(self.kernel, signature, constants, attributes), parsed.__dict__
+
+
+def recorded(op: str) -> list[Launch]:
+    """Every launch of the op, at both orders and in both modes."""
+    launches: list[Launch] = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append(Launch(kernel, args, options, grid))
+
+    spec, module = SPECS[op], import_module(f"metakern.ops.{op}.triton")
+    with (
+        patch.object(JITFunction, "run", record),
+        patch.object(_backend, "_obstacle", lambda name: None),
+        mk.backend("triton"),
+    ):
+        for dtype in DTYPES:
+            for sample in module.compiled(Make(dtype, device="meta")):
+                _differentiate(spec.call, sample)
+    kernels = {f for f in vars(module).values() if isinstance(f, JITFunction) and f.__name__.endswith("_kernel")}
+    missing = kernels - {launch.kernel for launch in launches}
+    if missing:
+        raise AssertionError(f"{op}: compiled() must launch every kernel, got none of {missing}")
+    return launches
+
+
+def _differentiate(call: Any, sample: Sample) -> None:
+    """Reverse over reverse, and forward over reverse with tangents of everything."""
+
+    def leaf(a: Any) -> Any:
+        return a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+
+    args = [leaf(a) for a in sample.args]
+    x = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    options = {"allow_unused": True, "materialize_grads": True}
+    y = torch.utils._pytree.tree_leaves(call(*args, **sample.kwargs))
+    ct = [torch.empty_like(yi).requires_grad_() for yi in y]
+    ct_x = torch.autograd.grad(y, x, ct, create_graph=True, **options)
+    torch.autograd.grad(ct_x, [*x, *ct], [torch.empty_like(c) for c in ct_x], **options)
+    with fwd.dual_level():
+
+        def dual(a: Any) -> Any:
+            return fwd.make_dual(a, torch.empty_like(a)) if any(a is xi for xi in x) else a
+
+        duals = [dual(a) for a in args]
+        y = torch.utils._pytree.tree_leaves(call(*duals, **sample.kwargs))
+        ct = [fwd.make_dual(torch.empty_like(c), torch.empty_like(c)) for c in ct]
+        torch.autograd.grad(y, [d for a, d in zip(args, duals, strict=True) if d is not a], ct, **options)
+
+
+def compiled(launches: list[Launch]) -> Iterator[dict[str, Any]]:
+    """What each different kernel takes of each GPU."""
+    seen = set()
+    for target in TARGETS:
+        for launch in launches:
+            source, options = launch.bound(target)
+            key = (target.arch, source.hash(), str(options))
+            if key in seen:
+                continue
+            seen.add(key)
+            result = triton.compile(source, target=target, options=options)
+            registers, spilled = _resources(target, result)
+            yield {
+                "kernel": launch.kernel.__name__,
+                "target": str(target.arch),
+                "signature": str(source.signature),
+                "constants": {str(k): str(v) for k, v in source.constants.items()},
+                "grid": launch.grid,
+                "warps": options["num_warps"],
+                "shared": result.metadata.shared,
+                "registers": registers,
+                "spilled": spilled,
+            }
+
+
+def _resources(target: GPUTarget, result: Any) -> tuple[int, int]:
+    """Registers of a thread, and the bytes of them that went to memory."""
+    if target.backend == "hip":
+        code = result.asm["amdgcn"]
+
+        def number(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s+(\d+)", code).group(1))
+
+        return number("vgpr_count"), number("private_segment_fixed_size")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report)
+    return int(found.group(1)), int(found.group(2)) + int(found.group(3))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as cache:
+        triton.knobs.cache.dir = cache
+        print(json.dumps(list(compiled(recorded(sys.argv[1])))))
