@@ -15,12 +15,29 @@ from metakern.ops._rules import Tensors
 # In the interpreter blocks are so small that the tensors of tests have several, and a tail.
 INTERPRETED = triton.knobs.runtime.interpret
 
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        """As in Triton 3.6, whose scalars are arrays of one element; NumPy 2.4 makes no index of these."""
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
     """kernel[grid](*args, **options) on the tensors' device; nothing where the grid is empty."""
     if all(grid):
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[grid](*args, **options)
+
+
+def shared_memory(device: torch.device) -> int:
+    """The bytes of shared memory that a program may have on a GPU; 0 elsewhere."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
 
 
 def contiguous(*tensors: torch.Tensor | None) -> Tensors:

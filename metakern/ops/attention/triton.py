@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metakern.ops._rules import Rules, Tensors
+from metakern.ops._triton import launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -340,3 +341,116 @@ def _keys_kernel(
         _put(ct_k, batch, kv_head, key, inside, total_k * C.scale, C)
     if ct_v is not None:
         _put(ct_v, batch, kv_head, key, inside, total_v, C)
+
+
+class Blocks(NamedTuple):
+    """How many queries and keys a block has, and what runs it."""
+
+    M: int
+    N: int
+    warps: int
+    stages: int
+
+
+def _blocks(kernel: Any, dtype: torch.dtype, BLOCK_D: int, shared: int) -> Blocks:
+    if launch.INTERPRETED:
+        return Blocks(4, 2, 4, 1)
+    return Blocks(64, 32, 4, 1)
+
+
+class _Launcher:
+    """What the launches of one call have in common."""
+
+    def __init__(self, c: SimpleNamespace, q: Tensor, k: Tensor) -> None:
+        (B, H, L, D), (H_kv, L_k) = q.shape, k.shape[1:3]
+        self.q, self.rows, self.keys = q, (L, B * H), (L_k, B * H_kv)
+        mask = None if c.mask is None else c.mask.contiguous()
+        self.problem = Problem(H, H // H_kv, L, L_k, c.window, mask)
+        acc = tl.float64 if q.dtype == torch.float64 else tl.float32
+        self.constants = Constants(c.scale, c.causal, D, max(16, triton.next_power_of_2(D)), acc, _precision())
+        self.shared = launch.shared_memory(q.device)
+
+    def __call__(self, kernel: Any, *args: Any) -> None:
+        M, N, warps, stages = _blocks(kernel, self.q.dtype, self.constants.BLOCK_D, self.shared)
+        own, (rows, heads) = (N, self.keys) if kernel is _keys_kernel else (M, self.rows)
+        blocks = {"M": M} if kernel is _delta_kernel else {"M": M, "N": N}
+        launch.launch(
+            kernel,
+            (launch.cdiv(rows, own) * heads,),
+            self.q.device,
+            *(_heads(a) if isinstance(a, Tensor) and a.dim() == 4 else a for a in args),
+            self.problem,
+            C=self.constants,
+            **blocks,
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+
+def _precision() -> str:
+    """How products of float32 are taken; those of other dtypes are what they are."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def _heads(x: Tensor) -> Heads:
+    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return Heads(x, *x.stride()[:3])
+
+
+def _per_row(q: Tensor) -> Tensor:
+    """An empty tensor with a number for each query, [B, H, L]."""
+    return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
+    q, k, v = inputs
+    y, lse = torch.empty_like(q), _per_row(q)
+    _Launcher(c, q, k)(_forward_kernel, q, k, v, y, lse)
+    return (y,), (lse,)
+
+
+def _jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
+    (q, k, v), (lse, y), (t_q, t_k, t_v) = inputs, r, t_inputs
+    t_y, t_lse = torch.empty_like(y), _per_row(q)
+    _Launcher(c, q, k)(_jvp_kernel, q, k, v, t_q, t_k, t_v, y, lse.contiguous(), t_y, t_lse)
+    return (t_y,), (t_lse,)
+
+
+def _vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
+    return _cotangents(c, inputs, r, ct_outputs[0], (None, None, None), (None, None), None)
+
+
+def _vjp_jvp(
+    c: SimpleNamespace,
+    inputs: Tensors,
+    r: Tensors,
+    t_inputs: Tensors,
+    t_r: Tensors,
+    ct_outputs: Tensors,
+    t_ct_outputs: Tensors | None,
+) -> Tensors:
+    t_ct_y = None if t_ct_outputs is None else t_ct_outputs[0]
+    return _cotangents(c, inputs, r, ct_outputs[0], t_inputs, t_r, t_ct_y)
+
+
+def _cotangents(
+    c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_y: Tensor, t_inputs: Tensors, t_r: Tensors, t_ct_y: Tensor | None
+) -> Tensors:
+    """ct_q, ct_k and ct_v, or their tangents where there are tangents."""
+    (q, k, v), (lse, y), (t_lse, t_y) = inputs, r, t_r
+    run, delta = _Launcher(c, q, k), _per_row(q)
+    t_delta = None if t_y is None else _per_row(q)
+    run(_delta_kernel, y, ct_y, t_y, t_ct_y, delta, t_delta)
+    lse, t_lse = lse.contiguous(), None if t_lse is None else t_lse.contiguous()
+    tensors, rows = (q, k, v, ct_y, *t_inputs, t_ct_y), (lse, delta, t_lse, t_delta)
+    ct = tuple(torch.empty_like(x) if need else None for x, need in zip(inputs, c.needs, strict=True))
+    if c.needs[0]:
+        run(_queries_kernel, *tensors, ct[0], *rows)
+    if c.needs[1] or c.needs[2]:
+        run(_keys_kernel, *tensors, *ct[1:], *rows)
+    return ct
+
+
+RULES = Rules(_forward, _jvp, _vjp, _vjp_jvp)
