@@ -25,7 +25,14 @@ if INTERPRETED:
         _patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    def _call(self: Any, *args: Any, **options: Any) -> Any:
+        """A function called by a kernel. Patching the language again for each call takes most of the kernel's time."""
+        if tl.core.is_builtin(tl.core.full):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **options)
+
     interpreter._patch_lang_tensor = _patch_lang_tensor
+    interpreter.InterpretedFunction.__call__ = _call
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:

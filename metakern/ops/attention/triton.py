@@ -69,11 +69,11 @@ def _dot(a, b, total, C: tl.constexpr):
 
 
 @triton.jit
-def _tile(x, batch, head, row, inside, C: tl.constexpr):
-    """The given rows of a head, [ROWS, BLOCK_D]: zeros beyond D and, unless `inside` is None, where it is not true."""
+def _tile(x, batch, head, row, inside, C: tl.constexpr, WHOLE: tl.constexpr = False):
+    """The given rows of a head, [ROWS, BLOCK_D]; zeros beyond D and, unless all rows are known to be inside, outside."""
     column = tl.arange(0, C.BLOCK_D)
     ptrs = x.ptr + batch * x.batch + head * x.head + row.to(tl.int64)[:, None] * x.row + column[None, :]
-    if inside is None:
+    if WHOLE:
         return tl.load(ptrs) if C.D == C.BLOCK_D else tl.load(ptrs, mask=(column < C.D)[None, :], other=0.0)
     mask = inside[:, None] if C.D == C.BLOCK_D else inside[:, None] & (column < C.D)[None, :]
     return tl.load(ptrs, mask=mask, other=0.0)
@@ -134,25 +134,22 @@ def _keys_seen(p, batch, query, C: tl.constexpr, M: tl.constexpr, N: tl.constexp
 
 @triton.jit
 def _queries_seeing(p, key, there, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """The spans of queries of N keys, of which `key` is the first: [begin, whole_begin) to be masked, then the others."""
+    """The first and the end of the queries that see any of N keys, of which `key` is the first."""
     low, high = key + p.L - p.L_k, tl.minimum(key + N, p.L_k) - 1 + p.L - p.L_k  # their positions among the queries
-    begin, whole_begin, end = 0, 0, p.L
+    begin, end = 0, p.L
     if C.causal:
-        begin, whole_begin = tl.maximum(low, 0) // M * M, tl.cdiv(tl.maximum(high, 0), M) * M
+        begin = tl.maximum(low, 0) // M * M
     if p.window is not None:
-        end = tl.minimum(tl.maximum(high + p.window, 0), p.L)
-        whole_begin = end
+        end = tl.minimum(high + p.window, p.L)
     if p.mask_ptr is not None:
         end = tl.where(tl.max(there.to(tl.int32), 0) == 0, 0, end)
-    return begin, tl.minimum(whole_begin, end), end
+    return begin, end
 
 
 @triton.jit
-def _keys_inside(p, batch, key, EDGE: tl.constexpr):
-    """Which of these keys are there and shown; None for all."""
-    if p.mask_ptr is not None:
-        return _shown(p, batch, key)
-    return key < p.L_k if EDGE else None
+def _keys_inside(p, batch, key):
+    """Which of these keys are there, and shown."""
+    return key < p.L_k if p.mask_ptr is None else _shown(p, batch, key)
 
 
 @triton.jit
@@ -160,7 +157,7 @@ def _scores(s, query, key, inside, p, C: tl.constexpr, EDGE: tl.constexpr, KEYS:
     """S of a tile of products q k, whose dimension KEYS is that of the keys; -∞ where a query does not see a key."""
     query, key = tl.expand_dims(query, KEYS) + p.L_k - p.L, tl.expand_dims(key, 1 - KEYS)
     s = s * (C.scale * LOG2E)
-    if inside is not None:
+    if EDGE or p.mask_ptr is not None:
         s = tl.where(tl.expand_dims(inside, 1 - KEYS), s, float("-inf"))
     if EDGE and C.causal:
         seen = key <= query if p.window is None else (key <= query) & (key > query - p.window)
@@ -171,18 +168,19 @@ def _scores(s, query, key, inside, p, C: tl.constexpr, EDGE: tl.constexpr, KEYS:
 @triton.jit
 def _forward_kernel(q, k, v, y, lse_ptr, p, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     batch, head, first = _place(p.L, p.H, M)
+    kv_head = head // p.group
     query = first + tl.arange(0, M)
     inside = query < p.L
     q_tile = _tile(q, batch, head, query, inside, C)  # [M, D]
     top, total = tl.full([M], float("-inf"), C.ACC), tl.zeros([M], C.ACC)
-    y_tile = tl.zeros([M, C.BLOCK_D], C.ACC)
+    y_tile = tl.zeros(q_tile.shape, C.ACC)
     edges = _keys_seen(p, batch, first, C, M, N)
     for span in tl.static_range(0 if p.window is None else 1, 2):
         for start in range(edges[span], edges[span + 1], N):
             key = start + tl.arange(0, N)
-            there = _keys_inside(p, batch, key, span == 1)
-            k_tile = _tile(k, batch, head // p.group, key, there, C)  # [N, D]
-            v_tile = _tile(v, batch, head // p.group, key, there, C)  # [N, D]
+            there = _keys_inside(p, batch, key)
+            k_tile = _tile(k, batch, kv_head, key, there, C, span == 0 and p.mask_ptr is None)  # [N, D]
+            v_tile = _tile(v, batch, kv_head, key, there, C, span == 0 and p.mask_ptr is None)  # [N, D]
             s = _scores(_dot(q_tile, k_tile.T, None, C), query, key, there, p, C, span == 1, 1)  # [M, N]
             before = top
             top = tl.maximum(top, tl.max(s, 1))
@@ -200,22 +198,23 @@ def _forward_kernel(q, k, v, y, lse_ptr, p, C: tl.constexpr, M: tl.constexpr, N:
 @triton.jit
 def _jvp_kernel(q, k, v, t_q, t_k, t_v, y, lse_ptr, t_y, t_lse_ptr, p, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     batch, head, first = _place(p.L, p.H, M)
+    kv_head = head // p.group
     query = first + tl.arange(0, M)
     inside = query < p.L
     row = (batch * p.H + head) * p.L + query
     q_tile = _tile(q, batch, head, query, inside, C)  # [M, D]
     t_q_tile = _tile(t_q, batch, head, query, inside, C)
     lse = tl.load(lse_ptr + row, mask=inside, other=float("inf")) * LOG2E  # [M]
-    t_lse, t_y_tile = tl.zeros([M], C.ACC), tl.zeros([M, C.BLOCK_D], C.ACC)
+    t_lse, t_y_tile = tl.zeros([M], C.ACC), tl.zeros(q_tile.shape, C.ACC)
     edges = _keys_seen(p, batch, first, C, M, N)
     for span in tl.static_range(0 if p.window is None else 1, 2):
         for start in range(edges[span], edges[span + 1], N):
             key = start + tl.arange(0, N)
-            there = _keys_inside(p, batch, key, span == 1)
-            k_tile = _tile(k, batch, head // p.group, key, there, C)  # [N, D]
-            t_k_tile = _tile(t_k, batch, head // p.group, key, there, C)
-            v_tile = _tile(v, batch, head // p.group, key, there, C)
-            t_v_tile = _tile(t_v, batch, head // p.group, key, there, C)
+            there = _keys_inside(p, batch, key)
+            k_tile = _tile(k, batch, kv_head, key, there, C, span == 0 and p.mask_ptr is None)  # [N, D]
+            t_k_tile = _tile(t_k, batch, kv_head, key, there, C, span == 0 and p.mask_ptr is None)
+            v_tile = _tile(v, batch, kv_head, key, there, C, span == 0 and p.mask_ptr is None)
+            t_v_tile = _tile(t_v, batch, kv_head, key, there, C, span == 0 and p.mask_ptr is None)
             s = _scores(_dot(q_tile, k_tile.T, None, C), query, key, there, p, C, span == 1, 1)
             prob = tl.exp2(s - lse[:, None])  # [M, N]
             t_s = _dot(q_tile, t_k_tile.T, _dot(t_q_tile, k_tile.T, None, C), C)
@@ -252,6 +251,7 @@ def _queries_kernel(
 ):  # fmt: skip
     """ct_q, or t_ct_q where there are tangents."""
     batch, head, first = _place(p.L, p.H, M)
+    kv_head = head // p.group
     query = first + tl.arange(0, M)
     inside = query < p.L
     row = (batch * p.H + head) * p.L + query
@@ -265,29 +265,28 @@ def _queries_kernel(
         t_delta = tl.load(t_delta_ptr + row, mask=inside, other=0.0)
         if t_ct_y is not None:
             t_ct_y_tile = _tile(t_ct_y, batch, head, query, inside, C)
-    total = tl.zeros([M, C.BLOCK_D], C.ACC)
-    edges = _keys_seen(p, batch, first, C, M, N)
-    for span in tl.static_range(0 if p.window is None else 1, 2):
-        for start in range(edges[span], edges[span + 1], N):
-            key = start + tl.arange(0, N)
-            there = _keys_inside(p, batch, key, span == 1)
-            k_tile = _tile(k, batch, head // p.group, key, there, C)  # [N, D]
-            v_tile = _tile(v, batch, head // p.group, key, there, C)
-            s = _scores(_dot(q_tile, k_tile.T, None, C), query, key, there, p, C, span == 1, 1)
-            prob = tl.exp2(s - lse[:, None])  # [M, N]
-            g = _dot(ct_y_tile, v_tile.T, None, C) - delta[:, None]
-            if t_q is None:
-                total = _dot((prob * g).to(k_tile.dtype), k_tile, total, C)
-            else:
-                t_k_tile = _tile(t_k, batch, head // p.group, key, there, C)
-                t_v_tile = _tile(t_v, batch, head // p.group, key, there, C)
-                t_s = _dot(q_tile, t_k_tile.T, _dot(t_q_tile, k_tile.T, None, C), C)
-                u = (t_s * C.scale - t_lse[:, None]) * g - t_delta[:, None]
-                u = _dot(ct_y_tile, t_v_tile.T, u, C)
-                if t_ct_y is not None:
-                    u = _dot(t_ct_y_tile, v_tile.T, u, C)
-                total = _dot((prob * u).to(k_tile.dtype), k_tile, total, C)
-                total = _dot((prob * g).to(k_tile.dtype), t_k_tile, total, C)
+    total = tl.zeros(q_tile.shape, C.ACC)
+    begin, _, end = _keys_seen(p, batch, first, C, M, N)
+    for start in range(begin, end, N):
+        key = start + tl.arange(0, N)
+        there = _keys_inside(p, batch, key)
+        k_tile = _tile(k, batch, kv_head, key, there, C)  # [N, D]
+        v_tile = _tile(v, batch, kv_head, key, there, C)
+        s = _scores(_dot(q_tile, k_tile.T, None, C), query, key, there, p, C, True, 1)
+        prob = tl.exp2(s - lse[:, None])  # [M, N]
+        g = _dot(ct_y_tile, v_tile.T, None, C) - delta[:, None]
+        if t_q is None:
+            total = _dot((prob * g).to(k_tile.dtype), k_tile, total, C)
+        else:
+            t_k_tile = _tile(t_k, batch, kv_head, key, there, C)
+            t_v_tile = _tile(t_v, batch, kv_head, key, there, C)
+            t_s = _dot(q_tile, t_k_tile.T, _dot(t_q_tile, k_tile.T, None, C), C)
+            u = (t_s * C.scale - t_lse[:, None]) * g - t_delta[:, None]
+            u = _dot(ct_y_tile, t_v_tile.T, u, C)
+            if t_ct_y is not None:
+                u = _dot(t_ct_y_tile, v_tile.T, u, C)
+            total = _dot((prob * u).to(k_tile.dtype), k_tile, total, C)
+            total = _dot((prob * g).to(k_tile.dtype), t_k_tile, total, C)
     _put(ct_q, batch, head, query, inside, total * C.scale, C)
 
 
@@ -300,43 +299,42 @@ def _keys_kernel(
     batch, kv_head, first = _place(p.L_k, p.H // p.group, N)
     key = first + tl.arange(0, N)
     inside = key < p.L_k
-    there = _keys_inside(p, batch, key, True)
+    there = _keys_inside(p, batch, key)
     k_tile = _tile(k, batch, kv_head, key, there, C)  # [N, D]
     v_tile = _tile(v, batch, kv_head, key, there, C)
     if t_q is not None:
         t_k_tile = _tile(t_k, batch, kv_head, key, there, C)
         t_v_tile = _tile(t_v, batch, kv_head, key, there, C)
-    total_k, total_v = tl.zeros([N, C.BLOCK_D], C.ACC), tl.zeros([N, C.BLOCK_D], C.ACC)
-    edges = _queries_seeing(p, first, there, C, M, N)
+    total_k, total_v = tl.zeros(k_tile.shape, C.ACC), tl.zeros(v_tile.shape, C.ACC)
+    begin, end = _queries_seeing(p, first, there, C, M, N)
     for head in range(kv_head * p.group, (kv_head + 1) * p.group):
-        for span in tl.static_range(0 if C.causal else 1, 2 if p.window is None else 1):
-            for start in range(edges[span], edges[span + 1], M):
-                query = start + tl.arange(0, M)
-                asking = query < p.L
-                row = (batch * p.H + head) * p.L + query
-                q_tile = _tile(q, batch, head, query, asking, C)  # [M, D]
-                ct_y_tile = _tile(ct_y, batch, head, query, asking, C)
-                lse = tl.load(lse_ptr + row, mask=asking, other=float("inf")) * LOG2E  # [M]
-                delta = tl.load(delta_ptr + row, mask=asking, other=0.0)
-                s = _scores(_dot(k_tile, q_tile.T, None, C), query, key, there, p, C, span == 0, 0)
-                prob = tl.exp2(s - lse[None, :])  # [N, M]
-                g = _dot(v_tile, ct_y_tile.T, None, C) - delta[None, :]
-                if t_q is None:
-                    total_v = _dot(prob.to(v_tile.dtype), ct_y_tile, total_v, C)
-                    total_k = _dot((prob * g).to(k_tile.dtype), q_tile, total_k, C)
-                else:
-                    t_q_tile = _tile(t_q, batch, head, query, asking, C)
-                    t_lse = tl.load(t_lse_ptr + row, mask=asking, other=0.0)
-                    t_delta = tl.load(t_delta_ptr + row, mask=asking, other=0.0)
-                    t = _dot(k_tile, t_q_tile.T, _dot(t_k_tile, q_tile.T, None, C), C) * C.scale - t_lse[None, :]
-                    u = _dot(t_v_tile, ct_y_tile.T, t * g - t_delta[None, :], C)
-                    total_v = _dot((prob * t).to(v_tile.dtype), ct_y_tile, total_v, C)
-                    if t_ct_y is not None:
-                        t_ct_y_tile = _tile(t_ct_y, batch, head, query, asking, C)
-                        u = _dot(v_tile, t_ct_y_tile.T, u, C)
-                        total_v = _dot(prob.to(v_tile.dtype), t_ct_y_tile, total_v, C)
-                    total_k = _dot((prob * u).to(k_tile.dtype), q_tile, total_k, C)
-                    total_k = _dot((prob * g).to(k_tile.dtype), t_q_tile, total_k, C)
+        for start in range(begin, end, M):
+            query = start + tl.arange(0, M)
+            asking = query < p.L
+            row = (batch * p.H + head) * p.L + query
+            q_tile = _tile(q, batch, head, query, asking, C)  # [M, D]
+            ct_y_tile = _tile(ct_y, batch, head, query, asking, C)
+            lse = tl.load(lse_ptr + row, mask=asking, other=float("inf")) * LOG2E  # [M]
+            delta = tl.load(delta_ptr + row, mask=asking, other=0.0)
+            s = _scores(_dot(k_tile, q_tile.T, None, C), query, key, there, p, C, True, 0)
+            prob = tl.exp2(s - lse[None, :])  # [N, M]
+            g = _dot(v_tile, ct_y_tile.T, None, C) - delta[None, :]
+            if t_q is None:
+                total_v = _dot(prob.to(v_tile.dtype), ct_y_tile, total_v, C)
+                total_k = _dot((prob * g).to(k_tile.dtype), q_tile, total_k, C)
+            else:
+                t_q_tile = _tile(t_q, batch, head, query, asking, C)
+                t_lse = tl.load(t_lse_ptr + row, mask=asking, other=0.0)
+                t_delta = tl.load(t_delta_ptr + row, mask=asking, other=0.0)
+                t = _dot(k_tile, t_q_tile.T, _dot(t_k_tile, q_tile.T, None, C), C) * C.scale - t_lse[None, :]
+                u = _dot(t_v_tile, ct_y_tile.T, t * g - t_delta[None, :], C)
+                total_v = _dot((prob * t).to(v_tile.dtype), ct_y_tile, total_v, C)
+                if t_ct_y is not None:
+                    t_ct_y_tile = _tile(t_ct_y, batch, head, query, asking, C)
+                    u = _dot(v_tile, t_ct_y_tile.T, u, C)
+                    total_v = _dot(prob.to(v_tile.dtype), t_ct_y_tile, total_v, C)
+                total_k = _dot((prob * u).to(k_tile.dtype), q_tile, total_k, C)
+                total_k = _dot((prob * g).to(k_tile.dtype), t_q_tile, total_k, C)
     if ct_k is not None:
         _put(ct_k, batch, kv_head, key, inside, total_k * C.scale, C)
     if ct_v is not None:
@@ -354,7 +352,7 @@ class Blocks(NamedTuple):
 
 def _blocks(kernel: Any, dtype: torch.dtype, BLOCK_D: int, shared: int) -> Blocks:
     if launch.INTERPRETED:
-        return Blocks(4, 2, 4, 1)
+        return Blocks(4, 4, 4, 1)
     return Blocks(64, 32, 4, 1)
 
 
