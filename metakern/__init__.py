@@ -2,8 +2,10 @@
 
 from metakern import losses, nn, ops, optim
 from metakern.meta.algorithms import ANIL, FOMAML, MAML, MetaSGD, Reptile
+from metakern.nn.lora import lora, merge_lora, remove_lora
 from metakern.nn.patch import patch, unpatch
 from metakern.ops._backend import backend, backends
+from metakern.peft import load_lora, save_lora
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,10 +16,15 @@ __all__ = [
     "Reptile",
     "backend",
     "backends",
+    "load_lora",
+    "lora",
     "losses",
+    "merge_lora",
     "nn",
     "ops",
     "optim",
     "patch",
+    "remove_lora",
+    "save_lora",
     "unpatch",
 ]

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from metakern.meta._fold import Fold
+from metakern.meta._functions import Fused
 from metakern.meta._parameters import Parameters
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -67,7 +68,7 @@ class Loop:
         return torch.stack([self._one([p[t] for p in phi], select(batch, t)) for t in range(phi[0].shape[0])])
 
     def _one(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
-        with self.parameters.bound(phi):
+        with self.parameters.bound(phi), Fused():
             return scalar(self.loss(self.parameters.model, batch))
 
 
@@ -93,7 +94,7 @@ class Folded(Loop):
         def one(batch: Any) -> Tensor:
             return scalar(self.loss(self.parameters.model, batch))
 
-        with self.fold.active(phi):
+        with self.fold.active(phi), Fused():
             return torch.func.vmap(one, randomness="different")(batch)
 
 

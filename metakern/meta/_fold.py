@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metakern import ops
+from metakern.meta._functions import Fused
 from metakern.meta._parameters import Parameters
+from metakern.nn.lora import LoraLinear
+from metakern.nn.lora import run as run_lora
 from metakern.nn.recurrent import run
 
 
@@ -116,7 +119,7 @@ class Fold:
             for i, tensor, dim in zip(where, tensors, in_dims, strict=True):
                 inner[i] = tensor if dim is None else tensor.movedim(dim, 0).flatten(0, 1)
             inner_args, inner_kwargs = tree_unflatten(inner, spec)
-            with self.within():
+            with self.within(), Fused():  # modes of the caller do not reach through the step out of vmap
                 outputs, out_spec = tree_flatten(forward(*inner_args, **inner_kwargs))
             out_where = [i for i, o in enumerate(outputs) if isinstance(o, Tensor)]
             result.append((outputs, out_spec, out_where))
@@ -180,14 +183,17 @@ def _rule(module: Any) -> Unit:
         return _conv1d
     if isinstance(module, nn.RNNBase) and not module.proj_size:
         return _recurrent
+    if kind is LoraLinear:
+        return _lora
     return _mapped
 
 
 def _per_task(fold: Fold, x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
-    """An op of [T, ..., D] on a tensor of the model, folded or the same for all."""
-    if fold.folded(x):
-        return op(fold.split(x)).flatten(0, 1)
-    return fold.spread(op(x.expand(fold.tasks, *x.shape)))
+    """An op of [T, ..., D] on a tensor of the model, folded or the same for all; unseen by modes, which cost time."""
+    with torch._C.DisableTorchFunction():
+        if fold.folded(x):
+            return op(fold.split(x)).flatten(0, 1)
+        return fold.spread(op(x.expand(fold.tasks, *x.shape)))
 
 
 def _linear(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
@@ -199,6 +205,11 @@ def _conv1d(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
     """Hugging Face's linear layer of GPT-2, whose weight is [in, out]."""
     weight, bias = fold.weight(module, "weight"), fold.weight(module, "bias")
     return _per_task(fold, x, lambda x: ops.linear(x, weight.mT, bias))
+
+
+def _lora(fold: Fold, module: LoraLinear, x: Tensor) -> Tensor:
+    """The frozen base once over all tasks' rows, the factors a task."""
+    return _per_task(fold, x, lambda x: run_lora(module, x, partial(fold.weight, module)))
 
 
 def _layer_norm(fold: Fold, module: nn.LayerNorm, x: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class Planner:
         working, free = saved + 3 * copy_bytes, _free_bytes(device)
         wish, strategy = self.wishes.task_chunk, self.wishes.strategy
         on_cpu = device.type == "cpu"
-        room, where = (CACHE_BYTES, "cache") if on_cpu else (free // 2, "memory")
+        room, where = (WORKING_BYTES, "working memory") if on_cpu else (free // 2, "memory")
 
         def fitting(size: int) -> int:
             return wish if isinstance(wish, int) else max(1, room // max(size, 1))
@@ -115,7 +115,7 @@ class Planner:
         return Plan(name, strategy, hvp, chunk, saved, tuple(reasons))
 
 
-CACHE_BYTES = 64 * 2**20  # a CPU's working set of one chunk of tasks
+WORKING_BYTES = 192 * 2**20  # a CPU's working set of one chunk of tasks: more is slower, less is more calls
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from metakern.ops.linear import SPEC as _LINEAR
 from metakern.ops.linear import linear
 from metakern.ops.linear_cross_entropy import SPEC as _LINEAR_CROSS_ENTROPY
 from metakern.ops.linear_cross_entropy import linear_cross_entropy
+from metakern.ops.lora_linear import SPEC as _LORA_LINEAR
+from metakern.ops.lora_linear import lora_linear
 from metakern.ops.lstm import SPEC as _LSTM
 from metakern.ops.lstm import lstm
 from metakern.ops.rms_norm import SPEC as _RMS_NORM
@@ -42,6 +44,7 @@ SPECS = {
         _LAYER_NORM,
         _LINEAR,
         _LINEAR_CROSS_ENTROPY,
+        _LORA_LINEAR,
         _LSTM,
         _RMS_NORM,
         _RNN,
@@ -62,6 +65,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "lora_linear",
     "lstm",
     "rms_norm",
     "rnn",

@@ -223,7 +223,11 @@ class _Op(_Rule):
     def jvp(ctx: Any, _: None, *t: Tensor | None) -> tuple:
         call = ctx.call
         x, constants, r = call.split(ctx.saved_tensors, "x", "c", "r")
-        return _Jvp.apply(call, *x, *constants, *r, *call.split(t, "x")[0])
+        t_x, t_constants = call.split(t, "x", "c")
+        for name, t_constant in zip(call.op.constants, t_constants, strict=True):
+            if t_constant is not None:
+                raise ValueError(f"{call.op.name}: {name} must not have a tangent, got one that has")
+        return _Jvp.apply(call, *x, *constants, *r, *t_x)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:

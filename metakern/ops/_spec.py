@@ -16,13 +16,15 @@ from metakern.ops._rules import Op
 class Sample:
     """Arguments of one call. Floating-point tensors among `args` are its differentiable inputs.
 
-    per_task: every tensor among `args` has the tasks first, so that results must not mix them.
+    per_task: every tensor among `args` has the tasks first, so that results must not mix them. frozen: the places in
+    `args` of tensors that are neither, because the op holds them constant and all tasks share them.
     """
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     per_task: bool = True
+    frozen: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Finn, Abbeel, Levine 2017, "Model-agnostic meta-learning for fast adaptation of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_flatten
 
 from metakern.meta._batching import Loss, exact_kernels, select, tasks_of
+from metakern.meta._memory import keep_freed_memory
 from metakern.meta._parameters import Adapt, Parameters
 from metakern.meta._plan import Plan, Planner, Wishes
 from metakern.meta._unroll import Gradients, Random, Result, Unroll, _add
@@ -160,10 +162,12 @@ class _Prepared:
         return [p.detach().expand(tasks, *p.shape) for p in self.parameters.adapted.values()]
 
     def by_chunks(self, compute: Callable[..., Any], *batches: Any) -> Iterator[Any]:
-        """compute(*batches) over as many tasks at once as the plan says; where memory runs out, over half as many."""
+        """compute(*batches) over chunks of equal size, at most the plan's; where memory runs out, over half as many."""
+        keep_freed_memory()
         start, tasks = 0, tasks_of(batches[0])
         while start < tasks:
-            tried = min(self.plan.task_chunk, tasks - start)
+            chunks = ceil((tasks - start) / self.plan.task_chunk)
+            tried = ceil((tasks - start) / chunks)
             part = slice(start, start + tried)
             try:
                 with exact_kernels():

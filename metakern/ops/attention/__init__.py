@@ -10,10 +10,10 @@
               t_ct_Q = scale (t_ct_S K + ct_S t_K)     t_ct_K = scale (t_ct_Sᵀ Q + ct_Sᵀ t_Q)
               t_ct_V = t_Pᵀ ct_O + Pᵀ t_ct_O
 
-In blocks no L x L_k matrix is ever in memory: given the log-sum-exp of its rows, a block of P is computed again from
-the blocks of Q and K, and everything else is a sum over blocks. Only the sums over a whole row, lse, t_lse, δ and t_δ,
-must be known before a block of t_P, ct_S or t_ct_S is. The last two need no pass over the keys, for P enters them by way
-of O alone (Σ_j P_ij ⟨ct_O_i, V_j⟩ = ⟨ct_O_i, O_i⟩):
+In blocks no L x L_k matrix is ever in memory. Given the log-sum-exp of its rows, a block of P is computed again from
+the blocks of Q and K, and everything else is a sum over blocks. Only sums over a whole row, lse, t_lse, δ and t_δ, must
+be known before a block of t_P, ct_S or t_ct_S is. The last two need no pass over the keys, for P enters them by way of
+O alone (Σ_j P_ij ⟨ct_O_i, V_j⟩ = ⟨ct_O_i, O_i⟩):
 
     δ_i = ⟨ct_O_i, O_i⟩        t_δ_i = ⟨t_ct_O_i, O_i⟩ + ⟨ct_O_i, t_O_i⟩
 
