@@ -28,6 +28,7 @@ from metakern.ops._triton import launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 class Heads(NamedTuple):
@@ -65,6 +66,8 @@ class Constants:
 @triton.jit
 def _dot(a, b, total, C: tl.constexpr):
     """total + a b; total may be None."""
+    if INTERPRETED:  # which would take the bits of bfloat16 for integers
+        a, b = a.to(C.ACC), b.to(C.ACC)
     return tl.dot(a, b, total, input_precision=C.precision, out_dtype=C.ACC)
 
 
