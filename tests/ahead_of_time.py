@@ -29,12 +29,13 @@ import metakern as mk
 from metakern.ops import SPECS, _backend
 from metakern.ops._spec import Make, Sample
 
-TARGETS = [
-    GPUTarget("cuda", 80, 32),
-    GPUTarget("cuda", 90, 32),
-    GPUTarget("cuda", 100, 32),
-    GPUTarget("hip", "gfx942", 64),
-]
+# And the bytes of shared memory that a program may have there.
+TARGETS = {
+    GPUTarget("cuda", 80, 32): 163 << 10,
+    GPUTarget("cuda", 90, 32): 227 << 10,
+    GPUTarget("cuda", 100, 32): 227 << 10,
+    GPUTarget("hip", "gfx942", 64): 64 << 10,
+}
 DTYPES = (torch.float32, torch.bfloat16)
 
 

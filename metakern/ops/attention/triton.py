@@ -15,6 +15,7 @@ Where PyTorch's own flash kernels take a call, they are its forward and its vjp 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metakern.ops._rules import Rules, Tensors
+from metakern.ops._spec import Make, Sample
 from metakern.ops._triton import launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -318,26 +320,30 @@ def _keys_kernel(
             q_tile = _tile(q, batch, head, query, asking, C)  # [M, D]
             ct_y_tile = _tile(ct_y, batch, head, query, asking, C)
             lse = tl.load(lse_ptr + row, mask=asking, other=float("inf")) * LOG2E  # [M]
-            delta = tl.load(delta_ptr + row, mask=asking, other=0.0)
             s = _scores(_dot(k_tile, q_tile.T, None, C), query, key, there, p, C, True, 0)
             prob = tl.exp2(s - lse[None, :])  # [N, M]
-            g = _dot(v_tile, ct_y_tile.T, None, C) - delta[None, :]
-            if t_q is None:
-                total_v = _dot(prob.to(v_tile.dtype), ct_y_tile, total_v, C)
-                total_k = _dot((prob * g).to(k_tile.dtype), q_tile, total_k, C)
-            else:
+            if t_q is not None:
                 t_q_tile = _tile(t_q, batch, head, query, asking, C)
                 t_lse = tl.load(t_lse_ptr + row, mask=asking, other=0.0)
-                t_delta = tl.load(t_delta_ptr + row, mask=asking, other=0.0)
                 t = _dot(k_tile, t_q_tile.T, _dot(t_k_tile, q_tile.T, None, C), C) * C.scale - t_lse[None, :]
-                u = _dot(t_v_tile, ct_y_tile.T, t * g - t_delta[None, :], C)
-                total_v = _dot((prob * t).to(v_tile.dtype), ct_y_tile, total_v, C)
                 if t_ct_y is not None:
                     t_ct_y_tile = _tile(t_ct_y, batch, head, query, asking, C)
-                    u = _dot(v_tile, t_ct_y_tile.T, u, C)
+            if ct_v is not None:
+                total_v = _dot((prob if t_q is None else prob * t).to(v_tile.dtype), ct_y_tile, total_v, C)
+                if t_ct_y is not None:
                     total_v = _dot(prob.to(v_tile.dtype), t_ct_y_tile, total_v, C)
-                total_k = _dot((prob * u).to(k_tile.dtype), q_tile, total_k, C)
-                total_k = _dot((prob * g).to(k_tile.dtype), t_q_tile, total_k, C)
+            if ct_k is not None:
+                delta = tl.load(delta_ptr + row, mask=asking, other=0.0)
+                g = _dot(v_tile, ct_y_tile.T, None, C) - delta[None, :]
+                if t_q is None:
+                    total_k = _dot((prob * g).to(k_tile.dtype), q_tile, total_k, C)
+                else:
+                    t_delta = tl.load(t_delta_ptr + row, mask=asking, other=0.0)
+                    u = _dot(t_v_tile, ct_y_tile.T, t * g - t_delta[None, :], C)
+                    if t_ct_y is not None:
+                        u = _dot(v_tile, t_ct_y_tile.T, u, C)
+                    total_k = _dot((prob * u).to(k_tile.dtype), q_tile, total_k, C)
+                    total_k = _dot((prob * g).to(k_tile.dtype), t_q_tile, total_k, C)
     if ct_k is not None:
         _put(ct_k, batch, kv_head, key, inside, total_k * C.scale, C)
     if ct_v is not None:
@@ -353,10 +359,36 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def _blocks(kernel: Any, dtype: torch.dtype, BLOCK_D: int, shared: int) -> Blocks:
+# For half precision, by kernel and BLOCK_D, where programs have 200 KiB of shared memory (sm_90, sm_100), and elsewhere.
+# The sizes are the largest whose loops keep to the registers; on sm_90 a warp group multiplies 64 rows at a time.
+_LARGE = {
+    "forward": {64: ((128, 64, 8, 2), (64, 64, 4, 3)), 128: ((128, 64, 8, 2), (64, 64, 4, 2)), 256: ((64, 64, 8, 2),)},
+    "jvp": {64: ((128, 64, 8, 2), (64, 64, 4, 2)), 128: ((64, 64, 4, 2), (64, 32, 4, 2)), 256: ((64, 32, 4, 2),)},
+    "queries": {64: ((64, 64, 4, 2), (128, 64, 8, 2)), 128: ((64, 64, 4, 2),), 256: ((64, 32, 4, 1),)},
+    "keys": {64: ((64, 64, 4, 2), (32, 64, 4, 2)), 128: ((32, 64, 4, 2),), 256: ((32, 64, 4, 1),)},
+    "t_queries": {64: ((64, 64, 4, 2), (128, 64, 8, 2)), 128: ((64, 32, 4, 2), (128, 32, 8, 2)), 256: ((64, 16, 4, 1),)},
+    "t_keys": {64: ((32, 64, 4, 2), (32, 128, 8, 2)), 128: ((16, 64, 4, 2), (32, 128, 8, 1)), 256: ((16, 64, 4, 1),)},
+}
+_SMALL = {
+    "forward": {64: ((128, 64, 4, 2), (64, 64, 4, 2)), 128: ((64, 64, 4, 2),), 256: ((64, 32, 8, 2),)},
+    "jvp": {64: ((64, 64, 4, 2), (64, 32, 4, 2)), 128: ((32, 32, 4, 2),), 256: ((32, 16, 4, 1),)},
+    "queries": {64: ((64, 64, 4, 2), (64, 32, 4, 2)), 128: ((64, 32, 4, 2),), 256: ((32, 32, 4, 1),)},
+    "keys": {64: ((32, 64, 4, 2), (32, 32, 4, 2)), 128: ((32, 32, 4, 2),), 256: ((32, 32, 4, 1),)},
+    "t_queries": {64: ((64, 32, 4, 2), (32, 32, 4, 2)), 128: ((32, 32, 4, 1),), 256: ((16, 16, 4, 1),)},
+    "t_keys": {64: ((16, 64, 4, 2), (32, 32, 4, 2)), 128: ((32, 32, 4, 1),), 256: ((16, 16, 4, 1),)},
+}
+
+
+def blocks(kernel: str, dtype: torch.dtype, BLOCK_D: int, shared: int) -> tuple[Blocks, ...]:
+    """The block sizes to choose from, the best guess first, where a program has `shared` bytes of shared memory."""
     if launch.INTERPRETED:
-        return Blocks(4, 4, 4, 1)
-    return Blocks(64, 32, 4, 1)
+        return (Blocks(4, 4, 4, 1),)
+    if kernel == "delta":
+        return (Blocks(32, 0, 4, 1),)
+    if dtype in (torch.float32, torch.float64) or BLOCK_D > 256:
+        first_order = kernel in ("forward", "queries", "keys")
+        return (Blocks(32, 32, 4, 1) if first_order and dtype == torch.float32 and BLOCK_D <= 128 else Blocks(16, 16, 4, 1),)
+    return tuple(Blocks(*sizes) for sizes in (_LARGE if shared >= 200 << 10 else _SMALL)[kernel][max(64, BLOCK_D)])
 
 
 class _Launcher:
@@ -364,63 +396,111 @@ class _Launcher:
 
     def __init__(self, c: SimpleNamespace, q: Tensor, k: Tensor) -> None:
         (B, H, L, D), (H_kv, L_k) = q.shape, k.shape[1:3]
-        self.q, self.rows, self.keys = q, (L, B * H), (L_k, B * H_kv)
+        self.q, self.queries, self.keys = q, (L, B * H), (L_k, B * H_kv)
         mask = None if c.mask is None else c.mask.contiguous()
         self.problem = Problem(H, H // H_kv, L, L_k, c.window, mask)
         acc = tl.float64 if q.dtype == torch.float64 else tl.float32
         self.constants = Constants(c.scale, c.causal, D, max(16, triton.next_power_of_2(D)), acc, _precision())
-        self.shared = launch.shared_memory(q.device)
 
-    def __call__(self, kernel: Any, *args: Any) -> None:
-        M, N, warps, stages = _blocks(kernel, self.q.dtype, self.constants.BLOCK_D, self.shared)
-        own, (rows, heads) = (N, self.keys) if kernel is _keys_kernel else (M, self.rows)
-        blocks = {"M": M} if kernel is _delta_kernel else {"M": M, "N": N}
+    def __call__(self, kernel: Any, *args: Any, tangents: bool = False) -> None:
+        device, shared = self.q.device, launch.shared_memory(self.q.device)
+        name = "t_" * tangents + kernel.__name__.removeprefix("_").removesuffix("_kernel")
+        choice = blocks(name, self.q.dtype, self.constants.BLOCK_D, shared)
+        own, (rows, heads) = ("N", self.keys) if kernel is _keys_kernel else ("M", self.queries)
+        args = (*(_heads(a) if isinstance(a, Tensor) and a.dim() == 4 else a for a in args), self.problem)
+        if rows * heads and len(choice) > 1 and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+            with torch.cuda.device(device):
+                tuned = _tuned(kernel, choice, self.problem.L.bit_length())
+                tuned[lambda meta: (launch.cdiv(rows, meta[own]) * heads,)](*args, C=self.constants)
+            return
+        sizes = choice[0]._asdict()
+        warps, stages = sizes.pop("warps"), sizes.pop("stages")
         launch.launch(
             kernel,
-            (launch.cdiv(rows, own) * heads,),
-            self.q.device,
-            *(_heads(a) if isinstance(a, Tensor) and a.dim() == 4 else a for a in args),
-            self.problem,
+            (launch.cdiv(rows, sizes[own]) * heads,),
+            device,
+            *args,
             C=self.constants,
-            **blocks,
+            **{name: size for name, size in sizes.items() if name in kernel.arg_names},
             num_warps=warps,
             num_stages=stages,
         )
 
 
+@cache
+def _tuned(kernel: Any, choice: tuple[Blocks, ...], scale: int) -> Any:
+    """The kernel with the fastest of these blocks, found at the first call for lengths of a scale."""
+    configs = [triton.Config({"M": M, "N": N}, num_warps=warps, num_stages=stages) for M, N, warps, stages in choice]
+    return triton.autotune(configs, key=["C"])(kernel)
+
+
 def _precision() -> str:
-    """How products of float32 are taken; those of other dtypes are what they are."""
+    """How products of float32 are taken: to full precision, unless PyTorch is told that less will do."""
     if torch.version.hip:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def _heads(x: Tensor) -> Heads:
-    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    x = x if x.stride(-1) == 1 else x.contiguous()
     return Heads(x, *x.stride()[:3])
 
 
-def _per_row(q: Tensor) -> Tensor:
+def _per_query(q: Tensor) -> Tensor:
     """An empty tensor with a number for each query, [B, H, L]."""
     return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
+def by_library(c: SimpleNamespace, q: Tensor, k: Tensor, capability: tuple[int, int] | None) -> bool:
+    """Whether PyTorch's own flash kernels take a call, on a GPU of this capability; None where it has no such kernels."""
+    if capability is None or capability < (8, 0) or c.mask is not None or c.window is not None or c.scale <= 0:
+        return False
+    widest = 256 if capability in ((8, 0), (9, 0), (10, 0)) else 192
+    L, D = q.shape[2:]
+    alike = L == k.shape[2] or not c.causal
+    return q.dtype in (torch.bfloat16, torch.float16) and D % 8 == 0 and D <= widest and alike and bool(q.numel() and k.numel())
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    if device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x as the library's kernels read it, 16 bytes at a time."""
+    fits = x.stride(-1) == 1 and not any(stride % 8 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
 def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
     q, k, v = inputs
-    y, lse = torch.empty_like(q), _per_row(q)
+    if by_library(c, q, k, _capability(q.device)):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+        y, lse, *_ = flash(*(_aligned(x) for x in inputs), is_causal=c.causal, scale=c.scale)
+        return (y,), (lse,)
+    y, lse = torch.empty_like(q), _per_query(q)
     _Launcher(c, q, k)(_forward_kernel, q, k, v, y, lse)
     return (y,), (lse,)
 
 
 def _jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
     (q, k, v), (lse, y), (t_q, t_k, t_v) = inputs, r, t_inputs
-    t_y, t_lse = torch.empty_like(y), _per_row(q)
+    t_y, t_lse = torch.empty_like(y), _per_query(q)
     _Launcher(c, q, k)(_jvp_kernel, q, k, v, t_q, t_k, t_v, y, lse.contiguous(), t_y, t_lse)
     return (t_y,), (t_lse,)
 
 
 def _vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
-    return _cotangents(c, inputs, r, ct_outputs[0], (None, None, None), (None, None), None)
+    (q, k, v), (lse, y), (ct_y,) = inputs, r, ct_outputs
+    if by_library(c, q, k, _capability(q.device)):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+        tensors = (_aligned(x) for x in (ct_y, q, k, v, y))
+        seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # of a dropout that there is not
+        sizes = (q.shape[2], k.shape[2])
+        return flash(*tensors, lse.contiguous(), None, None, *sizes, 0.0, c.causal, seed, seed, scale=c.scale)
+    return _cotangents(c, inputs, r, ct_y, (None, None, None), (None, None), None)
 
 
 def _vjp_jvp(
@@ -432,26 +512,45 @@ def _vjp_jvp(
     ct_outputs: Tensors,
     t_ct_outputs: Tensors | None,
 ) -> Tensors:
-    t_ct_y = None if t_ct_outputs is None else t_ct_outputs[0]
-    return _cotangents(c, inputs, r, ct_outputs[0], t_inputs, t_r, t_ct_y)
+    return _cotangents(c, inputs, r, ct_outputs[0], t_inputs, t_r, t_ct_outputs and t_ct_outputs[0])
 
 
 def _cotangents(
     c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_y: Tensor, t_inputs: Tensors, t_r: Tensors, t_ct_y: Tensor | None
 ) -> Tensors:
     """ct_q, ct_k and ct_v, or their tangents where there are tangents."""
-    (q, k, v), (lse, y), (t_lse, t_y) = inputs, r, t_r
-    run, delta = _Launcher(c, q, k), _per_row(q)
-    t_delta = None if t_y is None else _per_row(q)
+    (q, k, _), (lse, y), (t_lse, t_y) = inputs, r, t_r
+    run, delta, tangents = _Launcher(c, q, k), _per_query(q), t_y is not None
+    t_delta = _per_query(q) if tangents else None
     run(_delta_kernel, y, ct_y, t_y, t_ct_y, delta, t_delta)
-    lse, t_lse = lse.contiguous(), None if t_lse is None else t_lse.contiguous()
-    tensors, rows = (q, k, v, ct_y, *t_inputs, t_ct_y), (lse, delta, t_lse, t_delta)
-    ct = tuple(torch.empty_like(x) if need else None for x, need in zip(inputs, c.needs, strict=True))
-    if c.needs[0]:
-        run(_queries_kernel, *tensors, ct[0], *rows)
-    if c.needs[1] or c.needs[2]:
-        run(_keys_kernel, *tensors, *ct[1:], *rows)
-    return ct
+    lse, t_lse = lse.contiguous(), t_lse.contiguous() if tangents else None
+    tensors, rows = (*inputs, ct_y, *t_inputs, t_ct_y), (lse, delta, t_lse, t_delta)
+    ct_q, ct_k, ct_v = (torch.empty_like(x) if need else None for x, need in zip(inputs, c.needs, strict=True))
+    if ct_q is not None:
+        run(_queries_kernel, *tensors, ct_q, *rows, tangents=tangents)
+    # Two sums of wide heads have no room in the registers of one program.
+    together = run.constants.BLOCK_D <= 128
+    for pair in ((ct_k, ct_v),) if together else ((ct_k, None), (None, ct_v)):
+        if any(x is not None for x in pair):
+            run(_keys_kernel, *tensors, *pair, *rows, tangents=tangents)
+    return ct_q, ct_k, ct_v
 
 
 RULES = Rules(_forward, _jvp, _vjp, _vjp_jvp)
+
+
+def compiled(make: Make) -> list[Sample]:
+    """Heads of every width in half precision; windows, masks, and heads that fill no block."""
+
+    def sample(name: str, H: int, H_kv: int, D: int, **options: Any) -> Sample:
+        return Sample(name, (make(2, H, 512, D), make(2, H_kv, 512, D), make(2, H_kv, 512, D)), options)
+
+    if make.dtype == torch.float32:
+        return [sample("causal", 2, 2, 64)]
+    mask = torch.empty(2, 512, dtype=torch.bool, device=make.device)
+    return [
+        sample("causal", 2, 2, 64),
+        sample("wide", 2, 2, 128),
+        sample("widest", 2, 1, 256),
+        sample("masked_window", 4, 2, 80, mask=mask, window=256),
+    ]
