@@ -138,6 +138,10 @@ def tiny_recurrent(cell: type[nn.RNNBase]) -> Callable[[], Workload]:
     return lambda: language(RecurrentLM(cell, 29, 6, 7), 29, length=5, sequences=2, tasks=3, steps=2)
 
 
+def tiny_gpt() -> Workload:
+    return language(GPT(29, 12, 2, 2, 5), 29, length=5, sequences=2, tasks=3, steps=2)
+
+
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "mlp": lambda: mlp((64, 128, 128, 16), examples=10, tasks=32, steps=5),
     "rnn": recurrent(nn.RNN),
@@ -145,6 +149,7 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "lstm": recurrent(nn.LSTM),
     "lstm-small": lambda: language(RecurrentLM(nn.LSTM, 2000, 64, 64), 2000, length=32, sequences=2, tasks=32, steps=5),
     "gpt": lambda: language(GPT(2000, 128, 4, 2, 64), 2000, length=64, sequences=4, tasks=8, steps=3),
+    "gpt-long": lambda: language(GPT(2000, 128, 4, 2, 1024), 2000, length=1024, sequences=4, tasks=1, steps=3),
 }
 # The same models at sizes that cost nothing: to load what a library loads at its first use, and for tests.
 TINY: dict[str, Callable[[], Workload]] = {
@@ -153,7 +158,8 @@ TINY: dict[str, Callable[[], Workload]] = {
     "gru": tiny_recurrent(nn.GRU),
     "lstm": tiny_recurrent(nn.LSTM),
     "lstm-small": tiny_recurrent(nn.LSTM),
-    "gpt": lambda: language(GPT(29, 12, 2, 2, 5), 29, length=5, sequences=2, tasks=3, steps=2),
+    "gpt": tiny_gpt,
+    "gpt-long": tiny_gpt,
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metakern import ops
+from metakern.nn.patch import huggingface
 
 
 def causal_lm(model: nn.Module, batch: Any) -> Tensor:
@@ -16,7 +17,8 @@ def causal_lm(model: nn.Module, batch: Any) -> Tensor:
     batch: dict(input_ids [B, L], attention_mask [B, L] (optional), labels [B, L] aligned with input_ids, -100 where a
     token is not to be learned), shifted by one here as Hugging Face does; or (tokens, targets), each [B, L], where
     targets[i] is what follows tokens[i]. `model(input_ids)` (or `model(input_ids=…, attention_mask=…)`) gives logits
-    [B, L, V], as a tensor or as `.logits`.
+    [B, L, V], as a tensor or as `.logits`. Those of a Hugging Face model that `metakern.patch` knows, whose head is not
+    adapted, are never made: the head and the loss are one op of the hidden states.
 
     >>> import metakern as mk, torch
     >>> tokens = torch.randint(50, (4, 9))
@@ -27,15 +29,16 @@ def causal_lm(model: nn.Module, batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
         if "input_ids" not in batch or "labels" not in batch:
             raise ValueError(f"causal_lm: batch must hold input_ids and labels, got {sorted(batch)}")
-        known = {"input_ids": batch["input_ids"]}
+        inputs, target = {"input_ids": batch["input_ids"]}, batch["labels"][:, 1:]
         if batch.get("attention_mask") is not None:
-            known["attention_mask"] = batch["attention_mask"]
-        logits = _logits(model(**known))[:, :-1]
-        target = batch["labels"][:, 1:]
+            inputs["attention_mask"] = batch["attention_mask"]
     else:
-        tokens, target = batch
-        logits = _logits(model(tokens))
-    return ops.cross_entropy(logits.flatten(0, 1), target.flatten())
+        inputs, target = batch[0], batch[1]
+    head = huggingface.separate_head(model)
+    with huggingface.without(head):
+        x = _logits(model(**inputs) if isinstance(inputs, dict) else model(inputs))
+    x, target = x[:, : target.shape[1]].flatten(0, 1), target.flatten()
+    return ops.cross_entropy(x, target) if head is None else ops.linear_cross_entropy(x, head.weight, target)
 
 
 def classification(model: nn.Module, batch: Any) -> Tensor:

@@ -310,7 +310,9 @@ PADDING = torch.tensor([[False] * 5, [True, False, False, True, True]])
         ({"need_weights": False, "attn_mask": CAUSAL}, False),
         ({"attn_mask": CAUSAL, "average_attn_weights": False}, False),
         ({"key_padding_mask": PADDING}, False),
-        ({"need_weights": False, "key_padding_mask": PADDING}, False),
+        ({"need_weights": False, "key_padding_mask": PADDING}, True),
+        ({"need_weights": False, "key_padding_mask": PADDING, "attn_mask": CAUSAL, "is_causal": True}, True),
+        ({"need_weights": False, "key_padding_mask": torch.where(PADDING, -torch.inf, 0.5).double()}, False),
         ({"attn_mask": draw(8, 5, 5)}, False),
         ({}, False),
     ],
@@ -324,7 +326,10 @@ def test_attention_equals_torch_to_second_order(kwargs: dict, is_fused: bool, fu
             expected = double_backward(SelfAttention(theirs), x, **kwargs)
         close(double_backward(SelfAttention(ours), x, **kwargs), expected)
     assert len(fused) == (2 if is_fused else 0)
-    assert all(call == {"causal": kwargs.get("is_causal", False)} for call in fused)
+    for call in fused:
+        mask = call.pop("mask")
+        assert call == {"causal": kwargs.get("is_causal", False)}
+        assert mask is None if "key_padding_mask" not in kwargs else torch.equal(mask, ~PADDING)
 
 
 def test_cross_attention_of_other_widths_and_without_a_batch() -> None:

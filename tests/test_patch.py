@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metakern as mk
 
@@ -69,6 +71,7 @@ REPLACED = {
     "cells.rnn": "RNN",
     "cells.gru": "GRU",
     "cells.lstm": "LSTM",
+    "head": "Linear",
 }
 
 
@@ -146,15 +149,16 @@ def test_what_can_not_be_replaced_is_left_and_reported() -> None:
     projected, wrapped, own = nn.LSTM(3, 4, proj_size=2), nn.GRU(3, 4), mk.nn.LSTM(3, 4)
     original: Any = wrapped.forward
     wrapped.forward = lambda *args: original(*args)  # type: ignore[method-assign]
-    model = nn.ModuleList([projected, wrapped, own, nn.Linear(2, 2)])
+    model = nn.ModuleList([projected, wrapped, own, nn.ReLU(), nn.MultiheadAttention(4, 2, add_zero_attn=True)])
     report = mk.patch(model)
     assert report.replaced == ()
     assert report.left == (
         ("0", "torch.nn.LSTM", "proj_size must be 0, got 2"),
         ("1", "torch.nn.GRU", "its forward was replaced"),
+        ("4", "torch.nn.MultiheadAttention", "add_zero_attn must be False, got True"),
     )
     mk.unpatch(model)
-    assert [type(m) for m in model] == [nn.LSTM, nn.GRU, mk.nn.LSTM, nn.Linear]
+    assert [type(m) for m in model] == [nn.LSTM, nn.GRU, mk.nn.LSTM, nn.ReLU, nn.MultiheadAttention]
 
 
 def test_a_patched_model_has_forward_mode_and_vmap(model: nn.Module) -> None:
@@ -170,7 +174,107 @@ def test_a_patched_model_has_forward_mode_and_vmap(model: nn.Module) -> None:
     torch.testing.assert_close(tangent, difference, rtol=1e-5, atol=1e-7)
 
 
+class Transformer(nn.Module):
+    """A seq2seq model with every mask: of padding, of the future, and of both."""
+
+    def __init__(self, norm_first: bool) -> None:
+        super().__init__()
+        self.activations = nn.Sequential(nn.GELU(approximate="tanh"), nn.SiLU())
+        self.inner = nn.Transformer(
+            8, 2, 1, 1, 12, dropout=0.0, activation=F.gelu, batch_first=True, norm_first=norm_first
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        padding = torch.arange(x.shape[1]) >= torch.tensor([[5], [3]])
+        y = self.activations(x[:, :4])
+        masks = {"src_key_padding_mask": padding, "memory_key_padding_mask": padding}
+        return self.inner(x, y, **masks, src_mask=causal, tgt_mask=causal[:4, :4], tgt_is_causal=True)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_transformers_are_equal_to_second_order(norm_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    model, x = Transformer(norm_first).double(), torch.randn(2, 5, 8, dtype=torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = results(model, x)
+    calls: list[dict] = []
+    attention = mk.ops.attention
+    monkeypatch.setattr(mk.ops, "attention", lambda *a, **options: calls.append(options) or attention(*a, **options))
+    report = mk.patch(model)
+    assert report.left == ()
+    layers = ("TransformerEncoder", "TransformerEncoderLayer", "TransformerDecoderLayer", "MultiheadAttention")
+    names = {*layers, "Linear", "LayerNorm", "GELU", "SiLU"}
+    assert {before for _, before, _ in report.replaced} == {f"torch.nn.{name}" for name in names}
+    close(results(model, x), expected)
+    assert [(call["causal"], call["mask"] is not None) for call in calls] == [
+        (True, True),
+        (True, False),
+        (False, True),
+    ]
+    model.eval()
+    with torch.no_grad():  # where torch.nn would take a fast path past the modules
+        close([model(x)], expected[:1])
+    assert len(calls) == 6
+    assert len(mk.unpatch(model).replaced) == len(report.replaced)
+    with sdpa_kernel(SDPBackend.MATH):
+        close(results(model.train(), x), expected)
+
+
+def test_a_stack_of_other_layers_keeps_its_forward() -> None:
+    class Layer(nn.TransformerEncoderLayer):
+        pass
+
+    model = nn.TransformerEncoder(Layer(4, 2, batch_first=True), 1, enable_nested_tensor=False)
+    left = mk.patch(model).left
+    assert left[0] == ("", "torch.nn.TransformerEncoder", "its layers must be torch.nn's, got Layer")
+    assert left[1].why == "a subclass, which may compute something else"
+    assert type(model) is nn.TransformerEncoder
+
+
+def test_the_report_says_a_kind_in_a_line() -> None:
+    block = nn.ModuleDict({"norm": nn.LayerNorm(4), "rnn": nn.LSTM(4, 4, proj_size=2)})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([copy.deepcopy(block) for _ in range(12)]), "norm": nn.LayerNorm(4)})
+    assert str(mk.patch(model)).splitlines() == [
+        "13 replaced, 12 left",
+        "  blocks.*.norm, norm  13 x torch.nn.LayerNorm -> metakern.nn.LayerNorm",
+        "  blocks.*.rnn         12 x torch.nn.LSTM left: proj_size must be 0, got 2",
+    ]
+
+
+def test_linear_layers_of_several_dtypes_are_pytorchs() -> None:
+    model, x = nn.Linear(3, 4), torch.randn(2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+        mk.patch(model)
+        assert torch.equal(model(x), expected)
+    assert expected.dtype == torch.bfloat16
+
+
+def test_activations_in_place_are() -> None:
+    model, x = nn.SiLU(inplace=True), torch.randn(3)
+    expected = F.silu(x)
+    mk.patch(model)
+    assert model(x) is x
+    assert torch.equal(x, expected)
+
+
 def test_must_be_given_a_module() -> None:
     for f, name in ((mk.patch, "patch"), (mk.unpatch, "unpatch")):
         with pytest.raises(TypeError, match=rf"^{name}: model must be a torch.nn.Module, got list$"):
             f([nn.LSTM(1, 1)])  # type: ignore[arg-type]
+
+
+def test_must_not_be_compiled_or_quantized() -> None:
+    message = r"^patch: model must not be compiled, got a compiled one: patch it first, then compile it$"
+    model = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=message):
+        mk.patch(nn.Sequential(torch.compile(model)))
+    model.compile()
+    with pytest.raises(ValueError, match=message):
+        mk.patch(model)
+    quantized = nn.Linear(1, 1)
+    quantized.is_quantized = True  # as transformers says it
+    with pytest.raises(ValueError, match=r"^patch: model must not be quantized, got a Linear that is$"):
+        mk.patch(quantized)

@@ -6,7 +6,8 @@ unit, and runs by the rule of its type: products with per-task weights for linea
 for norms and recurrent layers, and for every other type `torch.func.vmap` of the unit alone.
 
 Which tensors carry the tasks is not guessed from a size that could coincide: the model is traced once with 2 tasks and
-once with 3, and a tensor is folded if its first dimension followed. Later calls replay what was recorded.
+once with 3, and a tensor is folded if its first dimension, T·B or a multiple (as after a reshape to [T·B·L, D]),
+followed. Later calls replay what was recorded.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from metakern import ops
 from metakern.meta._functions import Fused
 from metakern.meta._parameters import Parameters
+from metakern.nn import Linear
 from metakern.nn.lora import LoraLinear
 from metakern.nn.lora import run as run_lora
+from metakern.nn.patch import huggingface
 from metakern.nn.recurrent import run
 
 
@@ -42,7 +45,7 @@ class Fold:
         self.tasks = self.size = 0  # T, and T·B while the model runs
         self.within: Callable[[], AbstractContextManager] = nullcontext  # what the model runs in
         self.recording = True
-        self.record: list[bool] = []
+        self.record: list[int] = []
         self._position = 0
 
     @contextmanager
@@ -71,17 +74,24 @@ class Fold:
             raise FoldError("the model made fewer calls than when it was traced: give MAML batching='vmap' or 'loop'")
 
     def folded(self, tensor: Tensor, dim: int = 0) -> bool:
-        """Whether a tensor carries the tasks in a dimension; recorded in order, then replayed."""
-        now = tensor.dim() > dim and tensor.shape[dim] == self.size
+        """Whether a tensor carries the tasks in a dimension; recorded in order, by its multiple, then replayed."""
+        now = tensor.dim() > dim and tensor.shape[dim] % self.size == 0
         if self.recording:
-            self.record.append(now)
+            self.record.append(tensor.shape[dim] // self.size if now else 0)
         elif self._position >= len(self.record):
             raise FoldError("the model made more calls than when it was traced: give MAML batching='vmap' or 'loop'")
-        answer = self.record[self._position]
+        answer = self.record[self._position] > 0
         self._position += 1
         if answer and not now:
             raise FoldError(f"a tensor that carries the tasks must have size {self.size}, got {list(tensor.shape)}")
         return answer
+
+    def agree(self, other: list[int]) -> None:
+        """Keeps of the record what another number of tasks confirms, and ends the recording."""
+        if len(self.record) != len(other):
+            raise FoldError("the model's calls depend on the number of tasks")
+        self.record = [a if a == b else 0 for a, b in zip(self.record, other, strict=True)]
+        self.recording = False
 
     def split(self, tensor: Tensor) -> Tensor:
         """[T·B, ...] -> [T, B, ...]"""
@@ -89,7 +99,7 @@ class Fold:
 
     def merge(self, tensor: Tensor) -> Tensor:
         """[T, B, ...] -> [T·B, ...]"""
-        if tensor.dim() < 2 or tensor.shape[1] * self.tasks != self.size:
+        if tensor.dim() < 2 or tensor.shape[1] * self.tasks % self.size:
             raise FoldError(f"a unit's output must keep the batch dimension, got {list(tensor.shape[1:])}")
         return tensor.flatten(0, 1)
 
@@ -170,30 +180,41 @@ def _units(parameters: Parameters) -> dict[nn.Module, Unit]:
 
 
 def _rule(module: Any) -> Unit:
-    kind = type(module)
+    kind: Any = type(module)
     if "forward" in module.__dict__:  # somebody has wrapped this module's forward
         return _mapped
-    if kind is nn.Linear:
+    if kind in (nn.Linear, Linear):
         return _linear
     if kind is nn.Embedding and module.max_norm is None and not module.sparse and not module.scale_grad_by_freq:
         return _embedding
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1:
         return _layer_norm if isinstance(module, nn.LayerNorm) else _rms_norm
-    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        return _conv1d
     if isinstance(module, nn.RNNBase) and not module.proj_size:
         return _recurrent
     if kind is LoraLinear:
         return _lora
+    if isinstance(module, huggingface.Elementary):
+        return _elementary
+    if kind.__module__.startswith("transformers."):
+        known = huggingface.known(kind)
+        if known is huggingface.Conv1D:
+            return partial(_elementary, kind=known)
+        if known in (huggingface.RMSNorm, huggingface.CenteredRMSNorm):
+            return _broadcast
     return _mapped
 
 
 def _per_task(fold: Fold, x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
-    """An op of [T, ..., D] on a tensor of the model, folded or the same for all; unseen by modes, which cost time."""
+    """An op of metakern's of [T, ..., D] on a tensor of the model; unseen by modes, which cost time."""
     with torch._C.DisableTorchFunction():
-        if fold.folded(x):
-            return op(fold.split(x)).flatten(0, 1)
-        return fold.spread(op(x.expand(fold.tasks, *x.shape)))
+        return _split(fold, x, op)
+
+
+def _split(fold: Fold, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of [T, ..., D] on a tensor of the model, folded or the same for all."""
+    if fold.folded(x):
+        return function(fold.split(x)).flatten(0, 1)
+    return fold.spread(function(x.expand(fold.tasks, *x.shape)))
 
 
 def _linear(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
@@ -201,15 +222,10 @@ def _linear(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
     return _per_task(fold, x, lambda x: ops.linear(x, weight, bias))
 
 
-def _conv1d(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
-    """Hugging Face's linear layer of GPT-2, whose weight is [in, out]."""
-    weight, bias = fold.weight(module, "weight"), fold.weight(module, "bias")
-    return _per_task(fold, x, lambda x: ops.linear(x, weight.mT, bias))
-
-
 def _lora(fold: Fold, module: LoraLinear, x: Tensor) -> Tensor:
     """The frozen base once over all tasks' rows, the factors a task."""
-    return _per_task(fold, x, lambda x: run_lora(module, x, partial(fold.weight, module)))
+    apply = _split if module.training and module.dropout else _per_task  # the probe has to see a dropout
+    return apply(fold, x, lambda x: run_lora(module, x, partial(fold.weight, module)))
 
 
 def _layer_norm(fold: Fold, module: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -233,6 +249,26 @@ def _embedding(fold: Fold, module: Any, tokens: Tensor) -> Tensor:
         return torch.where((tokens == module.padding_idx).unsqueeze(-1), rows.detach(), rows)  # a row not learned
 
     return _per_task(fold, tokens, look_up)
+
+
+def _elementary(fold: Fold, module: Any, x: Tensor, kind: Any = None) -> Tensor:
+    """One op of the input and the parameters, as `metakern.patch` puts them into Hugging Face's models."""
+    return _per_task(fold, x, lambda x: (kind or type(module)).compute(module, x, partial(fold.weight, module)))
+
+
+def _broadcast(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
+    """A norm of Hugging Face's, as it is: elementwise in its weight, which becomes [T, 1, ..., D]."""
+
+    def norm(x: Tensor) -> Tensor:
+        mine = module._parameters["weight"]
+        weight = fold.weight(module, "weight")
+        module._parameters["weight"] = weight.view(fold.tasks, *(1,) * (x.dim() - 2), -1)
+        try:
+            return fold.originals[module](x)
+        finally:
+            module._parameters["weight"] = mine
+
+    return _split(fold, x, norm)
 
 
 def _recurrent(fold: Fold, module: nn.RNNBase, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:

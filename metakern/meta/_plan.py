@@ -8,7 +8,6 @@ that is exact, and the plan says why the others are not.
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Sequence
@@ -23,13 +22,12 @@ from torch.utils._pytree import tree_map_only
 
 from metakern.meta import _batching
 from metakern.meta._batching import Batching, Loss, select, tasks_of
-from metakern.meta._fold import FoldError
-from metakern.meta._parameters import Parameters
+from metakern.meta._parameters import Parameters, twin
 from metakern.meta._unroll import Unroll, _grad
 from metakern.optim import SGD
 
 FLOAT64_PARAMETERS = 200_000_000
-TOLERANCE = 1e-6  # relative, of every tensor, in float64: models that compute a norm in float32 reach 1e-7
+TOLERANCE = 1e-6  # relative, of every tensor, in float64: models that compute in float32 reach 1e-7
 
 
 @dataclass(frozen=True)
@@ -167,19 +165,15 @@ class _Probe:
     @classmethod
     def of(cls, parameters: Parameters, loss: Loss, support: Any) -> _Probe:
         """In float64 where that is affordable and the model allows it, else in the model's own dtype."""
-        model = copy.deepcopy(parameters.model)
-        adapted, size = tuple(parameters.adapted), sum(p.numel() for p in model.parameters())
-        for module in model.modules():
-            if isinstance(module, nn.RNNBase | nn.MultiheadAttention):  # they drop inside of their kernels
-                module.dropout = 0.0
-        if size <= FLOAT64_PARAMETERS:
+        model, adapted = parameters.model, tuple(parameters.adapted)
+        if sum(p.numel() for p in model.parameters()) <= FLOAT64_PARAMETERS:
             try:
                 double = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, support)
-                return cls(copy.deepcopy(model).double(), adapted, loss, double, TOLERANCE)
+                return cls(_quiet_twin(model, torch.float64), adapted, loss, double, TOLERANCE)
             except (RuntimeError, TypeError):  # the model or the loss insists on a dtype
                 pass
         low = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-        return cls(model, adapted, loss, support, 5e-2 if low else 1e-3)
+        return cls(_quiet_twin(model), adapted, loss, support, 5e-2 if low else 1e-3)
 
     def measure(self) -> str:
         return f"worst relative error {self.worst:.0e} in {str(self.phi[0].dtype).removeprefix('torch.')}"
@@ -194,7 +188,7 @@ class _Probe:
                 for name, value in zip(names, self.phi, strict=True):
                     self.parameters.adapted[name].copy_(value[t])
             adapted = list(self.parameters.adapted.values())
-            with _without_dropout(), _batching.exact_kernels(), torch.enable_grad():
+            with comparable(), _batching.exact_kernels(), torch.enable_grad():
                 value = _batching.scalar(self.loss(model, select(self.batch, t)))
                 grads = _grad(value, [*adapted, *self.shared], create_graph=True)
                 pairs = [(g, v[t]) for g, v in zip(grads, self.v, strict=False) if g is not None]
@@ -212,7 +206,7 @@ class _Probe:
     def verify(self, batching: Batching, first_order: bool) -> tuple[str, int]:
         """The mode of its Hessian-vector products ("forward" or "reverse"), and the bytes a task saves for backward."""
         if isinstance(batching, _batching.Folded):
-            batching.fold.within = _without_dropout  # a mode does not reach through the step out of vmap
+            batching.fold.within = comparable  # a mode does not reach through the step out of vmap
             self._trace(batching)
         saved: dict[int, int] = {}
 
@@ -220,7 +214,7 @@ class _Probe:
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with _without_dropout(), _batching.exact_kernels(), torch.enable_grad():
+        with comparable(), _batching.exact_kernels(), torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in self.phi]
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 losses = batching.losses(leaves, self.batch)
@@ -250,16 +244,13 @@ class _Probe:
     def _trace(self, batching: _batching.Folded) -> None:
         """Records which tensors carry the tasks: those whose first dimension follows their number."""
         records = []
-        with _without_dropout(), _batching.exact_kernels(), torch.no_grad():
+        with comparable(), _batching.exact_kernels(), torch.no_grad():
             for tasks in (2, 3):
                 index = torch.arange(tasks, device=self.phi[0].device) % 2
                 batching.fold.recording = True
                 batching.losses([p[index] for p in self.phi], select(self.batch, index))
                 records.append(batching.fold.record)
-        if len(records[0]) != len(records[1]):
-            raise FoldError("the model's calls depend on the number of tasks")
-        batching.fold.record = [a and b for a, b in zip(*records, strict=True)]
-        batching.fold.recording = False
+        batching.fold.agree(records[0])
 
     def _compare(self, what: str, found: Sequence[Tensor | None], truth: Sequence[Tensor | None]) -> None:
         norms = [0.0 if t is None else t.norm().item() for t in truth]
@@ -273,12 +264,21 @@ class _Probe:
             self.worst = max(self.worst, error)
 
 
+def _quiet_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy whose modules that drop units inside of their kernels do not."""
+    copied = twin(model, dtype)
+    for module in copied.modules():
+        if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+            module.dropout = 0.0
+    return copied
+
+
 class _MismatchError(RuntimeError):
     """A candidate's numbers are not plain autograd's."""
 
 
-class _without_dropout(TorchFunctionMode):  # noqa: N801, a context manager
-    """Dropout is the identity: two ways of computing a loss can only be compared without it."""
+class comparable(TorchFunctionMode):  # noqa: N801, a context manager
+    """Dropout is the identity, and float64 stays float64: two ways of computing a loss can only be compared so."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -286,9 +286,15 @@ class _without_dropout(TorchFunctionMode):  # noqa: N801, a context manager
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
             kwargs = {**kwargs, "dropout_p": 0.0}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float or (func is Tensor.to and any(a is torch.float32 for a in args)):
+                return args[0]  # as in transformers' norms, which are float32 in every model
+            if func in _SOFTMAXES and kwargs.get("dtype") == torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
 
 
+_SOFTMAXES = {F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax}
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 
 

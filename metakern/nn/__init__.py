@@ -1,8 +1,25 @@
 """Modules over metakern's ops, with torch.nn's constructors, calls and state dicts, exact to second order."""
 
+from metakern.nn.activation import GELU, SiLU
 from metakern.nn.attention import MultiheadAttention
+from metakern.nn.linear import Linear
 from metakern.nn.lora import LoraLinear
 from metakern.nn.norm import LayerNorm, RMSNorm
 from metakern.nn.recurrent import GRU, LSTM, RNN
+from metakern.nn.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
-__all__ = ["GRU", "LSTM", "RNN", "LayerNorm", "LoraLinear", "MultiheadAttention", "RMSNorm"]
+__all__ = [
+    "GELU",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "LayerNorm",
+    "Linear",
+    "LoraLinear",
+    "MultiheadAttention",
+    "RMSNorm",
+    "SiLU",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

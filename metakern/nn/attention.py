@@ -15,11 +15,11 @@ class MultiheadAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: the same arguments, state dict and outputs, exact to second order.
 
     query is [L, B, E], [B, L, E] with batch_first, or [L, E] without a batch; key and value alike. The fused
-    `metakern.ops.attention` runs for need_weights=False without a mask, or with is_causal=True, which says that
-    attn_mask is the causal mask. Any other mask, active dropout, and need_weights=True (torch.nn's default) take
-    ordinary PyTorch operations, which hold all weights at once. A query that sees no key gives zeros before the output
-    projection, where torch.nn gives NaN. Raises ValueError for add_bias_kv and add_zero_attn, and for shapes that do
-    not fit.
+    `metakern.ops.attention` runs for need_weights=False without a mask, with a key_padding_mask of booleans, and with
+    is_causal=True, which says that attn_mask is the causal mask. Any other mask, active dropout, and need_weights=True
+    (torch.nn's default) take ordinary PyTorch operations, which hold all weights at once. A query that sees no key
+    gives zeros before the output projection, where torch.nn gives NaN. Raises ValueError for add_bias_kv and
+    add_zero_attn, and for shapes that do not fit.
 
     >>> import metakern as mk, torch
     >>> attention, x = mk.nn.MultiheadAttention(4, num_heads=2, batch_first=True), torch.zeros(1, 3, 4)
@@ -30,9 +30,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for name, present in (("add_bias_kv", self.bias_k is not None), ("add_zero_attn", self.add_zero_attn)):
-            if present:
-                raise ValueError(f"MultiheadAttention: {name} must be False, got True")
+        if obstacle := extra_keys(self):
+            raise ValueError(f"MultiheadAttention: {obstacle}")
 
     def forward(
         self,
@@ -53,11 +52,13 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         dropout = self.dropout if self.training else 0.0
         weights = None
-        if need_weights or dropout or key_padding_mask is not None or (attn_mask is not None and not is_causal):
-            y, weights = _composed(q, k, v, self._masks(q, k, key_padding_mask, attn_mask, is_causal), dropout)
+        padding = self._padding(q, k, key_padding_mask)
+        additive = padding is not None and padding.dtype != torch.bool
+        if need_weights or dropout or additive or (attn_mask is not None and not is_causal):
+            y, weights = _composed(q, k, v, self._masks(q, k, padding, attn_mask, is_causal), dropout)
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            y = ops.attention(q, k, v, causal=is_causal)
+            y = ops.attention(q, k, v, causal=is_causal, mask=None if padding is None else ~padding)
         y = y.transpose(1, 2).flatten(2)
         if not batched:
             y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
@@ -93,8 +94,16 @@ class MultiheadAttention(nn.MultiheadAttention):
             x = x.transpose(0, 1)
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
+    def _padding(self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None) -> Tensor | None:
+        """key_padding_mask as [B, L_k]."""
+        if key_padding_mask is None:
+            return None
+        if key_padding_mask.dim() == 1:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        return _shaped("key_padding_mask", key_padding_mask, (q.shape[0], k.shape[2]))
+
     def _masks(
-        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
+        self, q: Tensor, k: Tensor, padding: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> list[Tensor]:
         """The masks as torch.nn reads them, True for what is not seen or a number to add, as [B, H, L, L_k]."""
         (B, H, L, _), L_k = q.shape, k.shape[2]
@@ -107,11 +116,17 @@ class MultiheadAttention(nn.MultiheadAttention):
             masks.append(attn_mask)
         elif is_causal:
             masks.append(torch.ones(L, L_k, dtype=torch.bool, device=q.device).triu(1))
-        if key_padding_mask is not None:
-            if key_padding_mask.dim() == 1:
-                key_padding_mask = key_padding_mask.unsqueeze(0)
-            masks.append(_shaped("key_padding_mask", key_padding_mask, (B, L_k))[:, None, None])
+        if padding is not None:
+            masks.append(padding[:, None, None])
         return masks
+
+
+def extra_keys(module: nn.MultiheadAttention) -> str | None:
+    """What says that a module sees keys that are in no input; None where it does not."""
+    for name, present in (("add_bias_kv", module.bias_k is not None), ("add_zero_attn", module.add_zero_attn)):
+        if present:
+            return f"{name} must be False, got True"
+    return None
 
 
 def _shaped(name: str, mask: Tensor, expected: tuple[int, ...]) -> Tensor:

@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern import ops
-from metakern.nn.patch import _FORMER
+from metakern.nn.linear import Linear
+from metakern.nn.patch import FORMER
 
 HEADS = ("lm_head", "embed_out", "head", "score", "classifier")  # where logits are made: not adapted unless named
 _TRAINABLE = "_metakern_trainable_before_lora"  # an attribute of the model, so that its copies keep it
@@ -207,7 +208,7 @@ def adapt(
         layer: Any = model.get_submodule(path)
         kept = [p for p in layer.parameters() if p.requires_grad]
         kind = _kind(layer)
-        layer.__dict__.pop(_FORMER, None)
+        layer.__dict__.pop(FORMER, None)
         layer.__class__ = LoraLinear
         layer._adapt(kind, settings, dtype, generator)
         for parameter in kept:
@@ -280,7 +281,7 @@ def _modules(verb: str, model: nn.Module) -> dict[str, nn.Module]:
 
 def _kind(module: nn.Module) -> type[nn.Module]:
     """The class of a module, or the one that it had before `metakern.lora` or `metakern.patch`."""
-    return module.base if isinstance(module, LoraLinear) else module.__dict__.get(_FORMER, type(module))
+    return module.base if isinstance(module, LoraLinear) else module.__dict__.get(FORMER, type(module))
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -306,7 +307,7 @@ def adaptable(verb: str, model: nn.Module) -> dict[str, str | None]:
 
     def obstacle(module: nn.Module) -> str | None:
         weight: Any = module.weight
-        if _kind(module) is not nn.Linear and not is_conv1d(module):
+        if _kind(module) not in (nn.Linear, Linear) and not is_conv1d(module):
             return f"is a {_name(module)}, which may compute something else"
         if "forward" in module.__dict__:
             return "has a forward that was replaced"

@@ -1,0 +1,138 @@
+"""transformers' attention interface over `metakern.ops.attention`, and its rotary embedding over `metakern.ops.rope`.
+
+The library asks two registered functions, by the name "metakern": one makes the mask of a forward pass, once for all
+layers, the other one computes a layer. A causal mask, with a window or without, is left to the op, and what remains is
+which keys are padding, [B, L_k]. Everything that the op does not compute goes to the model's own eager formula.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metakern import ops
+from metakern.nn.linear import mixed
+
+NAME = "metakern"
+_NOT_FUSED = ("softcap", "s_aux", "position_bias", "head_mask", "cache")
+
+
+@cache
+def register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, key_mask)
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface over `metakern.ops.attention`: query [B, H, L, D] -> [B, L, H, D], no weights.
+
+    attention_mask is what `key_mask` made, [B, L_k] of booleans or None, or a mask [B, 1, L, L_k] of the caller's.
+    """
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    window = kwargs.get("sliding_window") if causal else None
+    if attention_mask is not None and attention_mask.dim() == 2:
+        attention_mask, keys = attention_mask.bool(), attention_mask.shape[1]
+        key, value = key[:, :, :keys], value[:, :, :keys]  # the rest of a cache of fixed size is not filled yet
+    if (
+        (attention_mask is not None and attention_mask.dim() != 2)
+        or (kwargs.get("dropout") and module.training)
+        or any(kwargs.get(name) is not None for name in _NOT_FUSED)
+        or kwargs.get("output_attentions")
+        or key.shape != value.shape
+        or mixed(query, key, value)
+    ):
+        mask = _scores_mask(query, key, attention_mask, causal, window)
+        return type(module).forward.__globals__["eager_attention_forward"](module, query, key, value, mask, **kwargs)
+    y = ops.attention(query, key, value, causal=causal, mask=attention_mask, window=window, scale=kwargs.get("scaling"))
+    return y.transpose(1, 2).contiguous(), None
+
+
+def key_mask(**kwargs: Any) -> Tensor | None:
+    """transformers' mask interface: [B, L_k] for causal masks, with a window or without; [B, 1, L, L_k] for others.
+
+    True is seen; None stands for a mask that shows all keys. Keys after the last query's own are cut off.
+    """
+    from transformers import masking_utils
+
+    L_k, start, window = kwargs["kv_length"], int(kwargs.get("kv_offset", 0)), kwargs.get("local_size")
+    positions = kwargs.get("cache_position")  # before transformers 5
+    first = positions[0] if positions is not None else kwargs.get("q_offset", 0)
+    last = int(first) + (len(positions) if positions is not None else kwargs["q_length"])
+    seen, mask = last - start, kwargs.get("attention_mask")
+    causal = masking_utils.causal_mask_function
+    if window is not None:
+        causal = masking_utils.sliding_window_causal_mask_function(window)
+    if seen > L_k or not same(kwargs.get("mask_function", masking_utils.causal_mask_function), causal):
+        return masking_utils.sdpa_mask(**{**kwargs, "allow_is_causal_skip": False})
+    if mask is not None:
+        return nn.functional.pad(mask, (0, max(last - mask.shape[1], 0)))[:, start:last]
+    return None if seen == L_k else torch.ones(kwargs["batch_size"], seen, dtype=torch.bool, device=kwargs["device"])
+
+
+def _scores_mask(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int | None) -> Tensor | None:
+    """What an eager formula adds to its scores, [B, 1, L, L_k]."""
+    L, L_k = query.shape[2], key.shape[2]
+    if mask is None or mask.dim() == 2:
+        mask = None if mask is None else mask[:, None, None]
+        if causal:
+            ones = torch.ones(L, L_k, dtype=torch.bool, device=query.device)
+            seen = ones.tril(L_k - L) if window is None else ones.tril(L_k - L).triu(L_k - L - window + 1)
+            mask = seen if mask is None else seen & mask
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    least = max(torch.finfo(query.dtype).min, torch.finfo(torch.float32).min)  # a softmax in float32 must not overflow
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, least)
+
+
+def rotary(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """apply_rotary_pos_emb by `metakern.ops.rope`, for the first cos.shape[-1] features of q and k [B, H, L, D]."""
+
+    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if args or kwargs or q.dim() != 4 or cos.dim() != 3 or mixed(q, k, cos, sin):
+            return original(q, k, cos, sin, *args, **kwargs)
+        return _turned(q, cos, sin), _turned(k, cos, sin)
+
+    return apply
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    D = cos.shape[-1]
+    if x.shape[-1] == D:
+        return ops.rope(x, cos, sin)
+    return torch.cat((ops.rope(x[..., :D], cos, sin), x[..., D:]), -1)
+
+
+@cache
+def is_half_rotation(candidate: Callable[..., Any] | None) -> bool:
+    """Whether a model's apply_rotary_pos_emb computes what `metakern.ops.rope` does: it is tried."""
+    random = torch.Generator().manual_seed(0)
+    q, k, cos, sin = torch.randn(4, 2, 2, 3, 8, generator=random, dtype=torch.float64, device="cpu")
+    cos, sin = cos[:, 0], sin[:, 0]
+    try:
+        found = candidate(q, k, cos, sin)  # type: ignore[misc]
+        return all(torch.allclose(a, ops.rope(x, cos, sin)) for a, x in zip(found, (q, k), strict=True))
+    except Exception:  # a function of other arguments is another function
+        return False
+
+
+def same(f: Any, g: Any) -> bool:
+    """Whether two functions are one, by their code, less its place and its docstring, and what it closes over."""
+    if isinstance(f, tuple) and isinstance(g, tuple):
+        return len(f) == len(g) and all(map(same, f, g))
+    if not (inspect.isfunction(f) and inspect.isfunction(g)):
+        return bool(f == g)
+    a, b = (
+        (h.__code__.co_code, h.__code__.co_names, [c for c in h.__code__.co_consts if c != h.__doc__]) for h in (f, g)
+    )
+    cells = ([cell.cell_contents for cell in h.__closure__ or ()] for h in (f, g))
+    return a == b and all(same(x, y) for x, y in zip(*cells, strict=True))

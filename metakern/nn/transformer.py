@@ -1,0 +1,96 @@
+"""torch.nn's Transformer layers without their fast path, which has no second derivatives, and over metakern's ops.
+
+Their attention, norms and linear layers are modules of their own: one that is constructed has torch.nn's, and
+`metakern.patch` puts metakern's there. What these classes add is that a padding mask reaches the fused attention as it
+was given, a boolean for each key.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
+
+from metakern import ops
+
+
+class _Layer(nn.Module):
+    """What an encoder's and a decoder's layer share."""
+
+    activation: Any
+
+    def _activated(self, x: Tensor) -> Tensor:
+        return ops.gelu(x) if self.activation is F.gelu else self.activation(x)
+
+
+class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
+    """torch.nn.TransformerEncoderLayer: the same arguments, state dict and outputs, exact to second order.
+
+    The fused attention runs for masks as in `metakern.nn.MultiheadAttention`: src_key_padding_mask of booleans, and
+    src_mask with is_causal.
+
+    >>> import metakern as mk, torch
+    >>> layer = torch.nn.TransformerEncoderLayer(4, nhead=2, batch_first=True)
+    >>> print(mk.patch(layer).replaced[0].after)
+    metakern.nn.TransformerEncoderLayer
+    >>> layer(torch.zeros(1, 3, 4)).shape
+    torch.Size([1, 3, 4])
+    """
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        masks = src_mask, src_key_padding_mask, is_causal
+        if self.norm_first:
+            x = src + self._sa_block(self.norm1(src), *masks)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(src + self._sa_block(src, *masks))
+        return self.norm2(x + self._ff_block(x))
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.dropout2(self.linear2(self.dropout(self._activated(self.linear1(x)))))
+
+
+class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
+    """torch.nn.TransformerDecoderLayer: the same arguments, state dict and outputs, exact to second order.
+
+    >>> import metakern as mk, torch
+    >>> x = torch.zeros(1, 3, 4)
+    >>> mk.nn.TransformerDecoderLayer(4, nhead=2, batch_first=True)(x, x).shape
+    torch.Size([1, 3, 4])
+    """
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.dropout3(self.linear2(self.dropout(self._activated(self.linear1(x)))))
+
+
+class TransformerEncoder(nn.TransformerEncoder):
+    """torch.nn.TransformerEncoder: the same arguments, state dict and outputs, without its fast path.
+
+    What stands at padded places is as in training, also where torch.nn's fast path would have made it zeros.
+
+    >>> import metakern as mk, torch
+    >>> layer = mk.nn.TransformerEncoderLayer(4, nhead=2, batch_first=True)
+    >>> mk.nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)(torch.zeros(1, 3, 4)).shape
+    torch.Size([1, 3, 4])
+    """
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        length = _get_seq_len(src, self.layers[0].self_attn.batch_first)
+        causal = _detect_is_causal_mask(mask, is_causal, length)
+        x = src
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
+        return x if self.norm is None else self.norm(x)

@@ -1,0 +1,418 @@
+"""Hugging Face's models: patched they compute the same, and their meta-gradients are exact in every batching."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metakern as mk
+from metakern.meta._plan import comparable
+
+transformers = pytest.importorskip("transformers")
+ATTENTION, ROPE, LINEAR, RMS, GELU = (
+    f"metakern.ops.{op}" for op in ("attention", "rope", "linear", "rms_norm", "gelu")
+)
+V, L = 19, 6
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "vocab_size": V,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    **IDS,
+}
+WINDOW = {"sliding_window": 3, "use_sliding_window": True, "max_window_layers": 1}
+SILU = {ATTENTION + ", " + ROPE, RMS, "metakern.nn.Linear", "metakern.ops.silu", "metakern.ops.swiglu"}
+GEMMA = {ATTENTION + ", " + ROPE, RMS, "metakern.nn.Linear", GELU}
+NORM = {"metakern.nn.LayerNorm", "metakern.nn.Linear"}
+
+# A model's changes to a tiny config, and what it is made of once it is patched, but for the loss.
+MODELS: dict[str, tuple[dict, set[str]]] = {
+    "gpt2": (GPT2, {*NORM, ATTENTION, LINEAR, GELU}),
+    "llama": ({**LLAMA, "tie_word_embeddings": True}, SILU),
+    "qwen2": ({**LLAMA, **WINDOW}, SILU),
+    "qwen3": ({**LLAMA, "head_dim": 8}, SILU),
+    "mistral": ({**LLAMA, "sliding_window": 3}, SILU),
+    "gemma": ({**LLAMA, "head_dim": 8}, GEMMA),
+    "gemma2": ({**LLAMA, "head_dim": 8, "sliding_window": 3}, {ROPE, RMS, "metakern.nn.Linear", GELU}),
+    "gemma3_text": ({**LLAMA, "head_dim": 8, "sliding_window": 3}, GEMMA),
+    "phi": ({**LLAMA, "num_key_value_heads": 4}, {*NORM, ATTENTION + ", " + ROPE, GELU}),
+    "phi3": ({**LLAMA, "sliding_window": 4}, SILU),
+    "gpt_neox": ({k: v for k, v in LLAMA.items() if k[:7] != "num_key"}, {*NORM, ATTENTION + ", " + ROPE, GELU}),
+    "opt": ({**LLAMA, "ffn_dim": 24, "word_embed_proj_dim": 16}, {*NORM, ATTENTION}),
+    "smollm3": (LLAMA, SILU),
+}
+
+
+def build(name: str, attention: str = "eager", **changes: Any) -> Any:
+    """A model whose parameters are all random, norms and biases too, in float64."""
+    config = transformers.AutoConfig.for_model(name, **{**MODELS.get(name, (LLAMA,))[0], **changes})
+    random = torch.Generator().manual_seed(len(name))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn(p.shape, generator=random, dtype=p.dtype)
+    return model
+
+
+def batch(seed: int, *lead: int, padding: str | None = "left") -> dict[str, Tensor]:
+    """Sequences, the second of a task padded; what comes first, or follows upon padding, is not to be predicted."""
+    tokens = torch.randint(3, V, (*lead, 2, L), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(tokens)
+    if padding:
+        mask[..., 1, slice(2) if padding == "left" else slice(L - 2, L)] = 0
+    known = mask.bool() & mask.bool().roll(1, -1)
+    return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.where(known, -100)}
+
+
+def patched(model: nn.Module) -> tuple[Any, mk.nn.patch.Report]:
+    twin = copy.deepcopy(model)
+    return twin, mk.patch(twin)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The options of the calls of the fused attention."""
+    calls: list[dict] = []
+    attention = mk.ops.attention
+    monkeypatch.setattr(mk.ops, "attention", lambda *a, **options: calls.append(options) or attention(*a, **options))
+    return calls
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_patched_computes_the_same(name: str, fused: list[dict]) -> None:
+    model = build(name)
+    ours, report = patched(model)
+    assert {after for _, _, after in report.replaced} == {*MODELS[name][1], "metakern.ops.cross_entropy"}
+    capped = f"attention of {type(model).__name__}", "its scores are capped at 50.0"
+    assert report.left == ((("", *capped),) if name == "gemma2" else ())
+    for padding in (None, "left", "right"):
+        fused.clear()
+        inputs = batch(3, padding=padding)
+        if padding is None:
+            del inputs["attention_mask"]
+        with comparable(), torch.no_grad():
+            expected, found = model(**inputs), ours(**inputs)
+        seen = inputs.get("attention_mask", torch.ones(2, L)).bool()
+        close(found.logits[seen], expected.logits[seen])
+        close(found.loss, expected.loss)
+        assert len(fused) == (0 if name == "gemma2" else 2)
+        assert all(call["mask"] is None if padding is None else torch.equal(call["mask"], seen) for call in fused)
+        windows = [call["window"] for call in fused]
+        assert windows == {"qwen2": [None, 3], "mistral": [3, 3], "phi3": [4, 4], "gemma3_text": [3, 3]}.get(
+            name, [None] * len(fused)
+        )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_everything_but_the_classes_stays(name: str) -> None:
+    model = build(name, attention="sdpa")
+    kinds, attributes = [type(m) for m in model.modules()], [set(vars(m)) for m in model.modules()]
+    state, text = model.state_dict(), model.config.to_json_string()
+    report = mk.patch(model)
+    assert mk.patch(model).replaced == ()
+    assert isinstance(model.base_model, type(build(name).base_model))
+    assert [type(m).__name__ for m in model.modules()] == [kind.__name__ for kind in kinds]
+    assert all(
+        model.state_dict()[key] is not None and torch.equal(model.state_dict()[key], state[key]) for key in state
+    )
+    assert model.config.to_json_string() == text
+    inputs = batch(1)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+        assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
+    back = mk.unpatch(model)
+    assert sorted(back.replaced) == sorted((path, after, before) for path, before, after in report.replaced)
+    assert [type(m) for m in model.modules()] == kinds
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert model.config._attn_implementation == "sdpa"
+    assert mk.unpatch(model).replaced == ()
+
+
+def test_a_pickle_opens_where_nothing_was_patched_yet() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from metakern.nn.patch.attention import NAME, register
+
+    ours, _ = patched(build("gpt2"))
+    data, expected = pickle.dumps(ours), ours(**batch(1)).logits
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        del interface._global_mapping[NAME]
+    register.cache_clear()
+    assert torch.equal(pickle.loads(data)(**batch(1)).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gpt_neox", "gemma3_text", "opt"])
+def test_generation_with_and_without_a_cache(name: str, fused: list[dict]) -> None:
+    model = build(name, attention="sdpa")
+    ours, _ = patched(model)
+    inputs = batch(5)
+    del inputs["labels"]
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"})[: 3 if name == "llama" else 2]:
+        expected = model.generate(**inputs, **options, **cache, output_scores=True, return_dict_in_generate=True)
+        fused.clear()
+        found = ours.generate(**inputs, **options, **cache, output_scores=True, return_dict_in_generate=True)
+        assert torch.equal(found.sequences, expected.sequences)
+        close(torch.stack(found.scores), torch.stack(expected.scores), 1e-4)  # the unpatched one is float32 in part
+        assert len(fused) == 12
+
+
+def test_what_the_op_does_not_compute_is_the_models_own(fused: list[dict]) -> None:
+    model = build("mistral", attention_dropout=0.5)
+    ours, _ = patched(model)
+    inputs = batch(7, padding="right")
+    rows = torch.ones(2, 1, L, L, dtype=torch.bool).tril().masked_fill(torch.rand(2, 1, L, L) < 0.3, False)
+    rows |= torch.eye(L, dtype=torch.bool)
+    own = torch.zeros(rows.shape, dtype=torch.float64).masked_fill(~rows, torch.finfo(torch.float32).min)
+    packed = {"input_ids": inputs["input_ids"], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, -1)}
+    cases: list[dict] = [
+        {**inputs, "output_attentions": True},
+        {**inputs, "attention_mask": own},
+        packed,  # two sequences in one: a mask of blocks
+    ]
+    for case in cases:
+        with comparable():
+            expected, found = model(**case, use_cache=False), ours(**case, use_cache=False)
+        seen = inputs["attention_mask"].bool() if "labels" in case else slice(None)
+        close(found.logits[seen], expected.logits[seen])
+        if "output_attentions" in case:
+            for a, b in zip(found.attentions, expected.attentions, strict=True):
+                close(a[:, :, :4], b[:, :, :4])
+    outputs = []
+    for m in (model.train(), ours.train()):
+        torch.manual_seed(1)
+        outputs.append(m(**inputs).logits)
+    close(outputs[1][inputs["attention_mask"].bool()], outputs[0][inputs["attention_mask"].bool()], 1e-4)
+    assert not fused
+
+
+def test_attention_of_a_module_called_by_itself() -> None:
+    """Without the mask function: in both directions where the module says so."""
+    model = build("llama")
+    ours, _ = patched(model)
+    x = torch.randn(2, L, 16, dtype=torch.float64)
+    position = model.model.rotary_emb(x, torch.arange(L)[None])
+    for is_causal in (True, False):
+        layers = [m.model.layers[0].self_attn for m in (model, ours)]
+        layers[1].is_causal = is_causal
+        mask = torch.zeros(L, L).double().masked_fill(torch.ones(L, L).triu(1).bool() & is_causal, -1e30)
+        close(layers[1](x, position)[0], layers[0](x, position, mask)[0], 1e-6)
+
+
+def test_losses_that_transformers_trainer_asks_for() -> None:
+    model = build("qwen3")
+    ours, _ = patched(model)
+    inputs = batch(9)
+    shifted = {**inputs, "shift_labels": F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()}
+    for case in ({**inputs, "num_items_in_batch": 7}, {**inputs, "num_items_in_batch": torch.tensor(5)}, shifted):
+        with comparable():
+            close(ours(**case).loss, model(**case).loss)
+    assert ours(**{**inputs, "labels": torch.full_like(inputs["labels"], -100)}).loss.item() == 0
+    model.loss_function = lambda *args, **kwargs: torch.zeros(())
+    ours, report = patched(model)
+    assert "metakern.ops.cross_entropy" not in {after for _, _, after in report.replaced}
+    assert ours(**inputs).loss.item() == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2"])
+def test_half_precision_is_as_good_as_unpatched(name: str) -> None:
+    model = build(name)
+    inputs = batch(1, padding="right")
+    exact, seen = model(**inputs).logits, inputs["attention_mask"].bool()
+    model.bfloat16()
+    ours, _ = patched(model)
+    errors = [(m(**inputs).logits - exact)[seen].norm().item() for m in (ours, model)]
+    assert errors[0] <= 2 * errors[1] + 1e-6
+
+
+def test_under_autocast_pytorch_chooses_the_dtypes(fused: list[dict]) -> None:
+    model = build("phi3").float()
+    ours, _ = patched(model)
+    inputs = batch(1, padding="right")
+    seen = inputs["attention_mask"].bool()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ours(**inputs).logits[seen], model(**inputs).logits[seen], rtol=0.03, atol=0.03)
+    assert not fused
+
+
+def truth(model: nn.Module, support: dict, query: dict, lr: float, steps: int, adapted: Any) -> dict[str, Tensor]:
+    """The meta-gradient by plain autograd, of the model as it is but for what it computes in float32 on purpose."""
+
+    def loss(phi: dict[str, Tensor], task: dict[str, Tensor]) -> Tensor:
+        inputs = {key: task[key] for key in ("input_ids", "attention_mask")}
+        logits = torch.func.functional_call(model, phi, (), inputs, tie_weights=True).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), task["labels"][:, 1:].flatten())
+
+    theta, total = dict(model.named_parameters()), torch.zeros((), dtype=torch.float64)
+    with comparable():
+        for t in range(len(support["input_ids"])):
+            phi = dict(theta)
+            for _ in range(steps):
+                names = [name for name in phi if adapted(name)]
+                value = loss(phi, {key: x[t] for key, x in support.items()})
+                g = torch.autograd.grad(value, [phi[n] for n in names], create_graph=True, allow_unused=True)
+                phi |= {n: phi[n] if gi is None else phi[n] - lr * gi for n, gi in zip(names, g, strict=True)}
+            total = total + loss(phi, {key: x[t] for key, x in query.items()})
+        grads = torch.autograd.grad(total / len(support["input_ids"]), list(theta.values()))
+    return dict(zip(theta, grads, strict=True))
+
+
+def assert_exact(maml: Any, model: nn.Module, support: dict, query: dict, expected: dict, tolerance: float) -> None:
+    model.zero_grad()
+    maml(support, query).backward()
+    most = max(g.norm() for g in expected.values())
+    for name, p in model.named_parameters():
+        assert (p.grad - expected[name]).norm() <= tolerance * max(expected[name].norm(), 1e-3 * most), name
+
+
+def ways(*batchings: str) -> Iterator[dict[str, str]]:
+    for batching in batchings:
+        for strategy in ("store", "recompute"):
+            yield {"batching": batching, "strategy": strategy}
+
+
+def error_of(plan: object) -> float:
+    found = re.search(r"worst relative error (\S+) in float64", str(plan))
+    assert found
+    return float(found[1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_meta_gradients_are_exact(name: str) -> None:
+    """Patched: equal to plain autograd. As it is: equal to it where the planner compares, which is in float64."""
+    side = "right" if name == "gemma2" else "left"  # in eager formulas a query that sees no key is float32's business
+    model = build(name)
+    support, query = batch(1, 3, padding=side), batch(2, 3, padding=side)
+    expected = truth(model, support, query, 0.1, 2, lambda name: True)
+    ours, _ = patched(model)
+    for way in ways("fold", "vmap", "loop") if name in ("gpt2", "qwen2") else ways("fold"):
+        maml = mk.MAML(ours, mk.losses.causal_lm, mk.optim.SGD(0.1), 2, **way)
+        assert_exact(maml, ours, support, query, expected, 1e-5 if name == "gemma2" else 1e-9)
+        assert error_of(maml.plan) < 1e-11
+    maml = mk.MAML(model, mk.losses.causal_lm, mk.optim.SGD(0.1), 1, batching="fold")
+    maml(batch(1, 3, padding="right"), batch(2, 3, padding="right"))
+    assert error_of(maml.plan) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("name", "adapt"),
+    [
+        ("llama", ["*mlp*", "*norm.weight"]),  # its head is tied to the embeddings, which are learned in the outer loop
+        ("gpt2", ["*c_attn*", "transformer.wpe*", "*ln_?.bias"]),
+        ("opt", ["*fc?.weight", "*embed_positions*"]),
+        ("gemma", ["*norm.weight"]),
+    ],
+)
+def test_adapting_some_parameters_never_makes_the_logits(
+    name: str, adapt: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name)
+    support, query = batch(1, 3), batch(2, 3)
+    patterns = re.compile("|".join(p.replace(".", r"\.").replace("*", ".*").replace("?", ".") for p in adapt))
+    expected = truth(model, support, query, 0.1, 2, lambda name: patterns.match(name))
+    ours, _ = patched(model)
+    calls: list[tuple] = []
+    op = mk.ops.linear_cross_entropy
+    monkeypatch.setattr(mk.ops, "linear_cross_entropy", lambda *a: calls.append(a) or op(*a))
+    monkeypatch.setattr(mk.ops, "cross_entropy", None)
+    for way in ways("fold", "vmap", "loop") if name in ("llama", "gpt2") else ways("fold"):
+        calls.clear()
+        maml = mk.MAML(ours, mk.losses.causal_lm, mk.optim.SGD(0.1), 2, adapt=adapt, **way)
+        assert_exact(maml, ours, support, query, expected, 1e-9)
+        assert calls
+    monkeypatch.undo()
+    plan = mk.MAML(model, mk.losses.causal_lm, mk.optim.SGD(0.1), 1, adapt=adapt, batching="fold")
+    plan(batch(1, 3, padding="right"), batch(2, 3, padding="right"))
+    assert error_of(plan.plan) < 1e-11
+
+
+def test_a_head_that_does_more_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capped logits, a bias, an adapted or a hooked head."""
+    monkeypatch.setattr(mk.ops, "linear_cross_entropy", None)
+    for name in ("gemma2", "phi"):
+        model = build(name)
+        ours, _ = patched(model)
+        inputs = batch(3, padding="right")
+        with comparable():
+            close(mk.losses.causal_lm(ours, inputs), model(**inputs).loss)
+    ours, _ = patched(build("qwen3"))
+    expected = mk.losses.causal_lm(build("qwen3"), inputs)
+    seen: list[int] = []
+    ours.lm_head.register_forward_hook(lambda module, args, y: seen.append(y.shape[-1]))
+    close(mk.losses.causal_lm(ours, inputs), expected, 1e-5)
+    assert seen == [V]
+
+
+def test_a_model_that_no_rule_knows_is_left_and_exact() -> None:
+    model = build("olmo2")
+    ours, report = patched(model)
+    assert {(kind, why) for _, kind, why in report.left} == {("transformers.Olmo2RMSNorm", "no rule knows it")}
+    inputs = batch(1)
+    seen = inputs["attention_mask"].bool()
+    with comparable():
+        close(ours(**inputs).logits[seen], model(**inputs).logits[seen])
+    ours.model.norm.forward = ours.model.norm.forward  # somebody's wrapper
+    support, query = batch(1, 3), batch(2, 3)
+    maml = mk.MAML(ours, mk.losses.causal_lm, mk.optim.SGD(0.1), 2, batching="fold")
+    maml(support, query)
+    assert error_of(maml.plan) < 1e-11
+
+
+def test_another_rotary_embedding_is_left() -> None:
+    """Cohere's turns neighboring features, not halves."""
+    model = build("cohere")
+    ours, report = patched(model)
+    afters = {after for _, before, after in report.replaced if before == "transformers.CohereAttention"}
+    assert afters == {ATTENTION}
+    with comparable():
+        close(ours(**batch(1, padding=None)).logits, model(**batch(1, padding=None)).logits)
+
+
+def test_a_replaced_forward_is_left() -> None:
+    model = build("llama")
+    for module in (model.model.norm, model.model.layers[0].self_attn):
+        module.forward = module.forward
+    left = {path: why for path, _, why in mk.patch(model).left}
+    assert left == dict.fromkeys(("model.norm", "model.layers.0.self_attn"), "its forward was replaced")
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_encoder_decoders_keep_their_attention(name: str) -> None:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+    bart = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    bart |= {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "decoder_start_token_id": 1}
+    config = transformers.AutoConfig.for_model(name, vocab_size=V, **(sizes if name == "t5" else bart), **IDS)
+    config.decoder_start_token_id = 1
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).double().eval()
+    ours, report = patched(model)
+    whys = {kind: why for path, kind, why in report.left if not path}
+    assert whys == {f"attention of {type(model).__name__}": "it is an encoder-decoder's, with masks of other kinds"}
+    inputs = batch(1, padding="right")
+    with comparable():
+        close(ours(**inputs).loss, model(**inputs).loss)
+    assert ours.config._attn_implementation == model.config._attn_implementation
