@@ -44,7 +44,10 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 def shared_memory(device: torch.device) -> int:
     """The bytes of shared memory that a program may have on a GPU; 0 elsewhere."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def contiguous(*tensors: torch.Tensor | None) -> Tensors:

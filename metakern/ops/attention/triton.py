@@ -1,13 +1,14 @@
 """Attention's rules in Triton: one pass over the keys or over the queries, and no L x L_k matrix in memory.
 
-A program of `_forward_kernel`, `_jvp_kernel` and `_queries_kernel` owns a block of queries and walks over the keys that
-they see; one of `_keys_kernel` owns a block of keys and walks over the queries that see them, in all heads of its group.
+A program of `_forward_kernel`, `_jvp_kernel` or `_queries_kernel` owns a block of queries and walks over the keys that
+they see; one of `_keys_kernel` owns a block of keys and walks over the queries that see them, in all heads of a group.
 The last two give the vjp and, where they are handed tangents, its tangent. With g = ct_P - δ and t = t_S - t_lse
 
     ct_S = P g      t_P = P t      t_ct_S = P u      u = t g - t_δ + t_ct_P
 
-so that the products of t_ct_P are added onto t g - t_δ. S is in units of log 2, for exp2. A walk has two spans: of blocks
-that are seen whole, which need no comparisons of positions, and of blocks on the diagonal, or at the end of the keys.
+so that the products of t_ct_P are added onto t g - t_δ. S is in units of log 2, for exp2. The first two kernels compare
+positions only in blocks on the diagonal or at the end of the keys; in the last two, whose products are many more, a
+second loop would cost registers that they lack.
 
 Where PyTorch's own flash kernels take a call, they are its forward and its vjp (`by_library`).
 """
@@ -75,7 +76,7 @@ def _dot(a, b, total, C: tl.constexpr):
 
 @triton.jit
 def _tile(x, batch, head, row, inside, C: tl.constexpr, WHOLE: tl.constexpr = False):
-    """The given rows of a head, [ROWS, BLOCK_D]; zeros beyond D and, unless all rows are known to be inside, outside."""
+    """The given rows of a head, [ROWS, BLOCK_D]; zeros beyond D, and where rows are not inside unless all are, WHOLE."""
     column = tl.arange(0, C.BLOCK_D)
     ptrs = x.ptr + batch * x.batch + head * x.head + row.to(tl.int64)[:, None] * x.row + column[None, :]
     if WHOLE:
@@ -121,7 +122,7 @@ def _ends_shown(p, batch, BLOCK: tl.constexpr):
 
 @triton.jit
 def _keys_seen(p, batch, query, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """The spans of keys of M queries, of which `query` is the first: whole blocks, then [whole_end, end) to be masked."""
+    """Two spans of the keys that M queries from `query` see: blocks seen whole, and others: begin, whole_end, end."""
     low, high = query + p.L_k - p.L, tl.minimum(query + M, p.L) - 1 + p.L_k - p.L  # their positions among the keys
     begin, whole_end, end = 0, p.L_k, p.L_k
     if C.causal:
@@ -139,7 +140,7 @@ def _keys_seen(p, batch, query, C: tl.constexpr, M: tl.constexpr, N: tl.constexp
 
 @triton.jit
 def _queries_seeing(p, key, there, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """The first and the end of the queries that see any of N keys, of which `key` is the first."""
+    """The span of the queries that see any of the N keys from `key`: begin, end."""
     low, high = key + p.L - p.L_k, tl.minimum(key + N, p.L_k) - 1 + p.L - p.L_k  # their positions among the queries
     begin, end = 0, p.L
     if C.causal:
@@ -201,7 +202,9 @@ def _forward_kernel(q, k, v, y, lse_ptr, p, C: tl.constexpr, M: tl.constexpr, N:
 
 
 @triton.jit
-def _jvp_kernel(q, k, v, t_q, t_k, t_v, y, lse_ptr, t_y, t_lse_ptr, p, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def _jvp_kernel(
+    q, k, v, t_q, t_k, t_v, y, lse_ptr, t_y, t_lse_ptr, p, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
     batch, head, first = _place(p.L, p.H, M)
     kv_head = head // p.group
     query = first + tl.arange(0, M)
@@ -359,14 +362,19 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# For half precision, by kernel and BLOCK_D, where programs have 200 KiB of shared memory (sm_90, sm_100), and elsewhere.
-# The sizes are the largest whose loops keep to the registers; on sm_90 a warp group multiplies 64 rows at a time.
+# M, N, warps and stages for half precision, by kernel and BLOCK_D, on GPUs whose programs have 200 KiB of shared memory
+# (sm_90, sm_100), and on the others. The first ones are the largest that leave loops without spilled registers; a warp
+# group of sm_90 multiplies 64 rows at a time.
 _LARGE = {
     "forward": {64: ((128, 64, 8, 2), (64, 64, 4, 3)), 128: ((128, 64, 8, 2), (64, 64, 4, 2)), 256: ((64, 64, 8, 2),)},
     "jvp": {64: ((128, 64, 8, 2), (64, 64, 4, 2)), 128: ((64, 64, 4, 2), (64, 32, 4, 2)), 256: ((64, 32, 4, 2),)},
     "queries": {64: ((64, 64, 4, 2), (128, 64, 8, 2)), 128: ((64, 64, 4, 2),), 256: ((64, 32, 4, 1),)},
     "keys": {64: ((64, 64, 4, 2), (32, 64, 4, 2)), 128: ((32, 64, 4, 2),), 256: ((32, 64, 4, 1),)},
-    "t_queries": {64: ((64, 64, 4, 2), (128, 64, 8, 2)), 128: ((64, 32, 4, 2), (128, 32, 8, 2)), 256: ((64, 16, 4, 1),)},
+    "t_queries": {
+        64: ((64, 64, 4, 2), (128, 64, 8, 2)),
+        128: ((64, 32, 4, 2), (128, 32, 8, 2)),
+        256: ((64, 16, 4, 1),),
+    },
     "t_keys": {64: ((32, 64, 4, 2), (32, 128, 8, 2)), 128: ((16, 64, 4, 2), (32, 128, 8, 1)), 256: ((16, 64, 4, 1),)},
 }
 _SMALL = {
@@ -385,9 +393,10 @@ def blocks(kernel: str, dtype: torch.dtype, BLOCK_D: int, shared: int) -> tuple[
         return (Blocks(4, 4, 4, 1),)
     if kernel == "delta":
         return (Blocks(32, 0, 4, 1),)
+    if dtype == torch.float32 and BLOCK_D <= 128 and kernel in ("forward", "queries", "keys"):
+        return (Blocks(32, 32, 4, 1),)
     if dtype in (torch.float32, torch.float64) or BLOCK_D > 256:
-        first_order = kernel in ("forward", "queries", "keys")
-        return (Blocks(32, 32, 4, 1) if first_order and dtype == torch.float32 and BLOCK_D <= 128 else Blocks(16, 16, 4, 1),)
+        return (Blocks(16, 16, 4, 1),)
     return tuple(Blocks(*sizes) for sizes in (_LARGE if shared >= 200 << 10 else _SMALL)[kernel][max(64, BLOCK_D)])
 
 
@@ -408,7 +417,12 @@ class _Launcher:
         choice = blocks(name, self.q.dtype, self.constants.BLOCK_D, shared)
         own, (rows, heads) = ("N", self.keys) if kernel is _keys_kernel else ("M", self.queries)
         args = (*(_heads(a) if isinstance(a, Tensor) and a.dim() == 4 else a for a in args), self.problem)
-        if rows * heads and len(choice) > 1 and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        if (
+            rows * heads
+            and len(choice) > 1
+            and device.type == "cuda"
+            and not torch.are_deterministic_algorithms_enabled()
+        ):
             with torch.cuda.device(device):
                 tuned = _tuned(kernel, choice, self.problem.L.bit_length())
                 tuned[lambda meta: (launch.cdiv(rows, meta[own]) * heads,)](*args, C=self.constants)
@@ -452,13 +466,14 @@ def _per_query(q: Tensor) -> Tensor:
 
 
 def by_library(c: SimpleNamespace, q: Tensor, k: Tensor, capability: tuple[int, int] | None) -> bool:
-    """Whether PyTorch's own flash kernels take a call, on a GPU of this capability; None where it has no such kernels."""
+    """Whether PyTorch's flash kernels take a call, on a GPU of this capability; None where it has no such kernels."""
     if capability is None or capability < (8, 0) or c.mask is not None or c.window is not None or c.scale <= 0:
         return False
     widest = 256 if capability in ((8, 0), (9, 0), (10, 0)) else 192
-    L, D = q.shape[2:]
-    alike = L == k.shape[2] or not c.causal
-    return q.dtype in (torch.bfloat16, torch.float16) and D % 8 == 0 and D <= widest and alike and bool(q.numel() and k.numel())
+    (L, D), L_k = q.shape[2:], k.shape[2]
+    aligned = not c.causal or L_k == L
+    fits = q.dtype in (torch.bfloat16, torch.float16) and D % 8 == 0 and widest >= D
+    return aligned and fits and q.numel() > 0 and k.numel() > 0
 
 
 @cache
@@ -512,11 +527,17 @@ def _vjp_jvp(
     ct_outputs: Tensors,
     t_ct_outputs: Tensors | None,
 ) -> Tensors:
-    return _cotangents(c, inputs, r, ct_outputs[0], t_inputs, t_r, t_ct_outputs and t_ct_outputs[0])
+    return _cotangents(c, inputs, r, ct_outputs[0], t_inputs, t_r, None if t_ct_outputs is None else t_ct_outputs[0])
 
 
 def _cotangents(
-    c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_y: Tensor, t_inputs: Tensors, t_r: Tensors, t_ct_y: Tensor | None
+    c: SimpleNamespace,
+    inputs: Tensors,
+    r: Tensors,
+    ct_y: Tensor,
+    t_inputs: Tensors,
+    t_r: Tensors,
+    t_ct_y: Tensor | None,
 ) -> Tensors:
     """ct_q, ct_k and ct_v, or their tangents where there are tangents."""
     (q, k, _), (lse, y), (t_lse, t_y) = inputs, r, t_r
@@ -540,17 +561,11 @@ RULES = Rules(_forward, _jvp, _vjp, _vjp_jvp)
 
 
 def compiled(make: Make) -> list[Sample]:
-    """Heads of every width in half precision; windows, masks, and heads that fill no block."""
+    """Wide heads in half precision; in float32 heads that do not fill a block, in a window, with a mask."""
 
-    def sample(name: str, H: int, H_kv: int, D: int, **options: Any) -> Sample:
-        return Sample(name, (make(2, H, 512, D), make(2, H_kv, 512, D), make(2, H_kv, 512, D)), options)
+    def sample(name: str, D: int, **options: Any) -> Sample:
+        return Sample(name, (make(2, 4, 512, D), make(2, 2, 512, D), make(2, 2, 512, D)), options)
 
-    if make.dtype == torch.float32:
-        return [sample("causal", 2, 2, 64)]
-    mask = torch.empty(2, 512, dtype=torch.bool, device=make.device)
-    return [
-        sample("causal", 2, 2, 64),
-        sample("wide", 2, 2, 128),
-        sample("widest", 2, 1, 256),
-        sample("masked_window", 4, 2, 80, mask=mask, window=256),
-    ]
+    if make.dtype != torch.float32:
+        return [sample("causal", 128)]
+    return [sample("masked_window", 48, mask=torch.empty(2, 512, dtype=torch.bool, device=make.device), window=256)]
