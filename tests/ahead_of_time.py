@@ -59,7 +59,7 @@ class Launch:
 
 
 def recorded(op: str, target: GPUTarget) -> list[Launch]:
-    """Every launch of the op on a GPU, at both orders and in both modes."""
+    """Every launch of the op on such a GPU, at both orders and in both modes."""
     launches: list[Launch] = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -77,7 +77,7 @@ def recorded(op: str, target: GPUTarget) -> list[Launch]:
             for sample in module.compiled(Make(dtype, device="meta")):
                 _differentiate(spec.call, sample)
     kernels = {f for f in vars(module).values() if isinstance(f, JITFunction) and f.__name__.endswith("_kernel")}
-    missing = kernels - {recorded.kernel for recorded in launches}
+    missing = kernels - {each.kernel for each in launches}
     if missing:
         raise AssertionError(f"{op}: compiled() must launch every kernel, got none of {missing}")
     return launches
@@ -109,11 +109,11 @@ def _differentiate(call: Any, sample: Sample) -> None:
 
 def compiled(op: str) -> Iterator[dict[str, Any]]:
     """What each different kernel takes of each GPU."""
-    seen = set()
     for target in TARGETS:
+        seen = set()
         for launched in recorded(op, target):
             source, options = launched.bound(target)
-            key = (target.arch, source.hash(), str(options))
+            key = (source.hash(), str(options))
             if key in seen:
                 continue
             seen.add(key)

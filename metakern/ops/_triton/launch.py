@@ -50,6 +50,13 @@ def shared_memory(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
+def precision() -> str:
+    """How products of float32 are taken: to full precision, unless PyTorch is told that less will do."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
 def contiguous(*tensors: torch.Tensor | None) -> Tensors:
     """The tensors as kernels want them: None stays None."""
     return tuple(None if tensor is None else in_memory(tensor) for tensor in tensors)

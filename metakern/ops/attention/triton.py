@@ -76,7 +76,7 @@ def _dot(a, b, total, C: tl.constexpr):
 
 @triton.jit
 def _tile(x, batch, head, row, inside, C: tl.constexpr, WHOLE: tl.constexpr = False):
-    """The given rows of a head, [ROWS, BLOCK_D]; zeros beyond D, and where rows are not inside unless all are, WHOLE."""
+    """The given rows of a head, [ROWS, BLOCK_D]; zeros beyond D, and where not inside unless the WHOLE is."""
     column = tl.arange(0, C.BLOCK_D)
     ptrs = x.ptr + batch * x.batch + head * x.head + row.to(tl.int64)[:, None] * x.row + column[None, :]
     if WHOLE:
@@ -409,7 +409,7 @@ class _Launcher:
         mask = None if c.mask is None else c.mask.contiguous()
         self.problem = Problem(H, H // H_kv, L, L_k, c.window, mask)
         acc = tl.float64 if q.dtype == torch.float64 else tl.float32
-        self.constants = Constants(c.scale, c.causal, D, max(16, triton.next_power_of_2(D)), acc, _precision())
+        self.constants = Constants(c.scale, c.causal, D, max(16, triton.next_power_of_2(D)), acc, launch.precision())
 
     def __call__(self, kernel: Any, *args: Any, tangents: bool = False) -> None:
         device, shared = self.q.device, launch.shared_memory(self.q.device)
@@ -446,13 +446,6 @@ def _tuned(kernel: Any, choice: tuple[Blocks, ...], scale: int) -> Any:
     """The kernel with the fastest of these blocks, found at the first call for lengths of a scale."""
     configs = [triton.Config({"M": M, "N": N}, num_warps=warps, num_stages=stages) for M, N, warps, stages in choice]
     return triton.autotune(configs, key=["C"])(kernel)
-
-
-def _precision() -> str:
-    """How products of float32 are taken: to full precision, unless PyTorch is told that less will do."""
-    if torch.version.hip:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def _heads(x: Tensor) -> Heads:
