@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.ops import _checks
+from metakern.ops import _checks, _triton
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -115,7 +115,7 @@ def _jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> 
 def _vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
     _, grad, h = _parts(c, inputs)
     ct_grad = (-hi * ct for hi, ct in zip(h, ct_outputs, strict=True))
-    return (*(ct.clone() for ct in ct_outputs), *ct_grad, *_rate_cotangents(c, inputs, (ct_outputs, grad)))
+    return (*(ct.clone() for ct in ct_outputs), *ct_grad, *rate_cotangents(c, inputs, (ct_outputs, grad)))
 
 
 def _vjp_jvp(
@@ -132,10 +132,10 @@ def _vjp_jvp(
     if c.lr is None:
         t_ct_grad = tuple(-t_hi * ct for t_hi, ct in zip(t_h, ct_outputs, strict=True))
     if t_ct_outputs is None:
-        return (*(None,) * c.count, *t_ct_grad, *_rate_cotangents(c, inputs, (ct_outputs, t_grad)))
+        return (*(None,) * c.count, *t_ct_grad, *rate_cotangents(c, inputs, (ct_outputs, t_grad)))
     scaled = (-hi * t_ct for hi, t_ct in zip(h, t_ct_outputs, strict=True))
     t_ct_grad = tuple(b if a is None else a + b for a, b in zip(t_ct_grad, scaled, strict=True))
-    t_ct_rates = _rate_cotangents(c, inputs, (ct_outputs, t_grad), (t_ct_outputs, grad))
+    t_ct_rates = rate_cotangents(c, inputs, (ct_outputs, t_grad), (t_ct_outputs, grad))
     return (*(t_ct.clone() for t_ct in t_ct_outputs), *t_ct_grad, *t_ct_rates)
 
 
@@ -155,7 +155,7 @@ def _descended(a: Tensors, h: Tensors, b: Tensors) -> Tensors:
     return tuple(torch.addcmul(ai, hi, bi, value=-1) for ai, hi, bi in zip(a, h, b, strict=True))
 
 
-def _rate_cotangents(c: SimpleNamespace, inputs: Tensors, *pairs: tuple[Tensors, Tensors]) -> Tensors:
+def rate_cotangents(c: SimpleNamespace, inputs: Tensors, *pairs: tuple[Tensors, Tensors]) -> Tensors:
     """-Σ a_i b_i over all that a rate is shared by, added up over the pairs (a, b)."""
     rates = inputs[2 * c.count :]
     if not any(c.needs[2 * c.count :]):
@@ -170,7 +170,7 @@ def _rate_cotangents(c: SimpleNamespace, inputs: Tensors, *pairs: tuple[Tensors,
     return tuple(s.to(h.dtype) for s, h in zip(sums, rates, strict=True))
 
 
-KERNELS = {"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)}
+KERNELS = {"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp), "triton": _triton.rules("sgd_update")}
 
 
 @cache
