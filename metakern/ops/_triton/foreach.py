@@ -38,12 +38,12 @@ Input = Tensors | float | None  # a tensor [T, ...] for each parameter, or its v
 
 @triton.jit
 def _values(entry, i, at, inside, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Of an input given by the tables of its addresses and of `inner`, or by the address of a number."""
-    if entry[0] is None:
-        x = tl.load(entry[2]) if TYPE is tl.float64 else tl.load(entry[2]).to(tl.float32)
+    """Of an input: a table of addresses, with or without one of `inner`, or of one number."""
+    if entry[0].dtype.element_ty == tl.float64:
+        x = tl.load(entry[0]) if TYPE is tl.float64 else tl.load(entry[0]).to(tl.float32)
     else:
         x_ptr = tl.load(entry[0] + i).to(tl.pointer_type(TYPE))
-        if entry[1] is None:
+        if len(entry) == 1:
             x = wide(tl.load(tl.multiple_of(x_ptr, ALIGNED) + at, inside, other=0.0))
         else:
             x = wide(tl.load(x_ptr + at // tl.load(entry[1] + i), inside, other=0.0))
@@ -84,17 +84,17 @@ def foreach(function: Any, x: Sequence[Input], like: Tensors, wanted: Sequence[b
     starts, owners = _blocks(sizes, device)
     addresses = [tuple(t.data_ptr() for t in a) if isinstance(a, tuple) else None for a in (*x, *y)]
 
-    def entry(a: Input, address: tuple[int, ...] | None) -> tuple[Tensor | None, ...] | None:
-        if address is None:
-            return None if a is None else (None, None, _table((float(a),), device))  # type: ignore[arg-type]
-        inner = tuple(size // max(t.numel(), 1) for size, t in zip(sizes, a, strict=True))  # type: ignore[arg-type]
-        return _table(address, device), None if max(inner) <= 1 else _table(inner, device), None
+    def tables(a: Input, address: tuple[int, ...] | None) -> Tensors | None:
+        if address is None or not isinstance(a, tuple):
+            return None if not isinstance(a, float | int) else (_table((float(a),), device),)
+        inner = tuple(size // max(t.numel(), 1) for size, t in zip(sizes, a, strict=True))
+        return (_table(address, device), _table(inner, device)) if max(inner) > 1 else (_table(address, device),)
 
     launch(
         _kernel,
         (len(owners),),
         device,
-        tuple(entry(a, address) for a, address in zip(x, addresses, strict=False)),
+        tuple(tables(a, address) for a, address in zip(x, addresses, strict=False)),
         tuple(None if address is None else _table(address, device) for address in addresses[len(x) :]),
         _table(sizes, device),
         starts,
