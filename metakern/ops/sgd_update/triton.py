@@ -95,5 +95,4 @@ RULES = Rules(forward, jvp, vjp, vjp_jvp)
 
 
 def compiled(make: Make) -> list[Sample]:
-    names = ("number", "rate-per-task", "rate-per-element")
-    return [sample for sample in SPEC.samples(make) if sample.name in names]
+    return [*SPEC.benchmark(make), *(sample for sample in SPEC.samples(make) if sample.name == "rate-per-task")]
