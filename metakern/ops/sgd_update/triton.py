@@ -12,6 +12,7 @@ import triton
 from metakern.ops._rules import Rules, Tensors
 from metakern.ops._spec import Make, Sample
 from metakern.ops._triton.foreach import Input, foreach
+from metakern.ops._updates import each_rate
 from metakern.ops.sgd_update import SPEC, rate_cotangents
 
 
@@ -39,8 +40,7 @@ def _pulled_back(v, ct_y, h, t_h):
 
 def _rates(c: SimpleNamespace, inputs: Tensors) -> Input:
     """The number, or a rate for each parameter."""
-    rates = inputs[2 * c.count :]
-    return rates * c.count if 0 < len(rates) < c.count else rates or c.lr
+    return c.lr if c.lr is not None else each_rate(inputs[2 * c.count :], None, c.count)
 
 
 def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
