@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import metakern as mk
-from benchmarks.gpu import CELLS, errors, problem, results
+from benchmarks.gpu.checks import errors, results
+from benchmarks.gpu.recurrent import CELLS, problem
 from metakern import _native
 from metakern.ops import _backend
 
