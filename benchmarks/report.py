@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,9 @@ def maml_table() -> str:
     return "\n".join(lines)
 
 
-def demo_table() -> str:
+def curve_table(name: str) -> str:
     """Perplexity after adaptation, and the paired ratio of the baseline to the meta-trained model."""
-    data = load("demo")
+    data = load(name)
     own, base = data["curves"]["maml"], data["curves"]["finetune"]
     ratio = data["ratios"]["finetune"]
     lines = [
@@ -165,7 +166,12 @@ def targets_table() -> str:
     return "\n".join(["| | target | measured |", "|---|---|---|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-TABLES = {"maml": maml_table, "demo": demo_table, "recurrent": recurrent_table, "targets": targets_table}
+TABLES = {
+    "maml": maml_table,
+    "demo": partial(curve_table, "demo"),
+    "recurrent": recurrent_table,
+    "targets": targets_table,
+}
 
 
 def with_tables(text: str) -> str:
@@ -208,18 +214,20 @@ def draw() -> None:
         figure.savefig(RESULTS / "maml.png", dpi=160)
 
 
-def keep_demo(run: Path) -> None:
-    """The curve of `make demo`, with the machine it was measured on."""
+def keep_curve(name: str, run: Path) -> None:
+    """The curve of `make name`, with the machine it was measured on."""
     report = json.loads((run / "eval.json").read_text())
-    (RESULTS / "demo.json").write_text(json.dumps({"machine": machine_here(), **report}, indent=1) + "\n")
-    shutil.copyfile(run / "eval.png", RESULTS / "demo.png")
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine_here(), **report}, indent=1) + "\n")
+    shutil.copyfile(run / "eval.png", RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--demo", type=Path, metavar="RUN", help="first keep the curve of this run as the demo's")
-    if folder := parser.parse_args().demo:
-        keep_demo(folder)
+    for name in ("demo", "smollm2"):
+        parser.add_argument(f"--{name}", type=Path, metavar="RUN", help=f"first keep this run's curve as {name}'s")
+    for name, folder in vars(parser.parse_args()).items():
+        if folder:
+            keep_curve(name, folder)
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text()))
     draw()

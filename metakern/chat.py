@@ -10,7 +10,6 @@ In a conversation a line is something said, or a command:
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -20,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from metakern import checkpoint
-from metakern.config import UserError
+from metakern.config import UserError, cache_folder
 from metakern.dialogue.episodes import collate
 from metakern.dialogue.generate import generate
 from metakern.dialogue.readers import Dialogue, Turn, read
 from metakern.dialogue.tokenizer import IGNORE, bot_of
-from metakern.run import Run, cache_folder
+from metakern.meta._parameters import twin
+from metakern.run import Run, on_device_of
 
 __all__ = ["Chat", "adapt", "support_batch", "talk"]
 
@@ -41,7 +41,7 @@ def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:
         windows: list[list[Turn]] = []
         for exchange in _exchanges(dialogue.turns, bot):
             longer = [*windows[-1], *exchange] if windows else exchange
-            if windows and sum(len(tokenizer.encode(turn.text)) + 2 for turn in longer) < config.max_length:
+            if windows and tokenizer.length(longer, bot) <= config.max_length:
                 windows[-1] = longer
             else:
                 windows.append(exchange)
@@ -49,7 +49,7 @@ def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:
     rows = [(ids, labels) for ids, labels in rows if any(label != IGNORE for label in labels)]
     if not rows:
         raise UserError("adapt: the support must hold a reply of the bot, got none")
-    return collate([rows], tokenizer.pad_id)
+    return on_device_of(run.model, collate([rows], tokenizer.pad_id))
 
 
 def _exchanges(turns: Iterable[Turn], bot: str | None) -> list[list[Turn]]:
@@ -69,7 +69,7 @@ def adapted_model(run: Run, dialogues: Iterable[Dialogue], steps: int | None = N
     run.algorithm.eval()
     before, after = run.algorithm.evaluate(support, support, steps=(0, steps)).mean(1).exp().tolist()
     phi = run.algorithm.adapt(support, steps=steps)
-    model = copy.deepcopy(run.model)
+    model = twin(run.model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in phi:
@@ -85,7 +85,7 @@ def adapt(path: str | Path, support: str, out: str | Path, steps: int | None = N
         raise UserError(f"{out}: holds a run already; choose another --out")
     model, line = adapted_model(run, read(support), steps)
     run.model.load_state_dict(model.state_dict())
-    checkpoint.write(out / "tokenizer.json", (run.path / "tokenizer.json").read_bytes())
+    run.tokenizer.save(out / "tokenizer.json")
     checkpoint.write(out / "config.toml", run.config.toml().encode())
     adapted = replace(run, path=out, state={"phase": "adapted", "step": run.state["step"], "from": str(path)})
     adapted.save("best")
@@ -129,10 +129,11 @@ class Chat:
             return None
         self.turns.append(Turn("user", line))
         length = self.run.config.max_length
+        prompt = self.run.tokenizer.prompt(self.turns, length, "bot")
         ids = generate(
             self.model,
-            self.run.tokenizer.prompt(self.turns, length, "bot"),
-            max_new_tokens=length // 2,
+            prompt,
+            max_new_tokens=min(length // 2, length - len(prompt)),
             eos_id=self.run.tokenizer.eos_id,
             generator=self.generator,
             **self.sampling,

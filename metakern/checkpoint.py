@@ -92,9 +92,10 @@ def load(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of ``module`` by name, shared ones once."""
+    """Trainable parameters and persistent buffers of ``module`` by name, shared ones once."""
     kept = module.state_dict(keep_vars=True).keys()
-    return dict(module.named_parameters()) | {name: x for name, x in module.named_buffers() if name in kept}
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return trainable | {name: x for name, x in module.named_buffers() if name in kept}
 
 
 @torch.no_grad()

@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     train = add(
         _train, "Meta-train a dialogue model", usage="metakern train [--config FILE] [--out DIR] [--resume] ..."
     )
-    train.add_argument("--config", metavar="FILE", help="a TOML file of the keys below, or a packaged one: demo")
+    train.add_argument(
+        "--config", metavar="FILE", help="a TOML file of the keys below, or a packaged one: demo, smollm2"
+    )
     train.add_argument("--out", metavar="DIR", help="folder of the run (runs/DATA-MODEL-ALGORITHM)")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out")
     group: Any = train

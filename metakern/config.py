@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -19,7 +20,7 @@ from typing import Any
 
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
-__all__ = ["Config", "UserError"]
+__all__ = ["Config", "UserError", "cache_folder"]
 
 
 class UserError(Exception):
@@ -68,7 +69,15 @@ class Config:
     support_size: int = _option(8, "conversations of a task to adapt on", least=1)
     query_size: int = _option(8, "conversations of a task to be judged on", least=1)
 
-    model: str = _option("gru", "kind of language model", choices=("rnn", "gru", "lstm", "gpt"))
+    model: str = _option(
+        "gru",
+        "kind of language model; hf: a pretrained one, in the directory PATH or, as hf:smollm2, in its package",
+        choices=("rnn", "gru", "lstm", "gpt", "hf:PATH"),
+    )
+    lora: int = _option(
+        0, "rank of the adapters that are trained in place of the model's weights (hf); 0: none", least=0
+    )
+    lora_targets: tuple[str, ...] = _option((), "name patterns of the linear layers that get adapters")
     width: int = _option(128, "width of the embedding (gpt: of the model)", least=1)
     hidden: int = _option(256, "hidden units of a recurrent layer", least=1)
     layers: int = _option(1, "number of layers", least=1)
@@ -105,11 +114,19 @@ class Config:
     eval_every: int = _option(100, "outer steps between validations, each followed by a checkpoint", least=1)
     eval_tasks: int = _option(0, "validation tasks looked at; 0: all", least=0)
     seed: int = _option(0, "seed of the split, the episodes, the weights and the dropout", least=0)
+    device: str = _option("cpu", "where to compute", choices=("cpu", "cuda"))
     threads: int = _option(0, "threads that PyTorch may use; 0: as many as it likes", least=0)
 
     def __post_init__(self) -> None:
         for key in fields(self):
             _check(key.name, getattr(self, key.name), key.default, key.metadata)
+        if self.lora and not self.pretrained:
+            raise UserError(f"lora must be 0 for the model {self.model}, which is not pretrained, got {self.lora}")
+
+    @property
+    def pretrained(self) -> str:
+        """The name of the pretrained model, or nothing."""
+        return self.model[3:] if self.model.startswith("hf:") else ""
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], source: str = "config", base: Config | None = None) -> Config:
@@ -158,6 +175,11 @@ def describe(metadata: Mapping[str, Any]) -> str:
     return metadata["help"] + (f": {', '.join(metadata['choices'])}" if metadata["choices"] else "")
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakern"
+
+
 def _check(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None:
     if isinstance(default, float):
         right, kind = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
@@ -170,7 +192,7 @@ def _check(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None
         raise UserError(f"{name} must be {kind}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} must be finite, got {value}")
-    if rule["choices"] and value not in rule["choices"]:
+    if rule["choices"] and not _among(value, rule["choices"]):
         raise UserError(f"{name} must be one of {', '.join(rule['choices'])}, got {value!r}")
     if rule["least"] is not None and not value >= rule["least"]:
         raise UserError(f"{name} must be at least {rule['least']}, got {value}")
@@ -178,3 +200,9 @@ def _check(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None
         raise UserError(f"{name} must be more than {rule['above']}, got {value}")
     if rule["below"] is not None and not value < rule["below"]:
         raise UserError(f"{name} must be less than {rule['below']}, got {value}")
+
+
+def _among(value: str, choices: tuple[str, ...]) -> bool:
+    """Whether ``value`` is one of ``choices``, of which one like ``hf:PATH`` stands for all that begin with ``hf:``."""
+    prefixes = tuple(choice.removesuffix("PATH") for choice in choices if choice.endswith(":PATH"))
+    return value in choices or (value.startswith(prefixes) and value not in prefixes)

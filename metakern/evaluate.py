@@ -68,7 +68,8 @@ def evaluate(
         each = run if name == own else _baseline(run, name)
         if name == "finetune":
             rates = _best_rates(each, validation, steps)
-            losses = torch.stack([_at_rate(each, rate, test, (k,))[0] for k, rate in zip(steps, rates, strict=True)])
+            found = {rate: _at_rate(each, rate, test, steps) for rate in dict.fromkeys(rates)}
+            losses = torch.stack([found[rate][i] for i, rate in enumerate(rates)])
             curves[name] = {**_summary(losses), "inner_lr": rates}
         else:
             curves[name] = _summary(curve(each.algorithm, test, steps)[1])
@@ -107,7 +108,8 @@ def _baseline(run: Run, name: str) -> Run:
 
 def _at_rate(run: Run, rate: float, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> Tensor:
     """Query losses ``[len(steps), T]`` of a fine-tuned run that adapts with the inner rate ``rate``."""
-    return curve(Run.open(run.path, inner_lr=rate).algorithm, source, steps, limit)[1]
+    run.algorithm.inner.lr.initial = rate
+    return curve(run.algorithm, source, steps, limit)[1]
 
 
 def _best_rates(run: Run, validation: Episodes, steps: tuple[int, ...]) -> list[float]:

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from metakern import checkpoint
-from metakern.config import Config, UserError
+from metakern.config import Config, UserError, cache_folder
 from metakern.dialogue.episodes import Episodes
-from metakern.dialogue.tokenizer import Tokenizer
-from metakern.run import FineTune, Run, build_algorithm, cache_folder, curve, episodes, load_split
+from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
+from metakern.run import FineTune, Run, build_algorithm, curve, episodes, load_split, on_device_of, tokenizer_class
 
 __all__ = ["DivergenceError", "StoppedError", "train"]
 
@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "log_every",
     "eval_every",
     "eval_tasks",
+    "device",
     "threads",
 )
 
@@ -73,8 +74,13 @@ def train(config: Config, out: str | Path, *, resume: bool = False, start: str |
     if resume:
         _check_same(Config.load(out / "config.toml"), config, out)
     split = load_split(config)
+    tokenizer: DialogueTokenizer
     if resume or start:
-        tokenizer = Tokenizer.load(Path(out if resume else start or out) / "tokenizer.json")
+        tokenizer = tokenizer_class(config).load(Path(out if resume else start or out) / "tokenizer.json")
+    elif config.pretrained:
+        from metakern.dialogue.huggingface import ChatTokenizer
+
+        tokenizer = ChatTokenizer.of(config.pretrained)
     else:
         dialogues = [dialogue for task in split.train for dialogue in task.dialogues]
         tokenizer = Tokenizer.train(dialogues, config.vocab_size, cache_folder())
@@ -98,7 +104,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, start: str |
     if start or (resume and run.state["phase"] == "train") or not config.pretrain_steps:
         phases = phases[1:]
     with _Log(out) as log, _stop_asked() as stop_asked:
-        log.say(f"{out}: {config.algorithm} over a {config.model} of {run.size:,} parameters\n{split.summary()}")
+        log.say(f"{out}: {config.algorithm} over {config.model} of {run.size}\n{split.summary()}")
         for phase in phases:
             if phase.name == "train" and not saved:
                 run.save("pretrained", run.model)
@@ -137,12 +143,13 @@ class _Loop:
         self.config, self.algorithm = run.config, phase.algorithm
         self.judge = copy.copy(self.algorithm)  # the same weights, and a plan of its own for evaluation mode
         self.looks = (0, self.config.inner_steps) if phase.name == "train" else (0,)
-        model = list(run.model.parameters())
-        own = {id(p) for p in model}
+        trained = [p for p in self.algorithm.parameters() if p.requires_grad]
+        own = {id(p) for p in run.model.parameters()}
+        model = [p for p in trained if id(p) in own]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in model if p.ndim > 1], "weight_decay": self.config.weight_decay},
             {"params": [p for p in model if p.ndim <= 1]},
-            {"params": [p for p in self.algorithm.parameters() if id(p) not in own], "lr": self.config.rate_lr},
+            {"params": [p for p in trained if id(p) not in own], "lr": self.config.rate_lr},
         ]
         self.optimizer = torch.optim.AdamW(groups, phase.lr, weight_decay=0.0)
         self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -174,7 +181,8 @@ class _Loop:
     def step(self) -> None:
         """One outer step, and now and then a look at the losses before and after adaptation."""
         config, algorithm, state = self.config, self.algorithm, self.run.state
-        support, query = self.phase.episodes.sample(state["step"], config.tasks)
+        episode = self.phase.episodes.sample(state["step"], config.tasks)
+        support, query = (on_device_of(self.run.model, batch) for batch in episode)
         done = self.phase.done(state["step"], state["seconds"])
         for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
             group["lr"] = rate * _schedule(config, state["step"], done)

@@ -85,7 +85,7 @@ def _differentiate(call: Any, sample: Sample) -> None:
     def leaf(a: Any) -> Any:
         return a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
 
-    args = [leaf(a) for a in sample.args]
+    args = [a if i in sample.frozen else leaf(a) for i, a in enumerate(sample.args)]
     x = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
     options = {"allow_unused": True, "materialize_grads": True}
     y = torch.utils._pytree.tree_leaves(call(*args, **sample.kwargs))

@@ -26,7 +26,7 @@ spec.loader.exec_module(sys.modules["metakern._C"])
 from metakern import _native  # noqa: E402
 
 assert _native._C.__file__ == library
-LIMITS = {"T": 3, "B": 5, "H": 40, "L": 4, "N": 30, "D": 70, "V": 70, "*": 3000}
+LIMITS = {"T": 3, "B": 5, "H": 40, "L": 4, "N": 30, "D": 70, "V": 70, "G": 3, "M": 300, "*": 3000}
 ODD = [0, 1, -1, -(2**62), 2**62]
 budget = settings(
     max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -62,6 +62,8 @@ def kernels(chosen: tuple, kernel: str, data: st.DataObject) -> None:
     sizes = {size: data.draw(st.integers(0, LIMITS[size]), size) for size in letters}
     if "N" in sizes and data.draw(st.booleans(), "many rows"):
         sizes["N"] *= 30
+    if "G" in sizes:
+        sizes |= {"H": sizes["G"] * data.draw(st.integers(1, 3), "group"), "L": data.draw(st.integers(0, 120), "L")}
     special, inputs = data.draw(st.booleans(), "special"), []
     for a in signature.inputs:
         shape = [times * sizes[size] for times, size in a.dims] or [sizes["*"]]
@@ -78,6 +80,7 @@ def kernels(chosen: tuple, kernel: str, data: st.DataObject) -> None:
     scalars = {
         "rms": (1.0,),
         "layer": (1.0,),
+        "attention": (0.3, seed % 2, seed // 2 % 3 * (seed % 2) * 60),
         "cross": (-100.0,),
         "lstm": (seed % 2,),
         "gru": (seed % 2,),

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import metakern as mk
 from metakern.ops import SPECS
 from metakern.ops._spec import Make
+from tests.largest import Largest
 
 
 def qkv(B: int, H: int, H_kv: int, L: int, L_k: int, D: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,7 +27,7 @@ def run(f: Callable, *args: Tensor, **kwargs: Any) -> list[Tensor]:
     """Output, cotangents, the derivatives of a random functional of these, and the same by forward over reverse."""
     args, make = tuple(a.detach().clone().requires_grad_() for a in args), Make(seed=9)
     y = f(*args, **kwargs)
-    ct, v = make(*y.shape), tuple(make(*a.shape) for a in args)
+    ct, v = make(*y.shape).to(y.dtype), tuple(make(*a.shape).to(a.dtype) for a in args)
     ct_x = torch.autograd.grad(y, args, ct, create_graph=True)
     transposed = torch.autograd.grad(ct_x, args, v)
 
@@ -135,6 +136,20 @@ def test_lengths_of_each_task_under_vmap() -> None:
     close([mapped.flatten(0, 1)], [attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), lengths.flatten())])
     with pytest.raises(ValueError, match=r"^attention: lengths must be between 0 and L_k = 5"):
         vmap(attend)(q, k, v, lengths + 1)
+
+
+@pytest.mark.skipif(mk.backends()["cpu"] != "available", reason="the reference holds L x L matrices")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_no_matrix_of_queries_and_keys_is_held(dtype: torch.dtype) -> None:
+    L = 200
+    q, k, v = (t.to(dtype) for t in qkv(1, 1, 1, L, L, D=2))
+    for options in ({}, {"window": 70}, {"lengths": torch.tensor([150]), "padding": "left"}):
+        with Largest() as largest:
+            run(mk.ops.attention, q, k, v, **options)
+        assert L * 2 <= largest.elements < L * L / 8
+        with mk.backend("reference"), Largest() as largest:
+            run(mk.ops.attention, q, k, v, **options)
+        assert largest.elements >= L * L
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e150])

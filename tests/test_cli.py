@@ -44,11 +44,15 @@ def test_flags_are_over_the_file(folder):
 
 
 def test_every_key_is_a_flag():
-    flags = {"learn_lr": "--no-learn-lr", "cosine": "--no-cosine", "adapt": "--adapt=head,rnn.*"}
+    told = {
+        "learn_lr": ("--no-learn-lr", False),
+        "cosine": ("--no-cosine", False),
+        "adapt": ("--adapt=head,rnn.*", ("head", "rnn.*")),
+        "lora_targets": ("--lora-targets=q_proj", ("q_proj",)),
+    }
     for key in fields(Config):
-        flag = flags.get(key.name, f"--{key.name.replace('_', '-')}={key.default}")
+        flag, expected = told.get(key.name, (f"--{key.name.replace('_', '-')}={key.default}", key.default))
         parsed = vars(cli._parser().parse_args(["train", flag]))
-        expected = {"learn_lr": False, "cosine": False, "adapt": ("head", "rnn.*")}.get(key.name, key.default)
         assert parsed[key.name] == expected
         assert type(parsed[key.name]) is type(key.default)
         assert parsed.keys() - {"command", "config", "out", "resume"} == {key.name}

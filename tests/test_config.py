@@ -27,7 +27,8 @@ def values_of(key):
 
 @given(st.data())
 def test_a_file_says_all_of_a_config(tmp_path_factory, data):
-    config = Config(**{key.name: data.draw(values_of(key), key.name) for key in fields(Config)})
+    values = {key.name: data.draw(values_of(key), key.name) for key in fields(Config)}
+    config = Config(**values | {"lora": values["lora"] if values["model"].startswith("hf:") else 0})
     file = tmp_path_factory.mktemp("config") / "c.toml"
     file.write_text(config.toml(), "utf-8")
     assert Config.load(file) == config
@@ -62,7 +63,9 @@ def test_a_file_over_defaults_and_flags_over_a_file(tmp_path):
         ("learn_lr = 1", "learn_lr must be true or false, got 1"),
         ("adapt = 'head'", "adapt must be a list of strings, got 'head'"),
         ("adapt = [1]", "adapt must be a list of strings, got (1,)"),
-        ("model = 'gtp'", "model must be one of rnn, gru, lstm, gpt, got 'gtp'"),
+        ("model = 'gtp'", "model must be one of rnn, gru, lstm, gpt, hf:PATH, got 'gtp'"),
+        ("model = 'hf:'", "model must be one of rnn, gru, lstm, gpt, hf:PATH, got 'hf:'"),
+        ("lora = 8", "lora must be 0 for the model gru, which is not pretrained, got 8"),
         ("steps = ", "is not TOML"),
     ],
 )

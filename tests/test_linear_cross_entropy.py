@@ -3,32 +3,18 @@
 import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import metakern as mk
 from metakern.ops._spec import Make
+from tests.largest import Largest
 
 room = importlib.import_module("metakern.ops.linear_cross_entropy")
-
-
-class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest storage has that any operation gives."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
-        return out
 
 
 def gradient(f: Callable, hidden: Tensor, weight: Tensor, target: Tensor, create_graph: bool) -> tuple[Tensor, ...]:

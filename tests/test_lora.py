@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_lora_linear import Storages
 from test_maml import T, assert_equal, gradients, hugging_face, plain_loss, regression_loss, sgd, tokens, tokens_loss
 from torch import Tensor, nn
 
@@ -115,6 +116,19 @@ def test_the_engine_folds_a_layer_by_its_op_and_never_maps_it(monkeypatch: pytes
     assert shapes == {((T, 2), 2, T)}
 
 
+@pytest.mark.parametrize("batching", ["fold", "vmap"])
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+def test_a_meta_step_holds_nothing_of_the_size_of_the_base(strategy: str, batching: str) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 20), nn.Linear(20, 40), nn.Linear(40, 3)).double()
+    mk.lora(model, rank=1, targets=["1"])
+    maml = mk.MAML(started(model), regression_loss, steps=2, strategy=strategy, batching=batching, task_chunk=T)
+    maml(points(1), points(2))  # which verifies the plan on copies of the model
+    with Storages(model[1].weight) as found:
+        gradients(model, maml(points(1), points(2)))
+    assert T * 4 * 40 <= found.elements < 20 * 40
+
+
 def test_a_meta_learned_start_of_one_factor() -> None:
     """A and a bias for all tasks, B for each."""
     model = two_layers(trainable=["3.bias"])
@@ -142,12 +156,12 @@ def test_the_parameters_of_a_task_put_back_give_its_losses() -> None:
 
 
 def test_dropout_is_that_of_the_correction_alone() -> None:
-    model = two_layers(dropout=0.5)
+    model = two_layers(dropout=0.5, alpha=3)
     x, first = points(1)[0], model[0]
     torch.manual_seed(3)
     y = first(x)
     torch.manual_seed(3)
-    correction = F.dropout(x, 0.5) @ first.lora_A.mT @ first.lora_B.mT
+    correction = 1.5 * F.dropout(x, 0.5) @ first.lora_A.mT @ first.lora_B.mT
     torch.testing.assert_close(y, F.linear(x, first.weight, first.bias) + correction)
     twin = plainly(model).eval()
     torch.testing.assert_close(model.eval()(x), twin(x))
@@ -210,6 +224,23 @@ def test_targets_and_trainable_are_patterns_over_components_in_a_row() -> None:
     assert learning == {"model.norm.weight", "model.embed_tokens.weight"}
 
 
+@pytest.mark.parametrize("patch_first", [True, False])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_patched_models_give_the_same_meta_gradients(name: str, patch_first: bool) -> None:
+    torch.manual_seed(1)
+    model, support, query = hugging_face(name).double(), tokens(1), tokens(2)
+    if patch_first:
+        mk.patch(model)
+    mk.lora(model, rank=2, seed=2, trainable=TRAINABLE[name])
+    twin = plainly(started(model))
+    mk.unpatch(twin)
+    report = mk.patch(model)
+    assert "LoraLinear" not in str(report)
+    truth = gradients(twin, plain_loss(twin, tokens_loss, support, query, 2, sgd(0.3)))
+    maml = mk.MAML(model, tokens_loss, mk.optim.SGD(lr=0.3), steps=2, batching="fold")
+    assert_equal(gradients(model, maml(support, query)), truth)
+
+
 def test_patch_before_and_after() -> None:
     """A patched layer is adapted as the one that it was; what patch and unpatch do beside it changes no number."""
     for patch_first in (True, False):
@@ -221,10 +252,10 @@ def test_patch_before_and_after() -> None:
         mk.lora(model, rank=2, seed=2, targets=["0"])
         y = started(model)(x)
         mk.patch(model)
-        assert (type(model[0]), type(model[1])) == (LoraLinear, mk.nn.LayerNorm)
+        assert [type(m) for m in model] == [LoraLinear, mk.nn.LayerNorm, mk.nn.Linear]
         torch.testing.assert_close(model(x), y)
         mk.unpatch(model)
-        assert (type(model[0]), type(model[1])) == (LoraLinear, nn.LayerNorm)
+        assert [type(m) for m in model] == [LoraLinear, nn.LayerNorm, nn.Linear]
         torch.testing.assert_close(model(x), y)
         mk.remove_lora(model)
         assert type(model[0]) is nn.Linear

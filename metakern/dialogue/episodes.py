@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from metakern.dialogue.readers import DataError, Dialogue, count_of, words
-from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, Tokenizer, bot_of
+from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, DialogueTokenizer, bot_of
 
 __all__ = ["Episodes", "Split", "TaskData", "collate", "split_tasks"]
 
@@ -161,7 +161,7 @@ class Episodes:
     def __init__(
         self,
         tasks: Sequence[TaskData],
-        tokenizer: Tokenizer,
+        tokenizer: DialogueTokenizer,
         *,
         support_size: int,
         query_size: int,
@@ -176,6 +176,8 @@ class Episodes:
             raise ValueError(f"Episodes: train_on must be bot or all, got {train_on!r}")
         if min(support_size, query_size) < 1:
             raise ValueError(f"Episodes: sizes must be at least 1, got {support_size} and {query_size}")
+        if max_length < tokenizer.least:
+            raise ValueError(f"Episodes: max_length must be at least {tokenizer.least} here, got {max_length}")
         self.tokenizer, self.max_length, self.seed, self.train_on = tokenizer, max_length, seed, train_on
         self.sizes, self.windows = (support_size, query_size), windows
         self._tasks: list[tuple[str, list[Startable]]] = []

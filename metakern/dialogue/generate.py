@@ -30,7 +30,8 @@ def generate(
     """The ids that follow `input_ids`, without the `eos_id` that ends them.
 
     model        a call with ids [1, L] gives logits [1, L, V], or an object with them as `logits`; a module is put into
-                 eval mode meanwhile, and reads the last `model.max_length` ids where it has that attribute
+                 eval mode meanwhile, and reads the last `model.max_length` ids where it has that attribute; one of
+                 Hugging Face is asked for its cache, and then given the new ids alone
     input_ids    [L] or [1, L], at least one
     temperature  0 takes the likeliest token
 
@@ -51,12 +52,16 @@ def generate(
         raise ValueError(f"generate: input_ids must be [L] or [1, L] with L at least 1, got {list(ids.shape)}")
     ids = ids.reshape(1, -1)
     start, window = ids.shape[1], getattr(model, "max_length", None) or 0
+    options = {"use_cache": True} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    known = 0  # the ids that are in the cache
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     for module, _ in modes:
         module.training = False
     try:
         for _ in range(max_new_tokens):
-            output = model(ids[:, -window:])
+            output = model(ids[:, max(known, ids.shape[1] - window if window else 0) :], **options)
+            if (cache := getattr(output, "past_key_values", None)) is not None:
+                known, options["past_key_values"] = ids.shape[1], cache
             token = _next(getattr(output, "logits", output)[0, -1].float(), temperature, top_p, generator)
             if token == eos_id:
                 break
@@ -74,4 +79,4 @@ def _next(logits: Tensor, temperature: float, top_p: float, generator: torch.Gen
         return int(logits.argmax())
     p, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
     p = p * (p.cumsum(0) - p < top_p)
-    return int(order[torch.multinomial(p, 1, generator=generator)])
+    return int(order[torch.multinomial(p.cpu(), 1, generator=generator)])

@@ -1,12 +1,12 @@
-"""A byte-level BPE tokenizer of dialogues, trained on the training tasks and saved with a run.
+"""Dialogues as tokens: what every tokenizer does with turns, and a byte-level BPE trained on the training tasks.
 
-A dialogue becomes
+A dialogue becomes the ids of its texts in a frame, which is what stands before, between and after them.  Ours is
 
-    <bos> [<user> tokens <eos>] [<bot> tokens <eos>] …
+    <bos> <user>  tokens  <eos> <bot>  tokens  <eos> …
 
 with `<system>` for the turns of a system or a tool.  Labels are aligned with the ids, as in Hugging Face: `labels[i]`
-is token i where token i is to be learned, which are a reply's tokens and the `<eos>` that ends it, and -100 elsewhere.
-A text never becomes a special token, whatever it holds, and every text survives `decode(encode(text))`.
+is token i where token i is to be learned, which are a reply's tokens and the special token that ends it, and -100
+elsewhere.  A text never becomes a special token, whatever it holds, and every text survives `decode(encode(text))`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -24,7 +26,7 @@ except ImportError as error:
 
 from metakern.dialogue.readers import DataError, Dialogue, Turn
 
-__all__ = ["IGNORE", "SPECIAL_TOKENS", "Tokenizer"]
+__all__ = ["IGNORE", "SPECIAL_TOKENS", "DialogueTokenizer", "Tokenizer"]
 
 IGNORE = -100
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<user>", "<bot>", "<system>")
@@ -32,8 +34,114 @@ ALPHABET = 256
 SYSTEM_SPEAKERS = ("system", "tool")
 
 
-class Tokenizer:
-    """Texts and dialogues to ids and back; made by `train` or `load`.
+class DialogueTokenizer(ABC):
+    """Turns to ids and labels, given how to encode a text and the frame around texts.
+
+    eos_id    the special token that ends a reply
+    head      how many ids every dialogue begins with: they are kept where the oldest are dropped
+    least     the smallest `max_length` that leaves room for something said and a reply
+    """
+
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    head: int
+    least: int
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, special tokens among them never."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens are left out."""
+
+    @abstractmethod
+    def save(self, path: str | Path) -> None:
+        """Write `path`, a JSON file that tells vocabularies apart, and what else belongs to it beside it."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: str | Path) -> DialogueTokenizer:
+        """Read what `save` wrote."""
+
+    @abstractmethod
+    def _frame(self, roles: tuple[str, ...]) -> list[list[int]]:
+        """The ids before the text of each turn, and after the last, as `_roles` calls the turns."""
+
+    @abstractmethod
+    def _is_special(self, index: int) -> bool:
+        """Whether an id is a special token, such as ends a text."""
+
+    def encode_dialogue(
+        self, turns: Sequence[Turn], train_on: str = "bot", max_length: int = 64, bot: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Ids and labels of the beginning of a dialogue, at most `max_length` of each.
+
+        turns      what was said, oldest first
+        train_on   "bot": the bot's turns are labeled; "all": everybody's but the system's
+        bot        the speaker who is the bot; None: the one named bot or assistant, otherwise the second to speak
+
+        Where what comes before the first reply would fill more than half of `max_length`, its oldest tokens are
+        dropped, so that a reply is always there.
+
+        >>> from metakern.dialogue.readers import Dialogue
+        >>> turns = (Turn("ann", "hi"), Turn("bob", "yo"))
+        >>> tokenizer = Tokenizer.train([Dialogue("t", "d", turns)], 262)
+        >>> ids, labels = tokenizer.encode_dialogue(turns, max_length=16)
+        >>> [tokenizer.token(i) for i in ids]
+        ['<bos>', '<user>', 'h', 'i', '<eos>', '<bot>', 'y', 'o', '<eos>']
+        >>> [tokenizer.token(i) if i >= 0 else "" for i in labels]
+        ['', '', '', '', '', '', 'y', 'o', '<eos>']
+        """
+        if train_on not in ("bot", "all"):
+            raise ValueError(f"encode_dialogue: train_on must be bot or all, got {train_on!r}")
+        if max_length < self.least:
+            raise ValueError(f"encode_dialogue: max_length must be at least {self.least}, got {max_length}")
+        bot = bot_of(turns) if bot is None else bot
+        between, *after = self._frame(_roles(turns, bot))
+        ids: list[int] = []
+        labels: list[int] = []
+        replied = False
+        for turn, frame in zip(turns, after, strict=True):
+            ids += between
+            labels += [IGNORE] * len(between)
+            learned = turn.speaker == bot or (train_on == "all" and turn.speaker not in SYSTEM_SPEAKERS)
+            if learned and not replied:
+                replied, room = True, self._room(max_length)
+                if len(ids) > room:
+                    ids[self.head :] = ids[self.head - room :]
+                    labels = [IGNORE] * room
+            end = self._end(frame)
+            said, between = [*self.encode(turn.text), *frame[:end]], frame[end:]
+            ids += said
+            labels += said if learned else [IGNORE] * len(said)
+            if replied and len(ids) >= max_length:
+                break
+        return ids[:max_length], labels[:max_length]
+
+    def prompt(self, turns: Sequence[Turn], max_length: int, bot: str | None = None) -> list[int]:
+        """The ids after which the bot's reply to `turns` follows: the latest that leave it half of `max_length`."""
+        bot = bot_of(turns) if bot is None else bot
+        *frame, last, _ = self._frame((*_roles(turns, bot), "assistant"))
+        ids = [i for before, turn in zip(frame, turns, strict=True) for i in (*before, *self.encode(turn.text))] + last
+        return ids[: self.head] + ids[self.head :][-max(self._room(max_length) - self.head, 2) :]
+
+    def length(self, turns: Sequence[Turn], bot: str | None = None) -> int:
+        """How many ids the whole of a dialogue has."""
+        return len(self.encode_dialogue(turns, max_length=sys.maxsize, bot=bot)[0])
+
+    def _room(self, max_length: int) -> int:
+        """For the head, and half of the rest for what comes before a reply."""
+        return (max_length + self.head - 1) // 2
+
+    def _end(self, frame: Sequence[int]) -> int:
+        """How much of what follows a text ends it: up to the first special token."""
+        return next((i + 1 for i, index in enumerate(frame) if self._is_special(index)), 0)
+
+
+class Tokenizer(DialogueTokenizer):
+    """A byte-level BPE of our own; made by `train` or `load`.
 
     >>> from metakern.dialogue.readers import Dialogue
     >>> tokenizer = Tokenizer.train([Dialogue("t", "d", (Turn("ann", "hi"), Turn("bob", "hi there")))], 270)
@@ -46,8 +154,8 @@ class Tokenizer:
         if missing:
             raise DataError(f"tokenizer: must have the tokens {', '.join(SPECIAL_TOKENS)}, lacks {', '.join(missing)}")
         bpe.encode_special_tokens = True
-        self._bpe = bpe
-        self.vocab_size: int = bpe.get_vocab_size()
+        self._bpe, self.head, self.least = bpe, 1, 4
+        self.vocab_size = bpe.get_vocab_size()
         ids = bpe.get_vocab(with_added_tokens=True)
         self.pad_id, self.bos_id, self.eos_id, self.user_id, self.bot_id, self.system_id = (
             ids[token] for token in SPECIAL_TOKENS
@@ -123,63 +231,28 @@ class Tokenizer:
         """The text of ids; special tokens are left out."""
         return self._bpe.decode(list(ids), skip_special_tokens=True)
 
-    def encode_dialogue(
-        self, turns: Sequence[Turn], train_on: str = "bot", max_length: int = 64, bot: str | None = None
-    ) -> tuple[list[int], list[int]]:
-        """Ids and labels of the beginning of a dialogue, at most `max_length` of each.
-
-        turns      what was said, oldest first
-        train_on   "bot": the bot's turns are labeled; "all": everybody's but the system's
-        bot        the speaker who is the bot; None: the one named bot or assistant, otherwise the second to speak
-
-        Where what comes before the first reply would fill more than half of `max_length`, its oldest tokens are
-        dropped, so that a reply is always there.
-
-        >>> from metakern.dialogue.readers import Dialogue
-        >>> turns = (Turn("ann", "hi"), Turn("bob", "yo"))
-        >>> tokenizer = Tokenizer.train([Dialogue("t", "d", turns)], 262)
-        >>> ids, labels = tokenizer.encode_dialogue(turns, max_length=16)
-        >>> [tokenizer.token(i) for i in ids]
-        ['<bos>', '<user>', 'h', 'i', '<eos>', '<bot>', 'y', 'o', '<eos>']
-        >>> [tokenizer.token(i) if i >= 0 else "" for i in labels]
-        ['', '', '', '', '', '', 'y', 'o', '<eos>']
-        """
-        if train_on not in ("bot", "all"):
-            raise ValueError(f"encode_dialogue: train_on must be bot or all, got {train_on!r}")
-        if max_length < 4:
-            raise ValueError(f"encode_dialogue: max_length must be at least 4, got {max_length}")
-        bot = bot_of(turns) if bot is None else bot
-        ids, labels = [self.bos_id], [IGNORE]
-        replied = False
-        for turn in turns:
-            said = [*self.encode(turn.text), self.eos_id]
-            learned = turn.speaker == bot or (train_on == "all" and turn.speaker not in SYSTEM_SPEAKERS)
-            ids += [self._role(turn.speaker, bot), *said]
-            labels += [IGNORE, *(said if learned else [IGNORE] * len(said))]
-            if learned and not replied:
-                replied, before = True, len(ids) - len(said)
-                if before > (room := max_length // 2):
-                    ids[1:before], labels[1:before] = ids[before - room + 1 : before], [IGNORE] * (room - 1)
-            if replied and len(ids) >= max_length:
-                break
-        return ids[:max_length], labels[:max_length]
-
-    def prompt(self, turns: Sequence[Turn], max_length: int, bot: str | None = None) -> list[int]:
-        """The ids after which the bot's reply to `turns` follows: the latest that leave it half of `max_length`."""
-        bot = bot_of(turns) if bot is None else bot
-        ids: list[int] = []
-        for turn in turns:
-            ids += [self._role(turn.speaker, bot), *self.encode(turn.text), self.eos_id]
-        return [self.bos_id, *ids[-(max(max_length // 2, 3) - 2) :], self.bot_id]
-
     def token(self, index: int) -> str:
         """The token of an id, as it is written in the vocabulary."""
         return str(self._bpe.id_to_token(index))
 
-    def _role(self, speaker: str, bot: str | None) -> int:
-        if speaker == bot:
-            return self.bot_id
-        return self.system_id if speaker in SYSTEM_SPEAKERS else self.user_id
+    def _frame(self, roles: tuple[str, ...]) -> list[list[int]]:
+        of = {"user": self.user_id, "assistant": self.bot_id, "system": self.system_id}
+        frame = [[self.bos_id]]
+        for role in roles:
+            frame[-1].append(of[role])
+            frame.append([self.eos_id])
+        return frame
+
+    def _is_special(self, index: int) -> bool:
+        return index == self.eos_id
+
+
+def _roles(turns: Sequence[Turn], bot: str | None) -> tuple[str, ...]:
+    """Of each turn, "assistant", "system" or "user", as chat templates call them."""
+    return tuple(
+        "assistant" if turn.speaker == bot else "system" if turn.speaker in SYSTEM_SPEAKERS else "user"
+        for turn in turns
+    )
 
 
 def bot_of(turns: Sequence[Turn]) -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 Adapt = Sequence[str] | Callable[[str], bool] | None
@@ -57,6 +59,18 @@ class Parameters:
             module._parameters[attribute] = values[name]
         for module in self._recurrent:  # torch.nn's recurrent layers keep a second list of their weights
             module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
+
+
+def twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of a model, in `dtype` if one is given, whose frozen parameters are not copied but shared where they can
+    be: a base under LoRA, most of a model, is needed once."""
+    frozen = {
+        id(p): p if dtype is None else nn.Parameter(p.detach().to(dtype), requires_grad=False)
+        for p in model.parameters()
+        if not p.requires_grad and p.is_floating_point()
+    }
+    copied = copy.deepcopy(model, frozen)
+    return copied if dtype is None else copied.to(dtype)
 
 
 def _selector(adapt: Adapt) -> Callable[[str], bool]:

