@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 import metakern as mk
 from benchmarks.gpu.pool import Job, Row
-from benchmarks.gpu.problems import OPS, Random, cast, function, samples
+from benchmarks.gpu.problems import FAR, OPS, Draw, Random, cast, function, last_task, samples
 from metakern.ops import SPECS, _backend
+from metakern.ops._spec import Sample
 
 DTYPES = ("bfloat16", "float32")
 
@@ -128,6 +129,20 @@ def check(op: str, sample: str, dtype: str, tiny: bool) -> Row:
     return compare("triton", problems, dtype)
 
 
+def far(op: str, draw: Draw) -> Row:
+    """The last task of a large tensor, to the bit what it is alone: offsets are of 64 bits."""
+
+    def found(sample: Sample) -> list[Tensor]:
+        f, x = function(SPECS[op].call, sample)
+        leaves = [t.requires_grad_() for t in x]
+        y = f(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, y.detach())]
+
+    sample = draw(Random(torch.bfloat16 if torch.cuda.is_available() else torch.float32, seed=1))
+    with mk.backend("triton"):
+        return {"good": all(a[-1:].equal(b) for a, b in zip(found(sample), found(last_task(sample)), strict=True))}
+
+
 def jobs(tiny: bool) -> Iterator[Job]:
     """Every op at small sizes of all kinds, which compute-sanitizer's run takes some of, and at real ones."""
     for op in OPS:
@@ -136,6 +151,9 @@ def jobs(tiny: bool) -> Iterator[Job]:
                 for dtype in ("float32",) if small else (*DTYPES, "float16") if op == "attention" else DTYPES:
                     label = {"op": op, "sample": sample, "dtype": dtype}
                     yield Job(label, partial(check, op, sample, dtype, small))
+    for op in FAR.keys() & OPS:
+        draw = next(iter(samples(op, True).values())) if tiny else FAR[op]
+        yield Job({"op": op, "sample": "more than 2^31 elements"}, partial(far, op, draw))
 
 
 def small() -> bool:
