@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -14,8 +15,9 @@ import torch
 import metakern as mk
 from benchmarks import peers
 from benchmarks.gpu import attention, checks, llama, measure, ops, recurrent
+from benchmarks.gpu.__main__ import PARTS
 from benchmarks.gpu.pool import MEMORY, Job, Pool, run
-from benchmarks.gpu.problems import LARGE, Random, cast, enlarged, function, samples
+from benchmarks.gpu.problems import LARGE, Random, Shapes, cast, enlarged, function, samples
 from benchmarks.gpu.targets import STREAMED, failures, targets
 from benchmarks.maml import ROOT, RefusedError, Runner, chosen, exact, installed, summary
 from benchmarks.problem import Problem
@@ -148,23 +150,21 @@ def test_workloads_have_a_tiny_form_of_the_same_model():
     assert of(work.problem("mlp", True)).steps == 4
 
 
-class Shapes(Make):
-    """Draws tensors without memory."""
-
-    def __call__(self, *shape):
-        return torch.empty(shape, dtype=self.dtype, device="meta")
-
-    def integers(self, high, *shape):
-        return torch.empty(shape, dtype=torch.long, device="meta")
-
-
 @pytest.mark.parametrize("op", LARGE)
 def test_large_problems_of_a_gpu_fit_their_op(op):
     for draw in LARGE[op].values():
-        sample = draw(Shapes(torch.bfloat16, "meta"))
+        sample = draw(Shapes())
         with mk.backend("reference"):
             assert SPECS[op].call(*sample.args, **sample.kwargs).is_meta
         assert all(SPECS[op].cost(sample, order).bytes > 1e5 for order in range(3))
+
+
+@triton
+def test_every_row_of_a_gpu_can_be_sent_to_a_process():
+    limits = {"copy_gb_per_s": 2, "bf16_tflop_per_s": 1}
+    for jobs, _ in PARTS.values():
+        labels = [pickle.loads(pickle.dumps(job)).label for job in jobs(limits, False)]
+        assert len({json.dumps(label) for label in labels}) == len(labels)
 
 
 def first_of_each(jobs):
@@ -257,11 +257,12 @@ def test_targets_name_ops():
     assert set(STREAMED) - SPECS.keys() <= {"adam_update"}
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_costs_no_other(monkeypatch):
     monkeypatch.setattr("benchmarks.gpu.pool.LIMIT", 20)
-    made = {"good": partial(dict, ms=1), "bad": partial(int, "x"), "ends": partial(os._exit, 3)}
+    made = {"ends": partial(os._exit, 3), "bad": partial(int, "x"), "good": partial(dict, ms=1)}
     with Pool() as pool:
-        rows = {row["name"]: row for row in pool.rows([Job({"name": name}, f) for name, f in made.items()], 2)}
+        rows = {row["name"]: row for row in pool.rows([Job({"name": name}, f) for name, f in made.items()])}
         monkeypatch.setattr("benchmarks.gpu.pool.LIMIT", 0.2)
         (hung,) = pool.rows([Job({}, partial(time.sleep, 60))])
         pool.deadline = time.monotonic()

@@ -45,7 +45,7 @@ from metakern import _native
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-AT_ONCE = 8  # processes that share the GPU where nothing is timed
+AT_ONCE = 12  # processes that share the GPU where nothing is timed
 SMALL = {"recurrent": ("metakern", recurrent.small), "ops": ("_kernel", checks.small)}  # parts of kernels' names
 Jobs = Iterable[Job]
 # Part -> its jobs, and how they run: by all processes at once, by one after all have compiled its kernels, or by one.

@@ -100,7 +100,7 @@ def recorded(op: str, sample: Sample, dtype: torch.dtype) -> dict[str, Callable[
 
         def rule(name: str) -> Callable[..., Any]:
             def call(*args: Any) -> Any:
-                calls[name] = partial(getattr(rules, name), *args)
+                calls[name] = partial(without_graph, getattr(rules, name), *args)
                 return calls[name]()
 
             return call
@@ -113,6 +113,12 @@ def recorded(op: str, sample: Sample, dtype: torch.dtype) -> dict[str, Callable[
         y = tree_leaves(f(*duals))
         torch.autograd.grad(y, duals, [dual(torch.randn_like(fwd.unpack_dual(t).primal)) for t in y])
     return {name: calls[name] for name in RULES}
+
+
+@torch.no_grad()
+def without_graph(rule: Callable[..., Any], *args: Any) -> Any:
+    """As a Function calls its rule."""
+    return rule(*args)
 
 
 def dual(x: Tensor) -> Tensor:

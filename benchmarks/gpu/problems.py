@@ -39,6 +39,19 @@ class Random(Make):
         return torch.randint(high, shape, generator=self.generator, device=self.device)
 
 
+class Shapes(Make):
+    """A Make of tensors without memory."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.bfloat16, "meta")
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.long, device=self.device)
+
+
 def _matrix(*shape: int, inputs: int = 1) -> Draw:
     return lambda make: Sample("", tuple(make(*shape) for _ in range(inputs)))
 
@@ -108,7 +121,7 @@ def samples(op: str, tiny: bool) -> dict[str, Draw]:
     """By name: small ones of many kinds, or those of the sizes that users have. None is empty."""
     spec = SPECS[op]
     draw = spec.samples if tiny else spec.benchmark
-    drawn = [s for s in draw(Make()) if s.name not in EXTREME]
+    drawn = [s for s in draw(Shapes()) if s.name not in EXTREME]
     full = [s for s in drawn if all(t.numel() for t in tree_leaves(s.args) if isinstance(t, Tensor))]
     return {s.name: partial(_named, draw, s.name) for s in full} | ({} if tiny else LARGE.get(op, {}))
 
