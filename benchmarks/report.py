@@ -126,29 +126,77 @@ def recurrent_table() -> str:
     return "\n".join([*lines, "", described(data)])
 
 
+def attention_table() -> str:
+    """Attention's rules by size."""
+    data = load("attention")
+    lines = [
+        "| B x H/H_kv x L x D | forward | jvp | vjp | vjp_jvp, ms | rate of vjp_jvp | flash / ours | ordinary / ours |",
+        "|---" * 8 + "|",
+    ]
+    for size, row in data["results"].items():
+        times = (f"{row['ms'][rule][0]:.2f}" for rule in ("forward", "jvp", "vjp", "vjp_jvp"))
+        ratios = (f"{row[key][0]:.2f}" for key in ("flash_over_ours", "ordinary_over_ours"))
+        rate = f"{row['of_rate']['vjp_jvp'][0]:.0%}"
+        lines.append(f"| {' | '.join((size, *times, rate, *ratios))} |")
+    return "\n".join([*lines, "", described(data)])
+
+
+def against(workload: str, jax: bool) -> str:
+    """The fastest of the peers that are, or are not, JAX, over metakern."""
+    peers = {
+        method: row
+        for method, row in load("maml")[workload]["methods"].items()
+        if row["peer"] != "metakern" and (row["peer"] == "jax") == jax
+    }
+    method = min(peers, key=lambda name: peers[name]["over_auto"])
+    return f"{peers[method]['over_auto']:.2f} x ({method})"
+
+
+def over_its_products(workload: str) -> str:
+    return f"{1 / load('maml')[workload]['methods']['metakern auto']['of_limit']:.2f}"
+
+
+def growth(workload: str) -> str:
+    peaks = load("maml")[workload]["memory_mib"]["metakern recompute"]
+    return f"{peaks['16'] / peaks['1']:.2f}"
+
+
+def table(lines: list[tuple[str, str, str]]) -> str:
+    return "\n".join(["| | target | measured |", "|---|---|---|", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def transformer_targets_table() -> str:
+    """What the GPT was to reach on this kind of machine, beside what was measured."""
+    long = load("maml")["gpt-long"]["methods"]
+
+    def memory(method: str) -> str:
+        return f"1 / {long['plain PyTorch']['peak_mib'] / long[method]['peak_mib']:.1f}"
+
+    return table(
+        [
+            ("GPT's meta-gradient: the fastest PyTorch peer over ours", ">= 1.7", against("gpt", jax=False)),
+            ("the fastest JAX form over ours", ">= 1.4", against("gpt", jax=True)),
+            ("ours over its products alone, at torch.mm's rate", "<= 1.25", over_its_products("gpt")),
+            ("peak memory with recompute, K = 16 over K = 1", "<= 1.4", growth("gpt")),
+            ("length 1024, one task: peak memory over that of attention with L x L matrices, recompute", "<= 1 / 5",
+             memory("metakern recompute")),
+            ("the same, keeping the graph of three steps", "<= 1 / 5", memory("metakern store")),
+        ]
+    )  # fmt: skip
+
+
 def targets_table() -> str:
     """What the LSTM was to reach on this kind of machine, beside what was measured."""
     rows = load("recurrent")["results"]["lstm"]
     sizes = {size: tuple(map(int, size.split("x"))) for size in rows}
     large = [size for size, (_, B, _, H) in sizes.items() if B >= 8 and H >= 256]
     single = [size for size, (T, B, _, _) in sizes.items() if T == 8 and B == 1]
-    meta = load("maml")
 
     def worst(key: str, among: list[str], pick: Callable = min, form: str = "{:.2f}") -> str:
         size = pick(among, key=lambda s: rows[s][key][0])
         middle, low, high = (form.format(value) for value in rows[size][key])
         return f"{middle} [{low}, {high}] at {size.replace('x', ' x ')}"
 
-    def against(workload: str, jax: bool) -> str:
-        peers = {
-            method: row
-            for method, row in meta[workload]["methods"].items()
-            if row["peer"] != "metakern" and (row["peer"] == "jax") == jax
-        }
-        method = min(peers, key=lambda name: peers[name]["over_auto"])
-        return f"{peers[method]['over_auto']:.2f} x ({method})"
-
-    peaks = meta["lstm"]["memory_mib"]["metakern recompute"]
     lines = [
         ("vjp_jvp over vjp, worst size", "<= 2.2", worst("vjp_jvp_over_vjp", list(rows), max)),
         ("torch.nn.LSTM's forward + backward over ours, worst size", ">= 1", worst("torch_over_ours", list(rows))),
@@ -158,12 +206,11 @@ def targets_table() -> str:
          worst("recurrence_of_rate", single, form="{:.0%}")),
         ("LSTM LM's meta-gradient: the fastest PyTorch peer over ours", ">= 2", against("lstm", jax=False)),
         ("the fastest JAX form over ours", ">= 1.25", against("lstm", jax=True)),
-        ("ours over its products alone, at torch.mm's rate", "<= 1.2",
-         f"{1 / meta['lstm']['methods']['metakern auto']['of_limit']:.2f}"),
+        ("ours over its products alone, at torch.mm's rate", "<= 1.2", over_its_products("lstm")),
         ("small LSTM LM's: the fastest PyTorch peer over ours", ">= 5", against("lstm-small", jax=False)),
-        ("peak memory with recompute, K = 16 over K = 1", "<= 1.4", f"{peaks['16'] / peaks['1']:.2f}"),
+        ("peak memory with recompute, K = 16 over K = 1", "<= 1.4", growth("lstm")),
     ]  # fmt: skip
-    return "\n".join(["| | target | measured |", "|---|---|---|", *(f"| {' | '.join(line)} |" for line in lines)])
+    return table(lines)
 
 
 TABLES = {

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from largest import Largest
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,7 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import metakern as mk
 from metakern.ops import SPECS
 from metakern.ops._spec import Make
-from tests.largest import Largest
 
 
 def qkv(B: int, H: int, H_kv: int, L: int, L_k: int, D: int = 3) -> tuple[Tensor, Tensor, Tensor]:

@@ -115,17 +115,17 @@ def test_patched_computes_the_same(name: str, fused: list[dict]) -> None:
         inputs = batch(3, padding=padding)
         if padding is None:
             del inputs["attention_mask"]
-        with comparable(), torch.no_grad():
+        with comparable():
             expected, found = model(**inputs), ours(**inputs)
         seen = inputs.get("attention_mask", torch.ones(2, L)).bool()
         close(found.logits[seen], expected.logits[seen])
         close(found.loss, expected.loss)
         assert len(fused) == (0 if name == "gemma2" else 2)
-        assert all(call["mask"] is None if padding is None else torch.equal(call["mask"], seen) for call in fused)
-        windows = [call["window"] for call in fused]
-        assert windows == {"qwen2": [None, 3], "mistral": [3, 3], "phi3": [4, 4], "gemma3_text": [3, 3]}.get(
-            name, [None] * len(fused)
-        )
+        windows = {"qwen2": [None, 3], "mistral": [3, 3], "phi3": [4, 4], "gemma3_text": [3, 3]}
+        assert [call["window"] for call in fused] == windows.get(name, [None] * len(fused))
+        for call in fused:
+            plain = padding is None and call["window"] is None
+            assert call["mask"] is None if plain else torch.equal(call["mask"], seen)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -211,6 +211,14 @@ def test_what_the_op_does_not_compute_is_the_models_own(fused: list[dict]) -> No
     assert not fused
 
 
+def test_a_window_that_the_layers_do_not_know(fused: list[dict]) -> None:
+    sizes = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts_per_tok": 2}
+    model = build("qwen2_moe", **WINDOW, **sizes).float()  # whose experts are not for float64
+    ours, _ = patched(model)
+    close(ours(**batch(1, padding=None)).logits, model(**batch(1, padding=None)).logits, 1e-4)
+    assert 3 in [call["window"] for call in fused]
+
+
 def test_attention_of_a_module_called_by_itself() -> None:
     """Without the mask function: in both directions where the module says so."""
     model = build("llama")
@@ -250,13 +258,16 @@ def test_half_precision_is_as_good_as_unpatched(name: str) -> None:
     assert errors[0] <= 2 * errors[1] + 1e-6
 
 
-def test_under_autocast_pytorch_chooses_the_dtypes(fused: list[dict]) -> None:
-    model = build("phi3").float()
+@pytest.mark.parametrize("name", ["phi3", "gpt2"])
+def test_under_autocast_pytorch_chooses_the_dtypes(name: str, fused: list[dict]) -> None:
+    model = build(name).float()
     ours, _ = patched(model)
     inputs = batch(1, padding="right")
     seen = inputs["attention_mask"].bool()
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(ours(**inputs).logits[seen], model(**inputs).logits[seen], rtol=0.03, atol=0.03)
+        expected = model(**inputs)
+        torch.testing.assert_close(ours(**inputs).logits[seen], expected.logits[seen], rtol=0.03, atol=0.03)
+        torch.testing.assert_close(mk.losses.causal_lm(ours, inputs).float(), expected.loss, rtol=0.03, atol=0.03)
     assert not fused
 
 

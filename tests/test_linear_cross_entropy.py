@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 import torch.nn.functional as F
+from largest import Largest
 from torch import Tensor
 
 import metakern as mk
 from metakern.ops._spec import Make
-from tests.largest import Largest
 
 room = importlib.import_module("metakern.ops.linear_cross_entropy")
 

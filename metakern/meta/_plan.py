@@ -278,7 +278,7 @@ class _MismatchError(RuntimeError):
 
 
 class comparable(TorchFunctionMode):  # noqa: N801, a context manager
-    """Dropout is the identity, and float64 stays float64: two ways of computing a loss can only be compared so."""
+    """Dropout is the identity, and what has derivatives stays float64: two ways to a loss can only be compared so."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -286,7 +286,7 @@ class comparable(TorchFunctionMode):  # noqa: N801, a context manager
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
             kwargs = {**kwargs, "dropout_p": 0.0}
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+        if torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float or (func is Tensor.to and any(a is torch.float32 for a in args)):
                 return args[0]  # as in transformers' norms, which are float32 in every model
             if func in _SOFTMAXES and kwargs.get("dtype") == torch.float32:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern import ops
+from metakern.nn.linear import linear, mixed
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -16,10 +17,10 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     query is [L, B, E], [B, L, E] with batch_first, or [L, E] without a batch; key and value alike. The fused
     `metakern.ops.attention` runs for need_weights=False without a mask, with a key_padding_mask of booleans, and with
-    is_causal=True, which says that attn_mask is the causal mask. Any other mask, active dropout, and need_weights=True
-    (torch.nn's default) take ordinary PyTorch operations, which hold all weights at once. A query that sees no key
-    gives zeros before the output projection, where torch.nn gives NaN. Raises ValueError for add_bias_kv and
-    add_zero_attn, and for shapes that do not fit.
+    is_causal=True, which says that attn_mask is the causal mask. Any other mask, active dropout, autocast, and
+    need_weights=True (torch.nn's default) take ordinary PyTorch operations, which hold all weights at once. A query
+    that sees no key gives zeros before the output projection, where torch.nn gives NaN. Raises ValueError for
+    add_bias_kv and add_zero_attn, and for shapes that do not fit.
 
     >>> import metakern as mk, torch
     >>> attention, x = mk.nn.MultiheadAttention(4, num_heads=2, batch_first=True), torch.zeros(1, 3, 4)
@@ -54,7 +55,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         weights = None
         padding = self._padding(q, k, key_padding_mask)
         additive = padding is not None and padding.dtype != torch.bool
-        if need_weights or dropout or additive or (attn_mask is not None and not is_causal):
+        if need_weights or dropout or additive or (attn_mask is not None and not is_causal) or mixed(q, k, v):
             y, weights = _composed(q, k, v, self._masks(q, k, padding, attn_mask, is_causal), dropout)
             weights = weights.mean(1) if average_attn_weights else weights
         else:
@@ -64,7 +65,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
         elif not self.batch_first:
             y = y.transpose(0, 1)
-        return ops.linear(y, self.out_proj.weight, self.out_proj.bias), weights if need_weights else None
+        return linear(y, self.out_proj.weight, self.out_proj.bias), weights if need_weights else None
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether there is a batch dimension."""
@@ -80,11 +81,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             weights: Any = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         elif query is key and key is value:
-            return ops.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            return linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         else:
             weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return tuple(ops.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        return tuple(linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
 
     def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
         """To [B, H, L, D]."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from metakern import ops
+from metakern.nn.linear import mixed
 
 
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm by `metakern.ops.layer_norm`: the same arguments, state dict and outputs.
 
-    Input and output are [..., *normalized_shape]; another shape raises ValueError.
+    Input and output are [..., *normalized_shape]; another shape raises ValueError. Under autocast it is torch.nn's.
 
     >>> import metakern as mk, torch
     >>> mk.nn.LayerNorm(2)(torch.tensor([[1.0, 3.0]]))
@@ -18,6 +19,8 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if mixed(input, self.weight, self.bias):
+            return super().forward(input)
         weight, bias = (None if p is None else p.flatten() for p in (self.weight, self.bias))
         return ops.layer_norm(_flat(self, input), weight, bias, self.eps).view(input.shape)
 
@@ -25,7 +28,7 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm by `metakern.ops.rms_norm`: the same arguments, state dict and outputs.
 
-    Input and output are [..., *normalized_shape]; another shape raises ValueError.
+    Input and output are [..., *normalized_shape]; another shape raises ValueError. Under autocast it is torch.nn's.
 
     >>> import metakern as mk, torch
     >>> mk.nn.RMSNorm(2, elementwise_affine=False)(torch.tensor([[1.0, 7.0]]))
@@ -33,6 +36,8 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if mixed(x, self.weight):
+            return super().forward(x)
         weight = None if self.weight is None else self.weight.flatten()
         return ops.rms_norm(_flat(self, x), weight, self.eps).view(x.shape)
 

@@ -40,11 +40,11 @@ def patch(model: nn.Module) -> Report:
 
     Of torch.nn: RNN, GRU, LSTM, LayerNorm, RMSNorm, GELU, SiLU, Linear, MultiheadAttention, Transformer layers.
 
-    Of Hugging Face's transformers: attention by way of the library's own interface, with the model's window and the
-    padding mask, [B, L_k], so that there is no L x L matrix; rotary embeddings; RMS norms; gated MLPs; activations;
-    Conv1D; the loss of a causal language model. Attention that `metakern.ops.attention` does not compute, such as
-    active dropout, capped scores or the caller's own mask, takes the model's eager formula. A query that sees no key,
-    as at a padded place, gives zeros.
+    Of Hugging Face's transformers, from 4.53 on: attention by way of the library's own interface, with the model's
+    window and the padding mask, [B, L_k], so that there is no L x L matrix; rotary embeddings; RMS norms; gated MLPs;
+    activations; Conv1D; the loss of a causal language model. Attention that `metakern.ops.attention` does not compute,
+    such as active dropout, capped scores or the caller's own mask, takes the model's eager formula. A query that sees
+    no key, as at a padded place, gives zeros.
 
     Left alone, and reported with the reason, is what may compute something else: subclasses, modules whose `forward`
     was replaced, LSTMs with projections, modules of transformers that no rule knows. Raises TypeError where `model` is

@@ -19,6 +19,7 @@ from metakern import ops
 from metakern.nn.linear import mixed
 
 NAME = "metakern"
+_WINDOW = "_metakern_window"  # an attribute of a mask
 _NOT_FUSED = ("softcap", "s_aux", "position_bias", "head_mask", "cache")
 
 
@@ -35,14 +36,16 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface over `metakern.ops.attention`: query [B, H, L, D] -> [B, L, H, D], no weights.
 
-    attention_mask is what `key_mask` made, [B, L_k] of booleans or None, or a mask [B, 1, L, L_k] of the caller's.
+    attention_mask is what `key_mask` made, [B, L_k] of booleans, or a mask [B, 1, L, L_k] of the caller's. None leaves
+    it to the module whether it looks ahead, as for PyTorch's own attention.
     """
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    window = kwargs.get("sliding_window") if causal else None
+    causal, window = kwargs.get("is_causal"), None
     if attention_mask is not None and attention_mask.dim() == 2:
+        causal, window = True, getattr(attention_mask, _WINDOW, kwargs.get("sliding_window"))
         attention_mask, keys = attention_mask.bool(), attention_mask.shape[1]
         key, value = key[:, :, :keys], value[:, :, :keys]  # the rest of a cache of fixed size is not filled yet
+    elif causal is None:
+        causal = getattr(module, "is_causal", True)
     if (
         (attention_mask is not None and attention_mask.dim() != 2)
         or (kwargs.get("dropout") and module.training)
@@ -52,7 +55,8 @@ def attention_forward(
         or mixed(query, key, value)
     ):
         mask = _scores_mask(query, key, attention_mask, causal, window)
-        return type(module).forward.__globals__["eager_attention_forward"](module, query, key, value, mask, **kwargs)
+        eager = code_of(type(module)).__globals__["eager_attention_forward"]
+        return eager(module, query, key, value, mask, **kwargs)
     y = ops.attention(query, key, value, causal=causal, mask=attention_mask, window=window, scale=kwargs.get("scaling"))
     return y.transpose(1, 2).contiguous(), None
 
@@ -60,14 +64,13 @@ def attention_forward(
 def key_mask(**kwargs: Any) -> Tensor | None:
     """transformers' mask interface: [B, L_k] for causal masks, with a window or without; [B, 1, L, L_k] for others.
 
-    True is seen; None stands for a mask that shows all keys. Keys after the last query's own are cut off.
+    True is seen; None stands for a causal mask that shows all keys. Keys after the last query's own are cut off.
     """
     from transformers import masking_utils
 
     L_k, start, window = kwargs["kv_length"], int(kwargs.get("kv_offset", 0)), kwargs.get("local_size")
     positions = kwargs.get("cache_position")  # before transformers 5
-    first = positions[0] if positions is not None else kwargs.get("q_offset", 0)
-    last = int(first) + (len(positions) if positions is not None else kwargs["q_length"])
+    last = int(kwargs.get("q_offset", 0)) + kwargs["q_length"] if positions is None else int(positions[-1]) + 1
     seen, mask = last - start, kwargs.get("attention_mask")
     causal = masking_utils.causal_mask_function
     if window is not None:
@@ -75,8 +78,13 @@ def key_mask(**kwargs: Any) -> Tensor | None:
     if seen > L_k or not same(kwargs.get("mask_function", masking_utils.causal_mask_function), causal):
         return masking_utils.sdpa_mask(**{**kwargs, "allow_is_causal_skip": False})
     if mask is not None:
-        return nn.functional.pad(mask, (0, max(last - mask.shape[1], 0)))[:, start:last]
-    return None if seen == L_k else torch.ones(kwargs["batch_size"], seen, dtype=torch.bool, device=kwargs["device"])
+        mask = nn.functional.pad(mask, (0, max(last - mask.shape[1], 0)))[:, start:last]
+    elif window is not None or seen < L_k:
+        device = kwargs["device"] if positions is None else positions.device
+        mask = torch.ones(kwargs["batch_size"], seen, dtype=torch.bool, device=device)
+    if mask is not None:
+        setattr(mask, _WINDOW, window)  # the layers of some models do not know theirs
+    return mask
 
 
 def _scores_mask(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int | None) -> Tensor | None:
@@ -123,6 +131,11 @@ def is_half_rotation(candidate: Callable[..., Any] | None) -> bool:
         return all(torch.allclose(a, ops.rope(x, cos, sin)) for a, x in zip(found, (q, k), strict=True))
     except Exception:  # a function of other arguments is another function
         return False
+
+
+def code_of(kind: Any) -> Any:
+    """The forward of a class as it was written, without what wraps it."""
+    return inspect.unwrap(kind.forward)
 
 
 def same(f: Any, g: Any) -> bool:

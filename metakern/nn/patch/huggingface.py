@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from metakern import ops
 from metakern.nn.linear import Linear, mixed
-from metakern.nn.patch.attention import NAME, is_half_rotation, register, rotary, same
+from metakern.nn.patch.attention import NAME, code_of, is_half_rotation, register, rotary, same
 from metakern.nn.patch.report import Left, Replaced
 from metakern.ops._tensors import wide
 
@@ -188,7 +188,7 @@ def replacement(module: nn.Module) -> tuple[type[Fused] | None, str | None]:
         return _made(kind, mixin, mixin.runs), None
     if _calls_interface(kind):
         fused = cast(Any, module).config._attn_implementation == NAME
-        turns = _uses(kind, _ROTARY) and is_half_rotation(kind.forward.__globals__.get(_ROTARY))
+        turns = code_of(kind) is kind.forward and _uses(kind, _ROTARY) and is_half_rotation(_global(kind, _ROTARY))
         runs = ", ".join([_ATTENTION] * fused + [_ROPE] * turns)
         return _made(kind, Attention, runs) if runs else None, None
     if any(p is not None for p in module._parameters.values()) and not isinstance(module, nn.Embedding):
@@ -275,7 +275,7 @@ def separate_head(model: nn.Module) -> Any:
         return None
     head = lm.get_output_embeddings()
     plain = type(head) is Linear and head._parameters["bias"] is None and isinstance(head.weight, nn.Parameter)
-    touched = "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks
+    touched = "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks or mixed(head.weight)
     return head if plain and not touched and not getattr(lm.config, "final_logit_softcapping", None) else None
 
 
@@ -310,6 +310,8 @@ def _attention_obstacle(model: Any) -> str | None:
         return "it is an encoder-decoder's, with masks of other kinds"
     if softcap is not None:
         return f"its scores are capped at {softcap}"
+    if not hasattr(sys.modules["transformers"], "AttentionMaskInterface"):
+        return "it needs transformers 4.53 or newer"
     if not any(_calls_interface(kind) for kind in kinds):
         return "it does not go through transformers' attention interface"
     if not (getattr(model, "_supports_flash_attn", False) or getattr(model, "_supports_flash_attn_2", False)):
@@ -318,13 +320,17 @@ def _attention_obstacle(model: Any) -> str | None:
 
 
 def _calls_interface(kind: Any) -> bool:
-    return _uses(kind, "ALL_ATTENTION_FUNCTIONS") and "eager_attention_forward" in kind.forward.__globals__
+    return _uses(kind, "ALL_ATTENTION_FUNCTIONS") and _global(kind, "eager_attention_forward") is not None
 
 
 def _uses(kind: Any, name: str) -> bool:
-    """Whether the forward of a class names a global of its module, and is not wrapped in something else."""
-    code = getattr(kind.forward, "__code__", None)
+    """Whether the forward of a class names a global of its module."""
+    code = getattr(code_of(kind), "__code__", None)
     return code is not None and name in code.co_names
+
+
+def _global(kind: Any, name: str) -> Any:
+    return code_of(kind).__globals__.get(name)
 
 
 def _is_silu(module: Any) -> bool:
