@@ -20,6 +20,7 @@ from metakern.ops import SPECS, _backend
 from metakern.ops._spec import Sample
 
 DTYPES = ("bfloat16", "float32")
+BEYOND = "more than 2^31 elements"
 HALF = ("causal-1024x64", "grouped-1000x128", "lengths-900x64")  # of attention's samples, those in float16 too
 
 
@@ -151,10 +152,10 @@ def jobs(tiny: bool) -> Iterator[Job]:
         for small in (True,) if tiny else (True, False):
             for sample in samples(op, small):
                 for dtype in ("float32",) if small else (*DTYPES, "float16") if sample in HALF else DTYPES:
-                    label = {"op": op, "sample": sample, "dtype": dtype}
+                    label = {"op": op, "sample": sample, "small": small, "dtype": dtype}
                     yield Job(label, partial(check, op, sample, dtype, small))
     for op in FAR.keys() & OPS:
-        yield Job({"op": op, "sample": "more than 2^31 elements"}, partial(far, op, tiny))
+        yield Job({"op": op, "sample": BEYOND}, partial(far, op, tiny))
 
 
 def small() -> bool:
