@@ -15,12 +15,46 @@ from metakern.ops._rules import Tensors
 # In the interpreter blocks are so small that the tensors of tests have several, and a tail.
 INTERPRETED = triton.knobs.runtime.interpret
 
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        """As in Triton 3.6, whose scalars are arrays of one element; NumPy 2.4 makes no index of these."""
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def _call(self: Any, *args: Any, **options: Any) -> Any:
+        """A function called by a kernel. Patching the language again for each call takes most of the kernel's time."""
+        if tl.core.is_builtin(tl.core.full):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **options)
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+    interpreter.InterpretedFunction.__call__ = _call
+
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
     """kernel[grid](*args, **options) on the tensors' device; nothing where the grid is empty."""
     if all(grid):
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[grid](*args, **options)
+
+
+def shared_memory(device: torch.device) -> int:
+    """The bytes of shared memory that a program may have on a GPU; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+def precision() -> str:
+    """How products of float32 are taken: to full precision, unless PyTorch is told that less will do."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def contiguous(*tensors: torch.Tensor | None) -> Tensors:

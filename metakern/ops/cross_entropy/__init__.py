@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu
+from metakern.ops import _checks, _cpu, _triton
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -117,6 +117,7 @@ OP = Op(
     kernels={
         "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
         "cpu": _cpu.rules("cross_entropy", constants=("target",), scalars=lambda c: (c.ignore_index,)),
+        "triton": _triton.rules("cross_entropy"),
     },
 )
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks
+from metakern.ops import _checks, _triton
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import shared, wide
@@ -67,7 +67,7 @@ def _vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -
     (weight,), (ct_y,) = inputs, ct_outputs
     T, V, D = weight.shape
     ct_weight = wide(ct_y).new_zeros(T * V, D)
-    ct_weight.index_add_(0, _places(c.tokens, V), wide(ct_y).flatten(0, 1))
+    ct_weight.index_add_(0, places(c.tokens, V), wide(ct_y).flatten(0, 1))
     return (ct_weight.view(T, V, D).to(weight.dtype),)
 
 
@@ -86,21 +86,23 @@ def _vjp_jvp(
 def _rows(weight: Tensor, tokens: Tensor) -> Tensor:
     if shared(weight):
         return F.embedding(tokens, weight[0])
-    return weight.flatten(0, 1).index_select(0, _places(tokens, weight.shape[1])).unflatten(0, tokens.shape)
+    return weight.flatten(0, 1).index_select(0, places(tokens, weight.shape[1])).unflatten(0, tokens.shape)
 
 
-def _places(tokens: Tensor, V: int) -> Tensor:
+def places(tokens: Tensor, V: int) -> Tensor:
     """The rows of the tokens in [T * V, D]. A token out of range gets none, lest it reads a neighbor's table."""
     T = tokens.shape[0]
     places = tokens + V * torch.arange(T, device=tokens.device).unsqueeze(1)
     return places.where((tokens >= 0) & (tokens < V), T * V).flatten()
 
 
+REFERENCE = Rules(_forward, _jvp, _vjp, _vjp_jvp)
+
 OP = Op(
     "embedding",
     inputs=("weight",),
     constants=("tokens",),
-    kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)},
+    kernels={"reference": REFERENCE, "triton": _triton.rules("embedding")},
 )
 
 

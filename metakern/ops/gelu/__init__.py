@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu
+from metakern.ops import _checks, _cpu, _triton
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -86,17 +86,26 @@ def _second(x: Tensor, approximate: str) -> Tensor:
     return (1 - tau * tau) * (slope + x * (3 * _K * _A * x - tau * slope * slope))
 
 
+def by_approximation(**rules: Rules) -> Rules:
+    """The rules that choose by `c.approximate`."""
+
+    def rule(name: str) -> Callable[..., Any]:
+        return lambda c, *tensors: getattr(rules[c.approximate], name)(c, *tensors)
+
+    return Rules(rule("forward"), rule("jvp"), rule("vjp"), rule("vjp_jvp"), rules["tanh"].dtypes)
+
+
 _REFERENCE = Rules(_forward, _jvp, _vjp, _vjp_jvp)
-_NATIVE = {"none": _cpu.curvature("gelu", _REFERENCE), "tanh": _cpu.rules("gelu_tanh")}
 
-
-def _native(rule: str) -> Callable[..., Any]:
-    return lambda c, *tensors: getattr(_NATIVE[c.approximate], rule)(c, *tensors)
-
-
-_CPU = Rules(_native("forward"), _native("jvp"), _native("vjp"), _native("vjp_jvp"), _NATIVE["tanh"].dtypes)
-
-OP = Op("gelu", inputs=("x",), kernels={"reference": _REFERENCE, "cpu": _CPU})
+OP = Op(
+    "gelu",
+    inputs=("x",),
+    kernels={
+        "reference": _REFERENCE,
+        "cpu": by_approximation(none=_cpu.curvature("gelu", _REFERENCE), tanh=_cpu.rules("gelu_tanh")),
+        "triton": _triton.rules("gelu"),
+    },
+)
 
 
 def _plain(x: Tensor, approximate: str = "none") -> Tensor:

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu
+from metakern.ops import _checks, _cpu, _triton
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import per_row, rows, wide
@@ -151,6 +151,7 @@ OP = Op(
     kernels={
         "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
         "cpu": _cpu.rules("layer_norm", scalars=lambda c: (c.eps,)),
+        "triton": _triton.rules("layer_norm"),
     },
 )
 

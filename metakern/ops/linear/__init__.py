@@ -20,13 +20,15 @@ per task for `ct_W`. Half precision accumulates in float32 inside each product.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu, _tensors
+from metakern.ops import _checks, _cpu, _tensors, _triton
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import Product, products, rows
@@ -54,8 +56,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], weight.shape[1])
 
 
-def _rules(product: Product) -> Rules:
-    """The four rules, which are products."""
+def rules(product: Product, total: Callable[..., Tensor | None]) -> Rules:
+    """The four rules, which are products; total(*pairs) is the sum of those of complete pairs, or None."""
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
         x, weight, bias = inputs
@@ -63,7 +65,7 @@ def _rules(product: Product) -> Rules:
 
     def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
         (x, weight, _), (t_x, t_weight, t_bias) = inputs, t_inputs
-        t_y = products(product, (t_x, weight.mT), (x, None if t_weight is None else t_weight.mT))
+        t_y = total((t_x, weight.mT), (x, None if t_weight is None else t_weight.mT))
         if t_y is None:
             return (t_bias.unsqueeze(1).expand(*x.shape[:2], -1).clone(),), ()
         return (t_y if t_bias is None else t_y + t_bias.unsqueeze(1),), ()
@@ -89,8 +91,8 @@ def _rules(product: Product) -> Rules:
         (t_ct_y,), needs = t_ct_outputs or (None,), c.needs
         t_ct_y_mT = None if t_ct_y is None else t_ct_y.mT
         return (
-            products(product, (t_ct_y, weight), (ct_y, t_weight)) if needs[0] else None,
-            products(product, (t_ct_y_mT, x), (ct_y.mT, t_x)) if needs[1] else None,
+            total((t_ct_y, weight), (ct_y, t_weight)) if needs[0] else None,
+            total((t_ct_y_mT, x), (ct_y.mT, t_x)) if needs[1] else None,
             t_ct_y.sum(1) if needs[2] and t_ct_y is not None else None,
         )
 
@@ -100,7 +102,11 @@ def _rules(product: Product) -> Rules:
 OP = Op(
     "linear",
     inputs=("x", "weight", "bias"),
-    kernels={"reference": _rules(_tensors.product), "cpu": _rules(_cpu.product)},
+    kernels={
+        "reference": rules(_tensors.product, partial(products, _tensors.product)),
+        "cpu": rules(_cpu.product, partial(products, _cpu.product)),
+        "triton": _triton.rules("linear"),
+    },
     zero_tangents=False,
 )
 

@@ -22,13 +22,14 @@ where tasks share the weight). Half precision has its products in half precision
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metakern.ops import _checks, _tensors
+from metakern.ops import _checks, _tensors, _triton
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -73,74 +74,114 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
     return (share * y.view(share.shape)).sum(-1).to(hidden.dtype)
 
 
-def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
-    hidden, weight = inputs
-    nothing = wide(hidden[:0].flatten())
-    losses, lses = [nothing], [nothing]
-    for t, rows in _chunks(c, hidden, weight):
-        logits, place = _logits(hidden[t, rows], weight[t]), c.target[t, rows].unsqueeze(-1)
-        likelihood = torch.log_softmax(logits, -1).gather(-1, place).squeeze(-1)
-        losses.append(-likelihood)
-        lses.append(logits.gather(-1, place).squeeze(-1) - likelihood)
-    return (torch.cat(losses).view(c.target.shape),), (torch.cat(lses).view(c.target.shape),)
+class Softmax(NamedTuple):
+    """What is between the products: the rules of the tokens' losses, of some rows of logits z.
+
+    losses(z, target)                                       -> y, ℓ
+    t_losses(z, ℓ, target, t_z)                             -> t_y, t_ℓ
+    cotangents(z, ℓ, target, ct_y)                          -> g                 may overwrite z
+    t_cotangents(z, ℓ, target, t_z, t_ℓ, ct_y, t_ct_y)      -> t_g, g            may overwrite z and t_z
+    """
+
+    losses: Callable[..., tuple[Tensor, Tensor]]
+    t_losses: Callable[..., tuple[Tensor, Tensor]]
+    cotangents: Callable[..., Tensor]
+    t_cotangents: Callable[..., tuple[Tensor, Tensor]]
 
 
-def _jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
-    hidden, weight = inputs
-    nothing = r[0][:0].flatten()
-    t_losses, t_lses = [nothing], [nothing]
-    for t, rows in _chunks(c, hidden, weight):
-        p = torch.softmax(_logits(hidden[t, rows], weight[t]), -1)
-        t_logits = _t_logits(inputs, t_inputs, t, rows)
-        t_lse = (p * t_logits).sum(-1)
-        t_lses.append(t_lse)
-        t_losses.append(t_lse - t_logits.gather(-1, c.target[t, rows].unsqueeze(-1)).squeeze(-1))
-    return (torch.cat(t_losses).view(c.target.shape),), (torch.cat(t_lses).view(c.target.shape),)
+def rules(softmax: Softmax) -> Rules:
+    """The four rules, which are products around those of the softmax."""
+
+    def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
+        hidden, weight = inputs
+        nothing = wide(hidden[:0].flatten())
+        losses, lses = [nothing], [nothing]
+        for t, rows in _chunks(c, hidden, weight):
+            loss, lse = softmax.losses(hidden[t, rows] @ weight[t].mT, c.target[t, rows])
+            losses.append(loss)
+            lses.append(lse)
+        return (torch.cat(losses).view(c.target.shape),), (torch.cat(lses).view(c.target.shape),)
+
+    def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
+        (hidden, weight), (lse,) = inputs, r
+        nothing = lse[:0].flatten()
+        t_losses, t_lses = [nothing], [nothing]
+        for t, rows in _chunks(c, hidden, weight):
+            logits, t_logits = hidden[t, rows] @ weight[t].mT, _t_logits(inputs, t_inputs, t, rows)
+            t_loss, t_lse = softmax.t_losses(logits, lse[t, rows], c.target[t, rows], t_logits)
+            t_losses.append(t_loss)
+            t_lses.append(t_lse)
+        return (torch.cat(t_losses).view(c.target.shape),), (torch.cat(t_lses).view(c.target.shape),)
+
+    def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
+        (hidden, weight), (lse,), (ct_y,) = inputs, r, ct_outputs
+        ct_hidden, ct_weight = _cotangents(c, inputs)
+        for t, rows in _chunks(c, hidden, weight):
+            x = hidden[t, rows]
+            g = softmax.cotangents(x @ weight[t].mT, lse[t, rows], c.target[t, rows], ct_y[t, rows]).to(x.dtype)
+            if ct_hidden is not None:
+                ct_hidden[t, rows] += g @ weight[t]
+            if ct_weight is not None:
+                _add_product(ct_weight[t], g.mT, x)
+        return tuple(None if ct is None else ct.to(hidden.dtype) for ct in (ct_hidden, ct_weight))
+
+    def vjp_jvp(
+        c: SimpleNamespace,
+        inputs: Tensors,
+        r: Tensors,
+        t_inputs: Tensors,
+        t_r: Tensors,
+        ct_outputs: Tensors,
+        t_ct_outputs: Tensors | None,
+    ) -> Tensors:
+        (hidden, weight), (t_hidden, t_weight), (lse,), (t_lse,), (ct_y,) = inputs, t_inputs, r, t_r, ct_outputs
+        t_ct_hidden, t_ct_weight = _cotangents(c, inputs)
+        for t, rows in _chunks(c, hidden, weight):
+            x, t_logits = hidden[t, rows], _t_logits(inputs, t_inputs, t, rows)
+            t_ct_y = None if t_ct_outputs is None else t_ct_outputs[0][t, rows]
+            tangents = (t_logits, t_lse[t, rows], ct_y[t, rows], t_ct_y)
+            t_g, g = softmax.t_cotangents(x @ weight[t].mT, lse[t, rows], c.target[t, rows], *tangents)
+            t_g, g = t_g.to(x.dtype), g.to(x.dtype)
+            if t_ct_hidden is not None:
+                t_ct_hidden[t, rows] += t_g @ weight[t]
+                if t_weight is not None:
+                    t_ct_hidden[t, rows] += g @ t_weight[t]
+            if t_ct_weight is not None:
+                _add_product(t_ct_weight[t], t_g.mT, x)
+                if t_hidden is not None:
+                    _add_product(t_ct_weight[t], g.mT, t_hidden[t, rows])
+        return tuple(None if t_ct is None else t_ct.to(hidden.dtype) for t_ct in (t_ct_hidden, t_ct_weight))
+
+    return Rules(forward, jvp, vjp, vjp_jvp)
 
 
-def _vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
-    (hidden, weight), (ct_y,) = inputs, ct_outputs
-    ct_hidden, ct_weight = _cotangents(c, inputs)
-    for t, rows in _chunks(c, hidden, weight):
-        x, ct, place = hidden[t, rows], ct_y[t, rows].unsqueeze(-1), c.target[t, rows].unsqueeze(-1)
-        g = lower(torch.softmax(_logits(x, weight[t]), -1).mul_(ct), place, ct).to(x.dtype)
-        if ct_hidden is not None:
-            ct_hidden[t, rows] += g @ weight[t]
-        if ct_weight is not None:
-            _add_product(ct_weight[t], g.mT, x)
-    return tuple(None if ct is None else ct.to(hidden.dtype) for ct in (ct_hidden, ct_weight))
+def _losses(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    z, place = wide(z), target.unsqueeze(-1)
+    likelihood = torch.log_softmax(z, -1).gather(-1, place).squeeze(-1)
+    return -likelihood, z.gather(-1, place).squeeze(-1) - likelihood
 
 
-def _vjp_jvp(
-    c: SimpleNamespace,
-    inputs: Tensors,
-    r: Tensors,
-    t_inputs: Tensors,
-    t_r: Tensors,
-    ct_outputs: Tensors,
-    t_ct_outputs: Tensors | None,
-) -> Tensors:
-    (hidden, weight), (t_hidden, t_weight), (t_lse,), (ct_y,) = inputs, t_inputs, t_r, ct_outputs
-    t_ct_hidden, t_ct_weight = _cotangents(c, inputs)
-    for t, rows in _chunks(c, hidden, weight):
-        x, ct, place = hidden[t, rows], ct_y[t, rows].unsqueeze(-1), c.target[t, rows].unsqueeze(-1)
-        p = torch.softmax(_logits(x, weight[t]), -1)
-        t_g = _t_logits(inputs, t_inputs, t, rows).sub_(t_lse[t, rows].unsqueeze(-1)).mul_(ct)
-        if t_ct_outputs is None:
-            t_g.mul_(p)
-        else:
-            t_ct = t_ct_outputs[0][t, rows].unsqueeze(-1)
-            lower(t_g.add_(t_ct).mul_(p), place, t_ct)
-        t_g, g = t_g.to(x.dtype), lower(p.mul_(ct), place, ct).to(x.dtype)
-        if t_ct_hidden is not None:
-            t_ct_hidden[t, rows] += t_g @ weight[t]
-            if t_weight is not None:
-                t_ct_hidden[t, rows] += g @ t_weight[t]
-        if t_ct_weight is not None:
-            _add_product(t_ct_weight[t], t_g.mT, x)
-            if t_hidden is not None:
-                _add_product(t_ct_weight[t], g.mT, t_hidden[t, rows])
-    return tuple(None if t_ct is None else t_ct.to(hidden.dtype) for t_ct in (t_ct_hidden, t_ct_weight))
+def _t_losses(z: Tensor, lse: Tensor, target: Tensor, t_z: Tensor) -> tuple[Tensor, Tensor]:
+    t_lse = (torch.softmax(wide(z), -1) * t_z).sum(-1)
+    return t_lse - t_z.gather(-1, target.unsqueeze(-1)).squeeze(-1), t_lse
+
+
+def _cotangents_of_logits(z: Tensor, lse: Tensor, target: Tensor, ct_y: Tensor) -> Tensor:
+    ct_y = ct_y.unsqueeze(-1)
+    return lower(torch.softmax(wide(z), -1).mul_(ct_y), target.unsqueeze(-1), ct_y)
+
+
+def _t_cotangents_of_logits(
+    z: Tensor, lse: Tensor, target: Tensor, t_z: Tensor, t_lse: Tensor, ct_y: Tensor, t_ct_y: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    p, ct_y, place = torch.softmax(wide(z), -1), ct_y.unsqueeze(-1), target.unsqueeze(-1)
+    t_g = t_z.sub_(t_lse.unsqueeze(-1)).mul_(ct_y)
+    if t_ct_y is None:
+        t_g.mul_(p)
+    else:
+        t_ct_y = t_ct_y.unsqueeze(-1)
+        lower(t_g.add_(t_ct_y).mul_(p), place, t_ct_y)
+    return t_g, lower(p.mul_(ct_y), place, ct_y)
 
 
 def _chunks(c: SimpleNamespace, hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, slice]]:
@@ -152,17 +193,13 @@ def _chunks(c: SimpleNamespace, hidden: Tensor, weight: Tensor) -> Iterator[tupl
     return ((t, slice(n, min(n + size, N))) for t in range(T) for n in range(0, N, size))
 
 
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    return wide(x @ weight.mT)
-
-
 def _t_logits(inputs: Tensors, t_inputs: Tensors, t: int, rows: slice) -> Tensor:
     """t_x Wᵀ + x t_Wᵀ of a chunk; one of the tangents may be absent."""
     (hidden, weight), (t_hidden, t_weight) = inputs, t_inputs
     if t_hidden is None:
-        return _logits(hidden[t, rows], t_weight[t])
-    t_logits = _logits(t_hidden[t, rows], weight[t])
-    return t_logits if t_weight is None else t_logits + _logits(hidden[t, rows], t_weight[t])
+        return wide(hidden[t, rows] @ t_weight[t].mT)
+    t_logits = wide(t_hidden[t, rows] @ weight[t].mT)
+    return t_logits if t_weight is None else t_logits + wide(hidden[t, rows] @ t_weight[t].mT)
 
 
 def _cotangents(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensor | None, Tensor | None]:
@@ -186,7 +223,10 @@ OP = Op(
     "linear_cross_entropy",
     inputs=("hidden", "weight"),
     constants=("target",),
-    kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp)},
+    kernels={
+        "reference": rules(Softmax(_losses, _t_losses, _cotangents_of_logits, _t_cotangents_of_logits)),
+        "triton": _triton.rules("linear_cross_entropy"),
+    },
     zero_tangents=False,
 )
 

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu
+from metakern.ops import _checks, _cpu, _triton
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import per_row, rows, wide
@@ -139,6 +139,7 @@ OP = Op(
     kernels={
         "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
         "cpu": _cpu.rules("rms_norm", scalars=lambda c: (c.eps,)),
+        "triton": _triton.rules("rms_norm"),
     },
 )
 

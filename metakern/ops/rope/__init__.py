@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu
+from metakern.ops import _checks, _cpu, _triton
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -92,7 +92,11 @@ OP = Op(
     "rope",
     inputs=("x",),
     constants=("cos", "sin"),
-    kernels={"reference": Rules(_forward, _jvp, _vjp, _vjp_jvp), "cpu": _cpu.linear_rules("rope", ("cos", "sin"))},
+    kernels={
+        "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
+        "cpu": _cpu.linear_rules("rope", ("cos", "sin")),
+        "triton": _triton.rules("rope"),
+    },
 )
 
 

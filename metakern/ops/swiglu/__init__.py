@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu
+from metakern.ops import _checks, _cpu, _triton
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -97,6 +97,7 @@ OP = Op(
     kernels={
         "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
         "cpu": replace(_cpu.rules("swiglu"), forward=_forward),
+        "triton": _triton.rules("swiglu"),
     },
 )
 

@@ -1,0 +1,170 @@
+"""Cross-entropy in Triton: a program has a row of logits, or a block of one, and vocabularies of any size.
+
+The formulas are the room's, of rows [N, V]: `scale` is s ct_y of each row, `t_scale` s t_ct_y. vjp is what `vjp_jvp`
+has of t_scale alone, so one kernel serves both. Every rule reads each logit once: `forward` finds ℓ in one pass
+(Milakov, Gimelshein 2018, "Online normalizer calculation for softmax"), the others are given it. A row that counts
+nothing is not read at all.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from metakern.ops import _tensors
+from metakern.ops._rules import Rules, Tensors
+from metakern.ops._spec import Make, Sample
+from metakern.ops._triton.launch import cdiv, contiguous, launch, wide
+from metakern.ops.cross_entropy import kept
+
+LARGEST = 4096  # elements of a block
+
+
+@triton.jit
+def _forward_kernel(z_ptr, target_ptr, share_ptr, loss_ptr, lse_ptr, V, BLOCK_V: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    counts = n >= 0 if share_ptr is None else tl.load(share_ptr + n) != 0
+    high = tl.full([1], float("-inf"), lse_ptr.dtype.element_ty)  # the largest logit so far
+    total = tl.zeros([1], lse_ptr.dtype.element_ty)  # Σ exp(z - high)
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        z = wide(tl.load(z_ptr + n * V + v, (v < V) & counts, other=float("-inf")))  # [BLOCK_V]
+        higher = tl.maximum(high, tl.max(z, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(high - base) + tl.sum(tl.exp(z - base), 0)
+        high = higher
+    lse = tl.where(counts, tl.log(tl.where(counts, total, 1.0)) + high, 0.0)
+    target = tl.load(target_ptr + n)
+    z = wide(tl.load(z_ptr + n * V + target, (target >= 0) & (target < V) & counts, other=float("nan")))
+    tl.store(lse_ptr + n, lse)
+    tl.store(loss_ptr + n, tl.where(counts, lse - z, 0.0))
+
+
+@triton.jit
+def _jvp_kernel(z_ptr, lse_ptr, target_ptr, share_ptr, t_z_ptr, t_loss_ptr, t_lse_ptr, V, BLOCK_V: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    counts = n >= 0 if share_ptr is None else tl.load(share_ptr + n) != 0
+    lse = tl.load(lse_ptr + n)
+    sums = tl.zeros([BLOCK_V], lse_ptr.dtype.element_ty)
+    for start in range(0, V, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        inside = (v < V) & counts
+        z = wide(tl.load(z_ptr + n * V + v, inside, other=float("-inf")))  # [BLOCK_V]
+        sums += tl.exp(z - lse) * wide(tl.load(t_z_ptr + n * V + v, inside, other=0.0))
+    t_lse = tl.sum(sums, 0)
+    target = tl.load(target_ptr + n)
+    t_z = wide(tl.load(t_z_ptr + n * V + target, (target >= 0) & (target < V) & counts, other=0.0))
+    tl.store(t_lse_ptr + n, t_lse)
+    tl.store(t_loss_ptr + n, t_lse - t_z)
+
+
+@triton.jit
+def _vjp_kernel(
+    z_ptr, lse_ptr, target_ptr, t_scale_ptr, scale_ptr, t_z_ptr, t_lse_ptr, out_ptr, g_ptr, V, BLOCK_V: tl.constexpr
+):
+    """out = scale p (t_z - t_ℓ) + t_scale (p - e), either part of which may be absent, and g = scale (p - e)."""
+    n = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    zero = tl.zeros([1], lse_ptr.dtype.element_ty)
+    t_scale = zero if t_scale_ptr is None else tl.load(t_scale_ptr + n)
+    scale = zero if scale_ptr is None else tl.load(scale_ptr + n)
+    inside = (v < V) & ((t_scale != 0) | (scale != 0))
+    p = tl.exp(wide(tl.load(z_ptr + n * V + v, inside, other=float("-inf"))) - tl.load(lse_ptr + n))  # [BLOCK_V]
+    less = v == tl.load(target_ptr + n)
+    out = t_scale * (p - less)
+    if scale_ptr is not None:
+        t_z = wide(tl.load(t_z_ptr + n * V + v, inside, other=0.0))  # [BLOCK_V]
+        out += scale * p * (t_z - tl.load(t_lse_ptr + n))
+        if g_ptr is not None:
+            tl.store(g_ptr + n * V + v, scale * (p - less), v < V)
+    tl.store(out_ptr + n * V + v, out, v < V)
+
+
+def _block(V: int) -> dict[str, int]:
+    size = min(triton.next_power_of_2(max(V, 1)), LARGEST)
+    return {"V": V, "BLOCK_V": size, "num_warps": min(max(size // 512, 4), 8)}
+
+
+def losses(z: Tensor, target: Tensor, share: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """ℓ - z[target] and ℓ of rows z [..., V]: 0 both where the row's share is 0."""
+    z, target, share = contiguous(z, target, share)
+    loss = _tensors.wide(z[:0]).new_empty(target.shape)
+    lse = torch.empty_like(loss)
+    launch(_forward_kernel, (target.numel(),), z.device, z, target, share, loss, lse, **_block(z.shape[-1]))
+    return loss, lse
+
+
+def t_losses(z: Tensor, lse: Tensor, target: Tensor, t_z: Tensor, share: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The tangents of both."""
+    z, lse, target, t_z, share = contiguous(z, lse, target, t_z, share)
+    t_loss, t_lse = torch.empty_like(lse), torch.empty_like(lse)
+    arguments = z, lse, target, share, t_z, t_loss, t_lse
+    launch(_jvp_kernel, (target.numel(),), z.device, *arguments, **_block(z.shape[-1]))
+    return t_loss, t_lse
+
+
+def cotangents(
+    z: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    t_scale: Tensor | None,
+    scale: Tensor | None = None,
+    t_z: Tensor | None = None,
+    t_lse: Tensor | None = None,
+    out: Tensor | None = None,
+    g: Tensor | None = None,
+) -> Tensor:
+    """scale p (t_z - t_ℓ) + t_scale (p - e), in `out`, which may be z or t_z; and in g scale (p - e)."""
+    z, lse, target, t_scale, scale, t_z, t_lse = contiguous(z, lse, target, t_scale, scale, t_z, t_lse)
+    out, block = torch.empty_like(z) if out is None else out, _block(z.shape[-1])
+    arguments = z, lse, target, t_scale, scale, t_z, t_lse, out, g
+    launch(_vjp_kernel, (target.numel(), cdiv(block["V"], block["BLOCK_V"])), z.device, *arguments, **block)
+    return out
+
+
+def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
+    share, target = _kept(c, inputs)
+    loss, lse = losses(inputs[0], target, share)
+    return ((share * loss).sum(-1).to(inputs[0].dtype),), (lse,)
+
+
+def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
+    share, target = _kept(c, inputs)
+    t_loss, t_lse = t_losses(inputs[0], r[0], target, t_inputs[0], share)
+    return ((share * t_loss).sum(-1).to(inputs[0].dtype),), (t_lse,)
+
+
+def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
+    share, target = _kept(c, inputs)
+    return (cotangents(inputs[0], r[0], target, share * ct_outputs[0].unsqueeze(-1)),)
+
+
+def vjp_jvp(
+    c: SimpleNamespace,
+    inputs: Tensors,
+    r: Tensors,
+    t_inputs: Tensors,
+    t_r: Tensors,
+    ct_outputs: Tensors,
+    t_ct_outputs: Tensors | None,
+) -> Tensors:
+    share, target = _kept(c, inputs)
+    t_scale = None if t_ct_outputs is None else share * t_ct_outputs[0].unsqueeze(-1)
+    scale = share * ct_outputs[0].unsqueeze(-1)
+    return (cotangents(inputs[0], r[0], target, t_scale, scale, t_inputs[0], t_r[0]),)
+
+
+def _kept(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensor, Tensor]:
+    share, place = kept(c.target, c.ignore_index, _tensors.wide(inputs[0][:0]).dtype)
+    return share, place.squeeze(-1)
+
+
+RULES = Rules(forward, jvp, vjp, vjp_jvp)
+
+
+def compiled(make: Make) -> list[Sample]:
+    return [Sample(f"{V}", (make(2, 64, V), make.integers(V, 2, 64))) for V in (2000, 152_000)]

@@ -1,0 +1,12 @@
+"""Layer norm in Triton: the kernels are shared by both norms."""
+
+from __future__ import annotations
+
+from metakern.ops._spec import Make, Sample
+from metakern.ops._triton import norm
+
+RULES = norm.rules(centered=True)
+
+
+def compiled(make: Make) -> list[Sample]:
+    return [Sample(f"{D}", (make(8, 512, D), make(8, D), make(8, D))) for D in (768, 4096, 16384)]

@@ -1,0 +1,118 @@
+"""Linear in Triton: the sum of two products is one kernel, where a task's weights are its own and K is small.
+
+    y = a b + c d        t_y = t_x Wᵀ + x t_Wᵀ,  t_ct_x = t_ct_y W + ct_y t_W,  t_ct_W = t_ct_yᵀ x + ct_yᵀ t_x
+
+| tensor | shape |
+|---|---|
+| a, c | [T, N, K] |
+| b, d | [T, K, M] |
+| y | [T, N, M] |
+
+Two products of PyTorch's write y twice and read it once, which with a small K is most of what they move; this one
+writes it once, with one rounding. That LARGEST_K is where PyTorch's kernels catch up is a guess, measured on no GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from metakern.ops import _tensors
+from metakern.ops._spec import Make, Sample
+from metakern.ops._triton.launch import INTERPRETED, cdiv, contiguous, launch, precision
+from metakern.ops.linear import rules
+
+LARGEST_K = 128
+BLOCK = 4 if INTERPRETED else 64
+BLOCK_K = 4 if INTERPRETED else 16  # twice as many of half precision: the TF32 products of float32 need registers
+
+
+@triton.jit
+def _tile(ptr, rows, columns, stride_row, stride_column, inside):
+    return tl.load(ptr + rows * stride_row + columns * stride_column, inside, other=0.0)
+
+
+@triton.jit
+def _two_products_kernel(
+    a,
+    b,
+    c,
+    d,
+    y_ptr,
+    N,
+    M,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a, b, c, d: a pointer and its three strides each."""
+    t = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(M, BLOCK_M)
+    n = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    m = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    ACCUMULATOR: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
+    y = tl.zeros([BLOCK_N, BLOCK_M], ACCUMULATOR)
+    for start in range(0, K, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)[None, :]
+        row = start + tl.arange(0, BLOCK_K)[:, None]
+        left, right = (n < N) & (column < K), (row < K) & (m < M)
+        a_tile = _tile(a[0] + t * a[1], n, column, a[2], a[3], left)  # [BLOCK_N, BLOCK_K]
+        b_tile = _tile(b[0] + t * b[1], row, m, b[2], b[3], right)  # [BLOCK_K, BLOCK_M]
+        y = tl.dot(a_tile, b_tile, y, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        c_tile = _tile(c[0] + t * c[1], n, column, c[2], c[3], left)
+        d_tile = _tile(d[0] + t * d[1], row, m, d[2], d[3], right)
+        y = tl.dot(c_tile, d_tile, y, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    tl.store(y_ptr + (t * N + n) * M + m, y, (n < N) & (m < M))
+
+
+def fuses(a: Tensor, b: Tensor, d: Tensor) -> bool:
+    """Whether two products are one kernel."""
+    few = 0 < a.shape[2] <= LARGEST_K and a.shape[0] < 2**16
+    return few and not (_tensors.shared(b) and _tensors.shared(d)) and (INTERPRETED or a.dtype != torch.float64)
+
+
+def total(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
+    """The sum of the products of the pairs that are complete, None where there is none."""
+    match [(a, b) for a, b in pairs if a is not None and b is not None]:
+        case [(a, b), (c, d)] if fuses(a, b, d):
+            return _two_products(a, b, c, d)
+    return _tensors.products(_tensors.product, *pairs)
+
+
+def _two_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    (T, N, K), M = a.shape, b.shape[2]
+    y = torch.empty(T, N, M, dtype=a.dtype, device=a.device)
+    strided = ((x, *x.stride()) for x in (_real(x) for x in (a, b, c, d)))
+    launch(
+        _two_products_kernel,
+        (cdiv(N, BLOCK) * cdiv(M, BLOCK), T),
+        a.device,
+        *strided,
+        y,
+        N,
+        M,
+        K,
+        BLOCK_N=BLOCK,
+        BLOCK_M=BLOCK,
+        BLOCK_K=BLOCK_K if a.element_size() > 2 else 2 * BLOCK_K,
+        PRECISION=precision(),
+        num_warps=4,
+        num_stages=3,
+    )
+    return y
+
+
+def _real(x: Tensor) -> Tensor:
+    """x in memory, of any strides."""
+    return contiguous(x)[0] if x._is_zerotensor() or x.is_neg() else x
+
+
+RULES = rules(_tensors.product, total)
+
+
+def compiled(make: Make) -> list[Sample]:
+    return [Sample("tasks", (make(8, 96, 128), make(8, 80, 128), make(8, 80)))]
