@@ -28,13 +28,15 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 import metakern as mk
 from metakern.ops import SPECS, _backend
 from metakern.ops._spec import Make, Sample
+from metakern.ops._triton import launch
 
-TARGETS = [
-    GPUTarget("cuda", 80, 32),
-    GPUTarget("cuda", 90, 32),
-    GPUTarget("cuda", 100, 32),
-    GPUTarget("hip", "gfx942", 64),
-]
+# The GPUs, and the bytes of shared memory that a program may have there.
+TARGETS = {
+    GPUTarget("cuda", 80, 32): 163 << 10,
+    GPUTarget("cuda", 90, 32): 227 << 10,
+    GPUTarget("cuda", 100, 32): 227 << 10,
+    GPUTarget("hip", "gfx942", 64): 64 << 10,
+}
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -67,6 +69,7 @@ def recorded(op: str, target: GPUTarget) -> list[Launch]:
     with (
         patch.object(JITFunction, "run", record),
         patch.object(_backend, "_obstacle", lambda name: None),
+        patch.object(launch, "shared_memory", lambda device: TARGETS[target]),
         patch.object(torch.version, "hip", "7.0" if target.backend == "hip" else None),
         mk.backend("triton"),
     ):
@@ -74,7 +77,7 @@ def recorded(op: str, target: GPUTarget) -> list[Launch]:
             for sample in module.compiled(Make(dtype, device="meta")):
                 _differentiate(spec.call, sample)
     kernels = {f for f in vars(module).values() if isinstance(f, JITFunction) and f.__name__.endswith("_kernel")}
-    missing = kernels - {launch.kernel for launch in launches}
+    missing = kernels - {each.kernel for each in launches}
     if missing:
         raise AssertionError(f"{op}: compiled() must launch every kernel, got none of {missing}")
     return launches
@@ -108,8 +111,8 @@ def compiled(op: str) -> Iterator[dict[str, Any]]:
     """What each different kernel takes of each GPU."""
     for target in TARGETS:
         seen = set()
-        for launch in recorded(op, target):
-            source, options = launch.bound(target)
+        for launched in recorded(op, target):
+            source, options = launched.bound(target)
             key = (source.hash(), str(options))
             if key in seen:
                 continue
@@ -117,11 +120,11 @@ def compiled(op: str) -> Iterator[dict[str, Any]]:
             result = triton.compile(source, target=target, options=options)
             registers, spilled = _resources(target, result)
             yield {
-                "kernel": launch.kernel.__name__,
+                "kernel": launched.kernel.__name__,
                 "target": str(target.arch),
                 "signature": str(source.signature),
                 "constants": {str(k): str(v) for k, v in source.constants.items()},
-                "grid": launch.grid,
+                "grid": launched.grid,
                 "warps": options["num_warps"],
                 "shared": result.metadata.shared,
                 "registers": registers,

@@ -42,6 +42,14 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
             kernel[grid](*args, **options)
 
 
+def shared_memory(device: torch.device) -> int:
+    """The bytes of shared memory that a program may have on a GPU; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
 def precision() -> str:
     """How products of float32 are taken: to full precision, unless PyTorch is told that less will do."""
     if torch.version.hip:

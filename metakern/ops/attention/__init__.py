@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu
+from metakern.ops import _checks, _cpu, _triton
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -231,6 +231,7 @@ OP = Op(
         "cpu": _cpu.through_float32(
             _cpu.rules("attention", ("mask",), lambda c: (c.scale, c.causal, c.window or 0)),
         ),
+        "triton": _triton.rules("attention"),
     },
     saves_output=True,
 )
