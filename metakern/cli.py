@@ -33,7 +33,12 @@ GROUPS = {
     "log_every": "the run",
 }
 DIALOGUE = ("tokenizers", "safetensors", "rich", "matplotlib", "tensorboard", "prompt_toolkit", "sacrebleu")
-EXTRAS = {**dict.fromkeys(DIALOGUE, "metakern[dialogue]"), "transformers": "metakern[hf]", "triton": "triton"}
+EXTRAS = {
+    **dict.fromkeys(DIALOGUE, "metakern[dialogue]"),
+    "transformers": "metakern[hf]",
+    "gguf": "metakern[smollm2]",
+    "triton": "triton",
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -74,6 +74,7 @@ class Config:
         "kind of language model; hf: a pretrained one, in the directory PATH or, as hf:smollm2, in its package",
         choices=("rnn", "gru", "lstm", "gpt", "hf:PATH"),
     )
+    system: str = _option("", "what a system says before a conversation (hf); empty: what the model's template says")
     lora: int = _option(
         0, "rank of the adapters that are trained in place of the model's weights (hf); 0: none", least=0
     )

@@ -80,7 +80,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, start: str |
     elif config.pretrained:
         from metakern.dialogue.huggingface import ChatTokenizer
 
-        tokenizer = ChatTokenizer.of(config.pretrained)
+        tokenizer = ChatTokenizer.of(config.pretrained, config.system)
     else:
         dialogues = [dialogue for task in split.train for dialogue in task.dialogues]
         tokenizer = Tokenizer.train(dialogues, config.vocab_size, cache_folder())

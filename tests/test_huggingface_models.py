@@ -169,6 +169,19 @@ def test_without_a_template_there_is_a_simple_one(tmp_path):
     assert [file.suffix for file in (tmp_path / "run").iterdir() if file.is_dir()] == []
 
 
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_a_system_of_our_own_speaks_first_and_is_kept(template, tmp_path):
+    make_model(tmp_path / "model", tokenizer=tiny_tokenizer(template))
+    chat = ChatTokenizer.of(str(tmp_path / "model"), 'Say "otter" é.')
+    chat.save(tmp_path / "run" / "tokenizer.json")
+    for tokenizer in (chat, ChatTokenizer.load(tmp_path / "run" / "tokenizer.json")):
+        text = tokenizer._tokenizer.decode(tokenizer.encode_dialogue(TALK[:2], max_length=200)[0])
+        assert text.count("system\n") == text.count('system\nSay "otter" é.<|im_end|>\n') == 1
+        text = tokenizer._tokenizer.decode(tokenizer.encode_dialogue((Turn("system", "hi"), *TALK[:2]))[0])
+        assert "otter" not in text
+        assert text.count("system\n") == 1
+
+
 def test_templates_and_tokenizers_that_cannot_be_used(tmp_path):
     with pytest.raises(DataError, match="must have an end token"):
         ChatTokenizer(tiny_tokenizer(eos_token=None), tmp_path)

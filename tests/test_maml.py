@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 import metakern as mk
+from metakern.meta._plan import _Probe
 
 T, B, L, V = 3, 2, 6, 17
 
@@ -249,6 +250,45 @@ def test_auto_folds_and_says_why() -> None:
     maml(support, query)
     assert maml.plan.batching == "fold"
     assert "equals plain autograd" in str(maml.plan)
+
+
+def test_second_derivatives_are_tried_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To adapt and to evaluate takes none: the plan for them is the cheaper one, and not that of a meta-gradient."""
+    tried: list[str] = []
+    products = _Probe._products
+
+    def spy(probe: _Probe, batching: Any, hvp: str) -> Any:
+        tried.append(hvp)
+        return products(probe, batching, hvp)
+
+    monkeypatch.setattr(_Probe, "_products", spy)
+    model, loss, support, query, _ = build("mlp")
+    maml = mk.MAML(model, loss, steps=2)
+    maml.evaluate(support, query)
+    maml.adapt(support)
+    assert tried == []
+    maml(support, query)
+    maml.evaluate(support, query)
+    maml(support, query)
+    assert tried == ["reverse", "forward"]
+
+
+class Prototypes(nn.Module):
+    """A table of as many rows as 2 and 3 tasks have examples six and four times: that of all tasks, all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(5, 5), nn.Buffer(torch.linspace(-1, 1, 120).view(24, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.unsqueeze(-2) * self.linear(self.table)).sum(-1)[..., :3]
+
+
+def test_folding_tells_a_size_that_follows_the_tasks_from_one_that_does_not() -> None:
+    model = Prototypes().double()
+    truth = gradients(model, plain_loss(model, regression_loss, points(1), points(2), 2, sgd(0.1)))
+    maml = mk.MAML(model, regression_loss, mk.optim.SGD(0.1), 2, batching="fold")
+    assert_equal(gradients(model, maml(points(1), points(2))), truth)
 
 
 def test_adapt_selects_and_the_rest_is_learned_all_the_same() -> None:

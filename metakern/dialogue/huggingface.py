@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -62,9 +63,17 @@ class ChatTokenizer(DialogueTokenizer):
         self.eos_id = after[self._end(after) - 1]
 
     @classmethod
-    def of(cls, name: str) -> ChatTokenizer:
-        """The tokenizer of the model `hf:name`; raises `DataError`."""
-        return cls._read(folder_of(name))
+    def of(cls, name: str, system: str = "") -> ChatTokenizer:
+        """The tokenizer of the model `hf:name`; in its template a system that says nothing says `system`."""
+        chat = cls._read(folder_of(name))
+        if not system:
+            return chat
+        first = f"[{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}]"
+        with_system = (
+            f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {first} + messages %}}{{% endif %}}"
+        )
+        chat._tokenizer.chat_template = with_system + chat._tokenizer.chat_template
+        return cls(chat._tokenizer, chat._where)
 
     @classmethod
     def load(cls, path: str | Path) -> ChatTokenizer:
@@ -193,7 +202,7 @@ def _convert(package: Path, folder: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2)
         model.hf_quantizer, model.is_quantized = None, False  # its weights are plain numbers now, and may be saved
-        del model.config.quantization_config
+        model.config.__dict__.pop("quantization_config", None)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -64,7 +64,7 @@ class Planner:
     def plan(self, support: Any, inner_steps: int, first_order: bool) -> tuple[Plan, Batching]:
         """Tries the candidates on two tasks of `support`; raises ValueError where none is exact."""
         refuse_batch_norm(self.parameters.model)
-        probe = _Probe.of(self.parameters, self.loss, support)
+        probe = _Probe.of(self.parameters, self.loss, support, first_order)
         names = list(_batching.WAYS) if self.wishes.batching == "auto" else [self.wishes.batching]
         reasons: list[str] = []
         for name in names:
@@ -72,7 +72,7 @@ class Planner:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a candidate is judged by its numbers
-                    hvp, saved = probe.verify(batching, first_order)
+                    hvp, saved = probe.verify(batching)
             except Exception as error:  # whatever a model raises under a batching, that batching is not for it
                 reasons.append(f"{name} is not possible: {_one_line(error)}")
                 continue
@@ -146,9 +146,11 @@ def refuse_batch_norm(model: nn.Module) -> None:
 class _Probe:
     """Two tasks, parameters that differ between them, and the truth about them by plain autograd."""
 
-    def __init__(self, model: nn.Module, adapt: Sequence[str], loss: Loss, support: Any, tolerance: float) -> None:
+    def __init__(
+        self, model: nn.Module, adapt: Sequence[str], loss: Loss, support: Any, first_order: bool, tolerance: float
+    ) -> None:
         self.parameters, self.loss, self.tolerance = Parameters(model, lambda name: name in adapt), loss, tolerance
-        self.worst, self.note = 0.0, ""
+        self.first_order, self.worst, self.note = first_order, 0.0, ""
         index = torch.arange(2) % tasks_of(support)
         self.batch = select(support, index.to(next(model.parameters()).device))
         random = torch.Generator().manual_seed(0)
@@ -163,17 +165,17 @@ class _Probe:
         self.truth = self._truth()
 
     @classmethod
-    def of(cls, parameters: Parameters, loss: Loss, support: Any) -> _Probe:
+    def of(cls, parameters: Parameters, loss: Loss, support: Any, first_order: bool) -> _Probe:
         """In float64 where that is affordable and the model allows it, else in the model's own dtype."""
         model, adapted = parameters.model, tuple(parameters.adapted)
         if sum(p.numel() for p in model.parameters()) <= FLOAT64_PARAMETERS:
             try:
                 double = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, support)
-                return cls(_quiet_twin(model, torch.float64), adapted, loss, double, TOLERANCE)
+                return cls(_quiet_twin(model, torch.float64), adapted, loss, double, first_order, TOLERANCE)
             except (RuntimeError, TypeError):  # the model or the loss insists on a dtype
                 pass
         low = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-        return cls(_quiet_twin(model), adapted, loss, support, 5e-2 if low else 1e-3)
+        return cls(_quiet_twin(model), adapted, loss, support, first_order, 5e-2 if low else 1e-3)
 
     def measure(self) -> str:
         return f"worst relative error {self.worst:.0e} in {str(self.phi[0].dtype).removeprefix('torch.')}"
@@ -190,7 +192,7 @@ class _Probe:
             adapted = list(self.parameters.adapted.values())
             with comparable(), _batching.exact_kernels(), torch.enable_grad():
                 value = _batching.scalar(self.loss(model, select(self.batch, t)))
-                grads = _grad(value, [*adapted, *self.shared], create_graph=True)
+                grads = _grad(value, [*adapted, *self.shared], create_graph=not self.first_order)
                 pairs = [(g, v[t]) for g, v in zip(grads, self.v, strict=False) if g is not None]
                 products = _grad([g for g, _ in pairs], [*adapted, *self.shared], [v for _, v in pairs])
             rows.append((value.detach(), grads, products))
@@ -203,7 +205,7 @@ class _Probe:
         n = len(names)
         return [[losses], *(_both(rows[0][i], rows[1][i], n) for i in (1, 2))]
 
-    def verify(self, batching: Batching, first_order: bool) -> tuple[str, int]:
+    def verify(self, batching: Batching) -> tuple[str, int]:
         """The mode of its Hessian-vector products ("forward" or "reverse"), and the bytes a task saves for backward."""
         if isinstance(batching, _batching.Folded):
             batching.fold.within = comparable  # a mode does not reach through the step out of vmap
@@ -221,11 +223,11 @@ class _Probe:
             grads = [g if g is None else g.detach() for g in _grad(losses.sum(), [*leaves, *self.shared])]
             self._compare("loss", [losses.detach()], self.truth[0])
             self._compare("gradient", grads, self.truth[1])
-            for p in (*leaves, *self.shared):
+            for p in (*leaves, *self.parameters.model.parameters()):
                 saved.pop(p.untyped_storage().data_ptr(), None)
             element = next(iter(self.parameters.adapted.values())).element_size()
             bytes_a_task = sum(saved.values()) * 4 // (2 * max(element, 4))
-            if first_order:
+            if self.first_order:
                 return "reverse", bytes_a_task
             self._compare("Hessian-vector product", self._products(batching, "reverse"), self.truth[2])
             try:

@@ -87,7 +87,7 @@ class MAML(nn.Module):
         if not torch.is_grad_enabled():
             self.query_losses = self.evaluate(support, query, (self.steps,))[0]
             return self.query_losses.mean()
-        prepared = self._prepare(support)
+        prepared = self._prepare(support, outer=True)
         gradients: Gradients = [None] * len(prepared.outer)
         losses = []
         for result in prepared.by_chunks(lambda s, q: self._meta_gradient(prepared, s, q, 1 / tasks), support, query):
@@ -132,28 +132,29 @@ class MAML(nn.Module):
         compute = unroll.store if plan.strategy == "store" else unroll.recompute
         return compute(prepared.theta(tasks_of(support)), prepared.shared, support, query, weight)
 
-    def _prepare(self, support: Any) -> _Prepared:
-        """The plan for batches of this structure, made when the first one is seen."""
+    def _prepare(self, support: Any, outer: bool = False) -> _Prepared:
+        """The plan for batches of this structure, made when the first one is seen; `outer`: for a meta-gradient too."""
         tasks_of(support, "support")
         leaves, spec = tree_flatten(support)
         parameters = tuple((id(p), p.requires_grad) for p in self.model.parameters())
         shape = tuple(leaf.dim() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         key = (parameters, str(spec), str(shape), self.model.training, self.steps, self.first_order)
-        if self._prepared is None or self._prepared.key != key:
+        if self._prepared is None or self._prepared.key != key or (outer and not self._prepared.for_outer):
             roles = Parameters(self.model, self._adapt)
             random = Random(next(iter(roles.adapted.values())).device)
-            plan, batching = Planner(roles, self.loss, self._wishes).plan(support, self.steps, self.first_order)
+            first_order = self.first_order or not outer
+            plan, batching = Planner(roles, self.loss, self._wishes).plan(support, self.steps, first_order)
             random.restore()  # the trials draw; what the user's model draws must not depend on when they are made
             unroll = Unroll(batching, self.inner, self.steps, self.first_order, plan.hvp)
-            self._prepared = _Prepared(key, roles, plan, unroll)
+            self._prepared = _Prepared(key, outer, roles, plan, unroll)
         return self._prepared
 
 
 class _Prepared:
     """A plan and what it needs at hand: the parameters by role, and the inner loop."""
 
-    def __init__(self, key: tuple, parameters: Parameters, plan: Plan, unroll: Unroll) -> None:
-        self.key, self.parameters, self.plan, self.unroll = key, parameters, plan, unroll
+    def __init__(self, key: tuple, for_outer: bool, parameters: Parameters, plan: Plan, unroll: Unroll) -> None:
+        self.key, self.for_outer, self.parameters, self.plan, self.unroll = key, for_outer, parameters, plan, unroll
         self.shared = list(parameters.shared.values())
         self.outer = [*parameters.adapted.values(), *self.shared, *unroll.inner.hyper_parameters()]
 
