@@ -103,5 +103,6 @@ def test_kernels_compile_for_every_gpu(op: str) -> None:
     assert {kernel["target"] for kernel in kernels} == set(SHARED_BYTES)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_BYTES[kernel["target"]], kernel
+        assert kernel["tensor_memory"] <= 512, kernel
         assert kernel["spilled"] <= SPILLED.get(kernel["kernel"], HARDLY_ANYTHING), kernel
         assert all(size <= limit for size, limit in zip(kernel["grid"], LARGEST_GRID, strict=False)), kernel
