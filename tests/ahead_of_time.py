@@ -127,6 +127,7 @@ def compiled(op: str) -> Iterator[dict[str, Any]]:
                 "grid": launched.grid,
                 "warps": options["num_warps"],
                 "shared": result.metadata.shared,
+                "tensor_memory": getattr(result.metadata, "tmem_size", 0),
                 "registers": registers,
                 "spilled": spilled,
             }

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import metakern as mk
-from benchmarks.gpu import CELLS, errors, problem, results
+from benchmarks.gpu.checks import errors, results
+from benchmarks.gpu.recurrent import CELLS, problem
 from metakern import _native
 from metakern.ops import _backend
 
@@ -149,7 +150,8 @@ def test_rules_are_as_good_as_plain(on_gpu: Emulation, cell: str, dtype: torch.d
     options = {"lengths": case.lengths, "reverse": case.reverse, "shared": case.shared}
     T, B, L, H = case.sizes
     H *= 2 if cell.startswith("rnn") and H > 100 else 1  # as many weights as those of an LSTM
-    for seed in (1, 2, 3) if cell == "rnn_relu" else (1,):
+    draws = 8 if H < 10 else 3 if cell == "rnn_relu" else 1  # of few numbers an error may be luck
+    for seed in range(1, draws + 1):
         op, plain, arguments = problem(cell, (T, B, L, H), dtype, seed, **options)
         with mk.backend("reference"):
             truth = results(op, arguments, torch.float64)

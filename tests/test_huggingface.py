@@ -258,6 +258,18 @@ def test_half_precision_is_as_good_as_unpatched(name: str) -> None:
     assert errors[0] <= 2 * errors[1] + 1e-6
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma"])
+def test_norms_in_half_precision_round_once(name: str) -> None:
+    norm, x = build(name).model.norm, torch.randn(64, 16, dtype=torch.float64).bfloat16()
+    norm.weight.data.copy_((0.9 if name == "qwen3" else 0) + 0.004 * torch.arange(16)).bfloat16()
+    exact = norm.bfloat16().double()(x.double()).double()
+    theirs = norm.bfloat16()(x)
+    mk.patch(model := build(name).bfloat16())
+    model.model.norm.weight.data.copy_(norm.weight)
+    ours = model.model.norm(x)
+    assert (ours - exact).norm() <= 1.01 * (theirs - exact).norm()
+
+
 @pytest.mark.parametrize("name", ["phi3", "gpt2"])
 def test_under_autocast_pytorch_chooses_the_dtypes(name: str, fused: list[dict]) -> None:
     model = build(name).float()

@@ -273,6 +273,24 @@ def test_second_derivatives_are_tried_before_they_are_used(monkeypatch: pytest.M
     assert tried == ["reverse", "forward"]
 
 
+class Prototypes(nn.Module):
+    """A table of as many rows as 2 and 3 tasks have examples six and four times: that of all tasks, all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(5, 5), nn.Buffer(torch.linspace(-1, 1, 120).view(24, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.unsqueeze(-2) * self.linear(self.table)).sum(-1)[..., :3]
+
+
+def test_folding_tells_a_size_that_follows_the_tasks_from_one_that_does_not() -> None:
+    model = Prototypes().double()
+    truth = gradients(model, plain_loss(model, regression_loss, points(1), points(2), 2, sgd(0.1)))
+    maml = mk.MAML(model, regression_loss, mk.optim.SGD(0.1), 2, batching="fold")
+    assert_equal(gradients(model, maml(points(1), points(2))), truth)
+
+
 def test_adapt_selects_and_the_rest_is_learned_all_the_same() -> None:
     model, loss, support, query, batchings = build("gpt-folded")
     adapted = lambda name: name.startswith("encoder.linear") or name == "norm.bias"  # noqa: E731

@@ -26,14 +26,13 @@ ROOT = Path(__file__).parent.parent
 OPS = [name for name, spec in SPECS.items() if "triton" in spec.op.kernels]
 SHARED_BYTES = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
-# What a thread may keep in memory for want of registers, in bytes, where it is not nothing.
+# What a thread may keep in memory for want of registers, in bytes: ptxas puts hardly anything there now and then.
+HARDLY_ANYTHING = 8
 SPILLED = {
-    "_two_products_kernel": 8,
     # Attention: where heads are wide, and most of it before and after the loop.
     "_queries_kernel": 256,
     "_keys_kernel": 1280,
     "_jvp_kernel": 16,
-    "_delta_kernel": 8,
 }
 
 
@@ -104,5 +103,6 @@ def test_kernels_compile_for_every_gpu(op: str) -> None:
     assert {kernel["target"] for kernel in kernels} == set(SHARED_BYTES)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_BYTES[kernel["target"]], kernel
-        assert kernel["spilled"] <= SPILLED.get(kernel["kernel"], 0), kernel
+        assert kernel["tensor_memory"] <= 512, kernel
+        assert kernel["spilled"] <= SPILLED.get(kernel["kernel"], HARDLY_ANYTHING), kernel
         assert all(size <= limit for size, limit in zip(kernel["grid"], LARGEST_GRID, strict=False)), kernel

@@ -1,5 +1,7 @@
 """Ops that are exact to second order, in both modes, batched over tasks. One op, one room: a file, or a folder."""
 
+from metakern.ops.adam_update import SPEC as _ADAM_UPDATE
+from metakern.ops.adam_update import adam_update
 from metakern.ops.attention import SPEC as _ATTENTION
 from metakern.ops.attention import attention
 from metakern.ops.cross_entropy import SPEC as _CROSS_ENTROPY
@@ -36,6 +38,7 @@ from metakern.ops.swiglu import swiglu
 SPECS = {
     spec.op.name: spec
     for spec in (
+        _ADAM_UPDATE,
         _ATTENTION,
         _CROSS_ENTROPY,
         _EMBEDDING,
@@ -57,6 +60,7 @@ SPECS = {
 
 __all__ = [
     "SPECS",
+    "adam_update",
     "attention",
     "cross_entropy",
     "embedding",

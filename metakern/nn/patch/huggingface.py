@@ -269,12 +269,12 @@ def causal_lm_loss(
 
 
 def separate_head(model: nn.Module) -> Any:
-    """The head of a patched model, if it can be taken off: the last that is done, without a bias and not adapted."""
+    """The head of a patched model, if it can be taken off: the last that is done, without a bias and not folded."""
     kind, lm = type(model).__module__.rpartition("modeling_")[2], cast(Any, model)
     if model.__dict__.get("_loss_function") is not causal_lm_loss or kind not in _PLAIN_HEADS:
         return None
     head = lm.get_output_embeddings()
-    plain = type(head) is Linear and head._parameters["bias"] is None and isinstance(head.weight, nn.Parameter)
+    plain = type(head) is Linear and head._parameters["bias"] is None
     touched = "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks or mixed(head.weight)
     return head if plain and not touched and not getattr(lm.config, "final_logit_softcapping", None) else None
 

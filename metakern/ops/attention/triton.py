@@ -375,7 +375,7 @@ _LARGE = {
         128: ((64, 32, 4, 2), (128, 32, 8, 2)),
         256: ((64, 16, 4, 1),),
     },
-    "t_keys": {64: ((32, 64, 4, 2), (32, 128, 8, 2)), 128: ((16, 64, 4, 2), (32, 128, 8, 1)), 256: ((16, 64, 4, 1),)},
+    "t_keys": {64: ((32, 64, 4, 2), (32, 128, 8, 2)), 128: ((16, 64, 4, 2), (32, 64, 4, 1)), 256: ((16, 64, 4, 1),)},
 }
 _SMALL = {
     "forward": {64: ((128, 64, 4, 2), (64, 64, 4, 2)), 128: ((64, 64, 4, 2),), 256: ((64, 32, 8, 2),)},
@@ -412,38 +412,27 @@ class _Launcher:
         self.constants = Constants(c.scale, c.causal, D, max(16, triton.next_power_of_2(D)), acc, launch.precision())
 
     def __call__(self, kernel: Any, *args: Any, tangents: bool = False) -> None:
-        device, shared = self.q.device, launch.shared_memory(self.q.device)
+        device = self.q.device
         name = "t_" * tangents + kernel.__name__.removeprefix("_").removesuffix("_kernel")
-        choice = blocks(name, self.q.dtype, self.constants.BLOCK_D, shared)
+        choice = blocks(name, self.q.dtype, self.constants.BLOCK_D, launch.shared_memory(device))
         own, (rows, heads) = ("N", self.keys) if kernel is _keys_kernel else ("M", self.queries)
         args = (*(_heads(a) if isinstance(a, Tensor) and a.dim() == 4 else a for a in args), self.problem)
-        if (
-            rows * heads
-            and len(choice) > 1
-            and device.type == "cuda"
-            and not torch.are_deterministic_algorithms_enabled()
-        ):
-            with torch.cuda.device(device):
-                tuned = _tuned(kernel, choice, self.problem.L.bit_length())
-                tuned[lambda meta: (launch.cdiv(rows, meta[own]) * heads,)](*args, C=self.constants)
+        # What is timed may differ from run to run, and with it the rounding.
+        if len(choice) > 1 and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+            tuned = _tuned(kernel, choice, self.problem.L.bit_length())
+            if rows * heads:
+                with torch.cuda.device(device):
+                    tuned[lambda meta: (launch.cdiv(rows, meta[own]) * heads,)](*args, C=self.constants)
             return
-        sizes = choice[0]._asdict()
-        warps, stages = sizes.pop("warps"), sizes.pop("stages")
-        launch.launch(
-            kernel,
-            (launch.cdiv(rows, sizes[own]) * heads,),
-            device,
-            *args,
-            C=self.constants,
-            **{name: size for name, size in sizes.items() if name in kernel.arg_names},
-            num_warps=warps,
-            num_stages=stages,
-        )
+        M, N, warps, stages = choice[0]
+        sizes = {"M": M} if kernel is _delta_kernel else {"M": M, "N": N}
+        grid = (launch.cdiv(rows, sizes[own]) * heads,)
+        launch.launch(kernel, grid, device, *args, C=self.constants, **sizes, num_warps=warps, num_stages=stages)
 
 
 @cache
-def _tuned(kernel: Any, choice: tuple[Blocks, ...], scale: int) -> Any:
-    """The kernel with the fastest of these blocks, found at the first call for lengths of a scale."""
+def _tuned(kernel: Any, choice: tuple[Blocks, ...], bits: int) -> Any:
+    """The kernel with the fastest of these blocks, found at its first call for lengths of so many bits."""
     configs = [triton.Config({"M": M, "N": N}, num_warps=warps, num_stages=stages) for M, N, warps, stages in choice]
     return triton.autotune(configs, key=["C"])(kernel)
 

@@ -1,0 +1,184 @@
+"""The kernels on a real GPU: built, checked, and timed.
+
+    python -m benchmarks.gpu [--only checks,attention] [--budget 480] [--tiny]
+
+    checks      every op that has Triton kernels, every recurrent cell, a Llama's meta-gradient: all orders against
+                float64; the error must be at most twice that of plain PyTorch in the same dtype
+    attention   every rule beside PyTorch's flash attention, lengths 512 to 8192
+    memory      attention's at both orders, lengths 4096 to 32,768
+    meta        the second-order meta-step of a Llama at length 2048, against plain PyTorch with eager attention
+    ops         every rule of every other op, beside a copy's bandwidth and a large product's rate
+    recurrent   the recurrent cells, beside cuDNN and plain PyTorch
+    sanitizer   compute-sanitizer, where it is: bad accesses and races at small sizes
+
+Times are of CUDA graphs that hold several calls, medians of replays. What is timed is first run by several processes at
+once, so that Triton compiles in parallel. A row that fails says why, and the others go on; what the budget of seconds
+does not cover says so. Rows go to benchmarks/results/<GPU>.json as they come, and at the end the targets, met or not.
+Without a GPU it says so, with exit code 2; a failed check exits with 1. --tiny tries the program itself, on the CPU
+under TRITON_INTERPRET=1, at sizes of which times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import attention, checks, llama, measure, ops, recurrent
+from benchmarks.gpu.pool import Job, Pool, Row, prepare
+from benchmarks.gpu.targets import failures, targets
+from benchmarks.maml import machine
+from metakern import _native
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+AT_ONCE = 12  # processes that share the GPU where nothing is timed
+SMALL = {"recurrent": ("metakern", recurrent.small), "ops": ("_kernel", checks.small)}  # parts of kernels' names
+Jobs = Iterable[Job]
+# Part -> its jobs, and how they run: by all processes at once, by one after all have compiled its kernels, or by one.
+PARTS: dict[str, tuple[Callable[[Row, bool], Jobs], str]] = {
+    "checks": (lambda limits, tiny: chain(checks.jobs(tiny), llama.checks(tiny), recurrent.checks(tiny)), "at once"),
+    "attention": (lambda limits, tiny: attention.jobs(tiny), "compiled"),
+    "memory": (lambda limits, tiny: attention.memory_jobs(tiny), "alone"),
+    "meta": (lambda limits, tiny: llama.jobs(tiny), "alone"),
+    "ops": (ops.jobs, "compiled"),
+    "recurrent": (lambda limits, tiny: recurrent.jobs(tiny), "alone"),
+}
+
+
+def rows(pool: Pool, jobs: Jobs, how: str, at_once: int) -> Iterator[Row]:
+    jobs = list(jobs)
+    if how == "compiled" and at_once > 1:
+        for _ in pool.rows(jobs, at_once):
+            pass
+    return pool.rows(jobs, at_once if how == "at once" else 1)
+
+
+def sanitized(tool: str, part: str, seconds: float) -> Row:
+    """What compute-sanitizer says of a part's small checks."""
+    label = {"tool": tool, "part": part}
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return label | {"error": "compute-sanitizer is not on the path"}
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-name", f"kns={SMALL[part][0]}"]
+    try:
+        run = subprocess.run(
+            [*command, sys.executable, "-m", "benchmarks.gpu", "--small", part],
+            cwd=ROOT,
+            env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            capture_output=True,
+            text=True,
+            timeout=max(seconds, 1),
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return label | {"error": "the time is up"}
+    return label | {"good": True} if run.returncode == 0 else label | {"error": (run.stdout + run.stderr)[-1000:]}
+
+
+def sanitizer(seconds: float) -> Iterator[Row]:
+    """All tools at once: nothing is timed."""
+    cases = [(tool, part, seconds) for part in SMALL for tool in ("memcheck", "racecheck")]
+    with ThreadPoolExecutor(len(cases)) as threads:
+        yield from threads.map(lambda case: sanitized(*case), cases)
+
+
+def compilers() -> dict[str, str]:
+    nvcc = shutil.which("nvcc")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout if nvcc else ""
+    release = re.search(r"release ([\d.]+)", said)
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "nvcc": release[1] if release else "",
+    }
+
+
+def build() -> None:
+    """Compiles the kernels where this checkout has none, and starts anew with them."""
+    if _native._cuda is None or _native._C is None:
+        env = os.environ | {"METAKERN_NATIVE": "cuda"}
+        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, env=env, check=True)
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]])
+
+
+def table(found: list[Row]) -> str:
+    lines = []
+    for row in found:
+        value = "not measured" if row["value"] is None else f"{row['value']:.2f}"
+        lines.append(f"{'met' if row['met'] else 'NOT':4}{row['target']}: {value} ({row['bound']}) {row['where']}")
+    return "\n".join(lines)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=(__doc__ or "").split("\n", 1)[0])
+    names = (*PARTS, "sanitizer")
+    parser.add_argument("--only", help="parts, by commas; the file keeps the others (default: all)")
+    parser.add_argument("--budget", type=float, default=480, help="seconds for all of it (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="where the JSON goes (default: benchmarks/results/<GPU>.json)")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, on the CPU too, where Triton interprets")
+    parser.add_argument("--small", choices=SMALL, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.parts = args.only.split(",") if args.only else names
+    for part in args.parts:
+        if part not in names:
+            parser.error(f"--only must name parts among {', '.join(names)}, got {part!r}")
+    return args
+
+
+def main() -> int:
+    args, began = parsed(), time.monotonic()
+    gpu = torch.cuda.is_available()
+    if not gpu and not args.tiny:
+        print("benchmarks.gpu: no GPU is present, or this PyTorch was built without CUDA", file=sys.stderr)
+        return 2
+    if gpu:
+        build()
+    prepare()
+    if args.small:
+        return 0 if SMALL[args.small][1]() else 1
+    device = compilers()
+    path = args.out or RESULTS / f"{re.sub(r'[^A-Za-z0-9]+', '-', device['gpu'] or 'no GPU')}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if args.only and path.exists() else {}
+    found["machine"] = machine() | device
+
+    def keep(part: str, rows: Iterable[Row]) -> None:
+        found[part] = []
+        for row in rows:
+            found[part].append(row)
+            print(f"{time.monotonic() - began:5.0f} s  {part}: {json.dumps(row)}", flush=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+
+    at_once = 1 if args.tiny else min(AT_ONCE, os.cpu_count() or 1)
+    with Pool(began + args.budget) as pool:
+        keep("limits", pool.rows([Job({}, partial(measure.limits, args.tiny))]))
+        for part, (jobs, how) in PARTS.items():
+            if part in args.parts:
+                keep(part, rows(pool, jobs(found["limits"][0], args.tiny), how, at_once))
+    if "sanitizer" in args.parts and gpu:
+        keep("sanitizer", sanitizer(began + args.budget - time.monotonic()))
+    found["targets"], bad = targets(found), failures(found)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    for row in bad:
+        print(f"failed: {json.dumps(row)}")
+    print(table(found["targets"]))
+    print(f"{path}: {sum(len(found.get(part, [])) for part in PARTS)} rows, {len(bad)} failed")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

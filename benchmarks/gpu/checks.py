@@ -1,0 +1,164 @@
+"""Every order of an op against float64: its error is at most twice that of plain PyTorch in the same dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.autograd.forward_ad as fwd
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import metakern as mk
+from benchmarks.gpu.pool import Job, Row
+from benchmarks.gpu.problems import FAR, OPS, Random, cast, function, last_task, samples
+from metakern.ops import SPECS, _backend
+from metakern.ops._spec import Sample
+
+DTYPES = ("bfloat16", "float32")
+BEYOND = "more than 2^31 elements"
+HALF = ("causal-1024x64", "grouped-1000x128", "lengths-900x64")  # of attention's samples, those in float16 too
+
+
+class Problem(NamedTuple):
+    """An op and plain PyTorch in one dtype, plain PyTorch in float64, and arguments of all three, in float64."""
+
+    op: Callable[..., Any]
+    plain: Callable[..., Any]
+    exact: Callable[..., Any]
+    arguments: list[Tensor]
+
+
+def results(f: Callable[..., Any], arguments: list[Tensor], dtype: torch.dtype, forward: bool = True) -> list[Tensor]:
+    """Outputs, first derivatives, second ones by reverse over reverse and by forward over reverse.
+
+    The last ones are tangents of the outputs and of the first derivatives, whose cotangents have tangents too. Plain
+    PyTorch has no forward mode everywhere: without `forward` they are put together from what reverse mode gives. Random
+    tensors have the digits of bfloat16, so that they are the same in every dtype.
+    """
+    x = [a.to(dtype).requires_grad_() for a in arguments]
+    draw, options = Random(torch.bfloat16, seed=9), {"allow_unused": True, "materialize_grads": True}
+
+    def like(tensors: list[Tensor]) -> list[Tensor]:
+        return [draw(*t.shape).to(dtype) for t in tensors]
+
+    y = tree_leaves(f(*x))
+    ct, t_ct, t_x = (like(tensors) for tensors in (y, y, x))
+    leaves = [c.requires_grad_() for c in ct]
+    ct_x = torch.autograd.grad(y, x, leaves, create_graph=True, **options)
+    second = torch.autograd.grad(ct_x, [*x, *leaves], t_x, retain_graph=not forward, **options)
+    if forward:
+        with fwd.dual_level():
+            duals = [fwd.make_dual(a.detach().requires_grad_(), t) for a, t in zip(x, t_x, strict=True)]
+            y_dual = tree_leaves(f(*duals))
+            ct_dual = [fwd.make_dual(c.detach(), t) for c, t in zip(ct, t_ct, strict=True)]
+            t_ct_x = torch.autograd.grad(y_dual, duals, ct_dual, **options)
+            tangents = [fwd.unpack_dual(t).tangent for t in (*y_dual, *t_ct_x)]
+        tangents = [torch.zeros_like(p) if t is None else t for t, p in zip(tangents, (*y, *x), strict=True)]
+    else:
+        bent, t_y = second[: len(x)], second[len(x) :]
+        straight = torch.autograd.grad(y, x, t_ct, **options)
+        tangents = [*t_y, *(a + b for a, b in zip(bent, straight, strict=True))]
+    return [t.detach().double() for t in (*y, *ct_x, *second, *tangents)]
+
+
+def errors(found: list[Tensor], truth: list[Tensor]) -> Tensor:
+    """The relative error of each result."""
+    return torch.stack([(a - t).norm() / (t.norm() + 1e-30) for a, t in zip(found, truth, strict=True)])
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Memory starts as NaN, and PyTorch's own kernels give the same bits every time."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what can't repeat is seen
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def chosen() -> Iterator[set[str]]:
+    """The backends whose rules ran: a kernel that fell back to the reference was not checked."""
+    names: set[str] = set()
+    choose = _backend.choose
+
+    def note(op: str, kernels: Any, tensors: Any) -> Any:
+        rules = choose(op, kernels, tensors)
+        names.update(name for name, candidate in kernels.items() if candidate is rules)
+        return rules
+
+    with patch.object(_backend, "choose", note):
+        yield names
+
+
+def compare(backend: str, problems: list[Problem], dtype: str) -> Row:
+    """The errors at all orders, geometric means over the problems: that of a single one may be luck."""
+    low, means, names, repeats = getattr(torch, dtype), [], set(), True
+    eps = torch.finfo(low).eps
+    for op, plain, exact, arguments in problems:
+        truth = results(exact, arguments, torch.float64, forward=False)
+        theirs = results(plain, arguments, low, forward=False)
+        with mk.backend(backend), chosen() as taken:
+            ours = results(op, arguments, low)
+            with deterministic():
+                once, twice = (results(op, arguments, low) for _ in range(2))
+        means.append(torch.stack([errors(found, truth) for found in (theirs, ours, once)]) + eps / 8)
+        repeats = repeats and all(a.equal(b) for a, b in zip(once, twice, strict=True))
+        names |= taken
+    theirs, *ours = torch.stack(means).log().mean(0).exp()
+    worst = torch.maximum(*ours)
+    return {
+        "error": worst.max().item(),
+        "plain": theirs.max().item(),
+        "repeats": repeats,
+        "backends": sorted(names),
+        "good": bool((worst <= 2 * theirs + 4 * eps).all()) and repeats and names == {backend},
+    }
+
+
+def check(op: str, sample: str, dtype: str, tiny: bool) -> Row:
+    """Small samples are drawn four times."""
+    spec, draw, problems = SPECS[op], samples(op, tiny)[sample], []
+    for seed in range(4 if tiny else 1):
+        low = cast(draw(Random(getattr(torch, dtype), seed)), getattr(torch, dtype))
+        exact, arguments = function(spec.plain, cast(low, torch.float64))
+        problems.append(Problem(function(spec.call, low)[0], function(spec.plain, low)[0], exact, arguments))
+    return compare("triton", problems, dtype)
+
+
+def far(op: str, tiny: bool) -> Row:
+    """The last task of a large tensor, to the bit what it is alone: offsets are of 64 bits."""
+
+    def found(sample: Sample) -> list[Tensor]:
+        f, x = function(SPECS[op].call, sample)
+        leaves = [t.requires_grad_() for t in x]
+        y = f(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, y.detach())]
+
+    make = Random(torch.float32 if tiny else torch.bfloat16, seed=1)
+    draws = samples(op, True).values() if tiny else (FAR[op],)
+    sample = next(sample for draw in draws if (sample := draw(make)).per_task)
+    with mk.backend("triton"):
+        return {"good": all(a[-1:].equal(b) for a, b in zip(found(sample), found(last_task(sample)), strict=True))}
+
+
+def jobs(tiny: bool) -> Iterator[Job]:
+    """Every op at small sizes of all kinds, which compute-sanitizer's run takes some of, and at real ones."""
+    for op in OPS:
+        for small in (True,) if tiny else (True, False):
+            for sample in samples(op, small):
+                for dtype in ("float32",) if small else (*DTYPES, "float16") if sample in HALF else DTYPES:
+                    label = {"op": op, "sample": sample, "small": small, "dtype": dtype}
+                    yield Job(label, partial(check, op, sample, dtype, small))
+    for op in FAR.keys() & OPS:
+        yield Job({"op": op, "sample": BEYOND}, partial(far, op, tiny))
+
+
+def small() -> bool:
+    """What compute-sanitizer looks at: two samples of each op."""
+    return all(check(op, sample, "float32", True)["good"] for op in OPS for sample in list(samples(op, True))[:2])

@@ -1,0 +1,126 @@
+"""Times, memory, and the two limits of a GPU: the bandwidth of a large copy and the rate of a large matrix product."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.autograd.forward_ad as fwd
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import metakern as mk
+from benchmarks.gpu.pool import Row
+from benchmarks.gpu.problems import cast, device, function
+from metakern.ops import SPECS, _backend
+from metakern.ops._rules import Rules
+from metakern.ops._spec import Sample
+
+RULES = ("forward", "jvp", "vjp", "vjp_jvp")
+
+
+def milliseconds(f: Callable[[], Any], calls: int = 4, replays: int = 15) -> float:
+    """Of a call: the median over replays of a CUDA graph that holds several."""
+    if not torch.cuda.is_available():
+        return eager_milliseconds(f, 1)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            f()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            f()
+    graph.replay()
+    return statistics.median(_events(graph.replay, replays)) / calls
+
+
+def eager_milliseconds(f: Callable[[], Any], calls: int = 7) -> float:
+    """Of a call as Python makes it."""
+    f(), f()
+    return statistics.median((_events if torch.cuda.is_available() else _seconds)(f, calls))
+
+
+def _events(f: Callable[[], Any], calls: int) -> Iterator[float]:
+    for _ in range(calls):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        f()
+        end.record()
+        end.synchronize()
+        yield start.elapsed_time(end)
+
+
+def _seconds(f: Callable[[], Any], calls: int) -> Iterator[float]:
+    for _ in range(calls):
+        start = time.perf_counter()
+        f()
+        yield 1e3 * (time.perf_counter() - start)
+
+
+def peak_mib(f: Callable[[], Any]) -> float:
+    """The most memory that a call takes over what is there before; 0 where there is no GPU to ask."""
+    if not torch.cuda.is_available():
+        f()
+        return 0.0
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    f()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def limits(tiny: bool) -> Row:
+    """GB/s of a copy, reads and writes counted, and TFLOP/s of bf16 products of random numbers."""
+    size, square = (1 << 10, 16) if tiny else (1 << 30, 8192)
+    source = torch.empty(size, dtype=torch.uint8, device=device()).random_()
+    target = torch.empty_like(source)
+    a, b = torch.randn(2, square, square, device=device(), dtype=torch.bfloat16)
+    copy, product = milliseconds(lambda: target.copy_(source)), milliseconds(lambda: a @ b)
+    return {"copy_gb_per_s": 2 * size / copy / 1e6, "bf16_tflop_per_s": 2 * square**3 / product / 1e9}
+
+
+def recorded(op: str, sample: Sample, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """The rules of one call at both orders, each with the tensors that it was called with, ready to be called again.
+
+    Everything has a tangent, cotangents included, which is the most that a rule is asked for.
+    """
+    calls: dict[str, Callable[[], Any]] = {}
+    choose = _backend.choose
+
+    def note(name: str, kernels: Any, tensors: Any) -> Rules:
+        rules = choose(name, kernels, tensors)
+
+        def rule(name: str) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                calls[name] = partial(without_graph, getattr(rules, name), *args)
+                return calls[name]()
+
+            return call
+
+        return Rules(*(rule(name) for name in RULES))
+
+    f, x = function(SPECS[op].call, cast(sample, dtype))
+    with patch.object(_backend, "choose", note), mk.backend("triton"), fwd.dual_level():
+        duals = [dual(a.requires_grad_()) for a in x]
+        y = tree_leaves(f(*duals))
+        torch.autograd.grad(y, duals, [dual(torch.randn_like(fwd.unpack_dual(t).primal)) for t in y])
+    return {name: calls[name] for name in RULES}
+
+
+@torch.no_grad()
+def without_graph(rule: Callable[..., Any], *args: Any) -> Any:
+    """As a Function calls its rule."""
+    return rule(*args)
+
+
+def dual(x: Tensor) -> Tensor:
+    """x with a random tangent."""
+    return fwd.make_dual(x, torch.randn_like(x))

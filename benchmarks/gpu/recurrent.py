@@ -1,0 +1,164 @@
+"""The recurrent CUDA kernels: every cell against float64, times of its rules, cuDNN, and plain PyTorch's meta-step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import metakern as mk
+from benchmarks import peers
+from benchmarks.gpu.checks import DTYPES, Problem, compare
+from benchmarks.gpu.measure import RULES, eager_milliseconds, milliseconds, peak_mib
+from benchmarks.gpu.pool import Job, Row
+from benchmarks.gpu.problems import device
+from benchmarks.workloads import make
+from metakern import _native
+from metakern.ops import SPECS
+from metakern.ops._spec import Make
+
+CELLS = {"rnn_tanh": (1, 1), "rnn_relu": (1, 1), "gru": (3, 1), "lstm": (4, 2)}  # gates and states
+CHECKED = [(4, 8, 12, 64), (3, 5, 7, 100), (2, 20, 8, 256), (8, 8, 6, 512), (2, 8, 6, 1024), (1, 64, 6, 512)]
+TIMED = [(32, 2, 32, 64), (8, 8, 20, 256), (8, 8, 128, 512), (8, 8, 64, 1024), (32, 16, 64, 256), (8, 1, 64, 256)]
+BESIDE_CUDNN = [(16, 64, 64), (64, 64, 256), (64, 128, 512), (64, 64, 1024)]  # B, L, H
+Sizes = tuple[int, int, int, int]  # T, B, L, H
+D = 16  # features of the inputs
+
+
+def problem(
+    cell: str,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    device: torch.device | str = "cpu",
+    lengths: bool = False,
+    reverse: bool = False,
+    shared: bool = False,
+) -> tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]:
+    """The op, plain PyTorch, and the arguments to differentiate both by: in float64, with the digits of dtype."""
+    (T, B, L, H), (gates, states), draw = sizes, CELLS[cell], Make(seed=seed)
+    scale, tasks = max(H, 1) ** -0.5, () if shared else (T,)
+    arguments = [draw(T, B, L, D), *(draw(T, B, H) for _ in range(states)), draw(*tasks, gates * H, D)]
+    arguments += [scale * draw(*tasks, gates * H, H), draw(*tasks, gates * H), draw(*tasks, gates * H)]
+    options: dict[str, Any] = {"reverse": reverse}
+    if cell.startswith("rnn"):
+        options["nonlinearity"] = cell[4:]
+    ends = (torch.arange(T * B, device=device).reshape(T, B) * 2 % (L + 1),) if lengths else ()
+    spec = SPECS[cell.split("_")[0]]
+
+    def op(*x: Tensor) -> Any:
+        return spec.call(*x, *ends, **options)
+
+    def plain(*x: Tensor) -> Any:
+        return spec.plain(*x, *ends, **options)
+
+    return op, plain, [a.to(device, dtype).double() for a in arguments]
+
+
+def check(cell: str, sizes: Sizes, dtype: str, options: dict[str, bool]) -> Row:
+    """On a GPU by its kernels; elsewhere, to try this program, by those of the CPU."""
+    problems = []
+    for seed in (1, 2):
+        op, plain, x = problem(cell, sizes, getattr(torch, dtype), seed, device=device(), **options)
+        problems.append(Problem(op, plain, plain, x))
+    return compare("cuda" if torch.cuda.is_available() else "reference", problems, dtype)
+
+
+def checks(tiny: bool) -> Iterator[Job]:
+    """A rule that bends (relu) is checked in float32 alone: where bf16 rounds over the bend, errors are luck."""
+    cases: list[tuple[str, Sizes, dict[str, bool]]] = [(c, s, {}) for c in CELLS for s in CHECKED]
+    cases.append(("lstm", (3, 9, 6, 96), {"lengths": True, "reverse": True}))
+    cases.append(("gru", (6, 11, 6, 160), {"shared": True, "lengths": True}))
+    if tiny:
+        cases = [("gru", (2, 2, 3, 4), {"lengths": True})]
+    for dtype in DTYPES:
+        for cell, sizes, options in cases:
+            if cell != "rnn_relu" or dtype == "float32":
+                label = {"op": cell, "sample": "x".join(map(str, sizes)), "dtype": dtype, **options}
+                yield Job(label, partial(check, cell, sizes, dtype, options))
+
+
+def small() -> bool:
+    """What compute-sanitizer looks at: single blocks, groups of blocks, several tiles, streamed weights."""
+    sizes = (2, 3, 3, 20), (1, 9, 2, 130), (1, 17, 2, 520)
+    return all(check(cell, s, dtype, {})["good"] for s in sizes for cell in ("gru", "lstm") for dtype in DTYPES)
+
+
+def rule_times(cell: str, sizes: Sizes, dtype: str) -> Row:
+    """Milliseconds of each rule's recurrence, on random tensors, and the rate of its products."""
+    row: Row = {}
+    T, B, L, H = sizes
+    of = dict(zip("TBLH", sizes, strict=True))
+    for rule in RULES:
+        kernel = f"{cell}_{rule}"
+
+        def draw(a: Any, H: int = H) -> Tensor | None:
+            if a.indices:
+                return None
+            x = torch.randn([times * of[dim] for times, dim in a.dims], device=device(), dtype=getattr(torch, dtype))
+            return x * H**-0.5 if a.name == "w_hh" else x.sigmoid() if "gates" in a.name else x
+
+        inputs = [draw(a) for a in _native._signatures()[kernel].inputs]
+        ms = milliseconds(lambda kernel=kernel, inputs=inputs: _native.call(kernel, *inputs, scalars=(0.0,)))
+        flop = 2 * T * B * L * CELLS[cell][0] * H * H
+        row[rule] = {"ms": ms, "us_a_step": 1e3 * ms / L, "tflop_per_s": flop / ms / 1e9}
+    return row
+
+
+def beside_cudnn(B: int, L: int, H: int, name: str) -> Row:
+    """An LSTM layer with one weight: forward, and forward with its vjp."""
+    options: dict[str, Any] = {"device": device(), "dtype": getattr(torch, name)}
+    layer = nn.LSTM(H, H, batch_first=True, **options)
+    x, ct = torch.randn(B, L, H, **options, requires_grad=True), torch.randn(B, L, H, **options)
+    weights = [p.detach().requires_grad_() for p in layer.parameters()]
+
+    def ours() -> Tensor:
+        return mk.ops.lstm(x, None, *weights)[0]
+
+    def both(f: Callable[[], Tensor], wrt: list[Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(f(), [x, *wrt], ct)
+
+    row: Row = {}
+    for name, f, wrt in (("metakern", ours, weights), ("cudnn", lambda: layer(x)[0], list(layer.parameters()))):
+        with torch.no_grad():
+            row[f"{name}_forward_ms"] = milliseconds(f)
+        row[f"{name}_forward_vjp_ms"] = milliseconds(both(f, wrt))
+    return row
+
+
+def meta_steps(name: str, tiny: bool) -> Row:
+    """One meta-gradient, eager: metakern's and plain PyTorch's, which cuDNN has no second derivative for."""
+    row: Row = {}
+    gradients = {}
+    for peer, method in (("metakern", "metakern auto"), ("plain", "plain PyTorch")):
+        work = make(name, tiny)
+        on_gpu = [tuple(t.to(device()) for t in batch) for batch in (work.support, work.query)]
+        work = replace(work, model=work.model.to(device()), support=on_gpu[0], query=on_gpu[1])
+        step = peers.load(peer).methods[method](work)
+        with torch.backends.cudnn.flags(enabled=peer == "metakern"):
+            gradients[peer] = {key: g.detach().clone() for key, g in step().items()}
+            row[f"{peer}_peak_mib"] = peak_mib(step)
+            row[f"{peer}_ms"] = eager_milliseconds(step, 7 if peer == "metakern" else 3)
+    ours, theirs = (torch.cat([gradients[peer][k].flatten() for k in sorted(gradients["plain"])]) for peer in gradients)
+    row["difference"] = ((ours - theirs).norm() / theirs.norm()).item()
+    row["speedup"] = row["plain_ms"] / row["metakern_ms"]
+    return row
+
+
+def jobs(tiny: bool) -> Iterator[Job]:
+    """The rules of each cell, an LSTM layer beside cuDNN's, and the meta-gradient of an LSTM language model."""
+    timed, beside = ([(1, 1, 2, 8)], [(2, 3, 4)]) if tiny else (TIMED, BESIDE_CUDNN)
+    dtypes = ("float32",) if tiny else DTYPES
+    for dtype in dtypes:
+        for cell in ("lstm", "gru", "rnn_tanh"):
+            for sizes in timed:
+                yield Job({"cell": cell, "sizes": sizes, "dtype": dtype}, partial(rule_times, cell, sizes, dtype))
+        for layer in beside:
+            yield Job({"beside": "cudnn", "sizes": layer, "dtype": dtype}, partial(beside_cudnn, *layer, dtype))
+    for name in ("lstm", "lstm-small"):
+        yield Job({"workload": name}, partial(meta_steps, name, tiny))

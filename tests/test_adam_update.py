@@ -1,0 +1,59 @@
+"""What only `adam_update` has: the root at zero, its steps, and errors."""
+
+import pytest
+import torch
+
+import metakern as mk
+from metakern.ops._spec import Make
+
+ARGUMENTS = [[torch.ones(2, 3)] for _ in range(4)]
+
+
+@pytest.mark.parametrize("backend", [b for b in ("reference", "triton") if mk.backends()[b] == "available"])
+def test_no_nan_where_gradients_and_moments_are_zero(backend: str) -> None:
+    """There phi' as a function of grad has the slope -lr / eps at the first step, and no curvature."""
+    phi, grad, m, v = (torch.zeros(2, 3, requires_grad=True) for _ in range(4))
+    with mk.backend(backend):
+        (moved,), _, _ = mk.ops.adam_update([phi], [grad], [m], [v], 0.1, step=1, eps=0.5)
+        ct = torch.rand(2, 3, requires_grad=True)
+        (ct_grad,) = torch.autograd.grad(moved, grad, ct, create_graph=True)
+        torch.testing.assert_close(ct_grad, -0.1 / 0.5 * ct)
+        second = torch.autograd.grad(ct_grad, [grad, m, v], torch.rand(2, 3))
+    assert all(torch.equal(s, torch.zeros(2, 3)) for s in second)
+
+
+def test_is_the_inner_optimizers_step() -> None:
+    make, steps = Make(seed=3), 3
+    phi, state = [make(2, 5), make(2, 3, 4)], None
+    for kind, decoupled in ((mk.optim.Adam, False), (mk.optim.AdamW, True)):
+        inner = kind(0.1, betas=(0.7, 0.9), weight_decay=0.3)
+        expected, state = phi, inner.init(phi)
+        actual, m, v = phi, [torch.zeros_like(p) for p in phi], [torch.zeros_like(p) for p in phi]
+        for step in range(1, steps + 1):
+            grads = [make(*p.shape) for p in phi]
+            expected, state = inner.update(expected, grads, state)
+            options = {"step": step, "betas": (0.7, 0.9), "weight_decay": 0.3, "decoupled": decoupled}
+            actual, m, v = mk.ops.adam_update(actual, grads, m, v, 0.1, **options)
+        torch.testing.assert_close([*actual, *m, *v], [*expected, *state[:-1]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (ARGUMENTS, {"lr": 0.1, "step": 0}, "adam_update: step must be at least 1, got 0"),
+        ([*ARGUMENTS[:3], []], {"lr": 0.1, "step": 1}, "v must have an entry for each of phi's 1, got 0"),
+        (
+            [*ARGUMENTS[:2], [torch.ones(2)], ARGUMENTS[3]],
+            {"lr": 0.1, "step": 1},
+            r"m\[0\] must have shape that of phi",
+        ),
+        (ARGUMENTS, {"lr": torch.ones(3), "step": 1}, r"adam_update: lr must have shape \[\] or \[T\] = \[2\], got"),
+    ],
+)
+def test_errors(arguments: list, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mk.ops.adam_update(*arguments, **options)
+
+
+def test_nothing_in_nothing_out() -> None:
+    assert mk.ops.adam_update([], [], [], [], 0.1, step=1) == ([], [], [])
