@@ -291,7 +291,9 @@ def test_adapt_writes_an_adapter_and_chat_talks(trained, data, tmp_path, capsys)
         assert torch.equal(parameter, dict(plain.named_parameters())[name])
         assert torch.equal(parameter, dict(before.model.named_parameters())[name]) != ("lora_" in name)
 
+    kept = {name: p.detach().clone() for name, p in before.model.named_parameters() if p.requires_grad}
     chat = Chat(before, read(str(support)), steps=2, temperature=0)
+    assert all(torch.equal(before.model.get_parameter(name), p) for name, p in kept.items())
     frozen = {id(p) for p in before.model.parameters() if not p.requires_grad}
     assert frozen == {id(p) for p in chat.model.parameters() if not p.requires_grad}
     answer = chat.hear("river stone")
