@@ -47,6 +47,32 @@ def test_the_backend_launches_kernels(spec: Spec, launched: list[str]) -> None:
     assert launched
 
 
+@pytest.mark.parametrize(
+    ("spec", "sample"),
+    [pytest.param(SPECS[op], s, id=f"{op}-{s.name}") for op in OPS for s in SPECS[op].samples(Make(seed=5))],
+)
+def test_every_rule_equals_the_references(spec: Spec, sample: Sample) -> None:
+    """The battery takes one sample of an op through all nestings: here are all of them, with tangents of cotangents."""
+    compare(spec, sample)
+
+
+def compare(spec: Spec, sample: Sample) -> None:
+    results = []
+    for backend in ("triton", "reference"):
+        with mk.backend(backend):
+            results.append(orders(spec, sample))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+def test_ignored_tokens_are_not_read() -> None:
+    logits, target = Make(seed=7)(2, 3, 5), torch.tensor([[1, -100, 4], [-100, 0, 2]])
+    logits[target == -100] = float("nan")
+    clean = Sample("clean", (logits.nan_to_num(), target))
+    with mk.backend("triton"):
+        results = [orders(SPECS["cross_entropy"], sample) for sample in (Sample("nan", (logits, target)), clean)]
+    torch.testing.assert_close(*results)
+
+
 SEVERAL_BLOCKS = [
     ("layer_norm", "_triton.norm", "LARGEST", {"forward": 2, "jvp": 4, "vjp": 2}),
     ("rms_norm", "_triton.norm", "LARGEST", {"forward": 4, "jvp": 2, "vjp": 2}),
@@ -58,11 +84,7 @@ SEVERAL_BLOCKS = [
 def test_rows_of_several_blocks(op: str, module: str, name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module(f"metakern.ops.{module}"), name, value)
     for sample in SPECS[op].samples(Make(seed=5)):
-        results = []
-        for backend in ("triton", "reference"):
-            with mk.backend(backend):
-                results.append(orders(SPECS[op], sample))
-        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+        compare(SPECS[op], sample)
 
 
 def orders(spec: Spec, sample: Sample) -> list[Tensor]:
