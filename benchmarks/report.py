@@ -212,9 +212,11 @@ def targets_table() -> str:
 
 TABLES = {
     "maml": maml_table,
-    "demo": partial(curve_table, "demo"),
+    "demo": demo_table,
     "recurrent": recurrent_table,
     "targets": targets_table,
+    "attention": attention_table,
+    "transformer-targets": transformer_targets_table,
 }
 
 
