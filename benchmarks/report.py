@@ -212,7 +212,7 @@ def targets_table() -> str:
 
 TABLES = {
     "maml": maml_table,
-    "demo": demo_table,
+    "demo": partial(curve_table, "demo"),
     "recurrent": recurrent_table,
     "targets": targets_table,
     "attention": attention_table,
