@@ -160,8 +160,8 @@ class Config:
     def toml(self) -> str:
         """The config as a TOML file that explains itself; `load` reads it back.
 
-        >>> print(Config(seed=7).toml().splitlines()[-3])
-        seed = 7
+        >>> "seed = 7" in Config(seed=7).toml().splitlines()
+        True
         """
         lines = []
         for key in fields(self):
