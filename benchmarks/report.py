@@ -105,6 +105,9 @@ def curve_table(name: str) -> str:
             for curve, key, digits in ((own, "perplexity", 1), (base, "perplexity", 1), (ratio, "ratio", 3))
         ]
         lines.append(f"| {k} | {' | '.join(cells)} |")
+    if found := data.get("validation"):
+        told = (f"{row['before']:.2f} -> {row['after']:.2f} at step {row['step']}" for row in (found[0], found[-1]))
+        lines += ["", f"Loss on validation subjects before -> after adaptation: {', '.join(told)}."]
     return "\n".join([*lines, "", described(data)])
 
 
@@ -215,6 +218,7 @@ def targets_table() -> str:
 TABLES = {
     "maml": maml_table,
     "demo": partial(curve_table, "demo"),
+    "smollm2": partial(curve_table, "smollm2"),
     "recurrent": recurrent_table,
     "targets": targets_table,
     "attention": attention_table,
@@ -263,9 +267,16 @@ def draw() -> None:
 
 
 def keep_curve(name: str, run: Path) -> None:
-    """The curve of `make name`, with the machine it was measured on."""
+    """The curve of `make name`, with the machine it was measured on, and the losses on validation tasks on the way."""
     report = json.loads((run / "eval.json").read_text())
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine_here(), **report}, indent=1) + "\n")
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    validation = [
+        {"step": row["step"], "before": row["validation_before"], "after": row["validation_after"]}
+        for row in log
+        if "validation_before" in row
+    ]
+    kept = {"machine": machine_here(), **report, "run": f"runs/{name}", "validation": validation}
+    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
     shutil.copyfile(run / "eval.png", RESULTS / f"{name}.png")
 
 
