@@ -64,9 +64,9 @@ inline void tile(const F* a, int64_t stride, const F* b, int64_t next, int64_t K
             F* to = c.data + r * c.rows + j;
             const F* add = c.add ? c.add + r * c.add_rows + j : nullptr;
             if (width - j >= kLanes<F>)
-                store(to, add ? load(add) + sum[r][v] : sum[r][v]);
+                store(to, add ? load(add) + c.scale * sum[r][v] : c.scale * sum[r][v]);
             else if (width > j)
-                store(to, add ? load(add, width - j) + sum[r][v] : sum[r][v], width - j);
+                store(to, add ? load(add, width - j) + c.scale * sum[r][v] : c.scale * sum[r][v], width - j);
         }
 }
 
@@ -203,7 +203,8 @@ void product(const Product& p, int threads) {
         const F* b = static_cast<const F*>(p.b) + t * p.b_strides[0];
         const F* add = static_cast<const F*>(p.add);
         F* packed = static_cast<F*>(thread_memory((end - begin) * kDepth * kPanel<F> * static_cast<int64_t>(sizeof(F))));
-        Output<F> c{static_cast<F*>(p.c) + t * p.M * p.N, p.N, add ? add + t * p.add_strides[0] : add, p.add_strides[1]};
+        Output<F> c{static_cast<F*>(p.c) + t * p.M * p.N, p.N, add ? add + t * p.add_strides[0] : add, p.add_strides[1],
+                    static_cast<F>(p.scale)};
         c = c.at(first, j);
         int64_t k = 0;
         do {
