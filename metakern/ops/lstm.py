@@ -216,7 +216,7 @@ def _cost(sample: Sample, order: int) -> Cost:
     inputs = sum(t.numel() for t in sample.args if t is not None)
     kept = tokens * 2 * (gate_size + w_hh.shape[-1])
     return Cost(
-        flop=(1, 2, 6)[order] * products, bytes=(inputs + kept, 2 * inputs + kept, 4 * inputs + 2 * kept)[order] * size
+        flop=(1, 2, 4)[order] * products, bytes=(inputs + kept, 2 * inputs + kept, 4 * inputs + 2 * kept)[order] * size
     )
 
 
