@@ -11,14 +11,13 @@ Sizes are B x H / H_kv x L x D: sequences, heads of q and of k and v, length, he
     second order  a Hessian-vector product, reverse over reverse, by PyTorch's attention of ordinary products, which
                   holds L x L matrices, over ours
 
-Rounds interleave everything; ratios are medians of ratios within a round, with their quartiles. Results go to
-benchmarks/results/attention.json.
+Rounds interleave everything; ratios are medians of ratios within a round, with their quartiles. Results go to the
+part "attention" of the machine's file in benchmarks/results.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -32,12 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.maml import machine
+from benchmarks import results
 from benchmarks.recurrent import SQUARE, quartiles, seconds
 from metakern import _native
 from metakern.ops import SPECS, attention
 
-RESULTS = Path(__file__).parent / "results" / "attention.json"
 SIZES = [
     (4, 4, 4, 64, 32), (32, 4, 4, 64, 32), (8, 9, 3, 128, 64), (4, 12, 12, 256, 64), (1, 8, 8, 512, 64),
     (1, 4, 4, 1024, 32), (1, 9, 3, 1024, 64), (1, 8, 2, 2048, 128), (1, 2, 2, 4096, 64),
@@ -135,27 +133,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two sizes, printed only")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="where the JSON goes (default: the machine's file)")
     args = parser.parse_args()
     if _native.obstacle():
         parser.error(str(_native.obstacle()))
     torch.set_num_threads(args.threads)
     sizes = QUICK if args.quick else SIZES
-    results: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     start = time.perf_counter()
     print(f"{'':22}{'ms: forward':>12}{'jvp':>9}{'vjp':>9}{'vjp_jvp':>9}   rate of each             flash/  ordinary/")
     for done, size in enumerate(sizes):
         left = (time.perf_counter() - start) / max(done, 1) * (len(sizes) - done)
         note = f"\r{done + 1} of {len(sizes)}: {named(size)}, {left:.0f} s left" if done else ""
         print(f"{note:60}", end="\r" if done else "", file=sys.stderr, flush=True)
-        row = results[named(size)] = measure(size, args.rounds)
+        row = found[named(size)] = measure(size, args.rounds)
         ms = "".join(f"{row['ms'][rule][0]:9.2f}" for rule in PRODUCTS)
         rates = " ".join(f"{row['of_rate'][rule][0]:5.0%}" for rule in PRODUCTS)
         ratios = f"{row['flash_over_ours'][0]:6.2f}  {row['ordinary_over_ours'][0]:9.2f}"
         print(f"{named(size):22}{ms:>39}   {rates}  {ratios}", flush=True)
     if not args.quick:
-        found = {"machine": machine(), "threads": args.threads, "results": results}
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        where = results.machine()
+        entry = {"machine": where, "threads": args.threads, "results": found}
+        results.keep(args.out or results.file(where), "attention", entry)
 
 
 if __name__ == "__main__":

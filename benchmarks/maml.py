@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -33,10 +32,10 @@ from typing import IO, Any
 
 import torch
 
-import metakern as mk
 from benchmarks import peers
 from benchmarks.peers.plain import plain
 from benchmarks.peers.products import FLOP
+from benchmarks.results import machine
 from benchmarks.workloads import WORKLOADS, Workload, make
 
 ROOT = Path(__file__).parent.parent
@@ -230,21 +229,6 @@ def memory_over_steps(
                 runner.close()
                 peaks.setdefault(method, {})[steps] = runner.ready["peak_mib"]
     return peaks
-
-
-def machine() -> dict[str, str | int]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "metakern": mk.__version__,
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def chosen(wanted: str) -> dict[str, str]:

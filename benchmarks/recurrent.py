@@ -10,14 +10,14 @@ Sizes are T x B x L x H: tasks with weights of their own, sequences of a task, s
     recurrence    the operations of the products inside the recurrence alone, forward and back, over its time, as a
                   part of the rate at which torch.mm multiplies matrices of 1024 x 1024 in the same rounds
 
-Rounds interleave everything; ratios are medians of ratios within a round, with their quartiles. Results go to
-benchmarks/results/recurrent.json. `pytest benchmarks/test_recurrent.py` runs the rules under pytest-benchmark.
+Rounds interleave everything; ratios are medians of ratios within a round, with their quartiles. Results go to the
+part "recurrent" of the machine's file in benchmarks/results. `pytest benchmarks/test_recurrent.py` runs the rules under
+pytest-benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -29,11 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.maml import machine
+from benchmarks import results
 from metakern import _native
 from metakern.ops import SPECS, gru, lstm, rnn
 
-RESULTS = Path(__file__).parent / "results" / "recurrent.json"
 CELLS = {"lstm": 4, "gru": 3, "rnn": 1}  # rows of the weights for each hidden unit
 SIZES = [
     (1, 8, 64, 64), (1, 8, 64, 256), (1, 8, 64, 1024), (1, 1, 64, 256), (1, 64, 64, 256), (1, 8, 16, 256),
@@ -200,7 +199,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two sizes, printed only")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON goes (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="where the JSON goes (default: the machine's file)")
     args = parser.parse_args()
     if unknown := set(args.cells.split(",")) - set(CELLS):
         parser.error(f"cells must be among {', '.join(CELLS)}, got {', '.join(sorted(unknown))}")
@@ -209,7 +208,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     sizes = QUICK if args.quick else SIZES
     todo = [(cell, size) for cell in args.cells.split(",") for size in sizes]
-    results: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     start = time.perf_counter()
     print(f"{'':23}{'ms: forward':>12}{'jvp':>9}{'vjp':>9}{'vjp_jvp':>9}   /vjp  torch/  loop/  recurrence")
     for done, (cell, size) in enumerate(todo):
@@ -217,7 +216,7 @@ def main() -> None:
         left = (time.perf_counter() - start) / max(done, 1) * (len(todo) - done)
         note = f"\r{done + 1} of {len(todo)}: {cell} {name}, {left:.0f} s left" if done else ""
         print(f"{note:60}", end="\r", file=sys.stderr, flush=True)
-        row = results.setdefault(cell, {})[name] = measure(cell, size, args.rounds)
+        row = found.setdefault(cell, {})[name] = measure(cell, size, args.rounds)
         ms = "".join(f"{row['ms'][rule][0]:9.2f}" for rule in ("forward", "jvp", "vjp", "vjp_jvp"))
         print(
             f"{cell:5}{name:16}  {ms:>39}  {row['vjp_jvp_over_vjp'][0]:5.2f}  {row['torch_over_ours'][0]:5.2f} "
@@ -225,8 +224,9 @@ def main() -> None:
             flush=True,
         )
     if not args.quick:
-        found = {"machine": machine(), "threads": args.threads, "results": results}
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        where = results.machine()
+        entry = {"machine": where, "threads": args.threads, "results": found}
+        results.keep(args.out or results.file(where), "recurrent", entry)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.maml import machine as machine_here
+from benchmarks import results
+from benchmarks.results import machine as machine_here
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+MACHINE = "amd-epyc-2c"  # whose CPU the README is about
 RECURRENT = "LM, vocabulary 2000, embedding 128, hidden 256, length 20, 8+8 sequences, 8 tasks, K=3"
 TITLES = {
-    "mlp": "MLP 64-128-128-16, 32 tasks, 10+10 examples, K=5",
-    "rnn": f"RNN {RECURRENT}",
-    "gru": f"GRU {RECURRENT}",
-    "lstm": f"LSTM {RECURRENT}",
-    "lstm-small": "small LSTM LM, vocabulary 2000, embedding 64, hidden 64, length 32, 2+2 sequences, 32 tasks, K=5",
-    "gpt": "GPT, vocabulary 2000, 128 wide, 4 heads, 2 layers, length 64, 4+4 sequences, 8 tasks, K=3",
-    "gpt-long": "the same GPT at length 1024, 4+4 sequences, 1 task, K=3",
+    "mlp:medium": "MLP 64-128-128-16, 32 tasks, 10+10 examples, K=5",
+    "rnn:medium": f"RNN {RECURRENT}",
+    "gru:medium": f"GRU {RECURRENT}",
+    "lstm:medium": f"LSTM {RECURRENT}",
+    "lstm:small": "small LSTM LM, vocabulary 2000, embedding 64, hidden 64, length 32, 2+2 sequences, 32 tasks, K=5",
+    "gpt:medium": "GPT, vocabulary 2000, 128 wide, 4 heads, 2 layers, length 64, 4+4 sequences, 8 tasks, K=3",
+    "gpt:medium,length=1024,tasks=1": "the same GPT at length 1024, 4+4 sequences, 1 task, K=3",
 }
 CELLS = {  # heading of a column: key and form; a ratio is absent where its base was not measured
     "of the limit": ("of_limit", "{:.0%}"),
@@ -38,8 +40,8 @@ CELLS = {  # heading of a column: key and form; a ratio is absent where its base
 }
 
 
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def load(part: str) -> dict[str, Any]:
+    return results.load(RESULTS / f"{MACHINE}.json")[part]
 
 
 def fastest(rows: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def maml_table() -> str:
 
 def curve_table(name: str) -> str:
     """Perplexity after adaptation, and the paired ratio of the baseline to the meta-trained model."""
-    data = load(name)
+    data = results.load(RESULTS / f"{name}.json")
     own, base = data["curves"]["maml"], data["curves"]["finetune"]
     ratio = data["ratios"]["finetune"]
     lines = [
@@ -103,6 +105,9 @@ def curve_table(name: str) -> str:
             for curve, key, digits in ((own, "perplexity", 1), (base, "perplexity", 1), (ratio, "ratio", 3))
         ]
         lines.append(f"| {k} | {' | '.join(cells)} |")
+    if found := data.get("validation"):
+        told = (f"{row['before']:.2f} -> {row['after']:.2f} at step {row['step']}" for row in (found[0], found[-1]))
+        lines += ["", f"Loss on validation subjects before -> after adaptation: {', '.join(told)}."]
     return "\n".join([*lines, "", described(data)])
 
 
@@ -168,12 +173,12 @@ def table(lines: list[tuple[str, str, str]]) -> str:
 def transformer_targets_table() -> str:
     """What the GPT was to reach on this kind of machine, beside what was measured; length 1024 where it was."""
     lines = [
-        ("GPT's meta-gradient: the fastest PyTorch peer over ours", ">= 1.7", against("gpt", jax=False)),
-        ("the fastest JAX form over ours", ">= 1.4", against("gpt", jax=True)),
-        ("ours over its products alone, at torch.mm's rate", "<= 1.25", over_its_products("gpt")),
-        ("peak memory with recompute, K = 16 over K = 1", "<= 1.4", growth("gpt")),
+        ("GPT's meta-gradient: the fastest PyTorch peer over ours", ">= 1.7", against("gpt:medium", jax=False)),
+        ("the fastest JAX form over ours", ">= 1.4", against("gpt:medium", jax=True)),
+        ("ours over its products alone, at torch.mm's rate", "<= 1.25", over_its_products("gpt:medium")),
+        ("peak memory with recompute, K = 16 over K = 1", "<= 1.4", growth("gpt:medium")),
     ]
-    if long := load("maml").get("gpt-long"):
+    if long := load("maml").get("gpt:medium,length=1024,tasks=1"):
         plain = long["methods"]["plain PyTorch"]["peak_mib"]
         for method in ("metakern recompute", "metakern store"):
             times = plain / long["methods"][method]["peak_mib"]
@@ -201,11 +206,11 @@ def targets_table() -> str:
          worst("recurrence_of_rate", large, form="{:.0%}")),
         ("recurrence, of the matrix rate, batch 1 and 8 tasks, worst", ">= 35%",
          worst("recurrence_of_rate", single, form="{:.0%}")),
-        ("LSTM LM's meta-gradient: the fastest PyTorch peer over ours", ">= 2", against("lstm", jax=False)),
-        ("the fastest JAX form over ours", ">= 1.25", against("lstm", jax=True)),
-        ("ours over its products alone, at torch.mm's rate", "<= 1.2", over_its_products("lstm")),
-        ("small LSTM LM's: the fastest PyTorch peer over ours", ">= 5", against("lstm-small", jax=False)),
-        ("peak memory with recompute, K = 16 over K = 1", "<= 1.4", growth("lstm")),
+        ("LSTM LM's meta-gradient: the fastest PyTorch peer over ours", ">= 2", against("lstm:medium", jax=False)),
+        ("the fastest JAX form over ours", ">= 1.25", against("lstm:medium", jax=True)),
+        ("ours over its products alone, at torch.mm's rate", "<= 1.2", over_its_products("lstm:medium")),
+        ("small LSTM LM's: the fastest PyTorch peer over ours", ">= 5", against("lstm:small", jax=False)),
+        ("peak memory with recompute, K = 16 over K = 1", "<= 1.4", growth("lstm:medium")),
     ]  # fmt: skip
     return table(lines)
 
@@ -213,6 +218,7 @@ def targets_table() -> str:
 TABLES = {
     "maml": maml_table,
     "demo": partial(curve_table, "demo"),
+    "smollm2": partial(curve_table, "smollm2"),
     "recurrent": recurrent_table,
     "targets": targets_table,
     "attention": attention_table,
@@ -261,9 +267,16 @@ def draw() -> None:
 
 
 def keep_curve(name: str, run: Path) -> None:
-    """The curve of `make name`, with the machine it was measured on."""
+    """The curve of `make name`, with the machine it was measured on, and the losses on validation tasks on the way."""
     report = json.loads((run / "eval.json").read_text())
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine_here(), **report}, indent=1) + "\n")
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    validation = [
+        {"step": row["step"], "before": row["validation_before"], "after": row["validation_after"]}
+        for row in log
+        if "validation_before" in row
+    ]
+    kept = {"machine": machine_here(), **report, "run": f"runs/{name}", "validation": validation}
+    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
     shutil.copyfile(run / "eval.png", RESULTS / f"{name}.png")
 
 

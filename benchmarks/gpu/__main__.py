@@ -40,7 +40,7 @@ import torch
 from benchmarks.gpu import attention, checks, llama, measure, ops, recurrent
 from benchmarks.gpu.pool import Job, Pool, Row, prepare
 from benchmarks.gpu.targets import failures, targets
-from benchmarks.maml import machine
+from benchmarks.results import machine
 from metakern import _native
 
 ROOT = Path(__file__).parent.parent.parent
