@@ -90,7 +90,6 @@ class Process:
         )
 
     def __call__(self, method: str, *arguments: Any) -> Any:
-        assert self._process.stdin and self._process.stdout
         try:
             print(json.dumps([method, *arguments]), file=self._process.stdin, flush=True)
             line = self._process.stdout.readline()

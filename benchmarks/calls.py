@@ -25,8 +25,8 @@ Call = Callable[[], Any]
 class Shapes(Make):
     """A Make of tensors without memory."""
 
-    def __init__(self) -> None:
-        super().__init__(torch.bfloat16, "meta")
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(dtype, "meta")
 
     def __call__(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -103,7 +103,7 @@ def orders(f: Callable[..., Any], sample: Sample) -> tuple[Call, Call, Call]:
         return torch.autograd.grad(y, leaves, ct, create_graph=create_graph, allow_unused=True)
 
     def hessian() -> Any:
-        found = [(g, vi) for g, vi in zip(gradient(create_graph=True), v, strict=True) if g is not None]
-        return torch.autograd.grad(*zip(*found, strict=True), [*leaves, *ct], allow_unused=True)
+        ct_x, along = zip(*((g, a) for g, a in zip(gradient(True), v, strict=True) if g is not None), strict=True)
+        return torch.autograd.grad(ct_x, [*leaves, *ct], along, allow_unused=True)
 
     return forward, gradient, hessian
