@@ -129,8 +129,7 @@ def extensions() -> list[Pybind11Extension]:
 benchmarks = find_packages(include=["benchmarks", "benchmarks.*"], exclude=["benchmarks.gpu"])  # which wants a clone
 setup(
     packages=find_packages(include=["metakern", "metakern.*"]) + [f"metakern._bench.{name}" for name in benchmarks],
-    # Benchmarks lie in a folder of their own, which `metakern bench` puts on the path: `benchmarks` is too common a name
-    # for site-packages.
+    # In a folder of their own, which `metakern bench` puts on the path: the name is too common for site-packages.
     package_dir={"metakern._bench.benchmarks": "benchmarks"},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels, "build_py": BuildPackages},

@@ -1,234 +1,139 @@
 """Time and peak memory of one exact second-order meta-gradient: metakern against its peers and the machine's limit.
 
-    python -m benchmarks.maml [--workloads mlp,lstm] [--methods metakern,jax] [--rounds 9] [--threads 2] [--quick]
+    python -m benchmarks.maml [--workloads gpt:medium,lstm] [--methods metakern,jax] [--rounds 9] [--threads 2]
+    python -m benchmarks.maml --quick                    two minutes, printed only
+    python -m benchmarks.maml --sweep K,length [--workloads gpt;llama-lora]
 
 Every method runs in a process of its own, in an environment that the first run makes under ~/.cache/metakern, on the
-same weights and data. Its meta-gradient must agree with plain autograd in float64 to 1e-4, or it is not timed. It is
-compiled and warm before the first of the rounds, which interleave the methods; what counts are ratios within a round.
-Memory is the peak of one meta-gradient over the idle process with libraries, model and data loaded; "kept" is what
-stays between two of them (gradients, plans, compiled code). The limit is the counted FLOP of the products at the rate
-of a large product, measured in the same rounds. Each finished workload goes to benchmarks/results/maml.json at once, so
-that a run can be interrupted and go on with the others.
+same weights and data. Its meta-gradient must agree with one in float64 to 1e-4, or it is not timed. It is compiled and
+warm before the first of the rounds, which interleave the methods; what counts are ratios within a round. Memory is the
+peak of one meta-gradient over the idle process with libraries, model and data loaded; "kept" is what stays between two
+of them (gradients, plans, compiled code). The limit is the counted FLOP of the products at the rate of a large product,
+measured in the same rounds. First-order methods are rows of their own kind, checked against the first-order gradient.
+
+Each finished workload goes to the machine's file in benchmarks/results at once, under "maml", points of a sweep under
+"sweep". A run can be interrupted and started again: what the same code and versions have measured is skipped. A run
+with `--methods` is printed, and kept only where `--out` says.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
-
-from benchmarks import peers
-from benchmarks.peers.plain import plain
+from benchmarks import peers, results
 from benchmarks.peers.products import FLOP
-from benchmarks.results import machine
-from benchmarks.workloads import WORKLOADS, Workload, make
+from benchmarks.progress import Progress
+from benchmarks.runner import RefusedError, Runner
+from benchmarks.truth import with_truth
+from benchmarks.workloads import Spec, Workload, families, family, make
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "maml.json"
-TOLERANCE = 1e-4
-PLAIN, AUTO, PRODUCTS = "plain PyTorch", "metakern auto", "products"
-
-
-class RefusedError(Exception):
-    """A method that can't be timed; its message says why."""
+PLAIN, AUTO, FIRST, PRODUCTS = "plain PyTorch", "metakern auto", "metakern, first order", "products"
+JAX = "JAX, task loop, forward over reverse"  # in a sweep, where the workload itself was not measured
+QUICK = "mlp:small;gru:small;gpt:small"
+ROUNDS = 9
 
 
-@cache
-def attempt(peer: str) -> Path | str:
-    """A peer's interpreter, or why there is none: it is tried once."""
-    try:
-        return peers.environment(peer)
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        return f"not installed: {error}"
-
-
-def installed(peer: str) -> Path:
-    if isinstance(found := attempt(peer), str):
-        raise RefusedError(found)
-    return found
-
-
-class Runner:
-    """A worker: warm, with what it said of its first call, memory and error; `sample()` is the seconds of one call."""
-
-    def __init__(self, peer: str, method: str, problem: Path, tiny: Path, threads: int, limit: float) -> None:
-        python = installed(peer)
-        self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
-        self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.worker", peer, method, problem, tiny, str(threads)],
-            cwd=ROOT,
-            # A compiler's cache on disk would hide what compiling costs.
-            env=os.environ
-            | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-            | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            start_new_session=True,
-        )
-        start = time.monotonic()
-        late = threading.Timer(limit, self._process.kill)
-        late.start()
-        try:
-            self.ready: dict[str, float] = self._answer()
-            if self.ready["error"] is not None and not self.ready["error"] <= TOLERANCE:
-                raise RefusedError(f"wrong by {self.ready['error']:.0e}")
-        except BaseException as error:
-            self.close()
-            if isinstance(error, RefusedError) and time.monotonic() - start >= limit:
-                raise RefusedError(f"not ready after {limit:.0f} s") from None
-            raise
-        finally:
-            late.cancel()
-
-    def _answer(self) -> Any:
-        if line := self._process.stdout.readline():
-            return json.loads(line)
-        self._process.wait()
-        self._errors.seek(0)
-        said = [text.strip() for text in self._errors if text.strip()]
-        # An exception's own line, where there is one; what follows it is advice.
-        found = [text for text in said if text.partition(":")[0].rpartition(".")[2].endswith(("Error", "Exception"))]
-        raise RefusedError((found or said or [f"ended with {self._process.returncode}"])[-1])
-
-    def sample(self) -> float:
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
-
-
-@contextmanager
-def progress() -> Iterator[Any]:
-    """A function that shows a line in place of the last one."""
-    shown = sys.stderr.isatty()
-    yield lambda line: print(
-        f"\r\x1b[K{line}" if shown else line, end="" if shown else "\n", file=sys.stderr, flush=True
-    )
-    if shown:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def exact(work: Workload) -> dict[str, torch.Tensor]:
-    return plain(work.double())()
-
-
-def measure(name: str, methods: dict[str, str], args: argparse.Namespace, say: Any) -> dict[str, Any]:
-    """Everything about one workload, as it goes into the results."""
-    work = make(name, args.tiny)
+def measure(spec: Spec, methods: dict[str, str], args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Everything about one workload, as it goes into the results; RuntimeError says why there is nothing."""
+    work = make(spec.name)
     runners: dict[str, Runner] = {}
     refused: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         problem, tiny = Path(folder) / "problem.npz", Path(folder) / "tiny.npz"
-        say(f"{name}: the exact meta-gradient in float64")
-        work.problem(name, args.tiny, exact(work)).save(problem)
-        replace(make(name, tiny=True), steps=1).problem(name, tiny=True).save(tiny)  # one step: it is compiled too
+        progress.say(f"{spec.name}: the meta-gradient in float64")
+        with_truth(work.problem(spec.name)).save(problem)
+        small = Spec(spec.family, "tiny", {"K": 1}).name  # one step: it is compiled too
+        make(small).problem(small).save(tiny)
         try:
-            runners[PRODUCTS] = Runner("products", PRODUCTS, problem, tiny, args.threads, args.limit)
-            for method, peer in methods.items():
-                say(f"{name}: {method} gets ready")
+            for method, peer in (methods | {PRODUCTS: "products"}).items():
+                progress.say(f"{spec.name}: {method} gets ready")
                 try:
                     runners[method] = Runner(peer, method, problem, tiny, args.threads, args.limit)
                 except RefusedError as reason:
                     refused[method] = str(reason)
-            seconds = rounds(runners, args.rounds, lambda i: say(f"{name}: round {i + 1} of {args.rounds}"))
-            ready = {method: runner.ready for method, runner in runners.items()}
+                    progress.skip(args.rounds)
+            if PRODUCTS in refused:
+                raise RuntimeError(f"the rate of products: {refused[PRODUCTS]}")
+            seconds = rounds(spec.name, runners, args.rounds, refused, progress)
+            ready = {method: runners[method].ready for method in seconds}
         finally:
             for runner in runners.values():
                 runner.close()
-        over_steps = {} if args.quick else memory_over_steps(work, name, methods, args, Path(folder), say)
     return {
-        "machine": machine(),
+        "machine": results.machine(),
         "threads": args.threads,
         "rounds": args.rounds,
-        **summary(seconds, ready, methods, work.flop()),
+        **summary(seconds, ready, methods, work),
         "refused": refused,
-        "memory_mib": over_steps,
     }
 
 
-def rounds(runners: dict[str, Runner], count: int, say: Any) -> dict[str, list[float]]:
-    """Seconds by method and round; the order within a round is a new one each time, the same in every run."""
+def rounds(
+    name: str, runners: dict[str, Runner], count: int, refused: dict[str, str], progress: Progress
+) -> dict[str, list[float]]:
+    """Seconds by method and round; the order within a round is a new one each time, the same in every run.
+
+    A method that fails in one goes to `refused`.
+    """
     order, shuffle = list(runners), random.Random(0).shuffle
     seconds: dict[str, list[float]] = {method: [] for method in order}
     for i in range(count):
-        say(i)
         shuffle(order)
-        for method in order:
-            seconds[method].append(runners[method].sample())
+        for method in list(order):
+            progress.say(f"{name}: round {i + 1} of {count}, {method}")
+            try:
+                seconds[method].append(runners[method].sample())
+            except RefusedError as reason:
+                refused[method] = f"{reason}, in round {i + 1}"
+                order.remove(method)
+                del seconds[method]
+                progress.skip(count - i - 1)
     return seconds
 
 
 def summary(
-    seconds: dict[str, list[float]], ready: dict[str, dict[str, float]], methods: dict[str, str], flop: float
+    seconds: dict[str, list[float]], ready: dict[str, dict[str, float]], methods: dict[str, str], work: Workload
 ) -> dict[str, Any]:
     """Medians and spreads; ratios are medians of ratios within a round."""
 
     def ratio(above: list[float], below: list[float]) -> float:
         return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
+    flop = {order: work.flop(order) for order in (1, 2)}
     products = seconds[PRODUCTS]
-    limit = [flop * t / FLOP for t in products]
     rows = {}
     for method in methods:
         if method not in seconds:
             continue
-        times = seconds[method]
-        rows[method] = {
+        times, counted = seconds[method], flop[peers.order(method)]
+        row = rows[method] = {
             "peer": methods[method],
             **ready[method],
             "median_ms": statistics.median(times) * 1e3,
             "min_ms": min(times) * 1e3,
             "max_ms": max(times) * 1e3,
-            "of_limit": ratio(limit, times),
+            "gflop_per_s": counted / statistics.median(times) / 1e9,
+            "of_limit": ratio([counted * t / FLOP for t in products], times),
         }
         if PLAIN in seconds:
-            rows[method]["speedup"] = ratio(seconds[PLAIN], times)
+            row["speedup"] = ratio(seconds[PLAIN], times)
         if AUTO in seconds:
-            rows[method]["over_auto"] = ratio(times, seconds[AUTO])
+            row["over_auto"] = ratio(times, seconds[AUTO])
+        if FIRST in seconds and peers.order(method) == 2:
+            row["over_first_order"] = ratio(times, seconds[FIRST])
     return {
-        "gflop": flop / 1e9,
+        "gflop": flop[2] / 1e9,
         "gflop_per_s": FLOP / statistics.median(products) / 1e9,
-        "limit_ms": statistics.median(limit) * 1e3,
+        "limit_ms": statistics.median(products) * flop[2] / FLOP * 1e3,
         "methods": rows,
     }
-
-
-def memory_over_steps(
-    work: Workload, name: str, methods: dict[str, str], args: argparse.Namespace, folder: Path, say: Any
-) -> dict[str, dict[int, float]]:
-    """Peak memory in MiB over the idle process, for K = 1, 4, 16 inner steps."""
-    peaks: dict[str, dict[int, float]] = {}
-    tiny, file = folder / "tiny.npz", folder / "steps.npz"
-    for steps in (1, 4, 16):
-        replace(work, steps=steps).problem(name, args.tiny).save(file)
-        for method in (PLAIN, "metakern store", "metakern recompute"):
-            if method in methods:
-                say(f"{name}: memory of {method} at K = {steps}")
-                runner = Runner(methods[method], method, file, tiny, args.threads, args.limit)
-                runner.close()
-                peaks.setdefault(method, {})[steps] = runner.ready["peak_mib"]
-    return peaks
 
 
 def chosen(wanted: str) -> dict[str, str]:
@@ -241,53 +146,122 @@ def chosen(wanted: str) -> dict[str, str]:
     return {m: peer for m, peer in known.items() if any(word in f"{m} {peer}".lower() for word in words)}
 
 
-def show(name: str, found: dict[str, Any]) -> None:
+def of_sweep(spec: Spec, found: dict[str, Any]) -> dict[str, str]:
+    """What a sweep compares: metakern, plain PyTorch, and the form of JAX's that was fastest at the workload itself."""
+    rows = found.get("maml", {}).get(spec.name, {}).get("methods", {})
+    forms = {method: row["median_ms"] for method, row in rows.items() if row["peer"] == "jax"}
+    jax = min(forms, key=lambda method: forms[method]) if forms else JAX
+    return chosen("metakern") | {PLAIN: "plain", jax: "jax"}
+
+
+def finished(entry: dict[str, Any] | None, methods: dict[str, str], args: argparse.Namespace) -> bool:
+    """Whether the same code and versions have measured it here, all methods, in as many rounds."""
+    if entry is None:
+        return False
+
+    def known(where: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in where.items() if key != "date"}
+
+    here = results.machine()
+    same = known(entry["machine"]) == known(here) and str(here["commit"])[-1:] not in ("", "+")
+    enough = entry["threads"] == args.threads and entry["rounds"] >= args.rounds
+    return same and enough and methods.keys() <= entry["methods"].keys() | entry["refused"].keys()
+
+
+def parsed(text: str) -> list[Spec]:
+    """Workloads, one after the other: with ; in between, or with , where what follows is no change of a size."""
+    names: list[str] = []
+    for part in text.split(";"):
+        for i, word in enumerate(part.split(",")):
+            if i and "=" in word:
+                names[-1] += f",{word}"
+            else:
+                names.append(word.strip())
+    return [Spec.parse(name) for name in names]
+
+
+def swept(text: str, specs: Sequence[Spec]) -> list[tuple[Spec, Spec]]:
+    """Workloads at each value that a family sweeps, each with the one that it varies."""
+    keys = {key for name in families() for key in family(name)["sweep"]}
+    for key in text.split(","):
+        if key not in keys:
+            raise ValueError(f"sweep must be of {', '.join(sorted(keys))}, got {key!r}")
+    return [(spec, point) for spec in specs for key in text.split(",") for point in spec.sweep(key)]
+
+
+def show(spec: Spec, found: dict[str, Any]) -> None:
     limit, rate = found["limit_ms"], found["gflop_per_s"]
-    print(f"\n{name}: {found['gflop']:.2f} GFLOP of products, {limit:.1f} ms at {rate:.0f} GFLOP/s")
-    print(
-        f"  {'':64}{'ms (min-max)':>22}{'of limit':>10}{'/ auto':>8}{'MiB':>7}{'kept':>7}{'first, s':>10}{'error':>9}"
-    )
+    print(f"\n{spec.name}: {spec.title}\n{found['gflop']:.2f} GFLOP of products: {limit:.1f} ms at {rate:.0f} GFLOP/s")
+    print(f"{'':52}{'ms (min-max)':>22}{'GFLOP/s':>9}{'limit':>7}{'/auto':>7}{'MiB':>7}{'first, s':>9}{'error':>8}")
     for method, row in sorted(found["methods"].items(), key=lambda item: item[1]["median_ms"]):
         spread = f"{row['median_ms']:.1f} ({row['min_ms']:.1f}-{row['max_ms']:.1f})"
         auto = f"{row['over_auto']:.2f}" if "over_auto" in row else ""
-        print(f"  {method:64}{spread:>22}{row['of_limit']:>10.0%}{auto:>8}", end="")
-        print(f"{row['peak_mib']:>7.0f}{row['kept_mib']:>7.0f}{row['first_s']:>10.1f}{row['error']:>9.0e}")
+        print(f"{method:52}{spread:>22}{row['gflop_per_s']:>9.1f}{row['of_limit']:>7.0%}{auto:>7}", end="")
+        print(f"{row['peak_mib']:>7.0f}{row['first_s']:>9.1f}{row['error']:>8.0e}")
     for method, reason in found["refused"].items():
-        print(f"  {method}: not timed: {reason}")
+        print(f"{method}: not timed: {reason}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workloads", help=f"comma-separated (default: {','.join(WORKLOADS)})")
+    every = [f"{name}:{size}" for size in ("small", "medium", "large") for name in families()]
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog=f"A workload is family[:size][,key=value...]; families: {', '.join(families())}; sizes: small, medium "
+        "(the default), large; keys: those of the family's file in benchmarks/workloads. For example "
+        "gpt:large or gpt,length=1024,tasks=1.",
+    )
+    parser.add_argument("--workloads", help="with , or ; in between (default: every family in every size; see below)")
     parser.add_argument("--methods", help="comma-separated words that names hold, e.g. jax,metakern (default: all)")
-    parser.add_argument("--rounds", type=int, help="interleaved rounds (default: 9)")
+    parser.add_argument("--sweep", help="comma-separated keys: each workload at all of the family's values for them")
+    parser.add_argument("--rounds", type=int, help=f"interleaved rounds (default: {ROUNDS}; 7 with --quick)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each process (default: %(default)s)")
     parser.add_argument(
-        "--limit", type=float, default=600, help="seconds until a method is warm (default: %(default)s)"
+        "--limit", type=float, default=600, help="seconds for a method to be warm (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, help=f"where the JSON goes (default: {RESULTS.relative_to(ROOT)})")
-    parser.add_argument("--quick", action="store_true", help="mlp and lstm, plain and metakern, 3 rounds; printed only")
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--again", action="store_true", help="measure also what is measured")
+    parser.add_argument(
+        "--out", type=Path, help="where the JSON goes (default: the machine's file in benchmarks/results)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="plain PyTorch and metakern on small workloads; printed only"
+    )
     args = parser.parse_args()
-    args.rounds = args.rounds or (3 if args.quick else 9)
-    names = (args.workloads or ("mlp,lstm" if args.quick else ",".join(WORKLOADS))).split(",")
-    if unknown := [name for name in names if name not in WORKLOADS]:
-        parser.error(f"workloads must be among {', '.join(WORKLOADS)}, got {unknown[0]!r}")
+    args.rounds = args.rounds or (7 if args.quick else ROUNDS)
+    args.out = args.out or (None if args.quick or args.methods else results.file(results.machine()))
+    stored = results.load(args.out) if args.out else {}
     try:
+        specs = parsed(args.workloads or (QUICK if args.quick else ";".join(families() if args.sweep else every)))
         methods = chosen(args.methods or ("plain,metakern" if args.quick else ""))
+        points = swept(args.sweep, specs) if args.sweep else [(spec, spec) for spec in specs]
     except ValueError as error:
         parser.error(str(error))
-    out = args.out or (None if args.quick or args.tiny else RESULTS)
-    results = json.loads(out.read_text()) if out and out.exists() else {}
+    part = "sweep" if args.sweep else "maml"
+    todo = []
+    for base, spec in points:
+        wanted = methods if args.methods or not args.sweep else of_sweep(base, stored)
+        if args.again or not finished(stored.get(part, {}).get(spec.name), wanted, args):
+            todo.append((spec, wanted))
+    if len(todo) < len(points):
+        print(
+            f"{len(points) - len(todo)} of {len(points)} workloads are measured: --again repeats them", file=sys.stderr
+        )
+    failed = False
     try:
-        for name in names:
-            with progress() as say:
-                results[name] = measure(name, methods, args, say)
-            show(name, results[name])
-            if out:
-                out.write_text(json.dumps(results, indent=1) + "\n")
+        with Progress(sum(2 + len(wanted) + (1 + len(wanted)) * args.rounds for _, wanted in todo)) as progress:
+            for spec, wanted in todo:
+                try:
+                    found = measure(spec, wanted, args, progress)
+                except RuntimeError as reason:
+                    failed = True
+                    progress.skip(1 + len(wanted) + (1 + len(wanted)) * args.rounds)
+                    print(f"\n{spec.name}: not measured: {reason}")
+                    continue
+                if args.out:
+                    results.keep(args.out, part, found, spec.name)
+                show(spec, found)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    raise SystemExit(int(failed))
 
 
 if __name__ == "__main__":

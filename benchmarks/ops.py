@@ -33,6 +33,7 @@ import torch
 import metakern as mk
 from benchmarks import against, results
 from benchmarks.calls import ORDERS, Call, Shapes, orders, recorded
+from benchmarks.progress import Progress
 from metakern.ops import SPECS
 from metakern.ops._spec import Cost, Make, Sample
 
@@ -239,7 +240,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def parsed(arguments: list[str] | None) -> argparse.Namespace:
+def parsed() -> argparse.Namespace:
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", metavar="NAMES", help="comma-separated (default: all)")
     parser.add_argument("--backends", metavar="NAMES", help="comma-separated (default: those that the device has)")
@@ -250,7 +251,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one sample of each op, 3 short rounds; printed only")
     parser.add_argument("--against", metavar="REV", help="another commit beside this one; printed only")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes (results/<machine>.json)")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device must be cpu here, where PyTorch finds no GPU, got cuda")
@@ -292,48 +293,28 @@ def timers(args: argparse.Namespace) -> Iterator[tuple[Timed, Timed | None]]:
         yield processes[0], processes[1]
 
 
-@contextmanager
-def progress(rounds: int) -> Iterator[tuple[Callable[[str], None], Callable[[Any], None]]]:
-    """say(what is next), at each round, with the remaining time on a terminal; and show(table), beside it."""
+def main() -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description:42}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    console, errors = Console(width=None if sys.stdout.isatty() else 100), Console(stderr=True)
-    options = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
-    with Progress(*columns, console=errors, disable=not errors.is_terminal, **options) as bar:
-        task = bar.add_task("", total=rounds)
-
-        def show(table: Any) -> None:
-            bar.stop()
-            console.print(table)
-            bar.start()
-
-        yield lambda text: bar.update(task, description=text, advance=1), show
-
-
-def main(arguments: list[str] | None = None) -> None:
-    args = parsed(arguments)
+    args = parsed()
     dtype, where = getattr(torch, args.dtype), results.machine()
     out = args.out or (None if args.quick or args.against else results.file(where))
     about = {"machine": where, "device": args.device, "dtype": args.dtype, "rounds": args.rounds}
-    if args.device == "cuda":
-        about["gpu"] = torch.cuda.get_device_name()
+    about |= {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {"threads": args.threads}
     kernels = {op: [b for b in args.backends if has_kernels(op, b, dtype)] for op in args.ops}
     todo = {op: names(op)[: 1 if args.quick else None] for op in args.ops if kernels[op]}
+    console = Console(width=None if sys.stdout.isatty() else 100)
     done: list[str] = []
     try:
-        with timers(args) as (ours, other), progress(sum(map(len, todo.values())) * args.rounds) as (say, show):
+        with timers(args) as (ours, other), Progress(sum(map(len, todo.values())) * args.rounds) as progress:
             for op, wanted in todo.items():
                 samples = {}
                 for name in wanted:
-                    times = measure(op, name, kernels[op], ours, other, args.rounds, say)
+                    times = measure(op, name, kernels[op], ours, other, args.rounds, progress.say)
                     samples[name] = entry(op, name, dtype, args.device, kernels[op], times)
-                show(shown(op, samples, args.against))
+                console.print(shown(op, samples, args.against))
                 if out:
-                    results.keep(
-                        out, "ops", about | {"threads": args.threads, "samples": samples}, f"{op} {args.dtype}"
-                    )
+                    results.keep(out, "ops", about | {"samples": samples}, f"{op} {args.dtype}")
                 done.append(op)
     except KeyboardInterrupt:
         kept = f"; {', '.join(done)}: kept in {out}" if out and done else ""

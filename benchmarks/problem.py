@@ -1,50 +1,56 @@
-"""A workload as arrays in one file, for methods that have no PyTorch: its weights, data, rates and exact answer."""
+"""A workload as arrays in one file, for methods that have no PyTorch: its weights, data, settings and exact answers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """theta and truth by the state dict's names; truth is the meta-gradient in float64, empty where nobody asked."""
+    """A workload's weights by the state dict's names, its data, and its meta-gradients as float64 has them.
+
+    theta learns, and frozen does not. truth is exact, first is of first order; both are empty where nobody asked.
+    settings: the model, the inner rate lr, and all sizes, K inner steps among them.
+    """
 
     name: str
-    tiny: bool
-    theta: dict[str, np.ndarray]
+    theta: Arrays
+    frozen: Arrays
     support: tuple[np.ndarray, ...]
     query: tuple[np.ndarray, ...]
-    truth: dict[str, np.ndarray]
-    steps: int
-    lr: float
-    heads: int
+    settings: dict[str, Any]
+    truth: Arrays = field(default_factory=dict)
+    first: Arrays = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        arrays = {f"theta/{name}": a for name, a in self.theta.items()}
-        arrays |= {f"truth/{name}": a for name, a in self.truth.items()}
-        for part, batch in (("support", self.support), ("query", self.query)):
-            arrays |= {f"{part}/{i}": a for i, a in enumerate(batch)}
-        scalars = {key: getattr(self, key) for key in ("name", "tiny", "steps", "lr", "heads")}
-        np.savez(path, **arrays, **scalars)
+        parts: dict[str, Any] = {part: getattr(self, part) for part in ("theta", "frozen", "truth", "first")}
+        parts |= {part: dict(enumerate(getattr(self, part))) for part in ("support", "query")}
+        arrays = {f"{part}/{name}": array for part, found in parts.items() for name, array in found.items()}
+        np.savez(path, name=self.name, settings=json.dumps(self.settings), **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Problem:
+        parts: dict[str, Any] = {part: {} for part in ("theta", "frozen", "support", "query", "truth", "first")}
         with np.load(path) as stored:
-            parts: dict[str, dict[str, np.ndarray]] = {"theta": {}, "truth": {}, "support": {}, "query": {}}
             for key in stored.files:
                 part, _, name = key.partition("/")
                 if name:
                     parts[part][name] = stored[key]
-            scalars = {key: stored[key].item() for key in ("name", "tiny", "steps", "lr", "heads")}
-        batches = {part: tuple(parts[part].values()) for part in ("support", "query")}
-        return cls(theta=parts["theta"], truth=parts["truth"], **batches, **scalars)
+            name, settings = stored["name"].item(), json.loads(stored["settings"].item())
+        parts |= {part: tuple(parts[part].values()) for part in ("support", "query")}
+        return cls(name=name, settings=settings, **parts)
 
-    def error(self, gradient: dict[str, np.ndarray]) -> float:
-        """The relative error of a meta-gradient, over all parameters."""
-        if set(gradient) != set(self.truth):
-            raise ValueError(f"a meta-gradient must name {sorted(self.truth)}, got {sorted(gradient)}")
-        distance = sum(np.square(np.asarray(gradient[name], np.float64) - t).sum() for name, t in self.truth.items())
-        return float(np.sqrt(distance / sum(np.square(t).sum() for t in self.truth.values())))
+    def error(self, gradient: Arrays, order: int = 2) -> float:
+        """The relative error of a meta-gradient, exact or of first order, over all parameters."""
+        truth = self.truth if order == 2 else self.first
+        if set(gradient) != set(truth):
+            raise ValueError(f"a meta-gradient must name {sorted(truth)}, got {sorted(gradient)}")
+        distance = sum(np.square(np.asarray(gradient[name], np.float64) - t).sum() for name, t in truth.items())
+        return float(np.sqrt(distance / sum(np.square(t).sum() for t in truth.values())))

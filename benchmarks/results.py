@@ -19,11 +19,11 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "results"
-MEASURED = ("metakern", "csrc", "benchmarks/*.py")  # what a commit must hold as it is
+CODE = ("metakern", "csrc", "benchmarks", ":!benchmarks/results", ":!benchmarks/report.py", ":!benchmarks/*.md")
 
 
 def machine() -> dict[str, str | int]:
-    """This machine, the versions, the commit (with a + where its code was changed since) and the date."""
+    """This machine, the versions, the last commit that changed code (with a + where more is changed) and the date."""
     import torch
 
     import metakern as mk
@@ -36,7 +36,8 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "metakern": mk.__version__,
-        "commit": _git("rev-parse", "--short", "HEAD") + "+" * bool(_git("status", "--porcelain", "--", *MEASURED)),
+        "commit": _git("log", "-1", "--format=%h", "--", *CODE)
+        + "+" * bool(_git("status", "--porcelain", "--", *CODE)),
         "date": time.strftime("%Y-%m-%d"),
     }
 

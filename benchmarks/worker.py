@@ -48,6 +48,7 @@ def wanted(module: ModuleType, problem: Problem) -> Any:
 
 def main(peer: str, name: str, file: str, tiny: str, threads: str) -> None:
     answer, sys.stdout = sys.stdout, sys.stderr  # libraries may talk
+    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, it is this process that ends
     # Every library takes what the process may use; a variable or a call that all of them know does not exist.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(threads)])
     module = peers.load(peer)
@@ -65,7 +66,7 @@ def main(peer: str, name: str, file: str, tiny: str, threads: str) -> None:
     step = method(work)
     gradient = step()
     first = time.perf_counter() - start
-    error = problem.error(gradient) if gradient is not None and problem.truth else None
+    error = problem.error(gradient, peers.order(name)) if gradient is not None and problem.truth else None
     del gradient
     settle()
     kept = resident("VmRSS")

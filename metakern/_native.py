@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metakern._record import recordable
+
 
 def _module(name: str) -> tuple[Any, str]:
     """A compiled module, or None and why not."""
@@ -143,6 +145,7 @@ class _Device(NamedTuple):
 _DEVICES = {"cpu": _Device(DTYPES, _run_on_cpu), "cuda": _Device(CUDA_DTYPES, _run_on_gpu)}
 
 
+@recordable
 def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple[Tensor | None, ...]:
     """Runs a kernel where its tensors are and returns its outputs.
 
@@ -214,6 +217,7 @@ def has_fast_products() -> bool:
     return _C is not None and _C.isa() == "avx512" and not _C.is_intel()
 
 
+@recordable
 def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False) -> Tensor:
     """add + a b of CPU tensors [T, M, K] and [T, K, N]; `add` is expanded to [T, M, N], and overwritten with `reuse`.
 

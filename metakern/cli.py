@@ -45,7 +45,7 @@ BENCHMARKS = {
     "maml": "one exact meta-gradient: time and peak memory, against other libraries",
     "report": "the tables and pictures of the results, in a clone of metakern",
 }
-BENCH = {"rich", "matplotlib"}
+BENCH = {"rich", "matplotlib", "tomli"}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,7 +1,9 @@
-"""`metakern bench ops`: costs are counted right, what is timed is the same function, ratios, commits, the installed wheel."""
+"""`metakern bench ops`: what is counted, timed and compared; another commit's metakern; an installed wheel."""
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -51,7 +53,7 @@ def tiny(monkeypatch):
     ],
 )
 def test_costs_are_the_products_that_pytorch_counts(op, name, passes):
-    """passes: of the rules of orders 0, 1 and 2, in the forward pass, with the backward, with the one of the backward."""
+    """passes: of the rules of each order, in forward; forward and backward; both, and the backward of the backward."""
     costs = [SPECS[op].cost(sample(op, name), order).flop for order in range(3)]
     for call, times in zip(orders(SPECS[op].plain, sample(op, name)), passes, strict=False):
         with FlopCounterMode(display=False) as counter:
@@ -69,12 +71,11 @@ def test_what_is_compared_is_the_same(op):
         plain = [tree_leaves(call()) for call in orders(SPECS[op].plain, sample(op))]
         rules = recorded(op, sample(op), "reference")
     for a, b in zip(ours, plain, strict=True):
-        zeros = [torch.zeros(()) if t is None else t for t in (*a, *b)]
-        for x, y in zip(zeros[: len(a)], zeros[len(a) :], strict=True):
-            torch.testing.assert_close(*torch.broadcast_tensors(x, y), check_dtype=False)
+        for x, y in zip(a, b, strict=True):  # None is zero
+            torch.testing.assert_close(*(t if t is not None else torch.zeros_like(u) for t, u in ((x, y), (y, x))))
     assert tuple(rules) == RULES
-    y, _ = rules["forward"]()
-    torch.testing.assert_close([t.reshape(u.shape) for t, u in zip(y, ours[0], strict=True)], ours[0])
+    for rule in rules.values():
+        torch.testing.assert_close(rule(), rule(), rtol=0, atol=0)
 
 
 def test_ratios_are_those_within_a_round():
@@ -100,11 +101,23 @@ def test_ratios_are_those_within_a_round():
     assert "plain_over_ours" not in ops.row(times | {"cpu jvp": [1.0] * 3}, "cpu", "jvp", Cost(1, 1), 1024)
 
 
-def test_the_command(tiny, tmp_path, capsys):
+@pytest.fixture
+def bench(monkeypatch):
+    """metakern bench ops"""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", sys.argv)
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        return cli.main(["bench", "ops", *arguments])
+
+    return run
+
+
+def test_the_command(bench, tiny, tmp_path, capsys):
     out = tmp_path / "machine.json"
     out.write_text(json.dumps({"maml": {"mlp": "kept"}, "ops": {"gelu float32": "kept", "silu float32": "old"}}))
     command = ["--ops", "silu,lstm", "--rounds", "2", "--quick", "--threads", "1", "--out", str(out), "--device", "cpu"]
-    ops.main(command)
+    assert bench(*command) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[:-1])) <= 100
     found = json.loads(out.read_text())
@@ -119,11 +132,11 @@ def test_the_command(tiny, tmp_path, capsys):
         assert tuple(rules) == RULES
         assert all(row["ms"][0] > 0 and row["of_limit"][0] > 0 for row in rules.values())
         assert [rule for rule, row in rules.items() if "plain_over_ours" in row] == ["forward", "vjp", "vjp_jvp"]
-    ops.main([*command, "--dtype", "float64", "--backends", "reference"])
+    assert bench(*command, "--dtype", "float64", "--backends", "reference") == 0
     assert "lstm float64" in json.loads(out.read_text())["ops"]
 
 
-def test_an_interrupt_keeps_what_is_done(tiny, tmp_path, capsys, monkeypatch):
+def test_an_interrupt_keeps_what_is_done(bench, tiny, tmp_path, capsys, monkeypatch):
     measure, out = ops.measure, tmp_path / "machine.json"
 
     def interrupted(op, *rest):
@@ -133,7 +146,7 @@ def test_an_interrupt_keeps_what_is_done(tiny, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(ops, "measure", interrupted)
     with pytest.raises(SystemExit) as end:
-        ops.main(["--ops", "rope,silu,gelu", "--rounds", "1", "--threads", "1", "--out", str(out)])
+        bench("--ops", "rope,silu,gelu", "--rounds", "1", "--threads", "1", "--out", str(out))
     assert end.value.code == 130
     assert list(json.loads(out.read_text())["ops"]) == ["rope float32"]
     assert capsys.readouterr().err.splitlines()[-1] == f"stopped; rope: kept in {out}"
@@ -149,25 +162,20 @@ def test_an_interrupt_keeps_what_is_done(tiny, tmp_path, capsys, monkeypatch):
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_mistakes_are_one_line(arguments, message, bench, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main(["bench", "ops", *arguments])
+        bench(*arguments)
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert error.startswith("metakern bench ops: ")
-    assert torch._C._log_api_usage_once is not None
-    assert __import__("re").search(message, error), error
+    assert re.search(message, error)
 
 
-def test_what_a_benchmark_lacks_is_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_what_a_benchmark_lacks_is_one_line(bench, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert cli.main(["bench", "ops", "--ops", "silu", "--quick"]) == 2
+    assert bench("--ops", "silu", "--quick") == 2
     assert capsys.readouterr().err == "metakern: the package rich is missing: pip install metakern[bench]\n"
 
 
@@ -209,7 +217,7 @@ def test_another_commit_is_built_once_and_imported_from_there(clone, monkeypatch
     process = against.Process(folder, "importlib:import_module", "metakern")
     try:
         assert process("where") == str(folder / "metakern" / "__init__.py")
-        with pytest.raises(RuntimeError, match="AttributeError: .*nothing"):
+        with pytest.raises(RuntimeError, match=r"AttributeError: .*nothing"):
             process("nothing")
         assert process("where")
     finally:
@@ -229,16 +237,16 @@ def test_what_is_no_commit_or_can_not_be_built_says_so(clone):
 def test_a_process_that_can_not_start_says_why(tmp_path):
     process = against.Process(tmp_path, "benchmarks.no_such_module:Timer")
     try:
-        with pytest.raises(RuntimeError, match="No module named 'benchmarks.no_such_module'"):
+        with pytest.raises(RuntimeError, match=r"No module named .benchmarks\.no_such_module"):
             process("prepare")
     finally:
         process.close()
 
 
 @pytest.mark.slow
-def test_two_trees_are_timed_side_by_side(monkeypatch, capsys, tmp_path):
+def test_two_trees_are_timed_side_by_side(bench, monkeypatch, capsys):
     monkeypatch.setattr(against, "checkout", lambda rev: against.HOME)
-    ops.main(["--ops", "embedding", "--rounds", "2", "--quick", "--against", "v1", "--backends", "reference"])
+    bench("--ops", "embedding", "--rounds", "2", "--quick", "--against", "v1", "--backends", "reference")
     printed = capsys.readouterr().out
     assert "v1 / this: rule" in printed
     ratios = [line for line in printed.splitlines() if "vjp_jvp" in line]
@@ -265,8 +273,6 @@ def test_a_case_under_pytest_benchmark(options, tmp_path):
 
 @pytest.mark.slow
 def test_an_installed_wheel_brings_the_benchmarks_along(source, tmp_path):  # noqa: F811
-    import shutil
-
     shutil.copytree(ROOT / "benchmarks", source / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
     assert build(source, "none").returncode == 0
     (wheel,) = (source / "dist").iterdir()

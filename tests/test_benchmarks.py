@@ -3,68 +3,189 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
+import numpy as np
 import pytest
 import torch
 
 import metakern as mk
-from benchmarks import peers
+from benchmarks import maml, peers, progress, results, workloads
 from benchmarks.calls import RULES, Shapes, function, recorded
 from benchmarks.gpu import attention, checks, llama, ops, recurrent
 from benchmarks.gpu.__main__ import PARTS
 from benchmarks.gpu.pool import MEMORY, Job, Pool, run
 from benchmarks.gpu.problems import LARGE, Random, cast, enlarged, samples
 from benchmarks.gpu.targets import STREAMED, failures, targets
-from benchmarks.maml import ROOT, RefusedError, Runner, chosen, exact, installed, summary
+from benchmarks.maml import chosen, of_sweep, parsed, summary, swept
+from benchmarks.peers.plain import first_order, plain
 from benchmarks.problem import Problem
 from benchmarks.report import fastest
-from benchmarks.workloads import TINY, WORKLOADS, make, of
+from benchmarks.results import ROOT
+from benchmarks.runner import RefusedError, Runner, installed
+from benchmarks.truth import exact, with_truth
+from benchmarks.workloads import Spec, families, make, of
 from metakern.ops import SPECS
 from metakern.ops._spec import Make
 
 STOCK = "torch.func, torch.nn's own layers"
 triton = pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])
-HERE = {method: peer for peer in ("metakern", "torch_func") for method in peers.load(peer).methods if method != STOCK}
+LOCAL = ("plain", "metakern", "torch_func")
+HERE = {method: peer for peer in LOCAL for method in peers.load(peer).methods if method != STOCK}
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name not in ("lstm-small", "gpt-long")])
+@cache
+def problem(family):
+    """Its tiny form, with the exact meta-gradient and the first-order one."""
+    name = f"{family}:tiny"
+    return make(name).problem(name, **dict(zip(("truth", "first"), exact(make(name)), strict=True)))
+
+
+@pytest.mark.parametrize("family", families())
 @pytest.mark.parametrize("method", HERE)
-def test_methods_of_this_environment_are_exact(name, method):
-    work = make(name, tiny=True)
-    problem = work.problem(name, True, exact(work))
-    step = peers.load(HERE[method]).methods[method](work)
+def test_methods_of_this_environment_are_exact(family, method):
+    step = peers.load(HERE[method]).methods[method](of(problem(family)))
     step()
-    assert problem.error(step()) < 1e-6  # at the second call too: nothing accumulates
+    gradient = {name: g.detach() for name, g in step().items()}  # at the second call too: nothing accumulates
+    assert problem(family).error(gradient, peers.order(method)) < 1e-6
+    assert problem(family).error(gradient, 3 - peers.order(method)) > 1e-2  # and it is not the other one
+
+
+@pytest.mark.parametrize("family", families())
+def test_the_truth_is_that_of_autograd(family, monkeypatch):
+    monkeypatch.setattr("benchmarks.truth.TOKENS", 5)  # a sequence at a time
+    work = make(f"{family}:tiny")
+    for gradient, step in zip(exact(work), (plain, first_order), strict=True):
+        found = step(work.double())()
+        for name, g in gradient.items():
+            torch.testing.assert_close(g, found[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_the_truth_is_computed_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = "mlp:tiny,K=1"
+    found = with_truth(make(name).problem(name))
+    np.testing.assert_allclose(found.truth["0.weight"], exact(make(name))[0]["0.weight"], rtol=1e-5)
+    monkeypatch.setattr(subprocess, "run", None)
+    again = with_truth(make(name).problem(name))
+    assert np.array_equal(again.first["0.weight"], found.first["0.weight"])
+    with pytest.raises(TypeError):
+        with_truth(make("mlp:tiny,K=2").problem("mlp:tiny,K=2"))
 
 
 def test_the_limit_counts_the_products():
-    work = make("lstm", tiny=True)  # vocabulary 29, embedding 6, hidden 7, 2 sequences of 5, 3 tasks, K=2
+    work = make("lstm:tiny")  # vocabulary 29, embedding 6, hidden 7, 2 sequences of 5, 3 tasks, K=2
     forward = 2 * (2 * 5) * (6 * 28 + 7 * 28 + 7 * 29)
     assert work.flop() == 3 * (9 * 2 + 3) * forward
-    gpt = make("gpt", tiny=True)  # 12 wide, 2 layers
+    assert work.flop(order=1) == 3 * (3 * 2 + 3) * forward
+    gpt = make("gpt:tiny")  # 12 wide, 2 layers
     linear = 2 * (2 * 5) * (2 * 12 * (3 + 1 + 4 + 4) * 12 + 12 * 29)
     attention = 2 * 2 * (2 * 2 * 5 * 5 * 12)
     assert gpt.flop() == 3 * (9 * 2 + 3) * (linear + attention)
+    llama = make("llama-lora:tiny")  # 16 wide, 24 inside, 4 heads over 2, 2 layers, rank 3 on q and v
+    frozen = 2 * (2 * 5) * (2 * 16 * (16 + 8 + 8 + 16 + 3 * 24) + 16 * 29)
+    factors = 2 * (2 * 5) * 2 * 3 * (16 + 16 + 16 + 8)
+    attention = 2 * 2 * (2 * 2 * 5 * 5 * 16)
+    assert llama.flop() == 3 * ((9 * 2 + 3) * (factors + attention) + (4 * 2 + 2) * frozen)
+    assert llama.flop(order=1) == 3 * ((3 * 2 + 3) * (factors + attention) + (2 * 2 + 2) * frozen)
 
 
 def test_a_problem_is_the_same_workload(tmp_path):
-    work = make("gpt", tiny=True)
+    work = make("llama-lora:tiny,K=1")
     torch.nn.init.normal_(work.model.head.weight)  # not what the seed gives
-    truth = exact(work)
-    work.problem("gpt", True, truth).save(tmp_path / "problem.npz")
+    truth, first = exact(work)
+    work.problem("llama-lora:tiny,K=1", truth=truth, first=first).save(tmp_path / "problem.npz")
     problem = Problem.load(tmp_path / "problem.npz")
     again = of(problem)
-    assert (again.steps, again.lr, problem.heads, problem.tiny) == (work.steps, work.lr, 2, True)
-    assert problem.error(exact(again)) == 0
+    assert (again.steps, again.lr, problem.settings["kv_heads"]) == (1, work.lr, 2)
+    assert set(problem.theta) == {
+        f"blocks.{i}.{layer}.lora_{part}" for i in range(2) for layer in "qv" for part in "AB"
+    }
+    assert problem.error(exact(again)[0]) == 0
+    assert problem.error(exact(again)[1], order=1) == 0
     off = {name: g * (1 + 1e-3) for name, g in truth.items()}
     assert problem.error(off) == pytest.approx(1e-3)
     with pytest.raises(ValueError, match="must name"):
         problem.error(dict(list(truth.items())[1:]))
+
+
+def test_workloads_are_named():
+    assert Spec.parse("gpt").name == "gpt:medium"
+    long = Spec.parse("gpt:small,length=1024,tasks=1")
+    assert (long.sizes["length"], long.sizes["tasks"], long.sizes["width"]) == (1024, 1, 64)
+    assert Spec.parse(long.name) == long
+    assert Spec.parse(long.changed(tasks=2).name).sizes["tasks"] == 2
+    assert Spec.parse("mlp,widths=3+4").sizes["widths"] == [3, 4]
+    assert "MLP 3-4, 32 tasks" in Spec.parse("mlp,widths=3+4").title
+    assert [spec.name for spec in parsed("mlp,gpt:large,K=2,tasks=1,lstm; rnn")] == [
+        *("mlp:medium", "gpt:large,K=2,tasks=1", "lstm:medium", "rnn:medium")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cnn", "family must be one of mlp, rnn, gru, lstm, gpt, llama-lora, got 'cnn'"),
+        ("gpt:huge", "size of gpt must be one of small, medium, large, tiny, got 'huge'"),
+        (
+            "lstm,width=3",
+            "key of lstm must be one of vocabulary, embedding, hidden, length, sequences, tasks, K, got 'w",
+        ),
+        ("gpt,K=0", "K must be a positive integer, got '0'"),
+        ("mlp,widths=3+x", "widths must be a positive integer, got 'x'"),
+    ],
+)
+def test_what_is_no_workload_says_what_is(name, said):
+    with pytest.raises(ValueError) as error:
+        Spec.parse(name)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("family", families())
+def test_all_sizes_are_the_same_model(family):
+    small, large = (make(f"{family}:{size}") for size in ("tiny", "small"))
+    layers = {name.replace("4.", "2.") if family == "mlp" else name for name in large.model.state_dict()}
+    assert layers >= {name.replace("4.", "2.") if family == "mlp" else name for name in small.model.state_dict()}
+    assert small.theta.keys() == {name for name in large.theta if name in small.theta}
+
+
+def test_a_family_is_a_file(tmp_path, monkeypatch):
+    text = (workloads.FOLDER / "gpt.toml").read_text()
+    monkeypatch.setattr(workloads, "FOLDER", tmp_path)
+    (tmp_path / "mine.toml").write_text(text)
+    assert families() == ["mine"]
+    assert make("mine:tiny").problem("mine:tiny").settings["model"] == "gpt"
+    for i, (old, new, said) in enumerate(
+        [
+            ("model = ", "modell = ", "keys must be .*, got 'modell' unknown"),
+            ('"gpt"', '"gtp"', "model must be one of mlp, .*, got 'gtp'"),
+            ("heads = 4, ", "", "sizes of small must be .*, got 'heads' missing"),
+            ("sequences = [", "batch = [", "sizes of sweep must be .*, got 'batch' unknown"),
+        ]
+    ):
+        (tmp_path / f"wrong{i}.toml").write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=said):
+            Spec.parse(f"wrong{i}")
+
+
+def test_a_sweep_varies_one_size():
+    base = Spec.parse("gpt:small")
+    points = swept("K,length", [base])
+    assert [point.sizes["K"] for _, point in points[:5]] == [1, 2, 4, 8, 16]
+    assert [point.sizes["length"] for _, point in points[5:]] == [64, 128, 256, 512, 1024, 2048]
+    assert points[0][1].sizes["length"] == base.sizes["length"]
+    assert swept("length", [Spec.parse("mlp")]) == []
+    with pytest.raises(ValueError, match="sweep must be of K, examples, length, sequences, tasks, got 'width'"):
+        swept("width", [base])
+    rows = {"JAX, vmap": {"peer": "jax", "median_ms": 1}, "JAX, task loop": {"peer": "jax", "median_ms": 2}}
+    assert "JAX, vmap" in of_sweep(base, {"maml": {"gpt:small": {"methods": rows}}})
+    assert maml.JAX in of_sweep(base, {})
+    assert maml.JAX in peers.load("jax").methods
 
 
 @pytest.mark.slow
@@ -73,10 +194,28 @@ def test_a_problem_is_the_same_workload(tmp_path):
     [("torch.func, reverse over reverse", 1.01, "wrong by 1e-02"), (STOCK, 1, "RuntimeError")],
 )
 def test_what_is_wrong_or_fails_is_not_timed(tmp_path, method, scale, reason):
-    work, file = make("lstm", tiny=True), tmp_path / "problem.npz"
-    work.problem("lstm", True, {name: scale * g for name, g in exact(work).items()}).save(file)
+    work, file = make("lstm:tiny"), tmp_path / "problem.npz"
+    work.problem("lstm:tiny", truth={name: scale * g for name, g in exact(work)[0].items()}).save(file)
     with pytest.raises(RefusedError, match=reason):
         Runner("torch_func", method, file, file, threads=1, limit=100)
+
+
+@pytest.mark.slow
+def test_a_method_that_hangs_or_is_killed_says_so(tmp_path):
+    file = tmp_path / "problem.npz"
+    make("mlp:tiny").problem("mlp:tiny").save(file)
+    with pytest.raises(RefusedError, match="not ready after 0 s"):
+        Runner("plain", "plain PyTorch", file, file, threads=1, limit=0.1)
+    runners = {name: Runner("plain", "plain PyTorch", file, file, threads=1, limit=100) for name in ("good", "bad")}
+    refused = {}
+    runners["bad"]._process.kill()
+    with progress.Progress(6) as shown:
+        seconds = maml.rounds("mlp:tiny", runners, 3, refused, shown)
+    for runner in runners.values():
+        runner.close()
+    assert refused == {"bad": "out of memory, in round 1"}
+    assert {name: len(times) for name, times in seconds.items()} == {"good": 3}
+    assert (shown.done, shown.total) == (4, 4)
 
 
 @pytest.mark.slow
@@ -89,13 +228,24 @@ def test_a_peer_that_is_not_installed_says_why(tmp_path, monkeypatch):
 
 def test_ratios_are_those_within_a_round():
     seconds = {"products": [1e-3, 2e-3, 4e-3], "plain PyTorch": [2.0, 6.0, 9.0], "metakern auto": [1.0, 2.0, 1.0]}
-    methods = {"plain PyTorch": "plain", "metakern auto": "metakern", "learn2learn": "learn2learn"}
-    found = summary(seconds, {method: {} for method in methods}, methods, flop=2 * 2 * 1024**3)
+    seconds["metakern, first order"] = [0.5, 1.0, 0.25]
+    methods = dict.fromkeys(seconds, "peer") | {"learn2learn": "learn2learn"}
+
+    class Work:
+        def flop(self, order):
+            return {1: 1, 2: 2}[order] * 2 * 1024**3
+
+    found = summary(seconds, {method: {} for method in methods}, methods, Work())
     assert found["limit_ms"] == 4
     row = found["methods"]["plain PyTorch"]
     assert (row["median_ms"], row["over_auto"], row["speedup"]) == (6e3, 3, 1)
     assert row["of_limit"] == pytest.approx(8e-3 / 9)
+    assert row["gflop_per_s"] == pytest.approx(4 * 1024**3 / 6e9)
     assert found["methods"]["metakern auto"]["speedup"] == 3
+    assert found["methods"]["metakern auto"]["over_first_order"] == 2
+    first = found["methods"]["metakern, first order"]
+    assert first["gflop_per_s"] == pytest.approx(2 * 1024**3 / 0.5e9)
+    assert "over_first_order" not in first
     assert "learn2learn" not in found["methods"]
 
 
@@ -112,43 +262,109 @@ def test_each_peer_shows_its_fastest_form():
     assert list(fastest(rows)) == ["a", "metakern store", "metakern auto"]
 
 
+def test_results_are_kept_part_by_part(tmp_path, monkeypatch):
+    path = tmp_path / "results" / "cpu.json"
+    results.keep(path, "maml", {"ms": 1}, "gpt:medium")
+    results.keep(path, "maml", {"ms": 2}, "mlp:medium")
+    results.keep(path, "attention", {"ms": 3})
+    results.keep(path, "maml", {"ms": 4}, "gpt:medium")
+    assert results.load(path) == {"maml": {"gpt:medium": {"ms": 4}, "mlp:medium": {"ms": 2}}, "attention": {"ms": 3}}
+    with pytest.raises(TypeError):
+        results.keep(path, "maml", {"ms": object()}, "gpt:medium")
+    assert results.load(path)["maml"]["gpt:medium"] == {"ms": 4}
+    assert os.listdir(path.parent) == ["cpu.json"]
+    assert results.load(tmp_path / "none.json") == {}
+    where = {"cpu": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "cores": 8}
+    assert results.slug(where) == "intel-xeon-platinum-8481c-8c"
+    assert results.slug({"cpu": "AMD EPYC 7B13 64-Core Processor", "cores": 2}) == "amd-epyc-7b13-2c"
+    assert results.file(where) == results.FOLDER / "intel-xeon-platinum-8481c-8c.json"
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "none")  # as where they are installed
+    assert str(results.file(where)) == "results/intel-xeon-platinum-8481c-8c.json"
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="asks git")
+def test_the_commit_is_the_last_that_changed_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert results.machine()["commit"] == ""
+
+    def git(*arguments):
+        command = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(name, text):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        git("add", ".")
+        git("commit", "-m", "why")
+        return git("log", "-1", "--format=%h")
+
+    git("init")
+    code = commit("metakern/a.py", "1")
+    commit("README.md", "1")
+    assert results.machine()["commit"] == code
+    (tmp_path / "metakern/a.py").write_text("2")
+    assert results.machine()["commit"] == f"{code}+"
+
+
+def test_a_run_goes_on_where_another_stopped(tmp_path, monkeypatch, capsys):
+    out, measured, where = tmp_path / "maml.json", [], {"cpu": "none", "commit": "abc", "date": "today"}
+    row = {"peer": "plain", "error": 0, "first_s": 1, "peak_mib": 1, "gflop_per_s": 1, "of_limit": 1}
+    row |= {"median_ms": 1, "min_ms": 1, "max_ms": 1}
+
+    def measure(spec, methods, args, progress):
+        if spec.family == "gru":
+            raise RuntimeError("no memory")
+        if spec.family == "lstm" and not measured:
+            raise KeyboardInterrupt
+        measured.append(spec.name)
+        found = {"machine": dict(where), "threads": args.threads, "rounds": args.rounds, "methods": {}, "refused": {}}
+        found["methods"] = dict.fromkeys(list(methods)[1:], row)
+        found["refused"] = dict.fromkeys(list(methods)[:1], "wrong by 1e-02")
+        return found | {"gflop": 1, "limit_ms": 1, "gflop_per_s": 1}
+
+    def command(*options):
+        measured.clear()
+        monkeypatch.setattr(sys, "argv", ["maml", "--out", str(out), *options])
+        with pytest.raises(SystemExit) as end:
+            maml.main()
+        return end.value.code, list(measured)
+
+    monkeypatch.setattr(maml, "measure", measure)
+    monkeypatch.setattr(results, "machine", lambda: dict(where))
+    assert command("--workloads", "mlp:tiny,rnn:tiny") == (0, ["mlp:tiny", "rnn:tiny"])
+    assert command("--workloads", "mlp:tiny,rnn:tiny,gpt:tiny") == (0, ["gpt:tiny"])
+    assert "2 of 3 workloads are measured" in capsys.readouterr().err
+    assert command("--workloads", "lstm:tiny,mlp:tiny", "--again") == (130, [])
+    assert command("--workloads", "gru:tiny,mlp:tiny", "--again") == (1, ["mlp:tiny"])
+    assert "gru:tiny: not measured: no memory" in capsys.readouterr().out
+    assert command("--workloads", "mlp:tiny", "--methods", "plain") == (0, [])
+    assert command("--workloads", "mlp:tiny", "--rounds", "20") == (0, ["mlp:tiny"])
+    assert command("--workloads", "mlp:tiny", "--threads", "1") == (0, ["mlp:tiny"])
+    assert command("--workloads", "mlp:tiny", "--sweep", "tasks")[1][1:] == [f"mlp:tiny,tasks={t}" for t in (4, 16, 64)]
+    where |= {"date": "tomorrow"}
+    assert command("--workloads", "rnn:tiny") == (0, [])
+    where |= {"commit": "abc+"}
+    assert command("--workloads", "rnn:tiny") == (0, ["rnn:tiny"])
+    assert command("--workloads", "rnn:tiny") == (0, ["rnn:tiny"])  # changed since, who knows how
+    assert json.loads(out.read_text()).keys() == {"maml", "sweep"}
+    assert command("--workloads", "cnn") == (2, [])
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path):
     out = tmp_path / "maml.json"
-    out.write_text(json.dumps({"gpt": "kept"}))
-    options = [
-        "--tiny",
-        "--workloads",
-        "mlp",
-        "--methods",
-        "plain",
-        "--rounds",
-        "2",
-        "--threads",
-        "1",
-        "--out",
-        str(out),
-    ]
+    out.write_text(json.dumps({"maml": {"gpt:tiny": "kept"}}))
+    options = ["--workloads", "mlp:tiny", "--methods", "plain", "--rounds", "2", "--threads", "1", "--out", str(out)]
     command = [sys.executable, "-m", "benchmarks.maml", *options, "--quick"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    results = json.loads(out.read_text())
-    assert results["gpt"] == "kept"
-    row = results["mlp"]["methods"]["plain PyTorch"]
-    assert row["error"] < 1e-6
-    assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
-    assert "plain PyTorch" in printed
-    failed = subprocess.run([*command[:3], "--workloads", "cnn"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert failed.returncode == 2
-    assert "got 'cnn'" in failed.stderr
-
-
-def test_workloads_have_a_tiny_form_of_the_same_model():
-    assert TINY.keys() == WORKLOADS.keys()
-    for name in WORKLOADS:
-        large, small = (make(name, tiny).model for tiny in (False, True))
-        assert large.state_dict().keys() == small.state_dict().keys()
-    work = replace(make("mlp", tiny=True), steps=4)
-    assert of(work.problem("mlp", True)).steps == 4
+    found = json.loads(out.read_text())["maml"]
+    assert found["gpt:tiny"] == "kept"
+    for method in peers.load("plain").methods:
+        row = found["mlp:tiny"]["methods"][method]
+        assert row["error"] < 1e-6
+        assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+        assert method in printed
+    assert found["mlp:tiny"]["refused"] == {}
 
 
 @pytest.mark.parametrize("op", LARGE)
@@ -229,7 +445,7 @@ def test_a_wrong_rule_a_reference_and_chance_are_no_good_check():
     assert good(lambda x: mk.ops.silu(x) * (1 + 1e-6)) == (False, True, ["triton"])
     assert good(first_order) == (False, True, ["triton"])
     assert good(lambda x: x * torch.sigmoid(x)) == (False, True, [])
-    assert good(lambda x: mk.ops.silu(x) * (1 + 1e-7 * torch.rand(()))) == (False, False, ["triton"])
+    assert good(lambda x: mk.ops.silu(x) * (1 + 1e-5 * torch.rand(()))) == (False, False, ["triton"])
 
 
 def test_tangents_put_together_are_those_of_forward_mode():

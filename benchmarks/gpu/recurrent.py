@@ -132,12 +132,12 @@ def beside_cudnn(B: int, L: int, H: int, name: str) -> Row:
     return row
 
 
-def meta_steps(name: str, tiny: bool) -> Row:
+def meta_steps(name: str) -> Row:
     """One meta-gradient, eager: metakern's and plain PyTorch's, which cuDNN has no second derivative for."""
     row: Row = {}
     gradients = {}
     for peer, method in (("metakern", "metakern auto"), ("plain", "plain PyTorch")):
-        work = make(name, tiny)
+        work = make(name)
         on_gpu = [tuple(t.to(device()) for t in batch) for batch in (work.support, work.query)]
         work = replace(work, model=work.model.to(device()), support=on_gpu[0], query=on_gpu[1])
         step = peers.load(peer).methods[method](work)
@@ -161,5 +161,5 @@ def jobs(tiny: bool) -> Iterator[Job]:
                 yield Job({"cell": cell, "sizes": sizes, "dtype": dtype}, partial(rule_times, cell, sizes, dtype))
         for layer in beside:
             yield Job({"beside": "cudnn", "sizes": layer, "dtype": dtype}, partial(beside_cudnn, *layer, dtype))
-    for name in ("lstm", "lstm-small"):
-        yield Job({"workload": name}, partial(meta_steps, name, tiny))
+    for name in ("lstm:tiny",) if tiny else ("lstm", "lstm:small"):
+        yield Job({"workload": name}, partial(meta_steps, name))

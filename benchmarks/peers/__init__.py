@@ -4,7 +4,8 @@ A peer's file says
 
     requirements    what pip installs for it, a tuple of argument lists; empty: it runs in the present environment
     shares_torch    False where it needs no PyTorch: it then gets a `Problem` of arrays instead of a `Workload`
-    methods         name -> step(workload), which prepares and gives a function of nothing: one meta-gradient, by name
+    methods         name -> step(workload), which prepares and gives a function of nothing: one meta-gradient, by name,
+                    of what learns; exact, unless the method's name ends with "first order"
 
 and imports its library inside its functions only, so that anybody can read the first three.
 """
@@ -34,6 +35,16 @@ PEERS = (
 )
 
 
+def cache() -> Path:
+    """Where environments and exact answers are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakern" / "benchmarks"
+
+
+def order(method: str) -> int:
+    """2 for an exact meta-gradient, 1 for one without second derivatives: a row of its own kind, no peer."""
+    return 1 if method.endswith("first order") else 2
+
+
 def load(peer: str) -> ModuleType:
     return import_module(f"benchmarks.peers.{peer}")
 
@@ -53,8 +64,7 @@ def environment(peer: str) -> Path:
         shared = "".join(f"import site; site.addsitedir({folder!r})\n" for folder in site.getsitepackages())
         constraints = f"torch=={__version__.split('+')[0]}\n"
     recipe = "\n".join((sys.version, shared, constraints, *module.requirements))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakern" / "benchmarks"
-    home = cache / peer
+    home = cache() / peer
     python, done, log = home / "bin" / "python", home / "recipe.txt", home / "pip.log"
     if done.exists() and done.read_text() == recipe:
         return python

@@ -1,9 +1,14 @@
-"""The workloads' models and the meta-gradient in JAX, over torch.nn's weights by their names."""
+"""The workloads' models and the meta-gradient in JAX, over torch.nn's weights by their names.
+
+`theta` in a model's function is all of its weights; the meta-gradient's is what learns, and `frozen` the rest.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +20,7 @@ from benchmarks.problem import Problem
 
 Theta = dict[str, Array]
 Batch = tuple[Array, Array]
+ROPE_BASE = 10000.0
 
 
 def linear(theta: Theta, name: str, x: Array) -> Array:
@@ -69,7 +75,7 @@ def gpt(theta: Theta, tokens: Array, heads: int) -> Array:
     x = theta["tokens.weight"][tokens] + theta["positions.weight"][: tokens.shape[1]]
     B, L, D = x.shape
     causal = jnp.tril(jnp.ones((L, L), bool))
-    for i in range(1 + max(int(name.split(".")[1]) for name in theta if name.startswith("blocks."))):
+    for i in range(blocks(theta)):
         block = f"blocks.{i}"
         qkv = linear(theta, f"{block}.qkv", layer_norm(theta, f"{block}.norm1", x))
         q, k, v = (a.reshape(B, L, heads, -1).swapaxes(1, 2) for a in jnp.split(qkv, 3, -1))
@@ -81,56 +87,111 @@ def gpt(theta: Theta, tokens: Array, heads: int) -> Array:
     return linear(theta, "head", layer_norm(theta, "norm", x))
 
 
-def arguments(problem: Problem) -> tuple[Theta, Batch, Batch]:
+def rms_norm(theta: Theta, name: str, x: Array) -> Array:
+    return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * theta[f"{name}.weight"]
+
+
+def lora_linear(theta: Theta, name: str, x: Array) -> Array:
+    y = linear(theta, name, x)
+    return y + x @ theta[f"{name}.lora_A"].T @ theta[f"{name}.lora_B"].T if f"{name}.lora_A" in theta else y
+
+
+def llama(theta: Theta, tokens: Array, heads: int) -> Array:
+    x = theta["tokens.weight"][tokens]
+    B, L, D = x.shape
+    head_dim = D // heads
+    causal = jnp.tril(jnp.ones((L, L), bool))
+    speed = ROPE_BASE ** -(jnp.arange(0, head_dim, 2, dtype=x.dtype) / head_dim)
+    angles = jnp.tile(jnp.outer(jnp.arange(L, dtype=x.dtype), speed), 2)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+
+    def rotate(x: Array) -> Array:
+        a, b = jnp.split(x, 2, -1)
+        return x * cos + jnp.concatenate((-b, a), -1) * sin
+
+    for i in range(blocks(theta)):
+        of = partial(lora_linear, theta)
+        block, normed = f"blocks.{i}", rms_norm(theta, f"blocks.{i}.norm1", x)
+        q, k, v = (of(f"{block}.{name}", normed).reshape(B, L, -1, head_dim).swapaxes(1, 2) for name in "qkv")
+        # [B, H_kv, H / H_kv, L, head_dim]: the heads of q in the groups that share one of k and v
+        q, k, v = rotate(q).reshape(B, k.shape[1], -1, L, head_dim), rotate(k)[:, :, None], v[:, :, None]
+        scores = q @ k.swapaxes(-1, -2) / math.sqrt(head_dim)
+        attended = (jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)) @ v).reshape(B, heads, L, head_dim)
+        x = x + of(f"{block}.o", attended.swapaxes(1, 2).reshape(B, L, D))
+        normed = rms_norm(theta, f"{block}.norm2", x)
+        x = x + of(f"{block}.down", jax.nn.silu(of(f"{block}.gate", normed)) * of(f"{block}.up", normed))
+    return linear(theta, "head", rms_norm(theta, "norm", x))
+
+
+def blocks(theta: Theta) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in theta if name.startswith("blocks."))
+
+
+def model(settings: dict[str, Any]) -> Callable[[Theta, Array], Array]:
+    if settings["model"] in ("gpt", "llama"):
+        return partial(gpt if settings["model"] == "gpt" else llama, heads=settings["heads"])
+    return mlp if settings["model"] == "mlp" else recurrent
+
+
+def arguments(problem: Problem) -> tuple[Theta, Theta, Batch, Batch]:
     def array(a: np.ndarray) -> Array:
         return jnp.asarray(a.astype(np.int32) if a.dtype == np.int64 else a)
 
-    return tree_map(array, (problem.theta, problem.support, problem.query))
+    return tree_map(array, (problem.theta, problem.frozen, problem.support, problem.query))
 
 
-def meta_gradient(problem: Problem, tasks: str, mode: str) -> Callable[[Theta, Batch, Batch], Theta]:
-    """tasks "vmap" | "loop"; mode "reverse" | "checkpoint" (over reverse, inner steps recomputed) | "forward"."""
-    family = problem.name.partition("-")[0]
-    model = mlp if family == "mlp" else recurrent
+def meta_gradient(problem: Problem, tasks: str, mode: str) -> Callable[[Theta, Theta, Batch, Batch], Theta]:
+    """tasks "vmap" | "loop" | "chunks", four at most; mode "reverse", the inner steps unrolled, "scan" over them or
+    "checkpoint", which recomputes them, all over reverse | "forward" over reverse."""
+    run, lr, K = model(problem.settings), problem.settings["lr"], problem.settings["K"]
+    T = len(problem.support[0])
 
-    def loss(theta: Theta, batch: Batch) -> Array:
+    def loss(phi: Theta, frozen: Theta, batch: Batch) -> Array:
         x, y = batch
-        logits = gpt(theta, x, problem.heads) if family == "gpt" else model(theta, x)
+        logits = run(phi | frozen, x)
         picked = jnp.take_along_axis(logits, y[..., None], -1)[..., 0]
         return (jax.nn.logsumexp(logits, -1) - picked).mean()
 
-    def update(phi: Theta, support: Batch) -> Theta:
-        return tree_map(lambda p, g: p - problem.lr * g, phi, jax.grad(loss)(phi, support))
+    def update(phi: Theta, frozen: Theta, support: Batch) -> Theta:
+        return tree_map(lambda p, g: p - lr * g, phi, jax.grad(loss)(phi, frozen, support))
 
     inner = jax.checkpoint(update) if mode == "checkpoint" else update
 
-    def query_loss(theta: Theta, support: Batch, query: Batch) -> Array:
-        phi = theta
-        for _ in range(problem.steps):
-            phi = inner(phi, support)
-        return loss(phi, query)
+    def query_loss(theta: Theta, frozen: Theta, support: Batch, query: Batch) -> Array:
+        if mode == "scan":
+            phi = lax.scan(lambda phi, _: (inner(phi, frozen, support), None), theta, length=K)[0]
+        else:
+            phi = theta
+            for _ in range(K):
+                phi = inner(phi, frozen, support)
+        return loss(phi, frozen, query)
 
-    def forward_over_reverse(theta: Theta, support: Batch, query: Batch) -> Theta:
+    def forward_over_reverse(theta: Theta, frozen: Theta, support: Batch, query: Batch) -> Theta:
         phis = [theta]
-        for _ in range(problem.steps):
-            phis.append(update(phis[-1], support))
-        v = jax.grad(loss)(phis.pop(), query)
+        for _ in range(K):
+            phis.append(update(phis[-1], frozen, support))
+        v = jax.grad(loss)(phis.pop(), frozen, query)
         for phi in reversed(phis):
-            v = jax.jvp(lambda phi: update(phi, support), (phi,), (v,))[1]
+            v = jax.jvp(lambda phi: update(phi, frozen, support), (phi,), (v,))[1]
         return v
 
-    one = forward_over_reverse if mode == "forward" else jax.grad(query_loss)
-    T = len(problem.support[0])
-
-    def loop(theta: Theta, support: Batch, query: Batch) -> Theta:
-        def add(total: Theta, batches: tuple[Batch, Batch]) -> tuple[Theta, None]:
-            return tree_map(lambda a, g: a + g / T, total, one(theta, *batches)), None
-
-        return lax.scan(add, tree_map(jnp.zeros_like, theta), (support, query))[0]
-
-    def vmapped(theta: Theta, support: Batch, query: Batch) -> Theta:
+    def together(theta: Theta, frozen: Theta, support: Batch, query: Batch) -> Theta:
+        """The sum over tasks at once."""
+        over = None, None, 0, 0
         if mode == "forward":
-            return tree_map(lambda g: g.mean(0), jax.vmap(one, (None, 0, 0))(theta, support, query))
-        return jax.grad(lambda theta: jax.vmap(query_loss, (None, 0, 0))(theta, support, query).mean())(theta)
+            each = jax.vmap(forward_over_reverse, over)(theta, frozen, support, query)
+            return tree_map(lambda g: g.sum(0), each)
+        return jax.grad(lambda theta: jax.vmap(query_loss, over)(theta, frozen, support, query).sum())(theta)
 
-    return loop if tasks == "loop" else vmapped
+    count = {"vmap": 1, "loop": T, "chunks": next(n for n in (4, 3, 2, 1) if T % n == 0)}[tasks]
+
+    def step(theta: Theta, frozen: Theta, *batches: Batch) -> Theta:
+        def add(total: Theta, chunk: tuple[Batch, Batch]) -> tuple[Theta, None]:
+            return tree_map(lambda a, g: a + g / T, total, together(theta, frozen, *chunk)), None
+
+        chunks = tree_map(lambda a: a.reshape(count, T // count, *a.shape[1:]), batches)
+        if count == 1:
+            return add(tree_map(jnp.zeros_like, theta), tree_map(lambda a: a[0], chunks))[0]
+        return lax.scan(add, tree_map(jnp.zeros_like, theta), chunks)[0]
+
+    return step

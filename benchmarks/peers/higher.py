@@ -17,7 +17,7 @@ shares_torch = True
 def higher(work: Workload) -> Callable[[], Gradient]:
     from higher import innerloop_ctx
 
-    optimizer = torch.optim.SGD(work.model.parameters(), lr=work.lr)
+    optimizer = torch.optim.SGD(work.theta.values(), lr=work.lr)
 
     def one(support: tuple[Tensor, ...], query: tuple[Tensor, ...]) -> Tensor:
         with innerloop_ctx(work.model, optimizer, copy_initial_weights=False) as (model, inner):

@@ -1,4 +1,4 @@
-"""JAX: jit over vmap or a loop over tasks; reverse over reverse, checkpointed or not, or forward over reverse."""
+"""JAX: jit over vmap, over a loop of tasks or of chunks of them; reverse over reverse in three forms, or forward."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ methods = {
     "JAX, vmap": method("vmap", "reverse"),
     "JAX, vmap, forward over reverse": method("vmap", "forward"),
     "JAX, task loop": method("loop", "reverse"),
+    "JAX, task loop, scan over steps": method("loop", "scan"),
     "JAX, task loop, checkpointed steps": method("loop", "checkpoint"),
     "JAX, task loop, forward over reverse": method("loop", "forward"),
+    "JAX, tasks in 4 chunks": method("chunks", "reverse"),
+    "JAX, tasks in 4 chunks, forward over reverse": method("chunks", "forward"),
 }

@@ -24,9 +24,12 @@ shares_torch = True
 
 
 def learn2learn(work: Workload) -> Callable[[], Gradient]:
+    frozen = len(work.theta) < len(list(work.model.parameters()))
     for package in ("learn2learn", "learn2learn.algorithms"):
         sys.modules.setdefault(package, module_from_spec(find_spec(package)))  # there, and never run
-    maml = import_module("learn2learn.algorithms.maml").MAML(work.model, lr=work.lr, first_order=False)
+    maml = import_module("learn2learn.algorithms.maml").MAML(
+        work.model, lr=work.lr, first_order=False, allow_nograd=frozen
+    )
 
     def one(support: tuple[Tensor, ...], query: tuple[Tensor, ...]) -> Tensor:
         learner = maml.clone()

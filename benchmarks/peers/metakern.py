@@ -1,31 +1,56 @@
-"""metakern, keeping the graph of the inner loop, recomputing it, and choosing by itself."""
+"""metakern: keeping the graph of the inner loop, recomputing it, choosing by itself; and without second derivatives."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
 
 from benchmarks.peers.plain import Gradient
 from benchmarks.workloads import Workload
+from benchmarks.workloads.models import Llama, LoraLinear
 
 requirements: tuple[str, ...] = ()
 shares_torch = True
 
 
-def strategy(name: str) -> Callable[[Workload], Callable[[], Gradient]]:
-    def method(work: Workload) -> Callable[[], Gradient]:
+def adapted(work: Workload) -> Workload:
+    """LoRA as metakern's users have it: by `metakern.lora` on a patched model, and ops for positions and SwiGLU."""
+    import metakern as mk
+
+    if not isinstance(work.model, Llama):
+        return work
+    model = copy.deepcopy(work.model)
+    model.rotate, model.gated = mk.ops.rope, mk.ops.swiglu
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
+    for name, layer in layers.items():
+        base = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        model.set_submodule(name, base)
+    mk.lora(model, rank=next(iter(layers.values())).lora_A.shape[0], targets=list(layers))
+    mk.patch(model)
+    model.load_state_dict(work.model.state_dict())
+    return replace(work, model=model)
+
+
+def method(**options: Any) -> Callable[[Workload], Callable[[], Gradient]]:
+    def prepare(work: Workload) -> Callable[[], Gradient]:
         import metakern as mk
 
-        inner = mk.optim.SGD(lr=work.lr)
-        maml = mk.MAML(work.model, work.loss, inner=inner, steps=work.steps, strategy=name)
+        work = adapted(work)
+        maml = mk.MAML(work.model, work.loss, inner=mk.optim.SGD(lr=work.lr), steps=work.steps, **options)
 
         def step() -> Gradient:
             work.model.zero_grad()
             maml(work.support, work.query).backward()
-            return {name: p.grad for name, p in work.model.named_parameters()}
+            return {name: p.grad for name, p in work.theta.items()}
 
         return step
 
-    return method
+    return prepare
 
 
-methods = {f"metakern {name}": strategy(name) for name in ("store", "recompute", "auto")}
+methods = {f"metakern {name}": method(strategy=name) for name in ("store", "recompute", "auto")}
+methods["metakern, first order"] = method(first_order=True)

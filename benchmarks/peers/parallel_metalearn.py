@@ -31,7 +31,7 @@ class Wrapped(nn.Module):
         return {"logits": self.model(x)}
 
     def get_fast_weights(self) -> OrderedDict[str, Tensor]:
-        return OrderedDict(self.named_parameters())
+        return OrderedDict((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
 
 class CrossEntropy(nn.Module):
@@ -68,7 +68,7 @@ def method(backend: str, chunks: int = 1) -> Callable[[Workload], Callable[[], G
         def step() -> Gradient:
             with sdpa_kernel(SDPBackend.MATH):
                 trainer.step(iter([(*work.support, *work.query)]))
-            return {name.removeprefix("model."): p.grad for name, p in model.named_parameters()}
+            return {name.removeprefix("model."): p.grad for name, p in model.get_fast_weights().items()}
 
         return step
 

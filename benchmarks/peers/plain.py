@@ -33,23 +33,31 @@ def by_backward(
             for t in range(work.tasks):
                 support, query = (tuple(a[t] for a in batch) for batch in (work.support, work.query))
                 (one(support, query) / work.tasks).backward()
-        return {name: p.grad for name, p in work.model.named_parameters()}
+        return {name: p.grad for name, p in work.theta.items()}
 
     return step
 
 
-def plain(work: Workload) -> Callable[[], Gradient]:
-    theta: Gradient = dict(work.model.named_parameters())
+def loop(work: Workload, create_graph: bool) -> Callable[[], Gradient]:
+    theta = work.theta
 
     def one(support: tuple[Tensor, ...], query: tuple[Tensor, ...]) -> Tensor:
         phi = theta
         for _ in range(work.steps):
             loss = work.loss(bound(work.model, phi), support)
-            grads = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+            grads = torch.autograd.grad(loss, list(phi.values()), create_graph=create_graph)
             phi = {name: p - work.lr * g for (name, p), g in zip(phi.items(), grads, strict=True)}
         return work.loss(bound(work.model, phi), query)
 
     return by_backward(work, one)
 
 
-methods = {"plain PyTorch": plain}
+def plain(work: Workload) -> Callable[[], Gradient]:
+    return loop(work, create_graph=True)
+
+
+def first_order(work: Workload) -> Callable[[], Gradient]:
+    return loop(work, create_graph=False)
+
+
+methods = {"plain PyTorch": plain, "plain PyTorch, first order": first_order}

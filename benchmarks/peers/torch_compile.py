@@ -24,7 +24,7 @@ def loss(work: Workload) -> Callable[[], Gradient]:
 
 def whole(work: Workload) -> Callable[[], Gradient]:
     torch.compiler.reset()
-    theta = {name: p.detach() for name, p in work.model.named_parameters()}
+    theta = {name: p.detach() for name, p in work.theta.items()}
     meta_gradient = torch.compile(reverse(work, differentiable(work.model)), dynamic=False)
 
     def step() -> Gradient:

@@ -56,7 +56,7 @@ def method(
 ) -> Callable[[Workload], Step]:
     def prepare(work: Workload) -> Step:
         model = work.model if stock else differentiable(work.model)
-        theta = {name: p.detach() for name, p in work.model.named_parameters()}
+        theta = {name: p.detach() for name, p in work.theta.items()}
         meta_gradient = mode(work, model)
         parts = [(a.chunk(chunks) for a in batch) for batch in (work.support, work.query)]
         batches = list(zip(*(zip(*part, strict=True) for part in parts), strict=True))
@@ -77,5 +77,6 @@ methods = {
     "torch.func, reverse over reverse": method(reverse),
     "torch.func, reverse over reverse, tasks in 4 chunks": method(reverse, chunks=4),
     "torch.func, forward over reverse": method(forward),
+    "torch.func, forward over reverse, tasks in 4 chunks": method(forward, chunks=4),
     "torch.func, torch.nn's own layers": method(reverse, stock=True),
 }

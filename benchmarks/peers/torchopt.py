@@ -17,7 +17,7 @@ shares_torch = True
 def torchopt(work: Workload) -> Callable[[], Gradient]:
     from torchopt import apply_updates, sgd
 
-    theta = dict(work.model.named_parameters())
+    theta = work.theta
     inner = sgd(lr=work.lr)
 
     def one(support: tuple[Tensor, ...], query: tuple[Tensor, ...]) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from metakern._record import recordable
 from metakern.meta._batching import Batching
 from metakern.optim import InnerOptimizer
 
@@ -180,13 +181,22 @@ class Random:
     """A state of the random generators, so that a step that is computed again draws the same dropout masks."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.cpu = device, torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.device, self.states = device, _random_states(device)
 
     def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
+        _set_random_states(self.device, *self.states)
+
+
+@recordable
+def _random_states(device: torch.device) -> tuple[Tensor, ...]:
+    return torch.get_rng_state(), *((torch.cuda.get_rng_state(device),) if device.type == "cuda" else ())
+
+
+@recordable
+def _set_random_states(device: torch.device, cpu: Tensor, *cuda: Tensor) -> None:
+    torch.set_rng_state(cpu)
+    for state in cuda:
+        torch.cuda.set_rng_state(state, device)
 
 
 def _grad(

@@ -67,9 +67,14 @@ def _obstacle(name: str) -> str | None:
     return None
 
 
+def chosen() -> str:
+    """The backend that was chosen by hand, or "auto"."""
+    return _chosen.get() or os.environ.get("METAKERN_BACKEND") or "auto"
+
+
 def choose(op: str, kernels: Mapping[str, Rules], tensors: tuple[Tensor | None, ...]) -> Rules:
     """The rules that a call of `op` on these tensors uses."""
-    name = _chosen.get() or os.environ.get("METAKERN_BACKEND") or "auto"
+    name = chosen()
     if name not in (*NAMES, "auto"):
         raise ValueError(f"METAKERN_BACKEND must be one of {', '.join((*NAMES, 'auto'))}, got {name!r}")
     first = next(t for t in tensors if t is not None)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakern._record import recordable
+
 
 def tensor(op: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
@@ -60,8 +62,14 @@ def tasks(op: str, x: Tensor, features: str, **parameter: tuple[Tensor, str]) ->
 
 def below(op: str, name: str, value: Tensor, high: int, ignored: int | None = None) -> None:
     """Indices lie in [0, high), but for the ignored one. Looks on the CPU only: a GPU would have to be waited for."""
-    if value.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(value):
-        return
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):  # as inside of vmap
+        value = torch._C._functorch.get_unwrapped(value)
+    if value.device.type == "cpu":
+        _below(op, name, value, high, ignored)
+
+
+@recordable
+def _below(op: str, name: str, value: Tensor, high: int, ignored: int | None) -> None:
     wrong = (value < 0) | (value >= high)
     if ignored is not None:
         wrong &= value != ignored

@@ -63,7 +63,8 @@ class Adam(InnerOptimizer):
     def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
         n, (beta1, beta2), rates = len(phi), self.betas, self.lr.of(phi)
         step = state[-1] + 1
-        bias1, bias2 = 1 - beta1 ** step.item(), 1 - beta2 ** step.item()
+        count = float(step.tolist())  # not `item`: it is the same in every run, and no obstacle to a captured one
+        bias1, bias2 = 1 - beta1**count, 1 - beta2**count
         if self.weight_decay and not self.decoupled:
             grads = [g + self.weight_decay * p for g, p in zip(grads, phi, strict=True)]
         first = [torch.lerp(g, m, beta1) for m, g in zip(state[:n], grads, strict=True)]

@@ -8,6 +8,7 @@ Finn, Abbeel, Levine 2017, "Model-agnostic meta-learning for fast adaptation of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -17,10 +18,11 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_flatten
 
 from metakern.meta._batching import Loss, exact_kernels, select, tasks_of
+from metakern.meta._capture import Captures, surroundings
 from metakern.meta._memory import keep_freed_memory
 from metakern.meta._parameters import Adapt, Parameters
 from metakern.meta._plan import Plan, Planner, Wishes
-from metakern.meta._unroll import Gradients, Random, Result, Unroll, _add
+from metakern.meta._unroll import Gradients, Random, Unroll, _add
 from metakern.optim import SGD, InnerOptimizer
 
 
@@ -31,6 +33,10 @@ class MAML(nn.Module):
     inner: an inner optimizer. steps: K. adapt: which parameters the inner loop changes: None for all, name patterns, or
     a predicate on names; the others are meta-learned all the same. strategy "store" | "recompute", batching "fold" |
     "vmap" | "loop" and task_chunk (tasks at once) give the same numbers; "auto" chooses, and `maml.plan` says why.
+    capture=True (on the CPU) records the kernels that the first meta-gradient calls for batches of a shape and calls
+    them again for the next ones, without Python or autograd: the same numbers in less time, where shapes recur and
+    model and loss are functions of tensors. A number that Python looks up elsewhere would stay what it was; most of
+    them are noticed (`metakern.meta._capture`), and a capture that an ordinary run does not confirm is not used.
 
     Calling it with support and query batches (trees of tensors, tasks along dimension 0) gives the mean query loss over
     tasks, whose `backward()` accumulates the meta-gradient into the parameters' `.grad`.
@@ -57,6 +63,7 @@ class MAML(nn.Module):
         strategy: str = "auto",
         batching: str = "auto",
         task_chunk: int | str = "auto",
+        capture: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -68,7 +75,7 @@ class MAML(nn.Module):
         if inner is not None and not isinstance(inner, InnerOptimizer):
             raise TypeError(f"MAML: inner must be one of metakern.optim's optimizers, got {type(inner).__name__}")
         self.model, self.inner = model, SGD() if inner is None else inner
-        self.loss, self.steps, self.first_order = loss, steps, first_order
+        self.loss, self.steps, self.first_order, self.capture = loss, steps, first_order, capture
         self._adapt, self._wishes = adapt, Wishes(batching, strategy, task_chunk)
         self.inner.prepare(Parameters(model, adapt).adapted)
         self.query_losses: Tensor | None = None  # of the last call, for each task, [T]
@@ -90,9 +97,12 @@ class MAML(nn.Module):
         prepared = self._prepare(support, outer=True)
         gradients: Gradients = [None] * len(prepared.outer)
         losses = []
-        for result in prepared.by_chunks(lambda s, q: self._meta_gradient(prepared, s, q, 1 / tasks), support, query):
-            losses.append(result.losses)
-            gradients = _add(gradients, [*result.theta, *result.shared, *result.hyper])
+        run = partial(self._meta_gradient, prepared, 1 / tasks)
+        if self.capture:
+            run = partial(prepared.captures, run, (tasks, *surroundings(self.model, self.inner, self.loss)))
+        for found in prepared.by_chunks(run, support, query):
+            losses.append(found[0])
+            gradients = _add(gradients, found[1:])
         self.query_losses = torch.cat(losses)
         return _MetaGradient.apply(self.query_losses.mean(), gradients, *prepared.outer)
 
@@ -126,11 +136,12 @@ class MAML(nn.Module):
 
         return torch.cat(list(prepared.by_chunks(compute, support, query)), dim=1)
 
-    def _meta_gradient(self, prepared: _Prepared, support: Any, query: Any, weight: float) -> Result:
-        """The part of one chunk of tasks, whose query losses count `weight` each."""
+    def _meta_gradient(self, prepared: _Prepared, weight: float, support: Any, query: Any) -> list[Tensor | None]:
+        """The part of one chunk of tasks, whose query losses count `weight` each: losses [T], then the gradients."""
         unroll, plan = prepared.unroll, prepared.plan
         compute = unroll.store if plan.strategy == "store" else unroll.recompute
-        return compute(prepared.theta(tasks_of(support)), prepared.shared, support, query, weight)
+        found = compute(prepared.theta(tasks_of(support)), prepared.shared, support, query, weight)
+        return [found.losses, *found.theta, *found.shared, *found.hyper]
 
     def _prepare(self, support: Any, outer: bool = False) -> _Prepared:
         """The plan for batches of this structure, made when the first one is seen; `outer`: for a meta-gradient too."""
@@ -156,6 +167,7 @@ class _Prepared:
     def __init__(self, key: tuple, for_outer: bool, parameters: Parameters, plan: Plan, unroll: Unroll) -> None:
         self.key, self.for_outer, self.parameters, self.plan, self.unroll = key, for_outer, parameters, plan, unroll
         self.shared = list(parameters.shared.values())
+        self.captures = Captures()
         self.outer = [*parameters.adapted.values(), *self.shared, *unroll.inner.hyper_parameters()]
 
     def theta(self, tasks: int) -> list[Tensor]:

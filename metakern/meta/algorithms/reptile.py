@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from metakern.meta._batching import tasks_of
-from metakern.meta._unroll import Result
 from metakern.meta.algorithms.maml import MAML, _Prepared
 
 
@@ -26,9 +27,9 @@ class Reptile(MAML):
     torch.Size([4, 8])
     """
 
-    def _meta_gradient(self, prepared: _Prepared, support: Any, query: Any, weight: float) -> Result:
+    def _meta_gradient(self, prepared: _Prepared, weight: float, support: Any, query: Any) -> list[Tensor | None]:
         unroll, theta = prepared.unroll, prepared.theta(tasks_of(support))
         *_, phi = unroll.trajectory(theta, support, self.steps)
         moved = [(start - end).sum(0) * weight for start, end in zip(theta, phi, strict=True)]
         hyper = unroll.inner.hyper_parameters()
-        return Result(unroll.query(phi, query), moved, [None] * len(prepared.shared), [None] * len(hyper))
+        return [unroll.query(phi, query), *moved, *[None] * (len(prepared.shared) + len(hyper))]

@@ -1,0 +1,103 @@
+"""A method in a process of its own, as the benchmark sees it; a method that fails, hangs or is wrong says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+from benchmarks import peers
+from benchmarks.results import ROOT
+
+TOLERANCE = 1e-4
+
+
+class RefusedError(Exception):
+    """A method that can't be timed; its message says why."""
+
+
+@cache
+def attempt(peer: str) -> Path | str:
+    """A peer's interpreter, or why there is none: it is tried once."""
+    try:
+        return peers.environment(peer)
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        return f"not installed: {error}"
+
+
+def installed(peer: str) -> Path:
+    if isinstance(found := attempt(peer), str):
+        raise RefusedError(found)
+    return found
+
+
+class Runner:
+    """A worker: warm, with what it said of its first call, memory and error; `sample()` is the seconds of one call."""
+
+    def __init__(self, peer: str, method: str, problem: Path, tiny: Path, threads: int, limit: float) -> None:
+        python, self._limit = installed(peer), limit
+        self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
+        self._process = subprocess.Popen(
+            [python, "-m", "benchmarks.worker", peer, method, problem, tiny, str(threads)],
+            cwd=ROOT,
+            # A compiler's cache on disk would hide what compiling costs.
+            env=os.environ
+            | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+            | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            self.ready: dict[str, float] = self._answer("not ready")
+            if self.ready["error"] is not None and not self.ready["error"] <= TOLERANCE:
+                raise RefusedError(f"wrong by {self.ready['error']:.0e}")
+        except BaseException:
+            self.close()
+            raise
+
+    def _answer(self, late: str) -> Any:
+        """The worker's next line; RefusedError where it ends without one, or is late and is ended."""
+        over = threading.Event()
+
+        def end() -> None:
+            over.set()
+            self._process.kill()
+
+        timer = threading.Timer(self._limit, end)
+        timer.start()
+        try:
+            if line := self._process.stdout.readline():
+                return json.loads(line)
+            self._process.wait()
+        finally:
+            timer.cancel()
+        if over.is_set():
+            raise RefusedError(f"{late} after {self._limit:.0f} s")
+        if self._process.returncode == -9:
+            raise RefusedError("out of memory")
+        self._errors.seek(0)
+        said = [text.strip() for text in self._errors if text.strip()]
+        # An exception's own line, where there is one; what follows it is advice.
+        found = [text for text in said if text.partition(":")[0].rpartition(".")[2].endswith(("Error", "Exception"))]
+        raise RefusedError((found or said or [f"ended with {self._process.returncode}"])[-1])
+
+    def sample(self) -> float:
+        try:
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its last words say why
+        return self._answer("no result")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()

@@ -1,0 +1,207 @@
+"""Recording: one run of a function of tensors becomes the sequence of kernel calls that it made.
+
+    program, outputs = record(function, inputs)          outputs = program(other_inputs)
+
+Recorded are PyTorch's operations below autograd and the calls of our own kernels (`recordable`). A program makes them
+again, in their order, on other inputs of the same shapes: without the function's Python, without autograd, and each
+tensor is freed after its last use. Tensors that the function only reads (parameters, buffers) are read where they are,
+at each call. Everything else that it looked at (numbers, shapes, flags) is as it was in the run.
+
+An operation whose result Python looks at (`.item()`, a mask's nonzero elements) can't be recorded: RecordError. What it
+takes out of a tensor behind PyTorch's back (`.tolist()`, `.numpy()`) is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from itertools import count
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+F = TypeVar("F", bound=Callable[..., Any])
+_LOOKS_AT_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_RANDOM = torch.Tag.nondeterministic_seeded
+_SECOND_NAME = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+
+
+class RecordError(RuntimeError):
+    """What a function did that no program can do again."""
+
+
+def recordable(function: F) -> F:
+    """A function that PyTorch's dispatcher does not see, such as the call of a kernel: recorded as one."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack():
+            mode = _get_current_dispatch_mode()
+            if isinstance(mode, _Recorder):
+                return mode.run(function, args, kwargs, acts=True)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class _Register:
+    number: int
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A call with registers in the places of tensors. One that acts does more than make its results."""
+
+    function: Callable[..., Any]
+    args: tuple
+    kwargs: dict[str, Any]
+    results: Any
+    acts: bool
+
+
+class Program:
+    """What was recorded: tensors in, tensors (or None) out."""
+
+    def __init__(self, inputs: int, steps: list[_Step], outputs: list[Any]) -> None:
+        steps, outputs = _with_one_name(steps, outputs)
+        self.steps = _without_unused(steps, outputs)
+        self._run = _compiled(inputs, self.steps, outputs)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            return self._run(*inputs)
+
+
+def record(
+    function: Callable[[], Sequence[Tensor | None]], inputs: Sequence[Tensor]
+) -> tuple[Program, list[Tensor | None]]:
+    """Runs the function, which reads `inputs`; its program and its results. Raises RecordError."""
+    recorder = _Recorder(inputs)
+    with recorder:
+        results = list(function())
+    return Program(len(inputs), recorder.steps, recorder.named(results)), results
+
+
+class _Recorder(TorchDispatchMode):
+    """Numbers every tensor that a call makes. It holds none: the run takes the memory that it takes without."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.steps: list[_Step] = []
+        self._numbers, self._next = WeakTensorKeyDictionary(), count()
+        self._made(tuple(inputs))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # skipping it imports the compiler, which takes a second
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _LOOKS_AT_DATA.intersection(func.tags):
+            raise RecordError(f"Python looks at the values of a tensor ({func})")
+        return self.run(func, args, kwargs or {}, acts=func._schema.is_mutable or _RANDOM in func.tags)
+
+    def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], acts: bool) -> Any:
+        """Calls the function and notes it; what it calls in turn is its own business."""
+        named_args, named_kwargs = self.named(args), self.named(kwargs)
+        with _disable_current_modes():
+            result = function(*args, **kwargs)
+        self.steps.append(_Step(function, named_args, named_kwargs, self._made(result), acts))
+        return result
+
+    def named(self, value: Any) -> Any:
+        """The value with registers for the tensors that are known; the others are read where they are."""
+        if isinstance(value, Tensor):
+            return self._numbers.get(value, value)
+        if isinstance(value, list | tuple):
+            return [self.named(v) for v in value] if isinstance(value, list) else tuple(map(self.named, value))
+        return {key: self.named(v) for key, v in value.items()} if isinstance(value, dict) else value
+
+    def _made(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._numbers.setdefault(value, _Register(next(self._next)))  # an in-place call's is known
+        return tuple(map(self._made, value)) if isinstance(value, list | tuple) else None
+
+
+def _registers(value: Any) -> Iterator[_Register]:
+    if isinstance(value, _Register):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _registers(part)
+
+
+def _renamed(value: Any, names: dict[_Register, Any]) -> Any:
+    if isinstance(value, _Register):
+        return names.get(value, value)
+    if isinstance(value, dict):
+        return {key: _renamed(v, names) for key, v in value.items()}
+    return type(value)(_renamed(v, names) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _with_one_name(steps: list[_Step], outputs: Any) -> tuple[list[_Step], Any]:
+    """Without the calls that give a tensor a second name; its shape is changed under none of them."""
+    if any(torch.Tag.inplace_view in getattr(step.function, "tags", ()) for step in steps):
+        return steps, outputs
+    names: dict[_Register, Any] = {}
+    kept = []
+    for step in steps:
+        step = replace(step, args=_renamed(step.args, names), kwargs=_renamed(step.kwargs, names))
+        if step.function in _SECOND_NAME and isinstance(step.args[0], _Register):
+            names[step.results] = step.args[0]
+        else:
+            kept.append(replace(step, results=_renamed(step.results, names)))
+    return kept, _renamed(outputs, names)
+
+
+def _without_unused(steps: list[_Step], outputs: Any) -> list[_Step]:
+    used, kept = set(_registers(outputs)), []
+    for step in reversed(steps):
+        if step.acts or used.intersection(_registers(step.results)):
+            used.update(_registers((step.args, step.kwargs)))
+            kept.append(step)
+    return kept[::-1]
+
+
+def _compiled(inputs: int, steps: Sequence[_Step], outputs: Any) -> Callable[..., list[Tensor | None]]:
+    """The steps as one Python function, a line each, which forgets a tensor after the last line that reads it."""
+    constants: dict[str, Any] = {}
+
+    def constant(value: Any) -> str:
+        name = f"c{len(constants)}"
+        constants[name] = value
+        return name
+
+    def text(value: Any) -> str:
+        if isinstance(value, _Register):
+            return f"r{value.number}"
+        if isinstance(value, list):
+            return f"[{', '.join(map(text, value))}]"
+        if isinstance(value, tuple):
+            return f"({''.join(f'{text(v)}, ' for v in value)})"
+        return repr(value) if value is None or isinstance(value, bool | int | str) else constant(value)
+
+    last: dict[_Register, int] = {}
+    for i, step in enumerate(steps):
+        last.update(dict.fromkeys(_registers((step.args, step.kwargs, step.results)), i))
+    for register in _registers(outputs):
+        last[register] = len(steps)
+    functions: dict[Any, str] = {}
+    lines = [f"def run({', '.join(f'r{i}' for i in range(inputs))}):"]
+    for i, step in enumerate(steps):
+        if step.function not in functions:
+            functions[step.function] = constant(getattr(step.function, "_op", step.function))
+        args = [*map(text, step.args), *(f"{key}={text(value)}" for key, value in step.kwargs.items())]
+        results = list(_registers(step.results))
+        to = f"{text(step.results).replace('None', '_')} = " if results else ""
+        mentioned = dict.fromkeys((*_registers((step.args, step.kwargs)), *results))
+        dead = "".join(f"{text(r)} = " for r in mentioned if last[r] == i)
+        lines.append(f"    {to}{functions[step.function]}({', '.join(args)})")
+        lines += [f"    {dead}None"] * bool(dead)
+    lines.append(f"    return {text(outputs)}")
+    exec("\n".join(lines), constants)
+    return constants["run"]

@@ -1,0 +1,210 @@
+"""Captured meta-gradients are those of ordinary runs, and what can't be captured runs ordinarily."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_maml import MODELS, assert_equal, build, gradients, mlp, plain_loss, points, regression_loss, sgd, tokens
+from torch import Tensor, nn
+
+import metakern as mk
+from metakern._record import RecordError, record
+from metakern.meta._capture import PROGRAMS
+
+KINDS = [(name, batching) for name, entry in MODELS.items() for batching in entry[3] if not name.startswith("hf")]
+
+
+def calls_of(model: nn.Module) -> list[int]:
+    """A list that grows with each call of the model."""
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+@pytest.mark.parametrize(("name", "batching"), KINDS)
+def test_the_numbers_are_those_of_ordinary_runs(name: str, batching: str, strategy: str) -> None:
+    model, loss, _, _, _ = build(name)
+    batch = points if loss is regression_loss else tokens
+    options = {"inner": mk.optim.SGD(lr=0.3), "steps": 2, "batching": batching, "strategy": strategy}
+    ordinary, captured = (mk.MAML(model, loss, capture=c, **options) for c in (False, True))
+    calls = calls_of(model)
+    for i in range(4):
+        truth = gradients(model, ordinary(batch(i), batch(i + 9)))
+        calls.clear()
+        found = gradients(model, captured(batch(i), batch(i + 9)))
+        torch.testing.assert_close(captured.query_losses, ordinary.query_losses)
+        assert_equal(found, truth, 1e-12)
+        assert bool(calls) == (i < 2)  # recorded, then checked, then without the model
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                parameter -= 0.1 * truth[key]
+
+
+def test_chunks_share_a_program_and_other_shapes_get_their_own() -> None:
+    model, loss, _, _, _ = build("mlp")
+    captured = mk.MAML(model, loss, steps=2, task_chunk=1, capture=True)
+    for i, size in enumerate((4, 4, 3)):
+        support, query = (tuple(t[:, :size] for t in points(i + j)) for j in (0, 9))
+        truth = gradients(model, plain_loss(model, loss, support, query, 2, sgd(0.01)))
+        assert_equal(gradients(model, captured(support, query)), truth)
+    assert len(captured._prepared.captures._checked) == 2
+
+
+def test_as_many_programs_are_kept_as_are_worth_it() -> None:
+    captured = mk.MAML(mlp(), regression_loss, capture=True)
+    for size in range(1, PROGRAMS + 3):
+        batch = torch.randn(2, size, 5), torch.randn(2, size, 3)
+        captured(batch, batch)
+    assert len(captured._prepared.captures._programs) == PROGRAMS
+
+
+def test_learned_rates_and_another_inner_optimizer() -> None:
+    model, loss, _, _, _ = build("mlp")
+    inner = mk.optim.Adam(lr=0.05, learn_lr=True)
+    ordinary, captured = (mk.MAML(model, loss, inner, steps=3, capture=c) for c in (False, True))
+    for i in range(4):
+        found = []
+        for maml in (ordinary, captured):
+            inner.zero_grad()
+            maml(points(i), points(i + 9)).backward()
+            found.append([p.grad for p in inner.parameters()])
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            for p in inner.parameters():
+                p *= 1.1
+
+
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+def test_dropout_draws_what_an_ordinary_run_draws(strategy: str) -> None:
+    model, loss, _, _, _ = build("gpt-folded")
+    model.encoder.dropout.p = model.encoder.dropout1.p = 0.5
+    ordinary, captured = (mk.MAML(model, loss, steps=2, strategy=strategy, capture=c) for c in (False, True))
+    found: dict[bool, list[Tensor]] = {False: [], True: []}
+    for maml in (ordinary, captured):
+        maml(tokens(1), tokens(2))
+        torch.manual_seed(5)
+        for i in range(3):
+            found[maml.capture] += [*gradients(model, maml(tokens(i), tokens(i))).values(), torch.rand(())]
+    torch.testing.assert_close(*found.values(), rtol=1e-12, atol=1e-12)
+
+
+class Scaled(nn.Module):
+    """Depends on numbers in places that can be seen, and in one that can't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.factor, self.settings = nn.Linear(5, 3), 1.0, {"factor": 1.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.factor * self.settings["factor"]
+
+
+FACTOR = 1.0
+
+
+def test_a_number_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, power = Scaled().double(), 2.0
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return FACTOR * ((model(batch[0]) - batch[1]).abs() ** power).mean()
+
+    captured = mk.MAML(model, loss, steps=2, capture=True)
+
+    def check() -> None:
+        for i in range(3):
+            truth = gradients(model, plain_loss(model, loss, points(i), points(i + 9), 2, sgd(0.01)))
+            assert_equal(gradients(model, captured(points(i), points(i + 9))), truth)
+
+    check()
+    model.factor = 2.0
+    check()
+    power = 3.0
+    check()
+    monkeypatch.setitem(globals(), "FACTOR", 0.5)
+    check()
+    captured.steps = 3
+    plain = plain_loss(model, loss, points(1), points(2), 3, sgd(0.01))
+    assert_equal(gradients(model, captured(points(1), points(2))), gradients(model, plain))
+
+
+def test_what_an_ordinary_run_does_not_confirm_is_not_used() -> None:
+    model = Scaled().double()
+    captured = mk.MAML(model, regression_loss, steps=2, capture=True)
+    captured(points(0), points(9))
+    model.settings["factor"] = 2.0
+    for i in (1, 2):
+        truth = gradients(model, plain_loss(model, regression_loss, points(i), points(i + 9), 2, sgd(0.01)))
+        if i == 1:
+            with pytest.warns(UserWarning, match="capture has no effect.*on another batch"):
+                found = gradients(model, captured(points(i), points(i + 9)))
+        else:
+            found = gradients(model, captured(points(i), points(i + 9)))
+        assert_equal(found, truth)
+
+
+def test_python_that_looks_at_values_runs_ordinarily() -> None:
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        error = (model(batch[0]) - batch[1]).square()
+        return error.mean() if error.mean().item() > 1 else error.sum()
+
+    model, _, _, _, _ = build("mlp")
+    captured = mk.MAML(model, loss, mk.optim.SGD(lr=0.01), steps=3, capture=True)
+    for i in range(3):
+        truth = gradients(model, plain_loss(model, loss, points(i), points(i + 9), 3, sgd(0.01)))
+        if i == 0:
+            with pytest.warns(UserWarning, match=r"capture has no effect.*values of a tensor \(aten\._local_scalar"):
+                found = gradients(model, captured(points(i), points(i + 9)))
+        else:
+            found = gradients(model, captured(points(i), points(i + 9)))
+        assert_equal(found, truth)
+
+
+def test_targets_are_checked_all_the_same() -> None:
+    model = nn.Linear(5, 3)
+    captured = mk.MAML(model, mk.losses.classification, steps=1, capture=True)
+    x, y = torch.randn(2, 4, 5), torch.randint(3, (2, 4))
+    for _ in range(3):
+        captured((x, y), (x, y))
+    with pytest.raises(ValueError, match=r"target must be in \[0, 3\), got 7"):
+        captured((x, torch.full_like(y, 7)), (x, y))
+
+
+def test_a_program_writes_in_place_reads_what_it_did_not_make_and_skips_what_nobody_reads() -> None:
+    weight, calls = torch.ones(3), []
+
+    @mk._record.recordable
+    def kernel(a: Tensor) -> Tensor:
+        calls.append(1)
+        return a.detach() * weight
+
+    def function(x: Tensor) -> list[Tensor | None]:
+        y = x * 2
+        view = y.detach()[1:]
+        view.add_(kernel(x)[1:])
+        _ = torch.exp(x)  # nobody reads it
+        a, b = torch.split(y, [1, 2])
+        return [y, None, torch.cat([b, a]), F.dropout(x, 0.5)]
+
+    inputs = torch.arange(3.0), torch.randn(3)
+    program, _ = record(lambda: function(inputs[0]), inputs[:1])
+    weight.fill_(5.0)
+    torch.manual_seed(3)
+    truth = function(inputs[1])
+    calls.clear()
+    torch.manual_seed(3)
+    found = program(inputs[1:])
+    assert found[1] is None
+    assert all(torch.equal(found[i], truth[i]) for i in (0, 2, 3))
+    assert calls == [1]
+    assert not any("exp" in str(step.function) for step in program.steps)
+
+
+@pytest.mark.parametrize("look", [lambda x: bool(x[0] > 0), lambda x: x[x > 0].sum(), lambda x: torch.equal(x, x)])
+def test_values_that_python_looks_at_are_no_part_of_a_program(look: Any) -> None:
+    x = torch.randn(4)
+    with pytest.raises(RecordError, match="looks at the values"):
+        record(lambda: [look(x) and x], [x])
