@@ -24,9 +24,9 @@ from benchmarks.gpu.targets import STREAMED, failures, targets
 from benchmarks.maml import chosen, of_sweep, parsed, summary, swept
 from benchmarks.peers.plain import first_order, plain
 from benchmarks.problem import Problem
-from benchmarks.report import fastest
 from benchmarks.results import ROOT
 from benchmarks.runner import RefusedError, Runner, installed
+from benchmarks.tables import fastest
 from benchmarks.truth import exact, with_truth
 from benchmarks.workloads import Spec, families, make, of
 from metakern.ops import SPECS
