@@ -314,7 +314,7 @@ def main() -> None:
                     samples[name] = entry(op, name, dtype, args.device, kernels[op], times)
                 console.print(shown(op, samples, args.against))
                 if out:
-                    results.keep(out, "ops", about | {"samples": samples}, f"{op} {args.dtype}")
+                    results.keep(out, "ops", about | {"samples": samples}, f"{args.device} {args.dtype} {op}")
                 done.append(op)
     except KeyboardInterrupt:
         kept = f"; {', '.join(done)}: kept in {out}" if out and done else ""

@@ -230,10 +230,10 @@ def _bench(benchmark: str, arguments: list[str]) -> None:
     try:
         importlib.import_module(f"benchmarks.{benchmark}").main()
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in BENCH:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in BENCH:
             raise
-        raise UserError(f"the package {package} is missing: pip install metakern[bench]") from None
+        raise UserError(f"the package {missing} is missing: pip install metakern[bench]") from None
 
 
 def _doctor() -> None:

@@ -71,8 +71,10 @@ def test_what_is_compared_is_the_same(op):
         plain = [tree_leaves(call()) for call in orders(SPECS[op].plain, sample(op))]
         rules = recorded(op, sample(op), "reference")
     for a, b in zip(ours, plain, strict=True):
-        for x, y in zip(a, b, strict=True):  # None is zero
-            torch.testing.assert_close(*(t if t is not None else torch.zeros_like(u) for t, u in ((x, y), (y, x))))
+        for x, y in zip(a, b, strict=True):
+            some = x if y is None else y
+            zero = None if some is None else torch.zeros_like(some)
+            torch.testing.assert_close(x if x is not None else zero, y if y is not None else zero)
     assert tuple(rules) == RULES
     for rule in rules.values():
         torch.testing.assert_close(rule(), rule(), rtol=0, atol=0)
@@ -115,15 +117,17 @@ def bench(monkeypatch):
 
 def test_the_command(bench, tiny, tmp_path, capsys):
     out = tmp_path / "machine.json"
-    out.write_text(json.dumps({"maml": {"mlp": "kept"}, "ops": {"gelu float32": "kept", "silu float32": "old"}}))
+    out.write_text(
+        json.dumps({"maml": {"mlp": "kept"}, "ops": {"cpu float32 gelu": "kept", "cpu float32 silu": "old"}})
+    )
     command = ["--ops", "silu,lstm", "--rounds", "2", "--quick", "--threads", "1", "--out", str(out), "--device", "cpu"]
     assert bench(*command) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[:-1])) <= 100
     found = json.loads(out.read_text())
     assert found["maml"] == {"mlp": "kept"}
-    assert found["ops"].keys() == {"gelu float32", "silu float32", "lstm float32"}
-    entry = found["ops"]["lstm float32"]
+    assert found["ops"].keys() == {"cpu float32 gelu", "cpu float32 silu", "cpu float32 lstm"}
+    entry = found["ops"]["cpu float32 lstm"]
     assert entry["machine"] == results.machine()
     assert (entry["rounds"], entry["threads"], entry["dtype"], entry["device"]) == (2, 1, "float32", "cpu")
     (first,) = entry["samples"].values()
@@ -133,7 +137,7 @@ def test_the_command(bench, tiny, tmp_path, capsys):
         assert all(row["ms"][0] > 0 and row["of_limit"][0] > 0 for row in rules.values())
         assert [rule for rule, row in rules.items() if "plain_over_ours" in row] == ["forward", "vjp", "vjp_jvp"]
     assert bench(*command, "--dtype", "float64", "--backends", "reference") == 0
-    assert "lstm float64" in json.loads(out.read_text())["ops"]
+    assert "cpu float64 lstm" in json.loads(out.read_text())["ops"]
 
 
 def test_an_interrupt_keeps_what_is_done(bench, tiny, tmp_path, capsys, monkeypatch):
@@ -148,7 +152,7 @@ def test_an_interrupt_keeps_what_is_done(bench, tiny, tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit) as end:
         bench("--ops", "rope,silu,gelu", "--rounds", "1", "--threads", "1", "--out", str(out))
     assert end.value.code == 130
-    assert list(json.loads(out.read_text())["ops"]) == ["rope float32"]
+    assert list(json.loads(out.read_text())["ops"]) == ["cpu float32 rope"]
     assert capsys.readouterr().err.splitlines()[-1] == f"stopped; rope: kept in {out}"
 
 
@@ -293,7 +297,7 @@ def test_an_installed_wheel_brings_the_benchmarks_along(source, tmp_path):  # no
     assert done.returncode == 0, done.stderr
     (written,) = here.iterdir()
     (file,) = written.iterdir()
-    assert "embedding float32" in json.loads(file.read_text())["ops"]
+    assert "cpu float32 embedding" in json.loads(file.read_text())["ops"]
     for name, arguments, message in (
         ("report", [], "writes the README of a clone"),
         ("ops", ["--against", "HEAD"], "needs git and a clone"),
