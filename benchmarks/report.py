@@ -105,7 +105,7 @@ def keep_curve(name: str, run: Path) -> None:
     shutil.copyfile(run / "eval.png", FOLDER / f"{name}.png")
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("demo", "smollm2"):
         parser.add_argument(f"--{name}", type=Path, metavar="RUN", help=f"first keep this run's curve as {name}'s")
@@ -116,3 +116,7 @@ if __name__ == "__main__":
     readme.write_text(with_tables(readme.read_text()))
     FULL.write_text(full())
     draw()
+
+
+if __name__ == "__main__":
+    main()
