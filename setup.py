@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, LinkError, PlatformError
 from setuptools.modified import newer_group
 
@@ -40,6 +41,14 @@ def nvcc() -> str | None:
     """CUDA's compiler: on the path, or where CUDA_HOME or custom has it."""
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
     return shutil.which("nvcc") or (str(home) if home.exists() else None)
+
+
+class BuildPackages(build_py):
+    """Leaves the benchmarks' tests out, which are for clones."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [module for module in found if not module[1].startswith("test_")]
 
 
 class BuildKernels(build_ext):
@@ -117,4 +126,11 @@ def extensions() -> list[Pybind11Extension]:
     return found
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
+benchmarks = find_packages(include=["benchmarks", "benchmarks.*"], exclude=["benchmarks.gpu"])  # which wants a clone
+setup(
+    packages=find_packages(include=["metakern", "metakern.*"]) + [f"metakern._bench.{name}" for name in benchmarks],
+    # In a folder of their own, which `metakern bench` puts on the path: the name is too common for site-packages.
+    package_dir={"metakern._bench.benchmarks": "benchmarks"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPackages},
+)

@@ -1,4 +1,4 @@
-"""The command line: train, eval, adapt, chat, doctor.
+"""The command line: train, eval, adapt, chat, bench, doctor.
 
 An error that the user can put right is one line on the standard error and exit code 2; Ctrl-C is exit code 130.
 What a command needs is imported when it runs, so that `metakern doctor` works without any optional extra.
@@ -7,6 +7,7 @@ What a command needs is imported when it runs, so that `metakern doctor` works w
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import shutil
@@ -39,6 +40,12 @@ EXTRAS = {
     "gguf": "metakern[smollm2]",
     "triton": "triton",
 }
+BENCHMARKS = {
+    "ops": "every op on every backend, beside the machine's limit and plain PyTorch",
+    "maml": "one exact meta-gradient: time and peak memory, against other libraries",
+    "report": "the tables and pictures of the results, in a clone of metakern",
+}
+BENCH = {"rich", "matplotlib", "tomli"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -137,6 +144,14 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--top-p", type=float, default=0.9, help="share of probability to draw words from (0.9)")
     chat.add_argument("--seed", type=_number, default=0, help="seed of the draws (0)")
 
+    bench = add(_bench, "Time metakern on this machine", epilog="metakern bench BENCHMARK --help says more.")
+    benchmarks = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    for name, text in BENCHMARKS.items():
+        # What follows the name is for the benchmark to parse: no character marks an option here.
+        one = benchmarks.add_parser(name, help=text, prefix_chars="\0", add_help=False)
+        one.add_argument("arguments", nargs="*")
+        one.set_defaults(benchmark=name)
+
     add(_doctor, "Tell what this environment has, and what it lacks")
     return parser
 
@@ -202,6 +217,23 @@ def _chat(run: str, support: str | None, steps: int | None, temperature: float, 
 
     dialogues = read(support) if support else []
     talk(Chat(Run.open(run), dialogues, steps=steps, temperature=temperature, top_p=top_p, seed=seed))
+
+
+def _bench(benchmark: str, arguments: list[str]) -> None:
+    """Runs a benchmark: out of the clone that this package is in, or out of what its wheel brings along."""
+    package = Path(metakern.__file__).parent
+    cloned = (package.parent / "setup.py").exists()
+    if benchmark == "report" and not cloned:
+        raise UserError("bench report writes the README of a clone of metakern; run it there")
+    sys.path.insert(0, str(package.parent if cloned else package / "_bench"))
+    sys.argv = [f"metakern bench {benchmark}", *arguments]
+    try:
+        importlib.import_module(f"benchmarks.{benchmark}").main()
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in BENCH:
+            raise
+        raise UserError(f"the package {missing} is missing: pip install metakern[bench]") from None
 
 
 def _doctor() -> None:

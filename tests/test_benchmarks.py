@@ -15,17 +15,18 @@ import torch
 
 import metakern as mk
 from benchmarks import maml, peers, progress, results, workloads
-from benchmarks.gpu import attention, checks, llama, measure, ops, recurrent
+from benchmarks.calls import RULES, Shapes, function, recorded
+from benchmarks.gpu import attention, checks, llama, ops, recurrent
 from benchmarks.gpu.__main__ import PARTS
 from benchmarks.gpu.pool import MEMORY, Job, Pool, run
-from benchmarks.gpu.problems import LARGE, Random, Shapes, cast, enlarged, function, samples
+from benchmarks.gpu.problems import LARGE, Random, cast, enlarged, samples
 from benchmarks.gpu.targets import STREAMED, failures, targets
 from benchmarks.maml import chosen, of_sweep, parsed, summary, swept
 from benchmarks.peers.plain import first_order, plain
 from benchmarks.problem import Problem
-from benchmarks.report import fastest
 from benchmarks.results import ROOT
 from benchmarks.runner import RefusedError, Runner, installed
+from benchmarks.tables import fastest
 from benchmarks.truth import exact, with_truth
 from benchmarks.workloads import Spec, families, make, of
 from metakern.ops import SPECS
@@ -457,8 +458,8 @@ def test_tangents_put_together_are_those_of_forward_mode():
 @triton
 def test_rules_are_recorded_with_all_they_can_be_called_with():
     sample = cast(samples("silu", True)["matrix"](Random(torch.float32, seed=1)), torch.float32)
-    calls = measure.recorded("silu", sample, torch.float32)
-    assert list(calls) == list(measure.RULES)
+    calls = recorded("silu", sample, "triton")
+    assert list(calls) == list(RULES)
     (y,), _ = calls["forward"]()
     torch.testing.assert_close(y, torch.nn.functional.silu(sample.args[0]).reshape(y.shape))
     tensors = torch.utils._pytree.tree_leaves(calls["vjp_jvp"].args[1:])
@@ -511,7 +512,7 @@ def test_what_runs_out_of_memory_beside_others_runs_again_alone(monkeypatch):
 
 def test_targets_of_a_gpu_are_met_by_the_worst_value():
     rates = {"vjp_jvp_of_flash_backward": 0.5, "jvp_of_flash_forward": 0.7}
-    rules = {rule: {"of_copy": 0.9} for rule in measure.RULES}
+    rules = {rule: {"of_copy": 0.9} for rule in RULES}
     llama = {"sequences": 1, "length": 8}
     found = {
         "machine": {"gpu": "none"},

@@ -58,7 +58,7 @@ def test_every_key_is_a_flag():
         assert parsed.keys() - {"command", "config", "out", "resume"} == {key.name}
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "adapt", "chat", "doctor"])
+@pytest.mark.parametrize("command", ["", "train", "eval", "adapt", "chat", "bench", "doctor"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command.split(), "--help"])
@@ -69,7 +69,7 @@ def test_help(command, capsys):
         for key in fields(Config):
             assert f"--{key.name.replace('_', '-')}" in text
     if not command:
-        for name in ("train", "eval", "adapt", "chat", "doctor"):
+        for name in ("train", "eval", "adapt", "chat", "bench", "doctor"):
             assert f"\n    {name}" in text
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.measure import milliseconds, peak_mib, recorded
+from benchmarks.calls import recorded
+from benchmarks.gpu.measure import milliseconds, peak_mib
 from benchmarks.gpu.pool import Job, Row
 from benchmarks.gpu.problems import OPS, Random, device
 from metakern.ops._spec import Sample
@@ -46,7 +47,7 @@ def times(L: int, D: int, tiny: bool) -> Row:
     B, H = (1, 2) if tiny else (TOKENS // L, WIDTH // D)
     sample = draw(B, H, L, D, torch.float32 if tiny else torch.bfloat16)
     # PyTorch's kernel is for GPUs alone; elsewhere its arguments are tried on tensors without memory.
-    calls = recorded("attention", sample, sample.args[0].dtype)
+    calls = recorded("attention", sample, "triton")
     calls |= flash(sample, device() if torch.cuda.is_available() else torch.device("meta"))
     rows: Row = {}
     for name, call in calls.items():
@@ -61,7 +62,7 @@ def times(L: int, D: int, tiny: bool) -> Row:
 def memory(L: int, tiny: bool) -> Row:
     """The most that a call of one head takes, at both orders, over q, k and v."""
     sample = draw(1, 1 if tiny else 4, L, 8 if tiny else 64, torch.float32 if tiny else torch.bfloat16)
-    peak = peak_mib(lambda: recorded("attention", sample, sample.args[0].dtype))
+    peak = peak_mib(lambda: recorded("attention", sample, "triton"))
     return {"peak_mib": peak, "kib_per_token": 1024 * peak / L}
 
 

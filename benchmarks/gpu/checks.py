@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import metakern as mk
+from benchmarks.calls import function
 from benchmarks.gpu.pool import Job, Row
-from benchmarks.gpu.problems import FAR, OPS, Random, cast, function, last_task, samples
+from benchmarks.gpu.problems import FAR, OPS, Random, cast, last_task, samples
 from metakern.ops import SPECS, _backend
 from metakern.ops._spec import Sample
 

@@ -5,23 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.autograd.forward_ad as fwd
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-import metakern as mk
 from benchmarks.gpu.pool import Row
-from benchmarks.gpu.problems import cast, device, function
-from metakern.ops import SPECS, _backend
-from metakern.ops._rules import Rules
-from metakern.ops._spec import Sample
-
-RULES = ("forward", "jvp", "vjp", "vjp_jvp")
+from benchmarks.gpu.problems import device
 
 
 def milliseconds(f: Callable[[], Any], calls: int = 4, replays: int = 15) -> float:
@@ -85,42 +74,3 @@ def limits(tiny: bool) -> Row:
     a, b = torch.randn(2, square, square, device=device(), dtype=torch.bfloat16)
     copy, product = milliseconds(lambda: target.copy_(source)), milliseconds(lambda: a @ b)
     return {"copy_gb_per_s": 2 * size / copy / 1e6, "bf16_tflop_per_s": 2 * square**3 / product / 1e9}
-
-
-def recorded(op: str, sample: Sample, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """The rules of one call at both orders, each with the tensors that it was called with, ready to be called again.
-
-    Everything has a tangent, cotangents included, which is the most that a rule is asked for.
-    """
-    calls: dict[str, Callable[[], Any]] = {}
-    choose = _backend.choose
-
-    def note(name: str, kernels: Any, tensors: Any) -> Rules:
-        rules = choose(name, kernels, tensors)
-
-        def rule(name: str) -> Callable[..., Any]:
-            def call(*args: Any) -> Any:
-                calls[name] = partial(without_graph, getattr(rules, name), *args)
-                return calls[name]()
-
-            return call
-
-        return Rules(*(rule(name) for name in RULES))
-
-    f, x = function(SPECS[op].call, cast(sample, dtype))
-    with patch.object(_backend, "choose", note), mk.backend("triton"), fwd.dual_level():
-        duals = [dual(a.requires_grad_()) for a in x]
-        y = tree_leaves(f(*duals))
-        torch.autograd.grad(y, duals, [dual(torch.randn_like(fwd.unpack_dual(t).primal)) for t in y])
-    return {name: calls[name] for name in RULES}
-
-
-@torch.no_grad()
-def without_graph(rule: Callable[..., Any], *args: Any) -> Any:
-    """As a Function calls its rule."""
-    return rule(*args)
-
-
-def dual(x: Tensor) -> Tensor:
-    """x with a random tangent."""
-    return fwd.make_dual(x, torch.randn_like(x))

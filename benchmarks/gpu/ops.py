@@ -7,13 +7,13 @@ from functools import partial
 
 import torch
 
+from benchmarks.calls import ORDERS, recorded
 from benchmarks.gpu.checks import DTYPES
-from benchmarks.gpu.measure import RULES, milliseconds, recorded
+from benchmarks.gpu.measure import milliseconds
 from benchmarks.gpu.pool import Job, Row
 from benchmarks.gpu.problems import OPS, Random, cast, enlarged, samples
 from metakern.ops import SPECS
 
-ORDERS = dict(zip(RULES, (0, 1, 1, 2), strict=True))  # a jvp reads, writes and multiplies as much as a vjp
 BYTES = 1 << 28  # of arguments, several times what caches hold
 
 
@@ -23,7 +23,7 @@ def times(op: str, name: str, dtype: str, limits: Row, tiny: bool) -> Row:
     sample = cast(samples(op, tiny)[name](Random(kind, seed=1)), kind)
     sample = enlarged(sample, 0 if tiny else BYTES)
     rows: Row = {}
-    for rule, call in recorded(op, sample, kind).items():
+    for rule, call in recorded(op, sample, "triton").items():
         ms, cost = milliseconds(call), SPECS[op].cost(sample, ORDERS[rule])
         rows[rule] = {
             "ms": ms,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from benchmarks.calls import Shapes, function
 from metakern.ops import SPECS
 from metakern.ops._spec import Make, Sample
 from metakern.ops.cross_entropy import ragged
@@ -37,19 +38,6 @@ class Random(Make):
 
     def integers(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self.generator, device=self.device)
-
-
-class Shapes(Make):
-    """A Make of tensors without memory."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.bfloat16, "meta")
-
-    def __call__(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
-
-    def integers(self, high: int, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.long, device=self.device)
 
 
 def _matrix(*shape: int, inputs: int = 1) -> Draw:
@@ -139,20 +127,6 @@ def cast(sample: Sample, dtype: torch.dtype) -> Sample:
         return value.to(device(), dtype if value.is_floating_point() else value.dtype)
 
     return replace(sample, args=tree_map(one, sample.args), kwargs=tree_map(one, dict(sample.kwargs)))
-
-
-def function(f: Callable[..., Any], sample: Sample) -> tuple[Callable[..., Any], list[Tensor]]:
-    """f as a function of the sample's differentiable inputs alone, and those inputs."""
-    at = [i for i, a in enumerate(sample.args) if isinstance(a, Tensor) and a.is_floating_point()]
-    at = [i for i in at if i not in sample.frozen]
-
-    def of_inputs(*x: Tensor) -> Any:
-        args = list(sample.args)
-        for i, value in zip(at, x, strict=True):
-            args[i] = value
-        return f(*args, **sample.kwargs)
-
-    return of_inputs, [sample.args[i] for i in at]
 
 
 def last_task(sample: Sample) -> Sample:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import metakern as mk
 from benchmarks import peers
+from benchmarks.calls import RULES
 from benchmarks.gpu.checks import DTYPES, Problem, compare
-from benchmarks.gpu.measure import RULES, eager_milliseconds, milliseconds, peak_mib
+from benchmarks.gpu.measure import eager_milliseconds, milliseconds, peak_mib
 from benchmarks.gpu.pool import Job, Row
 from benchmarks.gpu.problems import device
 from benchmarks.workloads import make

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from benchmarks.gpu.measure import RULES
+from benchmarks.calls import RULES
 from benchmarks.gpu.pool import MEMORY, Row
 
 STREAMED = ("layer_norm", "rms_norm", "gelu", "silu", "swiglu", "cross_entropy", "sgd_update", "adam_update")

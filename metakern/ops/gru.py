@@ -176,8 +176,8 @@ def _cost(sample: Sample, order: int) -> Cost:
     tokens, hidden, size = x.shape[:-1].numel(), w_hh.shape[-1], x.element_size()
     products = 6 * tokens * hidden * (x.shape[-1] + hidden)
     inputs, kept = sum(t.numel() for t in sample.args if t is not None), 5 * tokens * hidden
-    moved = (inputs + kept, 2 * (inputs + kept), 4 * (inputs + kept))
-    return Cost(flop=(1, 2, 6)[order] * products, bytes=moved[order] * size)
+    moved = (inputs + kept, 2 * inputs + kept, 3 * inputs + 2 * kept)
+    return Cost(flop=(1, 2, 4)[order] * products, bytes=moved[order] * size)
 
 
 SPEC = Spec(OP, gru, plain(_layer, 1), _samples, _benchmark, _cost)

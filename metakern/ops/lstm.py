@@ -214,10 +214,9 @@ def _cost(sample: Sample, order: int) -> Cost:
     tokens, gate_size, size = x.shape[:-1].numel(), w_hh.shape[-2], x.element_size()
     products = 2 * tokens * gate_size * (x.shape[-1] + w_hh.shape[-1])
     inputs = sum(t.numel() for t in sample.args if t is not None)
-    kept = tokens * 2 * (gate_size + w_hh.shape[-1])
-    return Cost(
-        flop=(1, 2, 6)[order] * products, bytes=(inputs + kept, 2 * inputs + kept, 4 * inputs + 2 * kept)[order] * size
-    )
+    kept = tokens * (gate_size + 2 * w_hh.shape[-1])
+    moved = (inputs + kept, 2 * inputs + kept, 3 * inputs + 2 * kept)
+    return Cost(flop=(1, 2, 4)[order] * products, bytes=moved[order] * size)
 
 
 SPEC = Spec(OP, _flat, plain(_layer, 2), _samples, _benchmark, _cost)

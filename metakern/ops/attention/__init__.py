@@ -302,7 +302,7 @@ def _cost(sample: Sample, order: int) -> Cost:
     q, k, v = sample.args
     product = 2 * q.numel() * k.shape[2] * (0.5 if sample.kwargs.get("causal", True) else 1.0)
     moved = 2 * q.numel() + k.numel() + v.numel()
-    return Cost(flop=(2, 5, 12)[order] * product, bytes=(1, 2, 4)[order] * moved * q.element_size())
+    return Cost(flop=(2, 5, 12)[order] * product, bytes=(1, 2, 3.25)[order] * moved * q.element_size())
 
 
 SPEC = Spec(OP, attention, _plain, _samples, _benchmark, _cost)

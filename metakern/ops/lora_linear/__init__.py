@@ -178,10 +178,9 @@ def _cost(sample: Sample, order: int) -> Cost:
     (out, size), R, element = weight.shape, A.shape[-2], x.element_size()
     n = x.numel() // x.shape[-1]
     wide, narrow, factors = n * size * out, n * R * (size + out), A.numel() + B.numel()
-    moved = n * (size + out) + factors
     return Cost(
         flop=2 * (wide + (1, 2, 4)[order] * narrow),
-        bytes=((1, 2, 3)[order] * moved + weight.numel()) * element,
+        bytes=((1, 2, 3)[order] * (n * size + factors) + (1, 1, 2)[order] * n * out + weight.numel()) * element,
     )
 
 

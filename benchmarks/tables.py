@@ -1,0 +1,191 @@
+"""The tables of what was measured on one kind of machine, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from benchmarks import peers, results
+from benchmarks.results import FOLDER
+from benchmarks.workloads import SIZES, Spec, families, family
+
+MACHINE = "amd-epyc-2c"  # whose CPU the README is about
+AUTO = "metakern auto"
+Rows = dict[str, dict[str, Any]]
+CELLS = {  # heading of a column: key and form; blank where it, or what a ratio is to, was not measured
+    "GFLOP/s": ("gflop_per_s", "{:.0f}"),
+    "of the limit": ("of_limit", "{:.0%}"),
+    "it / metakern auto": ("over_auto", "{:.2f} x"),
+    "peak, MiB": ("peak_mib", "{:.0f}"),
+    "kept, MiB": ("kept_mib", "{:.0f}"),
+    "first call, s": ("first_s", "{:.1f}"),
+}
+
+
+def load(part: str) -> dict[str, Any]:
+    return results.load(FOLDER / f"{MACHINE}.json").get(part, {})
+
+
+def measured() -> dict[str, Any]:
+    """The workloads of the meta-gradient, by family and size."""
+    data = load("maml")
+    return {name: data[name] for name in sorted(data, key=_place)}
+
+
+def _place(name: str) -> tuple[int, int, str]:
+    spec = Spec.parse(name)
+    return families().index(spec.family), SIZES.index(spec.size), name
+
+
+def exact(found: dict[str, Any], of: Callable[[str], bool] = lambda peer: peer != "metakern") -> Rows:
+    """The methods of exact second order whose peer is wanted, by time."""
+    rows = {method: row for method, row in found["methods"].items() if of(row["peer"]) and peers.order(method) == 2}
+    return dict(sorted(rows.items(), key=lambda item: item[1]["median_ms"]))
+
+
+def is_torch(peer: str) -> bool:
+    return peer not in ("metakern", "jax")
+
+
+def fastest(rows: Rows) -> Rows:
+    """The fastest form of each peer and all of metakern's, by time."""
+    ordered = sorted(rows.items(), key=lambda item: item[1]["median_ms"])
+    seen = [row["peer"] for _, row in ordered]
+    return {
+        method: row
+        for i, (method, row) in enumerate(ordered)
+        if row["peer"] == "metakern" or row["peer"] not in seen[:i]
+    }
+
+
+def best(rows: Rows) -> tuple[str, dict[str, Any]]:
+    """The fastest: by its ratio to metakern within a round, where there is one."""
+    return min(rows.items(), key=lambda item: item[1].get("over_auto", item[1]["median_ms"]))
+
+
+def ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def described(data: dict[str, Any]) -> str:
+    where = data["machine"]
+    return f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, commit {where['commit']}, {where['date']}."
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    cells = [list(head), *map(list, rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return "\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]])
+
+
+def summary_table() -> str:
+    """A row for each workload: metakern's own choice beside the fastest peer, and the fastest that is no JAX."""
+    rows, where = [], {}
+    for name, found in measured().items():
+        own, (method, peer), (_, torch) = found["methods"][AUTO], best(exact(found)), best(exact(found, is_torch))
+        rows.append(
+            [
+                name,
+                ms(own["median_ms"]),
+                f"{ms(peer['median_ms'])} ({method})",
+                *(f"{row['over_auto']:.2f} x" if "over_auto" in row else "" for row in (peer, torch)),
+                f"{own['peak_mib']:.0f} / {peer['peak_mib']:.0f}",
+                f"{own['of_limit']:.0%}" if "of_limit" in own else "",
+                f"{own['first_s']:.1f} / {peer['first_s']:.1f}",
+            ]
+        )
+        where.setdefault(described(found), []).append(name)
+    head = "workload", "ours, ms", "fastest peer, ms", "it / ours", "fastest of PyTorch / ours", "MiB: ours / its"
+    notes = (f"{', '.join(names)}: {text}  " for text, names in where.items())
+    return "\n".join([table([*head, "of the limit", "first call, s: ours / its"], rows), "", *notes])
+
+
+def methods_table(found: dict[str, Any]) -> str:
+    """All methods of a workload; those of first order at the end."""
+
+    def cells(method: str, row: dict[str, Any]) -> list[str]:
+        spread = f"{ms(row['median_ms'])} ({ms(row['min_ms'])}-{ms(row['max_ms'])})"
+        return [method, spread, *(form.format(row[key]) if key in row else "" for key, form in CELLS.values())]
+
+    first = {method: row for method, row in found["methods"].items() if peers.order(method) == 1}
+    rows = exact(found, lambda peer: True) | first
+    lines = [table(["method", "time, ms (min-max)", *CELLS], (cells(*item) for item in rows.items())), ""]
+    lines += [f"Not timed: {method}: {reason}  " for method, reason in found["refused"].items()]
+    return "\n".join([*lines, described(found)])
+
+
+def sweeps() -> dict[tuple[str, str], dict[Any, dict[str, Any]]]:
+    """What was measured over a size: by the workload and the size's name, then by its value."""
+    found: dict[tuple[str, str], dict[Any, dict[str, Any]]] = {}
+    for name, entry in load("sweep").items():
+        spec = Spec.parse(name)
+        *others, key = spec.changes
+        base = Spec(spec.family, spec.size, {other: spec.changes[other] for other in others})
+        found.setdefault((base.name, key), {})[spec.changes[key]] = entry
+
+    def place(where: tuple[str, str]) -> tuple[tuple[int, int, str], int]:
+        base, key = where
+        return _place(base), list(family(Spec.parse(base).family)["sweep"]).index(key)
+
+    return {where: dict(sorted(found[where].items())) for where in sorted(found, key=place)}
+
+
+def sweep_table(key: str, points: dict[Any, dict[str, Any]]) -> str:
+    """Time and peak memory of each method over a size, and the machines and commits of its points."""
+
+    def cell(point: dict[str, Any], method: str) -> str:
+        row = point["methods"].get(method)
+        return f"{ms(row['median_ms'])}, {row['peak_mib']:.0f}" if row else point["refused"].get(method, "")
+
+    methods = dict.fromkeys(m for point in points.values() for m in (*point["methods"], *point["refused"]))
+    rows = ([method, *(cell(point, method) for point in points.values())] for method in methods)
+    lines = [table([f"ms, MiB at {key} =", *map(str, points)], rows), ""]
+    return "\n".join([*lines, *(f"{line}  " for line in dict.fromkeys(map(described, points.values())))])
+
+
+def curve_table(name: str) -> str:
+    """Perplexity after adaptation, and the paired ratio of the baseline to the meta-trained model."""
+    data = results.load(FOLDER / f"{name}.json")
+    own, base = data["curves"]["maml"], data["curves"]["finetune"]
+    ratio = data["ratios"]["finetune"]
+    lines = [
+        f"Perplexity on {len(data['tasks'])} unseen subjects [95% interval over them]; the ratio is paired by subject.",
+        "",
+        "| inner steps | meta-trained | fine-tuned baseline | baseline / meta-trained |",
+        "|---|---|---|---|",
+    ]
+    for i, k in enumerate(data["steps"]):
+        cells = [
+            f"{curve[key][i]:.{digits}f} [{curve['low'][i]:.{digits}f}, {curve['high'][i]:.{digits}f}]"
+            for curve, key, digits in ((own, "perplexity", 1), (base, "perplexity", 1), (ratio, "ratio", 3))
+        ]
+        lines.append(f"| {k} | {' | '.join(cells)} |")
+    if found := data.get("validation"):
+        told = (f"{row['before']:.2f} -> {row['after']:.2f} at step {row['step']}" for row in (found[0], found[-1]))
+        lines += ["", f"Loss on validation subjects before -> after adaptation: {', '.join(told)}."]
+    return "\n".join([*lines, "", described(data)])
+
+
+def recurrent_table() -> str:
+    """The LSTM's rules by size; the other cells are in the file."""
+    data = load("recurrent")
+    head = "T x B x L x H", "forward", "jvp", "vjp", "vjp_jvp, ms", "vjp_jvp / vjp", "torch.nn / ours", "cells / ours"
+    rows = []
+    for size, row in data["results"]["lstm"].items():
+        times = (f"{row['ms'][rule][0]:.2f}" for rule in ("forward", "jvp", "vjp", "vjp_jvp"))
+        ratios = (f"{row[key][0]:.2f}" for key in ("vjp_jvp_over_vjp", "torch_over_ours"))
+        loop, rate = f"{row['cell_loop_over_ours'][0]:.1f}", f"{row['recurrence_of_rate'][0]:.0%}"
+        rows.append([size.replace("x", " x "), *times, *ratios, loop, rate])
+    return "\n".join([table([*head, "rate"], rows), "", described(data)])
+
+
+def attention_table() -> str:
+    """Attention's rules by size."""
+    data = load("attention")
+    head = "B x H/H_kv x L x D", "forward", "jvp", "vjp", "vjp_jvp, ms", "rate of vjp_jvp", "flash / ours"
+    rows = []
+    for size, row in data["results"].items():
+        times = (f"{row['ms'][rule][0]:.2f}" for rule in ("forward", "jvp", "vjp", "vjp_jvp"))
+        ratios = (f"{row[key][0]:.2f}" for key in ("flash_over_ours", "ordinary_over_ours"))
+        rows.append([size, *times, f"{row['of_rate']['vjp_jvp'][0]:.0%}", *ratios])
+    return "\n".join([table([*head, "ordinary / ours"], rows), "", described(data)])

@@ -1,0 +1,311 @@
+"""`metakern bench ops`: what is counted, timed and compared; another commit's metakern; an installed wheel."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_package import ROOT, build, source  # noqa: F401, a fixture
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import against, ops, results
+from benchmarks.calls import RULES, orders, recorded
+from metakern import cli
+from metakern.ops import SPECS
+from metakern.ops._spec import Cost, Make
+
+
+def sample(op, name=None):
+    return next(s for s in SPECS[op].samples(Make(seed=1)) if name in (None, s.name))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Benchmarks of tiny samples, of which every op has two."""
+    for name, spec in SPECS.items():
+        few = [s.name for s in spec.samples(Make())][:2]
+        draw = spec.samples
+        monkeypatch.setitem(
+            SPECS,
+            name,
+            replace(spec, benchmark=lambda make, draw=draw, few=few: [s for s in draw(make) if s.name in few]),
+        )
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "passes"),
+    [
+        ("linear", "tasks", ((1, 0, 0), (1, 1, 0), (1, 1, 1))),
+        ("lora_linear", "tasks", ((1, 0, 0), (1, 1, 0))),
+        *((cell, "per_task", ((1, 0, 0), (1, 1, 0), (1, 2, 1))) for cell in ("rnn", "gru", "lstm")),
+        ("attention", "full", ((1, 0, 0),)),
+    ],
+)
+def test_costs_are_the_products_that_pytorch_counts(op, name, passes):
+    """passes: of the rules of each order, in forward; forward and backward; both, and the backward of the backward."""
+    costs = [SPECS[op].cost(sample(op, name), order).flop for order in range(3)]
+    for call, times in zip(orders(SPECS[op].plain, sample(op, name)), passes, strict=False):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        assert counter.get_total_flops() == sum(n * cost for n, cost in zip(times, costs, strict=True))
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_what_is_compared_is_the_same(op):
+    """Ours and plain PyTorch's, at every order, from the same random directions; and the rules, called again."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        ours = [tree_leaves(call()) for call in orders(SPECS[op].call, sample(op))]
+        torch.manual_seed(1)
+        plain = [tree_leaves(call()) for call in orders(SPECS[op].plain, sample(op))]
+        rules = recorded(op, sample(op), "reference")
+    for a, b in zip(ours, plain, strict=True):
+        for x, y in zip(a, b, strict=True):
+            some = x if y is None else y
+            zero = None if some is None else torch.zeros_like(some)
+            torch.testing.assert_close(x if x is not None else zero, y if y is not None else zero)
+    assert tuple(rules) == RULES
+    for rule in rules.values():
+        torch.testing.assert_close(rule(), rule(), rtol=0, atol=0)
+
+
+def test_ratios_are_those_within_a_round():
+    product = [2 * 1024**3 * 1e-9 * slow for slow in (1, 1, 2)]  # 1 GFLOP/s, then half of it
+    times = {
+        "cpu vjp": [2.0, 4.0, 4.0],
+        "cpu order 1": [3.0, 3.0, 6.0],
+        "plain order 1": [6.0, 9.0, 12.0],
+        "copy 1": [1.0, 1.0, 1.0],
+        "product": product,
+        "cpu vjp @": [2.0, 2.0, 4.0],
+        "cpu order 1 @": [1.5, 6.0, 6.0],
+    }
+    found = ops.row(times, "cpu", "vjp", Cost(flop=2e9, bytes=8e9), 1024)
+    assert found["ms"][0] == 4000
+    assert (found["gb_per_s"], found["gflop_per_s"]) == (2, 0.5)
+    assert found["of_limit"][0] == 1  # of 2 s / 2 s, 2 s / 4 s, 4 s / 4 s
+    assert found["plain_over_ours"][0] == 2
+    assert found["other_over_ours"][0] == 1
+    assert found["other_over_ours_through_op"][0] == 1
+    copies = times | {"copy 1": [8.0] * 3}
+    assert ops.row(copies, "cpu", "vjp", Cost(flop=2e9, bytes=8e9), 1024)["of_limit"][0] == 2
+    assert "plain_over_ours" not in ops.row(times | {"cpu jvp": [1.0] * 3}, "cpu", "jvp", Cost(1, 1), 1024)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """metakern bench ops"""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", sys.argv)
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        return cli.main(["bench", "ops", *arguments])
+
+    return run
+
+
+def test_the_command(bench, tiny, tmp_path, capsys):
+    out = tmp_path / "machine.json"
+    out.write_text(
+        json.dumps({"maml": {"mlp": "kept"}, "ops": {"cpu float32 gelu": "kept", "cpu float32 silu": "old"}})
+    )
+    command = ["--ops", "silu,lstm", "--rounds", "2", "--quick", "--threads", "1", "--out", str(out), "--device", "cpu"]
+    assert bench(*command) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines()[:-1])) <= 100
+    found = json.loads(out.read_text())
+    assert found["maml"] == {"mlp": "kept"}
+    assert found["ops"].keys() == {"cpu float32 gelu", "cpu float32 silu", "cpu float32 lstm"}
+    entry = found["ops"]["cpu float32 lstm"]
+    assert entry["machine"] == results.machine()
+    assert (entry["rounds"], entry["threads"], entry["dtype"], entry["device"]) == (2, 1, "float32", "cpu")
+    (first,) = entry["samples"].values()
+    assert list(first["backends"]) == [name for name, why in ops.available("cpu").items() if not why]
+    for rules in first["backends"].values():
+        assert tuple(rules) == RULES
+        assert all(row["ms"][0] > 0 and row["of_limit"][0] > 0 for row in rules.values())
+        assert [rule for rule, row in rules.items() if "plain_over_ours" in row] == ["forward", "vjp", "vjp_jvp"]
+    assert bench(*command, "--dtype", "float64", "--backends", "reference") == 0
+    assert "cpu float64 lstm" in json.loads(out.read_text())["ops"]
+
+
+def test_an_interrupt_keeps_what_is_done(bench, tiny, tmp_path, capsys, monkeypatch):
+    measure, out = ops.measure, tmp_path / "machine.json"
+
+    def interrupted(op, *rest):
+        if op == "silu":
+            raise KeyboardInterrupt
+        return measure(op, *rest)
+
+    monkeypatch.setattr(ops, "measure", interrupted)
+    with pytest.raises(SystemExit) as end:
+        bench("--ops", "rope,silu,gelu", "--rounds", "1", "--threads", "1", "--out", str(out))
+    assert end.value.code == 130
+    assert list(json.loads(out.read_text())["ops"]) == ["cpu float32 rope"]
+    assert capsys.readouterr().err.splitlines()[-1] == f"stopped; rope: kept in {out}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ops", "silu,cnn"], "--ops must be among adam_update, .*, got 'cnn'"),
+        (["--backends", "tpu"], "--backends must be among reference.* here, got 'tpu'"),
+        (["--rounds", "0"], "--rounds: must be a positive whole number, got '0'"),
+        (["--against", "no-such-commit"], "--against (must be a commit.*got 'no-such-commit'|needs git)"),
+        (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, bench, capsys):
+    with pytest.raises(SystemExit) as end:
+        bench(*arguments)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("metakern bench ops: ")
+    assert re.search(message, error)
+
+
+def test_what_a_benchmark_lacks_is_one_line(bench, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert bench("--ops", "silu", "--quick") == 2
+    assert capsys.readouterr().err == "metakern: the package rich is missing: pip install metakern[bench]\n"
+
+
+def git(folder, *arguments):
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    return subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A clone whose build notes what was asked of it; its first commit is `v1`, its last can't be built."""
+    home = tmp_path / "clone"
+    for name in ("metakern", "csrc", "benchmarks"):
+        (home / name).mkdir(parents=True)
+        (home / name / "__init__.py").write_text("def where():\n    return __file__\n")
+    for name in set(against.SOURCES) - {"metakern", "csrc"}:
+        (home / name).touch()
+    (home / "setup.py").write_text("import os; open('asked', 'w').write(os.environ['METAKERN_NATIVE'])")
+    git(home, "init", "-q")
+    git(home, "add", ".")
+    git(home, "commit", "-qm", "one")
+    git(home, "tag", "v1")
+    (home / "setup.py").write_text("raise SystemExit('no compiler')")
+    git(home, "commit", "-qam", "two")
+    monkeypatch.setattr(against, "HOME", home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return home
+
+
+def test_another_commit_is_built_once_and_imported_from_there(clone, monkeypatch):
+    folder = against.checkout("v1")
+    assert folder.name == git(clone, "rev-parse", "v1").strip()
+    assert (folder / "asked").read_text() == "cpu"
+    assert not (folder / "benchmarks").exists()
+    (folder / "asked").unlink()
+    assert against.checkout("HEAD~1") == folder
+    assert not (folder / "asked").exists()
+    monkeypatch.setattr(against, "HOME", ROOT)  # the present benchmarks, that metakern
+    process = against.Process(folder, "importlib:import_module", "metakern")
+    try:
+        assert process("where") == str(folder / "metakern" / "__init__.py")
+        with pytest.raises(RuntimeError, match=r"AttributeError: .*nothing"):
+            process("nothing")
+        assert process("where")
+    finally:
+        process.close()
+
+
+def test_what_is_no_commit_or_can_not_be_built_says_so(clone):
+    with pytest.raises(ValueError, match="got 'v2'"):
+        against.checkout("v2")
+    with pytest.raises(ValueError, match="got '--all'"):
+        against.checkout("--all")
+    with pytest.raises(RuntimeError, match="was not built: no compiler"):
+        against.checkout("HEAD")
+    assert not list((Path(os.environ["XDG_CACHE_HOME"]) / "metakern" / "against").iterdir())
+
+
+def test_a_process_that_can_not_start_says_why(tmp_path):
+    process = against.Process(tmp_path, "benchmarks.no_such_module:Timer")
+    try:
+        with pytest.raises(RuntimeError, match=r"No module named .benchmarks\.no_such_module"):
+            process("prepare")
+    finally:
+        process.close()
+
+
+@pytest.mark.slow
+def test_two_trees_are_timed_side_by_side(bench, monkeypatch, capsys):
+    monkeypatch.setattr(against, "checkout", lambda rev: against.HOME)
+    bench("--ops", "embedding", "--rounds", "2", "--quick", "--against", "v1", "--backends", "reference")
+    printed = capsys.readouterr().out
+    assert "v1 / this: rule" in printed
+    ratios = [line for line in printed.splitlines() if "vjp_jvp" in line]
+    assert ratios[0].count("(") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [["--benchmark-disable"], ["--benchmark-max-time=0.01", "--benchmark-json=found.json"]]
+)
+def test_a_case_under_pytest_benchmark(options, tmp_path):
+    case = f"{ROOT / 'benchmarks' / 'test_ops.py'}::test_rule[swiglu-8x512x512-vjp_jvp-reference]"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--rootdir", str(ROOT), case, *options]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
+    if "--benchmark-disable" not in options:
+        (row,) = json.loads((tmp_path / "found.json").read_text())["benchmarks"]
+        cost = SPECS["swiglu"].cost(ops.draw("swiglu", "8x512x512", torch.float32), 2)
+        assert row["extra_info"]["gb_per_s"] == pytest.approx(cost.bytes / row["stats"]["median"] / 1e9)
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_brings_the_benchmarks_along(source, tmp_path):  # noqa: F811
+    shutil.copytree(ROOT / "benchmarks", source / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
+    assert build(source, "none").returncode == 0
+    (wheel,) = (source / "dist").iterdir()
+    site, here = tmp_path / "site", tmp_path / "here"
+    here.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    home = site / "metakern" / "_bench"
+    assert [path.name for path in home.iterdir()] == ["benchmarks"]
+    assert not [path for path in home.rglob("*") if path.name in ("results", "gpu", "test_ops.py")]
+
+    def run(*command, cwd=here, **environment):
+        environment = os.environ | {"PYTHONPATH": str(site)} | environment
+        command = [sys.executable, *command]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+    done = run("-m", "metakern", "bench", "ops", "--ops", "embedding", "--rounds", "1", "--backends", "reference")
+    assert done.returncode == 0, done.stderr
+    (written,) = here.iterdir()
+    (file,) = written.iterdir()
+    assert "cpu float32 embedding" in json.loads(file.read_text())["ops"]
+    for name, arguments, message in (
+        ("report", [], "writes the README of a clone"),
+        ("ops", ["--against", "HEAD"], "needs git and a clone"),
+    ):
+        done = run("-m", "metakern", "bench", name, *arguments)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert message in done.stderr
+    # A peer's worker: with neither PyTorch nor metakern.
+    absent = "import sys; sys.modules['torch'] = sys.modules['metakern'] = None; import benchmarks.worker"
+    done = run("-c", f"{absent}, benchmarks.problem; benchmarks.peers.load('jax')", cwd=home, PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
