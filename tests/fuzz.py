@@ -117,7 +117,7 @@ def products(chosen: tuple, T: int, M: int, N: int, K: int, data: st.DataObject)
         data.draw(matrices(shape), name) for name, shape in (("a", (T, M, K)), ("b", (T, K, N)), ("add", (T, M, N)))
     )
     extra = laid_out(*add, dtype, random) if data.draw(st.booleans(), "with add") else None
-    _native.product(laid_out(*a, dtype, random), laid_out(*b, dtype, random), extra)
+    _native.product(laid_out(*a, dtype, random), laid_out(*b, dtype, random), extra, scale=0.5)
 
 
 if __name__ == "__main__":

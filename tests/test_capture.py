@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import metakern as mk
 from metakern._record import RecordError, record
 from metakern.meta._capture import PROGRAMS
+from metakern.meta._fuse import fused
 
 KINDS = [(name, batching) for name, entry in MODELS.items() for batching in entry[3] if not name.startswith("hf")]
 
@@ -201,6 +202,88 @@ def test_a_program_writes_in_place_reads_what_it_did_not_make_and_skips_what_nob
     assert all(torch.equal(found[i], truth[i]) for i in (0, 2, 3))
     assert calls == [1]
     assert not any("exp" in str(step.function) for step in program.steps)
+
+
+def mul_add(x: Tensor, y: Tensor) -> list[Tensor]:
+    """A number before and behind a product, through a view of it; a sum on either side."""
+    scaled = x * 0.5
+    return [y + multiply(scaled.mT, x), torch.add(y, multiply(x.mT, scaled), alpha=-3), multiply(x.mT, x) + y]
+
+
+def sums_of_products(x: Tensor, y: Tensor) -> list[Tensor]:
+    return [y + multiply(x.mT, x) + multiply(x.mT, x * 2) + multiply(x.mT, x * 3)]
+
+
+def used_twice(x: Tensor, y: Tensor) -> list[Tensor]:
+    scaled, both = x * 0.5, multiply(x.mT, x)
+    return [scaled, multiply(scaled.mT, x), both + y, both]
+
+
+def square_of_a_multiple(x: Tensor, y: Tensor) -> list[Tensor]:
+    scaled = x[:, :3] * 0.5
+    return [multiply(scaled, scaled), scaled.sum()]
+
+
+def written_between(x: Tensor, y: Tensor) -> list[Tensor]:
+    operand = x * 1
+    scaled, both = operand * 0.5, multiply(operand.mT, operand)
+    operand.view(-1).add_(1)
+    return [multiply(scaled.mT, x), both + y, operand]
+
+
+def sums_that_broadcast(x: Tensor, y: Tensor) -> list[Tensor]:
+    return [y[:, :1] + multiply(x.mT, x), y.double() + multiply(x.mT, x)]
+
+
+def added_to_what_is_there(x: Tensor, y: Tensor) -> list[Tensor]:
+    return [y * 2 + multiply(x.mT, x, y), multiply(x.mT, x, y * 1, True) + y]
+
+
+def views_of_views(x: Tensor, y: Tensor) -> list[Tensor]:
+    flat = x.view(2, -1)
+    same = flat.view(x.shape)
+    small = [torch.arange(5) * 2 for _ in range(2)]
+    small[0].mul_(3)
+    return [
+        same * 2,
+        flat.view(5, -1),
+        *small,
+        same.view(2, 5, 3).mT,
+        torch.randn(2) + 0 * small[1].sum(),
+        torch.randn(2),
+    ]
+
+
+multiply = mk._native.product
+
+
+@pytest.mark.skipif(mk._native.obstacle() is not None, reason="the products are C++")
+@pytest.mark.parametrize(
+    ("function", "fewer"),
+    [
+        (mul_add, ("aten.mul.Scalar", "aten.mul.Tensor", "aten.add.Tensor")),
+        (sums_of_products, ("aten.mul.Tensor", "aten.add.Tensor")),
+        (used_twice, ()),
+        (square_of_a_multiple, ()),
+        (written_between, ()),
+        (sums_that_broadcast, ()),
+        (added_to_what_is_there, ()),
+        (views_of_views, ()),
+    ],
+)
+def test_rewritten_programs_compute_the_same(function: Any, fewer: tuple[str, ...]) -> None:
+    """Where a rewriting applies, and where it almost does."""
+    inputs = [(torch.randn(2, 5, 3), torch.randn(2, 3, 3)) for _ in range(2)]
+    for rewrite in (lambda steps, outputs: steps, fused):
+        program, _ = record(lambda: function(*inputs[0]), inputs[0], rewrite)
+        before = [t.clone() for t in inputs[1]]
+        torch.manual_seed(0)
+        truth = function(*inputs[1])
+        torch.manual_seed(0)
+        torch.testing.assert_close(program(inputs[1]), truth, rtol=1e-5, atol=1e-5)
+        assert all(map(torch.equal, before, inputs[1]))
+    names = [str(step.function) for step in program.steps]
+    assert not set(names).intersection(fewer), names
 
 
 @pytest.mark.parametrize("look", [lambda x: bool(x[0] > 0), lambda x: x[x > 0].sum(), lambda x: torch.equal(x, x)])

@@ -23,7 +23,7 @@ from metakern._record import Register, Step, registers, renamed
 
 _PRODUCT: Any = _native.product.__wrapped__  # type: ignore[attr-defined]
 _aten = torch.ops.aten
-_MULTIPLY, _ADD, _VIEW = _aten.mul.Scalar, _aten.add.Tensor, _aten.view.default
+_ADD, _VIEW = _aten.add.Tensor, _aten.view.default
 SMALL = 4096  # elements
 
 
@@ -75,7 +75,7 @@ def _scaled(steps: list[Step], outputs: list[Any]) -> list[Step]:
     names: dict[Register, Register] = {}
     factors: dict[int, float] = defaultdict(lambda: 1.0)
     for step in steps:
-        if step.function is _MULTIPLY and isinstance(step.args[0], Register) and step.args[0] not in fixed:
+        if _is_multiple(step) and step.args[0] not in fixed:
             products = _products_of(step.results, steps, users, fixed)
             for i in products:
                 factors[i] *= step.args[1]
@@ -87,6 +87,13 @@ def _scaled(steps: list[Step], outputs: list[Any]) -> list[Step]:
             step = replace(step, args=renamed(step.args, names), kwargs=renamed(step.kwargs, names))
             kept.append(_times(step, factors[i]) if i in factors else step)
     return kept
+
+
+def _is_multiple(step: Step) -> bool:
+    """s x for a number s, of x's dtype."""
+    if step.function not in (_aten.mul.Scalar, _aten.mul.Tensor) or not isinstance(step.args[1], int | float):
+        return False
+    return isinstance(step.args[0], Register) and step.args[0].dtype == step.results.dtype
 
 
 def _products_of(y: Register, steps: list[Step], users: dict[Register, list[int]], fixed: set[Register]) -> list[int]:
