@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -55,9 +55,9 @@ def recordable(function: F) -> F:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch._C._len_torch_dispatch_stack():
-            mode = _get_current_dispatch_mode()
-            if isinstance(mode, _Recorder):
-                return mode.run(function, args, kwargs)
+            for mode in _get_current_dispatch_mode_stack():
+                if isinstance(mode, _Recorder):
+                    return mode.run(function, args, kwargs)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]

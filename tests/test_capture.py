@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_maml import MODELS, assert_equal, build, gradients, mlp, plain_loss, points, regression_loss, sgd, tokens
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import metakern as mk
 from metakern._record import RecordError, record
@@ -145,6 +148,35 @@ def test_what_an_ordinary_run_does_not_confirm_is_not_used() -> None:
         else:
             found = gradients(model, captured(points(i), points(i + 9)))
         assert_equal(found, truth)
+
+
+def test_copies_have_programs_of_their_own() -> None:
+    captured = mk.MAML(mlp().double(), regression_loss, steps=2, capture=True)
+    for i in range(3):
+        captured(points(i), points(i + 9))
+    for copied in (copy.deepcopy(captured), pickle.loads(pickle.dumps(captured))):
+        with torch.no_grad():
+            copied.model[0].weight += 1
+        for i in range(3):
+            value = copied(points(i), points(i + 9))
+        ordinary = mk.MAML(copied.model, regression_loss, steps=2)
+        torch.testing.assert_close(value, ordinary(points(2), points(11)))
+
+
+def test_kernels_are_recorded_below_the_modes_of_others() -> None:
+    class Other(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with Other():
+            return regression_loss(model, batch)
+
+    captured = mk.MAML(mlp().double(), loss, steps=2, batching="loop", capture=True)
+    for i in range(3):
+        value = captured(points(i), points(i + 9))
+    torch.testing.assert_close(value, mk.MAML(captured.model, loss, steps=2)(points(2), points(11)))
+    assert captured._prepared.captures._checked
 
 
 def test_python_that_looks_at_values_runs_ordinarily() -> None:

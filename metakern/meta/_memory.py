@@ -14,7 +14,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them (malloc.h)
 def keep_freed_memory() -> None:
     """Has glibc keep up to KEPT_BYTES of freed memory, once for the process; elsewhere nothing.
 
-    By default it hands memory back at once and takes it anew, zeroed page by page, which was a quarter of a meta-step's
+    By default it hands memory back at once and takes it anew, zeroed page by page, which takes much of a meta-step's
     time. The threshold from which a tensor has pages of its own is set to the 32 MiB that glibc itself arrives at. Who
     has set these thresholds in the environment is left alone.
     """

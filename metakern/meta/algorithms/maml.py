@@ -81,6 +81,10 @@ class MAML(nn.Module):
         self.query_losses: Tensor | None = None  # of the last call, for each task, [T]
         self._prepared: _Prepared | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes a plan of its own: the plan's functions are of this model's parameters."""
+        return {**self.__dict__, "_prepared": None}
+
     @property
     def plan(self) -> Plan:
         """What was chosen at the first batch, and why."""
