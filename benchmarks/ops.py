@@ -34,6 +34,7 @@ import metakern as mk
 from benchmarks import against, results
 from benchmarks.calls import ORDERS, Call, Shapes, orders, recorded
 from benchmarks.progress import Progress
+from benchmarks.recurrent import quartiles
 from metakern.ops import SPECS
 from metakern.ops._spec import Cost, Make, Sample
 
@@ -150,12 +151,6 @@ def measure(
             timed, asked = runs[run]
             times[run].append(timed("seconds", asked))
     return times
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """Median and quartiles; of one value, itself."""
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return [middle, low, high]
 
 
 def ratio(above: list[float], below: list[float]) -> list[float]:

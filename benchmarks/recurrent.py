@@ -148,7 +148,8 @@ def seconds(f: Callable[[], Any], least: float = 0.02) -> float:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    low, middle, high = statistics.quantiles(values, n=4)
+    """The median first; of one value, itself."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return [middle, low, high]
 
 

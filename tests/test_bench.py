@@ -18,6 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import against, ops, results
 from benchmarks.calls import RULES, orders, recorded
+from benchmarks.maml import beside, summary
+from benchmarks.runner import RefusedError, Runner
+from benchmarks.workloads import make
 from metakern import cli
 from metakern.ops import SPECS
 from metakern.ops._spec import Cost, Make
@@ -245,6 +248,20 @@ def test_a_process_that_can_not_start_says_why(tmp_path):
             process("prepare")
     finally:
         process.close()
+
+
+def test_another_commits_metakern_is_a_peer_of_its_own(tmp_path):
+    (tmp_path / "metakern.py").write_text("raise ImportError('not this metakern')")
+    work, file = make("mlp:tiny"), tmp_path / "problem.npz"
+    work.problem("mlp:tiny").save(file)
+    with pytest.raises(RefusedError, match="not this metakern"):
+        Runner("metakern", "metakern auto", file, file, threads=1, limit=100, folder=tmp_path)
+    methods = beside({"plain PyTorch": "plain", "metakern auto": "metakern", "metakern, first order": "metakern"}, "v1")
+    assert list(methods) == ["plain PyTorch", "metakern auto", "metakern, first order", "metakern auto @ v1"]
+    seconds = {"products": [1, 1, 1], "metakern auto": [1, 2, 4], "metakern auto @ v1": [2, 2, 12]}
+    rows = summary(seconds, dict.fromkeys(seconds, {}), methods, work)["methods"]
+    assert rows["metakern auto @ v1"]["over_this"][0] == 2
+    assert "over_this" not in rows["metakern auto"]
 
 
 @pytest.mark.slow
