@@ -1,4 +1,4 @@
-"""metakern: keeping the graph of the inner loop, recomputing it, choosing by itself; and without second derivatives."""
+"""metakern: keeping the graph of the inner loop, recomputing it, choosing by itself (and with its kernels recorded)."""
 
 from __future__ import annotations
 
@@ -53,4 +53,5 @@ def method(**options: Any) -> Callable[[Workload], Callable[[], Gradient]]:
 
 
 methods = {f"metakern {name}": method(strategy=name) for name in ("store", "recompute", "auto")}
+methods["metakern captured"] = method(capture=True)
 methods["metakern, first order"] = method(first_order=True)
