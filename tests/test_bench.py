@@ -259,7 +259,7 @@ def test_another_commits_metakern_is_a_peer_of_its_own(tmp_path):
     methods = beside({"plain PyTorch": "plain", "metakern auto": "metakern", "metakern, first order": "metakern"}, "v1")
     assert list(methods) == ["plain PyTorch", "metakern auto", "metakern, first order", "metakern auto @ v1"]
     seconds = {"products": [1, 1, 1], "metakern auto": [1, 2, 4], "metakern auto @ v1": [2, 2, 12]}
-    rows = summary(seconds, dict.fromkeys(seconds, {}), methods, work)["methods"]
+    rows = summary(seconds, {method: {} for method in seconds}, methods, work)["methods"]
     assert rows["metakern auto @ v1"]["over_this"][0] == 2
     assert "over_this" not in rows["metakern auto"]
 
