@@ -1,4 +1,4 @@
-"""metakern: keeping the graph of the inner loop, recomputing it, choosing by itself (and with its kernels recorded)."""
+"""metakern, captured: keeping the graph of the inner loop, recomputing it, choosing by itself; and otherwise."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def adapted(work: Workload) -> Workload:
 
 
 def method(**options: Any) -> Callable[[Workload], Callable[[], Gradient]]:
+    options = {"capture": True} | options
+
     def prepare(work: Workload) -> Callable[[], Gradient]:
         import metakern as mk
 
@@ -53,5 +55,5 @@ def method(**options: Any) -> Callable[[Workload], Callable[[], Gradient]]:
 
 
 methods = {f"metakern {name}": method(strategy=name) for name in ("store", "recompute", "auto")}
-methods["metakern captured"] = method(capture=True)
+methods["metakern auto, not captured"] = method(capture=False)
 methods["metakern, first order"] = method(first_order=True)
