@@ -149,11 +149,11 @@ void call(std::size_t index, bool is_double, const std::vector<std::uintptr_t>& 
 
 // Sizes T, M, N, K and the strides of product.h; metakern._native.product has checked them.
 void product(bool is_double, const std::array<std::uintptr_t, 4>& addresses, const std::array<std::int64_t, 4>& sizes,
-             const std::array<std::int64_t, 8>& strides, int threads) {
+             const std::array<std::int64_t, 8>& strides, double scale, int threads) {
     const auto at = [&](int i) { return reinterpret_cast<void*>(addresses[i]); };
     const auto& s = strides;
     const Product p{at(0),    at(1),    at(2), at(3), sizes[0], sizes[1], sizes[2], sizes[3], {s[0], s[1], s[2]},
-                    {s[3], s[4], s[5]}, {s[6], s[7]}};
+                    {s[3], s[4], s[5]}, {s[6], s[7]}, scale};
     py::gil_scoped_release released;
     isas()[chosen].product.run[is_double](p, threads);
 }
@@ -171,5 +171,5 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     module.def("call", &metakern::call, py::arg("index"), py::arg("is_double"), py::arg("tensors"), py::arg("sizes"),
                py::arg("scalars"), py::arg("threads"), "Run a kernel. metakern._native.call checks what it is given.");
     module.def("product", &metakern::product, py::arg("is_double"), py::arg("addresses"), py::arg("sizes"),
-               py::arg("strides"), py::arg("threads"), "A batched matrix product; metakern._native.product checks.");
+               py::arg("strides"), py::arg("scale"), py::arg("threads"), "A batched matrix product; metakern._native.product checks.");
 }

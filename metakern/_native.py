@@ -218,8 +218,8 @@ def has_fast_products() -> bool:
 
 
 @recordable
-def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False) -> Tensor:
-    """add + a b of CPU tensors [T, M, K] and [T, K, N]; `add` is expanded to [T, M, N], and overwritten with `reuse`.
+def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False, scale: float = 1.0) -> Tensor:
+    """add + scale a b of CPU tensors [T, M, K] and [T, K, N]; `add` is expanded to [T, M, N], overwritten with `reuse`.
 
     >>> import pytest
     >>> _ = _C or pytest.skip(obstacle())
@@ -247,6 +247,7 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False
         addresses,
         (T, M, N, K),
         (*a.stride(), *b.stride(), *add_strides),
+        scale,
         torch.get_num_threads(),
     )
     return c

@@ -14,20 +14,35 @@ takes out of a tensor behind PyTorch's back (`.tolist()`, `.numpy()`) is not see
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import count
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 F = TypeVar("F", bound=Callable[..., Any])
 _LOOKS_AT_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _RANDOM = torch.Tag.nondeterministic_seeded
-_SECOND_NAME = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+_aten = torch.ops.aten
+_SECOND_NAME = {_aten.detach.default, _aten.alias.default}
+# PyTorch's bindings of methods take half the time of its operators' objects.
+_BINDINGS: dict[Any, Callable[..., Any]] = {
+    _aten.view.default: Tensor.view,
+    _aten.transpose.int: Tensor.transpose,
+    _aten.permute.default: Tensor.permute,
+    _aten.expand.default: Tensor.expand,
+    _aten.unsqueeze.default: Tensor.unsqueeze,
+    _aten.squeeze.dim: Tensor.squeeze,
+    _aten.add.Tensor: Tensor.add,
+    _aten.mul.Tensor: Tensor.mul,
+    _aten.mul.Scalar: Tensor.mul,
+}
 
 
 class RecordError(RuntimeError):
@@ -42,34 +57,43 @@ def recordable(function: F) -> F:
         if torch._C._len_torch_dispatch_stack():
             mode = _get_current_dispatch_mode()
             if isinstance(mode, _Recorder):
-                return mode.run(function, args, kwargs, acts=True)
+                return mode.run(function, args, kwargs)
         return function(*args, **kwargs)
 
     return call  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
-class _Register:
+class Register:
+    """A tensor of a program."""
+
     number: int
+    shape: torch.Size = field(compare=False)
+    dtype: torch.dtype = field(compare=False)
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A call with registers in the places of tensors. One that acts does more than make its results."""
+class Step:
+    """A call with registers in the places of tensors. One that acts does more than make its results: it has none, draws
+    random numbers, or writes to what it reads."""
 
     function: Callable[..., Any]
     args: tuple
     kwargs: dict[str, Any]
     results: Any
     acts: bool
+    writes: tuple[Register, ...]
+
+
+Rewrite = Callable[[list[Step], list[Any]], list[Step]]  # of steps, given the outputs
 
 
 class Program:
     """What was recorded: tensors in, tensors (or None) out."""
 
-    def __init__(self, inputs: int, steps: list[_Step], outputs: list[Any]) -> None:
+    def __init__(self, inputs: int, steps: list[Step], outputs: list[Any], rewrite: Rewrite) -> None:
         steps, outputs = _with_one_name(steps, outputs)
-        self.steps = _without_unused(steps, outputs)
+        self.steps = _without_unused(rewrite(_without_unused(steps, outputs), outputs), outputs)
         self._run = _compiled(inputs, self.steps, outputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
@@ -78,13 +102,15 @@ class Program:
 
 
 def record(
-    function: Callable[[], Sequence[Tensor | None]], inputs: Sequence[Tensor]
+    function: Callable[[], Sequence[Tensor | None]],
+    inputs: Sequence[Tensor],
+    rewrite: Rewrite = lambda steps, outputs: steps,
 ) -> tuple[Program, list[Tensor | None]]:
-    """Runs the function, which reads `inputs`; its program and its results. Raises RecordError."""
+    """Runs the function, which reads `inputs`; its program, rewritten, and its results. Raises RecordError."""
     recorder = _Recorder(inputs)
     with recorder:
         results = list(function())
-    return Program(len(inputs), recorder.steps, recorder.named(results)), results
+    return Program(len(inputs), recorder.steps, recorder.named(results), rewrite), results
 
 
 class _Recorder(TorchDispatchMode):
@@ -92,7 +118,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self._numbers, self._next = WeakTensorKeyDictionary(), count()
         self._made(tuple(inputs))
 
@@ -103,14 +129,25 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _LOOKS_AT_DATA.intersection(func.tags):
             raise RecordError(f"Python looks at the values of a tensor ({func})")
-        return self.run(func, args, kwargs or {}, acts=func._schema.is_mutable or _RANDOM in func.tags)
+        return self.run(func, args, kwargs or {})
 
-    def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], acts: bool) -> Any:
+    def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Calls the function and notes it; what it calls in turn is its own business."""
         named_args, named_kwargs = self.named(args), self.named(kwargs)
         with _disable_current_modes():
             result = function(*args, **kwargs)
-        self.steps.append(_Step(function, named_args, named_kwargs, self._made(result), acts))
+        named_result = self._made(result)
+        if isinstance(function, OpOverload):
+            marks = [a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments]
+            written = [named_kwargs.get(a.name) for a, w in zip(function._schema.arguments, marks, strict=True) if w]
+            written += [arg for arg, w in zip(named_args, marks, strict=False) if w]
+            acts = function._schema.is_mutable or _RANDOM in function.tags
+        else:
+            made = {_memory(t) for t in tree_leaves(result) if isinstance(t, Tensor)}
+            pairs = zip(args, named_args, strict=True)
+            written = [name for arg, name in pairs if isinstance(arg, Tensor) and _memory(arg) in made - {0}]
+            acts = not made or bool(written)
+        self.steps.append(Step(function, named_args, named_kwargs, named_result, acts, tuple(registers(written))))
         return result
 
     def named(self, value: Any) -> Any:
@@ -123,51 +160,55 @@ class _Recorder(TorchDispatchMode):
 
     def _made(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self._numbers.setdefault(value, _Register(next(self._next)))  # an in-place call's is known
+            return self._numbers.setdefault(value, Register(next(self._next), value.shape, value.dtype))  # or known
         return tuple(map(self._made, value)) if isinstance(value, list | tuple) else None
 
 
-def _registers(value: Any) -> Iterator[_Register]:
-    if isinstance(value, _Register):
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def registers(value: Any) -> Iterator[Register]:
+    if isinstance(value, Register):
         yield value
     elif isinstance(value, list | tuple | dict):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _registers(part)
+            yield from registers(part)
 
 
-def _renamed(value: Any, names: dict[_Register, Any]) -> Any:
-    if isinstance(value, _Register):
+def renamed(value: Any, names: dict[Register, Any]) -> Any:
+    if isinstance(value, Register):
         return names.get(value, value)
     if isinstance(value, dict):
-        return {key: _renamed(v, names) for key, v in value.items()}
-    return type(value)(_renamed(v, names) for v in value) if isinstance(value, list | tuple) else value
+        return {key: renamed(v, names) for key, v in value.items()}
+    return type(value)(renamed(v, names) for v in value) if isinstance(value, list | tuple) else value
 
 
-def _with_one_name(steps: list[_Step], outputs: Any) -> tuple[list[_Step], Any]:
+def _with_one_name(steps: list[Step], outputs: Any) -> tuple[list[Step], Any]:
     """Without the calls that give a tensor a second name; its shape is changed under none of them."""
     if any(torch.Tag.inplace_view in getattr(step.function, "tags", ()) for step in steps):
         return steps, outputs
-    names: dict[_Register, Any] = {}
+    names: dict[Register, Any] = {}
     kept = []
     for step in steps:
-        step = replace(step, args=_renamed(step.args, names), kwargs=_renamed(step.kwargs, names))
-        if step.function in _SECOND_NAME and isinstance(step.args[0], _Register):
+        step = replace(step, args=renamed(step.args, names), kwargs=renamed(step.kwargs, names))
+        if step.function in _SECOND_NAME and isinstance(step.args[0], Register):
             names[step.results] = step.args[0]
         else:
-            kept.append(replace(step, results=_renamed(step.results, names)))
-    return kept, _renamed(outputs, names)
+            kept.append(replace(step, results=renamed(step.results, names)))
+    return kept, renamed(outputs, names)
 
 
-def _without_unused(steps: list[_Step], outputs: Any) -> list[_Step]:
-    used, kept = set(_registers(outputs)), []
+def _without_unused(steps: list[Step], outputs: Any) -> list[Step]:
+    used, kept = set(registers(outputs)), []
     for step in reversed(steps):
-        if step.acts or used.intersection(_registers(step.results)):
-            used.update(_registers((step.args, step.kwargs)))
+        if step.acts or used.intersection(registers(step.results)):
+            used.update(registers((step.args, step.kwargs)))
             kept.append(step)
     return kept[::-1]
 
 
-def _compiled(inputs: int, steps: Sequence[_Step], outputs: Any) -> Callable[..., list[Tensor | None]]:
+def _compiled(inputs: int, steps: Sequence[Step], outputs: Any) -> Callable[..., list[Tensor | None]]:
     """The steps as one Python function, a line each, which forgets a tensor after the last line that reads it."""
     constants: dict[str, Any] = {}
 
@@ -177,7 +218,7 @@ def _compiled(inputs: int, steps: Sequence[_Step], outputs: Any) -> Callable[...
         return name
 
     def text(value: Any) -> str:
-        if isinstance(value, _Register):
+        if isinstance(value, Register):
             return f"r{value.number}"
         if isinstance(value, list):
             return f"[{', '.join(map(text, value))}]"
@@ -185,20 +226,21 @@ def _compiled(inputs: int, steps: Sequence[_Step], outputs: Any) -> Callable[...
             return f"({''.join(f'{text(v)}, ' for v in value)})"
         return repr(value) if value is None or isinstance(value, bool | int | str) else constant(value)
 
-    last: dict[_Register, int] = {}
+    last: dict[Register, int] = {}
     for i, step in enumerate(steps):
-        last.update(dict.fromkeys(_registers((step.args, step.kwargs, step.results)), i))
-    for register in _registers(outputs):
+        last.update(dict.fromkeys(registers((step.args, step.kwargs, step.results)), i))
+    for register in registers(outputs):
         last[register] = len(steps)
     functions: dict[Any, str] = {}
     lines = [f"def run({', '.join(f'r{i}' for i in range(inputs))}):"]
     for i, step in enumerate(steps):
         if step.function not in functions:
-            functions[step.function] = constant(getattr(step.function, "_op", step.function))
+            direct = _BINDINGS.get(step.function) or getattr(step.function, "_op", step.function)
+            functions[step.function] = constant(direct)
         args = [*map(text, step.args), *(f"{key}={text(value)}" for key, value in step.kwargs.items())]
-        results = list(_registers(step.results))
+        results = list(registers(step.results))
         to = f"{text(step.results).replace('None', '_')} = " if results else ""
-        mentioned = dict.fromkeys((*_registers((step.args, step.kwargs)), *results))
+        mentioned = dict.fromkeys((*registers((step.args, step.kwargs)), *results))
         dead = "".join(f"{text(r)} = " for r in mentioned if last[r] == i)
         lines.append(f"    {to}{functions[step.function]}({', '.join(args)})")
         lines += [f"    {dead}None"] * bool(dead)

@@ -56,18 +56,33 @@ inline void tile(const F* a, int64_t stride, const F* b, int64_t next, int64_t K
             for (int v = 0; v < V; ++v) sum[r][v] += x * row[v];
         }
     }
+    // Of whole vectors, without a look at each: few sums of products are not worth more.
+    const auto finish = [&](auto adds, auto whole) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) {
-            const int64_t j = v * kLanes<F>;
-            F* to = c.data + r * c.rows + j;
-            const F* add = c.add ? c.add + r * c.add_rows + j : nullptr;
-            if (width - j >= kLanes<F>)
-                store(to, add ? load(add) + sum[r][v] : sum[r][v]);
-            else if (width > j)
-                store(to, add ? load(add, width - j) + sum[r][v] : sum[r][v], width - j);
-        }
+            for (int v = 0; v < V; ++v) {
+                const int64_t j = v * kLanes<F>, left = width - j;
+                if (!whole && left <= 0) continue;
+                Vec<F> x = c.scale * sum[r][v];
+                if (adds) {
+                    const F* add = c.add + r * c.add_rows + j;
+                    x += whole || left >= kLanes<F> ? load(add) : load(add, left);
+                }
+                F* to = c.data + r * c.rows + j;
+                if (whole || left >= kLanes<F>)
+                    store(to, x);
+                else
+                    store(to, x, left);
+            }
+    };
+    constexpr std::true_type yes;
+    constexpr std::false_type no;
+    const bool whole = width >= V * kLanes<F>;
+    if (whole)
+        c.add ? finish(yes, yes) : finish(no, yes);
+    else
+        c.add ? finish(yes, no) : finish(no, no);
 }
 
 // Panels that a tile of R rows takes at once: enough sums in flight to hide the latency of one.
@@ -203,7 +218,8 @@ void product(const Product& p, int threads) {
         const F* b = static_cast<const F*>(p.b) + t * p.b_strides[0];
         const F* add = static_cast<const F*>(p.add);
         F* packed = static_cast<F*>(thread_memory((end - begin) * kDepth * kPanel<F> * static_cast<int64_t>(sizeof(F))));
-        Output<F> c{static_cast<F*>(p.c) + t * p.M * p.N, p.N, add ? add + t * p.add_strides[0] : add, p.add_strides[1]};
+        Output<F> c{static_cast<F*>(p.c) + t * p.M * p.N, p.N, add ? add + t * p.add_strides[0] : add, p.add_strides[1],
+                    static_cast<F>(p.scale)};
         c = c.at(first, j);
         int64_t k = 0;
         do {

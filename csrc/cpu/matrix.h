@@ -25,22 +25,25 @@ struct Matrix {
     int64_t rows, columns;
 };
 
-// A matrix to write: c = add + a b, where `add` may be absent, c itself, or one row for all (of row stride 0).
+// A matrix to write: c = add + scale a b, where `add` may be absent, c itself, or one row for all (of row stride 0).
 template <class F>
 struct Output {
     F* data;
     int64_t rows;
     const F* add;
     int64_t add_rows;
+    F scale = 1;
 
-    Output at(int64_t i, int64_t j) const { return {data + i * rows + j, rows, add ? add + i * add_rows + j : add, add_rows}; }
+    Output at(int64_t i, int64_t j) const {
+        return {data + i * rows + j, rows, add ? add + i * add_rows + j : add, add_rows, scale};
+    }
 };
 
 // Packs panels [begin, end) of B [K, N]; columns beyond N are zero.
 template <class F>
 void pack(F* to, Matrix<F> b, int64_t K, int64_t N, int64_t begin, int64_t end);
 
-// c [M, N] = add + a [M, K] b for K rows of a packed b, of `packed` rows where it has more.
+// c [M, N] = add + scale a [M, K] b for K rows of a packed b, of `packed` rows where it has more.
 template <class F>
 void multiply(int64_t M, int64_t N, int64_t K, Matrix<F> a, const F* b, Output<F> c, int64_t packed = 0);
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metakern._record import Program, RecordError, record
+from metakern.meta._fuse import fused
 from metakern.meta._unroll import Random
 from metakern.ops import _backend
 
@@ -62,7 +63,7 @@ class Captures:
         try:
             if inputs[0].device.type != "cpu":
                 raise RecordError("programs are for CPUs")
-            self._programs[key], results = record(run, inputs)
+            self._programs[key], results = record(run, inputs, fused)
         except RecordError as error:
             before.restore()
             self._give_up(key, str(error))

@@ -14,6 +14,7 @@ differentiable: its slope comes from m alone. The root's slope at zero is theref
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class Adam(InnerOptimizer):
     def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
         n, (beta1, beta2), rates = len(phi), self.betas, self.lr.of(phi)
         step = state[-1] + 1
-        count = float(step.tolist())  # not `item`: it is the same in every run, and no obstacle to a captured one
+        count: Any = step.tolist()  # not `item`: it is the same in every run, and no obstacle to a captured one
         bias1, bias2 = 1 - beta1**count, 1 - beta2**count
         if self.weight_decay and not self.decoupled:
             grads = [g + self.weight_decay * p for g, p in zip(grads, phi, strict=True)]

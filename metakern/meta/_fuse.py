@@ -1,0 +1,167 @@
+"""Rewrites of a captured program, which then calls less and passes over memory less often.
+
+    y = f(x),  z = f(x)          ->   y = z = f(x)          small tensors, views and checks; a view of a view
+    y = s x,   c = a y           ->   c = s (a x)           a number is a factor of the product of matrices
+    c = a b,   d = p + s c       ->   d = p + s (a b)       the product adds to what is there
+
+The last two are an inner loop's updates and the sums of its cotangents: each was a pass over three tensors. Large
+tensors are not shared: to compute one again may be what a function does to save memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakern import _native
+from metakern._record import Register, Step, registers, renamed
+
+_PRODUCT: Any = _native.product.__wrapped__  # type: ignore[attr-defined]
+_aten = torch.ops.aten
+_MULTIPLY, _ADD, _VIEW = _aten.mul.Scalar, _aten.add.Tensor, _aten.view.default
+SMALL = 4096  # elements
+
+
+def fused(steps: list[Step], outputs: list[Any]) -> list[Step]:
+    """The same program in fewer passes over memory."""
+    return _summed(_scaled(_shared(steps, outputs), outputs), outputs)
+
+
+def _shared(steps: list[Step], outputs: list[Any]) -> list[Step]:
+    fixed = _written(steps) | set(registers(outputs))
+    names: dict[Register, Register] = {}
+    first: dict[Any, Step] = {}
+    bases: dict[Register, Register] = {}  # of views
+    kept = []
+    for step in steps:
+        step = replace(step, args=renamed(step.args, names), kwargs=renamed(step.kwargs, names))
+        made = list(registers(step.results))
+        light = _is_view(step) or all(r.shape.numel() <= SMALL for r in made)
+        if (
+            light
+            and (not step.acts or not made)
+            and fixed.isdisjoint(registers((step.args, step.kwargs, step.results)))
+        ):
+            if step.function is _VIEW and isinstance(step.args[0], Register):
+                base = bases[step.results] = bases.get(step.args[0], step.args[0])
+                if base.shape == step.results.shape:
+                    names[step.results] = base
+                    continue
+                step = replace(step, args=(base, step.args[1]))
+            before = first.setdefault((step.function, _hashable((step.args, step.kwargs))), step)
+            if before is not step:
+                names.update(zip(made, registers(before.results), strict=True))
+                continue
+        kept.append(step)
+    return kept
+
+
+def _hashable(value: Any) -> Any:
+    """Equal for equal arguments: numbers of another type are others, and a tensor equals itself."""
+    if isinstance(value, dict):
+        return tuple((key, _hashable(v)) for key, v in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    return value if isinstance(value, Register) else id(value) if isinstance(value, Tensor) else (type(value), value)
+
+
+def _scaled(steps: list[Step], outputs: list[Any]) -> list[Step]:
+    users, fixed = _users(steps), _written(steps) | set(registers(outputs))
+    names: dict[Register, Register] = {}
+    factors: dict[int, float] = defaultdict(lambda: 1.0)
+    for step in steps:
+        if step.function is _MULTIPLY and isinstance(step.args[0], Register) and step.args[0] not in fixed:
+            products = _products_of(step.results, steps, users, fixed)
+            for i in products:
+                factors[i] *= step.args[1]
+            if products:
+                names[step.results] = names.get(step.args[0], step.args[0])
+    kept = []
+    for i, step in enumerate(steps):
+        if step.results not in names:
+            step = replace(step, args=renamed(step.args, names), kwargs=renamed(step.kwargs, names))
+            kept.append(_times(step, factors[i]) if i in factors else step)
+    return kept
+
+
+def _products_of(y: Register, steps: list[Step], users: dict[Register, list[int]], fixed: set[Register]) -> list[int]:
+    """The products that y, or a view of it, is an operand of, if it is used for nothing else."""
+    found, names = [], [y]
+    for name in names:
+        if name in fixed:
+            return []
+        for i in users[name]:
+            step = steps[i]
+            if step.function is _PRODUCT and name not in registers(step.args[2:]):
+                found.append(i)
+            elif _is_view(step):
+                names.append(step.results)
+            else:
+                return []
+    return found if len(found) == len(set(found)) else []
+
+
+def _summed(steps: list[Step], outputs: list[Any]) -> list[Step]:
+    users, fixed = _users(steps), _written(steps) | set(registers(outputs))
+    products = {step.results: i for i, step in enumerate(steps) if _can_add(step, users, fixed)}
+    kept: list[Step | None] = []
+    for step in steps:
+        kept.append(step)
+        if step.function is not _ADD:
+            continue
+        (p, c), scale = step.args, step.kwargs.get("alpha", 1)
+        if c not in products and scale == 1:
+            p, c = c, p
+        if c in products and _alike(p, c):
+            product = steps[products[c]]
+            kept[products[c]] = None
+            with_sum = replace(product, args=(*product.args[:2], p), results=step.results)
+            kept[-1] = _times(with_sum, scale)
+    return [step for step in kept if step is not None]
+
+
+def _can_add(step: Step, users: dict[Register, list[int]], fixed: set[Register]) -> bool:
+    """A product without a summand, whose one use is at hand and whose operands stay what they are."""
+    if step.function is not _PRODUCT or step.acts or any(arg is not None and arg is not False for arg in step.args[2:]):
+        return False
+    return len(users[step.results]) == 1 and fixed.isdisjoint(registers((step.args, step.results)))
+
+
+def _alike(p: Any, c: Register) -> bool:
+    return isinstance(p, Register | Tensor) and p.shape == c.shape and p.dtype == c.dtype
+
+
+def _times(product: Step, factor: float) -> Step:
+    return replace(product, kwargs={**product.kwargs, "scale": product.kwargs.get("scale", 1.0) * factor})
+
+
+def _users(steps: Sequence[Step]) -> dict[Register, list[int]]:
+    users: dict[Register, list[int]] = defaultdict(list)
+    for i, step in enumerate(steps):
+        for register in registers((step.args, step.kwargs)):
+            users[register].append(i)
+    return users
+
+
+def _is_view(step: Step) -> bool:
+    """Its result is its first argument's memory."""
+    if step.function is _aten._unsafe_view.default:
+        return True
+    schema = getattr(step.function, "_schema", None)
+    return schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
+
+
+def _written(steps: Sequence[Step]) -> set[Register]:
+    """Registers that share memory with one that some step writes to."""
+    origin: dict[Register, Register] = {}
+    for step in steps:
+        if _is_view(step) and isinstance(step.args[0], Register):
+            of = origin.get(step.args[0], step.args[0])
+            origin.update(dict.fromkeys(registers(step.results), of))
+    written = {origin.get(register, register) for step in steps for register in step.writes}
+    return written | {register for register, of in origin.items() if of in written}
