@@ -3,6 +3,7 @@
     python -m benchmarks.maml [--workloads gpt:medium,lstm] [--methods metakern,jax] [--rounds 9] [--threads 2]
     python -m benchmarks.maml --quick                    two minutes, printed only
     python -m benchmarks.maml --sweep K,length [--workloads gpt;llama-lora]
+    python -m benchmarks.maml --against REV              metakern beside another of its commits, printed only
 
 Every method runs in a process of its own, in an environment that the first run makes under ~/.cache/metakern, on the
 same weights and data. Its meta-gradient must agree with one in float64 to 1e-4, or it is not timed. It is compiled and
@@ -27,9 +28,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import peers, results
+from benchmarks import against, peers, results
 from benchmarks.peers.products import FLOP
 from benchmarks.progress import Progress
+from benchmarks.recurrent import quartiles
+from benchmarks.results import ROOT
 from benchmarks.runner import RefusedError, Runner
 from benchmarks.truth import with_truth
 from benchmarks.workloads import Spec, Workload, families, family, make
@@ -37,6 +40,7 @@ from benchmarks.workloads import Spec, Workload, families, family, make
 PLAIN, AUTO, FIRST, PRODUCTS = "plain PyTorch", "metakern auto", "metakern, first order", "products"
 JAX = "JAX, task loop, forward over reverse"  # in a sweep, where the workload itself was not measured
 QUICK = "mlp:small;gru:small;gpt:small"
+OTHER = " @ "  # what follows it in a method's name is the commit that it is of
 ROUNDS = 9
 
 
@@ -54,8 +58,10 @@ def measure(spec: Spec, methods: dict[str, str], args: argparse.Namespace, progr
         try:
             for method, peer in (methods | {PRODUCTS: "products"}).items():
                 progress.say(f"{spec.name}: {method} gets ready")
+                name, _, rev = method.partition(OTHER)
+                folder = args.folder if rev else ROOT
                 try:
-                    runners[method] = Runner(peer, method, problem, tiny, args.threads, args.limit)
+                    runners[method] = Runner(peer, name, problem, tiny, args.threads, args.limit, folder)
                 except RefusedError as reason:
                     refused[method] = str(reason)
                     progress.skip(args.rounds)
@@ -128,6 +134,9 @@ def summary(
             row["over_auto"] = ratio(times, seconds[AUTO])
         if FIRST in seconds and peers.order(method) == 2:
             row["over_first_order"] = ratio(times, seconds[FIRST])
+        this = method.partition(OTHER)[0]
+        if this != method and this in seconds:
+            row["over_this"] = quartiles([a / b for a, b in zip(times, seconds[this], strict=True)])
     return {
         "gflop": flop[2] / 1e9,
         "gflop_per_s": FLOP / statistics.median(products) / 1e9,
@@ -144,6 +153,12 @@ def chosen(wanted: str) -> dict[str, str]:
         if not any(word in f"{method} {peer}".lower() for method, peer in known.items()):
             raise ValueError(f"methods must be among {'; '.join(known)}, got {word!r}")
     return {m: peer for m, peer in known.items() if any(word in f"{m} {peer}".lower() for word in words)}
+
+
+def beside(methods: dict[str, str], rev: str) -> dict[str, str]:
+    """The exact ones of metakern, each followed by that of another commit."""
+    ours = [method for method, peer in methods.items() if peer == "metakern" and peers.order(method) == 2]
+    return methods | {f"{method}{OTHER}{rev}": "metakern" for method in ours}
 
 
 def of_sweep(spec: Spec, found: dict[str, Any]) -> dict[str, str]:
@@ -198,6 +213,10 @@ def show(spec: Spec, found: dict[str, Any]) -> None:
         auto = f"{row['over_auto']:.2f}" if "over_auto" in row else ""
         print(f"{method:52}{spread:>22}{row['gflop_per_s']:>9.1f}{row['of_limit']:>7.0%}{auto:>7}", end="")
         print(f"{row['peak_mib']:>7.0f}{row['first_s']:>9.1f}{row['error']:>8.0e}")
+    for method, row in found["methods"].items():
+        if "over_this" in row:
+            middle, low, high = row["over_this"]
+            print(f"{method} / this: {middle:.3f} ({low:.3f}-{high:.3f})")
     for method, reason in found["refused"].items():
         print(f"{method}: not timed: {reason}")
 
@@ -218,6 +237,7 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=float, default=600, help="seconds for a method to be warm (default: %(default)s)"
     )
+    parser.add_argument("--against", metavar="REV", help="metakern as of another commit too; printed only")
     parser.add_argument("--again", action="store_true", help="measure also what is measured")
     parser.add_argument(
         "--out", type=Path, help="where the JSON goes (default: the machine's file in benchmarks/results)"
@@ -227,18 +247,20 @@ def main() -> None:
     )
     args = parser.parse_args()
     args.rounds = args.rounds or (7 if args.quick else ROUNDS)
-    args.out = args.out or (None if args.quick or args.methods else results.file(results.machine()))
+    args.out = args.out or (None if args.quick or args.methods or args.against else results.file(results.machine()))
     stored = results.load(args.out) if args.out else {}
     try:
         specs = parsed(args.workloads or (QUICK if args.quick else ";".join(families() if args.sweep else every)))
-        methods = chosen(args.methods or ("plain,metakern" if args.quick else ""))
+        methods = chosen(args.methods or ("metakern" if args.against else "plain,metakern" if args.quick else ""))
         points = swept(args.sweep, specs) if args.sweep else [(spec, spec) for spec in specs]
-    except ValueError as error:
+        args.folder = against.checkout(args.against) if args.against else ROOT
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     part = "sweep" if args.sweep else "maml"
     todo = []
     for base, spec in points:
-        wanted = methods if args.methods or not args.sweep else of_sweep(base, stored)
+        wanted = methods if args.methods or args.against or not args.sweep else of_sweep(base, stored)
+        wanted = beside(wanted, args.against) if args.against else wanted
         if args.again or not finished(stored.get(part, {}).get(spec.name), wanted, args):
             todo.append((spec, wanted))
     if len(todo) < len(points):

@@ -5,7 +5,8 @@
 
     forward, jvp, vjp, vjp_jvp   milliseconds of a rule with all of its inputs differentiated, at the sizes of SPECS
     GB/s, GFLOP/s    the bytes and operations that the op's SPEC counts, over the time
-    of limit         the longer of a copy of as many bytes and torch.mm of as many operations, over the time
+    of limit         the longer of a copy of as many bytes and torch.mm of as many operations, over the time; above
+                     100% is what products of our own gain
     plain / ours     through the public op, plain PyTorch over ours: forward; forward and backward (beside vjp); a
                      Hessian-vector product, reverse over reverse (beside vjp_jvp)
 
@@ -34,6 +35,7 @@ import metakern as mk
 from benchmarks import against, results
 from benchmarks.calls import ORDERS, Call, Shapes, orders, recorded
 from benchmarks.progress import Progress
+from benchmarks.recurrent import quartiles
 from metakern.ops import SPECS
 from metakern.ops._spec import Cost, Make, Sample
 
@@ -59,7 +61,8 @@ def draw(op: str, name: str, dtype: torch.dtype, device: str = "cpu") -> Sample:
 
 def available(device: str) -> dict[str, str]:
     """Backends of a device, and why each can't be timed ("" where it can): an interpreter tells nothing of time."""
-    why = mk.backends() | ({"triton": "Triton's interpreter is chosen"} if "TRITON_INTERPRET" in os.environ else {})
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    why = mk.backends() | ({"triton": "TRITON_INTERPRET is set"} if interpreted else {})
     return {name: "" if why[name] == "available" else why[name] for name in BACKENDS[device]}
 
 
@@ -140,7 +143,10 @@ def measure(
     """Seconds by name and round, those of the other commit with " @" behind; every round has an order of its own."""
     runs = {run: (ours, run) for run in ours("prepare", op, name, backends, False)}
     if other:
-        runs |= {f"{run} @": (other, run) for run in other("prepare", op, name, backends, True)}
+        try:
+            runs |= {f"{run} @": (other, run) for run in other("prepare", op, name, backends, True)}
+        except RuntimeError as error:
+            print(f"{op} {name}, the other commit: {error}", file=sys.stderr)
     order, shuffle = list(runs), random.Random(0).shuffle
     times: Times = {run: [] for run in runs}
     for i in range(rounds):
@@ -150,12 +156,6 @@ def measure(
             timed, asked = runs[run]
             times[run].append(timed("seconds", asked))
     return times
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """Median and quartiles; of one value, itself."""
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return [middle, low, high]
 
 
 def ratio(above: list[float], below: list[float]) -> list[float]:
@@ -248,7 +248,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", choices=tuple(BACKENDS), help="(default: cuda where there is one)")
     parser.add_argument("--threads", type=positive, default=2, metavar="N", help="of the CPU (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, metavar="N", help="interleaved rounds (default: 9, or 3)")
-    parser.add_argument("--quick", action="store_true", help="one sample of each op, 3 short rounds; printed only")
+    parser.add_argument("--quick", action="store_true", help="a sample of each op on one backend; printed only")
     parser.add_argument("--against", metavar="REV", help="another commit beside this one; printed only")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes (results/<machine>.json)")
     args = parser.parse_args()
@@ -261,10 +261,16 @@ def parsed() -> argparse.Namespace:
         parser.error(f"--ops must be among {', '.join(SPECS)}, got {unknown[0]!r}")
     why = available(args.device)
     here = [name for name in why if not why[name]]
+    last = -1 if args.quick and not args.backends else None  # of BACKENDS, the fastest
     args.backends = args.backends.split(",") if args.backends else here
     if unknown := [name for name in args.backends if name not in here]:
         reason = f" ({why[unknown[0]]})" if unknown[0] in why else ""
         parser.error(f"--backends must be among {', '.join(here)} here, got {unknown[0]!r}{reason}")
+    dtype = getattr(torch, args.dtype)
+    kernels = {op: [b for b in args.backends if has_kernels(op, b, dtype)][last:] for op in args.ops}
+    args.kernels = {op: backends for op, backends in kernels.items() if backends}
+    if not args.kernels:
+        parser.error(f"--backends must have kernels of {', '.join(args.ops)}, got {', '.join(args.backends)}")
     try:
         args.folder = args.against and against.checkout(args.against)
     except (ValueError, RuntimeError) as error:
@@ -301,8 +307,7 @@ def main() -> None:
     out = args.out or (None if args.quick or args.against else results.file(where))
     about = {"machine": where, "device": args.device, "dtype": args.dtype, "rounds": args.rounds}
     about |= {"gpu": torch.cuda.get_device_name()} if args.device == "cuda" else {"threads": args.threads}
-    kernels = {op: [b for b in args.backends if has_kernels(op, b, dtype)] for op in args.ops}
-    todo = {op: names(op)[: 1 if args.quick else None] for op in args.ops if kernels[op]}
+    todo = {op: names(op)[: 1 if args.quick else None] for op in args.kernels}
     console = Console(width=None if sys.stdout.isatty() else 100)
     done: list[str] = []
     try:
@@ -310,8 +315,8 @@ def main() -> None:
             for op, wanted in todo.items():
                 samples = {}
                 for name in wanted:
-                    times = measure(op, name, kernels[op], ours, other, args.rounds, progress.say)
-                    samples[name] = entry(op, name, dtype, args.device, kernels[op], times)
+                    times = measure(op, name, args.kernels[op], ours, other, args.rounds, progress.say)
+                    samples[name] = entry(op, name, dtype, args.device, args.kernels[op], times)
                 console.print(shown(op, samples, args.against))
                 if out:
                     results.keep(out, "ops", about | {"samples": samples}, f"{args.device} {args.dtype} {op}")

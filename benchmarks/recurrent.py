@@ -11,8 +11,7 @@ Sizes are T x B x L x H: tasks with weights of their own, sequences of a task, s
                   part of the rate at which torch.mm multiplies matrices of 1024 x 1024 in the same rounds
 
 Rounds interleave everything; ratios are medians of ratios within a round, with their quartiles. Results go to the
-part "recurrent" of the machine's file in benchmarks/results. `pytest benchmarks/test_ops.py -k lstm` runs the rules
-under pytest-benchmark.
+part "recurrent" of the machine's file in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -149,7 +148,8 @@ def seconds(f: Callable[[], Any], least: float = 0.02) -> float:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    low, middle, high = statistics.quantiles(values, n=4)
+    """The median first; of one value, itself."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return [middle, low, high]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import tempfile
 import threading
@@ -11,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks import peers
+from benchmarks import against, peers
 from benchmarks.results import ROOT
 
 TOLERANCE = 1e-4
@@ -37,16 +36,21 @@ def installed(peer: str) -> Path:
 
 
 class Runner:
-    """A worker: warm, with what it said of its first call, memory and error; `sample()` is the seconds of one call."""
+    """A worker: warm, with what it said of its first call, memory and error; `sample()` is the seconds of one call.
 
-    def __init__(self, peer: str, method: str, problem: Path, tiny: Path, threads: int, limit: float) -> None:
+    It runs in `folder`, and imports metakern from there.
+    """
+
+    def __init__(
+        self, peer: str, method: str, problem: Path, tiny: Path, threads: int, limit: float, folder: Path = ROOT
+    ) -> None:
         python, self._limit = installed(peer), limit
         self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.worker", peer, method, problem, tiny, str(threads)],
-            cwd=ROOT,
+            cwd=folder,
             # A compiler's cache on disk would hide what compiling costs.
-            env=os.environ
+            env=against.environment()
             | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
             | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
             stdin=subprocess.PIPE,

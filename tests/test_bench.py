@@ -18,6 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import against, ops, results
 from benchmarks.calls import RULES, orders, recorded
+from benchmarks.maml import beside, summary
+from benchmarks.runner import RefusedError, Runner
+from benchmarks.workloads import make
 from metakern import cli
 from metakern.ops import SPECS
 from metakern.ops._spec import Cost, Make
@@ -88,16 +91,16 @@ def test_ratios_are_those_within_a_round():
         "plain order 1": [6.0, 9.0, 12.0],
         "copy 1": [1.0, 1.0, 1.0],
         "product": product,
-        "cpu vjp @": [2.0, 2.0, 4.0],
-        "cpu order 1 @": [1.5, 6.0, 6.0],
+        "cpu vjp @": [4.0, 8.0, 2.0],
+        "cpu order 1 @": [9.0, 9.0, 6.0],
     }
     found = ops.row(times, "cpu", "vjp", Cost(flop=2e9, bytes=8e9), 1024)
     assert found["ms"][0] == 4000
     assert (found["gb_per_s"], found["gflop_per_s"]) == (2, 0.5)
     assert found["of_limit"][0] == 1  # of 2 s / 2 s, 2 s / 4 s, 4 s / 4 s
     assert found["plain_over_ours"][0] == 2
-    assert found["other_over_ours"][0] == 1
-    assert found["other_over_ours_through_op"][0] == 1
+    assert found["other_over_ours"][0] == 2
+    assert found["other_over_ours_through_op"][0] == 3
     copies = times | {"copy 1": [8.0] * 3}
     assert ops.row(copies, "cpu", "vjp", Cost(flop=2e9, bytes=8e9), 1024)["of_limit"][0] == 2
     assert "plain_over_ours" not in ops.row(times | {"cpu jvp": [1.0] * 3}, "cpu", "jvp", Cost(1, 1), 1024)
@@ -120,7 +123,9 @@ def test_the_command(bench, tiny, tmp_path, capsys):
     out.write_text(
         json.dumps({"maml": {"mlp": "kept"}, "ops": {"cpu float32 gelu": "kept", "cpu float32 silu": "old"}})
     )
+    backends = [name for name, why in ops.available("cpu").items() if not why]
     command = ["--ops", "silu,lstm", "--rounds", "2", "--quick", "--threads", "1", "--out", str(out), "--device", "cpu"]
+    command += ["--backends", ",".join(backends)]
     assert bench(*command) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[:-1])) <= 100
@@ -131,13 +136,14 @@ def test_the_command(bench, tiny, tmp_path, capsys):
     assert entry["machine"] == results.machine()
     assert (entry["rounds"], entry["threads"], entry["dtype"], entry["device"]) == (2, 1, "float32", "cpu")
     (first,) = entry["samples"].values()
-    assert list(first["backends"]) == [name for name, why in ops.available("cpu").items() if not why]
+    assert list(first["backends"]) == backends
     for rules in first["backends"].values():
         assert tuple(rules) == RULES
         assert all(row["ms"][0] > 0 and row["of_limit"][0] > 0 for row in rules.values())
         assert [rule for rule, row in rules.items() if "plain_over_ours" in row] == ["forward", "vjp", "vjp_jvp"]
-    assert bench(*command, "--dtype", "float64", "--backends", "reference") == 0
-    assert "cpu float64 lstm" in json.loads(out.read_text())["ops"]
+    assert bench(*command[:-2], "--dtype", "float64") == 0
+    (first,) = json.loads(out.read_text())["ops"]["cpu float64 lstm"]["samples"].values()
+    assert list(first["backends"]) == backends[-1:]  # the fastest
 
 
 def test_an_interrupt_keeps_what_is_done(bench, tiny, tmp_path, capsys, monkeypatch):
@@ -161,6 +167,7 @@ def test_an_interrupt_keeps_what_is_done(bench, tiny, tmp_path, capsys, monkeypa
     [
         (["--ops", "silu,cnn"], "--ops must be among adam_update, .*, got 'cnn'"),
         (["--backends", "tpu"], "--backends must be among reference.* here, got 'tpu'"),
+        (["--backends", "cpu", "--ops", "embedding"], "--backends must (have kernels of embedding|be among)"),
         (["--rounds", "0"], "--rounds: must be a positive whole number, got '0'"),
         (["--against", "no-such-commit"], "--against (must be a commit.*got 'no-such-commit'|needs git)"),
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
@@ -245,6 +252,20 @@ def test_a_process_that_can_not_start_says_why(tmp_path):
             process("prepare")
     finally:
         process.close()
+
+
+def test_another_commits_metakern_is_a_peer_of_its_own(tmp_path):
+    (tmp_path / "metakern.py").write_text("raise ImportError('not this metakern')")
+    work, file = make("mlp:tiny"), tmp_path / "problem.npz"
+    work.problem("mlp:tiny").save(file)
+    with pytest.raises(RefusedError, match="not this metakern"):
+        Runner("metakern", "metakern auto", file, file, threads=1, limit=100, folder=tmp_path)
+    methods = beside({"plain PyTorch": "plain", "metakern auto": "metakern", "metakern, first order": "metakern"}, "v1")
+    assert list(methods) == ["plain PyTorch", "metakern auto", "metakern, first order", "metakern auto @ v1"]
+    seconds = {"products": [1, 1, 1], "metakern auto": [1, 2, 4], "metakern auto @ v1": [2, 2, 12]}
+    rows = summary(seconds, {method: {} for method in seconds}, methods, work)["methods"]
+    assert rows["metakern auto @ v1"]["over_this"][0] == 2
+    assert "over_this" not in rows["metakern auto"]
 
 
 @pytest.mark.slow

@@ -292,15 +292,17 @@ def test_the_commit_is_the_last_that_changed_code(tmp_path, monkeypatch):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     def commit(name, text):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
         git("add", ".")
         git("commit", "-m", "why")
         return git("log", "-1", "--format=%h")
 
     git("init")
-    code = commit("metakern/a.py", "1")
-    commit("README.md", "1")
+    assert commit("metakern/a.py", "1") == results.machine()["commit"]
+    code = commit("benchmarks/worker.py", "1")
+    for name in ("README.md", "benchmarks/RESULTS.md", "benchmarks/results/cpu.json", "benchmarks/report.py"):
+        commit(name, "1")
     assert results.machine()["commit"] == code
     (tmp_path / "metakern/a.py").write_text("2")
     assert results.machine()["commit"] == f"{code}+"
