@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_maml import MODELS, assert_equal, build, gradients, mlp, plain_loss, points, regression_loss, sgd, tokens
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import metakern as mk
 from metakern._record import RecordError, record
@@ -130,6 +130,8 @@ def test_a_number_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     check()
     monkeypatch.setitem(globals(), "FACTOR", 0.5)
     check()
+    model.register_forward_hook(lambda module, args, output: 2 * output)
+    check()
     captured.steps = 3
     plain = plain_loss(model, loss, points(1), points(2), 3, sgd(0.01))
     assert_equal(gradients(model, captured(points(1), points(2))), gradients(model, plain))
@@ -194,6 +196,21 @@ def test_python_that_looks_at_values_runs_ordinarily() -> None:
         else:
             found = gradients(model, captured(points(i), points(i + 9)))
         assert_equal(found, truth)
+
+
+def test_a_run_that_fails_only_when_recorded_is_ordinary() -> None:
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if any(isinstance(mode, mk._record._Recorder) for mode in _get_current_dispatch_mode_stack()):
+            raise NotImplementedError("not under a mode")
+        return regression_loss(model, batch)
+
+    model, _, _, _, _ = build("mlp")
+    captured = mk.MAML(model, loss, steps=1, capture=True)
+    with pytest.warns(UserWarning, match="capture has no effect.*not under a mode"):
+        found = gradients(model, captured(points(1), points(2)))
+    assert_equal(found, gradients(model, plain_loss(model, regression_loss, points(1), points(2), 1, sgd(0.01))))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        mk.MAML(model, loss, steps=1, capture=True)(points(1), points(2, outputs=4))
 
 
 def test_targets_are_checked_all_the_same() -> None:

@@ -1,9 +1,9 @@
 """Captured meta-gradients: a chunk's kernel calls, recorded once and made again for the chunks that follow.
 
 What a recording can't see is what Python does with anything but tensors, so that no program is taken on trust. It is
-used again only while the numbers, texts and flags that are attributes of the model's modules, or within reach of the
-loss, are what they were; and on the first other batch its results must be those of an ordinary run. A function that
-can't be recorded, or fails, runs ordinarily from then on, with a warning that says why.
+used again only while the modules' classes, hooks and plain attributes (numbers, texts, flags), and the plain values
+within reach of the loss, are what they were; and on the first other batch its results must be those of an ordinary run.
+A function that can't be recorded, or fails this, runs ordinarily from then on, with a warning that says why.
 """
 
 from __future__ import annotations
@@ -64,21 +64,24 @@ class Captures:
             if inputs[0].device.type != "cpu":
                 raise RecordError("programs are for CPUs")
             self._programs[key], results = record(run, inputs, fused)
-        except RecordError as error:
+        except Exception as error:  # an ordinary run may do what a recorded one can't; if it can't, it says why
             before.restore()
-            self._give_up(key, str(error))
             results = list(run())
+            self._give_up(key, str(error))
         return results
 
     def _compared(self, key: Any, program: Program, run: Callable[[], Sequence[Tensor | None]], inputs: list) -> list:
-        before = Random(inputs[0].device)
-        found = program(inputs)
+        before, reason = Random(inputs[0].device), ""
+        try:
+            found = program(inputs)
+        except Exception as error:
+            found, reason = [], str(error)
         before.restore()
         results = list(run())
-        if _agree(found, results):
+        if found and _agree(found, results):
             self._checked.add(key)
-        elif all(r is None or r.isfinite().all() for r in results):  # others confirm nothing
-            self._give_up(key, "on another batch it would give other results than an ordinary run")
+        elif not found or all(r is None or r.isfinite().all() for r in results):  # others confirm nothing
+            self._give_up(key, reason or "on another batch it would give other results than an ordinary run")
         return results
 
     def _give_up(self, key: Any, reason: str) -> None:
@@ -105,6 +108,7 @@ def surroundings(model: nn.Module, inner: nn.Module, loss: Callable[..., Any]) -
     for module in (*model.modules(), *inner.modules()):
         seen += filter(_plain, vars(module).values())
         seen += map(id, (*module._parameters.values(), *module._buffers.values()))
+        seen += (type(module), vars(module).get("forward"), *module._forward_pre_hooks, *module._forward_hooks)
     return (*seen, *_within_reach(loss))
 
 
