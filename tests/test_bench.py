@@ -285,9 +285,8 @@ def test_two_trees_are_timed_side_by_side(bench, monkeypatch, capsys):
 def test_a_case_under_pytest_benchmark(options, tmp_path):
     case = f"{ROOT / 'benchmarks' / 'test_ops.py'}::test_rule[swiglu-8x512x512-vjp_jvp-reference]"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--rootdir", str(ROOT), case, *options]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    env = {key: value for key, value in os.environ.items() if "XDIST" not in key} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout
     if "--benchmark-disable" not in options:

@@ -19,7 +19,7 @@ from benchmarks.gpu.pool import Job, Row
 from benchmarks.gpu.problems import Random, device
 from benchmarks.workloads import Workload
 
-METHODS = {"metakern": "metakern auto", "plain": "plain PyTorch"}
+METHODS = {"metakern": "metakern auto, not captured", "plain": "plain PyTorch"}
 STEPS, LR = 2, 1e-3
 LENGTH = 2048
 SIZES = ((1, 1), (4, 1), (4, 4))  # tasks, and sequences of each
