@@ -127,5 +127,5 @@ def lines(base: str, keys: dict[str, dict[Any, dict[str, Any]]], theme: str) -> 
     grid[1, 0].set_ylabel("peak memory, MiB")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(fill(Spec.parse(base).title, 52 * len(keys)))
+    figure.suptitle(fill(Spec.parse(base).title, 40 * len(keys)))
     return figure
