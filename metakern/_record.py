@@ -31,7 +31,7 @@ _LOOKS_AT_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shap
 _RANDOM = torch.Tag.nondeterministic_seeded
 _aten = torch.ops.aten
 _SECOND_NAME = {_aten.detach.default, _aten.alias.default}
-# PyTorch's bindings of methods take half the time of its operators' objects.
+# PyTorch's bindings of methods are faster than its operators' objects.
 _BINDINGS: dict[Any, Callable[..., Any]] = {
     _aten.view.default: Tensor.view,
     _aten.transpose.int: Tensor.transpose,
@@ -123,7 +123,7 @@ class _Recorder(TorchDispatchMode):
         self._made(tuple(inputs))
 
     @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # skipping it imports the compiler, which takes a second
+    def _should_skip_dynamo(cls) -> bool:  # skipping it would import the compiler
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
