@@ -145,7 +145,7 @@ class _Device(NamedTuple):
 _DEVICES = {"cpu": _Device(DTYPES, _run_on_cpu), "cuda": _Device(CUDA_DTYPES, _run_on_gpu)}
 
 
-@recordable
+@recordable()
 def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple[Tensor | None, ...]:
     """Runs a kernel where its tensors are and returns its outputs.
 
@@ -217,7 +217,7 @@ def has_fast_products() -> bool:
     return _C is not None and _C.isa() == "avx512" and not _C.is_intel()
 
 
-@recordable
+@recordable()
 def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False, scale: float = 1.0) -> Tensor:
     """add + scale a b of CPU tensors [T, M, K] and [T, K, N]; `add` is expanded to [T, M, N], overwritten with `reuse`.
 

@@ -49,18 +49,25 @@ class RecordError(RuntimeError):
     """What a function did that no program can do again."""
 
 
-def recordable(function: F) -> F:
-    """A function that PyTorch's dispatcher does not see, such as the call of a kernel: recorded as one."""
+def recordable(acts: bool = False) -> Callable[[F], F]:
+    """A function that PyTorch's dispatcher does not see, such as the call of a kernel: recorded as one.
 
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch._C._len_torch_dispatch_stack():
-            for mode in _get_current_dispatch_mode_stack():
-                if isinstance(mode, _Recorder):
-                    return mode.run(function, args, kwargs)
-        return function(*args, **kwargs)
+    One that `acts` depends on more than its arguments, or changes more than what it shares with its results. One
+    without results is a check: it is made, though once is enough.
+    """
 
-    return call  # type: ignore[return-value]
+    def decorated(function: F) -> F:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch._C._len_torch_dispatch_stack():
+                for mode in _get_current_dispatch_mode_stack():
+                    if isinstance(mode, _Recorder):
+                        return mode.run(function, args, kwargs, acts)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorated
 
 
 @dataclass(frozen=True)
@@ -74,8 +81,8 @@ class Register:
 
 @dataclass(frozen=True)
 class Step:
-    """A call with registers in the places of tensors. One that acts does more than make its results: it has none, draws
-    random numbers, or writes to what it reads."""
+    """A call with registers in the places of tensors. One that acts does more than make its results out of what it
+    reads: it writes to that, or has to do with random numbers."""
 
     function: Callable[..., Any]
     args: tuple
@@ -83,6 +90,10 @@ class Step:
     results: Any
     acts: bool
     writes: tuple[Register, ...]
+
+    @property
+    def checks(self) -> bool:
+        return self.results is None and not isinstance(self.function, OpOverload)
 
 
 Rewrite = Callable[[list[Step], list[Any]], list[Step]]  # of steps, given the outputs
@@ -129,9 +140,9 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _LOOKS_AT_DATA.intersection(func.tags):
             raise RecordError(f"Python looks at the values of a tensor ({func})")
-        return self.run(func, args, kwargs or {})
+        return self.run(func, args, kwargs or {}, func._schema.is_mutable or _RANDOM in func.tags)
 
-    def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], acts: bool) -> Any:
         """Calls the function and notes it; what it calls in turn is its own business."""
         named_args, named_kwargs = self.named(args), self.named(kwargs)
         with _disable_current_modes():
@@ -141,13 +152,12 @@ class _Recorder(TorchDispatchMode):
             marks = [a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments]
             written = [named_kwargs.get(a.name) for a, w in zip(function._schema.arguments, marks, strict=True) if w]
             written += [arg for arg, w in zip(named_args, marks, strict=False) if w]
-            acts = function._schema.is_mutable or _RANDOM in function.tags
         else:
             made = {_memory(t) for t in tree_leaves(result) if isinstance(t, Tensor)}
             pairs = zip(args, named_args, strict=True)
             written = [name for arg, name in pairs if isinstance(arg, Tensor) and _memory(arg) in made - {0}]
-            acts = not made or bool(written)
-        self.steps.append(Step(function, named_args, named_kwargs, named_result, acts, tuple(registers(written))))
+        writes = tuple(registers(written))
+        self.steps.append(Step(function, named_args, named_kwargs, named_result, acts or bool(writes), writes))
         return result
 
     def named(self, value: Any) -> Any:
@@ -202,7 +212,7 @@ def _with_one_name(steps: list[Step], outputs: Any) -> tuple[list[Step], Any]:
 def _without_unused(steps: list[Step], outputs: Any) -> list[Step]:
     used, kept = set(registers(outputs)), []
     for step in reversed(steps):
-        if step.acts or used.intersection(registers(step.results)):
+        if step.acts or step.checks or used.intersection(registers(step.results)):
             used.update(registers((step.args, step.kwargs)))
             kept.append(step)
     return kept[::-1]

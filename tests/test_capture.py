@@ -17,6 +17,7 @@ import metakern as mk
 from metakern._record import RecordError, record
 from metakern.meta._capture import PROGRAMS
 from metakern.meta._fuse import fused
+from metakern.meta._unroll import Random
 
 KINDS = [(name, batching) for name, entry in MODELS.items() for batching in entry[3] if not name.startswith("hf")]
 
@@ -226,7 +227,7 @@ def test_targets_are_checked_all_the_same() -> None:
 def test_a_program_writes_in_place_reads_what_it_did_not_make_and_skips_what_nobody_reads() -> None:
     weight, calls = torch.ones(3), []
 
-    @mk._record.recordable
+    @mk._record.recordable()
     def kernel(a: Tensor) -> Tensor:
         calls.append(1)
         return a.detach() * weight
@@ -303,6 +304,18 @@ def views_of_views(x: Tensor, y: Tensor) -> list[Tensor]:
     ]
 
 
+def draws_again(x: Tensor, y: Tensor) -> list[Tensor]:
+    generator = Random(x.device)
+    drawn = []
+    for _ in range(3):
+        generator.restore()
+        drawn.append(torch.randn(2))
+    later = Random(x.device)
+    torch.randn(2)
+    later.restore()
+    return [*drawn, torch.randn(2), x + 0]
+
+
 multiply = mk._native.product
 
 
@@ -318,6 +331,7 @@ multiply = mk._native.product
         (sums_that_broadcast, ()),
         (added_to_what_is_there, ()),
         (views_of_views, ()),
+        (draws_again, ()),
     ],
 )
 def test_rewritten_programs_compute_the_same(function: Any, fewer: tuple[str, ...]) -> None:

@@ -42,11 +42,7 @@ def _shared(steps: list[Step], outputs: list[Any]) -> list[Step]:
         step = replace(step, args=renamed(step.args, names), kwargs=renamed(step.kwargs, names))
         made = list(registers(step.results))
         light = _is_view(step) or all(r.shape.numel() <= SMALL for r in made)
-        if (
-            light
-            and (not step.acts or not made)
-            and fixed.isdisjoint(registers((step.args, step.kwargs, step.results)))
-        ):
+        if light and not step.acts and fixed.isdisjoint(registers((step.args, step.kwargs, step.results))):
             if step.function is _VIEW and isinstance(step.args[0], Register):
                 base = bases[step.results] = bases.get(step.args[0], step.args[0])
                 if base.shape == step.results.shape:

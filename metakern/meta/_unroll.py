@@ -187,12 +187,12 @@ class Random:
         _set_random_states(self.device, *self.states)
 
 
-@recordable
+@recordable(acts=True)
 def _random_states(device: torch.device) -> tuple[Tensor, ...]:
     return torch.get_rng_state(), *((torch.cuda.get_rng_state(device),) if device.type == "cuda" else ())
 
 
-@recordable
+@recordable(acts=True)
 def _set_random_states(device: torch.device, cpu: Tensor, *cuda: Tensor) -> None:
     torch.set_rng_state(cpu)
     for state in cuda:

@@ -68,7 +68,7 @@ def below(op: str, name: str, value: Tensor, high: int, ignored: int | None = No
         _below(op, name, value, high, ignored)
 
 
-@recordable
+@recordable()
 def _below(op: str, name: str, value: Tensor, high: int, ignored: int | None) -> None:
     wrong = (value < 0) | (value >= high)
     if ignored is not None:
