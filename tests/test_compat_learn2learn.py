@@ -233,7 +233,7 @@ def test_update_detach_and_the_magic_box() -> None:
     for p, q, u in zip(model.parameters(), clone.parameters(), updates, strict=True):
         assert torch.equal(q, p if u is None else p + u)
     assert clone.first.weight is clone.last.weight
-    with pytest.raises(ValueError, match="update_module: updates must have an entry for each of the 5 .* got 1"):
+    with pytest.raises(ValueError, match=r"update_module: updates must have an entry for each of the 5 .* got 1"):
         l2l.update_module(clone, updates[:1])
     grads = torch.autograd.grad(F.mse_loss(clone(x), y), list(clone.parameters()))
     by_attribute = l2l.clone_module(clone)
@@ -245,14 +245,14 @@ def test_update_detach_and_the_magic_box() -> None:
     assert all(p.is_leaf and p.requires_grad for p in clone.parameters())
     l2l.detach_module(clone)
     assert not any(p.requires_grad for p in clone.parameters())
-    with pytest.raises(ValueError, match="maml_update: grads must have an entry for each of the 5 .* got 0"):
+    with pytest.raises(ValueError, match=r"maml_update: grads must have an entry for each of the 5 .* got 0"):
         l2l.maml_update(clone, LR, [])
     assert l2l.magic_box("x") == "x"
 
 
 @pytest.mark.parametrize("learner", ["maml", "learned-rate", "metasgd"])
 def test_a_batch_is_the_loop_over_its_tasks(learner: str) -> None:
-    model, x, y = made("mlp")
+    model, *_ = made("mlp")
     maml: Any = {
         "maml": lambda: l2l.MAML(model, lr=LR),
         "learned-rate": lambda: l2l.MAML(model, lr=nn.Parameter(torch.tensor(LR).double())),
@@ -282,7 +282,7 @@ def test_a_batch_is_the_loop_over_its_tasks(learner: str) -> None:
     with pytest.raises(ValueError, match="batch: it must be called on the learner that has the parameters"):
         maml.clone().batch(support, query, F.mse_loss)
     model[0].weight.requires_grad_(False)
-    with pytest.raises(ValueError, match="batch: every parameter must require a gradient, got '0.weight'"):
+    with pytest.raises(ValueError, match=r"batch: every parameter must require a gradient, got '0.weight'"):
         maml.batch(support, query, F.mse_loss)
 
 
@@ -335,16 +335,16 @@ def test_errors() -> None:
             learner.adapt(loss)
     loss = F.mse_loss(learner(x), y)
     loss.backward()
-    with pytest.raises(RuntimeError, match="MAML.adapt: loss must have its graph, got one whose graph was freed"):
+    with pytest.raises(RuntimeError, match=r"MAML.adapt: loss must have its graph, got one whose graph was freed"):
         learner.adapt(loss)
     learner = maml.clone()
     loss = F.mse_loss(learner(x), y)
     model.to("meta")
-    with pytest.raises(RuntimeError, match="the model must stay on the device where .* began, cpu, got it on meta"):
+    with pytest.raises(RuntimeError, match=r"the model must stay on the device where .* began, cpu, got it on meta"):
         learner.adapt(loss)
     with pytest.raises(ValueError, match="MetaSGD: lrs must have an entry for each of the 4 parameters, got 1"):
         l2l.MetaSGD(model, lrs=[torch.ones(2)])
-    with pytest.raises(TypeError, match="MAML: model must be an nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"MAML: model must be an nn.Module, got str"):
         l2l.MAML("model", lr=LR)
-    with pytest.raises(ValueError, match="MAML.batch: lr must be a number or an nn.Parameter, got a tensor with"):
+    with pytest.raises(ValueError, match=r"MAML.batch: lr must be a number or an nn.Parameter, got a tensor with"):
         l2l.MAML(model, lr=torch.ones((), requires_grad=True) * LR).batch((x, y), (x, y), F.mse_loss)

@@ -6,7 +6,7 @@ here refers to a module from within it, so that a copy and its graph are freed a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -97,11 +97,13 @@ def fused() -> Iterator[None]:
         yield
 
 
-def gradients(who: str, loss: Any, values: Sequence[Tensor], create_graph: bool) -> list[Tensor | None]:
+def gradients(
+    who: str, loss: Any, values: Sequence[Tensor], create_graph: bool, stepped: Iterable[int] | None = None
+) -> list[Tensor | None]:
     """d loss / d value, None where a value is frozen or the loss does not depend on it.
 
-    Raises TypeError where the loss is no tensor, ValueError where it is no scalar or depends on none of the values,
-    RuntimeError where its graph is gone.
+    Raises TypeError where the loss is no tensor, ValueError where it is no scalar or depends on none of the values, of
+    those with a number in `stepped` if given; RuntimeError where its graph is gone.
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"{who}: loss must be a tensor, got {type(loss).__name__}")
@@ -121,13 +123,14 @@ def gradients(who: str, loss: Any, values: Sequence[Tensor], create_graph: bool)
             f"{who}: loss must have its graph, got one whose graph was freed by a backward() or a first-order step: "
             "compute it again"
         ) from error
-    if all(gradient is None for gradient in found):
+    rest = iter(found)
+    each = [next(rest) if value.requires_grad else None for value in values]
+    if all(each[i] is None for i in (range(len(each)) if stepped is None else stepped)):
         raise ValueError(
             f"{who}: loss must depend on the current parameters of this model, got one that does not: it comes from "
             "another model, or from before the last step"
         )
-    rest = iter(found)
-    return [next(rest) if value.requires_grad else None for value in values]
+    return each
 
 
 def same_device(who: str, source: nn.Module, values: Sequence[Tensor]) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ class DifferentiableOptimizer(ABC):
         if self._fmodel is not None:
             for source in self._fmodel._source:
                 same_device("diffopt.step", source, phi)
-        grads: Sequence[Tensor | None] = gradients("diffopt.step", loss, phi, create_graph=self._track)
+        grads: Sequence[Tensor | None] = gradients("diffopt.step", loss, phi, self._track, chain(*self._numbers))
         callback = self._callback if grad_callback is None else grad_callback
         if callback is not None:
             grads = callback(grads)
