@@ -1,0 +1,209 @@
+"""Is my meta-gradient exact? Every place where second-order terms are lost, why, and what it costs.
+
+Numbers decide whether: autograd's first and second order against slopes, in float64, at points near the model's own
+(`_slopes`). They also say where: the loss is judged first, then the modules of what fails, each by itself, down to the
+deepest (`_places`). What is seen in the code only chooses the words (`_causes`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from metakern.doctor._causes import explain
+from metakern.doctor._costs import Costs, distance, repairable
+from metakern.doctor._places import Call, Patient, Place, treat
+from metakern.doctor._report import Problem, Report
+from metakern.doctor._slopes import Verdict, norm
+from metakern.meta._batching import Loss, select, tasks_of
+from metakern.meta._parameters import Adapt, Parameters
+from metakern.meta._plan import Plan, Planner, Wishes
+from metakern.optim import SGD, InnerOptimizer
+
+__all__ = ["Problem", "Report", "doctor"]
+
+
+def doctor(
+    model: nn.Module,
+    loss: Loss,
+    support: Any,
+    query: Any,
+    *,
+    inner: InnerOptimizer | None = None,
+    steps: int = 1,
+    adapt: Adapt = None,
+) -> Report:
+    """Whether the meta-gradient of a model and a loss is exact; if not, where terms are lost, why, and what it costs.
+
+    The arguments are those of `mk.MAML` and of its call: batches with the tasks along dimension 0, of which the first
+    is looked at. Judged is the gradient that PyTorch gives with its own twice differentiable kernels, as MAML runs them,
+    by differences: lost terms below a millionth of the second order can't be seen (in a model that runs in float32
+    alone: below a few percent). Dropout is taken for the identity. Model, gradients, buffers and random states stay as
+    they are.
+
+    Raises ValueError where there is nothing to judge: a loss that is not a finite scalar, that does not depend on the
+    model's parameters, or that differs from call to call; no trainable parameters; tasks that do not match.
+
+    >>> import torch, metakern as mk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    >>> x, y = torch.randn(5, 10, 8), torch.randint(4, (5, 10))
+    >>> report = mk.doctor(model, mk.losses.classification, (x, y), (x, y), steps=3)
+    >>> report.exact, report.problems, report.plan.batching
+    (True, [], 'fold')
+    """
+    tasks = _checked(model, loss, support, query, steps)
+    inner = SGD() if inner is None else inner
+    with _undisturbed(model), torch.enable_grad():
+        patient = treat(model, loss, select(support, 0), select(query, 0), adapt)
+        problems = _Diagnosis(patient).problems()
+        problems, (error, first_order_error, kept) = _measured(Costs(patient, inner, steps), problems)
+        plan, obstacles = _planned(model, loss, support, steps, adapt)
+    return Report(
+        problems,
+        obstacles,
+        plan,
+        error,
+        first_order_error,
+        kept,
+        steps,
+        tasks,
+        str(patient.dtype).removeprefix("torch."),
+        _peak(plan, Parameters(model, adapt), steps, tasks),
+        patient.evaluations,
+    )
+
+
+class _Diagnosis:
+    """Goes down the tree of calls, into what is not exact."""
+
+    def __init__(self, patient: Patient) -> None:
+        self.patient = patient
+        self.known: dict[Any, list[Problem]] = {}
+
+    def problems(self) -> list[Problem]:
+        root = Place(self.patient, self.patient.root)
+        verdict = root.judge()
+        if verdict.exact:
+            return []
+        try:
+            call = self.patient.calls()
+        except Exception:  # modules that can't be traced are part of the loss
+            call = self.patient.root
+        return list({(p.path, p.op, p.kind): p for p in self._within(call, verdict)}.values())
+
+    def _within(self, call: Call, verdict: Verdict | None = None) -> list[Problem]:
+        key = call.signature
+        if key not in self.known:
+            self.known[key] = [replace(p, path=p.path.removeprefix(call.path)) for p in self._found(call, verdict)]
+        return [replace(p, path=(call.path + p.path).strip(".")) for p in self.known[key]]
+
+    def _found(self, call: Call, verdict: Verdict | None) -> list[Problem]:
+        place = Place(self.patient, call)
+        verdict = place.judge() if verdict is None else verdict
+        if verdict.exact or (isinstance(verdict.first, Exception) and not _runs(place)):
+            return []
+        found = [problem for child in call.children for problem in self._within(child)]
+        if found:
+            bad = [self.patient.model.get_submodule(p.path) for p in found]
+            place = Place(self.patient, call, cut=bad)
+            verdict = place.judge()
+            if verdict.exact or not _runs(place):
+                return found
+        return found + explain(self.patient, place, verdict)
+
+
+def _runs(place: Place) -> bool:
+    """Whether a call can be made again by itself; one that can't is part of its caller."""
+    try:
+        place.scalar(place.z)
+    except Exception:
+        return False
+    return True
+
+
+def _measured(costs: Costs, problems: list[Problem]) -> tuple[list[Problem], tuple[float | None, ...]]:
+    """The problems with what each kind costs, then the errors of the meta-gradient and of the first order, and the part
+    of the second order that is kept."""
+    try:
+        truth = costs.truth([p for p in problems if p.undo])
+        size = norm(truth)
+        if not size or not costs.steps or any(p.order == 1 and not p.undo for p in problems):
+            return problems, (None, None, None)
+        first = costs.store(first_order=True)
+        found = costs.store()
+    except Exception:  # there is no meta-gradient
+        return problems, (None, None, None)
+    kinds = list(dict.fromkeys((p.op, p.kind) for p in problems))
+    cost: dict[Any, float | None] = dict.fromkeys(kinds)
+    if len(kinds) == 1:
+        cost[kinds[0]] = distance(found, truth) / size
+    for kind in kinds if len(kinds) > 1 else ():
+        others = [p for p in problems if (p.op, p.kind) != kind]
+        if all(map(repairable, others)):
+            try:
+                cost[kind] = distance(costs.store(others), truth) / size
+            except Exception:
+                continue
+    problems = [replace(p, cost=cost[p.op, p.kind]) for p in problems]
+    second, kept = [t - f for t, f in zip(truth, first, strict=True)], None
+    if norm(second) > 1e-6 * size:
+        there = [a - f for a, f in zip(found, first, strict=True)]
+        kept = sum((a * b).sum().item() for a, b in zip(there, second, strict=True)) / norm(second) ** 2
+    return problems, (distance(found, truth) / size, distance(first, truth) / size, kept)
+
+
+def _planned(model: nn.Module, loss: Loss, support: Any, steps: int, adapt: Adapt) -> tuple[Plan | None, list[str]]:
+    """What MAML would do, and what keeps it from doing it faster."""
+    try:
+        plan, _ = Planner(Parameters(model, adapt), loss, Wishes()).plan(support, steps, first_order=False)
+    except Exception as error:
+        return None, [" ".join(line.split()) for line in str(error).splitlines()]
+    return plan, [r for r in plan.reasons if "not possible" in r or "for want of" in r or "does not fit" in r]
+
+
+def _peak(plan: Plan | None, parameters: Parameters, steps: int, tasks: int) -> int:
+    """As the plan counts: what a backward pass saves, and three copies of the adapted parameters, for tasks at once."""
+    if plan is None:
+        return 0
+    copies, saved = sum(p.numel() * p.element_size() for p in parameters.adapted.values()), plan.activation_bytes
+    working = saved + 3 * copies
+    kept = 3 * saved + 2 * copies if plan.strategy == "store" else copies
+    return min(plan.task_chunk, tasks) * (working + steps * kept)
+
+
+def _checked(model: Any, loss: Any, support: Any, query: Any, steps: Any) -> int:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"doctor: model must be an nn.Module, got {type(model).__name__}")
+    if not callable(loss):
+        raise TypeError(f"doctor: loss must be a function of (model, batch), got {type(loss).__name__}")
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"doctor: steps must be an integer of at least 0, got {steps!r}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("doctor: model must have trainable parameters, got none")
+    try:
+        tasks, others = tasks_of(support, "support"), tasks_of(query, "query")
+    except ValueError as error:
+        raise ValueError(str(error).replace("MAML:", "doctor:", 1)) from None
+    if tasks != others:
+        raise ValueError(f"doctor: query must have the {tasks} tasks of support, got {others}")
+    return tasks
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Random states are afterwards what they were."""
+    devices: Sequence[Any] = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
