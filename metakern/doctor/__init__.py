@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from metakern.doctor._causes import explain
+from metakern.doctor._causes import FORWARD_MODE, explain
 from metakern.doctor._costs import Costs, distance, repairable
 from metakern.doctor._places import Call, Patient, Place, treat
 from metakern.doctor._report import Problem, Report
@@ -43,10 +43,10 @@ def doctor(
     """Whether the meta-gradient of a model and a loss is exact; if not, where terms are lost, why, and what it costs.
 
     The arguments are those of `mk.MAML` and of its call: batches with the tasks along dimension 0, of which the first
-    is looked at. Judged is the gradient that PyTorch gives with its own twice differentiable kernels, as MAML runs them,
+    is looked at. Judged is the gradient that PyTorch gives with its twice differentiable kernels, as MAML runs them,
     by differences: lost terms below a millionth of the second order can't be seen (in a model that runs in float32
-    alone: below a few percent). Dropout is taken for the identity. Model, gradients, buffers and random states stay as
-    they are.
+    alone: below a few percent). Dropout is taken for the identity. Model, gradients, buffers and random states stay
+    what they were.
 
     Raises ValueError where there is nothing to judge: a loss that is not a finite scalar, that does not depend on the
     model's parameters, or that differs from call to call; no trainable parameters; tasks that do not match.
@@ -90,7 +90,7 @@ class _Diagnosis:
     def problems(self) -> list[Problem]:
         root = Place(self.patient, self.patient.root)
         verdict = root.judge()
-        if verdict.exact:
+        if verdict.exact and not isinstance(verdict.forward, Exception):
             return []
         try:
             call = self.patient.calls()
@@ -107,9 +107,12 @@ class _Diagnosis:
     def _found(self, call: Call, verdict: Verdict | None) -> list[Problem]:
         place = Place(self.patient, call)
         verdict = place.judge() if verdict is None else verdict
-        if verdict.exact or (isinstance(verdict.first, Exception) and not _runs(place)):
+        raising = isinstance(verdict.forward, Exception)
+        if (verdict.exact and not raising) or (isinstance(verdict.first, Exception) and not _runs(place)):
             return []
         found = [problem for child in call.children for problem in self._within(child)]
+        if verdict.exact:  # what raises in forward mode hides what is silently wrong in it
+            return [problem for problem in found if problem.kind == FORWARD_MODE]
         if found:
             bad = [self.patient.model.get_submodule(p.path) for p in found]
             place = Place(self.patient, call, cut=bad)
@@ -122,10 +125,10 @@ class _Diagnosis:
 def _runs(place: Place) -> bool:
     """Whether a call can be made again by itself; one that can't is part of its caller."""
     try:
-        place.scalar(place.z)
+        with place.scalar(place.z):
+            return True
     except Exception:
         return False
-    return True
 
 
 def _measured(costs: Costs, problems: list[Problem]) -> tuple[list[Problem], tuple[float | None, ...]]:

@@ -25,6 +25,7 @@ from metakern.doctor._report import Problem
 from metakern.doctor._slopes import Differences, Verdict, direction, gradient
 from metakern.meta._unroll import _grad
 
+FORWARD_MODE = "forward-mode rule"
 SITES = 8  # lines that are tried one by one
 _WRITES = re.compile(r"\w_\(|\]\s*=[^=]|[^=!<>]\s*[-+*/@]=|\bout=")
 _SOURCES = Path(__file__).parent.parent
@@ -62,10 +63,9 @@ class Taps:
         while frame and frame.f_code.co_filename.endswith("_contextlib.py"):
             frame = frame.f_back
         code = frame.f_code
-        if (tensor is not None and not tensor.requires_grad) or _internal(code.co_filename):
-            return False
         site = Site(name, code.co_filename, frame.f_lineno, code.co_name)
-        self.seen[site] = None
+        if (tensor is None or tensor.requires_grad) and not _internal(site.file):
+            self.seen[site] = None
         return site in self.undone
 
     @contextmanager
@@ -117,25 +117,26 @@ def explain(patient: Patient, place: Place, verdict: Verdict) -> list[Problem]:
         inner = Place(patient, call)
         judged = inner.judge()
         if not judged.exact:
-            found.append(_of_function(inner, judged, call.function.__self__ in cut, list(taps.seen)))  # type: ignore[attr-defined]
+            cls = call.function.__self__  # type: ignore[attr-defined]
+            found.append(_of_function(inner, judged, cls in cut, list(taps.seen)))
     return found or [_of_lines(place, verdict, list(taps.seen))]
 
 
 def _functions(place: Place) -> tuple[list[Call], set[type]]:
     """The calls of Python's autograd Functions, one of each kind, and those classes whose backward leaves no graph."""
     leaves = [t.detach().requires_grad_() for t in place.z]
-    value = place.scalar(leaves)
-    nodes = [n for n in _graph(value.grad_fn) if hasattr(n, "_forward_cls")]
     cut: set[type] = set()
-    for node in nodes:
+    with place.scalar(leaves) as value:
+        nodes = [n for n in _graph(value.grad_fn) if hasattr(n, "_forward_cls")]
+        for node in nodes:
 
-        def look(inputs: tuple, outputs: tuple, cls: type = node._forward_cls) -> None:
-            if any(g is not None and g.is_floating_point() and not g.requires_grad for g in inputs):
-                cut.add(cls)
+            def look(inputs: tuple, outputs: tuple, cls: type = node._forward_cls) -> None:
+                if any(g is not None and g.is_floating_point() and not g.requires_grad for g in inputs):
+                    cut.add(cls)
 
-        node.register_hook(look)
-    with suppress(Exception):  # the verdict knows
-        _grad(value, leaves, create_graph=True)
+            node.register_hook(look)
+        with suppress(Exception):  # the verdict knows
+            _grad(value, leaves, create_graph=True)
     classes = list(dict.fromkeys(node._forward_cls for node in nodes))
     calls: dict[str, Call] = {}
     originals = {cls: inspect.getattr_static(cls, "forward") for cls in classes}
@@ -157,7 +158,8 @@ def _functions(place: Place) -> tuple[list[Call], set[type]]:
     try:
         for cls in classes:
             cls.forward = watched(cls, cls.forward)
-        place.scalar([t.detach().requires_grad_() for t in place.z])
+        with place.scalar([t.detach().requires_grad_() for t in place.z]):
+            pass
     finally:
         for cls in classes:
             if own[cls]:
@@ -165,6 +167,14 @@ def _functions(place: Place) -> tuple[list[Call], set[type]]:
             else:
                 del cls.forward
     return [call for call in calls.values() if call.flows], cut
+
+
+def _forgets(place: Place) -> bool:
+    """Whether a backward returns what has no graph to the Function's inputs."""
+    leaves = [t.detach().requires_grad_() for t in place.z]
+    with place.scalar(leaves, linear=True) as value:
+        grads = _grad(value, leaves, create_graph=True)
+    return not any(g is not None and g.requires_grad for g in grads)
 
 
 def _of_function(place: Place, verdict: Verdict, cut: bool, sites: list[Site]) -> Problem:
@@ -176,8 +186,9 @@ def _of_function(place: Place, verdict: Verdict, cut: bool, sites: list[Site]) -
     if isinstance(verdict.first, Exception):
         return _raising(problem, verdict.first, "first")
     if verdict.wrong("first"):
-        return _first_order(problem, place, None)
+        return _first_order(problem, place, None, [])
     if verdict.wrong("reverse"):
+        cut = cut or _forgets(place)
         once = getattr(cls.backward, "__code__", None) is not None and hasattr(cls.backward, "__wrapped__")
         if once and cut:
             why = "its backward is marked once_differentiable: what it returns has no graph, and nobody is told"
@@ -207,29 +218,27 @@ def _of_lines(place: Place, verdict: Verdict, sites: list[Site]) -> Problem:
     if isinstance(verdict.first, Exception):
         return _raising(problem, verdict.first, "first")
     if verdict.wrong("first"):
-        return _first_order(problem, place, culprits)
+        return _first_order(problem, place, culprits, sites)
     if verdict.wrong("reverse"):
         if culprits:
             why = f"{problem.op} takes away what the gradient depends on, not the gradient itself"
             return replace(problem, kind="stop-gradient", why=why, cure=f"remove {problem.op}")
-        why = "autograd's second derivative is not the slope of its gradient: an operation's own rule is wrong, or a hook's"
-        cure = (
-            "compare its operations with torch.autograd.gradgradcheck one by one; call them outside of torch.func.vmap"
-        )
+        why = "autograd's second derivative is not the slope of its gradient: an operation's or a hook's rule is wrong"
+        cure = "try its operations one by one by torch.autograd.gradgradcheck, and without torch.func.vmap"
         return replace(problem, kind="wrong double backward", why=why, cure=cure)
     if verdict.impossible:
         return _raising(problem, verdict.reverse, "second")
     return _forward_mode(problem)
 
 
-def _first_order(problem: Problem, place: Place, culprits: list[Site] | None) -> Problem:
+def _first_order(problem: Problem, place: Place, culprits: list[Site] | None, sites: list[Site]) -> Problem:
     """The gradient is not the slope: more than it (a surrogate), or less (something is detached)."""
     claims, truths = _slopes_by_input(place)
     failing = [(c, t) for c, t in zip(claims, truths, strict=True) if abs(c - t) > 1e-4 * max(abs(c), abs(t))]
     if any(abs(t) <= 1e-4 * abs(c) for c, t in failing):
         why = "its gradient is a surrogate: the function is a staircase, which has no slope; second order follows it"
         cure = "none, if that is meant; a smooth function, such as a soft maximum, has an exact meta-gradient"
-        return replace(problem, kind="straight-through", why=why, cure=cure, order=1)
+        return replace(problem, kind="straight-through", why=why, cure=cure, order=1, undo=frozenset())
     if culprits:
         writes = any(s.writes for s in culprits)
         kind = "in-place write" if writes else "stop-gradient"
@@ -246,26 +255,26 @@ def _first_order(problem: Problem, place: Place, culprits: list[Site] | None) ->
         why = "its backward is not the derivative of its forward, by intent or by mistake"
         cure = "none, if that is meant; else check it by torch.autograd.gradcheck"
         return replace(problem, kind="surrogate gradient", why=why, cure=cure, order=1)
-    missing = any(abs(c) < abs(t) for c, t in failing)
-    why = (
-        "its value depends on parameters or inputs by a way that autograd does not see"
-        if missing
-        else "the gradient is not the slope of the value: a hook changes it, or an operation's rule is wrong"
-    )
-    cure = "compute it from tensors alone, by differentiable operations; no NumPy, lists or numbers in between"
-    return replace(problem, kind="stop-gradient" if missing else "surrogate gradient", why=why, cure=cure, order=1)
+    if sites:
+        op = " and ".join(f"{s.name} at {s}" for s in sites[:3])
+        why = f"its value depends on parameters or inputs by a way that autograd does not see: {op}"
+        cure = "compute it by differentiable operations of tensors, without NumPy, lists, numbers or no_grad in between"
+        return replace(problem, kind="stop-gradient", op=op, why=why, cure=cure, order=1)
+    why = "the gradient is not the slope of the value: a hook changes it, or an operation's rule is wrong"
+    cure = "none, if that is meant; else try its operations one by one by torch.autograd.gradcheck"
+    return replace(problem, kind="surrogate gradient", why=why, cure=cure, order=1)
 
 
 def _forward_mode(problem: Problem) -> Problem:
     why = "its forward-mode rule (jvp) gives other numbers than differences: forward over reverse loses terms silently"
     cure = "correct jvp; MAML notices, and takes its products reverse over reverse at more cost"
-    return replace(problem, kind="forward-mode rule", why=why, cure=cure)
+    return replace(problem, kind=FORWARD_MODE, why=why, cure=cure)
 
 
 def _raising(problem: Problem, error: Any, order: str) -> Problem:
     text = " ".join(str(error).split())
     known = re.search(r"derivative for (\S+) is not implemented", text)
-    custom = re.search(r"backward through (\S+) but no autograd formula", text)
+    custom = re.search(r"backward through (\S+?)(\.default)? but no autograd formula", text)
     if known:
         problem = replace(problem, op=known[1])
     if custom:

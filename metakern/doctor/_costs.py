@@ -21,7 +21,7 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metakern.doctor._causes import Taps
-from metakern.doctor._places import Patient, is_float
+from metakern.doctor._places import Patient, State, is_float
 from metakern.doctor._report import Problem
 from metakern.doctor._slopes import Tensors, norm, slope
 from metakern.meta._batching import Loop
@@ -40,15 +40,11 @@ class Costs:
 
     def store(self, repaired: Sequence[Problem] = (), first_order: bool = False) -> list[Tensor]:
         """The meta-gradient by autograd."""
-        unroll = Unroll(self._batching(), self.inner, self.steps, first_order)
-        return self._run(unroll.store, repaired)
+        return self._run(lambda batching: Unroll(batching, self.inner, self.steps, first_order).store, repaired)
 
     def truth(self, repaired: Sequence[Problem] = ()) -> list[Tensor]:
         """The meta-gradient by differences of the inner gradient."""
-        return self._run(_ByDifferences(self._batching(), self.inner, self.steps).recompute, repaired)
-
-    def _batching(self) -> Loop:
-        return Loop(self.patient.parameters, lambda model, batch: self.patient.value(batch))
+        return self._run(lambda batching: _ByDifferences(batching, self.inner, self.steps).recompute, repaired)
 
     def _run(self, strategy: Callable[..., Any], repaired: Sequence[Problem]) -> list[Tensor]:
         theta, shared = (list(p.values()) for p in (self.patient.parameters.adapted, self.patient.parameters.shared))
@@ -60,8 +56,22 @@ class Costs:
             stack.enter_context(Taps(frozenset(site for p in repaired for site in p.undo)).open())
             for path in {p.path for p in repaired if repairable(p) and not p.undo}:
                 _repair(stack, self.patient.model.get_submodule(path))
-            found = strategy([p.detach().expand(1, *p.shape) for p in theta], shared, support, query, 1.0)
+            found = strategy(_Steady(self.patient))(
+                [p.detach().expand(1, *p.shape) for p in theta], shared, support, query, 1.0
+            )
         return [g.detach() for g in _filled([*found.theta, *found.shared], [*theta, *shared])]
+
+
+class _Steady(Loop):
+    """Every evaluation begins in the same state."""
+
+    def __init__(self, patient: Patient) -> None:
+        super().__init__(patient.parameters, lambda model, batch: patient.value(batch))
+        self.begin, self.state = patient.begin, State(patient.model)  # with what is repaired
+
+    def _one(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
+        self.begin(self.state)
+        return super()._one(phi, batch)
 
 
 def repairable(problem: Problem) -> bool:

@@ -42,7 +42,7 @@ class Call:
     outputs: list[Any] = field(default_factory=list)
     out_spec: TreeSpec | None = None
     connected: list[bool] = field(default_factory=list)  # outputs with a graph
-    state: _State | None = None
+    state: State | None = None
     children: list[Call] = field(default_factory=list)
 
     @property
@@ -69,7 +69,7 @@ class Call:
         return str((self.root, modules, parameters, tensors, self.spec, self.flows, self.active))
 
 
-class _State:
+class State:
     """What a forward pass can change in modules: their attributes, buffers and random generators."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -106,16 +106,13 @@ class Patient:
         self.support, self.query = (tree_map_only(Tensor, cast, batch) for batch in (support, query))
         self.parameters = Parameters(self.model, adapt)
         self.adapted = {id(p) for p in self.parameters.adapted.values()}
-        self.state = _State(self.model)
+        self.state = State(self.model)
         self.evaluations = 0
 
     @contextmanager
-    def steady(self, state: _State | None = None) -> Iterator[None]:
+    def steady(self, state: State | None = None) -> Iterator[None]:
         """Within the block all is as at every evaluation: random states, buffers, attributes, exact kernels."""
-        (state or self.state).restore()
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
+        self.begin(state or self.state)
         default = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
@@ -125,6 +122,12 @@ class Patient:
         finally:
             torch.set_default_dtype(default)
             (state or self.state).restore()
+
+    def begin(self, state: State) -> None:
+        state.restore()
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
 
     def value(self, batch: Any) -> Any:
         self.evaluations += 1
@@ -155,7 +158,7 @@ class Patient:
                 inputs, spec = tree_flatten((args, kwargs))
                 flows = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
                 copies = [copied(x) for x in inputs]
-                call = Call(path, module, module, copies, spec, flows, state=_State(module))
+                call = Call(path, module, module, copies, spec, flows, state=State(module))
                 stack[-1].children.append(call)
                 stack.append(call)
 
@@ -204,21 +207,24 @@ class Place:
     def judge(self) -> Verdict:
         return judge(self.scalar, self.z, self.active) if self.z else Verdict()
 
-    def scalar(self, z: Tensors) -> Tensor:
+    @contextmanager
+    def scalar(self, z: Tensors, linear: bool = False) -> Iterator[Tensor]:
+        """Its number at z; parameters stay bound while it is differentiated, for what runs again in a backward."""
         own, flowing, replayed = self._split(list(z))
         with self.patient.steady(self.call.state), ExitStack() as stack:
             self._replay(stack, replayed)
             if self.parameters:
                 stack.enter_context(self.parameters.bound(own))
             if self.call.root:
-                return self.patient.value(self.patient.support)
+                yield self.patient.value(self.patient.support)
+                return
             self.patient.evaluations += 1
             inputs = [copied(x) for x in self.call.inputs]
             for i, x in zip(self.call.flows, flowing, strict=True):
                 inputs[i] = x.clone()  # what a module writes to is not a leaf
             assert self.call.spec is not None
             args, kwargs = tree_unflatten(inputs, self.call.spec)
-            return self._number(tree_flatten(self.call.function(*args, **kwargs))[0])
+            yield self._number(tree_flatten(self.call.function(*args, **kwargs))[0], linear)
 
     def _split(self, z: list[Tensor]) -> list[list[Tensor]]:
         a, b, _ = self.sizes
@@ -236,7 +242,7 @@ class Place:
             vars(module)["forward"] = lambda *_, _queue=queue, **__: _queue.pop(0)
             stack.callback(vars(module).pop, "forward", None)
 
-    def _number(self, outputs: list[Any]) -> Tensor:
+    def _number(self, outputs: list[Any], linear: bool) -> Tensor:
         connected = self.call.connected or [False] * len(outputs)
         outputs = [y for y, on in zip(outputs, connected, strict=True) if is_float(y) and (on or not any(connected))]
         if self._weights is None:
@@ -245,8 +251,10 @@ class Place:
             for y in outputs:
                 c, d = (torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for _ in range(2))
                 self._weights.append((c, d / (y.detach().abs().mean() + 1e-30), y.detach().clone()))
-        terms = ((c * y + d * (y - y_0) ** 2 / 2).sum() for y, (c, d, y_0) in zip(outputs, self._weights, strict=True))
-        return sum(terms, torch.zeros((), dtype=self.patient.dtype, device=outputs[0].device))
+        total = torch.zeros((), dtype=self.patient.dtype, device=outputs[0].device)
+        for y, (c, d, y_0) in zip(outputs, self._weights, strict=True):
+            total = total + (c * y).sum() + (0 if linear else (d * (y - y_0) ** 2).sum() / 2)
+        return total
 
 
 def treat(model: nn.Module, loss: Loss, support: Any, query: Any, adapt: Any) -> Patient:

@@ -15,6 +15,7 @@ lie at every point: who disagrees must do so at two points.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, isfinite
@@ -27,7 +28,7 @@ from torch import Tensor
 from metakern.meta._unroll import _filled, _grad
 
 Tensors = Sequence[Tensor]
-Scalar = Callable[[Tensors], Tensor]  # s(z) with its graph; fixed random state
+Scalar = Callable[[Tensors], AbstractContextManager[Tensor]]  # s(z) with its graph, within which it is differentiated
 
 STEPS = {
     torch.float64: (1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-4, 1e-3),
@@ -89,22 +90,24 @@ def judge(s: Scalar, z: Tensors, active: Sequence[bool], points: int = 2) -> Ver
 
 def gradient(s: Scalar, z: Tensors) -> tuple[Tensor, list[Tensor]]:
     leaves = [t.detach().requires_grad_() for t in z]
-    value = s(leaves)
-    return value.detach(), [g.detach() for g in _filled(_grad(value, leaves), leaves)]
+    with s(leaves) as value:
+        return value.detach(), [g.detach() for g in _filled(_grad(value, leaves), leaves)]
 
 
 def reverse_over_reverse(s: Scalar, z: Tensors, v: Tensors) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in z]
-    grads = _grad(s(leaves), leaves, create_graph=True)
-    pairs = [(g, t) for g, t in zip(grads, v, strict=True) if g is not None]
-    return _filled(_grad([g for g, _ in pairs], leaves, [t for _, t in pairs]), leaves)
+    with s(leaves) as value:
+        grads = _grad(value, leaves, create_graph=True)
+        pairs = [(g, t) for g, t in zip(grads, v, strict=True) if g is not None]
+        return _filled(_grad([g for g, _ in pairs], leaves, [t for _, t in pairs]), leaves)
 
 
 def forward_over_reverse(s: Scalar, z: Tensors, u: Tensors, active: Sequence[bool]) -> list[Tensor]:
     with forward_ad.dual_level():
         leaves = [t.detach().contiguous().requires_grad_() for t in z]
         duals = [forward_ad.make_dual(x, t) if on else x for x, t, on in zip(leaves, u, active, strict=True)]
-        grads = _grad(s(duals), duals)
+        with s(duals) as value:
+            grads = _grad(value, duals)
         tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in grads]
     return _filled(tangents, z)
 
