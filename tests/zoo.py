@@ -337,7 +337,7 @@ def op_without_formula() -> Case:
     return case(Act(lambda x: bare(x)))
 
 
-@lossy("no second derivative", "metakern_zoo.shallow_slope")
+@lossy("no formula", "metakern_zoo.shallow_slope")
 def op_with_a_formula_of_one_order() -> Case:
     return case(Act(lambda x: shallow(x)))
 

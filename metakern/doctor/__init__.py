@@ -63,8 +63,10 @@ def doctor(
     with _undisturbed(model), torch.enable_grad():
         patient = treat(model, loss, select(support, 0), select(query, 0), adapt)
         problems = _Diagnosis(patient).problems()
-        problems, (error, first_order_error, kept) = _measured(Costs(patient, inner, steps), problems)
         plan, obstacles = _planned(model, loss, support, steps, adapt)
+        error = first_order_error = kept = None
+        if plan and steps:  # MAML's inner loop runs this model
+            problems, (error, first_order_error, kept) = _measured(Costs(patient, inner, steps), problems)
     return Report(
         problems,
         obstacles,
@@ -134,27 +136,30 @@ def _runs(place: Place) -> bool:
 def _measured(costs: Costs, problems: list[Problem]) -> tuple[list[Problem], tuple[float | None, ...]]:
     """The problems with what each kind costs, then the errors of the meta-gradient and of the first order, and the part
     of the second order that is kept."""
+    nothing = problems, (None, None, None)
+    if any(p.order == 1 and not p.undo for p in problems):
+        return nothing
     try:
         truth = costs.truth([p for p in problems if p.undo])
-        size = norm(truth)
-        if not size or not costs.steps or any(p.order == 1 and not p.undo for p in problems):
-            return problems, (None, None, None)
-        first = costs.store(first_order=True)
-        found = costs.store()
+        first, found = costs.store(first_order=True), costs.store()
     except Exception:  # there is no meta-gradient
-        return problems, (None, None, None)
-    kinds = list(dict.fromkeys((p.op, p.kind) for p in problems))
-    cost: dict[Any, float | None] = dict.fromkeys(kinds)
-    if len(kinds) == 1:
-        cost[kinds[0]] = distance(found, truth) / size
-    for kind in kinds if len(kinds) > 1 else ():
+        return nothing
+    size = norm(truth)
+    if not size:
+        return nothing
+
+    def cost(kind: tuple[str, str]) -> float | None:
         others = [p for p in problems if (p.op, p.kind) != kind]
-        if all(map(repairable, others)):
-            try:
-                cost[kind] = distance(costs.store(others), truth) / size
-            except Exception:
-                continue
-    problems = [replace(p, cost=cost[p.op, p.kind]) for p in problems]
+        if not all(map(repairable, others)):
+            return None
+        try:
+            alone = costs.forward_over_reverse() if kind[1] == FORWARD_MODE else costs.store(others)
+        except Exception:  # a module does not bear to be repaired
+            return None
+        return distance(alone, truth) / size
+
+    by_kind = {kind: cost(kind) for kind in {(p.op, p.kind) for p in problems}}
+    problems = [replace(p, cost=by_kind[p.op, p.kind]) for p in problems]
     second, kept = [t - f for t, f in zip(truth, first, strict=True)], None
     if norm(second) > 1e-6 * size:
         there = [a - f for a, f in zip(found, first, strict=True)]

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 
 from metakern.doctor._places import Call, Patient, Place, copied
 from metakern.doctor._report import Problem
-from metakern.doctor._slopes import Differences, Verdict, direction, gradient
+from metakern.doctor._slopes import Differences, Tensors, Verdict, direction, gradient
 from metakern.meta._unroll import _grad
 
 FORWARD_MODE = "forward-mode rule"
@@ -276,7 +276,7 @@ def _raising(problem: Problem, error: Any, order: str) -> Problem:
     known = re.search(r"derivative for (\S+) is not implemented", text)
     custom = re.search(r"backward through (\S+?)(\.default)? but no autograd formula", text)
     if known:
-        problem = replace(problem, op=known[1])
+        problem = replace(problem, op=known[1].strip("'"))
     if custom:
         cure = "give it one by torch.library.register_autograd"
         return replace(
@@ -312,12 +312,15 @@ def _culprits(place: Place, verdict: Verdict, sites: list[Site]) -> list[Site]:
 
 def _slopes_by_input(place: Place) -> tuple[list[float], list[float]]:
     """Along each input and parameter alone: what the gradient claims, and the slope."""
+
+    def value(z: Tensors) -> Tensors:
+        with place.scalar(z) as s:
+            return [s.detach()]
+
     _, g = gradient(place.scalar, place.z)
-    whole = direction(place.z, 20)
     claims, truths = [], []
-    for i, u in enumerate(whole):
-        alone = [u if i == j else torch.zeros_like(t) for j, t in enumerate(whole)]
-        differences = Differences(lambda z: [gradient(place.scalar, z)[0]], place.z, alone)
+    for i, u in enumerate(direction(place.z, 20)):
+        differences = Differences(value, place.z, [u if i == j else torch.zeros_like(t) for j, t in enumerate(place.z)])
         while differences.more():
             pass
         claims.append((g[i] * u).sum().item())

@@ -42,6 +42,10 @@ class Costs:
         """The meta-gradient by autograd."""
         return self._run(lambda batching: Unroll(batching, self.inner, self.steps, first_order).store, repaired)
 
+    def forward_over_reverse(self) -> list[Tensor]:
+        """The meta-gradient by autograd, with its products in forward mode."""
+        return self._run(lambda batching: Unroll(batching, self.inner, self.steps).recompute, ())
+
     def truth(self, repaired: Sequence[Problem] = ()) -> list[Tensor]:
         """The meta-gradient by differences of the inner gradient."""
         return self._run(lambda batching: _ByDifferences(batching, self.inner, self.steps).recompute, repaired)
@@ -75,10 +79,12 @@ class _Steady(Loop):
 
 
 def repairable(problem: Problem) -> bool:
+    """Whether a meta-gradient can be had that does not have this problem."""
     return bool(problem.undo) or (problem.order == 2 and bool(problem.path))
 
 
 def distance(a: Tensors, b: Tensors) -> float:
+    """Of two meta-gradients."""
     return norm([x - y for x, y in zip(a, b, strict=True)])
 
 

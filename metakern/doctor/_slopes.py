@@ -9,7 +9,7 @@ The truth of the second order is thus the slope of what autograd gives for the f
 reverse over reverse and forward over reverse. Steps h are tried in turn until autograd agrees; where it never does,
 neighboring steps are extrapolated (Richardson), and each element keeps the value that its neighbor confirms best, with
 their difference as its error. A kink, of ReLU or a maximum, within one step is not within a smaller one, and does not
-lie at every point: who disagrees must do so at two points.
+lie at every point: who disagrees must do so at two points, by more than the differences' own error.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ class Verdict:
     def exact(self) -> bool:
         """Nothing is wrong, and one mode of the second order is there."""
         return not self.impossible and not any(map(self.wrong, ("first", "reverse", "forward")))
+
+    @property
+    def hopeless(self) -> bool:
+        """No smaller step will make it right."""
+        return any(isinstance(found, float) and found > 100 for found in (self.first, self.reverse, self.forward))
 
     def better(self, other: Verdict) -> Verdict:
         """Of two points, for each order the one at which autograd does better."""
@@ -173,23 +178,26 @@ def _judge_at(s: Scalar, z: Tensors, u: Tensors, active: Sequence[bool]) -> Verd
     sizes = [norm([t]) / max(t.numel(), 1) ** 0.5 for t in u]  # all is counted in units of z's sizes
     whole = sum((size * norm([t])) ** 2 for t, size in zip(g, sizes, strict=True)) ** 0.5
     slope = sum((a * b).sum() for a, b in zip(g, u, strict=True))
-    verdict = Verdict()
-    while along.more() | (along is not along_all and along_all.more()):
+
+    def compare(safety: float) -> Verdict:
         (truth, *_), (doubt, *_) = along_all.best()
         noise = 10 * torch.finfo(value.dtype).eps * value.abs().item() / min(along_all.found)
-        bound = TOLERANCE[value.dtype] * max(abs(truth.item()), whole) + SAFETY * doubt.item() + noise
-        verdict.first = _ratio(abs(float(slope - truth)), bound)
+        bound = TOLERANCE[value.dtype] * max(abs(truth.item()), whole) + safety * doubt.item() + noise
+        verdict = Verdict(first=_ratio(abs(float(slope - truth)), bound))
         (_, *truths), (_, *errors) = along.best()
         for mode, claim in claims.items():
             if isinstance(claim, Exception):
                 setattr(verdict, mode, claim)
-            elif verdict.wrong("first"):
-                setattr(verdict, mode, None)
-            else:
-                setattr(verdict, mode, _excess(claim, truths, errors, sizes, whole))
-        if verdict.exact:
+            elif not verdict.wrong("first"):
+                setattr(verdict, mode, _excess(claim, truths, [safety * e for e in errors], sizes, whole))
+        return verdict
+
+    while along.more() | (along is not along_all and along_all.more()):
+        if compare(0.0).exact:
+            return compare(0.0)
+        if len(along.found) >= 3 and compare(SAFETY).hopeless:
             break
-    return verdict
+    return compare(SAFETY)
 
 
 def _attempt(product: Callable[[], list[Tensor]]) -> list[Tensor] | Exception:
@@ -205,7 +213,7 @@ def _excess(claims: Tensors, truths: Tensors, errors: Tensors, sizes: Sequence[f
     floor = 1e-2 * max(*norms, whole)
     worst = 0.0
     for claim, truth, error, size, length in zip(claims, truths, errors, sizes, norms, strict=True):
-        bound = TOLERANCE[truth.dtype] * max(length, floor) + SAFETY * size * norm([error])
+        bound = TOLERANCE[truth.dtype] * max(length, floor) + size * norm([error])
         worst = max(worst, _ratio(size * norm([claim - truth]), bound))
     return worst
 
