@@ -58,7 +58,7 @@ def doctor(
     >>> report.exact, report.problems, report.plan.batching
     (True, [], 'fold')
     """
-    tasks = _checked(model, loss, support, query, steps)
+    tasks = _checked(model, loss, support, query, steps, adapt)
     inner = SGD() if inner is None else inner
     with _undisturbed(model), torch.enable_grad():
         patient = treat(model, loss, select(support, 0), select(query, 0), adapt)
@@ -186,7 +186,7 @@ def _peak(plan: Plan | None, parameters: Parameters, steps: int, tasks: int) -> 
     return min(plan.task_chunk, tasks) * (working + steps * kept)
 
 
-def _checked(model: Any, loss: Any, support: Any, query: Any, steps: Any) -> int:
+def _checked(model: Any, loss: Any, support: Any, query: Any, steps: Any, adapt: Adapt) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"doctor: model must be an nn.Module, got {type(model).__name__}")
     if not callable(loss):
@@ -195,13 +195,21 @@ def _checked(model: Any, loss: Any, support: Any, query: Any, steps: Any) -> int
         raise ValueError(f"doctor: steps must be an integer of at least 0, got {steps!r}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("doctor: model must have trainable parameters, got none")
-    try:
+    with _named():
         tasks, others = tasks_of(support, "support"), tasks_of(query, "query")
-    except ValueError as error:
-        raise ValueError(str(error).replace("MAML:", "doctor:", 1)) from None
+        Parameters(model, adapt)
     if tasks != others:
         raise ValueError(f"doctor: query must have the {tasks} tasks of support, got {others}")
     return tasks
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Complaints of MAML's own checks are the doctor's here."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("MAML:", "doctor:", 1)) from None
 
 
 @contextmanager

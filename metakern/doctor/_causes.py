@@ -320,7 +320,8 @@ def _slopes_by_input(place: Place) -> tuple[list[float], list[float]]:
     _, g = gradient(place.scalar, place.z)
     claims, truths = [], []
     for i, u in enumerate(direction(place.z, 20)):
-        differences = Differences(value, place.z, [u if i == j else torch.zeros_like(t) for j, t in enumerate(place.z)])
+        alone = [u if i == j else torch.zeros_like(t) for j, t in enumerate(place.z)]
+        differences = Differences(value, place.z, alone, place.patient.precision)
         while differences.more():
             pass
         claims.append((g[i] * u).sum().item())

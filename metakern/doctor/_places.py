@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
-from metakern.doctor._slopes import Tensors, Verdict, gradient, judge
+from metakern.doctor._slopes import NOISE, Tensors, Verdict, direction, gradient, judge
 from metakern.meta._batching import Loss, exact_kernels
 from metakern.meta._parameters import Parameters, twin
 from metakern.meta._plan import comparable
@@ -107,7 +108,7 @@ class Patient:
         self.parameters = Parameters(self.model, adapt)
         self.adapted = {id(p) for p in self.parameters.adapted.values()}
         self.state = State(self.model)
-        self.evaluations = 0
+        self.precision, self.evaluations = dtype, 0
 
     @contextmanager
     def steady(self, state: State | None = None) -> Iterator[None]:
@@ -205,7 +206,7 @@ class Place:
         self._weights: list[tuple[Tensor, Tensor, Tensor]] | None = None
 
     def judge(self) -> Verdict:
-        return judge(self.scalar, self.z, self.active) if self.z else Verdict()
+        return judge(self.scalar, self.z, self.active, self.patient.precision) if self.z else Verdict()
 
     @contextmanager
     def scalar(self, z: Tensors, linear: bool = False) -> Iterator[Tensor]:
@@ -262,27 +263,54 @@ def treat(model: nn.Module, loss: Loss, support: Any, query: Any, adapt: Any) ->
     obstacle: Exception | None = None
     for dtype in (torch.float64, torch.float32):
         patient = Patient(model, loss, support, query, adapt, dtype)
+        place = Place(patient, patient.root)
         try:
-            with patient.steady():
-                value = patient.value(patient.support)
+            with _Roundings() as roundings, place.scalar([t.requires_grad_() for t in place.z]) as value:
+                pass
         except Exception as error:  # a kernel or a model insists on its dtype
             obstacle = error
             continue
-        if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
-            got = f"{list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"doctor: loss must return a scalar tensor for one task, got {got}")
-        if not value.isfinite():
-            raise ValueError(f"doctor: loss must be finite on the first task of support, got {value.item()}")
+        _check(value, place)
+        patient.precision = torch.float32 if roundings.seen else dtype
         try:
-            place = Place(patient, patient.root)
             gradient(place.scalar, place.z)
-        except RuntimeError as error:
+        except Exception as error:
             if dtype == torch.float64 and "dtype" in str(error):
-                obstacle = error
                 continue
         return patient
     text = f"{type(obstacle).__name__}: {obstacle}"
     raise ValueError(f"doctor: loss must run on a task of support, got {' '.join(text.split())[:300]}") from obstacle
+
+
+def _check(value: Any, place: Place) -> None:
+    """Raises ValueError for what is no loss."""
+    if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+        got = f"{list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"doctor: loss must return a scalar tensor for one task, got {got}")
+    if not value.isfinite():
+        raise ValueError(f"doctor: loss must be finite on the first task of support, got {value.item()}")
+    with place.scalar(place.z) as again:
+        if not torch.isclose(value, again, rtol=torch.finfo(value.dtype).eps ** 0.75):
+            raise ValueError(
+                "doctor: loss must be the same for the same parameters and random state, got one that changes from "
+                "call to call"
+            )
+    with place.scalar([z + NOISE * u for z, u in zip(place.z, direction(place.z, 0), strict=True)]) as moved:
+        if torch.equal(value, moved):
+            raise ValueError("doctor: loss must depend on the model's parameters, got one that does not")
+
+
+class _Roundings(TorchDispatchMode):
+    """Whether what has derivatives is rounded to less than float64 on the way: its differences are those of less."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
+            differentiated = args[0].requires_grad or not torch.is_grad_enabled()
+            self.seen |= result.is_floating_point() and result.dtype != torch.float64 and differentiated
+        return result
 
 
 def _outermost(call: Call, cut: set[int]) -> Iterator[Call]:

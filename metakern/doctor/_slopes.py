@@ -80,12 +80,12 @@ class Verdict:
         return Verdict(*(least(getattr(self, f), getattr(other, f)) for f in ("first", "reverse", "forward")))
 
 
-def judge(s: Scalar, z: Tensors, active: Sequence[bool], points: int = 2) -> Verdict:
+def judge(s: Scalar, z: Tensors, active: Sequence[bool], precision: torch.dtype) -> Verdict:
     """Autograd's first order along a random direction, and its second along the part of it that is `active`."""
     verdict = None
-    for point in range(points):
+    for point in range(2):
         at = _point(s, z, point)
-        here = _judge_at(s, at, direction(at, 10 + point), active)
+        here = _judge_at(s, at, direction(at, 10 + point), active, precision)
         verdict = here if verdict is None else verdict.better(here)
         if verdict.exact or isinstance(verdict.first, Exception):
             break
@@ -120,13 +120,13 @@ def forward_over_reverse(s: Scalar, z: Tensors, u: Tensors, active: Sequence[boo
 class Differences:
     """The slopes at z along u of tensors that depend on z, in more and more steps."""
 
-    def __init__(self, function: Callable[[Tensors], Tensors], z: Tensors, u: Tensors) -> None:
-        self.function, self.z, self.u = function, z, u
+    def __init__(self, function: Callable[[Tensors], Tensors], z: Tensors, u: Tensors, precision: torch.dtype) -> None:
+        self.function, self.z, self.u, self.steps = function, z, u, STEPS[precision]
         self.found: dict[float, list[Tensor]] = {}
 
     def more(self) -> bool:
         """Takes another step; False where all are taken."""
-        todo = STEPS[self.z[0].dtype][len(self.found) :]
+        todo = self.steps[len(self.found) :]
         for h in todo[:1]:
             up, down = (self._at(sign * h) for sign in (1, -1))
             self.found[h] = [(a - b) / (2 * h) for a, b in zip(up, down, strict=True)]
@@ -152,13 +152,13 @@ class Differences:
 def slope(function: Callable[[Tensors], Tensors], z: Tensors, u: Tensors) -> list[Tensor]:
     """The slopes at z along a u of any size."""
     scale = norm(z) / norm(u) if norm(u) else 1.0
-    differences = Differences(function, z, [t * scale for t in u])
+    differences = Differences(function, z, [t * scale for t in u], z[0].dtype)
     for _ in range(2):
         differences.more()
     return [t / scale for t in differences.best()[0]]
 
 
-def _judge_at(s: Scalar, z: Tensors, u: Tensors, active: Sequence[bool]) -> Verdict:
+def _judge_at(s: Scalar, z: Tensors, u: Tensors, active: Sequence[bool], precision: torch.dtype) -> Verdict:
     try:
         value, g = gradient(s, z)
     except Exception as error:  # whatever a model raises is what there is to report
@@ -169,8 +169,8 @@ def _judge_at(s: Scalar, z: Tensors, u: Tensors, active: Sequence[bool]) -> Verd
         value, g = gradient(s, z)
         return [value, *g]
 
-    along_all = Differences(both, z, u)
-    along = along_all if all(active) else Differences(both, z, partial)
+    along_all = Differences(both, z, u, precision)
+    along = along_all if all(active) else Differences(both, z, partial, precision)
     claims: dict[str, list[Tensor] | Exception] = {}
     if any(active):
         claims["reverse"] = _attempt(lambda: reverse_over_reverse(s, z, partial))
@@ -181,15 +181,19 @@ def _judge_at(s: Scalar, z: Tensors, u: Tensors, active: Sequence[bool]) -> Verd
 
     def compare(safety: float) -> Verdict:
         (truth, *_), (doubt, *_) = along_all.best()
-        noise = 10 * torch.finfo(value.dtype).eps * value.abs().item() / min(along_all.found)
-        bound = TOLERANCE[value.dtype] * max(abs(truth.item()), whole) + safety * doubt.item() + noise
+        noise = 10 * torch.finfo(precision).eps * value.abs().item() / min(along_all.found)
+        bound = TOLERANCE[precision] * max(abs(truth.item()), whole) + safety * doubt.item() + noise
         verdict = Verdict(first=_ratio(abs(float(slope - truth)), bound))
         (_, *truths), (_, *errors) = along.best()
         for mode, claim in claims.items():
             if isinstance(claim, Exception):
                 setattr(verdict, mode, claim)
             elif not verdict.wrong("first"):
-                setattr(verdict, mode, _excess(claim, truths, [safety * e for e in errors], sizes, whole))
+                setattr(
+                    verdict,
+                    mode,
+                    _excess(claim, truths, [safety * e for e in errors], sizes, whole, TOLERANCE[precision]),
+                )
         return verdict
 
     while along.more() | (along is not along_all and along_all.more()):
@@ -207,13 +211,15 @@ def _attempt(product: Callable[[], list[Tensor]]) -> list[Tensor] | Exception:
         return error
 
 
-def _excess(claims: Tensors, truths: Tensors, errors: Tensors, sizes: Sequence[float], whole: float) -> float:
+def _excess(
+    claims: Tensors, truths: Tensors, errors: Tensors, sizes: Sequence[float], whole: float, tolerance: float
+) -> float:
     """The distance of the worst tensor from its truth, in units of what is allowed."""
     norms = [size * norm([t]) for t, size in zip(truths, sizes, strict=True)]
     floor = 1e-2 * max(*norms, whole)
     worst = 0.0
     for claim, truth, error, size, length in zip(claims, truths, errors, sizes, norms, strict=True):
-        bound = TOLERANCE[truth.dtype] * max(length, floor) + size * norm([error])
+        bound = tolerance * max(length, floor) + size * norm([error])
         worst = max(worst, _ratio(size * norm([claim - truth]), bound))
     return worst
 
