@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from metakern.doctor._causes import FORWARD_MODE, explain
+from metakern.doctor._causes import explain
 from metakern.doctor._costs import Costs, distance, repairable
 from metakern.doctor._places import Call, Patient, Place, treat
-from metakern.doctor._report import Problem, Report
+from metakern.doctor._report import FORWARD_MODE, Problem, Report
 from metakern.doctor._slopes import Verdict, norm
 from metakern.meta._batching import Loss, select, tasks_of
 from metakern.meta._parameters import Adapt, Parameters

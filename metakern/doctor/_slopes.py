@@ -138,7 +138,7 @@ class Differences:
     def best(self) -> tuple[list[Tensor], list[Tensor]]:
         """The truths and their errors, which are unknown (zero) as long as there is one step."""
         steps = sorted(self.found)
-        truths, errors = self.found[steps[0]], [torch.zeros_like(t) for t in self.found[steps[0]]]
+        truths, errors = list(self.found[steps[0]]), [torch.zeros_like(t) for t in self.found[steps[0]]]
         for n, (fine, coarse) in enumerate(pairwise(steps)):
             factor = (coarse / fine) ** 2
             for i, (a, b) in enumerate(zip(self.found[fine], self.found[coarse], strict=True)):
@@ -150,10 +150,14 @@ class Differences:
 
 
 def slope(function: Callable[[Tensors], Tensors], z: Tensors, u: Tensors) -> list[Tensor]:
-    """The slopes at z along a u of any size, by one small step."""
-    h = (1e-6 if z[0].dtype == torch.float64 else 1e-2) * (norm(z) / norm(u) if norm(u) else 1.0)
-    up, down = (function([x + sign * h * t for x, t in zip(z, u, strict=True)]) for sign in (1, -1))
-    return [(a - b) / (2 * h) for a, b in zip(up, down, strict=True)]
+    """The slopes at z along a u of any size, by two steps that agree, or more."""
+    scale = norm(z) / norm(u) if norm(u) else 1.0
+    differences = Differences(function, z, [t * scale for t in u], z[0].dtype)
+    while differences.more():
+        truths, errors = differences.best()
+        if len(differences.found) > 1 and norm(errors) <= 1e-4 * norm(truths):
+            break
+    return [t / scale for t in truths]
 
 
 def _judge_at(s: Scalar, z: Tensors, seed: int, active: Sequence[bool], precision: torch.dtype, enough: int) -> Verdict:
