@@ -61,9 +61,9 @@ class SGD(InnerOptimizer):
             nesterov = self.nesterov
             direction = [g + self.momentum * b for g, b in zip(grads, state, strict=True)] if nesterov else state
         rates = self.lr.of(phi)
-        return [_descended(p, rate, d) for p, rate, d in zip(phi, rates, direction, strict=True)], state
+        return [descended(p, rate, d) for p, rate, d in zip(phi, rates, direction, strict=True)], state
 
 
-def _descended(p: torch.Tensor, rate: float | torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+def descended(p: torch.Tensor, rate: float | torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     """p - rate d: in one pass, and one for its derivative, where the rate is a number."""
     return p - rate * d if isinstance(rate, torch.Tensor) else torch.add(p, d, alpha=-rate)
