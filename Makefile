@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0 # e.g. TORCH="torch" for the build that pip takes by defa
 BIN := .venv/bin
 TRAIN = $(BIN)/metakern train --config $@ --out runs/$@ $(if $(wildcard runs/$@/checkpoints/last.json),--resume)
 EVAL = $(BIN)/metakern eval runs/$@ --compare finetune
-SOURCES := metakern tests setup.py $(wildcard benchmarks)
+SOURCES := metakern tests examples setup.py $(wildcard benchmarks)
 
 .PHONY: demo smollm2 test lint types unit smoke clean
 .DELETE_ON_ERROR:

@@ -495,3 +495,27 @@ def test_a_buffer_that_changes_is_refused() -> None:
 
     with pytest.raises(ValueError, match="buffers must not change in a forward pass, got 'calls'"):
         mk.MAML(Counter(), regression_loss)(points(1), points(2))
+
+
+def test_inference_mode_adapts_all_the_same() -> None:
+    model, loss, _, _, _ = build("mlp")
+    maml = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), steps=2)
+    with torch.inference_mode():
+        support, query = (tuple(t + 0 for t in points(i)) for i in (1, 2))
+        phi, curve, value = maml.adapt(support), maml.evaluate(support, query, (0, 2)), maml(support, query)
+    ordinary = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), steps=2)
+    assert_equal(phi, ordinary.adapt(points(1)))
+    torch.testing.assert_close(curve, ordinary.evaluate(points(1), points(2), (0, 2)))
+    assert (curve[0] != curve[1]).all()
+    torch.testing.assert_close(value, curve[1].mean())
+    assert_equal(gradients(model, maml(support, query)), gradients(model, ordinary(points(1), points(2))))
+
+
+def test_a_loss_without_gradients_is_refused() -> None:
+    model, loss, _, _, _ = build("mlp")
+
+    def detached(model: Any, batch: Any) -> Tensor:
+        return loss(model, batch).detach()
+
+    with pytest.raises(ValueError, match="loss must depend on an adapted parameter, got one with no gradient for any"):
+        mk.MAML(model, detached)(points(1), points(2))

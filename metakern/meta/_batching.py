@@ -51,6 +51,11 @@ def tasks_of(batch: Any, what: str = "batch") -> int:
     return sizes[0]
 
 
+def ordinary(batch: Any) -> Any:
+    """A batch that autograd takes: tensors made in inference mode, as by Lightning's validation loop, are copied."""
+    return tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, batch)
+
+
 def select(batch: Any, index: int | slice | Tensor) -> Any:
     """One task, or some tasks, of a tree of tensors."""
     return tree_map_only(Tensor, lambda t: t[index], batch)

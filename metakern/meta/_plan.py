@@ -193,6 +193,8 @@ class _Probe:
             with comparable(), _batching.exact_kernels(), torch.enable_grad():
                 value = _batching.scalar(self.loss(model, select(self.batch, t)))
                 grads = _grad(value, [*adapted, *self.shared], create_graph=not self.first_order)
+                if all(g is None for g in grads[: len(adapted)]):
+                    raise ValueError("MAML: loss must depend on an adapted parameter, got one with no gradient for any")
                 pairs = [(g, v[t]) for g, v in zip(grads, self.v, strict=False) if g is not None]
                 products = _grad([g for g, _ in pairs], [*adapted, *self.shared], [v for _, v in pairs])
             rows.append((value.detach(), grads, products))

@@ -81,12 +81,19 @@ class Op:
 
     def __call__(self, *x: Tensor | None, **constants: Any) -> tuple[Tensor, ...]:
         """Applies the op to `[T, ...]` tensors. Constants: the tensors of `self.constants`, and any other values."""
+        if torch.compiler.is_dynamo_compiling():  # one graph break; asked first, as the other loads the compiler
+            return _uncompiled(self, *x, **constants)
         tensors = tuple(constants.pop(name) for name in self.constants)
         for name, tensor in zip(self.constants, tensors, strict=True):
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(f"{self.name}: {name} must not require a gradient, got one that does")
         call = _Call(self, _backend.choose(self.name, self.kernels, x), constants)
         return _Op.apply(call, *x, *tensors)[: self.outputs]
+
+
+@torch._disable_dynamo
+def _uncompiled(op: Op, *x: Tensor | None, **constants: Any) -> tuple[Tensor, ...]:
+    return op(*x, **constants)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten
 
-from metakern.meta._batching import Loss, exact_kernels, select, tasks_of
+from metakern.meta._batching import Loss, exact_kernels, ordinary, select, tasks_of
 from metakern.meta._memory import keep_freed_memory
 from metakern.meta._parameters import Adapt, Parameters
 from metakern.meta._plan import Plan, Planner, Wishes
@@ -35,8 +35,9 @@ class MAML(nn.Module):
     "vmap" | "loop" and task_chunk (tasks at once) give the same numbers; "auto" chooses, and `maml.plan` says why.
     capture=True (on the CPU) records the kernels that the first meta-gradient calls for batches of a shape and runs
     them for the next ones in C++, without Python or autograd, a few tasks on each thread: the same numbers in less time
-    and memory, where shapes recur and model and loss are functions of tensors. A number that Python looks up elsewhere would stay what it was; most of
-    them are noticed (`metakern.meta.capture`), and a capture that an ordinary run does not confirm is not used.
+    and memory, where shapes recur and model and loss are functions of tensors. A number that Python looks up elsewhere
+    would stay what it was; most of them are noticed (`metakern.meta.capture`), and a capture that an ordinary run does
+    not confirm is not used.
 
     Calling it with support and query batches (trees of tensors, tasks along dimension 0) gives the mean query loss over
     tasks, whose `backward()` accumulates the meta-gradient into the parameters' `.grad`.
@@ -98,6 +99,7 @@ class MAML(nn.Module):
         if not torch.is_grad_enabled():
             self.query_losses = self.evaluate(support, query, (self.steps,))[0]
             return self.query_losses.mean()
+        support, query = ordinary(support), ordinary(query)
         prepared = self._prepare(support, outer=True)
         gradients: Gradients = [None] * len(prepared.outer)
         losses = []
@@ -115,8 +117,11 @@ class MAML(nn.Module):
 
         Returns {name: [T, *shape]}, for the adapted parameters.
         """
-        prepared = self._prepare(support)
         steps = self.steps if steps is None else _non_negative(steps)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return self.adapt(ordinary(support), steps)
+        prepared = self._prepare(support)
 
         def compute(support: Any) -> list[Tensor]:
             *_, phi = prepared.unroll.trajectory(prepared.theta(tasks_of(support)), support, steps)
@@ -129,6 +134,9 @@ class MAML(nn.Module):
     def evaluate(self, support: Any, query: Any, steps: Sequence[int] = (0, 1, 3, 5, 10)) -> Tensor:
         """The adaptation curve: query losses after each number of inner steps, [len(steps), T], detached."""
         _count(support, query)
+        if torch.is_inference_mode_enabled():  # adaptation takes gradients
+            with torch.inference_mode(False):
+                return self.evaluate(ordinary(support), ordinary(query), steps)
         prepared = self._prepare(support)
         wanted = [_non_negative(step) for step in steps]
 

@@ -1,0 +1,76 @@
+"""The examples run, as a user runs them, and do what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
+
+
+def numbers_of(*command: str) -> list[float]:
+    """What the last lines of an example say."""
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, *command],
+        cwd=EXAMPLES,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [float(number) for number in NUMBER.findall(run.stdout)]
+
+
+def test_every_example_is_short_and_tested() -> None:
+    tested = Path(__file__).read_text()
+    for example in EXAMPLES.glob("*.py"):
+        assert len(example.read_text().splitlines()) <= 60, example
+        assert f'"{example.name}"' in tested, example
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["plain_loop.py", "accelerate_loop.py", "mixed_precision.py"])
+def test_loops_learn(example: str) -> None:
+    first, last = numbers_of(example)
+    assert last < 0.5 * first
+
+
+@pytest.mark.slow
+def test_lightning_learns_and_validates() -> None:
+    before, _, after, adapted = numbers_of("lightning_module.py")[-4:]
+    assert adapted < 0.5 * before
+    assert adapted < 0.5 * after
+
+
+@pytest.mark.slow
+def test_the_trainer_of_hugging_face_learns() -> None:
+    first, last = numbers_of("hf_trainer.py")[-2:]
+    assert last < first - 0.2
+
+
+@pytest.mark.slow
+def test_torch_func_agrees_with_itself() -> None:
+    *_, by_hessian, forward_over_reverse = numbers_of("torch_func.py")
+    assert by_hessian == forward_over_reverse
+
+
+@pytest.mark.slow
+def test_the_compiler_breaks_at_our_ops_and_computes_the_same() -> None:
+    breaks, *results = numbers_of("compile.py")
+    assert breaks > 0
+    assert results[:2] == pytest.approx(results[2:], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["distributed.py", "fsdp.py"])
+def test_processes_that_share_the_tasks_equal_one(example: str) -> None:
+    assert numbers_of("-m", "torch.distributed.run", "--nproc-per-node", "2", example)[-1] < 1e-6
