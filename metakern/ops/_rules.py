@@ -32,6 +32,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from metakern.ops import _backend
+from metakern.ops._autocast import plainly
 
 Tensors = tuple[Any, ...]  # tensors, and None for what is absent or zero
 
@@ -130,7 +131,7 @@ class _Call:
         return _filled(t_x, x) if self.op.zero_tangents else t_x
 
     def residual_tangents(self, c: SimpleNamespace, x: Tensors, r: Tensors, t_x: Tensors) -> Tensors:
-        t_y, t_r = self.rules.jvp(c, x, r, t_x)
+        t_y, t_r = plainly(self.rules.jvp, c, x, r, t_x)
         return (*t_r, *t_y) if self.op.saves_output else t_r
 
     def refuse(self, what: str = "third derivatives") -> NoReturn:
@@ -201,7 +202,7 @@ class _Op(_Rule):
     @staticmethod
     def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         x, constants = call.split(tensors, "x", "c")
-        y, r = call.rules.forward(call.namespace(constants), x)
+        y, r = plainly(call.rules.forward, call.namespace(constants), x)
         return (*y, *r)
 
     @staticmethod
@@ -247,7 +248,7 @@ class _Vjp(_Rule):
     @staticmethod
     def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         x, constants, r, ct_y = call.split(tensors, "x", "c", "r", "y")
-        ct_x = call.rules.vjp(call.namespace(constants), x, r, ct_y)
+        ct_x = plainly(call.rules.vjp, call.namespace(constants), x, r, ct_y)
         return (*_pruned(ct_x[: len(x)], call.needs), *ct_x[len(x) :])
 
     @staticmethod
@@ -290,7 +291,7 @@ class _Jvp(_Rule):
     @staticmethod
     def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         x, constants, r, t_x = call.split(tensors, "x", "c", "r", "x")
-        t_y, t_r = call.rules.jvp(call.namespace(constants), x, r, call.tangents(t_x, x))
+        t_y, t_r = plainly(call.rules.jvp, call.namespace(constants), x, r, call.tangents(t_x, x))
         return (*t_y, *t_r)
 
     @staticmethod
@@ -366,11 +367,11 @@ class _VjpTransposed(_Last):
     def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         x, constants, r, ct_y, t_x, q = call.split(tensors, "x", "c", "r", "y", "x", "q")
         c, t_x = call.namespace(constants, from_vjp=q), call.tangents(t_x, x)
-        t_y, t_r = call.rules.jvp(c, x, r, t_x)
+        t_y, t_r = plainly(call.rules.jvp, c, x, r, t_x)
         if not any(call.needs):
             return t_y
         t_r = (*t_r, *t_y) if call.op.saves_output else t_r
-        return (*t_y, *_pruned(call.rules.vjp_jvp(c, x, r, t_x, t_r, ct_y, None), call.needs))
+        return (*t_y, *_pruned(plainly(call.rules.vjp_jvp, c, x, r, t_x, t_r, ct_y, None), call.needs))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
@@ -386,12 +387,12 @@ class _VjpTangent(_Last):
         c = call.namespace(constants, from_vjp=q)
         some_ct = any(t is not None for t in t_ct_y)
         if all(t is None for t in t_x):
-            t_ct_x = call.rules.vjp(c, x, r, _filled(t_ct_y, ct_y))[: len(x)] if some_ct else (None,) * len(x)
+            t_ct_x = plainly(call.rules.vjp, c, x, r, _filled(t_ct_y, ct_y))[: len(x)] if some_ct else (None,) * len(x)
         else:
             t_x = call.tangents(t_x, x)
             if any(t is None for t in t_r):
                 t_r = call.residual_tangents(c, x, r, t_x)
-            t_ct_x = call.rules.vjp_jvp(c, x, r, t_x, t_r, ct_y, _filled(t_ct_y, ct_y) if some_ct else None)
+            t_ct_x = plainly(call.rules.vjp_jvp, c, x, r, t_x, t_r, ct_y, _filled(t_ct_y, ct_y) if some_ct else None)
         return _filled(_pruned(t_ct_x, call.needs), _pruned(x, call.needs))
 
     @staticmethod
@@ -409,9 +410,9 @@ class _JvpTransposed(_Last):
         ct_x = ct_t_x = (None,) * len(x)
         if any(needs):
             t_x = call.tangents(t_x, x)
-            ct_x = call.rules.vjp_jvp(call.namespace(constants, needs), x, r, t_x, t_r, ct_t_y, None)
+            ct_x = plainly(call.rules.vjp_jvp, call.namespace(constants, needs), x, r, t_x, t_r, ct_t_y, None)
         if any(needs_t):
-            ct_t_x = call.rules.vjp(call.namespace(constants, needs_t), x, r, ct_t_y)[: len(x)]
+            ct_t_x = plainly(call.rules.vjp, call.namespace(constants, needs_t), x, r, ct_t_y)[: len(x)]
         return (*_pruned(ct_x, needs), *_pruned(ct_t_x, needs_t))
 
     @staticmethod

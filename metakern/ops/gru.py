@@ -36,11 +36,13 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from metakern.ops._autocast import autocast
 from metakern.ops._recurrent import Cell, Gates, apply, kernels, plain
 from metakern.ops._rules import Op
 from metakern.ops._spec import Cost, Make, Sample, Spec
 
 
+@autocast("lower")
 def gru(
     x: Tensor,
     h: Tensor | None,

@@ -37,11 +37,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakern.ops._autocast import autocast
 from metakern.ops._recurrent import Cell, Gates, apply, kernels, plain
 from metakern.ops._rules import Op
 from metakern.ops._spec import Cost, Make, Sample, Spec
 
 
+@autocast("lower")
 def lstm(
     x: Tensor,
     state: tuple[Tensor, Tensor] | None,

@@ -41,11 +41,13 @@ import torch
 from torch import Tensor
 
 from metakern.ops import _checks, _cpu, _triton
+from metakern.ops._autocast import autocast
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
 
 
+@autocast("lower")
 def attention(
     q: Tensor,
     k: Tensor,

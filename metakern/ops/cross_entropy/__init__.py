@@ -27,11 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.ops import _checks, _cpu, _triton
+from metakern.ops._autocast import autocast
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
 
 
+@autocast("float32")
 def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
     """The mean negative log-likelihood of each task's targets but for `ignore_index`; 0 for a task without any.
 

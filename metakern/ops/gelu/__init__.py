@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.ops import _checks, _cpu, _triton
+from metakern.ops._autocast import autocast
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -37,6 +38,7 @@ from metakern.ops._tensors import wide
 _K, _A = sqrt(2 / pi), 0.044715
 
 
+@autocast("widest")
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """x Φ(x), element by element, for a tensor of any shape; approximate="tanh" for the tanh approximation.
 

@@ -29,11 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.ops import _checks, _cpu, _tensors, _triton
+from metakern.ops._autocast import autocast
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import Product, products, rows
 
 
+@autocast("lower")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, with one weight, or with a weight for each task.
 

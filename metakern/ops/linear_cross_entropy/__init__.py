@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from metakern.ops import _checks, _tensors, _triton
+from metakern.ops._autocast import autocast
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
@@ -41,6 +42,7 @@ _BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 _LEAST_ROWS = 64
 
 
+@autocast("lower")
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
     """`cross_entropy(hidden @ weight.T, target)` without the logits: the memory of some rows of them, at every order.
 

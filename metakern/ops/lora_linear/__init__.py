@@ -39,11 +39,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.ops import _checks, _cpu, _tensors
+from metakern.ops._autocast import autocast
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import Product, products, rows
 
 
+@autocast("lower")
 def lora_linear(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, bias: Tensor | None = None
 ) -> Tensor:

@@ -32,11 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.ops import _checks, _cpu, _triton
+from metakern.ops._autocast import autocast
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import per_row, rows, wide
 
 
+@autocast("float32")
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """x with mean square 1 over its last dimension, times `weight`.
 

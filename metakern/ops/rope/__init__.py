@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from metakern.ops import _checks, _cpu, _triton
+from metakern.ops._autocast import autocast
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
 
 
+@autocast("widest")
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x with the pairs (x[i], x[i + D/2]) of its last dimension turned by the angles whose cosines and sines are given.
 

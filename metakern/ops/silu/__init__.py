@@ -24,11 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.ops import _checks, _cpu, _triton
+from metakern.ops._autocast import autocast
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import wide
 
 
+@autocast("widest")
 def silu(x: Tensor) -> Tensor:
     """x * sigmoid(x), element by element, for a tensor of any shape.
 

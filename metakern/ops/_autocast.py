@@ -1,0 +1,59 @@
+"""Within `torch.autocast` an op takes its tensors in the dtype that PyTorch's own function would.
+
+    lower      the region's dtype, for products of matrices; sums are in float32 all the same
+    float32    for norms and losses
+    widest     that of the widest argument, for elementwise ops
+
+float64 stays float64. The ops themselves, and their derivatives wherever these are taken, run with autocast off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce, wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def autocast(policy: str) -> Callable[[F], F]:
+    """For public functions, which are differentiable through the casts."""
+
+    def decorated(function: F) -> F:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not torch._C._is_any_autocast_enabled():
+                return function(*args, **kwargs)
+            floats = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
+            if not floats or not torch.is_autocast_enabled(floats[0].device.type):
+                return function(*args, **kwargs)
+            dtype = _dtype(policy, floats)
+
+            def cast(t: Tensor) -> Tensor:
+                return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+            with torch.autocast(floats[0].device.type, enabled=False):
+                return function(*tree_map_only(Tensor, cast, args), **tree_map_only(Tensor, cast, kwargs))
+
+        return call  # type: ignore[return-value]
+
+    return decorated
+
+
+def _dtype(policy: str, floats: list[Tensor]) -> torch.dtype:
+    if policy == "lower":
+        return torch.get_autocast_dtype(floats[0].device.type)
+    widest = reduce(torch.promote_types, (t.dtype for t in floats))
+    return torch.promote_types(widest, torch.float32) if policy == "float32" else widest
+
+
+def plainly(rule: Callable[..., Any], *args: Any) -> Any:
+    """rule(*args), with autocast off."""
+    if not torch._C._is_any_autocast_enabled():
+        return rule(*args)
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        return rule(*args)
