@@ -5,8 +5,9 @@
 Each library is installed into an environment of its own, made at the first use. There both run 20 outer steps in
 float64 from the same start, in every case of `CASES`; what counts is the greatest difference of a loss, or of a
 parameter at the end, beside the greatest of those numbers. Then both are timed at the workloads, as `benchmarks.maml`
-times its peers: the library's own loop, the same loop on metakern.compat, and that on a patched model. Ratios are
-medians of ratios within a round, with their quartiles. All goes to benchmarks/results/compat.json.
+times its peers: the library's own loop, the same loop on metakern.compat, that on a patched model, and MAML.batch in
+the loop's place. Ratios are medians of ratios within a round, with their quartiles. All goes to
+benchmarks/results/compat.json.
 """
 
 from __future__ import annotations
@@ -252,7 +253,7 @@ def main() -> None:
     args.folder = ROOT
     try:
         names = [spec.name for spec in maml.parsed(args.workloads)] if args.workloads else []
-        with Progress(len(libraries) * len(names) * (5 + 4 * args.rounds)) as progress:
+        with Progress(len(libraries) * len(names) * (5 + 5 * args.rounds)) as progress:
             for library in libraries:
                 found = check(library)
                 print(

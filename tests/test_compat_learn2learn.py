@@ -284,6 +284,8 @@ def test_a_batch_is_the_loop_over_its_tasks(learner: str) -> None:
     maml.batch(support, query, mse, steps=STEPS)
     assert maml._engine[2] is engine
     assert list(pickle.loads(pickle.dumps(maml)).state_dict()) == keys  # without the engine, whose loss may be anything
+    with pytest.raises(ValueError, match="strategy must be"):
+        maml.batch(support, query, mse, steps=STEPS, strategy="none")
     if learner == "maml":
         maml.lr = 2 * LR
     other = maml.batch(support, query, F.l1_loss if learner != "maml" else mse, steps=STEPS)
