@@ -1,5 +1,7 @@
 """Ops that are exact to second order, in both modes, batched over tasks. One op, one room: a file, or a folder."""
 
+from metakern.ops.adagrad_update import SPEC as _ADAGRAD_UPDATE
+from metakern.ops.adagrad_update import adagrad_update
 from metakern.ops.adam_update import SPEC as _ADAM_UPDATE
 from metakern.ops.adam_update import adam_update
 from metakern.ops.attention import SPEC as _ATTENTION
@@ -24,6 +26,8 @@ from metakern.ops.lstm import SPEC as _LSTM
 from metakern.ops.lstm import lstm
 from metakern.ops.rms_norm import SPEC as _RMS_NORM
 from metakern.ops.rms_norm import rms_norm
+from metakern.ops.rmsprop_update import SPEC as _RMSPROP_UPDATE
+from metakern.ops.rmsprop_update import rmsprop_update
 from metakern.ops.rnn import SPEC as _RNN
 from metakern.ops.rnn import rnn
 from metakern.ops.rope import SPEC as _ROPE
@@ -38,6 +42,7 @@ from metakern.ops.swiglu import swiglu
 SPECS = {
     spec.op.name: spec
     for spec in (
+        _ADAGRAD_UPDATE,
         _ADAM_UPDATE,
         _ATTENTION,
         _CROSS_ENTROPY,
@@ -50,6 +55,7 @@ SPECS = {
         _LORA_LINEAR,
         _LSTM,
         _RMS_NORM,
+        _RMSPROP_UPDATE,
         _RNN,
         _ROPE,
         _SGD_UPDATE,
@@ -60,6 +66,7 @@ SPECS = {
 
 __all__ = [
     "SPECS",
+    "adagrad_update",
     "adam_update",
     "attention",
     "cross_entropy",
@@ -72,6 +79,7 @@ __all__ = [
     "lora_linear",
     "lstm",
     "rms_norm",
+    "rmsprop_update",
     "rnn",
     "rope",
     "sgd_update",
