@@ -29,6 +29,7 @@ import metakern as mk
 from metakern.ops import SPECS, _backend
 from metakern.ops._spec import Make, Sample, Spec
 from metakern.ops._triton import launch
+from metakern.ops._updates import KERNELS
 
 # The GPUs, and the bytes of shared memory that a program may have there.
 TARGETS = {
@@ -38,7 +39,7 @@ TARGETS = {
     GPUTarget("hip", "gfx942", 64): 64 << 10,
 }
 DTYPES = (torch.float32, torch.bfloat16)
-UPDATES = {name for name in SPECS if name.endswith("_update")}  # whose kernel is one, in foreach.py
+UPDATES = {name for name, spec in SPECS.items() if spec.op.kernels is KERNELS}  # which share one, in foreach.py
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,26 @@ INNER: dict[str, tuple[Callable[..., mk.optim.InnerOptimizer], Callable[..., tor
 }
 
 
+def normalized(g: list[Tensor]) -> list[Tensor]:
+    return [gi / (torch.cat([gj.flatten() for gj in g]).norm() + 0.1) for gi in g]
+
+
+def normalized_each(g: list[Tensor]) -> list[Tensor]:
+    return [gi / (gi.norm() + 0.1) for gi in g]
+
+
+def clipped(g: list[Tensor]) -> list[Tensor]:
+    return [gi * (0.6 / (torch.cat([gj.flatten() for gj in g]).norm() + 1e-6)).clamp(max=1) for gi in g]
+
+
+# What torch.optim has not: plain descent along another direction.
+DIRECTIONS: dict[str, tuple[mk.optim.InnerOptimizer, Callable[[list[Tensor]], list[Tensor]]]] = {
+    "normalized": (mk.optim.NormalizedSGD(0.2, eps=0.1), normalized),
+    "normalized-each": (mk.optim.NormalizedSGD(0.2, eps=0.1, norm="parameter"), normalized_each),
+    "clipped": (mk.optim.Clipped(mk.optim.SGD(0.2), 0.6), clipped),
+}
+
+
 def model() -> nn.Module:
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2)).double()
@@ -62,7 +82,20 @@ def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     return (model(batch[0]) - batch[1]).square().mean()
 
 
-def unrolled(net: nn.Module, inner: mk.optim.InnerOptimizer) -> Tensor:
+class Plain:
+    """Descent along a direction of ordinary operations, as an optimizer of the parameters of one task."""
+
+    def __init__(self, direction: Callable[[list[Tensor]], list[Tensor]], lr: float) -> None:
+        self.direction, self.lr = direction, lr
+
+    def init(self, phi: list[Tensor]) -> tuple:
+        return ()
+
+    def update(self, phi: list[Tensor], grads: list[Tensor], state: tuple) -> tuple:
+        return [p - self.lr * d for p, d in zip(phi, self.direction(list(grads)), strict=True)], state
+
+
+def unrolled(net: nn.Module, inner: Any) -> Tensor:
     """Plain autograd through `inner.update`, a task at a time."""
     total, (sx, sy), (qx, qy) = 0.0, batch(1), batch(2)
     names = [name for name, _ in net.named_parameters()]
@@ -126,6 +159,20 @@ def test_meta_gradient_and_hyper_parameters_equal_plain_autograd(name: str, stra
     maml(batch(1), batch(2)).backward()
     for parameter, right in zip(everything, truth, strict=True):
         assert (parameter.grad - right).norm() <= 1e-9 * right.norm()
+
+
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+@pytest.mark.parametrize("batching", ["fold", "vmap", "loop"])
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_other_directions_equal_plain_autograd(name: str, batching: str, strategy: str) -> None:
+    inner, direction = DIRECTIONS[name]
+    net = model()
+    everything = list(net.parameters())
+    truth = torch.autograd.grad(unrolled(net, Plain(direction, 0.2)), everything)
+    maml = mk.MAML(net, loss, inner=inner, steps=K, strategy=strategy, batching=batching, task_chunk=2)
+    maml(batch(1), batch(2)).backward()
+    for parameter, right in zip(everything, truth, strict=True):
+        assert (parameter.grad - right).norm() <= 1e-10 * right.norm()
 
 
 def test_first_order_learns_its_rate_exactly_given_constant_gradients() -> None:

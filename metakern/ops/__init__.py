@@ -12,6 +12,8 @@ from metakern.ops.embedding import SPEC as _EMBEDDING
 from metakern.ops.embedding import embedding
 from metakern.ops.gelu import SPEC as _GELU
 from metakern.ops.gelu import gelu
+from metakern.ops.global_norm import SPEC as _GLOBAL_NORM
+from metakern.ops.global_norm import global_norm
 from metakern.ops.gru import SPEC as _GRU
 from metakern.ops.gru import gru
 from metakern.ops.layer_norm import SPEC as _LAYER_NORM
@@ -32,6 +34,8 @@ from metakern.ops.rnn import SPEC as _RNN
 from metakern.ops.rnn import rnn
 from metakern.ops.rope import SPEC as _ROPE
 from metakern.ops.rope import rope
+from metakern.ops.scale import SPEC as _SCALE
+from metakern.ops.scale import scale
 from metakern.ops.sgd_update import SPEC as _SGD_UPDATE
 from metakern.ops.sgd_update import sgd_update
 from metakern.ops.silu import SPEC as _SILU
@@ -48,6 +52,7 @@ SPECS = {
         _CROSS_ENTROPY,
         _EMBEDDING,
         _GELU,
+        _GLOBAL_NORM,
         _GRU,
         _LAYER_NORM,
         _LINEAR,
@@ -58,6 +63,7 @@ SPECS = {
         _RMSPROP_UPDATE,
         _RNN,
         _ROPE,
+        _SCALE,
         _SGD_UPDATE,
         _SILU,
         _SWIGLU,
@@ -72,6 +78,7 @@ __all__ = [
     "cross_entropy",
     "embedding",
     "gelu",
+    "global_norm",
     "gru",
     "layer_norm",
     "linear",
@@ -82,6 +89,7 @@ __all__ = [
     "rmsprop_update",
     "rnn",
     "rope",
+    "scale",
     "sgd_update",
     "silu",
     "swiglu",

@@ -252,12 +252,14 @@ def _fms(c: Any, a: Any, b: Any) -> Any:
     return _fma(c, a, b, -1)
 
 
-def _root(a: Tensor) -> Tensor:
+def torch_root(a: Tensor) -> Tensor:
+    """`root`, of a tensor."""
     none = a <= 0
     return torch.where(none, 0.0, torch.where(none, 1.0, a).sqrt())
 
 
-def _over(a: Any, b: Tensor) -> Tensor:
+def torch_over(a: Any, b: Tensor) -> Tensor:
+    """`over`, of tensors."""
     zero = b == 0
     return torch.where(zero, 0.0, a / torch.where(zero, 1.0, b))
 
@@ -265,6 +267,6 @@ def _over(a: Any, b: Tensor) -> Tensor:
 @cache
 def in_torch(made: Program) -> Callable[..., tuple[Any, ...]]:
     """The program as a function of tensors and numbers."""
-    names: dict[str, Any] = {"fma": _fma, "fms": _fms, "root": _root, "over": _over}
+    names: dict[str, Any] = {"fma": _fma, "fms": _fms, "root": torch_root, "over": torch_over}
     exec(made.text, names)
     return names["f"]

@@ -47,7 +47,7 @@ class Update:
         named = dict(zip(self.lists, map(list, lists), strict=True))
         if not any(named.values()):
             return tuple([] for _ in range(self.outputs))
-        phi, tasks = _checked(self.name, named)
+        phi, tasks = checked(self.name, named)
         tensors = [t.unsqueeze(0) if tasks is None else t for values in named.values() for t in values]
         given = [_hyper(self.name, key, h, phi, tasks) for key, h in zip(self.hyper, hyper, strict=True)]
         count, rates = len(phi), tuple(len(h) if isinstance(h, tuple) else 0 for h in given)
@@ -88,7 +88,7 @@ def has_kernels(tensor: Tensor) -> bool:
     return _backend.choose("update", KERNELS, (tensor,)) is not KERNELS["reference"]
 
 
-def _checked(op: str, lists: dict[str, list[Tensor]]) -> tuple[list[Tensor], torch.Size | None]:
+def checked(op: str, lists: dict[str, list[Tensor]]) -> tuple[list[Tensor], torch.Size | None]:
     """The first list, and [T] where all of its tensors have the tasks first."""
     first, *others = lists
     phi = lists[first]
@@ -223,7 +223,7 @@ def _summed(c: SimpleNamespace, x: Tensors, terms: list[Tensors | None]) -> Tens
     return tuple(found)
 
 
-def _run(made: Program, values: Mapping[str, Any], like: Tensors) -> list[Tensors]:
+def run_torch(made: Program, values: Mapping[str, Any], like: Tensors) -> list[Tensors]:
     """A parameter at a time: what a formula makes of it stays in the cache, and is freed."""
     function, results = in_torch(made), []
     spread = [values[name] if isinstance(values[name], float) else _spread(values[name], like) for name in made.inputs]
@@ -241,7 +241,7 @@ def _spread(values: Tensors, like: Tensors) -> Tensors:
     return tuple(h.view(*h.shape, *(1,) * (p.dim() - h.dim())) for h, p in zip(values, like, strict=True))
 
 
-KERNELS = {"reference": rules(_run, merged=True), "triton": _triton.rules("update", "_triton.foreach")}
+KERNELS = {"reference": rules(run_torch, merged=True), "triton": _triton.rules("update", "_triton.foreach")}
 
 
 def flat(f: Callable[..., Any], lists: int) -> Callable[..., Any]:

@@ -8,6 +8,9 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
+from metakern import ops
+from metakern.ops._tensors import wide
+
 Tensors = Sequence[Tensor]
 State = tuple[Tensor, ...]
 Values = float | Tensor | list[Tensor]  # a number, a tensor for all parameters, or one for each
@@ -113,6 +116,21 @@ def _alike(phi: Tensors) -> list[list[int]]:
     for i, p in enumerate(phi):
         groups.setdefault((p.dtype, p.device), []).append(i)
     return list(groups.values())
+
+
+def norms(x: Tensors) -> Tensor:
+    """Of each task over all tensors, [T], on the first one's device."""
+    parts = [ops.global_norm([x[i] for i in places]) for places in _alike(x)]
+    return parts[0] if len(parts) == 1 else ops.global_norm([part.to(wide(x[0])) for part in parts])
+
+
+def scaled(x: Tensors, s: Tensor) -> list[Tensor]:
+    """Each tensor times its task's value of s [T]."""
+    found: list[Any] = [None] * len(x)
+    for places in _alike(x):
+        for i, y in zip(places, ops.scale([x[i] for i in places], s.to(x[places[0]])), strict=True):
+            found[i] = y
+    return found
 
 
 class Hyper(nn.Module):

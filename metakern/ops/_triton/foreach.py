@@ -30,7 +30,7 @@ from metakern.ops._updates import rules
 
 BLOCKS = (8, 8) if INTERPRETED else (2048, 1024)  # the second where so many inputs would not fit into registers
 MANY = 12
-_TYPES = {
+TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
     torch.bfloat16: tl.bfloat16,
@@ -113,27 +113,27 @@ def foreach(program: Program, values: Mapping[str, Input], like: Tensors) -> lis
         return []
     sizes = tuple(p.numel() for p in like)
     block = BLOCKS[len(x) > MANY]
-    starts, owners = _blocks(sizes, block, device)
+    starts, owners = blocks(sizes, block, device)
     addresses = [tuple(t.data_ptr() for t in a) if isinstance(a, tuple) else None for a in (*x, *y)]
 
     def tables(a: Input, address: tuple[int, ...] | None) -> tuple[Tensor, ...]:
         if not isinstance(a, tuple) or address is None:
-            return (_table((a,), device),)
+            return (table((a,), device),)
         inner = tuple(size // max(t.numel(), 1) for size, t in zip(sizes, a, strict=True))
-        return (_table(address, device), _table(inner, device)) if max(inner) > 1 else (_table(address, device),)
+        return (table(address, device), table(inner, device)) if max(inner) > 1 else (table(address, device),)
 
     launch(
         _kernel,
         (len(owners),),
         device,
         tuple(tables(a, address) for a, address in zip(x, addresses, strict=False)),
-        tuple(_table(address, device) for address in addresses[len(x) :] if address is not None),
-        _table(sizes, device),
+        tuple(table(address, device) for address in addresses[len(x) :] if address is not None),
+        table(sizes, device),
         starts,
         owners,
         F=function(program),
         OUTPUTS=len(y),
-        TYPE=_TYPES[like[0].dtype],
+        TYPE=TYPES[like[0].dtype],
         ALIGNED=16 if all(n % 16 == 0 for ns in (sizes, *addresses) if ns is not None for n in ns) else 1,
         BLOCK=block,
         num_warps=8,
@@ -142,18 +142,18 @@ def foreach(program: Program, values: Mapping[str, Input], like: Tensors) -> lis
 
 
 @lru_cache(maxsize=1024)
-def _table(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
+def table(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
     """The values on a device, copied there without waiting for it."""
     table = torch.tensor(values, dtype=torch.float64 if isinstance(values[0], float) else torch.int64)
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 @lru_cache(maxsize=64)
-def _blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """starts and owners."""
-    blocks = torch.tensor([cdiv(size, block) for size in sizes])
-    owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), blocks)
-    return (blocks.cumsum(0) - blocks).to(device), owners.to(device)
+    counts = torch.tensor([cdiv(size, block) for size in sizes])
+    owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), counts)
+    return (counts.cumsum(0) - counts).to(device), owners.to(device)
 
 
 RULES = rules(foreach, merged=False)
