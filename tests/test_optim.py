@@ -59,11 +59,25 @@ def clipped(g: list[Tensor]) -> list[Tensor]:
     return [gi * (0.6 / (torch.cat([gj.flatten() for gj in g]).norm() + 1e-6)).clamp(max=1) for gi in g]
 
 
+def orthogonalized(g: list[Tensor]) -> list[Tensor]:
+    """Muon of matrices, descent of the others at half the rate."""
+
+    def of(x: Tensor) -> Tensor:
+        a, b, c = 3.4445, -4.7750, 2.0315
+        x = x / x.norm()
+        for _ in range(5):
+            x = a * x + b * x @ x.mT @ x + c * x @ x.mT @ x @ x.mT @ x
+        return x
+
+    return [of(gi[0])[None] * max(1, gi.shape[1] / gi.shape[2]) ** 0.5 if gi.dim() == 3 else gi / 2 for gi in g]
+
+
 # What torch.optim has not: plain descent along another direction.
 DIRECTIONS: dict[str, tuple[mk.optim.InnerOptimizer, Callable[[list[Tensor]], list[Tensor]]]] = {
     "normalized": (mk.optim.NormalizedSGD(0.2, eps=0.1), normalized),
     "normalized-each": (mk.optim.NormalizedSGD(0.2, eps=0.1, norm="parameter"), normalized_each),
     "clipped": (mk.optim.Clipped(mk.optim.SGD(0.2), 0.6), clipped),
+    "muon": (mk.optim.Muon(0.2, weight_decay=0, momentum=0, others=mk.optim.SGD(0.1)), orthogonalized),
 }
 
 
@@ -142,6 +156,26 @@ def perturbed(inner: mk.optim.InnerOptimizer) -> None:
     with torch.no_grad():
         for h in inner.parameters():
             h.mul_(1 - 0.2 * torch.rand(h.shape, dtype=torch.float64, generator=draw).to(h))
+
+
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_adapts_as_torch_optim_does(nesterov: bool, adjust: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of torch.optim, without its rounding to bfloat16."""
+    monkeypatch.setattr(Tensor, "bfloat16", Tensor.clone)
+    options = {"lr": 0.05, "momentum": 0.7, "nesterov": nesterov, "adjust_lr_fn": adjust}
+    phi = mk.MAML(model(), loss, inner=mk.optim.Muon(**options), steps=K).adapt(batch(1))
+    for t in range(T):
+        twin = model()
+        matrices, others = ([p for p in twin.parameters() if (p.dim() == 2) is kind] for kind in (True, False))
+        optimizers = [torch.optim.Muon(matrices, **options), torch.optim.AdamW(others, 0.05, weight_decay=0.1)]
+        for _ in range(K):
+            twin.zero_grad()
+            loss(twin, tuple(a[t] for a in batch(1))).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        for key, p in twin.named_parameters():
+            torch.testing.assert_close(phi[key][t], p.detach(), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("per", ["all", "parameter", "element"])

@@ -26,6 +26,8 @@ from metakern.ops.lora_linear import SPEC as _LORA_LINEAR
 from metakern.ops.lora_linear import lora_linear
 from metakern.ops.lstm import SPEC as _LSTM
 from metakern.ops.lstm import lstm
+from metakern.ops.newton_schulz import SPEC as _NEWTON_SCHULZ
+from metakern.ops.newton_schulz import newton_schulz
 from metakern.ops.rms_norm import SPEC as _RMS_NORM
 from metakern.ops.rms_norm import rms_norm
 from metakern.ops.rmsprop_update import SPEC as _RMSPROP_UPDATE
@@ -59,6 +61,7 @@ SPECS = {
         _LINEAR_CROSS_ENTROPY,
         _LORA_LINEAR,
         _LSTM,
+        _NEWTON_SCHULZ,
         _RMS_NORM,
         _RMSPROP_UPDATE,
         _RNN,
@@ -85,6 +88,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "lstm",
+    "newton_schulz",
     "rms_norm",
     "rmsprop_update",
     "rnn",

@@ -5,8 +5,20 @@ from metakern.optim.adagrad import Adagrad
 from metakern.optim.adam import Adam, AdamW
 from metakern.optim.clipped import Clipped
 from metakern.optim.metasgd import MetaSGD
+from metakern.optim.muon import Muon
 from metakern.optim.normalized import NormalizedSGD
 from metakern.optim.rmsprop import RMSprop
 from metakern.optim.sgd import SGD
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Clipped", "InnerOptimizer", "MetaSGD", "NormalizedSGD", "RMSprop"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Clipped",
+    "InnerOptimizer",
+    "MetaSGD",
+    "Muon",
+    "NormalizedSGD",
+    "RMSprop",
+]
