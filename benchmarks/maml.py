@@ -47,6 +47,18 @@ ROUNDS = 9
 def measure(spec: Spec, methods: dict[str, str], args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Everything about one workload, as it goes into the results; RuntimeError says why there is nothing."""
     work = make(spec.name)
+    seconds, ready, refused = timed(spec, work, methods, args, progress)
+    return {**conditions(args), **summary(seconds, ready, methods, work), "refused": refused}
+
+
+def conditions(args: argparse.Namespace) -> dict[str, Any]:
+    return {"machine": results.machine(), "threads": args.threads, "rounds": args.rounds}
+
+
+def timed(
+    spec: Spec, work: Workload, methods: dict[str, str], args: argparse.Namespace, progress: Progress
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]], dict[str, str]]:
+    """Seconds by method and round, those of products among them; what each said when ready; why others were not."""
     runners: dict[str, Runner] = {}
     refused: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -68,17 +80,10 @@ def measure(spec: Spec, methods: dict[str, str], args: argparse.Namespace, progr
             if PRODUCTS in refused:
                 raise RuntimeError(f"the rate of products: {refused[PRODUCTS]}")
             seconds = rounds(spec.name, runners, args.rounds, refused, progress)
-            ready = {method: runners[method].ready for method in seconds}
+            return seconds, {method: runners[method].ready for method in seconds}, refused
         finally:
             for runner in runners.values():
                 runner.close()
-    return {
-        "machine": results.machine(),
-        "threads": args.threads,
-        "rounds": args.rounds,
-        **summary(seconds, ready, methods, work),
-        "refused": refused,
-    }
 
 
 def rounds(

@@ -4,99 +4,18 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "kernel.h"
-#include "product.h"
+#include "isa.h"
+#include "tape.h"
 
 namespace py = pybind11;
 
-// The files of csrc/cpu, each compiled once for every instruction set.
-#define METAKERN_FILES(X) \
-    X(attention) X(cross_entropy) X(gelu) X(gru) X(layer_norm) X(lstm) X(rms_norm) X(rnn) X(rope) X(silu) X(swiglu)
-
 namespace metakern {
-
-#define METAKERN_DECLARE(file) extern const Kernel file##_kernels[];
-#define METAKERN_ENTER(file) file##_kernels,
-#define METAKERN_TABLE(isa)                                               \
-    namespace isa {                                                       \
-    METAKERN_FILES(METAKERN_DECLARE)                                      \
-    extern const ProductKernels product_kernels;                          \
-    const Kernel* const files[] = {METAKERN_FILES(METAKERN_ENTER)};       \
-    }
-
-#ifdef METAKERN_HAS_avx512
-METAKERN_TABLE(avx512)
-#endif
-#ifdef METAKERN_HAS_avx2
-METAKERN_TABLE(avx2)
-#endif
-METAKERN_TABLE(baseline)
-
 namespace {
-
-// A kernel and what its signature says of its tensors.
-struct Entry {
-    Kernel kernel;
-    std::vector<bool> optional;
-    std::size_t sizes = 0;
-
-    explicit Entry(const Kernel& k) : kernel(k) {
-        std::string seen;
-        for (const char* c = k.signature; *c; ++c) {
-            if (*c != ':') continue;
-            while (*++c && *c != ' ' && *c != '?' && *c != 'i' && *c != '=')
-                if ((*c < '0' || *c > '9') && seen.find(*c) == std::string::npos) seen += *c;
-            if (*c == 'i') ++c;
-            optional.push_back(*c == '?');
-            if (!*c) break;
-        }
-        sizes = seen.size();
-    }
-};
-
-// The kernels of an instruction set.
-struct Isa {
-    std::string name;
-    std::vector<Entry> kernels;
-    ProductKernels product;
-};
-
-template <std::size_t n>
-Isa isa_of(const char* name, const Kernel* const (&files)[n], ProductKernels product) {
-    Isa isa{name, {}, product};
-    for (const Kernel* file : files)
-        for (; file->name; ++file) isa.kernels.emplace_back(*file);
-    return isa;
-}
-
-// The instruction sets that this machine has, best first.
-const std::vector<Isa>& isas() {
-    static const auto* const list = [] {
-        auto* found = new std::vector<Isa>;
-#ifdef METAKERN_HAS_avx512
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            found->push_back(isa_of("avx512", avx512::files, avx512::product_kernels));
-#endif
-#ifdef METAKERN_HAS_avx2
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-            found->push_back(isa_of("avx2", avx2::files, avx2::product_kernels));
-#endif
-        found->push_back(isa_of("baseline", baseline::files, baseline::product_kernels));
-        return found;
-    }();
-    return *list;
-}
-
-std::atomic<std::size_t> chosen{0};
-
-std::string isa() { return isas()[chosen].name; }
 
 bool is_intel() {
 #if defined(__x86_64__)
@@ -112,12 +31,6 @@ std::vector<std::string> isa_names() {
     return names;
 }
 
-void set_isa(const std::string& name) {
-    for (std::size_t i = 0; i < isas().size(); ++i)
-        if (isas()[i].name == name) return void(chosen = i);
-    throw std::invalid_argument("isa must be one of this machine's, got '" + name + "'");
-}
-
 std::vector<std::pair<std::string, std::string>> signatures() {
     std::vector<std::pair<std::string, std::string>> all;
     for (const Entry& entry : isas()[0].kernels) all.emplace_back(entry.kernel.name, entry.kernel.signature);
@@ -126,7 +39,7 @@ std::vector<std::pair<std::string, std::string>> signatures() {
 
 void call(std::size_t index, bool is_double, const std::vector<std::uintptr_t>& tensors,
           const std::vector<std::int64_t>& sizes, const std::vector<double>& scalars, int threads) {
-    const std::vector<Entry>& kernels = isas()[chosen].kernels;
+    const std::vector<Entry>& kernels = isa_in_use().kernels;
     if (index >= kernels.size()) throw std::out_of_range("no kernel has the number " + std::to_string(index));
     const Entry& entry = kernels[index];
     const auto refuse = [&](const char* what, std::size_t got) {
@@ -155,7 +68,7 @@ void product(bool is_double, const std::array<std::uintptr_t, 4>& addresses, con
     const Product p{at(0),    at(1),    at(2), at(3), sizes[0], sizes[1], sizes[2], sizes[3], {s[0], s[1], s[2]},
                     {s[3], s[4], s[5]}, {s[6], s[7]}, scale};
     py::gil_scoped_release released;
-    isas()[chosen].product.run[is_double](p, threads);
+    isa_in_use().product.run[is_double](p, threads);
 }
 
 }  // namespace
@@ -163,7 +76,7 @@ void product(bool is_double, const std::array<std::uintptr_t, 4>& addresses, con
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     module.doc() = "metakern's kernels for CPUs";
-    module.def("isa", &metakern::isa, "The instruction set in use.");
+    module.def("isa", [] { return metakern::isa_in_use().name; }, "The instruction set in use.");
     module.def("is_intel", &metakern::is_intel, "Whether the CPU is Intel's.");
     module.def("isas", &metakern::isa_names, "The instruction sets of this machine, best first.");
     module.def("set_isa", &metakern::set_isa, py::arg("name"), "Use the kernels of another instruction set.");
@@ -172,4 +85,18 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
                py::arg("scalars"), py::arg("threads"), "Run a kernel. metakern._native.call checks what it is given.");
     module.def("product", &metakern::product, py::arg("is_double"), py::arg("addresses"), py::arg("sizes"),
                py::arg("strides"), py::arg("scale"), py::arg("threads"), "A batched matrix product; metakern._native.product checks.");
+
+    using metakern::Place;
+    using metakern::Tape;
+    py::class_<Place>(module, "Place").def(py::init<int, std::int64_t>());
+    py::class_<Tape>(module, "Tape", "Kernel calls on memory laid out beforehand; metakern._tape writes them.")
+        .def(py::init<std::int64_t, int>(), py::arg("bytes"), py::arg("bases"))
+        .def("kernel", &Tape::kernel)
+        .def("product", &Tape::product)
+        .def("pass_", &Tape::pass)
+        .def("take_rows", &Tape::take_rows)
+        .def("add_rows", &Tape::add_rows)
+        .def("check", &Tape::check)
+        .def_property_readonly("bytes", &Tape::bytes)
+        .def("run", &Tape::run, py::arg("bases"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

@@ -1,6 +1,7 @@
 """metakern: exact second-order meta-learning, fused, batched over tasks, flat in memory and never silently wrong."""
 
 from metakern import losses, nn, ops, optim
+from metakern.doctor import doctor
 from metakern.meta.algorithms import ANIL, FOMAML, MAML, MetaSGD, Reptile
 from metakern.nn.lora import lora, merge_lora, remove_lora
 from metakern.nn.patch import patch, unpatch
@@ -16,6 +17,7 @@ __all__ = [
     "Reptile",
     "backend",
     "backends",
+    "doctor",
     "load_lora",
     "lora",
     "losses",

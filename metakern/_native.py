@@ -142,7 +142,22 @@ class _Device(NamedTuple):
     run: Callable[[str, torch.dtype, list[int], list[int], Sequence[float], torch.device], None]
 
 
-_DEVICES = {"cpu": _Device(DTYPES, _run_on_cpu), "cuda": _Device(CUDA_DTYPES, _run_on_gpu)}
+def _refuse(
+    kernel: str,
+    dtype: torch.dtype,
+    addresses: list[int],
+    sizes: list[int],
+    scalars: Sequence[float],
+    device: torch.device,
+) -> None:
+    raise ValueError(f"{kernel}: tensors must be on the CPU or a GPU, got {device}")
+
+
+_DEVICES = {
+    "cpu": _Device(DTYPES, _run_on_cpu),
+    "cuda": _Device(CUDA_DTYPES, _run_on_gpu),
+    "meta": _Device(DTYPES, _refuse),  # tensors without memory can be arranged, not run on
+}
 
 
 @recordable()
@@ -156,6 +171,27 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
     >>> call("gelu_tanh_forward", torch.zeros(3))
     (tensor([0., 0., 0.]),)
     """
+    arranged = arrange(kernel, *inputs)
+    # An empty tensor has no address; one that is never read keeps it apart from an absent tensor.
+    tensors = (*arranged.inputs, *arranged.outputs)
+    addresses = [0 if tensor is None else tensor.data_ptr() or 64 for tensor in tensors]
+    device = arranged.device
+    _DEVICES[device.type].run(kernel, arranged.dtype, addresses, arranged.sizes, scalars, device)
+    return arranged.outputs
+
+
+class Arranged(NamedTuple):
+    """A call of a kernel: its tensors in contiguous memory, and the sizes of its signature."""
+
+    inputs: list[Tensor | None]
+    outputs: tuple[Tensor | None, ...]
+    sizes: list[int]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def arrange(kernel: str, *inputs: Tensor | None) -> Arranged:
+    """Checks the inputs against the kernel's signature and makes its outputs; tensors of device "meta" will do."""
     signature = _signatures()[kernel]
     if len(inputs) != len(signature.inputs):
         raise TypeError(f"{kernel}: inputs must number {len(signature.inputs)}, got {len(inputs)}")
@@ -163,7 +199,7 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
     first, name = inputs[0], signature.inputs[0].name
     if first is None or first.device.type not in _DEVICES:
         raise ValueError(f"{kernel}: {name} must be on the CPU or a GPU, got {getattr(first, 'device', None)}")
-    dtypes, run = _DEVICES[first.device.type]
+    dtypes = _DEVICES[first.device.type].dtypes
     if first.dtype not in dtypes:
         names = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise TypeError(f"{kernel}: {name} must be {names}, got {first.dtype}")
@@ -206,10 +242,7 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
         return torch.empty(shape, dtype=dtype, device=device)
 
     outputs = tuple(output(argument) for argument in signature.outputs)
-    # An empty tensor has no address; one that is never read keeps it apart from an absent tensor.
-    addresses = [0 if tensor is None else tensor.data_ptr() or 64 for tensor in (*tensors, *outputs)]
-    run(kernel, dtype, addresses, list(sizes.values()), scalars, device)
-    return outputs
+    return Arranged(tensors, outputs, list(sizes.values()), dtype, device)
 
 
 def has_fast_products() -> bool:
@@ -226,31 +259,40 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False
     >>> product(torch.ones(2, 1, 3), torch.ones(1, 3, 1).expand(2, 3, 1)).flatten()
     tensor([3., 3.])
     """
+    if a.device.type != "cpu":
+        raise ValueError(f"product: a must be on the CPU, got {a.device}")
+    arranged = arrange_product(a, b, add, reuse)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in arranged.tensors]
+    is_double, threads = a.dtype == torch.float64, torch.get_num_threads()
+    _C.product(is_double, addresses, arranged.sizes, arranged.strides, scale, threads)
+    return arranged.tensors[3]
+
+
+class ArrangedProduct(NamedTuple):
+    """A product: a, b, what is added, and the result; the sizes T, M, N, K; the strides that csrc/product.h wants."""
+
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor]
+    sizes: tuple[int, int, int, int]
+    strides: tuple[int, ...]
+
+
+def arrange_product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False) -> ArrangedProduct:
+    """Checks the operands of `product` and makes its result; tensors of device "meta" will do."""
     (T, M, K), N = a.shape, b.shape[2]
     if b.shape[:2] != (T, K) or a.dtype not in DTYPES or b.dtype != a.dtype:
         raise ValueError(f"product: b must be {[T, K, N]} of {a.dtype}, got {list(b.shape)} of {b.dtype}")
-    if a.device.type != "cpu" or b.device.type != "cpu":
-        raise ValueError(f"product: a and b must be on the CPU, got {a.device} and {b.device}")
+    if b.device != a.device:
+        raise ValueError(f"product: b must be on {a.device} like a, got {b.device}")
     a, b = _one_unit_stride(a), _one_unit_stride(b)
-    address = 0
     add_strides: tuple[int, ...] = (0, 0)
     if add is not None:
-        if add.dtype != a.dtype or add.device.type != "cpu":
-            raise ValueError(f"product: add must be {a.dtype} on the CPU, got {add.dtype} on {add.device}")
+        if add.dtype != a.dtype or add.device != a.device:
+            raise ValueError(f"product: add must be {a.dtype} on {a.device}, got {add.dtype} on {add.device}")
         add = add.expand(T, M, N).resolve_neg()
         add = add if add.stride(2) == 1 or N == 1 else add.contiguous()
-        address, add_strides = add.data_ptr(), add.stride()[:2]
+        add_strides = add.stride()[:2]
     c = add if reuse and add is not None and add.is_contiguous() else a.new_empty(T, M, N)
-    addresses = a.data_ptr(), b.data_ptr(), address, c.data_ptr()
-    _C.product(
-        a.dtype == torch.float64,
-        addresses,
-        (T, M, N, K),
-        (*a.stride(), *b.stride(), *add_strides),
-        scale,
-        torch.get_num_threads(),
-    )
-    return c
+    return ArrangedProduct((a, b, add, c), (T, M, N, K), (*a.stride(), *b.stride(), *add_strides))
 
 
 def _one_unit_stride(x: Tensor) -> Tensor:

@@ -102,10 +102,11 @@ Rewrite = Callable[[list[Step], list[Any]], list[Step]]  # of steps, given the o
 class Program:
     """What was recorded: tensors in, tensors (or None) out."""
 
-    def __init__(self, inputs: int, steps: list[Step], outputs: list[Any], rewrite: Rewrite) -> None:
-        steps, outputs = _with_one_name(steps, outputs)
-        self.steps = _without_unused(rewrite(_without_unused(steps, outputs), outputs), outputs)
-        self._run = _compiled(inputs, self.steps, outputs)
+    def __init__(self, inputs: list[Register], steps: list[Step], outputs: list[Any], rewrite: Rewrite) -> None:
+        steps, self.outputs = _with_one_name(steps, outputs)
+        self.inputs = inputs
+        self.steps = _without_unused(rewrite(_without_unused(steps, self.outputs), self.outputs), self.outputs)
+        self._run = _compiled(inputs, self.steps, self.outputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
@@ -121,7 +122,7 @@ def record(
     recorder = _Recorder(inputs)
     with recorder:
         results = list(function())
-    return Program(len(inputs), recorder.steps, recorder.named(results), rewrite), results
+    return Program(recorder.named(list(inputs)), recorder.steps, recorder.named(results), rewrite), results
 
 
 class _Recorder(TorchDispatchMode):
@@ -218,7 +219,7 @@ def _without_unused(steps: list[Step], outputs: Any) -> list[Step]:
     return kept[::-1]
 
 
-def _compiled(inputs: int, steps: Sequence[Step], outputs: Any) -> Callable[..., list[Tensor | None]]:
+def _compiled(inputs: Sequence[Register], steps: Sequence[Step], outputs: Any) -> Callable[..., list[Tensor | None]]:
     """The steps as one Python function, a line each, which forgets a tensor after the last line that reads it."""
     constants: dict[str, Any] = {}
 
@@ -242,7 +243,7 @@ def _compiled(inputs: int, steps: Sequence[Step], outputs: Any) -> Callable[...,
     for register in registers(outputs):
         last[register] = len(steps)
     functions: dict[Any, str] = {}
-    lines = [f"def run({', '.join(f'r{i}' for i in range(inputs))}):"]
+    lines = [f"def run({', '.join(map(text, inputs))}):"]
     for i, step in enumerate(steps):
         if step.function not in functions:
             direct = _BINDINGS.get(step.function) or getattr(step.function, "_op", step.function)

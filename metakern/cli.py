@@ -152,7 +152,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("arguments", nargs="*")
         one.set_defaults(benchmark=name)
 
-    add(_doctor, "Tell what this environment has, and what it lacks")
+    doctor = add(_doctor, "Tell what this environment has and lacks, or whether a run's meta-gradient is exact")
+    doctor.add_argument("run", metavar="RUN", nargs="?", help="folder of a run, whose model and data are looked at")
     return parser
 
 
@@ -236,7 +237,25 @@ def _bench(benchmark: str, arguments: list[str]) -> None:
         raise UserError(f"the package {missing} is missing: pip install metakern[bench]") from None
 
 
-def _doctor() -> None:
+def _doctor(run: str | None) -> None:
+    if run is None:
+        _environment()
+    else:
+        _diagnosis(run)
+
+
+def _diagnosis(path: str) -> None:
+    from metakern.run import Run, episodes, load_split, on_device_of
+
+    run = Run.open(path)
+    config, algorithm = run.config, run.algorithm
+    batches = episodes(config, load_split(config).train, run.tokenizer).sample(0, config.tasks)
+    support, query = (on_device_of(run.model, batch) for batch in batches)
+    options = {"inner": algorithm.inner, "steps": config.inner_steps, "adapt": getattr(algorithm, "_adapt", None)}
+    print(metakern.doctor(run.model, metakern.losses.causal_lm, support, query, **options))
+
+
+def _environment() -> None:
     python = ".".join(map(str, sys.version_info[:3]))
     print(f"metakern {metakern.__version__}, Python {python}, torch {torch.__version__}")
     print(f"CPU: {torch.get_num_threads()} threads")

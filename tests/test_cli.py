@@ -117,6 +117,14 @@ def test_the_folder_of_a_run_has_a_name(folder, monkeypatch, tmp_path):
     assert (tmp_path / "runs" / "d-a-ta-gru-fomaml" / "config.toml").exists()
 
 
+def test_doctor_tells_whether_a_run_is_exact(folder, capsys):
+    assert main(["doctor", str(folder / "run")]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith("The meta-gradient is exact.\n")
+    assert "Meta-gradient of 2 inner steps, one task, float64" in page
+    assert "missing: is not the folder of a run" in complaint(capsys, "doctor", "missing")
+
+
 def test_doctor_tells_the_environment_without_any_extra(capsys, monkeypatch):
     for extra in cli.EXTRAS:
         for module in [name for name in sys.modules if name.partition(".")[0] == extra]:

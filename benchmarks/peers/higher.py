@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,7 @@ requirements = ("--no-deps higher==0.2.1",)
 shares_torch = True
 
 
-def higher(work: Workload) -> Callable[[], Gradient]:
-    from higher import innerloop_ctx
-
+def loop(work: Workload, innerloop_ctx: Any) -> Callable[[], Gradient]:
     optimizer = torch.optim.SGD(work.theta.values(), lr=work.lr)
 
     def one(support: tuple[Tensor, ...], query: tuple[Tensor, ...]) -> Tensor:
@@ -26,6 +25,12 @@ def higher(work: Workload) -> Callable[[], Gradient]:
             return work.loss(model, query)
 
     return by_backward(work, one)
+
+
+def higher(work: Workload) -> Callable[[], Gradient]:
+    from higher import innerloop_ctx
+
+    return loop(work, innerloop_ctx)
 
 
 methods = {"higher": higher}

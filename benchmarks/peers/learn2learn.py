@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
+from typing import Any
 
 from torch import Tensor
 
@@ -23,13 +24,16 @@ requirements = (
 shares_torch = True
 
 
-def learn2learn(work: Workload) -> Callable[[], Gradient]:
-    frozen = len(work.theta) < len(list(work.model.parameters()))
+def original(name: str) -> Any:
+    """A class of learn2learn's, from the module of its own."""
     for package in ("learn2learn", "learn2learn.algorithms"):
         sys.modules.setdefault(package, module_from_spec(find_spec(package)))  # there, and never run
-    maml = import_module("learn2learn.algorithms.maml").MAML(
-        work.model, lr=work.lr, first_order=False, allow_nograd=frozen
-    )
+    return getattr(import_module(f"learn2learn.algorithms.{'maml' if name == 'MAML' else 'meta_sgd'}"), name)
+
+
+def loop(work: Workload, maml_class: Any) -> Callable[[], Gradient]:
+    frozen = len(work.theta) < len(list(work.model.parameters()))
+    maml = maml_class(work.model, lr=work.lr, first_order=False, allow_nograd=frozen)
 
     def one(support: tuple[Tensor, ...], query: tuple[Tensor, ...]) -> Tensor:
         learner = maml.clone()
@@ -38,6 +42,10 @@ def learn2learn(work: Workload) -> Callable[[], Gradient]:
         return work.loss(learner, query)
 
     return by_backward(work, one)
+
+
+def learn2learn(work: Workload) -> Callable[[], Gradient]:
+    return loop(work, original("MAML"))
 
 
 methods = {"learn2learn": learn2learn}

@@ -58,4 +58,11 @@ inline Derivatives<F> silu(Vec<F> x) {
     return gated<F>(x, z, z, Vec<F>{} + F(1), Vec<F>{});
 }
 
+template <class F>
+inline Derivatives<F> gelu(Vec<F> x) {
+    const Vec<F> z = clamp<F>(x, -kShut, kShut);
+    const Normal<F> n = normal<F>(z);
+    return {x * n.distribution, n.distribution + z * n.density, n.density * (F(2) - z * z)};
+}
+
 }  // namespace metakern::METAKERN_ISA

@@ -5,13 +5,6 @@
 namespace metakern::METAKERN_ISA {
 
 template <class F>
-inline Derivatives<F> gelu(Vec<F> x) {
-    const Vec<F> z = clamp<F>(x, -kShut, kShut);
-    const Normal<F> n = normal<F>(z);
-    return {x * n.distribution, n.distribution + z * n.density, n.density * (F(2) - z * z)};
-}
-
-template <class F>
 inline Derivatives<F> gelu_tanh(Vec<F> x) {
     constexpr F a = F(0.044715), c = F(1.5957691216057308);  // 2 sqrt(2/pi)
     const Vec<F> z = clamp<F>(x, -kShut, kShut), square = z * z;

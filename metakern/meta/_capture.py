@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
+from itertools import accumulate, groupby
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -19,74 +20,151 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metakern._record import Program, RecordError, record
+from metakern.meta._batching import select, tasks_of
 from metakern.meta._fuse import fused
+from metakern.meta._tape import Tape, written
 from metakern.meta._unroll import Random
 from metakern.ops import _backend
 
 PROGRAMS = 8  # kept at once, the latest
+PIECE_BYTES = 4 * 2**20  # of a core's part of the caches
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 class Captures:
-    """The programs of a function of batches, one for each kind of batch."""
+    """The programs of a function of batches, one for each kind of batch.
+
+    The function returns losses of the batch's tasks, [T], and gradients (or None), which are sums over the tasks. Where
+    a program has a tape, a batch goes through it in pieces.
+    """
 
     def __init__(self) -> None:
-        self._programs: dict[Any, Program | None] = {}  # None: runs ordinarily
-        self._checked: set[Any] = set()
+        self._programs: dict[Any, _Captured | None] = {}  # None: runs ordinarily
+        self._piece: dict[Any, int] = {}  # tasks of a piece
 
     def __call__(self, function: Callable[..., Sequence[Tensor | None]], key: tuple, *batches: Any) -> list:
-        """function(*batches), tensors or None, by the program for the key and the batches' structure."""
-        leaves, spec = tree_flatten(batches)
-        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        inputs = [leaves[i].contiguous() for i in where]
-        others = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
-        key = (*key, str(spec), str(others), *((t.shape, t.dtype, t.device) for t in inputs))
+        """function(*batches), by the program for the key and the batches' structure."""
+        tasks = tasks_of(batches[0])
+        whole = _Call(function, key, batches)
+        if whole.key not in self._piece:
+            while len(self._piece) >= PROGRAMS:
+                del self._piece[next(iter(self._piece))]
+            self._piece[whole.key] = self._piece_of(whole, tasks)
+        number = -(-tasks // self._piece[whole.key])
+        sizes = sorted((len(range(i, tasks, number)) for i in range(number)), reverse=True)  # equal ones side by side
+        ends = accumulate(sizes)
+        parts = [whole.part(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+        losses, *gradients = zip(*self._run(parts), strict=True)
+        return [torch.cat(losses), *(None if g[0] is None else reduce(torch.add, g) for g in gradients)]
 
-        def run() -> Sequence[Tensor | None]:
-            for i, tensor in zip(where, inputs, strict=True):
-                leaves[i] = tensor
-            return function(*tree_unflatten(leaves, spec))
+    def _piece_of(self, whole: _Call, tasks: int) -> int:
+        """As many tasks as a cache holds, and a piece for each thread; all tasks where one task has no tape."""
+        threads, one = torch.get_num_threads(), whole.part(slice(1))
+        if tasks < threads:
+            return tasks
+        before = Random(one.inputs[0].device)
+        self._recorded(one)
+        before.restore()
+        captured = self._programs[one.key]
+        if captured is None or captured.tape is None:
+            if captured is None:
+                self._programs[whole.key] = None
+            return tasks
+        rounds = -(-tasks // (threads * max(1, PIECE_BYTES // captured.tape.bytes)))
+        return -(-tasks // (threads * rounds))
 
-        if key not in self._programs:
-            return self._recorded(key, run, inputs)
-        program = self._programs[key]
-        if program is None:
-            return list(run())
-        return program(inputs) if key in self._checked else self._compared(key, program, run, inputs)
+    def _run(self, calls: list[_Call]) -> list[list[Tensor | None]]:
+        """Those whose program is known to be right side by side, the others ordinarily."""
+        results, ready, new = [], [], set()
+        for call in calls:
+            captured = self._programs.get(call.key)
+            if call.key not in self._programs:
+                new.add(call.key)
+                results.append(self._recorded(call))
+            elif captured is None or call.key in new:
+                results.append(list(call()))
+            elif not captured.checked:
+                results.append(self._compared(captured, call))
+            else:
+                ready.append(call)
+                results.append([])
+        found = iter(self._played(ready))
+        return [result or next(found) for result in results]
 
-    def _recorded(self, key: Any, run: Callable[[], Sequence[Tensor | None]], inputs: list[Tensor]) -> list:
+    def _played(self, calls: list[_Call]) -> Iterator[list[Tensor | None]]:
+        """The calls' programs, as many at a time as there are threads."""
+        threads = torch.get_num_threads()
+        for key, alike in groupby(calls, key=lambda call: call.key):
+            inputs = [call.inputs for call in alike]
+            captured = self._programs[key]
+            assert captured is not None
+            for i in range(0, len(inputs), threads):
+                yield from captured(inputs[i : i + threads], threads)
+
+    def _recorded(self, call: _Call) -> list:
         while len(self._programs) >= PROGRAMS:
-            oldest = next(iter(self._programs))
-            del self._programs[oldest]
-            self._checked.discard(oldest)
-        before = Random(inputs[0].device)
+            del self._programs[next(iter(self._programs))]
+        before = Random(call.inputs[0].device)
         try:
-            if inputs[0].device.type != "cpu":
+            if call.inputs[0].device.type != "cpu":
                 raise RecordError("programs are for CPUs")
-            self._programs[key], results = record(run, inputs, fused)
+            program, results = record(call, call.inputs, fused)
+            self._programs[call.key] = _Captured(program, written(program, call.inputs))
         except Exception as error:  # an ordinary run may do what a recorded one can't; if it can't, it says why
             before.restore()
-            results = list(run())
-            self._give_up(key, str(error))
+            results = list(call())
+            self._give_up(call.key, str(error))
         return results
 
-    def _compared(self, key: Any, program: Program, run: Callable[[], Sequence[Tensor | None]], inputs: list) -> list:
-        before, reason = Random(inputs[0].device), ""
+    def _compared(self, captured: _Captured, call: _Call) -> list:
+        before, reason = Random(call.inputs[0].device), ""
         try:
-            found = program(inputs)
+            (found,) = captured([call.inputs], 1)
         except Exception as error:
             found, reason = [], str(error)
         before.restore()
-        results = list(run())
+        results = list(call())
         if found and _agree(found, results):
-            self._checked.add(key)
+            captured.checked = True
         elif not found or all(r is None or r.isfinite().all() for r in results):  # others confirm nothing
-            self._give_up(key, reason or "on another batch it would give other results than an ordinary run")
+            self._give_up(call.key, reason or "on another batch it would give other results than an ordinary run")
         return results
 
     def _give_up(self, key: Any, reason: str) -> None:
         self._programs[key] = None
         warnings.warn(f"MAML: capture has no effect, as the meta-gradient can't be captured: {reason}", stacklevel=2)
+
+
+class _Call:
+    """A function and its batches, whose tensors are the inputs of a program."""
+
+    def __init__(self, function: Callable[..., Sequence[Tensor | None]], key: tuple, batches: tuple) -> None:
+        self._function, self._batches, self._given = function, batches, key
+        self._leaves, self._spec = tree_flatten(batches)
+        self._where = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        self.inputs = [self._leaves[i].contiguous() for i in self._where]
+        others = tuple(leaf for leaf in self._leaves if not isinstance(leaf, Tensor))
+        kinds = ((t.shape, t.dtype, t.device) for t in self.inputs)
+        self.key = (*key, str(self._spec), str(others), *kinds)
+
+    def __call__(self) -> Sequence[Tensor | None]:
+        for i, tensor in zip(self._where, self.inputs, strict=True):
+            self._leaves[i] = tensor
+        return self._function(*tree_unflatten(self._leaves, self._spec))
+
+    def part(self, tasks: slice) -> _Call:
+        return _Call(self._function, self._given, tuple(select(batch, tasks) for batch in self._batches))
+
+
+class _Captured:
+    """A program, by its tape where it has one."""
+
+    def __init__(self, program: Program, tape: Tape | None) -> None:
+        self.program, self.tape, self.checked = program, tape, False
+
+    def __call__(self, pieces: list[list[Tensor]], threads: int) -> list[list[Tensor | None]]:
+        results = self.tape(pieces, threads) if self.tape is not None else None
+        return [self.program(inputs) for inputs in pieces] if results is None else results  # which says what is wrong
 
 
 def _agree(found: Sequence[Tensor | None], truth: Sequence[Tensor | None]) -> bool:

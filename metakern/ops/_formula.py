@@ -248,7 +248,8 @@ def _fma(c: Any, a: Any, b: Any, sign: int = 1) -> Any:
     return torch.addcmul(c, a, b, value=sign) if isinstance(b, Tensor) else torch.add(c, a, alpha=sign * b)
 
 
-def _fms(c: Any, a: Any, b: Any) -> Any:
+def torch_fms(c: Any, a: Any, b: Any) -> Any:
+    """c - a b, in one pass."""
     return _fma(c, a, b, -1)
 
 
@@ -267,6 +268,6 @@ def torch_over(a: Any, b: Tensor) -> Tensor:
 @cache
 def in_torch(made: Program) -> Callable[..., tuple[Any, ...]]:
     """The program as a function of tensors and numbers."""
-    names: dict[str, Any] = {"fma": _fma, "fms": _fms, "root": torch_root, "over": torch_over}
+    names: dict[str, Any] = {"fma": _fma, "fms": torch_fms, "root": torch_root, "over": torch_over}
     exec(made.text, names)
     return names["f"]

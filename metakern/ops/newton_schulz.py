@@ -63,8 +63,9 @@ def newton_schulz(
 def _start(c: SimpleNamespace, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """X₀, 1 / max(|X|, eps), and whether |X| is the larger one, [T, 1, 1] as a factor."""
     n = x.square().sum((1, 2), keepdim=True).sqrt()
-    s = 1 / n.clamp(min=c.eps)
-    return s * x, s, (n >= c.eps).to(x.dtype)
+    larger = n >= c.eps
+    s = 1 / torch.where(larger, n, c.eps)
+    return s * x, s, larger.to(x.dtype)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class Stepwise(InnerOptimizer):
     """
 
     counts = False
+    lr: Hyper
 
     def __init__(self, hyper: Mapping[str, float], learning: Learning) -> None:
         super().__init__()

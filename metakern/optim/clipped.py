@@ -46,7 +46,7 @@ class Clipped(InnerOptimizer):
 
     def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
         if grads:
-            n = norms(grads)
+            n = norms(grads) + 1e-6
             limit = self.norm.to(n) if isinstance(self.norm, Tensor) else self.norm
-            grads = scaled(grads, (limit / (n + 1e-6)).clamp(max=1))
+            grads = scaled(grads, torch.where(n < limit, 1, limit / n))
         return self.inner.update(phi, grads, state)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from metakern import ops
 from metakern.ops.newton_schulz import COEFFICIENTS
 from metakern.optim._base import (
-    Hyper,
     InnerOptimizer,
     Learning,
     State,
@@ -57,7 +56,6 @@ class Muon(Stepwise):
     """
 
     fills = (0.0,)
-    lr: Hyper
 
     def __init__(
         self,

@@ -1,0 +1,276 @@
+"""metakern.compat beside learn2learn and higher themselves: the same numbers, then time and peak memory.
+
+    python -m benchmarks.compat [--libraries learn2learn,higher] [--workloads gpt:medium,lstm] [--rounds 7]
+
+Each library is installed into an environment of its own, made at the first use. There both run 20 outer steps in
+float64 from the same start, in every case of `CASES`; what counts is the greatest difference of a loss, or of a
+parameter at the end, beside the greatest of those numbers. Then both are timed at the workloads, as `benchmarks.maml`
+times its peers: the library's own loop, the same loop on metakern.compat, and that on a patched model. Ratios are
+medians of ratios within a round, with their quartiles. All goes to benchmarks/results/compat.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import against, maml, peers, results
+from benchmarks.progress import Progress
+from benchmarks.recurrent import quartiles
+from benchmarks.results import FOLDER, ROOT
+from benchmarks.workloads import make
+
+WORKLOADS = "mlp:small;mlp;mlp:large;lstm:small;lstm;gpt:small;gpt;gpt:large"
+OUTER_STEPS, INNER_STEPS, TASKS, TOLERANCE = 20, 3, 2, 1e-6
+
+# A step of the inner loop, and what it starts from: with the library's classes, from a model.
+Loop = Callable[[Any, nn.Module, Callable[[Any, int], Tensor]], Tensor]
+
+
+class Tied(nn.Module):
+    """A weight in two places, and one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.last.weight = self.first.weight
+        self.first.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).tanh())
+
+
+class Learn2Learn:
+    """MAML and MetaSGD, of the original or of metakern."""
+
+    def __init__(self, original: bool) -> None:
+        if original:
+            from benchmarks.peers.learn2learn import original as found
+
+            self.classes = {name: found(name) for name in ("MAML", "MetaSGD")}
+        else:
+            from metakern.compat import learn2learn
+
+            self.classes = {"MAML": learn2learn.MAML, "MetaSGD": learn2learn.MetaSGD}
+
+    def learner(self, model: nn.Module, kind: str = "MAML", **options: Any) -> tuple[list[Tensor], Callable]:
+        """What is learned, and the query loss of a task as a function of its losses."""
+        outer = self.classes[kind](model, lr=0.1, **options)
+
+        def task(loss: Callable[[Any, int], Tensor]) -> Tensor:
+            learner = outer.clone()
+            for k in range(INNER_STEPS):
+                learner.adapt(loss(learner, k))
+            return loss(learner.clone(), INNER_STEPS)
+
+        return list(outer.parameters()), task
+
+
+class Higher:
+    """innerloop_ctx, of the original or of metakern."""
+
+    def __init__(self, original: bool) -> None:
+        if original:
+            import higher
+        else:
+            from metakern.compat import higher
+        self.context: Callable[..., AbstractContextManager] = higher.innerloop_ctx
+
+    def learner(
+        self, model: nn.Module, kind: str = "SGD", warm: int = 0, learned: tuple[str, ...] = (), **options: Any
+    ) -> tuple[list[Tensor], Callable]:
+        """As Learn2Learn's; `warm`: steps that the optimizer takes before; `learned`: settings that are."""
+        half = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": half[::2]}, {"params": half[1::2], "lr": 0.07}]
+        opt = getattr(torch.optim, kind)(groups, **({"lr": 0.05} | options))
+        for _ in range(warm):
+            sum(p.sin().sum() for p in half).backward()
+            opt.step()
+        override = {
+            name: [torch.tensor(float(g[name]), dtype=half[0].dtype, requires_grad=True) for g in opt.param_groups]
+            for name in learned
+        }
+        rates = [rate for values in override.values() for rate in values]
+
+        def task(loss: Callable[[Any, int], Tensor]) -> Tensor:
+            with self.context(model, opt, copy_initial_weights=False, override=override or None) as (fmodel, diffopt):
+                for k in range(INNER_STEPS):
+                    diffopt.step(loss(fmodel, k))
+                return loss(fmodel, INNER_STEPS)
+
+        return [*half, *rates], task
+
+
+LIBRARIES: dict[str, type[Learn2Learn] | type[Higher]] = {"learn2learn": Learn2Learn, "higher": Higher}
+CASES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    # A model or a workload, and the learner's options. What the release of higher has otherwise than PyTorch today, the
+    # tests hold to torch.optim: AdamW, which it lacks, Adam's eps, which it adds before the bias correction, the bias
+    # correction of a carried-over step, in float32, and a centered RMSprop without a gradient, where it has NaN.
+    "learn2learn": {
+        "MLP": ("mlp", {}),
+        "MLP, first order": ("mlp", {"first_order": True}),
+        "LSTM": ("lstm", {}),
+        "GPT": ("gpt", {}),
+        "tied and frozen weights": ("tied", {"allow_nograd": True}),
+        "Meta-SGD": ("mlp", {"kind": "MetaSGD"}),
+        "Meta-SGD, first order": ("lstm", {"kind": "MetaSGD", "first_order": True}),
+    },
+    "higher": {
+        "SGD, LSTM": ("lstm", {}),
+        "SGD, GPT": ("gpt", {}),
+        "SGD, tied and frozen weights": ("tied", {"warm": 2}),
+        "SGD, momentum, dampening": ("mlp", {"momentum": 0.7, "dampening": 0.3, "weight_decay": 0.01, "warm": 2}),
+        "SGD, Nesterov": ("mlp", {"momentum": 0.7, "nesterov": True}),
+        "SGD, learned": ("mlp", {"momentum": 0.7, "weight_decay": 0.01, "learned": ("lr", "momentum", "weight_decay")}),
+        "Adam": ("tied", {"kind": "Adam", "eps": 0.0, "weight_decay": 0.01}),
+        "Adam, AMSGrad": ("tied", {"kind": "Adam", "eps": 0.0, "amsgrad": True}),
+        "Adam, learned": (
+            "tied",
+            {"kind": "Adam", "eps": 0.0, "weight_decay": 0.01, "learned": ("lr", "weight_decay")},
+        ),
+        "RMSprop": ("mlp", {"kind": "RMSprop", "eps": 1e-3, "momentum": 0.5, "warm": 2}),
+        "RMSprop, centered": ("tied", {"kind": "RMSprop", "eps": 1e-2, "centered": True}),
+        "Adagrad": ("mlp", {"kind": "Adagrad", "lr_decay": 0.1, "initial_accumulator_value": 0.1, "warm": 2}),
+    },
+}
+
+
+def trajectory(library: str, case: str, original: bool) -> list[Tensor]:
+    """Losses of the outer steps, [OUTER_STEPS, TASKS], then what was learned."""
+    name, options = CASES[library][case]
+    torch.manual_seed(0)
+    if name == "tied":
+        model: nn.Module = Tied().double()
+        x, y = torch.randn(2, INNER_STEPS + 1, TASKS, 5, 6, dtype=torch.float64)
+        of = F.mse_loss
+    else:
+        work = make(f"{name}:tiny").double()
+        model, (x, y) = (
+            work.model,
+            (torch.stack([s[:TASKS] for s in (a, b, a, b)]) for a, b in zip(work.support, work.query, strict=True)),
+        )
+        of = lambda logits, y: F.cross_entropy(logits.flatten(0, -2), y.flatten())  # noqa: E731
+    learned, task = LIBRARIES[library](original).learner(model, **options)
+    outer = torch.optim.SGD(learned, lr=0.02, momentum=0.9)
+    losses = []
+    for _ in range(OUTER_STEPS):
+        outer.zero_grad()
+        for t in range(TASKS):
+            with sdpa_kernel(SDPBackend.MATH):
+                value = task(lambda model, k, t=t: of(model(x[k, t]), y[k, t]))
+                value.backward()
+            losses.append(value.detach())
+        outer.step()
+    return [torch.stack(losses), *(p.detach() for p in learned)]
+
+
+def differences(library: str) -> dict[str, float]:
+    """By case, the greatest difference to the original's trajectory; in an environment that has it."""
+    found = {}
+    for case in CASES[library]:
+        ours, theirs = trajectory(library, case, original=False), trajectory(library, case, original=True)
+        gap = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+        found[case] = gap / max(float(b.abs().max()) for b in theirs)
+    return found
+
+
+def check(library: str) -> dict[str, float]:
+    """`differences`, in the library's own environment; RuntimeError where it has none or a case differs."""
+    command = [peers.environment(library), "-W", "ignore", "-m", "benchmarks.compat", "--differences", library]
+    done = subprocess.run(command, cwd=ROOT, env=against.environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{library}: {against.last_line(done.stderr)}")
+    found = json.loads(done.stdout)
+    for case, difference in found.items():
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"{library}: {case} differs from the original by {difference:.0e} after {OUTER_STEPS} steps"
+            )
+    return found
+
+
+def measure(library: str, name: str, args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Milliseconds and MiB of one workload, and the original over each of ours."""
+    (spec,) = maml.parsed(name)
+    ours = {method: "compat" for method in peers.load("compat").methods if f".{library}" in method}
+    seconds, ready, refused = maml.timed(spec, make(spec.name), {library: library} | ours, args, progress)
+    if refused:
+        raise RuntimeError("; ".join(f"{method}: {reason}" for method, reason in refused.items()))
+    rows = {
+        method: {
+            **ready[method],
+            "median_ms": statistics.median(seconds[method]) * 1e3,
+            "original_over_it": quartiles([a / b for a, b in zip(seconds[library], seconds[method], strict=True)]),
+        }
+        for method in (library, *ours)
+    }
+    return {**maml.conditions(args), "methods": rows}
+
+
+def show(library: str, name: str, found: dict[str, Any]) -> None:
+    for method, row in found["methods"].items():
+        middle, low, high = row["original_over_it"]
+        print(
+            f"{name:12} {method:30}{row['median_ms']:10.1f} ms {row['peak_mib']:7.0f} MiB   "
+            f"{library} / it: {middle:.2f} ({low:.2f}-{high:.2f})   error {row['error']:.0e}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--libraries", default=",".join(LIBRARIES), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--workloads", default=WORKLOADS, help="as of benchmarks.maml (default: %(default)s); none: ''")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each process (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=600, help="seconds to be warm (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=FOLDER / "compat.json", help="where the JSON goes")
+    parser.add_argument("--differences", metavar="LIBRARY", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.differences:
+        torch.set_num_threads(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            print(json.dumps(differences(args.differences)))
+        return
+    libraries = args.libraries.split(",")
+    if unknown := set(libraries) - set(LIBRARIES):
+        parser.error(f"libraries must be among {', '.join(LIBRARIES)}, got {', '.join(sorted(unknown))}")
+    args.folder = ROOT
+    try:
+        names = [spec.name for spec in maml.parsed(args.workloads)] if args.workloads else []
+        with Progress(len(libraries) * len(names) * (5 + 4 * args.rounds)) as progress:
+            for library in libraries:
+                found = check(library)
+                print(
+                    f"{library}: {len(found)} cases agree over {OUTER_STEPS} outer steps, to {max(found.values()):.0e}"
+                )
+                entry = {"machine": results.machine(), "outer_steps": OUTER_STEPS, "differences": found}
+                results.keep(args.out, "numbers", entry, library)
+                for name in names:
+                    entry = measure(library, name, args, progress)
+                    stored = results.load(args.out).get(library, {})
+                    results.keep(args.out, library, stored | {name: entry})
+                    show(library, name, entry)
+    except (ValueError, RuntimeError) as error:
+        print(f"compat: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

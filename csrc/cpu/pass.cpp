@@ -1,0 +1,319 @@
+// Passes: a walk over the outer dimensions, and vectors along the last one.
+#include "../pass.h"
+
+#include <utility>
+
+#include "elementwise.h"
+
+namespace metakern::METAKERN_ISA {
+
+namespace {
+
+// body(pointers) at every index of the first `dims` dimensions, of the result and `inputs` inputs.
+template <int inputs, class Body>
+inline void walk(const Pass& p, int dims, const int64_t (&bytes)[inputs + 1], Body body) {
+    int64_t index[kMostDims] = {};
+    char* at[inputs + 1];
+    for (int j = 0; j <= inputs; ++j) at[j] = static_cast<char*>(p.tensors[j]);
+    for (int d = 0; d < dims; ++d)
+        if (!p.sizes[d]) return;
+    for (;;) {
+        body(at);
+        int d = dims - 1;
+        for (; d >= 0; --d) {
+            for (int j = 0; j <= inputs; ++j) at[j] += p.strides[j][d] * bytes[j];
+            if (++index[d] < p.sizes[d]) break;
+            for (int j = 0; j <= inputs; ++j) at[j] -= p.sizes[d] * p.strides[j][d] * bytes[j];
+            index[d] = 0;
+        }
+        if (d < 0) return;
+    }
+}
+
+// Lanes at a stride: together, one for all, or apart.
+template <class F, class... Lanes>
+inline Vec<F> gathered(const F* p, int64_t stride, int64_t i, Lanes... n) {
+    if (stride == 1) return load(p + i, n...);
+    if (stride == 0) return Vec<F>{} + *p;
+    F lanes[kLanes<F>] = {};
+    const int64_t count = (static_cast<int64_t>(n) + ... + (sizeof...(n) ? 0 : kLanes<F>));
+    for (int64_t l = 0; l < count; ++l) lanes[l] = p[(i + l) * stride];
+    return load(lanes);
+}
+template <class F, class... Lanes>
+inline void scattered(F* p, int64_t stride, int64_t i, Vec<F> v, Lanes... n) {
+    if (stride == 1) return store(p + i, v, n...);
+    F lanes[kLanes<F>];
+    store(lanes, v);
+    const int64_t count = (static_cast<int64_t>(n) + ... + (sizeof...(n) ? 0 : kLanes<F>));
+    for (int64_t l = 0; l < count; ++l) p[(i + l) * stride] = lanes[l];
+}
+
+template <class F>
+using Rule = Vec<F> (*)(const Vec<F>* x, F s, F t);
+
+template <class F, int inputs, Rule<F> rule>
+void map(const Pass& p) {
+    const int last = p.dims - 1;
+    const int64_t count = p.sizes[last];
+    int64_t bytes[inputs + 1], strides[inputs + 1];
+    bool together = true;
+    for (int j = 0; j <= inputs; ++j) {
+        bytes[j] = sizeof(F);
+        strides[j] = p.strides[j][last];
+        together = together && strides[j] == 1;
+    }
+    const F s = static_cast<F>(p.scalars[0]), t = static_cast<F>(p.scalars[1]);
+    walk<inputs>(p, last, bytes, [&](char* const* at) {
+        F* out = reinterpret_cast<F*>(at[0]);
+        Vec<F> x[inputs + 1];
+        if (together)
+            each<F>(count, [&](int64_t i, auto... n) {
+                for (int j = 0; j < inputs; ++j) x[j] = load(reinterpret_cast<const F*>(at[j + 1]) + i, n...);
+                store(out + i, rule(x, s, t), n...);
+            });
+        else
+            each<F>(count, [&](int64_t i, auto... n) {
+                for (int j = 0; j < inputs; ++j)
+                    x[j] = gathered(reinterpret_cast<const F*>(at[j + 1]), strides[j + 1], i, n...);
+                scattered(out, strides[0], i, rule(x, s, t), n...);
+            });
+    });
+}
+
+inline float raised(float x, float y) { return __builtin_powf(x, y); }
+inline double raised(double x, double y) { return __builtin_pow(x, y); }
+
+template <class F>
+struct Of {
+    using V = Vec<F>;
+    using X = const V*;
+
+    static V root_of(V x) {
+        F lanes[kLanes<F>];
+        store(lanes, x);
+        for (F& lane : lanes) lane = root(lane);
+        return load(lanes);
+    }
+
+    static V copy(X x, F, F) { return x[0]; }
+    static V fill(X, F s, F) { return V{} + s; }
+    static V add(X x, F s, F) { return x[0] + s * x[1]; }
+    static V mul(X x, F, F) { return x[0] * x[1]; }
+    static V div(X x, F, F) { return x[0] / x[1]; }
+    static V affine(X x, F s, F t) { return s * x[0] + t; }
+    static V reciprocal(X x, F s, F) { return s / x[0]; }
+    static V power(X x, F s, F) {
+        F lanes[kLanes<F>];
+        store(lanes, x[0]);
+        for (F& lane : lanes) lane = raised(lane, s);
+        return load(lanes);
+    }
+    static V square(X x, F, F) { return x[0] * x[0]; }
+    static V sqrt(X x, F, F) { return root_of(x[0]); }
+    static V rsqrt(X x, F, F) { return F(1) / root_of(x[0]); }
+    static V exp(X x, F, F) { return METAKERN_ISA::exp<F>(x[0]); }
+    static V relu(X x, F, F) { return x[0] <= 0 ? V{} : x[0]; }  // NaN stays NaN
+    static V threshold_backward(X x, F s, F) { return x[1] <= s ? V{} : x[0]; }
+    static V tanh(X x, F, F) { return tanh_of<F>(x[0]); }
+    static V tanh_backward(X x, F, F) { return x[0] * (F(1) - x[1] * x[1]); }
+    static V sigmoid(X x, F, F) { return METAKERN_ISA::sigmoid<F>(x[0]).value; }
+    static V sigmoid_backward(X x, F, F) { return x[0] * x[1] * (F(1) - x[1]); }
+    static V gelu(X x, F, F) { return METAKERN_ISA::gelu<F>(x[0]).value; }
+    static V gelu_backward(X x, F, F) { return x[0] * METAKERN_ISA::gelu<F>(x[1]).first; }
+    static V silu(X x, F, F) { return METAKERN_ISA::silu<F>(x[0]).value; }
+    static V silu_backward(X x, F, F) { return x[0] * METAKERN_ISA::silu<F>(x[1]).first; }
+};
+
+// Along the last dimension where that is summed over, else down the others in columns of a few vectors.
+template <class F>
+void sum_over(const Pass& p) {
+    const int last = p.dims - 1;
+    const bool along = p.reduced > 0;
+    const int kept = along ? p.dims - p.reduced : last + p.reduced;
+    const int64_t count = p.sizes[last], stride = p.strides[1][last];
+    const F s = static_cast<F>(p.scalars[0]);
+    constexpr int64_t bytes[] = {sizeof(F), sizeof(F)};
+    Pass inner = p;  // its outer dimensions are those summed over
+    inner.dims = p.dims - kept;
+    for (int d = 0; d < inner.dims; ++d) {
+        inner.sizes[d] = p.sizes[kept + d];
+        for (int j = 0; j < 2; ++j) inner.strides[j][d] = p.strides[j][kept + d];
+    }
+    walk<1>(p, kept, bytes, [&](char* const* at) {
+        inner.tensors[0] = at[0];
+        F* out = reinterpret_cast<F*>(at[0]);
+        if (along) {
+            Vec<F> total{}, more[3] = {};
+            inner.tensors[1] = at[1];
+            walk<1>(inner, inner.dims - 1, bytes, [&](char* const* row) {
+                const F* x = reinterpret_cast<const F*>(row[1]);
+                int64_t i = 0;
+                if (stride == 1)
+                    for (; i + 4 * kLanes<F> <= count; i += 4 * kLanes<F>) {
+                        total += load(x + i);
+                        for (int v = 0; v < 3; ++v) more[v] += load(x + i + (v + 1) * kLanes<F>);
+                    }
+                each<F>(count - i, [&](int64_t j, auto... n) {
+                    total += METAKERN_ISA::first<F>(gathered(x + i * stride, stride, j, n...), n...);
+                });
+            });
+            *out = s * sum<F>((total + more[0]) + (more[1] + more[2]));
+        } else {
+            constexpr int64_t kColumns = 4 * kLanes<F>;
+            for (int64_t i = 0; i < count; i += kColumns) {
+                const int64_t width = count - i < kColumns ? count - i : kColumns;
+                Vec<F> total[4] = {};
+                inner.tensors[1] = at[1] + i * stride * static_cast<int64_t>(sizeof(F));
+                walk<1>(inner, inner.dims - 1, bytes, [&](char* const* row) {
+                    const F* x = reinterpret_cast<const F*>(row[1]);
+                    if (width == kColumns && stride == 1)
+                        for (int v = 0; v < 4; ++v) total[v] += load(x + v * kLanes<F>);
+                    else
+                        each<F>(width, [&](int64_t j, auto... n) {
+                            total[j / kLanes<F>] += gathered(x, stride, j, n...);
+                        });
+                });
+                each<F>(width, [&](int64_t j, auto... n) {
+                    scattered(out + i * p.strides[0][last], p.strides[0][last], j, s * total[j / kLanes<F>], n...);
+                });
+            }
+        }
+    });
+}
+
+// Passes of integers and masks, an element at a time.
+template <class Out, class... In, class Rule, std::size_t... j>
+inline void by_element(const Pass& p, Rule rule, std::index_sequence<j...>) {
+    const int64_t bytes[] = {sizeof(Out), sizeof(In)...};
+    const int last = p.dims - 1;
+    walk<sizeof...(In)>(p, last, bytes, [&](char* const* at) {
+        for (int64_t i = 0; i < p.sizes[last]; ++i)
+            reinterpret_cast<Out*>(at[0])[i * p.strides[0][last]] =
+                static_cast<Out>(rule(reinterpret_cast<const In*>(at[j + 1])[i * p.strides[j + 1][last]]...));
+    });
+}
+template <class Out, class... In, class Rule>
+inline void by_element(const Pass& p, Rule rule) {
+    by_element<Out, In...>(p, rule, std::index_sequence_for<In...>());
+}
+
+using Bool = std::uint8_t;
+
+template <class T>
+void copy_any(const Pass& p) {
+    by_element<T, T>(p, [](T x) { return x; });
+}
+template <class T>
+void fill_any(const Pass& p) {
+    by_element<T>(p, [s = static_cast<T>(p.scalars[0])] { return s; });
+}
+template <class T>
+void where_any(const Pass& p) {
+    by_element<T, Bool, T, T>(p, [](Bool mask, T x, T y) { return mask ? x : y; });
+}
+void add_integers(const Pass& p) {
+    by_element<int64_t, int64_t, int64_t>(p, [s = static_cast<int64_t>(p.scalars[0])](int64_t x, int64_t y) { return x + s * y; });
+}
+void mul_integers(const Pass& p) {
+    by_element<int64_t, int64_t, int64_t>(p, [](int64_t x, int64_t y) { return x * y; });
+}
+void affine_integers(const Pass& p) {
+    const int64_t s = static_cast<int64_t>(p.scalars[0]), t = static_cast<int64_t>(p.scalars[1]);
+    by_element<int64_t, int64_t>(p, [=](int64_t x) { return s * x + t; });
+}
+void logical_and(const Pass& p) {
+    by_element<Bool, Bool, Bool>(p, [](Bool x, Bool y) { return x && y; });
+}
+void logical_or(const Pass& p) {
+    by_element<Bool, Bool, Bool>(p, [](Bool x, Bool y) { return x || y; });
+}
+void logical_not(const Pass& p) {
+    by_element<Bool, Bool>(p, [](Bool x) { return !x; });
+}
+
+#define METAKERN_COMPARISON(name, relation)                                                                \
+    template <class T>                                                                                     \
+    void name(const Pass& p) {                                                                             \
+        by_element<Bool, T>(p, [s = static_cast<T>(p.scalars[0])](T x) { return x relation s; });          \
+    }
+METAKERN_COMPARISON(eq, ==)
+METAKERN_COMPARISON(ne, !=)
+METAKERN_COMPARISON(lt, <)
+METAKERN_COMPARISON(le, <=)
+METAKERN_COMPARISON(gt, >)
+METAKERN_COMPARISON(ge, >=)
+
+template <class F>
+void add_rows(void* to, const void* from, const int64_t* index, int64_t rows, int64_t to_rows, int64_t D, double scale) {
+    const F s = static_cast<F>(scale);
+    for (int64_t r = 0; r < rows; ++r) {
+        if (index[r] < 0 || index[r] >= to_rows) continue;
+        F* out = static_cast<F*>(to) + index[r] * D;
+        const F* x = static_cast<const F*>(from) + r * D;
+        each<F>(D, [&](int64_t i, auto... n) { add(out + i, s * load(x + i, n...), n...); });
+    }
+}
+
+constexpr PassKernels kernels() {
+    PassKernels k{};
+#define METAKERN_FLOATS(name, inputs)                              \
+    k.run[k_##name][kFloat32] = map<float, inputs, Of<float>::name>; \
+    k.run[k_##name][kFloat64] = map<double, inputs, Of<double>::name>;
+    METAKERN_FLOATS(copy, 1)
+    METAKERN_FLOATS(fill, 0)
+    METAKERN_FLOATS(add, 2)
+    METAKERN_FLOATS(mul, 2)
+    METAKERN_FLOATS(div, 2)
+    METAKERN_FLOATS(affine, 1)
+    METAKERN_FLOATS(reciprocal, 1)
+    METAKERN_FLOATS(power, 1)
+    METAKERN_FLOATS(square, 1)
+    METAKERN_FLOATS(sqrt, 1)
+    METAKERN_FLOATS(rsqrt, 1)
+    METAKERN_FLOATS(exp, 1)
+    METAKERN_FLOATS(relu, 1)
+    METAKERN_FLOATS(threshold_backward, 2)
+    METAKERN_FLOATS(tanh, 1)
+    METAKERN_FLOATS(tanh_backward, 2)
+    METAKERN_FLOATS(sigmoid, 1)
+    METAKERN_FLOATS(sigmoid_backward, 2)
+    METAKERN_FLOATS(gelu, 1)
+    METAKERN_FLOATS(gelu_backward, 2)
+    METAKERN_FLOATS(silu, 1)
+    METAKERN_FLOATS(silu_backward, 2)
+#define METAKERN_TYPES(name, rule)              \
+    k.run[k_##name][kFloat32] = rule<float>;    \
+    k.run[k_##name][kFloat64] = rule<double>;   \
+    k.run[k_##name][kInt64] = rule<int64_t>;    \
+    k.run[k_##name][kBool] = rule<Bool>;
+    METAKERN_TYPES(where, where_any)
+    METAKERN_TYPES(eq, eq)
+    METAKERN_TYPES(ne, ne)
+    METAKERN_TYPES(lt, lt)
+    METAKERN_TYPES(le, le)
+    METAKERN_TYPES(gt, gt)
+    METAKERN_TYPES(ge, ge)
+    k.run[k_sum][kFloat32] = sum_over<float>;
+    k.run[k_sum][kFloat64] = sum_over<double>;
+    k.run[k_copy][kInt64] = copy_any<int64_t>;
+    k.run[k_copy][kBool] = copy_any<Bool>;
+    k.run[k_fill][kInt64] = fill_any<int64_t>;
+    k.run[k_fill][kBool] = fill_any<Bool>;
+    k.run[k_add][kInt64] = add_integers;
+    k.run[k_mul][kInt64] = mul_integers;
+    k.run[k_affine][kInt64] = affine_integers;
+    k.run[k_logical_and][kBool] = logical_and;
+    k.run[k_logical_or][kBool] = logical_or;
+    k.run[k_logical_not][kBool] = logical_not;
+    k.add_rows[0] = add_rows<float>;
+    k.add_rows[1] = add_rows<double>;
+    return k;
+}
+
+}  // namespace
+
+extern const PassKernels pass_kernels;
+const PassKernels pass_kernels = kernels();
+
+}  // namespace metakern::METAKERN_ISA

@@ -1,0 +1,277 @@
+#include "tape.h"
+
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#include "isa.h"
+
+namespace metakern {
+namespace {
+
+struct CheckFailed {};
+
+}  // namespace
+
+struct Tape::State {
+    const std::uintptr_t* bases;
+    int threads;
+    const Isa& isa;
+
+    void* at(const Place& place) const {
+        return place.base < 0 ? nullptr : reinterpret_cast<void*>(bases[place.base] + static_cast<std::uintptr_t>(place.offset));
+    }
+};
+
+struct Tape::KernelStep : Step {
+    std::size_t index;
+    bool is_double;
+    std::vector<Place> places;
+    std::vector<std::int64_t> sizes;
+    std::vector<double> scalars;
+
+    void run(const State& state) const override {
+        void* addresses[kMostTensors];
+        for (std::size_t i = 0; i < places.size(); ++i) addresses[i] = state.at(places[i]);
+        state.isa.kernels[index].kernel.run[is_double]({addresses, sizes.data(), scalars.data(), state.threads});
+    }
+
+    static constexpr std::size_t kMostTensors = 32;
+};
+
+struct Tape::ProductStep : Step {
+    bool is_double;
+    std::array<Place, 4> places;
+    Product product;
+
+    void run(const State& state) const override {
+        Product p = product;
+        p.a = state.at(places[0]);
+        p.b = state.at(places[1]);
+        p.add = state.at(places[2]);
+        p.c = state.at(places[3]);
+        state.isa.product.run[is_double](p, state.threads);
+    }
+};
+
+struct Tape::PassStep : Step {
+    int name, type, operands;
+    std::array<Place, kMostOperands> places;
+    Pass pass;
+
+    void run(const State& state) const override {
+        Pass p = pass;
+        for (int i = 0; i < operands; ++i) p.tensors[i] = state.at(places[i]);
+        const auto run = state.isa.pass.run[name][type];
+        const int split = dimension_to_split();
+        if (state.threads == 1 || split < 0) return run(p);
+        struct Split {
+            const PassStep& step;
+            const Pass& whole;
+            decltype(run) pass;
+            int dimension, parts;
+        } context{*this, p, run, split, state.threads};
+        parallel(
+            context.parts, state.threads,
+            [](void* given, std::int64_t i) {
+                const auto& [step, whole, pass, dimension, parts] = *static_cast<Split*>(given);
+                const std::int64_t size = whole.sizes[dimension], begin = size * i / parts, end = size * (i + 1) / parts;
+                Pass part = whole;
+                part.sizes[dimension] = end - begin;
+                for (int j = 0; j < step.operands; ++j)
+                    part.tensors[j] = static_cast<char*>(part.tensors[j]) + begin * whole.strides[j][dimension] * step.bytes(j);
+                pass(part);
+            },
+            &context);
+    }
+
+    // One along which the result's elements differ, and of which it has enough to be worth a thread; else -1.
+    int dimension_to_split() const {
+        std::int64_t elements = 1;
+        for (int d = 0; d < pass.dims; ++d) elements *= pass.sizes[d];
+        const int last = pass.dims - 1, d = pass.reduced < 0 && pass.reduced == -last ? last : 0;
+        return elements >= kWorthAThread && pass.reduced < pass.dims && pass.strides[0][d] ? d : -1;
+    }
+
+    std::int64_t bytes(int operand) const {
+        constexpr std::int64_t kBytes[] = {4, 8, 8, 1};
+        const bool compares = name >= k_eq && name <= k_ge, chooses = name == k_where;
+        return (compares && operand == 0) || (chooses && operand == 1) ? 1 : kBytes[type];
+    }
+
+    static constexpr std::int64_t kWorthAThread = 1 << 15;
+};
+
+struct Tape::TakeStep : Step {
+    std::array<Place, 3> places;
+    std::int64_t rows, table_rows, bytes;
+
+    void run(const State& state) const override {
+        char* out = static_cast<char*>(state.at(places[0]));
+        const char* table = static_cast<const char*>(state.at(places[1]));
+        const auto* index = static_cast<const std::int64_t*>(state.at(places[2]));
+        for (std::int64_t i = 0; i < rows; ++i) {
+            if (index[i] < 0 || index[i] >= table_rows) throw CheckFailed();
+            std::memcpy(out + i * bytes, table + index[i] * bytes, static_cast<std::size_t>(bytes));
+        }
+    }
+};
+
+struct Tape::AddStep : Step {
+    bool is_double;
+    std::array<Place, 3> places;
+    std::int64_t rows, to_rows, D;
+    double scale;
+
+    void run(const State& state) const override {
+        state.isa.pass.add_rows[is_double](state.at(places[0]), state.at(places[1]),
+                                           static_cast<const std::int64_t*>(state.at(places[2])), rows, to_rows, D, scale);
+    }
+};
+
+struct Tape::CheckStep : Step {
+    Place place;
+    std::int64_t count, high, ignored;
+
+    void run(const State& state) const override {
+        const auto* value = static_cast<const std::int64_t*>(state.at(place));
+        for (std::int64_t i = 0; i < count; ++i)
+            if ((value[i] < 0 || value[i] >= high) && value[i] != ignored) throw CheckFailed();
+    }
+};
+
+void Tape::known(const Place& place, bool may_be_absent) const {
+    if (place.base >= bases_ || place.base < -may_be_absent || place.offset < 0)
+        throw std::invalid_argument("tape: a place must be in one of " + std::to_string(bases_) + " bases, got base " +
+                                    std::to_string(place.base));
+}
+
+void Tape::kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
+                  std::vector<double> scalars) {
+    const Entry& entry = isa_in_use().kernels.at(index);
+    if (places.size() != entry.optional.size() || places.size() > KernelStep::kMostTensors ||
+        sizes.size() != entry.sizes || scalars.size() != static_cast<std::size_t>(entry.kernel.scalars))
+        throw std::invalid_argument(std::string("tape: wrong numbers of arguments for ") + entry.kernel.name);
+    for (std::size_t i = 0; i < places.size(); ++i) known(places[i], entry.optional[i]);
+    auto step = std::make_unique<KernelStep>();
+    step->index = index;
+    step->is_double = is_double;
+    step->places = std::move(places);
+    step->sizes = std::move(sizes);
+    step->scalars = std::move(scalars);
+    steps_.push_back(std::move(step));
+}
+
+void Tape::product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
+                   const std::array<std::int64_t, 8>& s, double scale) {
+    for (int i = 0; i < 4; ++i) known(places[i], i == 2);
+    auto step = std::make_unique<ProductStep>();
+    step->is_double = is_double;
+    step->places = places;
+    step->product = {nullptr,  nullptr,  nullptr,  nullptr,  sizes[0], sizes[1], sizes[2], sizes[3], {s[0], s[1], s[2]},
+                     {s[3], s[4], s[5]}, {s[6], s[7]}, scale};
+    steps_.push_back(std::move(step));
+}
+
+void Tape::pass(const std::string& name, int type, int reduced, const std::vector<Place>& places,
+                const std::vector<std::int64_t>& sizes, const std::vector<std::vector<std::int64_t>>& strides,
+                const std::array<double, 2>& scalars) {
+    static constexpr struct {
+        const char* name;
+        std::size_t inputs;
+    } kPasses[] = {
+#define METAKERN_NAME(name, inputs) {#name, inputs},
+        METAKERN_PASSES(METAKERN_NAME)
+#undef METAKERN_NAME
+    };
+    auto step = std::make_unique<PassStep>();
+    step->name = 0;
+    while (step->name < kPassNames && name != kPasses[step->name].name) ++step->name;
+    const auto refuse = [&](const char* what) { throw std::invalid_argument("tape: " + name + ": " + what); };
+    if (step->name == kPassNames || type < 0 || type >= kPassTypes || !isa_in_use().pass.run[step->name][type])
+        refuse("there is no such pass for the type");
+    if (places.size() != kPasses[step->name].inputs + 1 || strides.size() != places.size()) refuse("wrong number of tensors");
+    const int dims = static_cast<int>(sizes.size());
+    if (dims < 1 || dims > kMostDims || reduced > dims || reduced <= -dims) refuse("wrong number of dimensions");
+    step->type = type;
+    step->operands = static_cast<int>(places.size());
+    step->pass = {};
+    step->pass.dims = dims;
+    step->pass.reduced = reduced;
+    for (int d = 0; d < dims; ++d) step->pass.sizes[d] = sizes[d];
+    for (int i = 0; i < step->operands; ++i) {
+        known(places[i]);
+        if (static_cast<int>(strides[i].size()) != dims) refuse("wrong number of strides");
+        step->places[i] = places[i];
+        for (int d = 0; d < dims; ++d) step->pass.strides[i][d] = strides[i][d];
+    }
+    for (int i = 0; i < 2; ++i) step->pass.scalars[i] = scalars[i];
+    steps_.push_back(std::move(step));
+}
+
+void Tape::take_rows(const std::array<Place, 3>& places, std::int64_t rows, std::int64_t table_rows, std::int64_t bytes) {
+    for (const Place& place : places) known(place);
+    auto step = std::make_unique<TakeStep>();
+    step->places = places;
+    step->rows = rows;
+    step->table_rows = table_rows;
+    step->bytes = bytes;
+    steps_.push_back(std::move(step));
+}
+
+void Tape::add_rows(bool is_double, const std::array<Place, 3>& places, std::int64_t rows, std::int64_t to_rows,
+                    std::int64_t D, double scale) {
+    for (const Place& place : places) known(place);
+    auto step = std::make_unique<AddStep>();
+    step->is_double = is_double;
+    step->places = places;
+    step->rows = rows;
+    step->to_rows = to_rows;
+    step->D = D;
+    step->scale = scale;
+    steps_.push_back(std::move(step));
+}
+
+void Tape::check(Place value, std::int64_t count, std::int64_t high, std::int64_t ignored) {
+    known(value);
+    auto step = std::make_unique<CheckStep>();
+    step->place = value;
+    step->count = count;
+    step->high = high;
+    step->ignored = ignored;
+    steps_.push_back(std::move(step));
+}
+
+bool Tape::run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads) {
+    for (const auto& row : bases)
+        if (static_cast<int>(row.size()) != bases_) throw std::invalid_argument("tape: wrong number of bases");
+    const std::lock_guard<std::mutex> lock(alone_);
+    struct Runs {
+        Tape& tape;
+        std::vector<std::vector<std::uintptr_t>> bases;
+        int threads;
+        std::atomic<bool> held{true}, memory_ran_out{false};
+    } runs{*this, bases, bases.size() > 1 ? 1 : threads};
+    while (memory_.size() < bases.size()) memory_.push_back(std::make_unique<Scratch>(bytes_));
+    for (std::size_t i = 0; i < bases.size(); ++i)
+        runs.bases[i][0] = reinterpret_cast<std::uintptr_t>(memory_[i]->as<void>());
+    parallel(
+        static_cast<std::int64_t>(bases.size()), threads,
+        [](void* context, std::int64_t i) {
+            auto& runs = *static_cast<Runs*>(context);
+            const State state{runs.bases[static_cast<std::size_t>(i)].data(), runs.threads, isa_in_use()};
+            try {  // nothing may leave a thread of OpenMP
+                for (const auto& step : runs.tape.steps_) step->run(state);
+            } catch (const CheckFailed&) {
+                runs.held = false;
+            } catch (const std::bad_alloc&) {
+                runs.memory_ran_out = true;
+            }
+        },
+        &runs);
+    if (runs.memory_ran_out) throw std::bad_alloc();
+    return runs.held;
+}
+
+}  // namespace metakern

@@ -1,0 +1,70 @@
+// A tape: a sequence of kernel calls on memory that was laid out beforehand, run without Python.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "parallel.h"
+#include "pass.h"
+
+namespace metakern {
+
+// Where a tensor begins: so many bytes into a base. Base 0 is the tape's own memory, base -1 an absent tensor, the others
+// are told at each run.
+struct Place {
+    int base;
+    std::int64_t offset;
+};
+
+class Tape {
+public:
+    Tape(std::int64_t bytes, int bases) : bytes_(bytes), bases_(bases) {}
+
+    // The steps, in their order. Whoever writes a tape has checked shapes and layouts; bases and counts are checked here.
+    void kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
+                std::vector<double> scalars);
+    void product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
+                 const std::array<std::int64_t, 8>& strides, double scale);
+    void pass(const std::string& name, int type, int reduced, const std::vector<Place>& places,
+              const std::vector<std::int64_t>& sizes, const std::vector<std::vector<std::int64_t>>& strides,
+              const std::array<double, 2>& scalars);
+    // out[i] = table[index[i]], rows of so many bytes.
+    void take_rows(const std::array<Place, 3>& out_table_index, std::int64_t rows, std::int64_t table_rows, std::int64_t bytes);
+    // to[index[i]] += scale from[i], rows of D elements.
+    void add_rows(bool is_double, const std::array<Place, 3>& to_from_index, std::int64_t rows, std::int64_t to_rows,
+                  std::int64_t D, double scale);
+    // Stops the run where an integer is not in [0, high), nor `ignored`.
+    void check(Place value, std::int64_t count, std::int64_t high, std::int64_t ignored);
+
+    // One run for each row of bases, side by side; whether all checks held. Results of a run that stops are not complete.
+    bool run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads);
+
+    std::int64_t bytes() const { return bytes_; }
+
+private:
+    struct State;
+    struct Step {
+        virtual ~Step() = default;
+        virtual void run(const State&) const = 0;
+    };
+    struct KernelStep;
+    struct ProductStep;
+    struct PassStep;
+    struct TakeStep;
+    struct AddStep;
+    struct CheckStep;
+
+    void known(const Place& place, bool may_be_absent = false) const;
+
+    std::int64_t bytes_;
+    int bases_;
+    std::vector<std::unique_ptr<Step>> steps_;
+    std::mutex alone_;
+    std::vector<std::unique_ptr<Scratch>> memory_;  // of the runs side by side
+};
+
+}  // namespace metakern

@@ -1,0 +1,345 @@
+"""higher's differentiable optimizers: a step of torch.optim's that is a function of parameters, gradients and settings.
+
+    SGD       g <- g + λ phi       b <- μ b + (1 - δ) g, at first g        d = g + μ b (Nesterov), or b
+    Adam      m <- β₁ m + (1 - β₁) g       v <- β₂ v + (1 - β₂) g²         d = m / b₁ / (√(v / b₂) + eps)
+    AdamW     as Adam, of phi (1 - h λ) in the place of g + λ phi          b₁ = 1 - β₁^step, b₂ = 1 - β₂^step
+    RMSprop   v <- α v + (1 - α) g²        a <- α a + (1 - α) g            b <- μ b + g / (√(v - a²) + eps), a centered
+    Adagrad   s <- s + g²                  h' = h / (1 + (step - 1) κ)     d = g / (√s + eps)
+    all       phi <- phi - h d
+
+Every setting may be a tensor with a history, by `override`. A root has slope zero where its argument is zero: there g
+and its history are zero, and the update's slope as a function of g comes from its numerator alone: exact, and no NaN.
+Each step is plain PyTorch on each parameter, differentiable at any order and leaner than the fused updates, which keep
+all that they are given.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from metakern.compat._modules import gradients, same_device
+from metakern.compat.higher.patch import FunctionalModule
+
+Override = Mapping[str, Any]  # a list of one value, or of one for each parameter group, by the name of a setting
+Grads = list[Tensor | None]
+Number = float | Tensor
+State = dict[str, Any]
+
+
+class DifferentiableOptimizer(ABC):
+    """A differentiable optimizer that goes on from the settings and the state of a torch.optim one.
+
+    A subclass says in `_update(grouped_grads)` how `self.param_groups[i]["params"][j]` goes on by its gradient
+    `grouped_grads[i][j]`, None where there is none, with what it keeps in `self.state[i][j]`, out of place.
+    """
+
+    def __init__(
+        self,
+        other: torch.optim.Optimizer,
+        reference_params: Iterable[Tensor],
+        fmodel: FunctionalModule | None = None,
+        device: torch.device | str | None = None,
+        override: Override | None = None,
+        grad_callback: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]] | None = None,
+        track_higher_grads: bool = True,
+    ) -> None:
+        numbers = {id(p): i for i, p in enumerate(reference_params)}
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: list[defaultdict[int, State]] = []
+        self._numbers: list[list[int]] = []  # of each group's parameters, among the reference's
+        for i, group in enumerate(other.param_groups):
+            for p in group["params"]:
+                if id(p) not in numbers:
+                    raise ValueError(
+                        "get_diff_optim: the optimizer's parameters must be among the model's, "
+                        f"got one of shape {list(p.shape)} in its group {i} that is not"
+                    )
+            self._numbers.append([numbers[id(p)] for p in group["params"]])
+            settings = tree_map_only(Tensor, torch.clone, {k: v for k, v in group.items() if k != "params"})
+            self.param_groups.append({**settings, "params": [None] * len(group["params"])})
+            kept = {j: other.state[p] for j, p in enumerate(group["params"]) if p in other.state}
+            copies = tree_map_only(Tensor, lambda t: t.detach().to(device=device, copy=True), kept)
+            self.state.append(defaultdict(dict, copies))
+        self._fmodel, self._callback, self._track = fmodel, grad_callback, track_higher_grads
+        self._apply_override(override or {})
+
+    def _apply_override(self, override: Override) -> None:
+        for name, values in override.items():
+            if not all(name in group for group in self.param_groups):
+                known = sorted(set(self.param_groups[0]) - {"params"})
+                raise ValueError(f"override: it must name settings of the optimizer, {', '.join(known)}, got {name!r}")
+            if not isinstance(values, Sequence | Tensor) or (isinstance(values, Tensor) and not values.dim()):
+                raise TypeError(
+                    f"override: {name} must be a list of one value or of one for each parameter group, "
+                    f"got {type(values).__name__}"
+                )
+            if len(values) not in (1, len(self.param_groups)):
+                raise ValueError(
+                    f"override: {name} must hold one value or one for each of the {len(self.param_groups)} "
+                    f"parameter groups, got {len(values)}"
+                )
+            for i, group in enumerate(self.param_groups):
+                group[name] = values[i if len(values) > 1 else 0]
+
+    def step(
+        self,
+        loss: Tensor,
+        params: Iterable[Tensor] | None = None,
+        override: Override | None = None,
+        grad_callback: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]] | None = None,
+        **kwargs: Any,
+    ) -> list[Tensor]:
+        """The parameters after a step on the loss, a scalar; the functional model goes on with them.
+
+        params: those that the loss is a function of, by default the functional model's. override: settings from here
+        on. grad_callback: what happens to the list of gradients, before the update. Raises ValueError where the loss
+        does not depend on the parameters as they are now, RuntimeError where its graph was freed or the model was moved
+        to another device.
+        """
+        self._apply_override(override or {})
+        fast = None if self._fmodel is None else self._fmodel.fast_params
+        if params is None and fast is None:
+            raise ValueError("diffopt.step: params must be given where the optimizer has no functional model with some")
+        phi = list(fast if params is None else params)  # type: ignore[arg-type]
+        if self._fmodel is not None:
+            for source in self._fmodel._source:
+                same_device("diffopt.step", source, phi)
+        grads: Sequence[Tensor | None] = gradients("diffopt.step", loss, phi, self._track, chain(*self._numbers))
+        callback = self._callback if grad_callback is None else grad_callback
+        if callback is not None:
+            grads = callback(grads)
+        for group, numbers in zip(self.param_groups, self._numbers, strict=True):
+            group["params"] = [phi[number] for number in numbers]
+        self._update([[grads[number] for number in numbers] for numbers in self._numbers], **kwargs)
+        for group, numbers in zip(self.param_groups, self._numbers, strict=True):
+            for number, p in zip(numbers, group["params"], strict=True):
+                phi[number] = p if self._track else p.detach().requires_grad_()
+        if self._fmodel is not None:
+            self._fmodel.update_params(phi)
+        return phi
+
+    @abstractmethod
+    def _update(self, grouped_grads: list[Grads], **kwargs: Any) -> None: ...
+
+
+class _Each(DifferentiableOptimizer):
+    """An optimizer whose step is one formula, of each parameter by itself."""
+
+    def _update(self, grouped_grads: list[Grads], **kwargs: Any) -> None:
+        for group, states, grads in zip(self.param_groups, self.state, grouped_grads, strict=True):
+            for i, g in enumerate(grads):
+                if g is not None:
+                    g = -g if group.get("maximize") else g
+                    group["params"][i] = self._one(group, states[i], group["params"][i], g)
+
+    def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
+        """The parameter after the step."""
+        raise NotImplementedError
+
+
+class DifferentiableSGD(_Each):
+    """torch.optim.SGD: momentum, dampening, Nesterov's momentum, weight decay."""
+
+    def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
+        g, momentum = _decayed(group, p, g), group["momentum"]
+        if _on(momentum):
+            buffer = state.get("momentum_buffer")
+            buffer = g if buffer is None else _plus(buffer * momentum, 1 - group["dampening"], g)
+            state["momentum_buffer"] = buffer
+            g = _plus(g, momentum, buffer) if group["nesterov"] else buffer
+        return _plus(p, -group["lr"], g)
+
+
+class DifferentiableAdam(_Each):
+    """torch.optim.Adam and AdamW: betas, eps, weight decay of both kinds, amsgrad."""
+
+    def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        if group.get("decoupled_weight_decay"):
+            p = p * (1 - lr * group["weight_decay"]) if _on(group["weight_decay"]) else p
+        else:
+            g = _decayed(group, p, g)
+        step = state["step"] = int(state.get("step", 0)) + 1
+        state["exp_avg"] = m = _mean(state.get("exp_avg"), beta1, g)
+        state["exp_avg_sq"] = v = _mean_square(state.get("exp_avg_sq"), beta2, g)
+        if group["amsgrad"]:
+            former = state.get("max_exp_avg_sq")
+            state["max_exp_avg_sq"] = v = torch.maximum(torch.zeros_like(v) if former is None else former, v)
+        return _plus_ratio(p, -lr / (1 - beta1**step), m, _root(v / (1 - beta2**step)) + group["eps"])
+
+
+class DifferentiableRMSprop(_Each):
+    """torch.optim.RMSprop: alpha, eps, momentum, centered, weight decay."""
+
+    def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
+        g, alpha = _decayed(group, p, g), group["alpha"]
+        state["step"] = int(state.get("step", 0)) + 1
+        state["square_avg"] = v = _mean_square(state.get("square_avg"), alpha, g)
+        if group["centered"]:
+            state["grad_avg"] = mean = _mean(state.get("grad_avg"), alpha, g)
+            v = v - mean * mean
+        below = _root(v) + group["eps"]
+        if not _on(group["momentum"]):
+            return _plus_ratio(p, -group["lr"], g, below)
+        former = state.get("momentum_buffer")
+        state["momentum_buffer"] = b = g / below if former is None else former * group["momentum"] + g / below
+        return _plus(p, -group["lr"], b)
+
+
+class DifferentiableAdagrad(_Each):
+    """torch.optim.Adagrad: lr_decay, eps, weight decay, the initial accumulator's value."""
+
+    def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
+        g = _decayed(group, p, g)
+        step = state["step"] = int(state["step"]) + 1
+        state["sum"] = s = torch.addcmul(state["sum"], g, g)
+        return _plus_ratio(p, -group["lr"] / (1 + (step - 1) * group["lr_decay"]), g, _root(s) + group["eps"])
+
+
+def _on(setting: Number) -> bool:
+    """Whether a setting is in force: a tensor always is, as its derivative at zero may be wanted."""
+    return isinstance(setting, Tensor) or setting != 0
+
+
+def _decayed(group: dict[str, Any], p: Tensor, g: Tensor) -> Tensor:
+    return _plus(g, group["weight_decay"], p) if _on(group["weight_decay"]) else g
+
+
+def _plus(a: Tensor, h: Number, b: Tensor) -> Tensor:
+    return a + h * b if isinstance(h, Tensor) else torch.add(a, b, alpha=h)
+
+
+def _plus_ratio(a: Tensor, h: Number, b: Tensor, c: Tensor) -> Tensor:
+    return a + h * (b / c) if isinstance(h, Tensor) else torch.addcdiv(a, b, c, value=h)
+
+
+def _mean(former: Tensor | None, beta: Number, g: Tensor) -> Tensor:
+    """β former + (1 - β) g"""
+    return (1 - beta) * g if former is None else _plus(former * beta, 1 - beta, g)
+
+
+def _mean_square(former: Tensor | None, beta: Number, g: Tensor) -> Tensor:
+    """β former + (1 - β) g²"""
+    if former is None or isinstance(beta, Tensor):
+        return _mean(former, beta, g * g)
+    return torch.addcmul(former * beta, g, g, value=1 - beta)
+
+
+def _root(v: Tensor) -> Tensor:
+    """The square root; below the smallest number that counts, its own root and slope zero."""
+    return v.clamp_min(min(torch.finfo(v.dtype).tiny, 2.0**-24)).sqrt()
+
+
+_KINDS: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] = {
+    torch.optim.SGD: DifferentiableSGD,
+    torch.optim.Adam: DifferentiableAdam,
+    torch.optim.AdamW: DifferentiableAdam,
+    torch.optim.RMSprop: DifferentiableRMSprop,
+    torch.optim.Adagrad: DifferentiableAdagrad,
+}
+
+
+def register_optim(optim_type: type[torch.optim.Optimizer], diff_optim_type: type[DifferentiableOptimizer]) -> None:
+    """Has `get_diff_optim` take `diff_optim_type` for optimizers of `optim_type`."""
+    _KINDS[optim_type] = diff_optim_type
+
+
+def _kind(optim_type: type[torch.optim.Optimizer]) -> type[DifferentiableOptimizer]:
+    if optim_type not in _KINDS:
+        known = ", ".join(kind.__name__ for kind in _KINDS)
+        raise ValueError(
+            f"get_diff_optim: opt must be one of {known}, got {optim_type.__name__}: register_optim adds another"
+        )
+    return _KINDS[optim_type]
+
+
+def get_diff_optim(
+    opt: torch.optim.Optimizer,
+    reference_params: Iterable[Tensor],
+    fmodel: FunctionalModule | None = None,
+    device: torch.device | str | None = None,
+    override: Override | None = None,
+    track_higher_grads: bool = True,
+    **kwargs: Any,
+) -> DifferentiableOptimizer:
+    """A differentiable optimizer that goes on from where `opt` is: its settings by parameter group, and its state.
+
+    reference_params: the model's parameters; those that `opt` does not have stay as they are. fmodel: the functional
+    model whose parameters `step(loss)` takes and replaces; without it, `step(loss, params=...)`. override: settings by
+    name, a list of one value or of one for each parameter group; tensors with a history get their gradient.
+    `track_higher_grads=False`: no graph through the steps. Raises ValueError where `opt` has a parameter that is not
+    the model's, or is of no known kind.
+
+    >>> import torch
+    >>> from metakern.compat import higher
+    >>> model, lr = torch.nn.Linear(2, 1), torch.tensor(0.1, requires_grad=True)
+    >>> fmodel = higher.monkeypatch(model)
+    >>> opt = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    >>> diffopt = higher.get_diff_optim(opt, model.parameters(), fmodel, override={"lr": [lr]})
+    >>> _, bias = diffopt.step(fmodel(torch.ones(3, 2)).mean())
+    >>> torch.autograd.grad(bias, lr)
+    (tensor(-1.),)
+    """
+    kind = _kind(type(opt))
+    return kind(
+        opt, reference_params, fmodel, device=device, override=override, track_higher_grads=track_higher_grads, **kwargs
+    )
+
+
+def create_diff_optim(
+    opt_type: type[torch.optim.Optimizer],
+    opt_kwargs: Mapping[str, Any] | None = None,
+    params: Iterable[Any] | None = None,
+    fmodel: FunctionalModule | None = None,
+    device: torch.device | str | None = None,
+    override: Override | None = None,
+    track_higher_grads: bool = True,
+    **kwargs: Any,
+) -> DifferentiableOptimizer:
+    """A differentiable optimizer that starts anew, as `opt_type(params, **opt_kwargs)` would.
+
+    params: tensors, or parameter groups of them, of which only the shapes count; by default those of `fmodel`.
+    """
+    if params is None and fmodel is None:
+        raise ValueError("create_diff_optim: params or fmodel must be given, got neither")
+    kind = _kind(opt_type)
+    like = list(fmodel.parameters()) if params is None else list(params)  # type: ignore[union-attr]
+    blank = tree_map_only(Tensor, lambda t: torch.zeros_like(t, requires_grad=True), like)
+    opt = opt_type(blank, **(opt_kwargs or {}))
+    reference = [p for group in opt.param_groups for p in group["params"]]
+    return kind(
+        opt, reference, fmodel, device=device, override=override, track_higher_grads=track_higher_grads, **kwargs
+    )
+
+
+def get_trainable_opt_params(opt: torch.optim.Optimizer, device: Any = None) -> dict[str, list[Any]]:
+    """The optimizer's settings that are numbers, as tensors to learn, in the form of an override."""
+
+    def learned(value: Any) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.get_default_dtype(), device=device).detach().clone().requires_grad_()
+
+    def numeric(value: Any) -> bool:
+        return all(isinstance(v, float | int | Tensor) and not isinstance(v, bool) for v in tree_leaves(value))
+
+    names = [k for k, v in opt.param_groups[0].items() if k != "params" and v is not None and numeric(v)]
+    return {name: [tree_map(learned, group[name]) for group in opt.param_groups] for name in names}
+
+
+def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -> None:
+    """Sets the optimizer's settings to what was learned."""
+    for name, values in override.items():
+        if len(values) not in (1, len(opt.param_groups)):
+            raise ValueError(
+                f"override: {name} must hold one value or one for each of the {len(opt.param_groups)} "
+                f"parameter groups, got {len(values)}"
+            )
+        for i, group in enumerate(opt.param_groups):
+            group[name] = tree_map_only(Tensor, lambda t: t.tolist(), values[i if len(values) > 1 else 0])

@@ -1,0 +1,305 @@
+"""learn2learn's MAML and Meta-SGD: a module that is cloned for each task, and clones that adapt by their own losses.
+
+    clone    phi = theta                                    a copy of the module with a history
+    adapt    phi <- phi - lr grad loss(phi)                 MAML; lr one for all
+             phi_i <- phi_i - lr_i grad_i loss(phi)         Meta-SGD; lr_i of the shape of phi_i, learned
+
+    batch    L(theta) = mean_t query loss_t(phi_K)          the same loop over a batch of tasks, by `metakern.MAML`
+
+Finn, Abbeel, Levine 2017, algorithm 1; Li, Zhou, Chen, Li 2017, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from metakern import optim
+from metakern.compat._modules import Places, fused, gradients, is_ours, same_device
+from metakern.compat.learn2learn.utils import clone_module, clone_parameters, update_module
+from metakern.meta.algorithms import maml as engine
+from metakern.ops._formula import torch_fms
+
+Criterion = Callable[[Any, Any], Tensor]
+L = TypeVar("L", bound="_Learner")
+M = TypeVar("M", bound=nn.Module)
+
+
+def maml_update(model: M, lr: float | Tensor, grads: Sequence[Tensor | None] | None = None) -> M:
+    """phi <- phi - lr grad, in place for the module and out of place for autograd; returns the module.
+
+    grads: a tensor, or None, for each of `model.parameters()`; without it, `update_module` by their attributes.
+    """
+    return update_module(model) if grads is None else _descend("maml_update", model, repeat(lr), grads)
+
+
+def meta_sgd_update(model: M, lrs: Iterable[Tensor], grads: Sequence[Tensor | None]) -> M:
+    """As `maml_update`, with one of `lrs` for each parameter."""
+    return _descend("meta_sgd_update", model, lrs, grads)
+
+
+def _descend(who: str, model: M, rates: Iterable[float | Tensor], grads: Sequence[Tensor | None]) -> M:
+    places = Places(model)
+    if len(grads) != len(places.values):
+        raise ValueError(
+            f"{who}: grads must have an entry for each of the {len(places.values)} parameters, got {len(grads)}"
+        )
+    places.put(_descended(places.values, rates, grads))
+    return model
+
+
+def _descended(phi: list[Tensor], rates: Iterable[float | Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [p if g is None else torch_fms(p, lr, g) for p, lr, g in zip(phi, rates, grads, strict=False)]
+
+
+class BaseLearner(nn.Module):
+    """A module around `module` that has its attributes too."""
+
+    module: nn.Module
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None:
+                raise
+            return getattr(module, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class _Learner(BaseLearner):
+    """What MAML and Meta-SGD share: the clone's steps, and the engine for a batch of tasks."""
+
+    first_order: bool
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{type(self).__name__}: model must be an nn.Module, got {type(model).__name__}")
+        super().__init__(model)
+        self._fused = False
+        # Tuples, for neither the module that a clone is of nor the engine is a part of this one.
+        self._source: tuple[nn.Module, ...] = ()
+        self._engine: tuple[Any, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_engine": ()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._fused:
+            return self.module(*args, **kwargs)
+        with fused():
+            return self.module(*args, **kwargs)
+
+    def _cloned(self, learner: L) -> L:
+        learner._source, learner._fused = (self.module,), is_ours(self.module)
+        return learner
+
+    def _inner(self) -> optim.SGD:
+        """The engine's inner optimizer, of the same rates."""
+        raise NotImplementedError
+
+    def _step(
+        self,
+        loss: Tensor,
+        rates: Iterable[float | Tensor],
+        first_order: bool | None,
+        allow_unused: bool = False,
+        allow_nograd: bool = False,
+    ) -> None:
+        who, places = f"{type(self).__name__}.adapt", Places(self.module)
+        phi = places.values
+        if not allow_nograd and not all(p.requires_grad for p in phi):
+            self._none_frozen(who)
+        for source in self._source:
+            same_device(who, source, phi)
+        first_order = self.first_order if first_order is None else first_order
+        grads = gradients(who, loss, phi, create_graph=not first_order)
+        for i, g in enumerate(grads):
+            if g is None and phi[i].requires_grad and not allow_unused:
+                name = [name for name, _ in self.module.named_parameters()][i]
+                raise ValueError(
+                    f"{who}: loss must depend on every parameter, got one that does not depend on {name!r}: "
+                    "with allow_unused=True it stays as it is"
+                )
+        places.put(_descended(phi, rates, grads))
+
+    def _none_frozen(self, who: str) -> None:
+        for name, p in self.module.named_parameters():
+            if not p.requires_grad:
+                raise ValueError(
+                    f"{who}: every parameter must require a gradient, got {name!r}, which does not: "
+                    "with MAML's allow_nograd=True it stays as it is"
+                )
+
+    def batch(
+        self,
+        support: tuple[Any, Any],
+        query: tuple[Any, Any],
+        loss: Criterion,
+        steps: int = 1,
+        first_order: bool | None = None,
+    ) -> Tensor:
+        """The mean query loss of a batch of tasks after `steps` of adaptation to the support of each.
+
+        It stands for this loop, and its `backward()` leaves the same gradients:
+
+            error = 0.0
+            for t in range(tasks):
+                learner = maml.clone()
+                for _ in range(steps):
+                    learner.adapt(loss(learner(support[0][t]), support[1][t]))
+                error = error + loss(learner(query[0][t]), query[1][t]) / tasks
+
+        support, query: (inputs, targets), with the tasks along dimension 0 of every tensor; loss(predictions, targets)
+        of one task, the same object at each call, as the plan that is made at the first one is kept for it.
+        `metakern.MAML`, which runs it, takes batches and losses of any form. Raises ValueError for a clone, and for
+        frozen parameters without allow_nograd.
+
+        >>> import torch
+        >>> from metakern.compat.learn2learn import MAML
+        >>> maml, loss = MAML(torch.nn.Linear(8, 4), lr=0.1), torch.nn.CrossEntropyLoss()
+        >>> x, y = torch.randn(16, 10, 8), torch.randint(4, (16, 10))
+        >>> maml.batch((x, y), (x, y), loss, steps=5).backward()
+        """
+        first_order = self.first_order if first_order is None else first_order
+        if self._source:
+            raise ValueError("batch: it must be called on the learner that has the parameters, got a clone of it")
+        inner = self._inner()
+        key = (steps, first_order, inner.lr.initial, *map(id, inner.parameters()))
+        if self._engine[:1] != (loss,) or self._engine[1] != key:
+
+            def task_loss(model: nn.Module, batch: tuple[Any, Any]) -> Tensor:
+                inputs, targets = batch
+                return loss(model(inputs), targets)
+
+            run = engine.MAML(self.module, task_loss, inner=inner, steps=steps, first_order=first_order)
+            self._engine = loss, key, run
+        return self._engine[2](support, query)
+
+
+class MAML(_Learner):
+    """MAML around a module: `clone()` for a task, `adapt(loss)` the clone, and differentiate the loss that follows.
+
+    lr: a number, or a tensor that is learned too. `first_order` leaves out second derivatives. `allow_unused` lets
+    parameters that a loss does not depend on stay as they are (by default where `allow_nograd`), `allow_nograd` frozen
+    ones. A model that was patched by `metakern.patch` runs by metakern's ops in its clones.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn import MAML
+    >>> maml = MAML(torch.nn.Linear(8, 4), lr=0.1)
+    >>> x, y = torch.randn(10, 8), torch.randn(10, 4)
+    >>> learner = maml.clone()
+    >>> learner.adapt((learner(x) - y).square().mean())
+    >>> (learner(x) - y).square().mean().backward()
+    >>> maml.module.weight.grad.shape
+    torch.Size([4, 8])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        first_order: bool = False,
+        allow_unused: bool | None = None,
+        allow_nograd: bool = False,
+    ) -> None:
+        super().__init__(model)
+        self.lr = lr
+        self.first_order, self.allow_nograd = first_order, allow_nograd
+        self.allow_unused = allow_nograd if allow_unused is None else allow_unused
+
+    def adapt(
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> None:
+        """A step of gradient descent on the loss, a scalar; arguments that are not given are those of the learner.
+
+        Raises ValueError where the loss does not depend on the learner's parameters as they are now, and where a
+        parameter is frozen or unused and nothing allows it; RuntimeError where the loss's graph was freed, or the
+        model was moved to another device.
+        """
+        allow_unused = self.allow_unused if allow_unused is None else allow_unused
+        allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        self._step(loss, repeat(self.lr), first_order, allow_unused, allow_nograd)
+
+    def clone(
+        self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
+    ) -> MAML:
+        """A learner whose module is a `clone_module` of this one's; arguments that are not given are this one's."""
+        learner = MAML(
+            clone_module(self.module),
+            self.lr,
+            self.first_order if first_order is None else first_order,
+            self.allow_unused if allow_unused is None else allow_unused,
+            self.allow_nograd if allow_nograd is None else allow_nograd,
+        )
+        return self._cloned(learner)
+
+    def _inner(self) -> optim.SGD:
+        if not self.allow_nograd:
+            self._none_frozen("MAML.batch")
+        if not isinstance(self.lr, Tensor) or not self.lr.requires_grad:
+            return optim.SGD(lr=float(self.lr))
+        if not isinstance(self.lr, nn.Parameter):
+            raise ValueError("MAML.batch: lr must be a number or an nn.Parameter, got a tensor with a history")
+        inner = optim.SGD(lr=0.0, learn_lr=True)
+        inner.lr.value = self.lr
+        return inner
+
+
+class MetaSGD(_Learner):
+    """As MAML, with a learning rate for each element of each parameter, which `parameters()` holds too.
+
+    lr is where the rates start; lrs, one tensor for each parameter, are taken as they are.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn import MetaSGD
+    >>> list(MetaSGD(torch.nn.Linear(8, 4), lr=0.1).state_dict())
+    ['module.weight', 'module.bias', 'lrs.0', 'lrs.1']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1.0,
+        first_order: bool = False,
+        lrs: Sequence[Tensor] | nn.ParameterList | None = None,
+    ) -> None:
+        super().__init__(model)
+        if lrs is None:
+            lrs = nn.ParameterList([nn.Parameter(p.detach().new_full(p.shape, lr)) for p in model.parameters()])
+        count = len(list(model.parameters()))
+        if len(lrs) != count:
+            raise ValueError(f"MetaSGD: lrs must have an entry for each of the {count} parameters, got {len(lrs)}")
+        self.lrs: Any = lrs
+        self.first_order = first_order
+
+    def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
+        """A step on the loss, a scalar, with the learned rates; raises as MAML's does."""
+        self._step(loss, self.lrs, first_order)
+
+    def clone(self) -> MetaSGD:
+        """A learner whose module and rates are clones of this one's."""
+        lrs = clone_parameters(self.lrs)
+        return self._cloned(MetaSGD(clone_module(self.module), first_order=self.first_order, lrs=lrs))
+
+    def _inner(self) -> optim.SGD:
+        self._none_frozen("MetaSGD.batch")
+        if not all(isinstance(lr, nn.Parameter) for lr in self.lrs):
+            raise ValueError("MetaSGD.batch: lrs must be nn.Parameters, got tensors with a history")
+        inner = optim.MetaSGD()
+        inner.lr.values = nn.ParameterList(self.lrs)
+        return inner

@@ -1,0 +1,258 @@
+"""Whether autograd's derivatives of a function are its slopes: both by numbers, with the error of the numbers.
+
+    s: R^n -> R        g = autograd's gradient of s        along a direction u:
+
+    first order     <g, u>                  against   (s(z + h u) - s(z - h u)) / 2h
+    second order    autograd's product      against   (g(z + h u) - g(z - h u)) / 2h
+
+The truth of the second order is thus the slope of what autograd gives for the first. Autograd's product is taken
+reverse over reverse and forward over reverse. Steps h are tried in turn until autograd agrees; where it never does,
+neighboring steps are extrapolated (Richardson), and each element keeps the value that its neighbor confirms best, with
+their difference as its error. A kink, of ReLU or a maximum, within one step is not within a smaller one, and does not
+lie at every point: who disagrees must do so at two points, by more than the differences' own error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf, isfinite
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from metakern.meta._unroll import _filled, _grad
+
+Tensors = Sequence[Tensor]
+Scalar = Callable[[Tensors], AbstractContextManager[Tensor]]  # s(z) with its graph, within which it is differentiated
+
+STEPS = {
+    torch.float64: (1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-4, 1e-3),
+    torch.float32: (1e-2, 3e-2, 3e-3),
+}  # relative to the size of z
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-2}
+SAFETY = 20  # times the estimated error of the differences
+NOISE = 0.02  # of the size of z: the points at which it is judged lie so far from the model's own
+
+
+@dataclass
+class Verdict:
+    """For each order and mode how far autograd is from the truth, in units of what is allowed: more than 1 is wrong.
+
+    Or what it raised; None where there is nothing to compare. The second order is that of autograd's own gradient, so
+    that it is looked at where that gradient is a slope: the transposed product of any other field is another vector.
+    """
+
+    first: float | Exception | None = None
+    reverse: float | Exception | None = None
+    forward: float | Exception | None = None
+
+    def wrong(self, order: str) -> bool:
+        found = getattr(self, order)
+        return isinstance(found, float) and not found <= 1
+
+    @property
+    def impossible(self) -> bool:
+        """Autograd has no gradient, or no second order in either mode."""
+        second = [found for found in (self.reverse, self.forward) if found is not None]
+        return isinstance(self.first, Exception) or (bool(second) and not any(isinstance(f, float) for f in second))
+
+    @property
+    def exact(self) -> bool:
+        """Nothing is wrong, and one mode of the second order is there."""
+        return not self.impossible and not any(map(self.wrong, ("first", "reverse", "forward")))
+
+    @property
+    def hopeless(self) -> bool:
+        """No smaller step will make it right."""
+        return any(isinstance(found, float) and found > 100 for found in (self.first, self.reverse, self.forward))
+
+    def better(self, other: Verdict) -> Verdict:
+        """Of two points, for each order the one at which autograd does better."""
+
+        def least(a: Any, b: Any) -> Any:
+            return b if not isinstance(a, float) or (isinstance(b, float) and b < a) else a
+
+        return Verdict(*(least(getattr(self, f), getattr(other, f)) for f in ("first", "reverse", "forward")))
+
+
+def judge(s: Scalar, z: Tensors, active: Sequence[bool], precision: torch.dtype) -> Verdict:
+    """Autograd's first order along a random direction, and its second along the part of it that is `active`."""
+    verdict = None
+    for point in range(2):
+        at = _point(s, z, point)
+        here = _judge_at(s, at, direction(at, 10 + point), active, precision)
+        verdict = here if verdict is None else verdict.better(here)
+        if verdict.exact or isinstance(verdict.first, Exception):
+            break
+    assert verdict is not None
+    return verdict
+
+
+def gradient(s: Scalar, z: Tensors) -> tuple[Tensor, list[Tensor]]:
+    leaves = [t.detach().requires_grad_() for t in z]
+    with s(leaves) as value:
+        return value.detach(), [g.detach() for g in _filled(_grad(value, leaves), leaves)]
+
+
+def reverse_over_reverse(s: Scalar, z: Tensors, v: Tensors) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in z]
+    with s(leaves) as value:
+        grads = _grad(value, leaves, create_graph=True)
+        pairs = [(g, t) for g, t in zip(grads, v, strict=True) if g is not None]
+        return _filled(_grad([g for g, _ in pairs], leaves, [t for _, t in pairs]), leaves)
+
+
+def forward_over_reverse(s: Scalar, z: Tensors, u: Tensors, active: Sequence[bool]) -> list[Tensor]:
+    with forward_ad.dual_level():
+        leaves = [t.detach().contiguous().requires_grad_() for t in z]
+        duals = [forward_ad.make_dual(x, t) if on else x for x, t, on in zip(leaves, u, active, strict=True)]
+        with s(duals) as value:
+            grads = _grad(value, duals)
+        tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in grads]
+    return _filled(tangents, z)
+
+
+class Differences:
+    """The slopes at z along u of tensors that depend on z, in more and more steps."""
+
+    def __init__(self, function: Callable[[Tensors], Tensors], z: Tensors, u: Tensors, precision: torch.dtype) -> None:
+        self.function, self.z, self.u, self.steps = function, z, u, STEPS[precision]
+        self.found: dict[float, list[Tensor]] = {}
+
+    def more(self) -> bool:
+        """Takes another step; False where all are taken."""
+        todo = self.steps[len(self.found) :]
+        for h in todo[:1]:
+            up, down = (self._at(sign * h) for sign in (1, -1))
+            self.found[h] = [(a - b) / (2 * h) for a, b in zip(up, down, strict=True)]
+        return len(todo) > 0
+
+    def _at(self, h: float) -> Tensors:
+        return self.function([z + h * u for z, u in zip(self.z, self.u, strict=True)])
+
+    def best(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The truths and their errors, which are unknown (zero) as long as there is one step."""
+        steps = sorted(self.found)
+        truths, errors = self.found[steps[0]], [torch.zeros_like(t) for t in self.found[steps[0]]]
+        for n, (fine, coarse) in enumerate(pairwise(steps)):
+            factor = (coarse / fine) ** 2
+            for i, (a, b) in enumerate(zip(self.found[fine], self.found[coarse], strict=True)):
+                error = (a - b).abs()
+                better = error < errors[i] if n else torch.ones_like(error, dtype=torch.bool)
+                truths[i] = torch.where(better, (factor * a - b) / (factor - 1), truths[i])
+                errors[i] = torch.where(better, error, errors[i])
+        return truths, errors
+
+
+def slope(function: Callable[[Tensors], Tensors], z: Tensors, u: Tensors) -> list[Tensor]:
+    """The slopes at z along a u of any size."""
+    scale = norm(z) / norm(u) if norm(u) else 1.0
+    differences = Differences(function, z, [t * scale for t in u], z[0].dtype)
+    for _ in range(2):
+        differences.more()
+    return [t / scale for t in differences.best()[0]]
+
+
+def _judge_at(s: Scalar, z: Tensors, u: Tensors, active: Sequence[bool], precision: torch.dtype) -> Verdict:
+    try:
+        value, g = gradient(s, z)
+    except Exception as error:  # whatever a model raises is what there is to report
+        return Verdict(first=error)
+    partial = [t if on else torch.zeros_like(t) for t, on in zip(u, active, strict=True)]
+
+    def both(z: Tensors) -> Tensors:
+        value, g = gradient(s, z)
+        return [value, *g]
+
+    along_all = Differences(both, z, u, precision)
+    along = along_all if all(active) else Differences(both, z, partial, precision)
+    claims: dict[str, list[Tensor] | Exception] = {}
+    if any(active):
+        claims["reverse"] = _attempt(lambda: reverse_over_reverse(s, z, partial))
+        claims["forward"] = _attempt(lambda: forward_over_reverse(s, z, partial, active))
+    sizes = [norm([t]) / max(t.numel(), 1) ** 0.5 for t in u]  # all is counted in units of z's sizes
+    whole = sum((size * norm([t])) ** 2 for t, size in zip(g, sizes, strict=True)) ** 0.5
+    slope = sum((a * b).sum() for a, b in zip(g, u, strict=True))
+
+    def compare(safety: float) -> Verdict:
+        (truth, *_), (doubt, *_) = along_all.best()
+        noise = 10 * torch.finfo(precision).eps * value.abs().item() / min(along_all.found)
+        bound = TOLERANCE[precision] * max(abs(truth.item()), whole) + safety * doubt.item() + noise
+        verdict = Verdict(first=_ratio(abs(float(slope - truth)), bound))
+        (_, *truths), (_, *errors) = along.best()
+        for mode, claim in claims.items():
+            if isinstance(claim, Exception):
+                setattr(verdict, mode, claim)
+            elif not verdict.wrong("first"):
+                setattr(
+                    verdict,
+                    mode,
+                    _excess(claim, truths, [safety * e for e in errors], sizes, whole, TOLERANCE[precision]),
+                )
+        return verdict
+
+    while along.more() | (along is not along_all and along_all.more()):
+        if compare(0.0).exact:
+            return compare(0.0)
+        if len(along.found) >= 3 and compare(SAFETY).hopeless:
+            break
+    return compare(SAFETY)
+
+
+def _attempt(product: Callable[[], list[Tensor]]) -> list[Tensor] | Exception:
+    try:
+        return product()
+    except Exception as error:
+        return error
+
+
+def _excess(
+    claims: Tensors, truths: Tensors, errors: Tensors, sizes: Sequence[float], whole: float, tolerance: float
+) -> float:
+    """The distance of the worst tensor from its truth, in units of what is allowed."""
+    norms = [size * norm([t]) for t, size in zip(truths, sizes, strict=True)]
+    floor = 1e-2 * max(*norms, whole)
+    worst = 0.0
+    for claim, truth, error, size, length in zip(claims, truths, errors, sizes, norms, strict=True):
+        bound = tolerance * max(length, floor) + size * norm([error])
+        worst = max(worst, _ratio(size * norm([claim - truth]), bound))
+    return worst
+
+
+def _ratio(distance: float, bound: float) -> float:
+    return 0.0 if distance == 0 else distance / bound if bound and isfinite(distance) else inf
+
+
+def norm(tensors: Tensors) -> float:
+    return sum(t.double().square().sum().item() for t in tensors) ** 0.5
+
+
+def direction(z: Tensors, seed: int) -> list[Tensor]:
+    """Random, each tensor as large as its part of z."""
+    generator = torch.Generator().manual_seed(seed)
+    typical = max((norm([t]) / max(t.numel(), 1) ** 0.5 for t in z), default=0.0) or 1.0
+    direction = []
+    for t in z:
+        size = norm([t]) / max(t.numel(), 1) ** 0.5 or 0.1 * typical
+        direction.append(size * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t))
+    return direction
+
+
+def _point(s: Scalar, z: Tensors, seed: int) -> Tensors:
+    """Near z, where s is finite: all elements moved, or if that leaves its domain those alone that are not zero."""
+    noise = direction(z, seed)
+    moved = [t + NOISE * n for t, n in zip(z, noise, strict=True)]
+    scaled = [t * (1 + NOISE * n.sign() * 0.5) for t, n in zip(z, noise, strict=True)]
+    for at in (moved, scaled):
+        try:
+            value, g = gradient(s, at)
+        except Exception:
+            continue
+        if all(t.isfinite().all() for t in (value, *g)):
+            return at
+    return z

@@ -1,0 +1,367 @@
+"""higher's interface: torch.optim's own steps, the derivatives of plain autograd through them, and errors that help."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+from torch.autograd import gradcheck, gradgradcheck
+
+import metakern as mk
+from metakern.compat import higher
+
+OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
+    "sgd": lambda p: optim.SGD(p, lr=0.1),
+    "sgd, momentum": lambda p: optim.SGD(p, lr=0.1, momentum=0.7, dampening=0.3, weight_decay=0.05),
+    "sgd, nesterov": lambda p: optim.SGD(p, lr=0.1, momentum=0.7, nesterov=True, maximize=True),
+    "adam": lambda p: optim.Adam(p, lr=0.1, betas=(0.8, 0.95), weight_decay=0.05),
+    "adam, amsgrad": lambda p: optim.Adam(p, lr=0.1, betas=(0.6, 0.7), eps=1e-3, amsgrad=True),
+    "adamw": lambda p: optim.AdamW(p, lr=0.1, weight_decay=0.2),
+    "rmsprop": lambda p: optim.RMSprop(p, lr=0.1, alpha=0.8, momentum=0.6, weight_decay=0.05),
+    "rmsprop, centered": lambda p: optim.RMSprop(p, lr=0.1, alpha=0.8, eps=1e-3, centered=True),
+    "adagrad": lambda p: optim.Adagrad(p, lr=0.1, lr_decay=0.3, weight_decay=0.05, initial_accumulator_value=0.2),
+}
+
+
+class Shared(nn.Module):
+    """A weight in two places, a parameter that is not used, one that is frozen, and a buffer that forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rnn, self.last = nn.Linear(4, 4), nn.LSTM(4, 4), nn.Linear(4, 4)
+        self.last.weight = self.first.weight
+        self.unused = nn.Parameter(torch.randn(3))
+        self.first.bias.requires_grad_(False)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.last(self.rnn(self.first(x))[0])
+
+
+def made() -> tuple[Shared, Tensor]:
+    torch.manual_seed(5)
+    return Shared().double(), torch.randn(3, 2, 4, dtype=torch.float64)
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups, in an order that is not the model's, with a rate of its own; last.bias is in none."""
+    named = {n: p for n, p in model.named_parameters() if n != "last.bias"}
+    left = [named.pop("unused"), named.pop("rnn.weight_ih_l0")]
+    return [{"params": left, "lr": 0.3}, {"params": list(named.values())}]
+
+
+def same(found: Any, truth: Any, tolerance: float = 1e-10) -> None:
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def torch_steps(model: nn.Module, opt: optim.Optimizer, x: Tensor, steps: int) -> None:
+    for k in range(steps):
+        opt.zero_grad()
+        model(x + k).square().sum().backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("before", [0, 2])
+def test_the_steps_are_torch_s_and_go_on_from_its_state(name: str, before: int) -> None:
+    model, x = made()
+    opt = OPTIMIZERS[name](groups(model))
+    torch_steps(model, opt, x, before)
+    state = copy.deepcopy(opt.state_dict())
+    with higher.innerloop_ctx(model, opt) as (fmodel, diffopt):
+        for k in range(3):
+            diffopt.step(fmodel(x + k).square().sum())
+    assert str(opt.state_dict()) == str(state)
+    assert model.calls == before
+    start = [p.clone() for p in model.parameters()]
+    torch_steps(model, opt, x, 3)
+    same(fmodel.parameters(), model.parameters())
+    same(fmodel.parameters(time=0), start)
+    assert torch.equal(dict(fmodel.named_parameters())["last.bias"], dict(model.named_parameters())["last.bias"])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_derivatives_through_the_steps_are_exact(name: str) -> None:
+    """Of initial parameters and every setting, at first and second order, by finite differences."""
+    torch.manual_seed(1)
+    model, x = nn.Linear(2, 1).double(), torch.randn(3, 2, dtype=torch.float64)
+    opt = OPTIMIZERS[name](model.parameters())
+    learned = higher.get_trainable_opt_params(opt)
+    names = [n for n in learned if n != "eps"]
+
+    def after(*values: Tensor) -> Tensor:
+        rates = dict(zip(names, values[2:], strict=True))
+        override = {n: [tuple(rates[n]) if n == "betas" else rates[n]] for n in names}
+        fmodel = higher.monkeypatch(model)
+        fmodel.update_params(values[:2])
+        diffopt = higher.get_diff_optim(opt, model.parameters(), fmodel, override=override)
+        for k in range(2):
+            diffopt.step(fmodel(x + k).sin().sum())
+        return torch.cat([p.flatten() for p in fmodel.parameters()])
+
+    settings = [torch.stack(v) if isinstance(v, tuple) else v for (v,) in (learned[n] for n in names)]
+    # Not where a tensor of zero says that nothing happens: a momentum of zero is none.
+    values = [torch.randn(1, 2), torch.randn(1), *(s.detach().clamp(min=0.05) for s in settings)]
+    inputs = tuple(v.double().requires_grad_() for v in values)
+    assert gradcheck(after, inputs)
+    assert gradgradcheck(after, inputs)
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if "sgd" not in n])
+def test_no_nan_where_gradients_are_zero(name: str) -> None:
+    """The rows of an embedding that nothing looked up; the others as without them."""
+    torch.manual_seed(2)
+    model, tokens = nn.Embedding(5, 2).double(), torch.tensor([1, 3])
+    few = nn.Embedding(2, 2).double()
+    few.weight.data.copy_(model.weight[tokens])
+    found = []
+    for one, looked_up in ((model, tokens), (few, torch.arange(2))):
+        opt = OPTIMIZERS[name](one.parameters())
+        with higher.innerloop_ctx(one, opt) as (fmodel, diffopt):
+            for _ in range(2):
+                diffopt.step(fmodel(looked_up).sin().sum())
+            meta = fmodel(looked_up).square().sum()
+        found.append(torch.autograd.grad(meta, fmodel.init_fast_params)[0])
+    assert found[0].isfinite().all()
+    same([found[0][tokens]], found[1:])
+
+
+def test_maml_reaches_the_model_and_test_time_does_not() -> None:
+    model, x = made()
+    opt = optim.SGD(model.parameters(), lr=0.1)
+
+    def unroll(**options: Any) -> tuple[Any, Tensor]:
+        with higher.innerloop_ctx(model, opt, **options) as (fmodel, diffopt):
+            for _ in range(2):
+                diffopt.step(fmodel(x).square().sum())
+            return fmodel, fmodel(x).square().sum()
+
+    fmodel, value = unroll(copy_initial_weights=False)
+    initial = [p for p in fmodel.parameters(time=0) if p.requires_grad]
+    truth = torch.autograd.grad(value, initial, retain_graph=True, allow_unused=True)
+    value.backward()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    assert [g is None for g in truth] == [p.grad is None for p in learned] == [True] + [False] * 6
+    same((p.grad for p in learned if p.grad is not None), (g for g in truth if g is not None))
+    model.zero_grad()
+    fmodel, value = unroll(copy_initial_weights=True)
+    value.backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert len(fmodel._history) == 3
+    fmodel, value = unroll(copy_initial_weights=False, track_higher_grads=False)
+    value.backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert len(fmodel._history) == 1
+    assert all(p.is_leaf for p in fmodel.parameters())
+
+
+def test_learned_rates_by_group_and_by_step() -> None:
+    model, x = made()
+    rates = [torch.tensor(r, dtype=torch.float64, requires_grad=True) for r in (0.1, 0.2, 0.3)]
+
+    def after(values: list[Any]) -> Tensor:
+        opt = optim.SGD(groups(model), lr=1.0)
+        with higher.innerloop_ctx(model, opt, override={"lr": values[:2]}) as (fmodel, diffopt):
+            diffopt.step(fmodel(x).square().mean())
+            diffopt.step(fmodel(x).square().mean(), override={"lr": values[2:]})
+            diffopt.step(fmodel(x).square().mean())
+            return fmodel(x).square().mean()
+
+    grads = torch.autograd.grad(after(rates), rates)
+    for i, g in enumerate(grads):
+        shifted = [[float(r.detach()) + (e if i == j else 0) for j, r in enumerate(rates)] for e in (1e-6, -1e-6)]
+        up, down = (after(values) for values in shifted)
+        torch.testing.assert_close(g, ((up - down) / 2e-6).detach(), rtol=1e-6, atol=1e-8)
+    assert len({float(g) for g in grads}) == 3
+
+
+def test_callbacks_change_the_gradients() -> None:
+    model, x = made()
+    opt = optim.SGD(model.parameters(), lr=0.1)
+
+    def clipped(grads: Any) -> list[Tensor | None]:
+        return [None if g is None else g.clamp(-0.01, 0.01) for g in grads]
+
+    def after(at_step: Any = None, **options: Any) -> list[Tensor]:
+        fmodel = higher.monkeypatch(model)
+        diffopt = higher.get_diff_optim(opt, model.parameters(), fmodel, **options)
+        return diffopt.step(fmodel(x).square().sum(), grad_callback=at_step)
+
+    same(after(grad_callback=clipped), after(clipped, grad_callback=lambda grads: grads))
+    assert not torch.allclose(after()[1], after(clipped)[1])
+
+
+def test_functional_modules() -> None:
+    model, x = made()
+    fmodel = higher.monkeypatch(model)
+    assert isinstance(fmodel, Shared)
+    torch.testing.assert_close(fmodel(x), model(x), rtol=0, atol=0)
+    assert fmodel.calls == 1 == model.calls
+    assert torch.equal(fmodel.last(x), model.last(x))  # a submodule by itself
+    params = [torch.randn_like(p) for p in model.parameters()]
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), params, strict=True):
+            p.copy_(value)
+        torch.testing.assert_close(fmodel(x, params=params), model(x))
+    assert all(a is b for a, b in zip(fmodel.fast_params, params, strict=True))
+    assert torch.equal(fmodel.last(x), model.last(x))
+    assert fmodel.first.weight is fmodel.last.weight is params[1]
+    fmodel.fast_params = fmodel.init_fast_params
+    assert fmodel.unused is next(fmodel.parameters(time=0))
+    assert [n for n, _ in fmodel.named_parameters()] == [n for n, _ in model.named_parameters()]
+    stateless = higher.make_functional(model)
+    with pytest.raises(ValueError, match="params must be given to a functional module without parameters"):
+        stateless(x)
+    torch.testing.assert_close(stateless(x, params=params), model(x))
+
+
+def test_patched_models_run_by_the_ops() -> None:
+    model, x = made()
+    found = []
+    for prepare in (lambda model: None, mk.patch):
+        prepare(model)
+        opt = optim.Adam(model.parameters(), lr=0.1)
+        with higher.innerloop_ctx(model, opt) as (fmodel, diffopt):
+            diffopt.step(fmodel(x).square().sum())
+            wanted = [p for p in fmodel.init_fast_params if p.requires_grad]
+            found.append(torch.autograd.grad(fmodel(x).square().sum(), wanted, allow_unused=True)[:-1])
+    same(*found)
+
+
+def test_an_optimizer_without_a_model_or_anew() -> None:
+    model, x = made()
+    fmodel = higher.monkeypatch(model)
+    loss, theta = fmodel(x).square().sum(), list(fmodel.parameters())
+    opt = optim.Adam(model.parameters(), lr=0.1)
+    truth = higher.get_diff_optim(opt, model.parameters()).step(loss, params=theta)
+    loss = fmodel(x).square().sum()
+    anew = higher.create_diff_optim(optim.Adam, {"lr": 0.1}, fmodel=fmodel)
+    by_groups = higher.create_diff_optim(optim.Adam, {"lr": 9.0}, params=[{"params": theta, "lr": 0.1}])
+    same(by_groups.step(fmodel(x).square().sum(), params=theta), truth)
+    same(anew.step(loss), truth)
+    same(fmodel.parameters(), truth)
+    with pytest.raises(ValueError, match=r"diffopt.step: params must be given where the optimizer has no functional"):
+        by_groups.step(loss)
+    with pytest.raises(ValueError, match="create_diff_optim: params or fmodel must be given, got neither"):
+        higher.create_diff_optim(optim.Adam)
+
+
+def test_other_optimizers_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sign(optim.SGD):
+        pass
+
+    class DifferentiableSign(higher.DifferentiableOptimizer):
+        def _update(self, grouped_grads: Any, **kwargs: Any) -> None:
+            for i, (group, grads) in enumerate(zip(self.param_groups, grouped_grads, strict=True)):
+                for j, (p, g) in enumerate(zip(group["params"], grads, strict=True)):
+                    if g is not None:
+                        self.state[i][j]["count"] = self.state[i][j].get("count", 0) + 1
+                        group["params"][j] = p - group["lr"] * g.sign()
+
+    model = nn.Linear(2, 1)
+    opt = Sign(model.parameters(), lr=0.5)
+    fmodel = higher.monkeypatch(model)
+    with pytest.raises(ValueError, match=r"opt must be one of SGD, Adam, .*, got Sign: register_optim adds another"):
+        higher.get_diff_optim(opt, model.parameters(), fmodel)
+    monkeypatch.setattr(higher.optim, "_KINDS", dict(higher.optim._KINDS))
+    higher.register_optim(Sign, DifferentiableSign)
+    diffopt = higher.get_diff_optim(opt, model.parameters(), fmodel)
+    _, bias = diffopt.step(fmodel(torch.ones(3, 2)).sum())
+    assert torch.equal(bias, model.bias - 0.5)
+    assert diffopt.state[0][1] == {"count": 1}
+
+
+def test_learned_settings_go_back_to_the_optimizer() -> None:
+    model, _ = made()
+    opt, other = (optim.Adam(groups(model), lr=lr, betas=(0.5, 0.6)) for lr in (0.25, 0.5))
+    override = higher.get_trainable_opt_params(opt)
+    assert {"lr", "betas", "eps", "weight_decay"} <= set(override)
+    assert all(t.requires_grad for value in override["betas"] for t in value)
+    higher.apply_trainable_opt_params(other, override)
+    assert [g["lr"] for g in other.param_groups] == pytest.approx([0.3, 0.25])
+    assert other.param_groups[1]["betas"] == pytest.approx((0.5, 0.6))
+    assert other.param_groups[0]["amsgrad"] is False
+    higher.apply_trainable_opt_params(other, {"lr": [torch.tensor(0.125)]})
+    assert [g["lr"] for g in other.param_groups] == [0.125, 0.125]
+    with pytest.raises(ValueError, match="override: lr must hold one value or one for each of the 2"):
+        higher.apply_trainable_opt_params(other, {"lr": [1.0] * 3})
+
+
+def test_an_inner_loop_and_its_graph_go_with_their_last_holder() -> None:
+    model, x = made()
+    opt = optim.Adam(model.parameters(), lr=0.1)
+    gc.disable()
+    try:
+        with higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, diffopt):
+            diffopt.step(fmodel(x).square().sum())
+        alive = weakref.ref(fmodel), weakref.ref(fmodel.fast_params[0])
+        del fmodel, diffopt
+        assert [ref() for ref in alive] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_half_precision_state_of_torch_and_no_steps() -> None:
+    model = nn.Linear(2, 1).bfloat16()
+    with higher.innerloop_ctx(model, optim.Adam(model.parameters())) as (fmodel, diffopt):
+        same(fmodel.parameters(), model.parameters())
+        diffopt.step(fmodel(torch.ones(3, 2).bfloat16()).sum())
+    assert all(p.dtype is torch.bfloat16 and p.isfinite().all() for p in fmodel.parameters())
+
+
+def test_errors() -> None:
+    model, x = made()
+    opt = optim.SGD(groups(model), lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"parameters must be among the model's, got one of shape \[3\] in its group 0"
+    ):
+        higher.get_diff_optim(opt, [p for p in model.parameters() if p.shape != (3,)])
+    for override, error, message in (
+        ({"lr": torch.tensor(0.1)}, TypeError, "lr must be a list of one value or of one .*, got Tensor"),
+        ({"lr": [0.1] * 3}, ValueError, "lr must hold one value or one for each of the 2 .*, got 3"),
+        ({"rate": [0.1]}, ValueError, "it must name settings of the optimizer, .*lr.*, got 'rate'"),
+    ):
+        with pytest.raises(error, match=message):
+            higher.get_diff_optim(opt, model.parameters(), override=override)
+    with higher.innerloop_ctx(model, opt) as (fmodel, diffopt):
+        before = fmodel(x).square().sum()
+        diffopt.step(before)
+        for loss in (before, model(x).square().sum()):
+            with pytest.raises(ValueError, match=r"diffopt.step: loss must depend on the current parameters"):
+                diffopt.step(loss)
+        loss = fmodel(x).square().sum()
+        loss.backward(retain_graph=False)
+        with pytest.raises(RuntimeError, match=r"diffopt.step: loss must have its graph"):
+            diffopt.step(loss)
+        for params in ([], [torch.zeros(1)] * 2):
+            with pytest.raises(ValueError, match=f"params must have an entry for each of the 8 .*, got {len(params)}"):
+                fmodel(x, params=params)
+        with pytest.raises(ValueError, match="time must be at most 1, the updates so far, got 2"):
+            fmodel.parameters(time=2)
+        with pytest.raises(ValueError, match="module must be an ordinary one, got one that was made functional"):
+            higher.monkeypatch(fmodel)
+    with higher.innerloop_ctx(model, opt, track_higher_grads=False) as (fmodel, diffopt):
+        loss = diffopt.step(fmodel(x).square().sum()) and fmodel(x).square().sum()
+        with pytest.raises(ValueError, match="time must be -1 or 0 where no higher gradients are tracked, got 1"):
+            fmodel.parameters(time=1)
+        with pytest.raises(ValueError, match="initial parameters must be tracked to be read"):
+            _ = fmodel.init_fast_params
+        with pytest.raises(ValueError, match="track_higher_grads must be True or False, got 1"):
+            fmodel.track_higher_grads = 1
+        model.to("meta")
+        with pytest.raises(RuntimeError, match=r"diffopt.step: the model must stay on the device .*, got it on meta"):
+            diffopt.step(loss)
+    with pytest.raises(TypeError, match=r"module must be an nn.Module, got str"):
+        higher.monkeypatch("model")
+    replaced = nn.Linear(2, 2)
+    replaced.forward = replaced.forward
+    with pytest.raises(ValueError, match="got one whose forward was replaced"):
+        higher.monkeypatch(replaced)

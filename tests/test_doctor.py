@@ -1,0 +1,299 @@
+"""The doctor: none of the zoo missed, none accused; what it says of costs; that it leaves no trace."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import metakern as mk
+from metakern.doctor import _costs, _places
+
+INNER = {"inner": mk.optim.SGD(lr=0.3), "steps": 2}
+
+
+def examine(case, **options):
+    return mk.doctor(case.model, case.loss, case.support, case.query, **INNER | case.options | options)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", zoo.LOSSY)
+def test_none_is_missed(name):
+    make, kind, op = zoo.LOSSY[name]
+    if name == "weight_norm" and _right_in_this_pytorch():
+        pytest.skip("PyTorch's weight norm has been put right")
+    report = examine(make())
+    (problem,) = report.problems
+    assert not report.exact
+    assert problem.kind == kind
+    assert op in problem.op
+    assert problem.path.startswith("" if name == "weighted_loss" else "2")
+    surrogate = kind in (
+        "straight-through",
+        "surrogate gradient",
+        "stop-gradient",
+        "in-place write",
+        "no first derivative",
+    )
+    assert problem.order == (1 if surrogate and name not in ("detaching_hook", "reentrant_checkpoint") else 2)
+    if report.error is not None and kind != "forward-mode rule":
+        assert problem.cost == report.error > 1e-4
+    assert {problem.kind, problem.op} <= set(re.split(r": |\n", re.sub(r"\d+  ", "", str(report))))
+
+
+def _right_in_this_pytorch():
+    v, g = (torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (3, 1)))
+    return torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, 0), (v, g), raise_exception=False)
+
+
+@pytest.mark.parametrize("name", zoo.HONEST)
+def test_none_is_accused(name):
+    report = examine(zoo.HONEST[name]())
+    assert report.exact
+    assert report.problems == []
+    if report.plan:
+        assert report.error < 1e-8
+        assert report.kept == pytest.approx(1)
+    assert "is exact" in str(report)
+
+
+def meta_gradient(case, first_order=False):
+    """Of the first task, by plain autograd."""
+    support, query = ([t[0] for t in batch] for batch in (case.support, case.query))
+    theta = dict(case.model.named_parameters())
+
+    def at(values, batch):
+        return zoo.squared(lambda x: torch.func.functional_call(case.model, values, (x,)), batch)
+
+    phi = theta
+    for _ in range(2):
+        grads = torch.autograd.grad(at(phi, support), list(phi.values()), create_graph=not first_order)
+        phi = {name: p - 0.3 * g for (name, p), g in zip(phi.items(), grads, strict=True)}
+    return torch.cat([g.flatten() for g in torch.autograd.grad(at(phi, query), list(theta.values()))])
+
+
+def test_costs_are_those_of_plain_autograd():
+    case = zoo.LOSSY["numpy_kernel"][0]()
+    report = examine(case)
+    found, first = meta_gradient(case), meta_gradient(case, first_order=True)
+    case.model[2].function = zoo.ExactCube.apply
+    truth = meta_gradient(case)
+    assert report.error == pytest.approx(((found - truth).norm() / truth.norm()).item(), rel=1e-5)
+    assert report.first_order_error == pytest.approx(((first - truth).norm() / truth.norm()).item(), rel=1e-5)
+    second = truth - first
+    assert report.kept == pytest.approx(((found - first) @ second / second.square().sum()).item(), rel=1e-5)
+
+
+class Mixed(nn.Module):
+    """Four places in three modules; the last is the model's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), zoo.Act(zoo.NumpyCube.apply)) for _ in range(2))
+        self.through = zoo.Act(zoo.SignThrough.apply)
+        self.mixing, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x).tanh()
+        x = x + 0.1 * self.through(self.mixing(x))
+        return self.head(x) * x.mean(-1, keepdim=True).detach()
+
+
+def test_every_place_is_named():
+    case = zoo.case()._replace(model=Mixed().double())
+    report = examine(case)
+    assert [(p.path, p.kind) for p in report.problems] == [
+        ("blocks.0.1", "opaque backward"),
+        ("blocks.1.1", "opaque backward"),
+        ("through", "straight-through"),
+        ("", "stop-gradient"),
+    ]
+    assert "4 places, second-order terms are lost at 2" in str(report)
+    assert "blocks.0.1, blocks.1.1" in str(report)
+
+
+def test_costs_of_several_are_told_apart():
+    case = zoo.case(zoo.Act(zoo.NumpyCube.apply), nn.Linear(6, 6), zoo.Act(zoo.NativeGelu.apply))
+    report = examine(case)
+    alone = {}
+    for place, exact in ((4, torch.nn.GELU("tanh")), (2, zoo.Act(zoo.ExactCube.apply))):
+        kept = case.model[place]
+        case.model[place] = exact
+        alone[{2: "NativeGelu", 4: "NumpyCube"}[place]] = examine(case).error
+        case.model[place] = kept
+    assert {p.op: p.cost for p in report.problems} == pytest.approx(alone, rel=1e-4)
+
+
+class InFloat32(zoo._Saving):
+    """What insists on float32, as kernels do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        if x.dtype != torch.float32:
+            raise TypeError("float32 only")
+        return zoo._Saving.forward(ctx, x)
+
+
+class ExactInFloat32(InFloat32):
+    backward = zoo.ExactCube.backward
+
+
+class LossyInFloat32(InFloat32):
+    backward = zoo.NumpyCube.backward
+
+
+@pytest.mark.parametrize(("function", "exact"), [(ExactInFloat32, True), (LossyInFloat32, False)])
+def test_models_that_insist_on_float32(function, exact):
+    case = zoo.case(zoo.Act(function.apply))
+    case = case._replace(model=case.model.float())
+    case = case._replace(support=[t.float() for t in case.support], query=[t.float() for t in case.query])
+    report = examine(case)
+    assert report.dtype == "float32"
+    assert report.exact == exact
+    assert [p.op for p in report.problems] == [] if exact else ["LossyInFloat32"]
+
+
+def test_rounding_inside_is_not_a_loss():
+    """Float64 outside, float32 inside: differences are noisy, and say so."""
+    rounding = zoo.Act(lambda x: x.type(torch.float32).sin().double())
+    assert examine(zoo.case(rounding)).exact
+
+
+@pytest.mark.parametrize(
+    "name", ["counters_and_noise", "dropout", "lstm", "write_under_no_grad", "spectral_norm_in_training"]
+)
+def test_it_leaves_no_trace(name):
+    case = zoo.HONEST[name]() if name in zoo.HONEST else zoo.LOSSY[name][0]()
+    case.model[0].weight.grad = torch.ones_like(case.model[0].weight)
+    state = {key: value.clone() for key, value in case.model.state_dict().items()}
+    attributes = {path: dict(vars(module)) for path, module in case.model.named_modules()}
+    batches = [t.clone() for t in (*case.support, *case.query)]
+    methods = dict(vars(torch.Tensor))
+    enter = torch.no_grad.__enter__
+    np.random.seed(1)
+    random.seed(2)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    with torch.no_grad():
+        examine(case)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert all(np.array_equal(a, b) for a, b in zip(states[2], np.random.get_state(), strict=True))
+    assert all(torch.equal(value, state[key]) for key, value in case.model.state_dict().items())
+    for path, module in case.model.named_modules():
+        assert {key: id(value) for key, value in vars(module).items()} == {
+            key: id(value) for key, value in attributes[path].items()
+        }
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    assert [p.grad is not None for p in case.model.parameters()].count(True) == 1
+    assert all(torch.equal(a, b) for a, b in zip((*case.support, *case.query), batches, strict=True))
+    assert dict(vars(torch.Tensor)) == methods
+    assert torch.no_grad.__enter__ is enter
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_bad_input_is_one_line():
+    case = zoo.case()
+
+    def complaint(**changes):
+        changed = case._replace(**changes)
+        with pytest.raises(ValueError) as error:
+            examine(changed)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    x, y = case.support
+    assert complaint(loss=lambda m, b: m(b[0])) == (
+        "doctor: loss must return a scalar tensor for one task, got [5, 3] of torch.float64"
+    )
+    assert complaint(loss=lambda m, b: 1.0) == "doctor: loss must return a scalar tensor for one task, got float"
+    nan = complaint(loss=lambda m, b: m(b[0]).sum() * torch.nan)
+    assert nan == "doctor: loss must be finite on the first task of support, got nan"
+    assert complaint(model=nn.Tanh()) == "doctor: model must have trainable parameters, got none"
+    assert complaint(query=(x[:1], y[:1])) == "doctor: query must have the 2 tasks of support, got 1"
+    assert complaint(support=(x[:1], y)) == (
+        "doctor: support must have one number of tasks along dimension 0, got [1, 2]"
+    )
+    assert complaint(options={"steps": -1}) == "doctor: steps must be an integer of at least 0, got -1"
+    assert complaint(options={"adapt": ["missing"]}).startswith("doctor: adapt must match a parameter's name")
+    other = nn.Linear(6, 3).double()
+    assert complaint(loss=lambda m, b: other(b[0]).sum()) == (
+        "doctor: loss must depend on the model's parameters, got one that does not"
+    )
+    drawn = random.SystemRandom()
+    assert complaint(loss=lambda m, b: m(b[0]).sum() * drawn.random()) == (
+        "doctor: loss must be the same for the same parameters and random state, got one that changes from call to call"
+    )
+    assert complaint(loss=lambda m, b: m(b[0][:, 1:]).sum()).startswith(
+        "doctor: loss must run on a task of support, got "
+    )
+    with pytest.raises(TypeError, match=r"doctor: model must be an nn\.Module, got int"):
+        mk.doctor(3, case.loss, case.support, case.query)
+    with pytest.raises(TypeError, match=r"doctor: loss must be a function of \(model, batch\), got int"):
+        mk.doctor(case.model, 3, case.support, case.query)
+
+
+def test_the_page():
+    page = str(examine(zoo.LOSSY["numpy_kernel"][0]()))
+    assert page.splitlines()[:4] == [
+        "The meta-gradient is NOT exact: 1 place, second-order terms are lost at 1.",
+        "",
+        "1  opaque backward: NumpyCube",
+        "   where       2",
+    ]
+    assert max(map(len, page.splitlines())) <= 100
+    for word in ("kept", "of the second-order part", "batching", "memory", "one task, float64"):
+        assert word in page
+
+
+@pytest.mark.parametrize("name", ["numpy_kernel", "between_modules", "relu"])
+def test_it_takes_no_more_than_twenty_meta_steps(name, monkeypatch):
+    """In calls of the loss with all its modules; a meta-step of one task takes K + 1 of them."""
+    counted = [0]
+    case = zoo.HONEST[name]() if name in zoo.HONEST else zoo.LOSSY[name][0]()
+
+    def loss(model, batch):
+        counted[0] += 1
+        return case.loss(model, batch)
+
+    mk.MAML(case.model, loss, steps=5)
+    examine(case._replace(loss=loss, options={"steps": 5}))
+    assert counted[0] <= 20 * 2 * (5 + 1)
+
+
+def test_repaired_modules_are_exact():
+    """By differences of their first order: a module with parameters, two inputs and a recurrent layer."""
+
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(6, 6, batch_first=True)
+
+        def forward(self, x, scale=1.0):
+            return {"y": self.rnn(x.unsqueeze(0))[0].squeeze(0) * scale, "n": 3}
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = Cell(), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.cell(x, scale=x.sin())["y"])
+
+    case = zoo.case()
+    case = case._replace(model=Model().double())
+    patient = _places.treat(case.model, case.loss, [t[0] for t in case.support], [t[0] for t in case.query], None)
+    costs = _costs.Costs(patient, **INNER)
+    problem = mk.doctor.__globals__["Problem"]("cell", "", "", "", "")
+    truth, repaired = costs.store(), costs.store([problem])
+    assert _costs.distance(truth, repaired) < 1e-7 * _costs.norm(truth)
+    assert _costs.distance(truth, costs.truth()) < 1e-7 * _costs.norm(truth)

@@ -1,0 +1,301 @@
+"""Tapes compute what their programs do: every pass, on tensors of every layout, and what has no tape has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_capture import KINDS
+from test_maml import build, points, regression_loss, tokens
+from torch import Tensor
+
+import metakern as mk
+from metakern import _native
+from metakern._record import record
+from metakern.meta import _capture, _tape
+from metakern.meta._fuse import fused
+from metakern.ops import _checks
+
+pytestmark = pytest.mark.skipif(_native.obstacle() is not None, reason="tapes are C++")
+aten: Any = torch.ops.aten
+Function = Callable[..., list[Tensor]]
+
+
+def taped(function: Function, *inputs: Tensor) -> _tape.Tape:
+    program, _ = record(lambda: function(*inputs), inputs, fused)
+    return _tape._Writer(inputs).tape(program)
+
+
+def check(function: Function, make: Callable[[], tuple[Tensor, ...]], tolerance: float = 1e-12) -> None:
+    """The tape, written for some inputs, on others: alone with threads of its own, and several side by side."""
+    tape, several = taped(function, *make()), [make() for _ in range(3)]
+    truths = [function(*inputs) for inputs in several]
+    for threads in (1, 3):
+        alone = [tape([inputs], threads) for inputs in several]
+        together = tape(several, threads)
+        assert together is not None
+        for truth, one, found in zip(truths, alone, together, strict=True):
+            assert one is not None
+            for expected, a, b in zip(truth, one[0], found, strict=True):
+                assert a is not None
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+                torch.testing.assert_close(a, expected.contiguous(), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(0, 2),
+    "permuted": lambda x: x.permute(2, 0, 1),
+    "sliced": lambda x: x[:, 1::2, 3:],
+    "expanded": lambda x: x[:, :1].expand(-1, 4, -1),
+    "a-scalar": lambda x: x[1, 1, 1],
+    "a-row": lambda x: x[0, 0],
+    "empty": lambda x: x[:, :0],
+}
+SHAPE = (3, 5, 37)
+
+PASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": lambda x, y: torch.add(x, y, alpha=-0.3) + 2,
+    "add-broadcast": lambda x, y: x + y[..., :1] if y.dim() else x + y,
+    "sub": lambda x, y: torch.sub(x, y, alpha=0.7) - 1.5,
+    "rsub": lambda x, y: 2 - x,
+    "mul": lambda x, y: x * y * 0.3,
+    "div": lambda x, y: x / (y + 9) / 3,
+    "neg": lambda x, y: -x,
+    "reciprocal": lambda x, y: (x + 9).reciprocal(),
+    "square": lambda x, y: x**2 + y**1,
+    "power": lambda x, y: (x + 9) ** -1.5,
+    "roots": lambda x, y: (x + 9).sqrt() + (y + 9).rsqrt(),
+    "exp": lambda x, y: x.exp(),
+    "relu": lambda x, y: x.relu() + y,
+    "threshold_backward": lambda x, y: aten.threshold_backward(x, y, 0.1),
+    "tanh": lambda x, y: aten.tanh_backward(y, x.tanh()),
+    "sigmoid": lambda x, y: aten.sigmoid_backward(y, x.sigmoid()),
+    "gelu": lambda x, y: F.gelu(x) + aten.gelu_backward(y, x),
+    "silu": lambda x, y: F.silu(x) + aten.silu_backward(y, x),
+    "where": lambda x, y: torch.where((x > 0) & (y <= 0.5) | (x < -1), x, y),
+    "masks": lambda x, y: (~((x >= 0) & (y != 0)) | (x == 0)).clone(),
+    "sum": lambda x, y: x.sum() + y.mean(),
+    "copies": lambda x, y: torch.cat([torch.stack([x, y]).flatten(), y.contiguous().flatten(), x.reshape(-1)]),
+    "in-place": lambda x, y: x.clone().mul_(y).add_(x, alpha=2).add_(1).mul_(3),
+    "fills": lambda x, y: x * torch.full_like(x, 0.5) + torch.ones_like(x) + x.new_zeros(x.shape).add_(y),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass(name: str, layout: str, dtype: torch.dtype) -> None:
+    def make() -> tuple[Tensor, ...]:
+        return torch.randn(SHAPE, dtype=dtype), torch.randn(SHAPE, dtype=dtype)
+
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        return [PASSES[name](LAYOUTS[layout](x), LAYOUTS[layout](y))]
+
+    check(function, make, 1e-12 if dtype == torch.float64 else 2e-5)
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2), (-1,)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "permuted", "sliced", "expanded", "empty"])
+def test_sums(layout: str, dims: tuple[int, ...], keepdim: bool) -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        x = LAYOUTS[layout](x)
+        return [x.sum(dims, keepdim), x.mean(dims, keepdim)]
+
+    check(function, lambda: (torch.randn(4, 6, 75, dtype=torch.float64),))
+
+
+def test_sums_of_many() -> None:
+    check(lambda x: [x.sum(), x.sum(0), x.sum(1)], lambda: (torch.randn(1234, 77, dtype=torch.float64),), 1e-11)
+
+
+def test_passes_that_threads_share() -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        y = torch.where(x > 0, x, x * 2).mT.contiguous() + 1
+        return [y, y.sum(0), y.sum(1), y.sum(), (y > 1).all(0)]
+
+    check(function, lambda: (torch.randn(301, 257, dtype=torch.float64),), 1e-10)
+
+
+def test_seven_dimensions_have_no_tape() -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        return [x.permute(6, 5, 4, 3, 2, 1, 0) * x]
+
+    assert _tape.written(record(lambda: function(x), [x := torch.randn([2] * 7)])[0], [x]) is None
+    check(lambda x: [x.permute(5, 4, 3, 2, 1, 0) * x], lambda: (torch.randn([2] * 6),))
+
+
+def test_integers_and_rows() -> None:
+    table = torch.randn(7, 5, dtype=torch.float64)
+
+    def function(index: Tensor, x: Tensor) -> list[Tensor]:
+        T = index.shape[0]
+        inside = (index >= 0) & (index < 7)
+        own = torch.where(inside, index, 0) + torch.arange(T).unsqueeze(1) * 7
+        rows = torch.zeros(7 * T, 5, dtype=x.dtype).index_add_(0, own.flatten(), x.flatten(0, 1), alpha=0.5)
+        return [
+            F.embedding(torch.where(inside, index, 0), table),
+            rows,
+            rows.index_select(0, own.flatten()),
+            x.mT.index_select(0, index.new_zeros(3)),
+            (own - 2 * index + 1).clone(),
+            inside.all(1),
+            inside.all((0, 1)) | inside.all(),
+            aten.embedding_dense_backward(x, own, 14, -1, False),
+        ]
+
+    check(function, lambda: (torch.randint(-1, 8, (2, 4)), torch.randn(2, 4, 5, dtype=torch.float64)))
+
+
+def test_products() -> None:
+    def function(a: Tensor, b: Tensor) -> list[Tensor]:
+        return [
+            a @ b.mT,
+            torch.baddbmm(a[:, :1, :1], a, b.mT, alpha=0.5),
+            a[0] @ b[0].mT,
+            torch.addmm(b[0, :, 0], a[1], b[1].mT),
+            _native.product(a[:, ::2, ::2], b[..., ::2].mT, scale=3.0),
+            _native.product(a, b.mT, (a @ b.mT)[:, :1], True),
+            torch.bmm(a.expand(3, 4, 6), b[:1].mT.expand(3, 6, 5)),
+        ]
+
+    def make() -> tuple[Tensor, ...]:
+        return torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 5, 6, dtype=torch.float64)
+
+    check(function, make)
+
+
+def test_kernels_take_and_make_what_they_say() -> None:
+    def function(x: Tensor, weight: Tensor, target: Tensor) -> list[Tensor]:
+        y, *residuals = _native.call("layer_norm_forward", x.mT.contiguous().mT, weight, None, scalars=(1e-5,))
+        loss = _native.call("cross_entropy_forward", y, target, scalars=(-100.0,))
+        return [t for t in (y, *residuals, *loss) if t is not None]
+
+    def make() -> tuple[Tensor, ...]:
+        real = {"dtype": torch.float64}
+        return torch.randn(2, 3, 5, **real), torch.randn(2, 5, **real), torch.randint(5, (2, 3))
+
+    check(function, make)
+
+
+def test_memory_is_given_out_again() -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        for i in range(50):
+            x = x.exp() * i
+        return [x]
+
+    x = torch.zeros(1024, dtype=torch.float64)
+    assert taped(function, x).bytes <= 4 * x.nbytes
+
+
+def test_random_layouts_of_memory_do_not_overlap() -> None:
+    generator = torch.Generator().manual_seed(0)
+    arena, taken = _tape._Arena(), {}
+    for _ in range(2000):
+        if taken and torch.rand((), generator=generator) < 0.5:
+            offset = list(taken)[int(torch.randint(len(taken), (), generator=generator))]
+            arena.give_back(offset)
+            del taken[offset]
+        else:
+            size = int(torch.randint(1, 5000, (), generator=generator))
+            taken[arena.take(size)] = size
+        spans = sorted((offset, offset + size) for offset, size in taken.items())
+        assert all(a[1] <= b[0] for a, b in pairwise(spans))
+        assert not spans or spans[-1][1] <= arena.size
+
+
+def test_what_a_program_only_reads_is_read_where_it_is_and_where_it_was() -> None:
+    weight = torch.randn(4, 3, dtype=torch.float64)
+    tape, x = taped(lambda x: [x @ weight], torch.randn(2, 4, dtype=torch.float64)), torch.randn(2, 4).double()
+    weight.data = torch.randn(4, 3, dtype=torch.float64)
+    (found,) = tape([[x]], 1) or ([],)
+    torch.testing.assert_close(found[0], x @ weight)
+    weight.data = torch.randn(3, 4, dtype=torch.float64).mT
+    assert tape([[x]], 1) is None
+
+
+def test_a_check_that_fails_stops_the_run() -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        _checks.below("op", "x", x, 5, -100)
+        return [x + 1]
+
+    tape = taped(function, torch.tensor([1, -100]))
+    assert tape([[torch.tensor([4, -100])]], 1) is not None
+    for wrong in ([5, 0], [-1, 0]):
+        assert tape([[torch.tensor([1, 1])], [torch.tensor(wrong)]], 2) is None
+
+
+def test_rows_that_are_not_there_stop_the_run() -> None:
+    tape = taped(lambda x, index: [x.index_select(0, index)], torch.randn(3, 2), torch.tensor([0]))
+    assert tape([[torch.randn(3, 2), torch.tensor([3])]], 1) is None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: [x.cumsum(0)],
+        lambda x: [F.dropout(x, 0.5)],
+        lambda x: [x.half() * 2],
+        lambda x: [x.add_(1)],
+        lambda x: [x + torch.arange(3)],
+        lambda x: [x.complex32() if hasattr(x, "complex32") else x.cfloat()],
+    ],
+)
+def test_what_has_no_tape(function: Function) -> None:
+    x = torch.randn(3)
+    program, _ = record(lambda: function(x), [x])
+    assert _tape.written(program, [x]) is None
+
+
+def test_wrong_tapes_are_refused() -> None:
+    C = _native._C
+    tape, place = C.Tape(64, 2), C.Place(0, 0)
+    for wrong in (C.Place(2, 0), C.Place(-1, 0), C.Place(0, -8)):
+        with pytest.raises(ValueError, match="a place must be in one of 2 bases"):
+            tape.pass_("copy", 0, 0, [place, wrong], [1], [[1], [1]], (0.0, 0.0))
+    with pytest.raises(ValueError, match="no such pass"):
+        tape.pass_("nothing", 0, 0, [place], [1], [[1]], (0.0, 0.0))
+    with pytest.raises(ValueError, match="no such pass"):
+        tape.pass_("exp", 2, 0, [place, place], [1], [[1], [1]], (0.0, 0.0))
+    with pytest.raises(ValueError, match="wrong number of tensors"):
+        tape.pass_("copy", 0, 0, [place], [1], [[1]], (0.0, 0.0))
+    with pytest.raises(ValueError, match="wrong number of dimensions"):
+        tape.pass_("fill", 0, 0, [place], [1] * 7, [[1] * 7], (0.0, 0.0))
+    with pytest.raises(ValueError, match="wrong number of strides"):
+        tape.pass_("fill", 0, 0, [place], [1], [[1, 1]], (0.0, 0.0))
+    with pytest.raises(ValueError, match="wrong numbers of arguments"):
+        tape.kernel(0, False, [place], [1], [])
+    with pytest.raises(IndexError):
+        tape.kernel(10**6, False, [place], [1], [])
+    with pytest.raises(ValueError, match="wrong number of bases"):
+        tape.run([[0]], 1)
+
+
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+@pytest.mark.parametrize(
+    ("name", "batching"), [kind for kind in KINDS if kind[0] not in ("gpt", "gpt-folded", "gru-2")]
+)
+def test_models_have_tapes(name: str, batching: str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each piece's results are those of its program."""
+    model, loss, _, _, _ = build(name)
+    batch = points if loss is regression_loss else tokens
+    captured = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), steps=2, batching=batching, strategy=strategy, capture=True)
+    played: list[int] = []
+    play = _capture._Captured.__call__
+
+    def noted(self: Any, pieces: list, threads: int) -> list:
+        found = play(self, pieces, threads)
+        if self.tape is not None:
+            assert self.tape(pieces, 1) is not None
+            played.append(len(pieces))
+        return found
+
+    monkeypatch.setattr(_capture._Captured, "__call__", noted)
+    for i in range(3):
+        captured(batch(i), batch(i + 9))
+    assert played
