@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 import metakern as mk
 from metakern._record import RecordError, record
-from metakern.meta._capture import PROGRAMS
-from metakern.meta._fuse import fused
 from metakern.meta._unroll import Random
+from metakern.meta.capture import PROGRAMS
+from metakern.meta.capture.fuse import fused
 
 KINDS = [(name, batching) for name, entry in MODELS.items() for batching in entry[3] if not name.startswith("hf")]
 

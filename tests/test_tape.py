@@ -16,8 +16,9 @@ from torch import Tensor
 import metakern as mk
 from metakern import _native
 from metakern._record import record
-from metakern.meta import _capture, _tape
-from metakern.meta._fuse import fused
+from metakern.meta import capture
+from metakern.meta.capture import tape as tapes
+from metakern.meta.capture.fuse import fused
 from metakern.ops import _checks
 
 pytestmark = pytest.mark.skipif(_native.obstacle() is not None, reason="tapes are C++")
@@ -25,9 +26,9 @@ aten: Any = torch.ops.aten
 Function = Callable[..., list[Tensor]]
 
 
-def taped(function: Function, *inputs: Tensor) -> _tape.Tape:
+def taped(function: Function, *inputs: Tensor) -> tapes.Tape:
     program, _ = record(lambda: function(*inputs), inputs, fused)
-    return _tape._Writer(inputs).tape(program)
+    return tapes.Writer(inputs).tape(program)
 
 
 def check(function: Function, make: Callable[[], tuple[Tensor, ...]], tolerance: float = 1e-12) -> None:
@@ -126,7 +127,7 @@ def test_seven_dimensions_have_no_tape() -> None:
     def function(x: Tensor) -> list[Tensor]:
         return [x.permute(6, 5, 4, 3, 2, 1, 0) * x]
 
-    assert _tape.written(record(lambda: function(x), [x := torch.randn([2] * 7)])[0], [x]) is None
+    assert tapes.written(record(lambda: function(x), [x := torch.randn([2] * 7)])[0], [x]) is None
     check(lambda x: [x.permute(5, 4, 3, 2, 1, 0) * x], lambda: (torch.randn([2] * 6),))
 
 
@@ -195,7 +196,7 @@ def test_memory_is_given_out_again() -> None:
 
 def test_random_layouts_of_memory_do_not_overlap() -> None:
     generator = torch.Generator().manual_seed(0)
-    arena, taken = _tape._Arena(), {}
+    arena, taken = tapes._Arena(), {}
     for _ in range(2000):
         if taken and torch.rand((), generator=generator) < 0.5:
             offset = list(taken)[int(torch.randint(len(taken), (), generator=generator))]
@@ -249,7 +250,7 @@ def test_rows_that_are_not_there_stop_the_run() -> None:
 def test_what_has_no_tape(function: Function) -> None:
     x = torch.randn(3)
     program, _ = record(lambda: function(x), [x])
-    assert _tape.written(program, [x]) is None
+    assert tapes.written(program, [x]) is None
 
 
 def test_wrong_tapes_are_refused() -> None:
@@ -286,7 +287,7 @@ def test_models_have_tapes(name: str, batching: str, strategy: str, monkeypatch:
     batch = points if loss is regression_loss else tokens
     captured = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), steps=2, batching=batching, strategy=strategy, capture=True)
     played: list[int] = []
-    play = _capture._Captured.__call__
+    play = capture._Captured.__call__
 
     def noted(self: Any, pieces: list, threads: int) -> list:
         found = play(self, pieces, threads)
@@ -295,7 +296,7 @@ def test_models_have_tapes(name: str, batching: str, strategy: str, monkeypatch:
             played.append(len(pieces))
         return found
 
-    monkeypatch.setattr(_capture._Captured, "__call__", noted)
+    monkeypatch.setattr(capture._Captured, "__call__", noted)
     for i in range(3):
         captured(batch(i), batch(i + 9))
     assert played

@@ -18,11 +18,11 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_flatten
 
 from metakern.meta._batching import Loss, exact_kernels, select, tasks_of
-from metakern.meta._capture import Captures, surroundings
 from metakern.meta._memory import keep_freed_memory
 from metakern.meta._parameters import Adapt, Parameters
 from metakern.meta._plan import Plan, Planner, Wishes
 from metakern.meta._unroll import Gradients, Random, Unroll, _add
+from metakern.meta.capture import Captures, surroundings
 from metakern.optim import SGD, InnerOptimizer
 
 
@@ -36,7 +36,7 @@ class MAML(nn.Module):
     capture=True (on the CPU) records the kernels that the first meta-gradient calls for batches of a shape and calls
     them again for the next ones, without Python or autograd: the same numbers in less time, where shapes recur and
     model and loss are functions of tensors. A number that Python looks up elsewhere would stay what it was; most of
-    them are noticed (`metakern.meta._capture`), and a capture that an ordinary run does not confirm is not used.
+    them are noticed (`metakern.meta.capture`), and a capture that an ordinary run does not confirm is not used.
 
     Calling it with support and query batches (trees of tensors, tasks along dimension 0) gives the mean query loss over
     tasks, whose `backward()` accumulates the meta-gradient into the parameters' `.grad`.

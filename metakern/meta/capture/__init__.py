@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metakern._record import Program, RecordError, record
 from metakern.meta._batching import select, tasks_of
-from metakern.meta._fuse import fused
-from metakern.meta._tape import Tape, written
 from metakern.meta._unroll import Random
+from metakern.meta.capture.fuse import fused
+from metakern.meta.capture.tape import Tape, written
 from metakern.ops import _backend
 
 PROGRAMS = 8  # kept at once, the latest
@@ -70,7 +70,8 @@ class Captures:
             if captured is None:
                 self._programs[whole.key] = None
             return tasks
-        rounds = -(-tasks // (threads * max(1, PIECE_BYTES // captured.tape.bytes)))
+        fewest = -(-tasks // (threads * max(1, PIECE_BYTES // captured.tape.bytes)))
+        rounds = next((r for r in range(fewest, 2 * fewest) if tasks % (threads * r) == 0), fewest)  # equal pieces
         return -(-tasks // (threads * rounds))
 
     def _run(self, calls: list[_Call]) -> list[list[Tensor | None]]:
