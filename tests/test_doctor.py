@@ -2,15 +2,19 @@
 
 import random
 import re
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import zoo
 from torch import nn
 
 import metakern as mk
+from metakern.dialogue.models import build_model
 from metakern.doctor import _costs, _places
+from metakern.meta._parameters import Parameters
 
 INNER = {"inner": mk.optim.SGD(lr=0.3), "steps": 2}
 
@@ -27,8 +31,8 @@ def _seeded():
 @pytest.mark.parametrize("name", zoo.LOSSY)
 def test_none_is_missed(name):
     make, kind, op = zoo.LOSSY[name]
-    if name == "weight_norm" and _right_in_this_pytorch():
-        pytest.skip("PyTorch's weight norm has been put right")
+    if name in ("weight_norm", "vmap_of_a_layer_norm", "solve") and right_in_this_pytorch(make().model[2]):
+        pytest.skip("this PyTorch has put it right")
     report = examine(make())
     (problem,) = report.problems
     assert not report.exact
@@ -43,14 +47,39 @@ def test_none_is_missed(name):
         "no first derivative",
     )
     assert problem.order == (1 if surrogate and name not in ("detaching_hook", "reentrant_checkpoint") else 2)
-    if report.error is not None and kind != "forward-mode rule":
-        assert problem.cost == report.error > 1e-4
+    if kind == "forward-mode rule":
+        assert "reverse over reverse, which mk.MAML will take, is." in str(report)
+    elif report.error is not None:
+        assert problem.cost == report.error > 1e-6
     assert {problem.kind, problem.op} <= set(re.split(r": |\n", re.sub(r"\d+  ", "", str(report))))
 
 
-def _right_in_this_pytorch():
-    v, g = (torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (3, 1)))
-    return torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, 0), (v, g), raise_exception=False)
+def right_in_this_pytorch(module):
+    """Both modes of the second order against differences, for one of PyTorch's own faults."""
+    z = [torch.randn(5, 6).double(), *module.parameters()]
+    u = [torch.randn_like(t) for t in z]
+
+    def gradient(z, **options):
+        value = torch.func.functional_call(module, dict(zip(dict(module.named_parameters()), z[1:], strict=True)), z[0])
+        return torch.autograd.grad(value.sin().sum(), z, **options)
+
+    def moved(h):
+        return gradient([(t.detach() + h * d).requires_grad_() for t, d in zip(z, u, strict=True)])
+
+    truth = [(a - b) / 2e-6 for a, b in zip(moved(1e-6), moved(-1e-6), strict=True)]
+    leaves = [t.detach().clone().requires_grad_() for t in z]
+    reverse = torch.autograd.grad(gradient(leaves, create_graph=True), leaves, u)
+    with forward_ad.dual_level():
+        try:
+            tangents = gradient([forward_ad.make_dual(t, d) for t, d in zip(leaves, u, strict=True)])
+            forward = [forward_ad.unpack_dual(t).tangent for t in tangents]
+        except NotImplementedError:
+            forward = truth
+    return all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+        for got in (reverse, forward)
+        for a, b in zip(got, truth, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", zoo.HONEST)
@@ -253,6 +282,22 @@ def test_the_page():
     assert max(map(len, page.splitlines())) <= 100
     for word in ("kept", "of the second-order part", "batching", "memory", "one task, float64"):
         assert word in page
+
+
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+def test_expected_memory(strategy):
+    """To within a half, beside the allocator's own count."""
+    model = build_model("gpt", 50, width=32, heads=2, layers=2, max_length=16)
+    batch = {"input_ids": torch.randint(50, (3, 4, 16))}
+    batch["labels"] = batch["input_ids"]
+    maml = mk.MAML(model, mk.losses.causal_lm, steps=3, strategy=strategy)
+    maml(batch, batch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        maml(batch, batch).backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    used = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    expected = sys.modules["metakern.doctor"]._peak(maml.plan, Parameters(model), 3, 3)
+    assert max(used) / 1.5 < expected < max(used) * 1.5
 
 
 @pytest.mark.parametrize("name", ["numpy_kernel", "between_modules", "relu"])

@@ -555,6 +555,187 @@ def reentrant_checkpoint() -> Case:
     return case(Reentrant())
 
 
+# Found in a blind trial, written when the doctor was done.
+
+
+class EnergySlope(nn.Module):
+    """The gradient of an energy for each row; PyTorch's second derivative of an affine layer norm is wrong in vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(D) + 0.5), nn.Parameter(torch.randn(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def energy(row: Tensor) -> Tensor:
+            return F.layer_norm(row, (D,), self.weight, self.bias).pow(3).sum()
+
+        return torch.func.vmap(torch.func.grad(energy))(x) * 0.05
+
+
+@lossy("wrong double backward")
+def vmap_of_a_layer_norm() -> Case:
+    return case(EnergySlope())
+
+
+class DetachingVmap(ZeroTangentCube):
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor) -> tuple[Tensor, int]:
+        return x.detach() ** 3 + x.detach(), 0
+
+
+@lossy("stop-gradient", "detach at zoo.py")
+def wrong_vmap_rule() -> Case:
+    return case(Act(lambda x: torch.func.vmap(DetachingVmap.apply)(x) + x))
+
+
+class RunningScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.scale.lerp_(x.abs().max(), 0.5)
+        return x / self.scale
+
+
+@lossy("in-place write", "no_grad at zoo.py")
+def running_scale() -> Case:
+    return case(RunningScale())
+
+
+class HalfSaved(Function):
+    """Saves memory by keeping its input in half precision."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.half())
+        return x**3 + x
+
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return ct * (3 * x.to(ct.dtype) ** 2 + 1)
+
+
+@lossy("opaque backward", "HalfSaved")
+def compressed_activations() -> Case:
+    return case(Act(HalfSaved.apply))
+
+
+class ByData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight.data, self.layer.bias)
+
+
+@lossy("stop-gradient", "data at zoo.py")
+def weight_by_data() -> Case:
+    return case(ByData())
+
+
+class OneOfMany(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(D, 256), nn.Linear(256, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        return self.b(torch.cat([h[:, :255], h[:, 255:].detach()], 1))
+
+
+@lossy("stop-gradient", "detach at zoo.py")
+def one_channel_of_many() -> Case:
+    return case(OneOfMany())
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.cache = nn.Parameter(torch.randn(D, D)), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.cache is None:
+            self.cache = (self.weight / self.weight.norm()).detach()
+        return x @ self.cache
+
+
+@lossy("stop-gradient", "detach at zoo.py")
+def cached_weight() -> Case:
+    return case(Caching())
+
+
+@lossy("surrogate gradient", "Linear")
+def backward_hook() -> Case:
+    layer = nn.Linear(D, D)
+    layer.register_full_backward_hook(lambda module, ct_x, ct_y: tuple(c / 2 for c in ct_x))
+    return case(layer, nn.Tanh())
+
+
+@lossy("straight-through")
+def fake_quantization() -> Case:
+    return case(Act(lambda x: torch.fake_quantize_per_tensor_affine(x.float(), 0.05, 0, -128, 127).to(x.dtype)))
+
+
+class FixedPoint(nn.Module):
+    """Found without a graph, then one step with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        with torch.no_grad():
+            for _ in range(40):
+                y = torch.tanh(0.3 * self.layer(y) + x)
+        return torch.tanh(0.3 * self.layer(y) + x)
+
+
+@lossy("stop-gradient", "no_grad at zoo.py")
+def phantom_gradient() -> Case:
+    return case(FixedPoint())
+
+
+class TwoOutputs(Function):
+    """Of its two gradients one forgets its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        return x * weight, (x * weight).sin()
+
+    @staticmethod
+    def backward(ctx: Any, ct_a: Tensor, ct_b: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        slope = (x * weight).cos()
+        return (ct_a + ct_b * slope) * weight, (ct_a + ct_b * slope.detach()) * x
+
+
+class TwoOutputsOf(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = TwoOutputs.apply(x, self.weight)
+        return a + b * b
+
+
+@lossy("wrong double backward", "TwoOutputs")
+def one_gradient_of_two() -> Case:
+    return case(TwoOutputsOf())
+
+
+@lossy("forward-mode rule")
+def solve() -> Case:
+    """Taken for honest when it was written: PyTorch's forward over reverse of linalg.solve is wrong, in 2.13."""
+    return case(Act(lambda x: torch.linalg.solve(x.T @ x + torch.eye(D).to(x), x.T).T))
+
+
 # Honest ones.
 
 
@@ -683,6 +864,98 @@ class Scan(nn.Module):
         return y
 
 
+class Masked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        scores = (x @ x.T).masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -torch.inf)
+        return scores.softmax(-1) @ x
+
+
+class Experts(nn.Module):
+    """The choice has no derivative, the weights have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(D, 4), nn.ModuleList(nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).topk(2, -1)
+        weights, y = weights.softmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            row, column = (chosen == number).nonzero(as_tuple=True)
+            y = y.index_add(0, row, weights[row, column, None] * expert(x[row]).relu())
+        return y
+
+
+class CalledOften(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.layer(x), self.layer(x[:2])
+        return a * b.mean() + self.layer(a)
+
+
+class Generated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator, self.layer = nn.Linear(D, D * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = {"weight": self.generator(x.mean(0)).view(D, D), "bias": self.layer.bias}
+        return torch.func.functional_call(self.layer, weights, (x,)).tanh()
+
+
+class UntilConverged(nn.Module):
+    """A number decides when to stop, and nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(100):
+            y = x - x.logsumexp(-1, keepdim=True)
+            y = y - y.logsumexp(-2, keepdim=True)
+            change, x = (y - x).abs().max().item(), y
+            if change < 1e-9:
+                break
+        return x.exp()
+
+
+class Implicit(Function):
+    """x = y + y³ solved for y by Newton's method; the backward applies the Function again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        y = torch.zeros_like(x)
+        for _ in range(40):
+            y = y - (y + y**3 - x) / (1 + 3 * y**2)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor) -> Tensor:
+        return ct / (1 + 3 * Implicit.apply(*ctx.saved_tensors) ** 2)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(D, 2, 8, dropout=0.2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.unsqueeze(0)).squeeze(0)
+
+
+_of("masked_attention", Masked)
+_of("mixture_of_experts", Experts)
+_of("called_often", CalledOften)
+_of("hypernetwork", Generated)
+_of("until_converged", UntilConverged)
+_of("implicit_function", lambda: Act(Implicit.apply))
+_of("transformer_layer", Encoder)
+_of("batch_norm_in_training", lambda: nn.BatchNorm1d(D))
+_of("wide_relu", lambda: nn.Linear(D, 1024), nn.ReLU, lambda: nn.Linear(1024, 256), nn.ReLU, lambda: nn.Linear(256, D))
+_of("fft", lambda: Act(lambda x: torch.fft.rfft(x, n=2 * D - 2).abs()))
+_of("eigenvalues", lambda: Act(lambda x: x * torch.linalg.eigvalsh(x.T @ x + torch.arange(D).to(x).diag())))
+_of("products_with_zeros", nn.ReLU, lambda: Act(lambda x: x + x.cumprod(-1) + x.prod(-1, keepdim=True)))
 _of("relu", nn.ReLU)
 _of("relu_in_place", lambda: nn.Linear(D, D), lambda: nn.ReLU(inplace=True))
 _of("kinks", nn.Hardtanh, nn.LeakyReLU, nn.PReLU, lambda: Act(torch.abs), lambda: Act(lambda x: x.clamp(-0.2, 0.3)))

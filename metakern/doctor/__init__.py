@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from metakern.doctor._causes import FORWARD_MODE, explain
+from metakern.doctor._causes import explain
 from metakern.doctor._costs import Costs, distance, repairable
 from metakern.doctor._places import Call, Patient, Place, treat
-from metakern.doctor._report import Problem, Report
+from metakern.doctor._report import FORWARD_MODE, Problem, Report
 from metakern.doctor._slopes import Verdict, norm
 from metakern.meta._batching import Loss, select, tasks_of
 from metakern.meta._parameters import Adapt, Parameters
@@ -62,8 +62,11 @@ def doctor(
     inner = SGD() if inner is None else inner
     with _undisturbed(model), torch.enable_grad():
         patient = treat(model, loss, select(support, 0), select(query, 0), adapt)
-        problems = _Diagnosis(patient).problems()
+        diagnosis = _Diagnosis(patient)
+        problems = diagnosis.problems()
         plan, obstacles = _planned(model, loss, support, steps, adapt)
+        if plan and plan.hvp == "reverse" and diagnosis.raising:
+            obstacles.append(f"no forward mode in {', '.join(path or 'the loss' for path in diagnosis.raising)}")
         error = first_order_error = kept = None
         if plan and steps:  # MAML's inner loop runs this model
             problems, (error, first_order_error, kept) = _measured(Costs(patient, inner, steps), problems)
@@ -88,6 +91,7 @@ class _Diagnosis:
     def __init__(self, patient: Patient) -> None:
         self.patient = patient
         self.known: dict[Any, list[Problem]] = {}
+        self.raising: list[str] = []  # the deepest modules without forward mode, one of a kind
 
     def problems(self) -> list[Problem]:
         root = Place(self.patient, self.patient.root)
@@ -112,7 +116,10 @@ class _Diagnosis:
         raising = isinstance(verdict.forward, Exception)
         if (verdict.exact and not raising) or (isinstance(verdict.first, Exception) and not _runs(place)):
             return []
+        before = len(self.raising)
         found = [problem for child in call.children for problem in self._within(child)]
+        if raising and len(self.raising) == before:
+            self.raising.append(call.path)
         if verdict.exact:  # what raises in forward mode hides what is silently wrong in it
             return [problem for problem in found if problem.kind == FORWARD_MODE]
         if found:
@@ -172,18 +179,21 @@ def _planned(model: nn.Module, loss: Loss, support: Any, steps: int, adapt: Adap
     try:
         plan, _ = Planner(Parameters(model, adapt), loss, Wishes()).plan(support, steps, first_order=False)
     except Exception as error:
-        return None, [" ".join(line.split()) for line in str(error).splitlines()]
-    return plan, [r for r in plan.reasons if "not possible" in r or "for want of" in r or "does not fit" in r]
+        return None, [" ".join(line.replace("_MismatchError: ", "").split()) for line in str(error).splitlines()]
+    reasons = [reason.replace("_MismatchError: ", "") for reason in plan.reasons]
+    return plan, [r for r in reasons if "not possible" in r or "for want of" in r or "does not fit" in r]
 
 
 def _peak(plan: Plan | None, parameters: Parameters, steps: int, tasks: int) -> int:
-    """As the plan counts: what a backward pass saves, and three copies of the adapted parameters, for tasks at once."""
+    """Of the tasks at once, by what a backward pass saves: all steps' graphs, or one Hessian-vector product."""
     if plan is None:
         return 0
     copies, saved = sum(p.numel() * p.element_size() for p in parameters.adapted.values()), plan.activation_bytes
-    working = saved + 3 * copies
-    kept = 3 * saved + 2 * copies if plan.strategy == "store" else copies
-    return min(plan.task_chunk, tasks) * (working + steps * kept)
+    if plan.strategy == "store":
+        task = steps * (2 * saved + copies) + saved + 3 * copies
+    else:
+        task = 5 * saved // 2 + (steps + 6) * copies
+    return min(plan.task_chunk, tasks) * task
 
 
 def _checked(model: Any, loss: Any, support: Any, query: Any, steps: Any, adapt: Adapt) -> int:

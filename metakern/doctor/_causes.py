@@ -21,11 +21,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from metakern.doctor._places import Call, Patient, Place, copied
-from metakern.doctor._report import Problem
+from metakern.doctor._report import FORWARD_MODE, Problem
 from metakern.doctor._slopes import Differences, Tensors, Verdict, direction, gradient
 from metakern.meta._unroll import _grad
 
-FORWARD_MODE = "forward-mode rule"
 SITES = 8  # lines that are tried one by one
 _WRITES = re.compile(r"\w_\(|\]\s*=[^=]|[^=!<>]\s*[-+*/@]=|\bout=")
 _SOURCES = Path(__file__).parent.parent

@@ -11,6 +11,7 @@ from typing import Any
 from metakern.meta._plan import Plan, _mib
 
 WIDTH = 100
+FORWARD_MODE = "forward-mode rule"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ class Report:
         if self.exact:
             return "The meta-gradient is exact."
         text = f"The meta-gradient is NOT exact: {_count(len(self.problems), 'place')}"
+        if all(problem.kind == FORWARD_MODE for problem in self.problems):
+            return f"{text}, in forward mode; reverse over reverse, which mk.MAML will take, is."
         lost = sum(problem.order == 2 for problem in self.problems)
         if lost == 0:
             return f"{text}, where the gradient is not the slope of the loss; no curvature is lost."
@@ -110,6 +113,9 @@ def _paths(group: list[Problem]) -> str:
 
 
 def _share(cost: float | None, kind: str) -> str:
+    if kind == FORWARD_MODE:
+        kept = "nothing reverse over reverse"
+        return kept if cost is None else f"{kept}, an error of {100 * cost:.2g} % forward over reverse"
     if cost is not None:
         return f"an error of {100 * cost:.2g} % of the meta-gradient"
     return "all of it: there is no meta-gradient" if kind.startswith("no ") else "not measured"

@@ -15,7 +15,7 @@ lie at every point: who disagrees must do so at two points, by more than the dif
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf, isfinite
@@ -84,8 +84,8 @@ def judge(s: Scalar, z: Tensors, active: Sequence[bool], precision: torch.dtype)
     """Autograd's first order along a random direction, and its second along the part of it that is `active`."""
     verdict = None
     for point in range(2):
-        at = _point(s, z, point)
-        here = _judge_at(s, at, direction(at, 10 + point), active, precision)
+        enough = 1 if verdict and verdict.hopeless else 3  # steps; a second point need not be looked at as closely
+        here = _judge_at(s, z, point, active, precision, enough)
         verdict = here if verdict is None else verdict.better(here)
         if verdict.exact or isinstance(verdict.first, Exception):
             break
@@ -138,7 +138,7 @@ class Differences:
     def best(self) -> tuple[list[Tensor], list[Tensor]]:
         """The truths and their errors, which are unknown (zero) as long as there is one step."""
         steps = sorted(self.found)
-        truths, errors = self.found[steps[0]], [torch.zeros_like(t) for t in self.found[steps[0]]]
+        truths, errors = list(self.found[steps[0]]), [torch.zeros_like(t) for t in self.found[steps[0]]]
         for n, (fine, coarse) in enumerate(pairwise(steps)):
             factor = (coarse / fine) ** 2
             for i, (a, b) in enumerate(zip(self.found[fine], self.found[coarse], strict=True)):
@@ -150,19 +150,22 @@ class Differences:
 
 
 def slope(function: Callable[[Tensors], Tensors], z: Tensors, u: Tensors) -> list[Tensor]:
-    """The slopes at z along a u of any size."""
+    """The slopes at z along a u of any size, by two steps that agree, or more."""
     scale = norm(z) / norm(u) if norm(u) else 1.0
     differences = Differences(function, z, [t * scale for t in u], z[0].dtype)
-    for _ in range(2):
-        differences.more()
-    return [t / scale for t in differences.best()[0]]
+    while differences.more():
+        truths, errors = differences.best()
+        if len(differences.found) > 1 and norm(errors) <= 1e-4 * norm(truths):
+            break
+    return [t / scale for t in truths]
 
 
-def _judge_at(s: Scalar, z: Tensors, u: Tensors, active: Sequence[bool], precision: torch.dtype) -> Verdict:
+def _judge_at(s: Scalar, z: Tensors, seed: int, active: Sequence[bool], precision: torch.dtype, enough: int) -> Verdict:
     try:
-        value, g = gradient(s, z)
+        z, value, g = _point(s, z, seed)
     except Exception as error:  # whatever a model raises is what there is to report
         return Verdict(first=error)
+    u = direction(z, 10 + seed)
     partial = [t if on else torch.zeros_like(t) for t, on in zip(u, active, strict=True)]
 
     def both(z: Tensors) -> Tensors:
@@ -199,7 +202,7 @@ def _judge_at(s: Scalar, z: Tensors, u: Tensors, active: Sequence[bool], precisi
     while along.more() | (along is not along_all and along_all.more()):
         if compare(0.0).exact:
             return compare(0.0)
-        if len(along.found) >= 3 and compare(SAFETY).hopeless:
+        if len(along.found) >= enough and compare(SAFETY).hopeless:
             break
     return compare(SAFETY)
 
@@ -243,16 +246,16 @@ def direction(z: Tensors, seed: int) -> list[Tensor]:
     return direction
 
 
-def _point(s: Scalar, z: Tensors, seed: int) -> Tensors:
-    """Near z, where s is finite: all elements moved, or if that leaves its domain those alone that are not zero."""
-    noise = direction(z, seed)
-    moved = [t + NOISE * n for t, n in zip(z, noise, strict=True)]
-    scaled = [t * (1 + NOISE * n.sign() * 0.5) for t, n in zip(z, noise, strict=True)]
-    for at in (moved, scaled):
-        try:
+def _point(s: Scalar, z: Tensors, seed: int) -> tuple[Tensors, Tensor, list[Tensor]]:
+    """A point near z with s and its gradient, where they are finite: all elements moved, or if that leaves the domain
+    those alone that are not zero, or none."""
+    noise = [NOISE * n for n in direction(z, seed)]
+    for at in (
+        [t + n for t, n in zip(z, noise, strict=True)],
+        [t * (1 + NOISE / 2 * n.sign()) for t, n in zip(z, noise, strict=True)],
+    ):
+        with suppress(Exception):  # the last one raises
             value, g = gradient(s, at)
-        except Exception:
-            continue
-        if all(t.isfinite().all() for t in (value, *g)):
-            return at
-    return z
+            if all(t.isfinite().all() for t in (value, *g)):
+                return at, value, g
+    return z, *gradient(s, z)
