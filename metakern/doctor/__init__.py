@@ -66,7 +66,7 @@ def doctor(
         problems = diagnosis.problems()
         plan, obstacles = _planned(model, loss, support, steps, adapt)
         if plan and plan.hvp == "reverse" and diagnosis.raising:
-            obstacles.append(f"no forward mode in {', '.join(path or 'the loss' for path in diagnosis.raising)}")
+            obstacles.append(f"no forward mode in {', '.join(path or 'the model' for path in diagnosis.raising)}")
         error = first_order_error = kept = None
         if plan and steps:  # MAML's inner loop runs this model
             problems, (error, first_order_error, kept) = _measured(Costs(patient, inner, steps), problems)
@@ -102,15 +102,15 @@ class _Diagnosis:
             call = self.patient.calls()
         except Exception:  # modules that can't be traced are part of the loss
             call = self.patient.root
-        return list({(p.path, p.op, p.kind): p for p in self._within(call, verdict)}.values())
+        return list({(p.path, p.op, p.kind): p for p in self._found(call, verdict)}.values())
 
-    def _within(self, call: Call, verdict: Verdict | None = None) -> list[Problem]:
+    def _within(self, call: Call) -> list[Problem]:
         key = call.signature
         if key not in self.known:
-            self.known[key] = [replace(p, path=p.path.removeprefix(call.path)) for p in self._found(call, verdict)]
+            self.known[key] = [replace(p, path=p.path.removeprefix(call.path)) for p in self._found(call)]
         return [replace(p, path=(call.path + p.path).strip(".")) for p in self.known[key]]
 
-    def _found(self, call: Call, verdict: Verdict | None) -> list[Problem]:
+    def _found(self, call: Call, verdict: Verdict | None = None) -> list[Problem]:
         place = Place(self.patient, call)
         verdict = place.judge() if verdict is None else verdict
         raising = isinstance(verdict.forward, Exception)

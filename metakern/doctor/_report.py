@@ -11,6 +11,7 @@ from typing import Any
 from metakern.meta._plan import Plan, _mib
 
 WIDTH = 100
+LOSS = "(loss)"  # in place of a module's path
 FORWARD_MODE = "forward-mode rule"
 
 
@@ -18,9 +19,10 @@ FORWARD_MODE = "forward-mode rule"
 class Problem:
     """One place where the meta-gradient is not the derivative of the meta-loss.
 
-    path: of the module, "" for the loss itself. op: the Function, operation or line. order: 2 where the gradient is
-    right and its derivative is not; 1 where the gradient itself is not the slope of the loss, be it by intent. cost:
-    the relative error of the meta-gradient that is due to this kind of problem alone, None where it can't be had.
+    path: of the module, "" for the model itself, "(loss)" for the loss. op: the Function, operation or line. order: 2
+    where the gradient is right and its derivative is not; 1 where the gradient itself is not the slope of the loss, be
+    it by intent. cost: the relative error of the meta-gradient that is due to this kind of problem alone, None where it
+    can't be had.
     """
 
     path: str
@@ -107,7 +109,7 @@ def _row(name: str, text: str) -> list[str]:
 
 
 def _paths(group: list[Problem]) -> str:
-    paths = list(dict.fromkeys(problem.path or "the loss" for problem in group))
+    paths = list(dict.fromkeys("the loss" if p.path == LOSS else p.path or "the model itself" for p in group))
     shown = ", ".join(paths[:4])
     return shown if len(paths) <= 4 else f"{shown} and {len(paths) - 4} more"
 
