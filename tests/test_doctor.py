@@ -145,6 +145,10 @@ def test_every_place_is_named():
         ("through", "straight-through"),
         ("", "stop-gradient"),
     ]
+    costs = [problem.cost for problem in report.problems]
+    assert costs[2] is None
+    assert costs[0] == costs[1] > 1e-3
+    assert costs[3] > 1e-3
     assert "4 places, second-order terms are lost at 2" in str(report)
     assert "blocks.0.1, blocks.1.1" in str(report)
 

@@ -144,10 +144,14 @@ def _measured(costs: Costs, problems: list[Problem]) -> tuple[list[Problem], tup
     """The problems with what each kind costs, then the errors of the meta-gradient and of the first order, and the part
     of the second order that is kept."""
     nothing = problems, (None, None, None)
-    if any(p.order == 1 and not p.undo for p in problems):
-        return nothing
+    measurable = [p for p in problems if p.order == 2 or p.undo]
     try:
-        truth = costs.truth([p for p in problems if p.undo])
+        if len(measurable) == len(problems):
+            truth = costs.truth([p for p in problems if p.undo])
+        elif measurable:  # a surrogate has no truth: the rest is compared with the same where that is repaired
+            truth = costs.store([p for p in measurable if repairable(p)])
+        else:
+            return nothing
         first, found = costs.store(first_order=True), costs.store()
     except Exception:  # there is no meta-gradient
         return nothing
@@ -156,8 +160,8 @@ def _measured(costs: Costs, problems: list[Problem]) -> tuple[list[Problem], tup
         return nothing
 
     def cost(kind: tuple[str, str]) -> float | None:
-        others = [p for p in problems if (p.op, p.kind) != kind]
-        if not all(map(repairable, others)):
+        others = [p for p in measurable if (p.op, p.kind) != kind]
+        if len(others) == len(measurable) or not all(map(repairable, others)):
             return None
         try:
             alone = costs.forward_over_reverse() if kind[1] == FORWARD_MODE else costs.store(others)
