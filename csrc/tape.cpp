@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 
@@ -13,6 +14,44 @@ namespace {
 struct CheckFailed {};
 
 }  // namespace
+
+// The memory of the runs side by side, one for all tapes that there are: it goes with the last of them.
+class Tape::Memory {
+public:
+    static std::shared_ptr<Memory> of_all() {
+        static std::mutex mutex;
+        static std::weak_ptr<Memory> all;
+        const std::lock_guard<std::mutex> lock(mutex);
+        std::shared_ptr<Memory> memory = all.lock();
+        if (!memory) all = memory = std::make_shared<Memory>();
+        return memory;
+    }
+
+    // Held while a tape runs; another Python thread's tape makes do with memory of its own.
+    std::unique_lock<std::mutex> lock() { return std::unique_lock<std::mutex>(mutex_, std::try_to_lock); }
+
+    void* piece(std::size_t i, std::int64_t bytes) {
+        if (pieces_.size() <= i) pieces_.resize(i + 1);
+        Piece& piece = pieces_[i];
+        if (piece.bytes < bytes) {
+            piece.bytes = 0;
+            piece.memory.reset();  // before the larger one is there
+            piece.memory = std::make_unique<Scratch>(bytes);
+            piece.bytes = bytes;
+        }
+        return piece.memory->as<void>();
+    }
+
+private:
+    struct Piece {
+        std::unique_ptr<Scratch> memory;
+        std::int64_t bytes = 0;
+    };
+    std::mutex mutex_;
+    std::vector<Piece> pieces_;
+};
+
+Tape::Tape(std::int64_t bytes, int bases) : bytes_(bytes), bases_(bases), memory_(Memory::of_all()) {}
 
 struct Tape::State {
     const std::uintptr_t* bases;
@@ -246,16 +285,16 @@ void Tape::check(Place value, std::int64_t count, std::int64_t high, std::int64_
 bool Tape::run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads) {
     for (const auto& row : bases)
         if (static_cast<int>(row.size()) != bases_) throw std::invalid_argument("tape: wrong number of bases");
-    const std::lock_guard<std::mutex> lock(alone_);
     struct Runs {
         Tape& tape;
         std::vector<std::vector<std::uintptr_t>> bases;
         int threads;
         std::atomic<bool> held{true}, memory_ran_out{false};
     } runs{*this, bases, bases.size() > 1 ? 1 : threads};
-    while (memory_.size() < bases.size()) memory_.push_back(std::make_unique<Scratch>(bytes_));
+    const std::unique_lock<std::mutex> lock = memory_->lock();
+    Memory own;
     for (std::size_t i = 0; i < bases.size(); ++i)
-        runs.bases[i][0] = reinterpret_cast<std::uintptr_t>(memory_[i]->as<void>());
+        runs.bases[i][0] = reinterpret_cast<std::uintptr_t>((lock ? *memory_ : own).piece(i, bytes_));
     parallel(
         static_cast<std::int64_t>(bases.size()), threads,
         [](void* context, std::int64_t i) {

@@ -4,7 +4,6 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -22,7 +21,7 @@ struct Place {
 
 class Tape {
 public:
-    Tape(std::int64_t bytes, int bases) : bytes_(bytes), bases_(bases) {}
+    Tape(std::int64_t bytes, int bases);
 
     // The steps, in their order. Whoever writes a tape has checked shapes and layouts; bases and counts are checked here.
     void kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
@@ -46,6 +45,7 @@ public:
     std::int64_t bytes() const { return bytes_; }
 
 private:
+    class Memory;
     struct State;
     struct Step {
         virtual ~Step() = default;
@@ -63,8 +63,7 @@ private:
     std::int64_t bytes_;
     int bases_;
     std::vector<std::unique_ptr<Step>> steps_;
-    std::mutex alone_;
-    std::vector<std::unique_ptr<Scratch>> memory_;  // of the runs side by side
+    std::shared_ptr<Memory> memory_;
 };
 
 }  // namespace metakern

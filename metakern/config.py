@@ -94,6 +94,7 @@ class Config:
     )
     inner_steps: int = _option(3, "inner steps in training", least=1)
     adapt: tuple[str, ...] = _option((), "name patterns of the parameters that adapt")
+    capture: bool = _option(True, "on a CPU, record the kernels of a meta-step and call them without Python")
 
     outer_lr: float = _option(1e-3, "learning rate of the outer AdamW", above=0)
     rate_lr: float = _option(1e-3, "learning rate of the learned inner rates", above=0)

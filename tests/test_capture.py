@@ -146,7 +146,7 @@ def test_what_an_ordinary_run_does_not_confirm_is_not_used() -> None:
     for i in (1, 2):
         truth = gradients(model, plain_loss(model, regression_loss, points(i), points(i + 9), 2, sgd(0.01)))
         if i == 1:
-            with pytest.warns(UserWarning, match="capture has no effect.*on another batch"):
+            with pytest.warns(UserWarning, match="capture has no effect.*other results than an ordinary run"):
                 found = gradients(model, captured(points(i), points(i + 9)))
         else:
             found = gradients(model, captured(points(i), points(i + 9)))

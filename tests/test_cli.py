@@ -46,6 +46,7 @@ def test_flags_are_over_the_file(folder):
 def test_every_key_is_a_flag():
     told = {
         "learn_lr": ("--no-learn-lr", False),
+        "capture": ("--no-capture", False),
         "cosine": ("--no-cosine", False),
         "adapt": ("--adapt=head,rnn.*", ("head", "rnn.*")),
         "lora_targets": ("--lora-targets=q_proj", ("q_proj",)),

@@ -38,7 +38,7 @@ def test_none_is_missed(name):
     assert not report.exact
     assert problem.kind == kind
     assert op in problem.op
-    assert problem.path.startswith("" if name == "weighted_loss" else "2")
+    assert problem.path.startswith("(loss)" if name == "weighted_loss" else "2")
     surrogate = kind in (
         "straight-through",
         "surrogate gradient",
@@ -145,8 +145,34 @@ def test_every_place_is_named():
         ("through", "straight-through"),
         ("", "stop-gradient"),
     ]
+    costs = [problem.cost for problem in report.problems]
+    assert costs[2] is None
+    assert costs[0] == costs[1] > 1e-3
+    assert costs[3] > 1e-3
     assert "4 places, second-order terms are lost at 2" in str(report)
     assert "blocks.0.1, blocks.1.1" in str(report)
+
+
+class Twice(nn.Module):
+    """Two things in one forward; the second is hidden by the first, as the second order is that of the first."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x) * x.sigmoid().detach()
+
+
+def test_two_things_in_one_forward():
+    report = examine(zoo.case(Twice(zoo.NumpyCube.apply)))
+    assert [(p.path, p.kind) for p in report.problems] == [("2", "opaque backward"), ("2", "stop-gradient")]
+    centers = torch.randn(6, 6).double()
+    report = examine(zoo.case(Twice(lambda x: torch.cdist(x, centers))))
+    assert [(p.kind, p.op.split()[0]) for p in report.problems] == [
+        ("stop-gradient", "detach"),
+        ("no second derivative", "_cdist_backward"),
+    ]
 
 
 def test_costs_of_several_are_told_apart():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
+from metakern.doctor._report import LOSS
 from metakern.doctor._slopes import NOISE, Tensors, Verdict, direction, gradient, judge
 from metakern.meta._batching import Loss, exact_kernels
 from metakern.meta._parameters import Parameters, twin
@@ -136,7 +137,7 @@ class Patient:
 
     @property
     def root(self) -> Call:
-        return Call("", self.model, self.loss)
+        return Call(LOSS, self.model, self.loss)
 
     def calls(self) -> Call:
         """The tree of calls of the loss of the support batch."""

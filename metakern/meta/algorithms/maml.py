@@ -33,9 +33,9 @@ class MAML(nn.Module):
     inner: an inner optimizer. steps: K. adapt: which parameters the inner loop changes: None for all, name patterns, or
     a predicate on names; the others are meta-learned all the same. strategy "store" | "recompute", batching "fold" |
     "vmap" | "loop" and task_chunk (tasks at once) give the same numbers; "auto" chooses, and `maml.plan` says why.
-    capture=True (on the CPU) records the kernels that the first meta-gradient calls for batches of a shape and calls
-    them again for the next ones, without Python or autograd: the same numbers in less time, where shapes recur and
-    model and loss are functions of tensors. A number that Python looks up elsewhere would stay what it was; most of
+    capture=True (on the CPU) records the kernels that the first meta-gradient calls for batches of a shape and runs
+    them for the next ones in C++, without Python or autograd, a few tasks on each thread: the same numbers in less time
+    and memory, where shapes recur and model and loss are functions of tensors. A number that Python looks up elsewhere would stay what it was; most of
     them are noticed (`metakern.meta.capture`), and a capture that an ordinary run does not confirm is not used.
 
     Calling it with support and query batches (trees of tensors, tasks along dimension 0) gives the mean query loss over

@@ -26,7 +26,7 @@ from metakern.meta.capture.fuse import fused
 from metakern.meta.capture.tape import Tape, written
 from metakern.ops import _backend
 
-PROGRAMS = 8  # kept at once, the latest
+PROGRAMS = 32  # kept at once, the latest
 PIECE_BYTES = 4 * 2**20  # of a core's part of the caches
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
@@ -75,20 +75,21 @@ class Captures:
         return -(-tasks // (threads * rounds))
 
     def _run(self, calls: list[_Call]) -> list[list[Tensor | None]]:
-        """Those whose program is known to be right side by side, the others ordinarily."""
+        """Those whose program is known to be right side by side, the others beside an ordinary run."""
         results, ready, new = [], [], set()
         for call in calls:
-            captured = self._programs.get(call.key)
             if call.key not in self._programs:
                 new.add(call.key)
                 results.append(self._recorded(call))
-            elif captured is None or call.key in new:
+                continue
+            captured = self._programs[call.key]
+            if captured is None:
                 results.append(list(call()))
-            elif not captured.checked:
-                results.append(self._compared(captured, call))
-            else:
+            elif captured.checked and call.key not in new:
                 ready.append(call)
                 results.append([])
+            else:
+                results.append(self._compared(captured, call, another=call.key not in new))
         found = iter(self._played(ready))
         return [result or next(found) for result in results]
 
@@ -102,7 +103,7 @@ class Captures:
             for i in range(0, len(inputs), threads):
                 yield from captured(inputs[i : i + threads], threads)
 
-    def _recorded(self, call: _Call) -> list:
+    def _recorded(self, call: _Call) -> list[Tensor | None]:
         while len(self._programs) >= PROGRAMS:
             del self._programs[next(iter(self._programs))]
         before = Random(call.inputs[0].device)
@@ -110,26 +111,36 @@ class Captures:
             if call.inputs[0].device.type != "cpu":
                 raise RecordError("programs are for CPUs")
             program, results = record(call, call.inputs, fused)
-            self._programs[call.key] = _Captured(program, written(program, call.inputs))
+            captured = self._programs[call.key] = _Captured(program, written(program, call.inputs))
         except Exception as error:  # an ordinary run may do what a recorded one can't; if it can't, it says why
             before.restore()
             results = list(call())
             self._give_up(call.key, str(error))
-        return results
+            return results
+        before.restore()
+        return self._compared(captured, call, results, another=False)
 
-    def _compared(self, captured: _Captured, call: _Call) -> list:
+    def _compared(
+        self, captured: _Captured, call: _Call, truth: list[Tensor | None] | None = None, another: bool = True
+    ) -> list[Tensor | None]:
+        """The program's results, if they are those of an ordinary run (`truth`), else these.
+
+        `another`: not those of the batch that was recorded; then the program is known to be right.
+        """
         before, reason = Random(call.inputs[0].device), ""
         try:
             (found,) = captured([call.inputs], 1)
         except Exception as error:
             found, reason = [], str(error)
-        before.restore()
-        results = list(call())
-        if found and _agree(found, results):
-            captured.checked = True
-        elif not found or all(r is None or r.isfinite().all() for r in results):  # others confirm nothing
-            self._give_up(call.key, reason or "on another batch it would give other results than an ordinary run")
-        return results
+        if truth is None:
+            before.restore()
+            truth = list(call())
+        if found and _agree(found, truth):
+            captured.checked = another
+            return found
+        if not found or all(t is None or t.isfinite().all() for t in truth):  # others confirm nothing
+            self._give_up(call.key, reason or "it would give other results than an ordinary run")
+        return truth
 
     def _give_up(self, key: Any, reason: str) -> None:
         self._programs[key] = None
