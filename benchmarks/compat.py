@@ -34,7 +34,7 @@ from benchmarks.recurrent import quartiles
 from benchmarks.results import FOLDER, ROOT
 from benchmarks.workloads import make
 
-WORKLOADS = "mlp:small;mlp;mlp:large;lstm:small;lstm;gpt:small;gpt;gpt:large"
+WORKLOADS = "mlp:small;mlp;lstm:small,tasks=8;lstm;gpt:small;gpt;gpt:large,tasks=1"
 OUTER_STEPS, INNER_STEPS, TASKS, TOLERANCE = 20, 3, 2, 1e-6
 
 # A step of the inner loop, and what it starts from: with the library's classes, from a model.
