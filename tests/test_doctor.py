@@ -12,6 +12,7 @@ import zoo
 from torch import nn
 
 import metakern as mk
+from metakern import _native
 from metakern.dialogue.models import build_model
 from metakern.doctor import _costs, _places
 from metakern.meta._parameters import Parameters
@@ -33,6 +34,10 @@ def test_none_is_missed(name):
     make, kind, op = zoo.LOSSY[name]
     if name in ("weight_norm", "vmap_of_a_layer_norm", "solve") and right_in_this_pytorch(make().model[2]):
         pytest.skip("this PyTorch has put it right")
+    if name == "triton_kernel":
+        pytest.importorskip("triton")
+    if name == "pybind_kernel" and _native.obstacle():
+        pytest.skip(_native.obstacle())
     report = examine(make())
     (problem,) = report.problems
     assert not report.exact
@@ -162,6 +167,17 @@ class Twice(nn.Module):
 
     def forward(self, x):
         return self.function(x) * x.sigmoid().detach()
+
+
+def test_what_is_lost_in_the_query_alone():
+    def loss(model, batch):
+        y = model(batch[0])
+        return ((y - batch[1]) ** 2 * (y.detach().exp() if len(y) == 3 else 1)).mean()
+
+    case = zoo.case(loss=loss)
+    assert examine(case).exact
+    (problem,) = examine(case._replace(query=[t[:, :3] for t in case.query])).problems
+    assert (problem.path, problem.kind, problem.order) == ("(loss)", "stop-gradient", 1)
 
 
 def test_two_things_in_one_forward():
