@@ -24,6 +24,18 @@ INNER: dict[str, tuple[Callable[..., mk.optim.InnerOptimizer], Callable[..., tor
         lambda **o: mk.optim.SGD(0.1, momentum=0.7, nesterov=True, **o),
         lambda p: torch.optim.SGD(p, 0.1, momentum=0.7, nesterov=True),
     ),
+    "rmsprop": (
+        lambda **o: mk.optim.RMSprop(0.05, alpha=0.7, eps=0.01, weight_decay=0.03, **o),
+        lambda p: torch.optim.RMSprop(p, 0.05, alpha=0.7, eps=0.01, weight_decay=0.03),
+    ),
+    "rmsprop-centered": (
+        lambda **o: mk.optim.RMSprop(0.05, alpha=0.7, eps=0.01, momentum=0.6, centered=True, **o),
+        lambda p: torch.optim.RMSprop(p, 0.05, alpha=0.7, eps=0.01, momentum=0.6, centered=True),
+    ),
+    "adagrad": (
+        lambda **o: mk.optim.Adagrad(0.1, 0.2, weight_decay=0.03, initial_accumulator_value=0.1, **o),
+        lambda p: torch.optim.Adagrad(p, 0.1, 0.2, weight_decay=0.03, initial_accumulator_value=0.1),
+    ),
     "adam": (
         lambda **o: mk.optim.Adam(0.05, betas=(0.7, 0.9), weight_decay=0.03, **o),
         lambda p: torch.optim.Adam(p, 0.05, betas=(0.7, 0.9), weight_decay=0.03),
@@ -32,6 +44,40 @@ INNER: dict[str, tuple[Callable[..., mk.optim.InnerOptimizer], Callable[..., tor
         lambda **o: mk.optim.AdamW(0.05, betas=(0.7, 0.9), weight_decay=0.03, **o),
         lambda p: torch.optim.AdamW(p, 0.05, betas=(0.7, 0.9), weight_decay=0.03),
     ),
+}
+
+
+def normalized(g: list[Tensor]) -> list[Tensor]:
+    return [gi / (torch.cat([gj.flatten() for gj in g]).norm() + 0.1) for gi in g]
+
+
+def normalized_each(g: list[Tensor]) -> list[Tensor]:
+    return [gi / (gi.norm() + 0.1) for gi in g]
+
+
+def clipped(g: list[Tensor]) -> list[Tensor]:
+    return [gi * (0.6 / (torch.cat([gj.flatten() for gj in g]).norm() + 1e-6)).clamp(max=1) for gi in g]
+
+
+def orthogonalized(g: list[Tensor]) -> list[Tensor]:
+    """Muon of matrices, descent of the others at half the rate."""
+
+    def of(x: Tensor) -> Tensor:
+        a, b, c = 3.4445, -4.7750, 2.0315
+        x = x / x.norm()
+        for _ in range(5):
+            x = a * x + b * x @ x.mT @ x + c * x @ x.mT @ x @ x.mT @ x
+        return x
+
+    return [of(gi[0])[None] * max(1, gi.shape[1] / gi.shape[2]) ** 0.5 if gi.dim() == 3 else gi / 2 for gi in g]
+
+
+# What torch.optim has not: plain descent along another direction.
+DIRECTIONS: dict[str, tuple[mk.optim.InnerOptimizer, Callable[[list[Tensor]], list[Tensor]]]] = {
+    "normalized": (mk.optim.NormalizedSGD(0.2, eps=0.1), normalized),
+    "normalized-each": (mk.optim.NormalizedSGD(0.2, eps=0.1, norm="parameter"), normalized_each),
+    "clipped": (mk.optim.Clipped(mk.optim.SGD(0.2), 0.6), clipped),
+    "muon": (mk.optim.Muon(0.2, weight_decay=0, momentum=0, others=mk.optim.SGD(0.1)), orthogonalized),
 }
 
 
@@ -50,7 +96,20 @@ def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     return (model(batch[0]) - batch[1]).square().mean()
 
 
-def unrolled(net: nn.Module, inner: mk.optim.InnerOptimizer) -> Tensor:
+class Plain:
+    """Descent along a direction of ordinary operations, as an optimizer of the parameters of one task."""
+
+    def __init__(self, direction: Callable[[list[Tensor]], list[Tensor]], lr: float) -> None:
+        self.direction, self.lr = direction, lr
+
+    def init(self, phi: list[Tensor]) -> tuple:
+        return ()
+
+    def update(self, phi: list[Tensor], grads: list[Tensor], state: tuple) -> tuple:
+        return [p - self.lr * d for p, d in zip(phi, self.direction(list(grads)), strict=True)], state
+
+
+def unrolled(net: nn.Module, inner: Any) -> Tensor:
     """Plain autograd through `inner.update`, a task at a time."""
     total, (sx, sy), (qx, qy) = 0.0, batch(1), batch(2)
     names = [name for name, _ in net.named_parameters()]
@@ -85,18 +144,66 @@ def test_adapts_as_torch_optim_does(name: str) -> None:
             torch.testing.assert_close(phi[key][t], p.detach(), rtol=1e-11, atol=1e-12)
 
 
+def learned(name: str, per: str, steps: int | None = None) -> mk.optim.InnerOptimizer:
+    """One of INNER that learns all of its hyper-parameters but those that are absent."""
+    names = [n for n in INNER[name][0]().names if not getattr(INNER[name][0](), n).absent]
+    return INNER[name][0](learn=names, per=per, steps=steps)
+
+
+def perturbed(inner: mk.optim.InnerOptimizer) -> None:
+    """Hyper-parameters that differ in all that they may differ in."""
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for h in inner.parameters():
+            h.mul_(1 - 0.2 * torch.rand(h.shape, dtype=torch.float64, generator=draw).to(h))
+
+
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_adapts_as_torch_optim_does(nesterov: bool, adjust: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of torch.optim, without its rounding to bfloat16."""
+    monkeypatch.setattr(Tensor, "bfloat16", Tensor.clone)
+    options = {"lr": 0.05, "momentum": 0.7, "nesterov": nesterov, "adjust_lr_fn": adjust}
+    phi = mk.MAML(model(), loss, inner=mk.optim.Muon(**options), steps=K).adapt(batch(1))
+    for t in range(T):
+        twin = model()
+        matrices, others = ([p for p in twin.parameters() if (p.dim() == 2) is kind] for kind in (True, False))
+        optimizers = [torch.optim.Muon(matrices, **options), torch.optim.AdamW(others, 0.05, weight_decay=0.1)]
+        for _ in range(K):
+            twin.zero_grad()
+            loss(twin, tuple(a[t] for a in batch(1))).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        for key, p in twin.named_parameters():
+            torch.testing.assert_close(phi[key][t], p.detach(), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("per", ["all", "parameter", "element"])
 @pytest.mark.parametrize("strategy", ["store", "recompute"])
 @pytest.mark.parametrize("name", INNER)
-def test_meta_gradient_and_rates_equal_plain_autograd(name: str, strategy: str, per: str) -> None:
+def test_meta_gradient_and_hyper_parameters_equal_plain_autograd(name: str, strategy: str, per: str) -> None:
+    """Without steps of their own, for elements; otherwise for two of the four steps, the second one of which stays."""
     net = model()
-    maml = mk.MAML(net, loss, inner=INNER[name][0](learn_lr=True, per=per), steps=K, strategy=strategy).double()
-    with torch.no_grad():
-        for i, rate in enumerate(maml.inner.parameters()):
-            rate.mul_(1 + 0.1 * i).add_(0.01 * torch.rand(rate.shape, dtype=rate.dtype))
+    inner = learned(name, per, None if per == "element" else 2)
+    maml = mk.MAML(net, loss, inner=inner, steps=K, strategy=strategy).double()
+    perturbed(inner)
     everything = list(maml.parameters())
-    assert len(everything) == 4 + (1 if per == "all" else 4)
-    truth = torch.autograd.grad(unrolled(net, maml.inner), everything)
+    truth = torch.autograd.grad(unrolled(net, inner), everything)
+    assert all(right.norm() > 1e-8 for right in truth)
+    maml(batch(1), batch(2)).backward()
+    for parameter, right in zip(everything, truth, strict=True):
+        assert (parameter.grad - right).norm() <= 1e-9 * right.norm()
+
+
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+@pytest.mark.parametrize("batching", ["fold", "vmap", "loop"])
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_other_directions_equal_plain_autograd(name: str, batching: str, strategy: str) -> None:
+    inner, direction = DIRECTIONS[name]
+    net = model()
+    everything = list(net.parameters())
+    truth = torch.autograd.grad(unrolled(net, Plain(direction, 0.2)), everything)
+    maml = mk.MAML(net, loss, inner=inner, steps=K, strategy=strategy, batching=batching, task_chunk=2)
     maml(batch(1), batch(2)).backward()
     for parameter, right in zip(everything, truth, strict=True):
         assert (parameter.grad - right).norm() <= 1e-10 * right.norm()

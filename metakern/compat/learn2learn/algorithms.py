@@ -21,7 +21,7 @@ from metakern import optim
 from metakern.compat._modules import Places, fused, gradients, is_ours, same_device
 from metakern.compat.learn2learn.utils import clone_module, clone_parameters, update_module
 from metakern.meta.algorithms import maml as engine
-from metakern.optim.sgd import descended
+from metakern.ops._formula import torch_fms
 
 Criterion = Callable[[Any, Any], Tensor]
 L = TypeVar("L", bound="_Learner")
@@ -52,7 +52,7 @@ def _descend(who: str, model: M, rates: Iterable[float | Tensor], grads: Sequenc
 
 
 def _descended(phi: list[Tensor], rates: Iterable[float | Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    return [p if g is None else descended(p, lr, g) for p, lr, g in zip(phi, rates, grads, strict=False)]
+    return [p if g is None else torch_fms(p, lr, g) for p, lr, g in zip(phi, rates, grads, strict=False)]
 
 
 class BaseLearner(nn.Module):
