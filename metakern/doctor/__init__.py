@@ -46,7 +46,8 @@ def doctor(
     is looked at. Judged is the gradient that PyTorch gives with its twice differentiable kernels, as MAML runs them,
     by differences: lost terms below a millionth of the second order can't be seen (in a model that runs in float32
     alone: below a few percent). Dropout is taken for the identity. Model, gradients, buffers and random states stay
-    what they were.
+    what they were. It takes some tens of gradients of one task where all is exact, and some hundreds of parts of the
+    model, by itself, where it has to look for a place; modules that are alike are looked at once.
 
     Raises ValueError where there is nothing to judge: a loss that is not a finite scalar, that does not depend on the
     model's parameters, or that differs from call to call; no trainable parameters; tasks that do not match.
@@ -64,6 +65,9 @@ def doctor(
         patient = treat(model, loss, select(support, 0), select(query, 0), adapt)
         diagnosis = _Diagnosis(patient)
         problems = diagnosis.problems()
+        patient.batch, patient.second_order = patient.query, False
+        known = {known for p in problems for known in (p.path, p.op)}
+        problems += [p for p in _Diagnosis(patient).problems() if known.isdisjoint((p.path, p.op))]
         plan, obstacles = _planned(model, loss, support, steps, adapt)
         if plan and plan.hvp == "reverse" and diagnosis.raising:
             obstacles.append(f"no forward mode in {', '.join(path or 'the model' for path in diagnosis.raising)}")
