@@ -223,17 +223,118 @@ def test_first_order_learns_its_rate_exactly_given_constant_gradients() -> None:
         torch.testing.assert_close(maml.inner.lr.value.grad, (up - down) / (2 * step), rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", ["Adam", "AdamW"])
-def test_adam_has_no_nan_where_gradients_are_zero(kind: str) -> None:
-    """An input that is always zero gives a weight column whose gradient is exactly zero."""
+EVERY = {name: make for name, (make, _) in INNER.items()} | {
+    name: lambda inner=inner: inner for name, (inner, _) in DIRECTIONS.items()
+}
+
+
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+@pytest.mark.parametrize("name", EVERY)
+def test_no_nan_where_gradients_are_zero(name: str, strategy: str) -> None:
+    """An input that is always zero gives weights whose gradients are exactly zero; a task that fits, all of them."""
     net = model()
     x, y = batch(1)
     x[..., 0] = 0
-    for strategy in ("store", "recompute"):
-        net.zero_grad()
-        maml = mk.MAML(net, loss, inner=getattr(mk.optim, kind)(0.05), steps=3, strategy=strategy)
-        maml((x, y), batch(2)).backward()
-        assert all(p.grad.isfinite().all() for p in net.parameters())
+    y[0] = net(x[0]).detach()
+    maml = mk.MAML(net, loss, inner=EVERY[name](), steps=3, strategy=strategy)
+    maml((x, y), batch(2)).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+@pytest.mark.parametrize("name", EVERY)
+def test_captured_numbers_are_those_of_ordinary_runs(name: str, strategy: str) -> None:
+    inner = learned(name, "element", 2) if name in INNER else EVERY[name]()
+    net = model()
+    ordinary, captured = (mk.MAML(net, loss, inner, 2, strategy=strategy, capture=c).double() for c in (False, True))
+    calls: list[int] = []
+    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    for i in range(3):
+        found = []
+        for maml in (ordinary, captured):
+            calls.clear()
+            maml.zero_grad()
+            maml(batch(i), batch(i + 9)).backward()
+            found.append([p.grad.clone() for p in maml.parameters()])
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+        perturbed(inner)
+    assert not calls  # by the program
+
+
+@pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])
+@pytest.mark.parametrize(
+    ("name", "per"),
+    [
+        *((name, per) for name in INNER for per in ("fixed", "parameter")),
+        *((name, per) for name in ("sgd", "nesterov", "adam") for per in ("all", "element")),
+        *((name, "fixed") for name in DIRECTIONS),
+    ],
+)
+def test_kernels_are_launched_where_there_are_some(name: str, per: str, launched: list[str]) -> None:
+    net, results = model(), []
+    inner = EVERY[name]() if per == "fixed" else learned(name, per)
+    for backend in ("reference", "triton"):
+        with mk.backend(backend):
+            maml = mk.MAML(net, loss, inner, steps=2, strategy="store", task_chunk=T).double()
+            maml.zero_grad()
+            maml(batch(1), batch(2)).backward()
+            results.append([p.grad.clone() for p in maml.parameters()])
+        assert ("_kernel" in launched) == (backend == "triton")
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_tasks_of_a_chunk_do_not_mix_and_dtypes_may(name: str) -> None:
+    """The first weight in float32, the others in float64; every task as if it were alone."""
+    inner, draw = EVERY[name](), torch.Generator().manual_seed(4)
+    net = model()
+    inner.prepare(dict(net.named_parameters()))
+    dtypes = [torch.float32, *(torch.float64,) * 3]
+    tensors = [
+        [torch.randn(T, *p.shape, generator=draw, dtype=d) for p, d in zip(net.parameters(), dtypes, strict=True)]
+        for _ in range(3)
+    ]
+
+    def twice(phi: list[Tensor], *grads: list[Tensor]) -> list[Tensor]:
+        state = inner.init(phi)
+        for g in grads:
+            phi, state = inner.update(phi, g, state)
+        return [*phi, *state]
+
+    together = twice(*tensors)
+    assert [p.dtype for p in together[:4]] == dtypes
+    for t in range(T):
+        alone = twice(*([x[t : t + 1] for x in values] for values in tensors))
+        for a, b in zip(alone, together, strict=True):
+            torch.testing.assert_close(a, b[t : t + 1] if b.dim() else b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_learned_hyper_parameters_are_saved(name: str) -> None:
+    saved, loaded = (mk.MAML(model(), loss, learned(name, "parameter", 2)) for _ in range(2))
+    perturbed(saved.inner)
+    assert not all(map(torch.equal, saved.inner.parameters(), loaded.inner.parameters()))
+    loaded.load_state_dict(saved.state_dict())
+    assert all(map(torch.equal, saved.inner.parameters(), loaded.inner.parameters()))
+
+
+def test_nothing_to_adapt() -> None:
+    for make in EVERY.values():
+        inner = make()
+        assert inner.update([], [], inner.init([]))[0] == []
+
+
+def test_the_last_steps_values_stay() -> None:
+    inner = mk.optim.SGD(lr=1.0, learn_lr=True, per="parameter", steps=2)
+    inner.prepare({"w": nn.Parameter(torch.zeros(1))})
+    with torch.no_grad():
+        inner.lr.values[0].copy_(torch.tensor([1.0, 10.0]))
+    phi, state = [torch.zeros(1, 1)], inner.init([torch.zeros(1, 1)])
+    moved = []
+    for _ in range(3):
+        phi, state = inner.update(phi, [-torch.ones(1, 1)], state)
+        moved.append(phi[0].item())
+    assert moved == [1.0, 11.0, 21.0]
 
 
 def test_adam_is_differentiable_at_a_zero_gradient() -> None:
@@ -248,10 +349,26 @@ def test_refusals() -> None:
     for make, text in (
         (lambda: mk.optim.SGD(lr=-1), "SGD: lr must be at least 0, got -1"),
         (lambda: mk.optim.SGD(momentum=1.0), r"SGD: momentum must be in \[0, 1\), got 1.0"),
+        (
+            lambda: mk.optim.SGD(learn=("lr", "beta1")),
+            "SGD: learn must name some of lr, weight_decay, momentum, got 'b",
+        ),
+        (lambda: mk.optim.SGD(learn_lr=True, steps=0), "steps must be None or at least 1, got 0"),
+        (lambda: mk.optim.RMSprop(alpha=1.0), r"RMSprop: alpha must be in \[0, 1\), got 1.0"),
+        (lambda: mk.optim.RMSprop(eps=0), "RMSprop: eps must be positive, got 0"),
+        (lambda: mk.optim.Adagrad(lr_decay=-1), "Adagrad: lr_decay must be at least 0, got -1"),
+        (lambda: mk.optim.NormalizedSGD(lr=-1), "NormalizedSGD: lr must be at least 0, got -1"),
+        (lambda: mk.optim.NormalizedSGD(norm="each"), "norm must be 'all' or 'parameter', got 'each'"),
+        (lambda: mk.optim.Clipped(mk.optim.SGD(), 0), "Clipped: norm must be positive, got 0"),
+        (lambda: mk.optim.Muon(ns_steps=-1), "Muon: ns_steps must be at least 0, got -1"),
+        (lambda: mk.optim.Muon(adjust_lr_fn="rms"), "adjust_lr_fn must be one of original, match_rms_adamw, got 'rms'"),
         (lambda: mk.optim.SGD(nesterov=True), "SGD: momentum must be positive with nesterov"),
         (lambda: mk.optim.Adam(eps=0), "Adam: eps must be positive, got 0"),
         (lambda: mk.optim.AdamW(betas=(0.9, 1.0)), r"AdamW: beta2 must be in \[0, 1\), got 1.0"),
         (lambda: mk.optim.SGD(learn_lr=True, per="layer"), "per must be 'all', 'parameter' or 'element', got 'layer'"),
     ):
         with pytest.raises(ValueError, match=text):
+            make()
+    for make in (lambda: mk.optim.Clipped(torch.optim.SGD, 1.0), lambda: mk.optim.Muon(others=torch.optim.SGD)):
+        with pytest.raises(TypeError, match=r"must be one of metakern\.optim's optimizers, got type"):
             make()

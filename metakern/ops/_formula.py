@@ -255,14 +255,16 @@ def torch_fms(c: Any, a: Any, b: Any) -> Any:
 
 def torch_root(a: Tensor) -> Tensor:
     """`root`, of a tensor."""
-    none = a <= 0
-    return torch.where(none, 0.0, torch.where(none, 1.0, a).sqrt())
+    if torch._C._are_functorch_transforms_active():  # forward over forward differentiates it once more
+        none = a <= 0
+        return torch.where(none, 0.0, torch.where(none, 1.0, a).sqrt())
+    return a.relu().sqrt()
 
 
 def torch_over(a: Any, b: Tensor) -> Tensor:
     """`over`, of tensors."""
     zero = b == 0
-    return torch.where(zero, 0.0, a / torch.where(zero, 1.0, b))
+    return torch.where(zero, 0.0, a / (torch.where(zero, 1.0, b) if torch._C._are_functorch_transforms_active() else b))
 
 
 @cache

@@ -132,7 +132,7 @@ def _samples(make: Make) -> list[Sample]:
     learned = ("beta1", "beta2", "eps", "weight_decay")
     kinds = _updates.some(_updates.samples(make, 4, learned, **adam), *_updates.SOME)
     adamw = _updates.samples(make, 4, learned, **adam | {"step": 3, "decoupled": True})
-    return _updates.squared([*kinds, *_updates.some(adamw, "number", "mixed-rates", "learned", prefix="adamw-")], 3)
+    return _updates.squared([*kinds, *_updates.some(adamw, "mixed-rates", "learned", prefix="adamw-")], 3)
 
 
 def _benchmark(make: Make) -> list[Sample]:

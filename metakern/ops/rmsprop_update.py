@@ -155,7 +155,7 @@ def _samples(make: Make) -> list[Sample]:
     both = options | {"centered": True, "buffers": True, "momentum": 0.6}
     centered = _updates.samples(make, 5, ("alpha", "eps", "weight_decay", "momentum"), **both)
     kinds = _updates.some(simple, *_updates.SOME)
-    return _updates.squared([*kinds, *_updates.some(centered, "rate-per-task", "learned", prefix="centered-")], 2)
+    return _updates.squared([*kinds, *_updates.some(centered, "learned", prefix="centered-")], 2)
 
 
 def _benchmark(make: Make) -> list[Sample]:

@@ -52,7 +52,7 @@ def _call(x: Sequence[Tensor], lr: Hyper) -> list[Tensor]:
 
 
 def _samples(make: Make) -> list[Sample]:
-    kinds = ("number", "rate-per-task", "rate-per-element", "no-tasks-in-common", "empty")
+    kinds = ("number", "rate-per-task", "rate-per-element")
     return _updates.some(_updates.samples(make, 1), *kinds)
 
 

@@ -119,8 +119,8 @@ def _samples(make: Make) -> list[Sample]:
     nesterov = _updates.samples(make, 3, learned, nesterov=True, **momentum)
     return [
         *_updates.samples(make, 2),
-        *_updates.some(with_buffers, "number", "learned", prefix="momentum-"),
-        *_updates.some(nesterov, "rate-per-task", "learned", prefix="nesterov-"),
+        *_updates.some(with_buffers, "learned", prefix="momentum-"),
+        *_updates.some(nesterov, "learned", prefix="nesterov-"),
     ]
 
 
