@@ -42,6 +42,7 @@ def _option(
     return field(default=default, metadata={"help": text, **rule})
 
 
+INNER = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "normalized", "muon")
 ALGORITHMS = ("maml", "fomaml", "anil", "metasgd", "reptile", "finetune")
 
 
@@ -86,7 +87,7 @@ class Config:
     dropout: float = _option(0.0, "probability of dropping a unit", least=0)
 
     algorithm: str = _option("maml", "how to train (finetune: the baseline)", choices=ALGORITHMS)
-    inner: str = _option("sgd", "inner optimizer", choices=("sgd", "adam", "adamw"))
+    inner: str = _option("sgd", "inner optimizer", choices=INNER)
     inner_lr: float = _option(0.1, "inner learning rate; where it is learned, its start", above=0)
     learn_lr: bool = _option(True, "learn the inner learning rate")
     lr_per: str = _option(

@@ -32,6 +32,7 @@ from metakern import checkpoint
 from metakern.config import UserError
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.metrics import interval, paired_interval
+from metakern.optim._base import Stepwise
 from metakern.run import ALGORITHMS, Run, curve, episodes, load_split
 from metakern.trainer import train
 
@@ -108,7 +109,9 @@ def _baseline(run: Run, name: str) -> Run:
 
 def _at_rate(run: Run, rate: float, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> Tensor:
     """Query losses ``[len(steps), T]`` of a fine-tuned run that adapts with the inner rate ``rate``."""
-    run.algorithm.inner.lr.initial = rate
+    for optimizer in run.algorithm.inner.modules():
+        if isinstance(optimizer, Stepwise):
+            optimizer.lr.initial = rate
     return curve(run.algorithm, source, steps, limit)[1]
 
 

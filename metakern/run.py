@@ -57,7 +57,15 @@ ALGORITHMS = {
     "reptile": mk.Reptile,
     "finetune": FineTune,
 }
-OPTIMIZERS = {"sgd": mk.optim.SGD, "adam": mk.optim.Adam, "adamw": mk.optim.AdamW}
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": mk.optim.SGD,
+    "adam": mk.optim.Adam,
+    "adamw": mk.optim.AdamW,
+    "rmsprop": mk.optim.RMSprop,
+    "adagrad": mk.optim.Adagrad,
+    "normalized": mk.optim.NormalizedSGD,
+    "muon": mk.optim.Muon,
+}
 
 
 def build_algorithm(config: Config, model: nn.Module) -> Any:

@@ -27,8 +27,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import metakern as mk
 from metakern.ops import SPECS, _backend
-from metakern.ops._spec import Make, Sample
+from metakern.ops._spec import Make, Sample, Spec
 from metakern.ops._triton import launch
+from metakern.ops._updates import KERNELS
 
 # The GPUs, and the bytes of shared memory that a program may have there.
 TARGETS = {
@@ -38,6 +39,7 @@ TARGETS = {
     GPUTarget("hip", "gfx942", 64): 64 << 10,
 }
 DTYPES = (torch.float32, torch.bfloat16)
+UPDATES = {name for name, spec in SPECS.items() if spec.op.kernels is KERNELS}  # which share one, in foreach.py
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def recorded(op: str, target: GPUTarget) -> list[Launch]:
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launches.append(Launch(kernel, args, options, grid))
 
-    spec, module = SPECS[op], import_module(f"metakern.ops.{op}.triton")
+    spec = SPECS[op]
+    module = import_module(f"metakern.ops.{'_triton.foreach' if op in UPDATES else f'{op}.triton'}")
     with (
         patch.object(JITFunction, "run", record),
         patch.object(_backend, "_obstacle", lambda name: None),
@@ -74,13 +77,19 @@ def recorded(op: str, target: GPUTarget) -> list[Launch]:
         mk.backend("triton"),
     ):
         for dtype in DTYPES:
-            for sample in module.compiled(Make(dtype, device="meta")):
+            make = Make(dtype, device="meta")
+            for sample in of_update(spec, make) if op in UPDATES else module.compiled(make):
                 _differentiate(spec.call, sample)
     kernels = {f for f in vars(module).values() if isinstance(f, JITFunction) and f.__name__.endswith("_kernel")}
     missing = kernels - {each.kernel for each in launches}
     if missing:
         raise AssertionError(f"{op}: compiled() must launch every kernel, got none of {missing}")
     return launches
+
+
+def of_update(spec: Spec, make: Make) -> list[Sample]:
+    """Real sizes, and rates and other hyper-parameters of each task."""
+    return [*spec.benchmark(make), *(s for s in spec.samples(make) if s.name.endswith(("rate-per-task", "learned")))]
 
 
 def _differentiate(call: Any, sample: Sample) -> None:

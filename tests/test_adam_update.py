@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import metakern as mk
-from metakern.ops._spec import Make
 
 ARGUMENTS = [[torch.ones(2, 3)] for _ in range(4)]
 
@@ -20,21 +19,6 @@ def test_no_nan_where_gradients_and_moments_are_zero(backend: str) -> None:
         torch.testing.assert_close(ct_grad, -0.1 / 0.5 * ct)
         second = torch.autograd.grad(ct_grad, [grad, m, v], torch.rand(2, 3))
     assert all(torch.equal(s, torch.zeros(2, 3)) for s in second)
-
-
-def test_is_the_inner_optimizers_step() -> None:
-    make, steps = Make(seed=3), 3
-    phi, state = [make(2, 5), make(2, 3, 4)], None
-    for kind, decoupled in ((mk.optim.Adam, False), (mk.optim.AdamW, True)):
-        inner = kind(0.1, betas=(0.7, 0.9), weight_decay=0.3)
-        expected, state = phi, inner.init(phi)
-        actual, m, v = phi, [torch.zeros_like(p) for p in phi], [torch.zeros_like(p) for p in phi]
-        for step in range(1, steps + 1):
-            grads = [make(*p.shape) for p in phi]
-            expected, state = inner.update(expected, grads, state)
-            options = {"step": step, "betas": (0.7, 0.9), "weight_decay": 0.3, "decoupled": decoupled}
-            actual, m, v = mk.ops.adam_update(actual, grads, m, v, 0.1, **options)
-        torch.testing.assert_close([*actual, *m, *v], [*expected, *state[:-1]])
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_an_interrupt_keeps_what_is_done(bench, tiny, tmp_path, capsys, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ops", "silu,cnn"], "--ops must be among adam_update, .*, got 'cnn'"),
+        (["--ops", "silu,cnn"], "--ops must be among adagrad_update, .*, got 'cnn'"),
         (["--backends", "tpu"], "--backends must be among reference.* here, got 'tpu'"),
         (["--backends", "cpu", "--ops", "embedding"], "--backends must (have kernels of embedding|be among)"),
         (["--rounds", "0"], "--rounds: must be a positive whole number, got '0'"),

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from functools import cache, partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import metakern as mk
-from benchmarks import maml, peers, progress, results, workloads
+from benchmarks import compat, maml, peers, progress, results, workloads
 from benchmarks.calls import RULES, Shapes, function, recorded
 from benchmarks.gpu import attention, checks, llama, ops, recurrent
 from benchmarks.gpu.__main__ import PARTS
@@ -34,7 +35,7 @@ from metakern.ops._spec import Make
 
 STOCK = "torch.func, torch.nn's own layers"
 triton = pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])
-LOCAL = ("plain", "metakern", "torch_func")
+LOCAL = ("plain", "metakern", "torch_func", "compat")
 HERE = {method: peer for peer in LOCAL for method in peers.load(peer).methods if method != STOCK}
 
 
@@ -53,6 +54,31 @@ def test_methods_of_this_environment_are_exact(family, method):
     gradient = {name: g.detach() for name, g in step().items()}  # at the second call too: nothing accumulates
     assert problem(family).error(gradient, peers.order(method)) < 1e-6
     assert problem(family).error(gradient, 3 - peers.order(method)) > 1e-2  # and it is not the other one
+
+
+@pytest.mark.parametrize(
+    ("library", "case"), [(library, case) for library in compat.CASES for case in compat.CASES[library]]
+)
+def test_what_is_compared_with_the_originals_learns(library, case, monkeypatch):
+    monkeypatch.setattr(compat, "OUTER_STEPS", 2)
+    losses, *learned = compat.trajectory(library, case, original=False)
+    assert losses.shape == (2 * compat.TASKS,)
+    assert all(value.isfinite().all() for value in (losses, *learned))
+    monkeypatch.setattr(compat, "OUTER_STEPS", 1)
+    moved = [not torch.equal(a, b) for a, b in zip(learned, compat.trajectory(library, case, False)[1:], strict=True)]
+    assert sum(moved) > len(moved) / 2
+
+
+def test_a_difference_from_the_originals_is_reported(monkeypatch):
+    found = {"same": 1e-16, "other": 2e-6}
+    monkeypatch.setattr(
+        compat.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=0, stdout=json.dumps(found))
+    )
+    monkeypatch.setattr(peers, "environment", lambda peer: sys.executable)
+    with pytest.raises(RuntimeError, match="higher: other differs from the original by 2e-06 after 20 outer steps"):
+        compat.check("higher")
+    found["other"] = 1e-7
+    assert compat.check("higher") == found
 
 
 @pytest.mark.parametrize("family", families())

@@ -3,10 +3,12 @@
 from dataclasses import fields, replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metakern.config import Config, UserError
+from metakern.config import INNER, Config, UserError
+from metakern.run import OPTIMIZERS, build_algorithm
 
 
 def values_of(key):
@@ -87,3 +89,11 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.toml").write_bytes(b'data = "caf\xe9"')
     with pytest.raises(UserError, match="is not UTF-8"):
         Config.load(tmp_path / "latin.toml")
+
+
+def test_every_inner_optimizer_is_one() -> None:
+    assert tuple(OPTIMIZERS) == INNER
+    for name in INNER:
+        inner = build_algorithm(Config(inner=name), torch.nn.Linear(3, 2)).inner
+        assert inner.lr.values[0].shape == ()
+        assert inner.lr.initial == Config().inner_lr

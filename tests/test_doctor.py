@@ -12,8 +12,9 @@ import zoo
 from torch import nn
 
 import metakern as mk
+from metakern import _native
 from metakern.dialogue.models import build_model
-from metakern.doctor import _costs, _places
+from metakern.doctor import Problem, _costs, _places
 from metakern.meta._parameters import Parameters
 
 INNER = {"inner": mk.optim.SGD(lr=0.3), "steps": 2}
@@ -33,12 +34,16 @@ def test_none_is_missed(name):
     make, kind, op = zoo.LOSSY[name]
     if name in ("weight_norm", "vmap_of_a_layer_norm", "solve") and right_in_this_pytorch(make().model[2]):
         pytest.skip("this PyTorch has put it right")
+    if name == "triton_kernel":
+        pytest.importorskip("triton")
+    if name == "pybind_kernel" and _native.obstacle():
+        pytest.skip(_native.obstacle())
     report = examine(make())
     (problem,) = report.problems
     assert not report.exact
     assert problem.kind == kind
     assert op in problem.op
-    assert problem.path.startswith("" if name == "weighted_loss" else "2")
+    assert problem.path.startswith("(loss)" if name == "weighted_loss" else "2")
     surrogate = kind in (
         "straight-through",
         "surrogate gradient",
@@ -145,8 +150,45 @@ def test_every_place_is_named():
         ("through", "straight-through"),
         ("", "stop-gradient"),
     ]
+    costs = [problem.cost for problem in report.problems]
+    assert costs[2] is None
+    assert costs[0] == costs[1] > 1e-3
+    assert costs[3] > 1e-3
     assert "4 places, second-order terms are lost at 2" in str(report)
     assert "blocks.0.1, blocks.1.1" in str(report)
+
+
+class Twice(nn.Module):
+    """Two things in one forward; the second is hidden by the first, as the second order is that of the first."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x) * x.sigmoid().detach()
+
+
+def test_what_is_lost_in_the_query_alone():
+    def loss(model, batch):
+        y = model(batch[0])
+        return ((y - batch[1]) ** 2 * (y.detach().exp() if len(y) == 3 else 1)).mean()
+
+    case = zoo.case(loss=loss)
+    assert examine(case).exact
+    (problem,) = examine(case._replace(query=[t[:, :3] for t in case.query])).problems
+    assert (problem.path, problem.kind, problem.order) == ("(loss)", "stop-gradient", 1)
+
+
+def test_two_things_in_one_forward():
+    report = examine(zoo.case(Twice(zoo.NumpyCube.apply)))
+    assert [(p.path, p.kind) for p in report.problems] == [("2", "opaque backward"), ("2", "stop-gradient")]
+    centers = torch.randn(6, 6).double()
+    report = examine(zoo.case(Twice(lambda x: torch.cdist(x, centers))))
+    assert [(p.kind, p.op.split()[0]) for p in report.problems] == [
+        ("stop-gradient", "detach"),
+        ("no second derivative", "_cdist_backward"),
+    ]
 
 
 def test_costs_of_several_are_told_apart():
@@ -301,8 +343,8 @@ def test_expected_memory(strategy):
 
 
 @pytest.mark.parametrize("name", ["numpy_kernel", "between_modules", "relu"])
-def test_it_takes_no_more_than_twenty_meta_steps(name, monkeypatch):
-    """In calls of the loss with all its modules; a meta-step of one task takes K + 1 of them."""
+def test_it_takes_no_more_than_twenty_meta_steps(name):
+    """In calls of the loss for one task; a meta-step of 2 tasks and 5 inner steps takes 2 * (5 + 1) of them."""
     counted = [0]
     case = zoo.HONEST[name]() if name in zoo.HONEST else zoo.LOSSY[name][0]()
 
@@ -310,7 +352,6 @@ def test_it_takes_no_more_than_twenty_meta_steps(name, monkeypatch):
         counted[0] += 1
         return case.loss(model, batch)
 
-    mk.MAML(case.model, loss, steps=5)
     examine(case._replace(loss=loss, options={"steps": 5}))
     assert counted[0] <= 20 * 2 * (5 + 1)
 
@@ -338,7 +379,7 @@ def test_repaired_modules_are_exact():
     case = case._replace(model=Model().double())
     patient = _places.treat(case.model, case.loss, [t[0] for t in case.support], [t[0] for t in case.query], None)
     costs = _costs.Costs(patient, **INNER)
-    problem = mk.doctor.__globals__["Problem"]("cell", "", "", "", "")
+    problem = Problem("cell", "", "", "", "")
     truth, repaired = costs.store(), costs.store([problem])
     assert _costs.distance(truth, repaired) < 1e-7 * _costs.norm(truth)
     assert _costs.distance(truth, costs.truth()) < 1e-7 * _costs.norm(truth)

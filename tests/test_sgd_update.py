@@ -61,3 +61,8 @@ def test_one_function_serves_all_parameters() -> None:
 def test_errors(phi: list, grad: list, lr: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         mk.ops.sgd_update(phi, grad, lr)
+
+
+def test_momentum_needs_buffers() -> None:
+    with pytest.raises(ValueError, match="sgd_update: b must be given with momentum, got None"):
+        mk.ops.sgd_update([torch.ones(2)], [torch.ones(2)], 0.1, momentum=0.5)

@@ -1,10 +1,13 @@
-"""metakern.compat: learn2learn's and higher's loops, letter by letter, on metakern; and on a patched model."""
+"""metakern.compat: learn2learn's and higher's loops, letter by letter; on a patched model; and all tasks at once."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.peers import higher, learn2learn
 from benchmarks.peers.plain import Gradient
@@ -38,8 +41,26 @@ def patched(library: str) -> Callable[[Workload], Callable[[], Gradient]]:
     return prepare
 
 
+def batch(work: Workload) -> Callable[[], Gradient]:
+    """MAML.batch, captured as metakern's own methods are."""
+    from metakern.compat.learn2learn import MAML
+
+    maml = MAML(work.model, lr=work.lr, allow_nograd=True)
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+    def step() -> Gradient:
+        work.model.zero_grad()
+        maml.batch(work.support, work.query, loss, work.steps, capture=True).backward()
+        return {name: p.grad for name, p in work.theta.items()}
+
+    return step
+
+
 methods = {
     f"compat.{library}{suffix}": make(library)
     for library in ("learn2learn", "higher")
     for suffix, make in (("", loop), (", patched", patched))
 }
+methods["compat.learn2learn, batch"] = batch

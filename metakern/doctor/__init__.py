@@ -46,7 +46,8 @@ def doctor(
     is looked at. Judged is the gradient that PyTorch gives with its twice differentiable kernels, as MAML runs them,
     by differences: lost terms below a millionth of the second order can't be seen (in a model that runs in float32
     alone: below a few percent). Dropout is taken for the identity. Model, gradients, buffers and random states stay
-    what they were.
+    what they were. It takes some tens of gradients of one task where all is exact, and some hundreds of parts of the
+    model, by itself, where it has to look for a place; modules that are alike are looked at once.
 
     Raises ValueError where there is nothing to judge: a loss that is not a finite scalar, that does not depend on the
     model's parameters, or that differs from call to call; no trainable parameters; tasks that do not match.
@@ -64,9 +65,12 @@ def doctor(
         patient = treat(model, loss, select(support, 0), select(query, 0), adapt)
         diagnosis = _Diagnosis(patient)
         problems = diagnosis.problems()
+        patient.batch, patient.second_order = patient.query, False
+        known = {known for p in problems for known in (p.path, p.op)}
+        problems += [p for p in _Diagnosis(patient).problems() if known.isdisjoint((p.path, p.op))]
         plan, obstacles = _planned(model, loss, support, steps, adapt)
         if plan and plan.hvp == "reverse" and diagnosis.raising:
-            obstacles.append(f"no forward mode in {', '.join(path or 'the loss' for path in diagnosis.raising)}")
+            obstacles.append(f"no forward mode in {', '.join(path or 'the model' for path in diagnosis.raising)}")
         error = first_order_error = kept = None
         if plan and steps:  # MAML's inner loop runs this model
             problems, (error, first_order_error, kept) = _measured(Costs(patient, inner, steps), problems)
@@ -102,15 +106,15 @@ class _Diagnosis:
             call = self.patient.calls()
         except Exception:  # modules that can't be traced are part of the loss
             call = self.patient.root
-        return list({(p.path, p.op, p.kind): p for p in self._within(call, verdict)}.values())
+        return list({(p.path, p.op, p.kind): p for p in self._found(call, verdict)}.values())
 
-    def _within(self, call: Call, verdict: Verdict | None = None) -> list[Problem]:
+    def _within(self, call: Call) -> list[Problem]:
         key = call.signature
         if key not in self.known:
-            self.known[key] = [replace(p, path=p.path.removeprefix(call.path)) for p in self._found(call, verdict)]
+            self.known[key] = [replace(p, path=p.path.removeprefix(call.path)) for p in self._found(call)]
         return [replace(p, path=(call.path + p.path).strip(".")) for p in self.known[key]]
 
-    def _found(self, call: Call, verdict: Verdict | None) -> list[Problem]:
+    def _found(self, call: Call, verdict: Verdict | None = None) -> list[Problem]:
         place = Place(self.patient, call)
         verdict = place.judge() if verdict is None else verdict
         raising = isinstance(verdict.forward, Exception)
@@ -144,10 +148,14 @@ def _measured(costs: Costs, problems: list[Problem]) -> tuple[list[Problem], tup
     """The problems with what each kind costs, then the errors of the meta-gradient and of the first order, and the part
     of the second order that is kept."""
     nothing = problems, (None, None, None)
-    if any(p.order == 1 and not p.undo for p in problems):
-        return nothing
+    measurable = [p for p in problems if p.order == 2 or p.undo]
     try:
-        truth = costs.truth([p for p in problems if p.undo])
+        if len(measurable) == len(problems):
+            truth = costs.truth([p for p in problems if p.undo])
+        elif measurable:  # a surrogate has no truth: the rest is compared with the same where that is repaired
+            truth = costs.store([p for p in measurable if repairable(p)])
+        else:
+            return nothing
         first, found = costs.store(first_order=True), costs.store()
     except Exception:  # there is no meta-gradient
         return nothing
@@ -156,8 +164,8 @@ def _measured(costs: Costs, problems: list[Problem]) -> tuple[list[Problem], tup
         return nothing
 
     def cost(kind: tuple[str, str]) -> float | None:
-        others = [p for p in problems if (p.op, p.kind) != kind]
-        if not all(map(repairable, others)):
+        others = [p for p in measurable if (p.op, p.kind) != kind]
+        if len(others) == len(measurable) or not all(map(repairable, others)):
             return None
         try:
             alone = costs.forward_over_reverse() if kind[1] == FORWARD_MODE else costs.store(others)

@@ -25,7 +25,7 @@ from metakern.doctor._report import FORWARD_MODE, Problem
 from metakern.doctor._slopes import Differences, Tensors, Verdict, direction, gradient
 from metakern.meta._unroll import _grad
 
-SITES = 8  # lines that are tried one by one
+SITES = 16  # lines that are tried one by one
 _WRITES = re.compile(r"\w_\(|\]\s*=[^=]|[^=!<>]\s*[-+*/@]=|\bout=")
 _SOURCES = Path(__file__).parent.parent
 
@@ -111,14 +111,21 @@ def explain(patient: Patient, place: Place, verdict: Verdict) -> list[Problem]:
     """The problems of a place that is not exact, though all within it is."""
     with Taps().open() as taps:
         functions, cut = _functions(place)
-    found = []
+    sites, found = list(taps.seen), []
     for call in functions:
         inner = Place(patient, call)
         judged = inner.judge()
         if not judged.exact:
             cls = call.function.__self__  # type: ignore[attr-defined]
-            found.append(_of_function(inner, judged, cls in cut, list(taps.seen)))
-    return found or [_of_lines(place, verdict, list(taps.seen))]
+            found.append(_of_function(inner, judged, cls in cut, sites))
+    if not found or (verdict.wrong("first") and all(problem.order == 2 for problem in found)):
+        found.append(_of_lines(place, verdict, sites))
+        undone = found[-1].undo
+        with Taps(undone).open():
+            beneath = place.judge() if undone else Verdict()
+        if len(found) == 1 and not beneath.exact:  # what was hidden, as the second order is that of the first
+            found.append(_of_lines(place, beneath, sites, undone))
+    return found
 
 
 def _functions(place: Place) -> tuple[list[Call], set[type]]:
@@ -196,9 +203,7 @@ def _of_function(place: Place, verdict: Verdict, cut: bool, sites: list[Site]) -
             why = f"its backward returns what autograd has no graph of, as after a kernel of Triton, C++ or NumPy{seen}"
             return replace(problem, kind="opaque backward", why=why, cure=_APPLY)
         why = "its backward can be differentiated, but its derivative is not the slope of what the backward returns"
-        cure = (
-            "check it by torch.autograd.gradgradcheck: each Function that the backward applies needs a right backward"
-        )
+        cure = "try it by torch.autograd.gradgradcheck: what the backward applies needs a right backward itself"
         return replace(problem, kind="wrong double backward", why=why + seen, cure=cure)
     if verdict.impossible:
         return _raising(problem, verdict.reverse, "second")
@@ -208,10 +213,10 @@ def _of_function(place: Place, verdict: Verdict, cut: bool, sites: list[Site]) -
 _APPLY = "let the backward apply a Function that has a backward of its own, or write it in differentiable operations"
 
 
-def _of_lines(place: Place, verdict: Verdict, sites: list[Site]) -> Problem:
+def _of_lines(place: Place, verdict: Verdict, sites: list[Site], undone: frozenset[Site] = frozenset()) -> Problem:
     """Where no Function is at fault: the line that detaches, or what raised."""
     problem = Problem(place.call.path, _kind_of(place.call), "", "", "")
-    culprits = _culprits(place, verdict, sites)
+    culprits = _culprits(place, verdict, sites, undone)
     if culprits:
         problem = replace(problem, op=" and ".join(f"{s.name} at {s}" for s in culprits), undo=frozenset(culprits))
     if isinstance(verdict.first, Exception):
@@ -241,9 +246,7 @@ def _first_order(problem: Problem, place: Place, culprits: list[Site] | None, si
     if culprits:
         writes = any(s.writes for s in culprits)
         kind = "in-place write" if writes else "stop-gradient"
-        what = (
-            "a write that autograd does not see" if writes else "a value that depends on parameters, taken for constant"
-        )
+        what = "a write that autograd does not see" if writes else "what depends on parameters is taken for constant"
         why = f"{problem.op}: {what}, at first order already"
         cure = f"remove {problem.op}, unless the inner loop is meant to treat it as a constant"
         return replace(problem, kind=kind, why=why, cure=cure, order=1)
@@ -277,34 +280,34 @@ def _raising(problem: Problem, error: Any, order: str) -> Problem:
     if known:
         problem = replace(problem, op=known[1].strip("'"))
     if custom:
-        cure = "give it one by torch.library.register_autograd"
-        return replace(
-            problem, op=custom[1], kind="no formula", why="a custom op without an autograd formula", cure=cure
-        )
+        why, cure = "a custom op without an autograd formula", "give it one by torch.library.register_autograd"
+        return replace(problem, op=custom[1], kind="no formula", why=why, cure=cure)
     why = f"its {order} derivative raises {type(error).__name__}: {text[:160]}"
     cure = "mk.patch(model) replaces PyTorch's fused kernels by ops that have one" if known else _APPLY
     return replace(problem, kind=f"no {order} derivative", why=why, cure=cure)
 
 
-def _culprits(place: Place, verdict: Verdict, sites: list[Site]) -> list[Site]:
-    """The lines without which the place is exact: one if one is enough, else all that are needed."""
-    candidates = [s for s in sites if s.name in ("detach", "data", "item", "no_grad")][:SITES]
+def _culprits(place: Place, verdict: Verdict, sites: list[Site], undone: frozenset[Site]) -> list[Site]:
+    """The lines without which the place is better: one if one is enough, else all that are needed."""
+    candidates = [s for s in sites if s.name in ("detach", "data", "item", "no_grad") and s not in undone]
 
-    def cured(undone: list[Site]) -> bool:
-        with Taps(frozenset(undone)).open():
+    def cured(lines: list[Site]) -> bool:
+        with Taps(undone.union(lines)).open():
             try:
-                return place.judge().exact
-            except Exception:
+                judged = place.judge()
+            except Exception:  # a line that needs to detach
                 return False
+        hides = verdict.wrong("first") and judged.first is not None  # the second order is a matter of its own
+        return isinstance(judged.first, float) and not judged.wrong("first") if hides else judged.exact
 
-    if verdict.exact or not candidates or not cured(candidates):
-        return []
-    for site in candidates:
-        if len(candidates) > 1 and cured([site]):
+    for site in candidates[:SITES]:
+        if cured([site]):
             return [site]
+    if len(candidates) < 2 or not cured(candidates):
+        return []
     needed = list(candidates)
-    for site in candidates:
-        if len(needed) > 1 and cured([s for s in needed if s is not site]):
+    for site in candidates[:SITES]:
+        if cured([s for s in needed if s is not site]):
             needed.remove(site)
     return needed
 

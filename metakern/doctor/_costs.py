@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from metakern.doctor._causes import Taps
 from metakern.doctor._places import Patient, State, is_float
-from metakern.doctor._report import Problem
+from metakern.doctor._report import LOSS, Problem
 from metakern.doctor._slopes import Tensors, norm, slope
 from metakern.meta._batching import Loop
 from metakern.meta._unroll import Gradients, Unroll, _filled, _grad
@@ -80,7 +80,7 @@ class _Steady(Loop):
 
 def repairable(problem: Problem) -> bool:
     """Whether a meta-gradient can be had that does not have this problem."""
-    return bool(problem.undo) or (problem.order == 2 and bool(problem.path))
+    return bool(problem.undo) or (problem.order == 2 and problem.path != LOSS)
 
 
 def distance(a: Tensors, b: Tensors) -> float:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
+from metakern.doctor._report import LOSS
 from metakern.doctor._slopes import NOISE, Tensors, Verdict, direction, gradient, judge
 from metakern.meta._batching import Loss, exact_kernels
 from metakern.meta._parameters import Parameters, twin
@@ -108,6 +110,7 @@ class Patient:
         self.parameters = Parameters(self.model, adapt)
         self.adapted = {id(p) for p in self.parameters.adapted.values()}
         self.state = State(self.model)
+        self.batch, self.second_order = self.support, True  # what is judged: of the query, the gradient alone is used
         self.precision, self.evaluations = dtype, 0
 
     @contextmanager
@@ -136,10 +139,10 @@ class Patient:
 
     @property
     def root(self) -> Call:
-        return Call("", self.model, self.loss)
+        return Call(LOSS, self.model, self.loss)
 
     def calls(self) -> Call:
-        """The tree of calls of the loss of the support batch."""
+        """The tree of calls of the loss of the batch."""
         root = self._traced(list(self.parameters.adapted.values()))
         for call in root.walk():
             call.active = [True] * len(call.flows)
@@ -179,7 +182,7 @@ class Patient:
             for path, module in self.model.named_modules():
                 undo.callback(module.register_forward_pre_hook(enter(path), with_kwargs=True).remove)
                 undo.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
-            self.value(self.support)
+            self.value(self.batch)
         return root
 
 
@@ -203,6 +206,8 @@ class Place:
             *call.active,
             *(c.connected[i] for c, i in replayed),
         ]
+        if not patient.second_order:
+            self.active = [False] * len(self.z)
         self._weights: list[tuple[Tensor, Tensor, Tensor]] | None = None
 
     def judge(self) -> Verdict:
@@ -217,7 +222,7 @@ class Place:
             if self.parameters:
                 stack.enter_context(self.parameters.bound(own))
             if self.call.root:
-                yield self.patient.value(self.patient.support)
+                yield self.patient.value(self.patient.batch)
                 return
             self.patient.evaluations += 1
             inputs = [copied(x) for x in self.call.inputs]
@@ -331,6 +336,8 @@ def _plain(value: Any) -> Any:
     plain = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
     if isinstance(value, list | tuple | set | frozenset):
         return type(value), [_plain(v) for v in value]
+    if isinstance(value, MethodType):
+        return id(value.__func__), id(value.__self__)
     return value if isinstance(value, plain) else id(value)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from metakern.meta._plan import Plan, _mib
 
 WIDTH = 100
+LOSS = "(loss)"  # in place of a module's path
 FORWARD_MODE = "forward-mode rule"
 
 
@@ -18,9 +19,10 @@ FORWARD_MODE = "forward-mode rule"
 class Problem:
     """One place where the meta-gradient is not the derivative of the meta-loss.
 
-    path: of the module, "" for the loss itself. op: the Function, operation or line. order: 2 where the gradient is
-    right and its derivative is not; 1 where the gradient itself is not the slope of the loss, be it by intent. cost:
-    the relative error of the meta-gradient that is due to this kind of problem alone, None where it can't be had.
+    path: of the module, "" for the model itself, "(loss)" for the loss. op: the Function, operation or line. order: 2
+    where the gradient is right and its derivative is not; 1 where the gradient itself is not the slope of the loss, be
+    it by intent. cost: the relative error of the meta-gradient that is due to this kind of problem alone, None where it
+    can't be had.
     """
 
     path: str
@@ -39,7 +41,8 @@ class Report:
 
     exact: no problem was found. error: relative, of the exact meta-gradient as autograd computes it, against float64
     differences; first_order_error: of the first-order one; kept: the part of the second-order terms that is there.
-    They are None where there is no meta-gradient, or no reference (a surrogate gradient has none). obstacles: what
+    They are None where there is no meta-gradient, or no reference (a surrogate gradient has none; beside one, they are
+    those of the other problems). obstacles: what
     prevents a faster plan. plan: what `mk.MAML` would do, None where it refuses. peak_bytes: the memory expected for
     all tasks. evaluations: forward passes of one task that the diagnosis took.
     """
@@ -70,24 +73,32 @@ class Report:
             lines += [*_row("costs", _share(cost, kind)), ""]
         lines.append(f"Meta-gradient of {_count(self.steps, 'inner step')}, one task, {self.dtype}")
         if self.error is None:
-            lines += _row("error", "not measured: there is nothing exact to compare a surrogate, or nothing, with")
+            lines += _row("error", f"not measured: {self._unmeasured()}")
         else:
-            lines += _row("error", f"{self.error:.1e} of the exact one, by differences")
-            if self.first_order_error is not None:
-                lines += _row("first order", f"{self.first_order_error:.1e}, if the second order were left out")
+            surrogate = any(problem.order == 1 and not problem.undo for problem in self.problems)
+            of = (
+                "what it would be with all but the surrogate repaired" if surrogate else "the exact one, by differences"
+            )
+            lines += _row("error", f"{self.error:.1e} of {of}")
+            lines += _row("first order", f"{self.first_order_error:.1e}, if the second order were left out")
             if self.kept is not None:
                 lines += _row("kept", f"{100 * self.kept:.0f} % of the second-order part")
         lines += ["", f"Plan of mk.MAML for {_count(self.tasks, 'task')}"]
         if self.plan is None:
-            lines += _row("none", "it refuses, see below")
+            lines += _row("none", "it refuses this model:")
         else:
             mode = f", products {self.plan.hvp} over reverse" if self.plan.strategy == "recompute" else ""
             lines += _row("batching", self.plan.batching) + _row("strategy", self.plan.strategy + mode)
             lines += _row("at once", _count(min(self.plan.task_chunk, self.tasks), "task"))
             lines += _row("memory", f"{_mib(self.peak_bytes)} at its peak, beside the model")
         for obstacle in self.obstacles:
-            lines += _row("slower", obstacle)
+            lines += _row("slower" if self.plan else "why", obstacle)
         return "\n".join([*lines, "", f"{self.evaluations} forward passes of one task were looked at."])
+
+    def _unmeasured(self) -> str:
+        if self.plan is None:
+            return "mk.MAML does not run this model"
+        return "there is nothing exact beside a surrogate gradient" if self.problems else "it has no second-order part"
 
     def _verdict(self) -> str:
         if self.exact:
@@ -102,12 +113,12 @@ class Report:
 
 
 def _row(name: str, text: str) -> list[str]:
-    first, *rest = wrap(" ".join(text.split()), WIDTH - 15) or [""]
+    first, *rest = wrap(" ".join(text.split()), WIDTH - 15, break_on_hyphens=False) or [""]
     return [f"   {name:<12}{first}", *(" " * 15 + line for line in rest)]
 
 
 def _paths(group: list[Problem]) -> str:
-    paths = list(dict.fromkeys(problem.path or "the loss" for problem in group))
+    paths = list(dict.fromkeys("the loss" if p.path == LOSS else p.path or "the model itself" for p in group))
     shown = ", ".join(paths[:4])
     return shown if len(paths) <= 4 else f"{shown} and {len(paths) - 4} more"
 

@@ -1,8 +1,24 @@
 """Inner optimizers: differentiable, batched over tasks, with hyper-parameters that the outer loop may learn."""
 
 from metakern.optim._base import InnerOptimizer
+from metakern.optim.adagrad import Adagrad
 from metakern.optim.adam import Adam, AdamW
+from metakern.optim.clipped import Clipped
 from metakern.optim.metasgd import MetaSGD
+from metakern.optim.muon import Muon
+from metakern.optim.normalized import NormalizedSGD
+from metakern.optim.rmsprop import RMSprop
 from metakern.optim.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "InnerOptimizer", "MetaSGD"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Clipped",
+    "InnerOptimizer",
+    "MetaSGD",
+    "Muon",
+    "NormalizedSGD",
+    "RMSprop",
+]

@@ -4,26 +4,25 @@
     phi <- phi - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
 
 with g + weight_decay phi for g in Adam, and phi scaled by 1 - lr weight_decay first in AdamW, as torch.optim does
-(Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2).
-
-The square root has an infinite slope at v = 0, where g and its history are exactly zero (rows of an embedding that no
-token touched). There dv/dg = 0 too, and the update as a function of g, g / (|g| + eps) at the first step, is
-differentiable: its slope comes from m alone. The root's slope at zero is therefore taken as zero: exact, and no NaN.
+(Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2). Where v = 0, the root's slope is taken as zero:
+exact, and no NaN (`metakern.ops.adam_update` says why).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from metakern.optim._base import InnerOptimizer, Rates, State, Tensors, fraction, non_negative
+from metakern.ops.adam_update import adam_update
+from metakern.optim._base import Learning, Stepwise, fraction, non_negative, positive
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class Adam(InnerOptimizer):
-    """Inner Adam; arguments as torch.optim.Adam's, `learn_lr` and `per` as SGD's.
+class Adam(Stepwise):
+    """Inner Adam; arguments as torch.optim.Adam's, and as SGD's what is learned of lr, beta1, beta2, eps, weight_decay.
 
     Raises ValueError for a negative rate or decay, an eps that is not positive, or betas outside [0, 1).
 
@@ -33,7 +32,9 @@ class Adam(InnerOptimizer):
     tensor(0.0010, requires_grad=True)
     """
 
+    counts = True
     decoupled = False
+    fills = (0.0, 0.0)
 
     def __init__(
         self,
@@ -41,49 +42,27 @@ class Adam(InnerOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        learn_lr: bool = False,
-        per: str = "all",
+        **learning: Unpack[Learning],
     ) -> None:
-        super().__init__()
         name = type(self).__name__
         non_negative(name, lr=lr, weight_decay=weight_decay)
-        if not eps > 0:
-            raise ValueError(f"{name}: eps must be positive, got {eps}")
+        positive(name, eps=eps)
         fraction(name, beta1=betas[0], beta2=betas[1])
-        self.lr = Rates(lr, learn_lr, per)
-        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        hyper = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
+        super().__init__(hyper, learning)
 
-    def prepare(self, adapted: Mapping[str, nn.Parameter]) -> None:
-        self.lr.prepare(adapted)
-
-    def init(self, phi: Tensors) -> State:
-        """First moments, second moments, and the number of steps taken, in float64."""
-        moments = tuple(torch.zeros_like(p) for p in phi)
-        return (*moments, *(m.clone() for m in moments), torch.zeros((), dtype=torch.float64))
-
-    def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
-        n, (beta1, beta2), rates = len(phi), self.betas, self.lr.of(phi)
-        step = state[-1] + 1
-        count: Any = step.tolist()  # not `item`: it is the same in every run, and no obstacle to a captured one
-        bias1, bias2 = 1 - beta1**count, 1 - beta2**count
-        if self.weight_decay and not self.decoupled:
-            grads = [g + self.weight_decay * p for g, p in zip(grads, phi, strict=True)]
-        first = [torch.lerp(g, m, beta1) for m, g in zip(state[:n], grads, strict=True)]
-        second = [beta2 * v + (1 - beta2) * g * g for v, g in zip(state[n : 2 * n], grads, strict=True)]
-        if self.weight_decay and self.decoupled:
-            phi = [p * (1 - rate * self.weight_decay) for p, rate in zip(phi, rates, strict=True)]
-        moved = [
-            p - rate * (m / bias1) / (_sqrt(v / bias2) + self.eps)
-            for p, rate, m, v in zip(phi, rates, first, second, strict=True)
-        ]
-        return moved, (*first, *second, step)
+    def step(
+        self, count: int, phi: list[Tensor], grads: list[Tensor], *state: list[Tensor], **hyper: Any
+    ) -> tuple[list[Tensor], ...]:
+        (m, v), lr, betas = state, hyper.pop("lr"), (hyper.pop("beta1"), hyper.pop("beta2"))
+        return adam_update(phi, grads, m, v, lr, step=count, betas=betas, decoupled=self.decoupled, **hyper)
 
 
 class AdamW(Adam):
     """Inner Adam with decoupled weight decay; arguments as torch.optim.AdamW's.
 
     >>> import metakern as mk
-    >>> mk.optim.AdamW(lr=1e-3).weight_decay
+    >>> mk.optim.AdamW(lr=1e-3).weight_decay.initial
     0.01
     """
 
@@ -95,13 +74,6 @@ class AdamW(Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        learn_lr: bool = False,
-        per: str = "all",
+        **learning: Unpack[Learning],
     ) -> None:
-        super().__init__(lr, betas, eps, weight_decay, learn_lr, per)
-
-
-def _sqrt(v: Tensor) -> Tensor:
-    """The square root, with slope zero at zero."""
-    positive = v > 0
-    return torch.where(positive, torch.where(positive, v, 1).sqrt(), 0)
+        super().__init__(lr, betas, eps, weight_decay, **learning)

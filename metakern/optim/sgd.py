@@ -8,26 +8,36 @@ The equations of torch.optim.SGD (Sutskever et al. 2013, section 2), which start
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from metakern.optim._base import InnerOptimizer, Rates, State, Tensors, fraction, non_negative
+from metakern.ops._updates import has_kernels
+from metakern.ops.sgd_update import DESCENT, MOMENTUM, NESTEROV
+from metakern.optim._base import Hyper, Learning, Stepwise, Values, fraction, non_negative
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class SGD(InnerOptimizer):
-    """Inner SGD. `learn_lr` makes the learning rate a parameter of the outer loop; `per`: one rate for "all"
-    parameters, for each "parameter" (tensor), or for each "element" (Meta-SGD).
+class SGD(Stepwise):
+    """Inner SGD; lr, momentum and weight_decay may be learned.
+
+    learn_lr makes the learning rate a parameter of the outer loop, `learn` any of the three by their names. per: one
+    value for "all" parameters, for each "parameter" (tensor), or for each "element" (Meta-SGD). steps: values of their
+    own for each of the first so many inner steps, of which the last ones stay (MAML++).
 
     Raises ValueError for a negative rate or decay, a momentum outside [0, 1), or Nesterov without momentum.
 
     >>> import metakern as mk
-    >>> [name for name, _ in mk.optim.SGD(lr=0.1, learn_lr=True).named_parameters()]
-    ['lr.value']
+    >>> [name for name, _ in mk.optim.SGD(lr=0.1, momentum=0.9, learn=("lr", "momentum")).named_parameters()]
+    ['lr.value', 'momentum.value']
+    >>> mk.optim.SGD(lr=0.1, learn_lr=True, steps=3).lr.value.tolist()
+    [0.10000000149011612, 0.10000000149011612, 0.10000000149011612]
     """
 
     affine = True
+    momentum: Hyper
 
     def __init__(
         self,
@@ -35,35 +45,25 @@ class SGD(InnerOptimizer):
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        learn_lr: bool = False,
-        per: str = "all",
+        **learning: Unpack[Learning],
     ) -> None:
-        super().__init__()
-        non_negative("SGD", lr=lr, weight_decay=weight_decay)
-        fraction("SGD", momentum=momentum)
-        if nesterov and not momentum:
-            raise ValueError("SGD: momentum must be positive with nesterov, got 0")
-        self.lr = Rates(lr, learn_lr, per)
-        self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
+        name = type(self).__name__
+        non_negative(name, lr=lr, weight_decay=weight_decay)
+        fraction(name, momentum=momentum)
+        super().__init__({"lr": lr, "weight_decay": weight_decay, "momentum": momentum}, learning)
+        if nesterov and self.momentum.absent:
+            raise ValueError(f"{name}: momentum must be positive with nesterov, got 0")
+        self.nesterov = nesterov
 
-    def prepare(self, adapted: Mapping[str, nn.Parameter]) -> None:
-        self.lr.prepare(adapted)
+    @property
+    def fills(self) -> tuple[float, ...]:
+        return () if self.momentum.absent else (0.0,)
 
-    def init(self, phi: Tensors) -> State:
-        return tuple(torch.zeros_like(p) for p in phi) if self.momentum else ()
-
-    def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[torch.Tensor], State]:
-        if self.weight_decay:
-            grads = [g + self.weight_decay * p for g, p in zip(grads, phi, strict=True)]
-        direction = grads
-        if self.momentum:
-            state = tuple(self.momentum * b + g for b, g in zip(state, grads, strict=True))
-            nesterov = self.nesterov
-            direction = [g + self.momentum * b for g, b in zip(grads, state, strict=True)] if nesterov else state
-        rates = self.lr.of(phi)
-        return [descended(p, rate, d) for p, rate, d in zip(phi, rates, direction, strict=True)], state
-
-
-def descended(p: torch.Tensor, rate: float | torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-    """p - rate d: in one pass, and one for its derivative, where the rate is a number."""
-    return p - rate * d if isinstance(rate, torch.Tensor) else torch.add(p, d, alpha=-rate)
+    def step(
+        self, count: int, phi: list[Tensor], grads: list[Tensor], *state: list[Tensor], **hyper: Values
+    ) -> tuple[list[Tensor], ...]:
+        """By a kernel where there is one, else by operations that a captured program fuses with the gradients'."""
+        rates = (hyper["lr"], hyper["weight_decay"], *([hyper["momentum"]] if state else []))
+        update = (NESTEROV if self.nesterov else MOMENTUM) if state else DESCENT
+        call = update if has_kernels(phi[0]) else update.plain
+        return call((phi, grads, *state), rates)

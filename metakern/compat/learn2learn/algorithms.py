@@ -21,7 +21,7 @@ from metakern import optim
 from metakern.compat._modules import Places, fused, gradients, is_ours, same_device
 from metakern.compat.learn2learn.utils import clone_module, clone_parameters, update_module
 from metakern.meta.algorithms import maml as engine
-from metakern.optim.sgd import descended
+from metakern.ops._formula import torch_fms
 
 Criterion = Callable[[Any, Any], Tensor]
 L = TypeVar("L", bound="_Learner")
@@ -52,7 +52,7 @@ def _descend(who: str, model: M, rates: Iterable[float | Tensor], grads: Sequenc
 
 
 def _descended(phi: list[Tensor], rates: Iterable[float | Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    return [p if g is None else descended(p, lr, g) for p, lr, g in zip(phi, rates, grads, strict=False)]
+    return [p if g is None else torch_fms(p, lr, g) for p, lr, g in zip(phi, rates, grads, strict=False)]
 
 
 class BaseLearner(nn.Module):
@@ -148,6 +148,7 @@ class _Learner(BaseLearner):
         loss: Criterion,
         steps: int = 1,
         first_order: bool | None = None,
+        **options: Any,
     ) -> Tensor:
         """The mean query loss of a batch of tasks after `steps` of adaptation to the support of each.
 
@@ -161,9 +162,9 @@ class _Learner(BaseLearner):
                 error = error + loss(learner(query[0][t]), query[1][t]) / tasks
 
         support, query: (inputs, targets), with the tasks along dimension 0 of every tensor; loss(predictions, targets)
-        of one task, the same object at each call, as the plan that is made at the first one is kept for it.
-        `metakern.MAML`, which runs it, takes batches and losses of any form. Raises ValueError for a clone, and for
-        frozen parameters without allow_nograd.
+        of one task, the same object at each call, as the plan that is made at the first one is kept for it. options:
+        those of `metakern.MAML`, which runs it, such as capture=True; for batches and losses of another form there is
+        that class itself. Raises ValueError for a clone, and for frozen parameters without allow_nograd.
 
         >>> import torch
         >>> from metakern.compat.learn2learn import MAML
@@ -175,14 +176,14 @@ class _Learner(BaseLearner):
         if self._source:
             raise ValueError("batch: it must be called on the learner that has the parameters, got a clone of it")
         inner = self._inner()
-        key = (steps, first_order, inner.lr.initial, *map(id, inner.parameters()))
+        key = (steps, first_order, options, inner.lr.initial, *map(id, inner.parameters()))
         if self._engine[:1] != (loss,) or self._engine[1] != key:
 
             def task_loss(model: nn.Module, batch: tuple[Any, Any]) -> Tensor:
                 inputs, targets = batch
                 return loss(model(inputs), targets)
 
-            run = engine.MAML(self.module, task_loss, inner=inner, steps=steps, first_order=first_order)
+            run = engine.MAML(self.module, task_loss, inner, steps, first_order, **options)
             self._engine = loss, key, run
         return self._engine[2](support, query)
 

@@ -117,6 +117,11 @@ _binary("mul", _product_of)
 _binary("div", _quotient_of)
 
 
+@_writes(_aten.addcmul.default)
+def _addcmul(w: Writer, x: Tensor, y: Tensor, z: Tensor, value: float = 1) -> Tensor:
+    return _sum_of(w, _alike(w, x, y, z), x, _product_of(w, _alike(w, y, z), y, z), value)
+
+
 @_writes(_aten.neg.default)
 def _neg(w: Writer, x: Tensor) -> Tensor:
     return w.affine(_alike(w, x), x, -1, 0)

@@ -1,0 +1,78 @@
+"""The norm of each task in Triton: a sum is one launch over all tensors, of which each block leaves its part.
+
+| table | of | shape |
+|---|---|---|
+| addresses | the tensors of x, of y | [count], int64 |
+| size | the elements of a task | [count], int64 |
+| start, owner | the first block of a tensor, and the tensor of a block | [count], [blocks of a task] |
+| parts | what is added up by PyTorch, in one order | [T, blocks of a task] |
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from metakern.ops._rules import Tensors
+from metakern.ops._spec import Make, Sample
+from metakern.ops._triton.foreach import TYPES, blocks, foreach, table
+from metakern.ops._triton.launch import INTERPRETED, contiguous, launch, wide
+from metakern.ops.global_norm import SPEC, rules
+
+BLOCK = 8 if INTERPRETED else 4096
+
+
+@triton.jit
+def _dot_kernel(
+    x_ptrs,
+    y_ptrs,
+    size_ptr,
+    start_ptr,
+    owner_ptr,
+    parts_ptr,
+    task_blocks,
+    TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    task, block = program // task_blocks, program % task_blocks
+    i = tl.load(owner_ptr + block)
+    size = tl.load(size_ptr + i)
+    at = (block - tl.load(start_ptr + i)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside, at = at < size, task * size + at
+    x = wide(tl.load(tl.load(x_ptrs + i).to(tl.pointer_type(TYPE)) + at, inside, other=0.0))  # [BLOCK]
+    y = wide(tl.load(tl.load(y_ptrs + i).to(tl.pointer_type(TYPE)) + at, inside, other=0.0))  # [BLOCK]
+    tl.store(parts_ptr + program, tl.sum(x * y, 0))
+
+
+def _dot(x: Tensors, y: Tensors) -> Tensor:
+    tasks, device = x[0].shape[0], x[0].device
+    x, y = contiguous(*x), contiguous(*y)
+    sizes = tuple(a.numel() // max(tasks, 1) for a in x)
+    starts, owners = blocks(sizes, BLOCK, device)
+    dtype = torch.float64 if x[0].dtype == torch.float64 else torch.float32
+    parts = torch.empty(tasks, len(owners), dtype=dtype, device=device)
+    launch(
+        _dot_kernel,
+        (parts.numel(),),
+        device,
+        *(table(tuple(a.data_ptr() for a in tensors), device) for tensors in (x, y)),
+        table(sizes, device),
+        starts,
+        owners,
+        parts,
+        len(owners),
+        TYPE=TYPES[x[0].dtype],
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+    return parts.sum(1)
+
+
+RULES = rules(_dot, foreach, merged=False)
+
+
+def compiled(make: Make) -> list[Sample]:
+    return SPEC.benchmark(make)

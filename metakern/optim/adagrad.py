@@ -1,0 +1,58 @@
+"""Adagrad as an inner optimizer.
+
+    g <- g + weight_decay phi        v <- v + g²
+    phi <- phi - lr / (1 + (step - 1) lr_decay) g / (sqrt(v) + eps)
+
+The equations of torch.optim.Adagrad (Duchi, Hazan & Singer 2011, figure 1).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from metakern.ops.adagrad_update import adagrad_update
+from metakern.optim._base import Learning, Stepwise, non_negative, positive
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Adagrad(Stepwise):
+    """Inner Adagrad; arguments as torch.optim.Adagrad's, and as SGD's what is learned of lr, eps, weight_decay.
+
+    Raises ValueError for a negative rate, decay or initial value, or an eps that is not positive.
+
+    >>> import metakern as mk, torch
+    >>> mk.optim.Adagrad(initial_accumulator_value=0.5).init([torch.ones(2)])
+    (tensor([0.5000, 0.5000]), tensor(0., dtype=torch.float64))
+    """
+
+    counts = True
+
+    def __init__(
+        self,
+        lr: float = 0.01,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        **learning: Unpack[Learning],
+    ) -> None:
+        initial = {"initial_accumulator_value": initial_accumulator_value}
+        non_negative("Adagrad", lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, **initial)
+        positive("Adagrad", eps=eps)
+        super().__init__({"lr": lr, "eps": eps, "weight_decay": weight_decay}, learning)
+        self.lr_decay, self.initial_accumulator_value = lr_decay, initial_accumulator_value
+
+    @property
+    def fills(self) -> tuple[float, ...]:
+        return (self.initial_accumulator_value,)
+
+    def step(
+        self, count: int, phi: list[Tensor], grads: list[Tensor], *state: list[Tensor], **hyper: Any
+    ) -> tuple[list[Tensor], ...]:
+        lr, slower = hyper.pop("lr"), 1 / (1 + (count - 1) * self.lr_decay)
+        lr = [h * slower for h in lr] if isinstance(lr, list) else lr * slower
+        return adagrad_update(phi, grads, state[0], lr, **hyper)

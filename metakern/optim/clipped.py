@@ -1,0 +1,52 @@
+"""Gradient clipping inside the loop, around any inner optimizer.
+
+    n = |g| over all adapted parameters of a task        g <- min(1, norm / (n + 1e-6)) g
+
+The factor of torch.nn.utils.clip_grad_norm_, differentiated: where it clips, the update depends on the direction of g
+alone (Pascanu et al. 2013, "On the difficulty of training recurrent neural networks", algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from metakern.optim._base import InnerOptimizer, State, Tensors, norms, positive, scaled
+
+
+class Clipped(InnerOptimizer):
+    """`inner` with gradients whose norm, a task's over all adapted parameters, is at most `norm`.
+
+    `learn_norm` makes the largest norm a parameter of the outer loop. Raises ValueError for a norm that is not
+    positive, TypeError for an inner that is not an optimizer.
+
+    >>> import metakern as mk, torch
+    >>> inner = mk.optim.Clipped(mk.optim.SGD(lr=1.0), norm=1.0)
+    >>> (moved,), _ = inner.update([torch.zeros(2, 2)], [torch.tensor([[3.0, 4.0], [0.3, 0.4]])], ())
+    >>> moved
+    tensor([[-0.6000, -0.8000],
+            [-0.3000, -0.4000]])
+    """
+
+    def __init__(self, inner: InnerOptimizer, norm: float, learn_norm: bool = False) -> None:
+        super().__init__()
+        if not isinstance(inner, InnerOptimizer):
+            raise TypeError(f"Clipped: inner must be one of metakern.optim's optimizers, got {type(inner).__name__}")
+        positive("Clipped", norm=norm)
+        self.inner = inner
+        self.norm = nn.Parameter(torch.tensor(float(norm))) if learn_norm else float(norm)
+
+    def prepare(self, adapted: Mapping[str, nn.Parameter]) -> None:
+        self.inner.prepare(adapted)
+
+    def init(self, phi: Tensors) -> State:
+        return self.inner.init(phi)
+
+    def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
+        if grads:
+            n = norms(grads) + 1e-6
+            limit = self.norm.to(n) if isinstance(self.norm, Tensor) else self.norm
+            grads = scaled(grads, torch.where(n < limit, 1, limit / n))
+        return self.inner.update(phi, grads, state)

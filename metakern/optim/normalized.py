@@ -1,0 +1,56 @@
+"""Normalized gradient descent: steps of a length that does not depend on that of the gradient.
+
+    n = |g| over all adapted parameters of a task, or over each        g <- g / (n + eps)        and on as SGD
+
+At g = 0 a normalized gradient has the slope 1 / eps, and that of n is taken as zero: exact, and no NaN (Hazan, Levy,
+Shalev-Shwartz 2015, "Beyond convexity: stochastic quasi-convex optimization", algorithm 1).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from metakern.optim._base import Learning, State, Tensors, norms, positive, scaled
+from metakern.optim.sgd import SGD
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class NormalizedSGD(SGD):
+    """Inner SGD of normalized gradients; arguments as SGD's. norm: that of the gradients of "all" parameters of a task,
+    or of each "parameter".
+
+    Raises ValueError as SGD does, for another norm, or for an eps that is not positive.
+
+    >>> import metakern as mk, torch
+    >>> inner = mk.optim.NormalizedSGD(lr=1.0)
+    >>> inner.update([torch.zeros(2, 2)], [torch.tensor([[3.0, 4.0], [0.0, 0.0]])], ())[0]
+    [tensor([[-0.6000, -0.8000],
+            [ 0.0000,  0.0000]])]
+    """
+
+    affine = False
+
+    def __init__(
+        self,
+        lr: float = 0.01,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        eps: float = 1e-8,
+        norm: str = "all",
+        **learning: Unpack[Learning],
+    ) -> None:
+        super().__init__(lr, momentum, nesterov, weight_decay, **learning)
+        positive("NormalizedSGD", eps=eps)
+        if norm not in ("all", "parameter"):
+            raise ValueError(f"NormalizedSGD: norm must be 'all' or 'parameter', got {norm!r}")
+        self.eps, self.norm = eps, norm
+
+    def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
+        groups = [grads] if self.norm == "all" and grads else [[g] for g in grads]
+        normalized = [g for group in groups for g in scaled(group, 1 / (norms(group) + self.eps))]
+        return super().update(phi, normalized, state)

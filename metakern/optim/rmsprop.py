@@ -1,0 +1,61 @@
+"""RMSprop as an inner optimizer.
+
+    g <- g + weight_decay phi        v <- alpha v + (1 - alpha) g²        a <- alpha a + (1 - alpha) g (centered)
+    d = g / (sqrt(v - a²) + eps)     b <- momentum b + d (with momentum)   phi <- phi - lr b, or d without momentum
+
+The equations of torch.optim.RMSprop (Tieleman & Hinton 2012, lecture 6.5; Graves 2013, equations 38 to 45).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from metakern.ops.rmsprop_update import rmsprop_update
+from metakern.optim._base import Hyper, Learning, Stepwise, fraction, non_negative, positive
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class RMSprop(Stepwise):
+    """Inner RMSprop; arguments as torch.optim.RMSprop's, and as SGD's what is learned of lr, alpha, eps, weight_decay,
+    momentum.
+
+    Raises ValueError for a negative rate or decay, an eps that is not positive, alpha or momentum outside [0, 1).
+
+    >>> import metakern as mk
+    >>> [name for name, _ in mk.optim.RMSprop(learn=("alpha", "eps")).named_parameters()]
+    ['alpha.value', 'eps.value']
+    """
+
+    momentum: Hyper
+
+    def __init__(
+        self,
+        lr: float = 0.01,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        **learning: Unpack[Learning],
+    ) -> None:
+        non_negative("RMSprop", lr=lr, weight_decay=weight_decay)
+        positive("RMSprop", eps=eps)
+        fraction("RMSprop", alpha=alpha, momentum=momentum)
+        hyper = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(hyper, learning)
+        self.centered = centered
+
+    @property
+    def fills(self) -> tuple[float, ...]:
+        return (0.0,) * (1 + self.centered + (not self.momentum.absent))
+
+    def step(
+        self, count: int, phi: list[Tensor], grads: list[Tensor], *state: list[Tensor], **hyper: Any
+    ) -> tuple[list[Tensor], ...]:
+        v, *rest = state
+        a = rest.pop(0) if self.centered else None
+        return rmsprop_update(phi, grads, v, hyper.pop("lr"), a, *rest, **hyper)
