@@ -22,6 +22,10 @@ struct Pass {
 // Every pass by name, and its inputs. `s` and `t` are its scalars.
 #define METAKERN_PASSES(X)                                                                                         \
     X(copy, 1)               /* x */                                                                               \
+    X(from_float32, 1)       /* x, of another type than the result; and so on */                                   \
+    X(from_float64, 1)                                                                                             \
+    X(from_int64, 1)                                                                                               \
+    X(from_bool, 1)                                                                                                \
     X(fill, 0)               /* s */                                                                               \
     X(add, 2)                /* x + s y */                                                                         \
     X(mul, 2)                /* x y */                                                                             \

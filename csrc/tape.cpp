@@ -135,6 +135,7 @@ struct Tape::PassStep : Step {
 
     std::int64_t bytes(int operand) const {
         constexpr std::int64_t kBytes[] = {4, 8, 8, 1};
+        if (name >= k_from_float32 && name <= k_from_bool && operand == 1) return kBytes[name - k_from_float32];
         const bool compares = name >= k_eq && name <= k_ge, chooses = name == k_where;
         return (compares && operand == 0) || (chooses && operand == 1) ? 1 : kBytes[type];
     }

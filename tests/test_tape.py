@@ -82,6 +82,7 @@ PASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "masks": lambda x, y: (~((x >= 0) & (y != 0)) | (x == 0)).clone(),
     "sum": lambda x, y: x.sum() + y.mean(),
     "copies": lambda x, y: torch.cat([torch.stack([x, y]).flatten(), y.contiguous().flatten(), x.reshape(-1)]),
+    "casts": lambda x, y: (x.to(torch.float32).to(torch.float64) + (y > 0).to(torch.float64)).to(torch.int64) - 1,
     "in-place": lambda x, y: x.clone().mul_(y).add_(x, alpha=2).add_(1).mul_(3),
     "fills": lambda x, y: x * torch.full_like(x, 0.5) + torch.ones_like(x) + x.new_zeros(x.shape).add_(y),
 }
@@ -118,7 +119,7 @@ def test_sums_of_many() -> None:
 def test_passes_that_threads_share() -> None:
     def function(x: Tensor) -> list[Tensor]:
         y = torch.where(x > 0, x, x * 2).mT.contiguous() + 1
-        return [y, y.sum(0), y.sum(1), y.sum(), (y > 1).all(0)]
+        return [y, y.sum(0), y.sum(1), y.sum(), (y > 1).all(0), y.to(torch.float32), (y > 1).to(torch.float64)]
 
     check(function, lambda: (torch.randn(301, 257, dtype=torch.float64),), 1e-10)
 
@@ -157,7 +158,7 @@ def test_products() -> None:
     def function(a: Tensor, b: Tensor) -> list[Tensor]:
         return [
             a @ b.mT,
-            torch.baddbmm(a[:, :1, :1], a, b.mT, alpha=0.5),
+            torch.baddbmm(a[:, :1, :1], a, b.mT, beta=-2, alpha=0.5),
             a[0] @ b[0].mT,
             torch.addmm(b[0, :, 0], a[1], b[1].mT),
             _native.product(a[:, ::2, ::2], b[..., ::2].mT, scale=3.0),

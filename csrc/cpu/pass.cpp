@@ -204,6 +204,10 @@ template <class T>
 void copy_any(const Pass& p) {
     by_element<T, T>(p, [](T x) { return x; });
 }
+template <class Out, class In>
+void cast(const Pass& p) {
+    by_element<Out, In>(p, [](In x) { return x; });
+}
 template <class T>
 void fill_any(const Pass& p) {
     by_element<T>(p, [s = static_cast<T>(p.scalars[0])] { return s; });
@@ -282,6 +286,14 @@ constexpr PassKernels kernels() {
     METAKERN_FLOATS(gelu_backward, 2)
     METAKERN_FLOATS(silu, 1)
     METAKERN_FLOATS(silu_backward, 2)
+#define METAKERN_CASTS(name, In)                        \
+    k.run[k_##name][kFloat32] = cast<float, In>;        \
+    k.run[k_##name][kFloat64] = cast<double, In>;       \
+    k.run[k_##name][kInt64] = cast<int64_t, In>;
+    METAKERN_CASTS(from_float32, float)
+    METAKERN_CASTS(from_float64, double)
+    METAKERN_CASTS(from_int64, int64_t)
+    METAKERN_CASTS(from_bool, Bool)
 #define METAKERN_TYPES(name, rule)              \
     k.run[k_##name][kFloat32] = rule<float>;    \
     k.run[k_##name][kFloat64] = rule<double>;   \

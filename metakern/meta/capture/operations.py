@@ -255,7 +255,6 @@ def _zero(w: Writer, x: Tensor) -> Tensor:
 
 @_writes(_aten.clone.default, _aten._to_copy.default)
 def _clone(w: Writer, x: Tensor, **kwargs: Any) -> Tensor:
-    """Of x's dtype: others `map` refuses."""
     memory_format = kwargs.get("memory_format") or torch.preserve_format
     out = torch.empty_like(x, dtype=kwargs.get("dtype") or x.dtype, memory_format=memory_format)
     return w.map("copy", w.new(out), x)
@@ -379,8 +378,9 @@ def _mm(w: Writer, a: Tensor, b: Tensor) -> Tensor:
 
 @_writes(_aten.baddbmm.default)
 def _baddbmm(w: Writer, add: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
-    if a.dtype not in _native.DTYPES or beta != 1:
-        raise UnwritableError(f"products of {a.dtype}, {beta} times a summand")
+    if a.dtype not in _native.DTYPES:
+        raise UnwritableError(f"products of {a.dtype}")
+    add = add if beta == 1 else w.affine(_alike(w, add), add, beta, 0)
     return _product(w, a, b, add.expand(*a.shape[:2], b.shape[2]), scale=alpha)
 
 

@@ -197,12 +197,16 @@ class Writer:
 
     def map(self, name: str, out: Tensor, *inputs: Tensor, s: float = 0.0, t: float = 0.0) -> Tensor:
         """A pass over `out` and what broadcasts to it."""
-        floats = {x.dtype for x in (out, *inputs)} if name not in ("where", *COMPARISONS) else {inputs[-1].dtype}
-        if len(floats) > 1 or not floats <= set(TYPES) or (name in FLOAT_PASSES and not out.is_floating_point()):
-            raise UnwritableError(f"{name} of {floats}")
+        types = {x.dtype for x in (out, *inputs)}
+        if name == "copy" and len(types) > 1:
+            name, types = f"from_{str(inputs[0].dtype).removeprefix('torch.')}", {out.dtype}
+        elif name in ("where", *COMPARISONS):
+            types = {inputs[-1].dtype}
+        if len(types) > 1 or not types <= set(TYPES) or (name in FLOAT_PASSES and not out.is_floating_point()):
+            raise UnwritableError(f"{name} of {types}")
         tensors = (out, *(x.expand(out.shape) for x in inputs))
         dims = sorted(zip(out.shape, *(x.stride() for x in tensors), strict=True), key=lambda d: -d[1])
-        self.walk(name, tensors, _merged(dims), TYPES[floats.pop()], 0, s, t)
+        self.walk(name, tensors, _merged(dims), TYPES[types.pop()], 0, s, t)
         return out
 
     def affine(self, out: Tensor, x: Tensor, s: float, t: float) -> Tensor:
