@@ -98,5 +98,6 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
         .def("add_rows", &Tape::add_rows)
         .def("check", &Tape::check)
         .def_property_readonly("bytes", &Tape::bytes)
+        .def("release", &Tape::release)
         .def("run", &Tape::run, py::arg("bases"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

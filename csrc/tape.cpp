@@ -42,6 +42,11 @@ public:
         return piece.memory->as<void>();
     }
 
+    void release() {
+        const auto held = lock();
+        if (held) pieces_.clear();
+    }
+
 private:
     struct Piece {
         std::unique_ptr<Scratch> memory;
@@ -282,6 +287,8 @@ void Tape::check(Place value, std::int64_t count, std::int64_t high, std::int64_
     step->ignored = ignored;
     steps_.push_back(std::move(step));
 }
+
+void Tape::release() { memory_->release(); }
 
 bool Tape::run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads) {
     for (const auto& row : bases)

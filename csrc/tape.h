@@ -44,6 +44,9 @@ public:
 
     std::int64_t bytes() const { return bytes_; }
 
+    // Gives back the memory of all tapes, until one runs.
+    void release();
+
 private:
     class Memory;
     struct State;

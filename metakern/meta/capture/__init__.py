@@ -133,6 +133,8 @@ class Captures:
         except Exception as error:
             found, reason = [], str(error)
         if truth is None:
+            if captured.tape is not None:
+                captured.tape.release()  # an ordinary run wants as much
             before.restore()
             truth = list(call())
         if found and _agree(found, truth):

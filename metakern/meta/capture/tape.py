@@ -43,6 +43,10 @@ class Tape:
         """Memory of a run beside inputs, outputs, and what it only reads."""
         return self._native.bytes
 
+    def release(self) -> None:
+        """Gives back the memory that all tapes run in, until one runs again."""
+        self._native.release()
+
     def __call__(self, pieces: Sequence[Sequence[Tensor]], threads: int) -> list[list[Tensor | None]] | None:
         if [_layout(t) for t in self._constants] != self._layouts:
             return None
