@@ -20,9 +20,23 @@ def keep_freed_memory() -> None:
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    mallopt = getattr(_libc(), "mallopt", None)
+    if mallopt is None:
         return
     mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
     mallopt(_MMAP_THRESHOLD, 32 * 2**20)
+
+
+def give_back() -> None:
+    """Hands back to the system what is free now, where it is glibc's: for who is about to take memory of another kind."""
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _libc() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):
+        return None

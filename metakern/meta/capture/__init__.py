@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metakern._record import Program, RecordError, record
 from metakern.meta._batching import select, tasks_of
+from metakern.meta._memory import give_back
 from metakern.meta._unroll import Random
 from metakern.meta.capture.fuse import fused
 from metakern.meta.capture.tape import Tape, written
@@ -118,6 +119,7 @@ class Captures:
             self._give_up(call.key, str(error))
             return results
         before.restore()
+        give_back()
         return self._compared(captured, call, results, another=False)
 
     def _compared(
@@ -137,6 +139,7 @@ class Captures:
                 captured.tape.release()  # an ordinary run wants as much
             before.restore()
             truth = list(call())
+            give_back()
         if found and _agree(found, truth):
             captured.checked = another
             return found
