@@ -28,7 +28,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back() -> None:
-    """Hands back to the system what is free now, where it is glibc's: for who is about to take memory of another kind."""
+    """Hands what is free now back to the system, for who is about to take memory of another kind (glibc)."""
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
         trim(0)
