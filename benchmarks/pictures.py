@@ -91,7 +91,7 @@ def bars(theme: str) -> Any:
         if "limit_ms" in found:
             axes.axvline(found["limit_ms"], color=LIMIT, linewidth=1)
         axes.invert_yaxis()
-        axes.margins(x=0.45)
+        axes.margins(x=0.62)
         axes.set_xticks([])
         axes.set_title(Spec.parse(name).family.upper(), loc="left")
     for axes in panels:
