@@ -139,24 +139,13 @@ def _run_on_gpu(
 
 class _Device(NamedTuple):
     dtypes: frozenset[torch.dtype]
-    run: Callable[[str, torch.dtype, list[int], list[int], Sequence[float], torch.device], None]
-
-
-def _refuse(
-    kernel: str,
-    dtype: torch.dtype,
-    addresses: list[int],
-    sizes: list[int],
-    scalars: Sequence[float],
-    device: torch.device,
-) -> None:
-    raise ValueError(f"{kernel}: tensors must be on the CPU or a GPU, got {device}")
+    run: Callable[[str, torch.dtype, list[int], list[int], Sequence[float], torch.device], None] | None
 
 
 _DEVICES = {
     "cpu": _Device(DTYPES, _run_on_cpu),
     "cuda": _Device(CUDA_DTYPES, _run_on_gpu),
-    "meta": _Device(DTYPES, _refuse),  # tensors without memory can be arranged, not run on
+    "meta": _Device(DTYPES, None),  # tensors without memory can be arranged
 }
 
 
@@ -172,11 +161,13 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
     (tensor([0., 0., 0.]),)
     """
     arranged = arrange(kernel, *inputs)
+    device, run = arranged.device, _DEVICES[arranged.device.type].run
+    if run is None:
+        raise ValueError(f"{kernel}: tensors must be on the CPU or a GPU, got {device}")
     # An empty tensor has no address; one that is never read keeps it apart from an absent tensor.
     tensors = (*arranged.inputs, *arranged.outputs)
     addresses = [0 if tensor is None else tensor.data_ptr() or 64 for tensor in tensors]
-    device = arranged.device
-    _DEVICES[device.type].run(kernel, arranged.dtype, addresses, arranged.sizes, scalars, device)
+    run(kernel, arranged.dtype, addresses, arranged.sizes, scalars, device)
     return arranged.outputs
 
 

@@ -274,8 +274,7 @@ def test_two_trees_are_timed_side_by_side(bench, monkeypatch, capsys):
     bench("--ops", "embedding", "--rounds", "2", "--quick", "--against", "v1", "--backends", "reference")
     printed = capsys.readouterr().out
     assert "v1 / this: rule" in printed
-    ratios = [line for line in printed.splitlines() if "vjp_jvp" in line]
-    assert ratios[0].count("(") == 2
+    assert printed.partition("vjp_jvp")[2].count("(") == 2  # a wide one stands in two lines
 
 
 @pytest.mark.slow

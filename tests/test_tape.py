@@ -1,4 +1,4 @@
-"""Tapes compute what their programs do: every pass, on tensors of every layout, and what has no tape has none."""
+"""Tapes compute what their programs do by every instruction set: every pass, on every layout; some have none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from metakern.meta.capture import tape as tapes
 from metakern.meta.capture.fuse import fused
 from metakern.ops import _checks
 
-pytestmark = pytest.mark.skipif(_native.obstacle() is not None, reason="tapes are C++")
+pytestmark = [
+    pytest.mark.skipif(_native.obstacle() is not None, reason="tapes are C++"),
+    pytest.mark.usefixtures("isa"),
+]
 aten: Any = torch.ops.aten
 Function = Callable[..., list[Tensor]]
 
