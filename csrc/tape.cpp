@@ -1,5 +1,6 @@
 #include "tape.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <mutex>
@@ -193,7 +194,8 @@ void Tape::add_rows(bool is_double, const std::array<Place, 3>& places, std::int
     for (const Place& place : places) known(place);
     steps_.push_back([=](const State& state) {
         const auto* index = static_cast<const std::int64_t*>(state.at(places[2]));
-        state.isa.pass.add_rows[is_double](state.at(places[0]), state.at(places[1]), index, rows, to_rows, D, scale);
+        if (!std::all_of(index, index + rows, [=](std::int64_t i) { return within(i, to_rows); })) throw CheckFailed();
+        state.isa.pass.add_rows[is_double](state.at(places[0]), state.at(places[1]), index, rows, D, scale);
     });
 }
 

@@ -76,7 +76,8 @@ PASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "roots": lambda x, y: (x + 9).sqrt() + (y + 9).rsqrt(),
     "exp": lambda x, y: x.exp(),
     "relu": lambda x, y: x.relu() + y,
-    "threshold_backward": lambda x, y: aten.threshold_backward(x, y, 0.1),
+    "relu-of-nan": lambda x, y: (x.relu() / x.relu()).relu() + y,
+    "threshold_backward": lambda x, y: aten.threshold_backward(x, y.relu(), 0.0),  # equal where y < 0
     "tanh": lambda x, y: aten.tanh_backward(y, x.tanh()),
     "sigmoid": lambda x, y: aten.sigmoid_backward(y, x.sigmoid()),
     "gelu": lambda x, y: F.gelu(x) + aten.gelu_backward(y, x),
@@ -236,8 +237,11 @@ def test_a_check_that_fails_stops_the_run() -> None:
 
 
 def test_rows_that_are_not_there_stop_the_run() -> None:
-    tape = taped(lambda x, index: [x.index_select(0, index)], torch.randn(3, 2), torch.tensor([0]))
-    assert tape([[torch.randn(3, 2), torch.tensor([3])]], 1) is None
+    for function in (lambda x, i: [x.index_select(0, i)], lambda x, i: [torch.zeros(3, 2).index_add_(0, i, x[:1])]):
+        tape = taped(function, torch.randn(3, 2), torch.tensor([0]))
+        assert tape([[torch.randn(3, 2), torch.tensor([2])]], 1) is not None
+        for index in (-1, 3):
+            assert tape([[torch.randn(3, 2), torch.tensor([index])]], 1) is None
 
 
 @pytest.mark.parametrize(
