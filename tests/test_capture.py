@@ -154,7 +154,9 @@ def test_a_number_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     assert_equal(gradients(model, captured(points(1), points(2))), gradients(model, plain))
 
 
-def test_what_an_ordinary_run_does_not_confirm_is_not_used() -> None:
+@pytest.mark.parametrize("piece_bytes", [capture.PIECE_BYTES, 1])
+def test_what_an_ordinary_run_does_not_confirm_is_not_used(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "PIECE_BYTES", piece_bytes)
     model = Scaled().double()
     captured = mk.MAML(model, regression_loss, steps=2, capture=True)
     captured(points(0), points(9))

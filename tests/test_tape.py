@@ -123,7 +123,8 @@ def test_sums_of_many() -> None:
 def test_passes_that_threads_share() -> None:
     def function(x: Tensor) -> list[Tensor]:
         y = torch.where(x > 0, x, x * 2).mT.contiguous() + 1
-        return [y, y.sum(0), y.sum(1), y.sum(), (y > 1).all(0), y.to(torch.float32), (y > 1).to(torch.float64)]
+        casts = [y.to(torch.float32), y.to(torch.float32).to(torch.float64), y.to(torch.int64).to(torch.float32)]
+        return [y, y.sum(0), y.sum(1), y.sum(), (y > 1).all(0), (y > 1).to(torch.float64), *casts]
 
     check(function, lambda: (torch.randn(301, 257, dtype=torch.float64),), 1e-10)
 

@@ -2,8 +2,9 @@
 
 What a recording can't see is what Python does with anything but tensors, so that no program is taken on trust. It is
 used again only while the modules' classes, hooks and plain attributes (numbers, texts, flags), and the plain values
-within reach of the loss, are what they were; and on the first other batch its results must be those of an ordinary run.
-A function that can't be recorded, or fails this, runs ordinarily from then on, with a warning that says why.
+within reach of the loss, are what they were; and on the first other data, and on the first other batch, its results
+must be those of an ordinary run. A function that can't be recorded, or fails this, runs ordinarily from then on, with a
+warning that says why.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Captures:
         """function(*batches), by the program for the key and the batches' structure."""
         tasks = tasks_of(batches[0])
         whole = _Call(function, key, batches)
-        piece = self._piece.pop(whole.key, 0) or self._piece_of(whole, tasks)
+        piece, first = self._piece.pop(whole.key, 0), None
+        if not piece:
+            piece, first = self._piece_of(whole, tasks)
         self._piece[whole.key] = piece
         if len(self._piece) > PROGRAMS:
             del self._piece[next(iter(self._piece))]
@@ -56,33 +59,41 @@ class Captures:
         sizes = sorted((len(range(i, tasks, number)) for i in range(number)), reverse=True)  # equal ones side by side
         ends = accumulate(sizes)
         parts = [whole.part(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-        losses, *gradients = zip(*self._run(parts), strict=True)
+        losses, *gradients = zip(*self._run(parts, first), strict=True)
         return [torch.cat(losses), *(None if g[0] is None else reduce(torch.add, g) for g in gradients)]
 
-    def _piece_of(self, whole: _Call, tasks: int) -> int:
-        """As many tasks as a cache holds, and a piece for each thread; all tasks where one task has no tape."""
-        threads, one = torch.get_num_threads(), whole.part(slice(1))
+    def _piece_of(self, whole: _Call, tasks: int) -> tuple[int, list[Tensor | None] | None]:
+        """As many tasks as a cache holds, and a piece for each thread; all tasks where one task has no tape.
+
+        With the results of the first piece, if finding out has made them.
+        """
+        threads, one, first = torch.get_num_threads(), whole.part(slice(1)), None
         if tasks < threads:
-            return tasks
+            return tasks, None
         if one.key not in self._programs:
             before = Random(one.inputs[0].device)
-            self._recorded(one)
+            first = self._recorded(one)
             before.restore()
         captured = self._programs[one.key]
         if captured is None or captured.tape is None:
             if captured is None:
                 self._programs[whole.key] = None
-            return tasks
+            return tasks, None
         fewest = -(-tasks // (threads * max(1, PIECE_BYTES // captured.tape.bytes)))
         rounds = next((r for r in range(fewest, 2 * fewest) if tasks % (threads * r) == 0), fewest)  # equal pieces
-        return -(-tasks // (threads * rounds))
+        piece = -(-tasks // (threads * rounds))
+        return piece, first if piece == 1 else None
 
-    def _run(self, calls: list[_Call]) -> list[list[Tensor | None]]:
-        """Those whose program is known to be right side by side, the others beside an ordinary run."""
-        results: list[list[Tensor | None]] = []
+    def _run(self, calls: list[_Call], first: list[Tensor | None] | None) -> list[list[Tensor | None]]:
+        """The calls' results, `first` those of the first one: of new programs one is compared with an ordinary run.
+
+        And one of the next batch: then a program is known to be right.
+        """
+        results: list[list[Tensor | None]] = [] if first is None else [first]
+        new = {call.key for call in calls[: len(results)]}
         ready: list[tuple[_Captured, list[Tensor]]] = []
-        new = set()
-        for call in calls:
+        sure = set()
+        for call in calls[len(results) :]:
             if call.key not in self._programs:
                 new.add(call.key)
                 results.append(self._recorded(call))
@@ -90,13 +101,17 @@ class Captures:
             captured = self._programs[call.key] = self._programs.pop(call.key)
             if captured is None:
                 results.append(list(call()))
-            elif captured.checked and call.key not in new:
+            elif captured.checked or call.key in sure:
                 ready.append((captured, call.inputs))
                 results.append([])
             else:
-                results.append(self._compared(captured, call, another=call.key not in new))
-        found = _played(ready)
-        return [result or next(found) for result in results]
+                found, right = self._compared(captured, call)
+                results.append(found)
+                captured.checked = right and call.key not in new
+                if right:
+                    sure.add(call.key)
+        found_ready = _played(ready)
+        return [result or next(found_ready) for result in results]
 
     def _recorded(self, call: _Call) -> list[Tensor | None]:
         while len(self._programs) >= PROGRAMS:
@@ -114,15 +129,12 @@ class Captures:
             return results
         before.restore()
         give_back()
-        return self._compared(captured, call, results, another=False)
+        return self._compared(captured, call, results)[0]
 
     def _compared(
-        self, captured: _Captured, call: _Call, truth: list[Tensor | None] | None = None, another: bool = True
-    ) -> list[Tensor | None]:
-        """The program's results, if they are those of an ordinary run (`truth`), else these.
-
-        `another`: not those of the batch that was recorded; then the program is known to be right.
-        """
+        self, captured: _Captured, call: _Call, truth: list[Tensor | None] | None = None
+    ) -> tuple[list[Tensor | None], bool]:
+        """The program's results, if they are those of an ordinary run (`truth`), else these; and whether they are."""
         before, reason = Random(call.inputs[0].device), ""
         try:
             (found,) = captured([call.inputs], 1)
@@ -135,11 +147,10 @@ class Captures:
             truth = list(call())
             give_back()
         if found and _agree(found, truth):
-            captured.checked = another
-            return found
+            return found, True
         if not found or all(t is None or t.isfinite().all() for t in truth):  # others confirm nothing
             self._give_up(call.key, reason or "it would give other results than an ordinary run")
-        return truth
+        return truth, False
 
     def _give_up(self, key: Any, reason: str) -> None:
         self._programs[key] = None
