@@ -17,12 +17,10 @@ part "attention" of the machine's file in benchmarks/results.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import results
+from benchmarks.options import Parser, kept, positive
 from benchmarks.recurrent import SQUARE, quartiles, seconds
 from metakern import _native
 from metakern.ops import SPECS, attention
@@ -129,11 +128,11 @@ def named(size: Sizes) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="threads (default: %(default)s)")
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="threads (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two sizes, printed only")
-    parser.add_argument("--out", type=Path, help="where the JSON goes (default: the machine's file)")
+    parser.add_argument("--out", type=kept, help="where the JSON goes (default: the machine's file)")
     args = parser.parse_args()
     if _native.obstacle():
         parser.error(str(_native.obstacle()))

@@ -20,7 +20,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import against, maml, peers, results
+from benchmarks.options import Parser, kept, positive, seconds
 from benchmarks.progress import Progress
 from benchmarks.recurrent import quartiles
 from benchmarks.results import FOLDER, ROOT
@@ -232,13 +232,13 @@ def show(library: str, name: str, found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--libraries", default=",".join(LIBRARIES), help="comma-separated (default: %(default)s)")
     parser.add_argument("--workloads", default=WORKLOADS, help="as of benchmarks.maml (default: %(default)s); none: ''")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each process (default: %(default)s)")
-    parser.add_argument("--limit", type=float, default=600, help="seconds to be warm (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=FOLDER / "compat.json", help="where the JSON goes")
+    parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="threads of each process (default: %(default)s)")
+    parser.add_argument("--limit", type=seconds, default=600, help="seconds to be warm (default: %(default)s)")
+    parser.add_argument("--out", type=kept, default=FOLDER / "compat.json", help="where the JSON goes")
     parser.add_argument("--differences", metavar="LIBRARY", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.differences:

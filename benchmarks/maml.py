@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import against, peers, results
+from benchmarks.options import Parser, kept, positive, seconds
 from benchmarks.peers.products import FLOP
 from benchmarks.progress import Progress
 from benchmarks.recurrent import quartiles
@@ -228,7 +229,7 @@ def show(spec: Spec, found: dict[str, Any]) -> None:
 
 def main() -> None:
     every = [f"{name}:{size}" for size in ("small", "medium", "large") for name in families()]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=(__doc__ or "").splitlines()[0],
         epilog=f"A workload is family[:size][,key=value...]; families: {', '.join(families())}; sizes: small, medium "
         "(the default), large; keys: those of the family's file in benchmarks/workloads. For example "
@@ -237,15 +238,15 @@ def main() -> None:
     parser.add_argument("--workloads", help="with , or ; in between (default: every family in every size; see below)")
     parser.add_argument("--methods", help="comma-separated words that names hold, e.g. jax,metakern (default: all)")
     parser.add_argument("--sweep", help="comma-separated keys: each workload at all of the family's values for them")
-    parser.add_argument("--rounds", type=int, help=f"interleaved rounds (default: {ROUNDS}; 7 with --quick)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each process (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, help=f"interleaved rounds (default: {ROUNDS}; 7 with --quick)")
+    parser.add_argument("--threads", type=positive, default=2, help="threads of each process (default: %(default)s)")
     parser.add_argument(
-        "--limit", type=float, default=600, help="seconds for a method to be warm (default: %(default)s)"
+        "--limit", type=seconds, default=600, help="seconds for a method to be warm (default: %(default)s)"
     )
     parser.add_argument("--against", metavar="REV", help="metakern as of another commit too; printed only")
     parser.add_argument("--again", action="store_true", help="measure also what is measured")
     parser.add_argument(
-        "--out", type=Path, help="where the JSON goes (default: the machine's file in benchmarks/results)"
+        "--out", type=kept, help="where the JSON goes (default: the machine's file in benchmarks/results)"
     )
     parser.add_argument(
         "--quick", action="store_true", help="plain PyTorch and metakern on small workloads; printed only"

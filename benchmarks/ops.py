@@ -26,14 +26,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import metakern as mk
 from benchmarks import against, results
 from benchmarks.calls import ORDERS, Call, Shapes, orders, recorded
+from benchmarks.options import Parser, kept, positive
 from benchmarks.progress import Progress
 from benchmarks.recurrent import quartiles
 from metakern.ops import SPECS
@@ -235,13 +235,8 @@ def colored(median: float, low: float, high: float, spread: bool = False) -> str
     return f"[green]{text}[/]" if low > 1 else f"[red]{text}[/]" if high < 1 else text
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
 def parsed() -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", metavar="NAMES", help="comma-separated (default: all)")
     parser.add_argument("--backends", metavar="NAMES", help="comma-separated (default: those that the device has)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
@@ -250,7 +245,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, metavar="N", help="interleaved rounds (default: 9, or 3)")
     parser.add_argument("--quick", action="store_true", help="a sample of each op on one backend; printed only")
     parser.add_argument("--against", metavar="REV", help="another commit beside this one; printed only")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes (results/<machine>.json)")
+    parser.add_argument("--out", type=kept, metavar="FILE", help="where the JSON goes (results/<machine>.json)")
     args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -276,12 +271,6 @@ def parsed() -> argparse.Namespace:
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     return args
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
-    return int(text)
 
 
 @contextmanager

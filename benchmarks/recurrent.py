@@ -16,12 +16,10 @@ part "recurrent" of the machine's file in benchmarks/results.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import results
+from benchmarks.options import Parser, kept, positive
 from metakern import _native
 from metakern.ops import SPECS, gru, lstm, rnn
 
@@ -194,12 +193,12 @@ def measure(cell: str, size: tuple[int, int, int, int], rounds: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", default=",".join(CELLS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="threads (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=2, help="threads (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two sizes, printed only")
-    parser.add_argument("--out", type=Path, help="where the JSON goes (default: the machine's file)")
+    parser.add_argument("--out", type=kept, help="where the JSON goes (default: the machine's file)")
     args = parser.parse_args()
     if unknown := set(args.cells.split(",")) - set(CELLS):
         parser.error(f"cells must be among {', '.join(CELLS)}, got {', '.join(sorted(unknown))}")

@@ -5,7 +5,6 @@ In the README each table stands between `<!-- name -->` and `<!-- /name -->`; a 
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from benchmarks.options import Parser
 from benchmarks.pictures import bases, draw, markup, stem
 from benchmarks.results import FOLDER, ROOT, machine
 from benchmarks.tables import (
@@ -106,12 +106,16 @@ def keep_curve(name: str, run: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     for name in ("demo", "smollm2"):
         parser.add_argument(f"--{name}", type=Path, metavar="RUN", help=f"first keep this run's curve as {name}'s")
     for name, folder in vars(parser.parse_args()).items():
-        if folder:
+        if not folder:
+            continue
+        try:
             keep_curve(name, folder)
+        except FileNotFoundError as error:
+            parser.error(f"--{name} must be the folder of an evaluated run, and has no {error.filename}")
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text()))
     FULL.write_text(full())

@@ -89,7 +89,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     using metakern::Place;
     using metakern::Tape;
     py::class_<Place>(module, "Place").def(py::init<int, std::int64_t>());
-    py::class_<Tape>(module, "Tape", "Kernel calls on memory laid out beforehand; metakern._tape writes them.")
+    py::class_<Tape>(module, "Tape", "Kernel calls on memory laid out beforehand; metakern.meta.capture.tape writes them.")
         .def(py::init<std::int64_t, int>(), py::arg("bytes"), py::arg("bases"))
         .def("kernel", &Tape::kernel)
         .def("product", &Tape::product)

@@ -68,9 +68,9 @@ enum PassName {
 
 struct PassKernels {
     void (*run[kPassNames][kPassTypes])(const Pass&);  // null where there is none for the type
-    // to[index[i]] += scale from[i] of rows of D elements, [to_rows, D]; an index beyond is skipped. float32, float64
-    void (*add_rows[2])(void* to, const void* from, const std::int64_t* index, std::int64_t rows, std::int64_t to_rows,
-                        std::int64_t D, double scale);
+    // to[index[i]] += scale from[i] of rows of D elements, float32 and float64
+    void (*add_rows[2])(void* to, const void* from, const std::int64_t* index, std::int64_t rows, std::int64_t D,
+                        double scale);
 };
 
 }  // namespace metakern

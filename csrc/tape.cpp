@@ -1,5 +1,6 @@
 #include "tape.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <mutex>
@@ -68,123 +69,30 @@ struct Tape::State {
     }
 };
 
-struct Tape::KernelStep : Step {
-    std::size_t index;
-    bool is_double;
-    std::vector<Place> places;
-    std::vector<std::int64_t> sizes;
-    std::vector<double> scalars;
+namespace {
 
-    void run(const State& state) const override {
-        void* addresses[kMostTensors];
-        for (std::size_t i = 0; i < places.size(); ++i) addresses[i] = state.at(places[i]);
-        state.isa.kernels[index].kernel.run[is_double]({addresses, sizes.data(), scalars.data(), state.threads});
-    }
+constexpr std::size_t kMostTensors = 32;
+constexpr std::int64_t kWorthAThread = 1 << 15;  // elements of a pass
 
-    static constexpr std::size_t kMostTensors = 32;
-};
+// Bytes of an element of one of a pass's tensors.
+std::int64_t element_bytes(int name, int type, int operand) {
+    constexpr std::int64_t kBytes[] = {4, 8, 8, 1};
+    if (name >= k_from_float32 && name <= k_from_bool && operand == 1) return kBytes[name - k_from_float32];
+    const bool compares = name >= k_eq && name <= k_ge, chooses = name == k_where;
+    return (compares && operand == 0) || (chooses && operand == 1) ? 1 : kBytes[type];
+}
 
-struct Tape::ProductStep : Step {
-    bool is_double;
-    std::array<Place, 4> places;
-    Product product;
+// One along which the result's elements differ, and of which it has enough to be worth a thread; else -1.
+int dimension_to_split(const Pass& pass) {
+    std::int64_t elements = 1;
+    for (int d = 0; d < pass.dims; ++d) elements *= pass.sizes[d];
+    const int last = pass.dims - 1, d = pass.reduced < 0 && pass.reduced == -last ? last : 0;
+    return elements >= kWorthAThread && pass.reduced < pass.dims && pass.strides[0][d] ? d : -1;
+}
 
-    void run(const State& state) const override {
-        Product p = product;
-        p.a = state.at(places[0]);
-        p.b = state.at(places[1]);
-        p.add = state.at(places[2]);
-        p.c = state.at(places[3]);
-        state.isa.product.run[is_double](p, state.threads);
-    }
-};
+bool within(std::int64_t value, std::int64_t high) { return value >= 0 && value < high; }
 
-struct Tape::PassStep : Step {
-    int name, type, operands;
-    std::array<Place, kMostOperands> places;
-    Pass pass;
-
-    void run(const State& state) const override {
-        Pass p = pass;
-        for (int i = 0; i < operands; ++i) p.tensors[i] = state.at(places[i]);
-        const auto run = state.isa.pass.run[name][type];
-        const int split = dimension_to_split();
-        if (state.threads == 1 || split < 0) return run(p);
-        struct Split {
-            const PassStep& step;
-            const Pass& whole;
-            decltype(run) pass;
-            int dimension, parts;
-        } context{*this, p, run, split, state.threads};
-        parallel(
-            context.parts, state.threads,
-            [](void* given, std::int64_t i) {
-                const auto& [step, whole, pass, dimension, parts] = *static_cast<Split*>(given);
-                const std::int64_t size = whole.sizes[dimension], begin = size * i / parts, end = size * (i + 1) / parts;
-                Pass part = whole;
-                part.sizes[dimension] = end - begin;
-                for (int j = 0; j < step.operands; ++j)
-                    part.tensors[j] = static_cast<char*>(part.tensors[j]) + begin * whole.strides[j][dimension] * step.bytes(j);
-                pass(part);
-            },
-            &context);
-    }
-
-    // One along which the result's elements differ, and of which it has enough to be worth a thread; else -1.
-    int dimension_to_split() const {
-        std::int64_t elements = 1;
-        for (int d = 0; d < pass.dims; ++d) elements *= pass.sizes[d];
-        const int last = pass.dims - 1, d = pass.reduced < 0 && pass.reduced == -last ? last : 0;
-        return elements >= kWorthAThread && pass.reduced < pass.dims && pass.strides[0][d] ? d : -1;
-    }
-
-    std::int64_t bytes(int operand) const {
-        constexpr std::int64_t kBytes[] = {4, 8, 8, 1};
-        if (name >= k_from_float32 && name <= k_from_bool && operand == 1) return kBytes[name - k_from_float32];
-        const bool compares = name >= k_eq && name <= k_ge, chooses = name == k_where;
-        return (compares && operand == 0) || (chooses && operand == 1) ? 1 : kBytes[type];
-    }
-
-    static constexpr std::int64_t kWorthAThread = 1 << 15;
-};
-
-struct Tape::TakeStep : Step {
-    std::array<Place, 3> places;
-    std::int64_t rows, table_rows, bytes;
-
-    void run(const State& state) const override {
-        char* out = static_cast<char*>(state.at(places[0]));
-        const char* table = static_cast<const char*>(state.at(places[1]));
-        const auto* index = static_cast<const std::int64_t*>(state.at(places[2]));
-        for (std::int64_t i = 0; i < rows; ++i) {
-            if (index[i] < 0 || index[i] >= table_rows) throw CheckFailed();
-            std::memcpy(out + i * bytes, table + index[i] * bytes, static_cast<std::size_t>(bytes));
-        }
-    }
-};
-
-struct Tape::AddStep : Step {
-    bool is_double;
-    std::array<Place, 3> places;
-    std::int64_t rows, to_rows, D;
-    double scale;
-
-    void run(const State& state) const override {
-        state.isa.pass.add_rows[is_double](state.at(places[0]), state.at(places[1]),
-                                           static_cast<const std::int64_t*>(state.at(places[2])), rows, to_rows, D, scale);
-    }
-};
-
-struct Tape::CheckStep : Step {
-    Place place;
-    std::int64_t count, high, ignored;
-
-    void run(const State& state) const override {
-        const auto* value = static_cast<const std::int64_t*>(state.at(place));
-        for (std::int64_t i = 0; i < count; ++i)
-            if ((value[i] < 0 || value[i] >= high) && value[i] != ignored) throw CheckFailed();
-    }
-};
+}  // namespace
 
 void Tape::known(const Place& place, bool may_be_absent) const {
     if (place.base >= bases_ || place.base < -may_be_absent || place.offset < 0)
@@ -195,28 +103,26 @@ void Tape::known(const Place& place, bool may_be_absent) const {
 void Tape::kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
                   std::vector<double> scalars) {
     const Entry& entry = isa_in_use().kernels.at(index);
-    if (places.size() != entry.optional.size() || places.size() > KernelStep::kMostTensors ||
-        sizes.size() != entry.sizes || scalars.size() != static_cast<std::size_t>(entry.kernel.scalars))
+    if (places.size() != entry.optional.size() || places.size() > kMostTensors || sizes.size() != entry.sizes ||
+        scalars.size() != static_cast<std::size_t>(entry.kernel.scalars))
         throw std::invalid_argument(std::string("tape: wrong numbers of arguments for ") + entry.kernel.name);
     for (std::size_t i = 0; i < places.size(); ++i) known(places[i], entry.optional[i]);
-    auto step = std::make_unique<KernelStep>();
-    step->index = index;
-    step->is_double = is_double;
-    step->places = std::move(places);
-    step->sizes = std::move(sizes);
-    step->scalars = std::move(scalars);
-    steps_.push_back(std::move(step));
+    steps_.push_back([=](const State& state) {
+        void* tensors[kMostTensors];
+        for (std::size_t i = 0; i < places.size(); ++i) tensors[i] = state.at(places[i]);
+        state.isa.kernels[index].kernel.run[is_double]({tensors, sizes.data(), scalars.data(), state.threads});
+    });
 }
 
 void Tape::product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
                    const std::array<std::int64_t, 8>& s, double scale) {
     for (int i = 0; i < 4; ++i) known(places[i], i == 2);
-    auto step = std::make_unique<ProductStep>();
-    step->is_double = is_double;
-    step->places = places;
-    step->product = {nullptr,  nullptr,  nullptr,  nullptr,  sizes[0], sizes[1], sizes[2], sizes[3], {s[0], s[1], s[2]},
-                     {s[3], s[4], s[5]}, {s[6], s[7]}, scale};
-    steps_.push_back(std::move(step));
+    steps_.push_back([=](const State& state) {
+        const Product product{state.at(places[0]), state.at(places[1]), state.at(places[2]), state.at(places[3]),
+                              sizes[0], sizes[1], sizes[2], sizes[3],
+                              {s[0], s[1], s[2]}, {s[3], s[4], s[5]}, {s[6], s[7]}, scale};
+        state.isa.product.run[is_double](product, state.threads);
+    });
 }
 
 void Tape::pass(const std::string& name, int type, int reduced, const std::vector<Place>& places,
@@ -230,62 +136,76 @@ void Tape::pass(const std::string& name, int type, int reduced, const std::vecto
         METAKERN_PASSES(METAKERN_NAME)
 #undef METAKERN_NAME
     };
-    auto step = std::make_unique<PassStep>();
-    step->name = 0;
-    while (step->name < kPassNames && name != kPasses[step->name].name) ++step->name;
+    int number = 0;
+    while (number < kPassNames && name != kPasses[number].name) ++number;
     const auto refuse = [&](const char* what) { throw std::invalid_argument("tape: " + name + ": " + what); };
-    if (step->name == kPassNames || type < 0 || type >= kPassTypes || !isa_in_use().pass.run[step->name][type])
+    if (number == kPassNames || type < 0 || type >= kPassTypes || !isa_in_use().pass.run[number][type])
         refuse("there is no such pass for the type");
-    if (places.size() != kPasses[step->name].inputs + 1 || strides.size() != places.size()) refuse("wrong number of tensors");
-    const int dims = static_cast<int>(sizes.size());
+    if (places.size() != kPasses[number].inputs + 1 || strides.size() != places.size()) refuse("wrong number of tensors");
+    const int dims = static_cast<int>(sizes.size()), operands = static_cast<int>(places.size());
     if (dims < 1 || dims > kMostDims || reduced > dims || reduced <= -dims) refuse("wrong number of dimensions");
-    step->type = type;
-    step->operands = static_cast<int>(places.size());
-    step->pass = {};
-    step->pass.dims = dims;
-    step->pass.reduced = reduced;
-    for (int d = 0; d < dims; ++d) step->pass.sizes[d] = sizes[d];
-    for (int i = 0; i < step->operands; ++i) {
+    Pass laid_out{};
+    laid_out.dims = dims;
+    laid_out.reduced = reduced;
+    for (int d = 0; d < dims; ++d) laid_out.sizes[d] = sizes[d];
+    std::array<std::int64_t, kMostOperands> bytes{};
+    for (int i = 0; i < operands; ++i) {
         known(places[i]);
         if (static_cast<int>(strides[i].size()) != dims) refuse("wrong number of strides");
-        step->places[i] = places[i];
-        for (int d = 0; d < dims; ++d) step->pass.strides[i][d] = strides[i][d];
+        for (int d = 0; d < dims; ++d) laid_out.strides[i][d] = strides[i][d];
+        bytes[i] = element_bytes(number, type, i);
     }
-    for (int i = 0; i < 2; ++i) step->pass.scalars[i] = scalars[i];
-    steps_.push_back(std::move(step));
+    for (int i = 0; i < 2; ++i) laid_out.scalars[i] = scalars[i];
+    const int split = dimension_to_split(laid_out);
+    steps_.push_back([=](const State& state) {
+        Pass whole = laid_out;
+        for (int i = 0; i < operands; ++i) whole.tensors[i] = state.at(places[i]);
+        const auto run = state.isa.pass.run[number][type];
+        if (state.threads == 1 || split < 0) return run(whole);
+        auto part = [&](std::int64_t i) {
+            const std::int64_t size = whole.sizes[split], begin = size * i / state.threads;
+            Pass one = whole;
+            one.sizes[split] = size * (i + 1) / state.threads - begin;
+            for (int j = 0; j < operands; ++j)
+                one.tensors[j] = static_cast<char*>(one.tensors[j]) + begin * whole.strides[j][split] * bytes[j];
+            run(one);
+        };
+        parallel(
+            state.threads, state.threads,
+            [](void* context, std::int64_t i) { (*static_cast<decltype(part)*>(context))(i); }, &part);
+    });
 }
 
 void Tape::take_rows(const std::array<Place, 3>& places, std::int64_t rows, std::int64_t table_rows, std::int64_t bytes) {
     for (const Place& place : places) known(place);
-    auto step = std::make_unique<TakeStep>();
-    step->places = places;
-    step->rows = rows;
-    step->table_rows = table_rows;
-    step->bytes = bytes;
-    steps_.push_back(std::move(step));
+    steps_.push_back([=](const State& state) {
+        char* out = static_cast<char*>(state.at(places[0]));
+        const char* table = static_cast<const char*>(state.at(places[1]));
+        const auto* index = static_cast<const std::int64_t*>(state.at(places[2]));
+        for (std::int64_t i = 0; i < rows; ++i) {
+            if (!within(index[i], table_rows)) throw CheckFailed();
+            std::memcpy(out + i * bytes, table + index[i] * bytes, static_cast<std::size_t>(bytes));
+        }
+    });
 }
 
 void Tape::add_rows(bool is_double, const std::array<Place, 3>& places, std::int64_t rows, std::int64_t to_rows,
                     std::int64_t D, double scale) {
     for (const Place& place : places) known(place);
-    auto step = std::make_unique<AddStep>();
-    step->is_double = is_double;
-    step->places = places;
-    step->rows = rows;
-    step->to_rows = to_rows;
-    step->D = D;
-    step->scale = scale;
-    steps_.push_back(std::move(step));
+    steps_.push_back([=](const State& state) {
+        const auto* index = static_cast<const std::int64_t*>(state.at(places[2]));
+        if (!std::all_of(index, index + rows, [=](std::int64_t i) { return within(i, to_rows); })) throw CheckFailed();
+        state.isa.pass.add_rows[is_double](state.at(places[0]), state.at(places[1]), index, rows, D, scale);
+    });
 }
 
 void Tape::check(Place value, std::int64_t count, std::int64_t high, std::int64_t ignored) {
     known(value);
-    auto step = std::make_unique<CheckStep>();
-    step->place = value;
-    step->count = count;
-    step->high = high;
-    step->ignored = ignored;
-    steps_.push_back(std::move(step));
+    steps_.push_back([=](const State& state) {
+        const auto* values = static_cast<const std::int64_t*>(state.at(value));
+        for (std::int64_t i = 0; i < count; ++i)
+            if (!within(values[i], high) && values[i] != ignored) throw CheckFailed();
+    });
 }
 
 void Tape::release() { memory_->release(); }
@@ -309,7 +229,7 @@ bool Tape::run(const std::vector<std::vector<std::uintptr_t>>& bases, int thread
             auto& runs = *static_cast<Runs*>(context);
             const State state{runs.bases[static_cast<std::size_t>(i)].data(), runs.threads, isa_in_use()};
             try {  // nothing may leave a thread of OpenMP
-                for (const auto& step : runs.tape.steps_) step->run(state);
+                for (const auto& step : runs.tape.steps_) step(state);
             } catch (const CheckFailed&) {
                 runs.held = false;
             } catch (const std::bad_alloc&) {

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -50,22 +51,11 @@ public:
 private:
     class Memory;
     struct State;
-    struct Step {
-        virtual ~Step() = default;
-        virtual void run(const State&) const = 0;
-    };
-    struct KernelStep;
-    struct ProductStep;
-    struct PassStep;
-    struct TakeStep;
-    struct AddStep;
-    struct CheckStep;
-
     void known(const Place& place, bool may_be_absent = false) const;
 
     std::int64_t bytes_;
     int bases_;
-    std::vector<std::unique_ptr<Step>> steps_;
+    std::vector<std::function<void(const State&)>> steps_;
     std::shared_ptr<Memory> memory_;
 };
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def _run_on_cpu(
     kernel: str,
     dtype: torch.dtype,
     addresses: list[int],
-    sizes: list[int],
+    sizes: tuple[int, ...],
     scalars: Sequence[float],
     device: torch.device,
 ) -> None:
@@ -122,7 +122,7 @@ def _run_on_gpu(
     kernel: str,
     dtype: torch.dtype,
     addresses: list[int],
-    sizes: list[int],
+    sizes: tuple[int, ...],
     scalars: Sequence[float],
     device: torch.device,
 ) -> None:
@@ -139,24 +139,13 @@ def _run_on_gpu(
 
 class _Device(NamedTuple):
     dtypes: frozenset[torch.dtype]
-    run: Callable[[str, torch.dtype, list[int], list[int], Sequence[float], torch.device], None]
-
-
-def _refuse(
-    kernel: str,
-    dtype: torch.dtype,
-    addresses: list[int],
-    sizes: list[int],
-    scalars: Sequence[float],
-    device: torch.device,
-) -> None:
-    raise ValueError(f"{kernel}: tensors must be on the CPU or a GPU, got {device}")
+    run: Callable[[str, torch.dtype, list[int], tuple[int, ...], Sequence[float], torch.device], None] | None
 
 
 _DEVICES = {
     "cpu": _Device(DTYPES, _run_on_cpu),
     "cuda": _Device(CUDA_DTYPES, _run_on_gpu),
-    "meta": _Device(DTYPES, _refuse),  # tensors without memory can be arranged, not run on
+    "meta": _Device(DTYPES, None),  # tensors without memory can be arranged
 }
 
 
@@ -172,11 +161,13 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
     (tensor([0., 0., 0.]),)
     """
     arranged = arrange(kernel, *inputs)
+    device, run = arranged.device, _DEVICES[arranged.device.type].run
+    if run is None:
+        raise ValueError(f"{kernel}: tensors must be on the CPU or a GPU, got {device}")
     # An empty tensor has no address; one that is never read keeps it apart from an absent tensor.
     tensors = (*arranged.inputs, *arranged.outputs)
     addresses = [0 if tensor is None else tensor.data_ptr() or 64 for tensor in tensors]
-    device = arranged.device
-    _DEVICES[device.type].run(kernel, arranged.dtype, addresses, arranged.sizes, scalars, device)
+    run(kernel, arranged.dtype, addresses, arranged.sizes, scalars, device)
     return arranged.outputs
 
 
@@ -185,64 +176,87 @@ class Arranged(NamedTuple):
 
     inputs: list[Tensor | None]
     outputs: tuple[Tensor | None, ...]
-    sizes: list[int]
+    sizes: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
 
 def arrange(kernel: str, *inputs: Tensor | None) -> Arranged:
     """Checks the inputs against the kernel's signature and makes its outputs; tensors of device "meta" will do."""
+    layout = _layout(kernel, tuple(None if t is None else (t.shape, t.dtype, t.device) for t in inputs))
+    tensors: list[Tensor | None] = []  # kept, so that the addresses of contiguous copies stay good
+    for indices, tensor in zip(layout.indices, inputs, strict=True):
+        tensors.append(None if tensor is None else in_memory(tensor.long() if indices else tensor))
+
+    def output(made: torch.Size | int | None) -> Tensor | None:
+        if isinstance(made, int):
+            return cast(Tensor, tensors[made]).detach()  # else a view to forward mode
+        return None if made is None else torch.empty(made, dtype=layout.dtype, device=layout.device)
+
+    return Arranged(tensors, tuple(map(output, layout.outputs)), layout.sizes, layout.dtype, layout.device)
+
+
+class _Layout(NamedTuple):
+    """A call of a kernel without its tensors. An output is a shape, the input whose memory it takes, or None."""
+
+    indices: tuple[bool, ...]  # whether an input holds integers
+    outputs: tuple[torch.Size | int | None, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@lru_cache(4096)
+def _layout(kernel: str, inputs: tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]) -> _Layout:
+    """Checks the shapes, dtypes and devices of a kernel's inputs; the same ones mostly come again."""
     signature = _signatures()[kernel]
     if len(inputs) != len(signature.inputs):
         raise TypeError(f"{kernel}: inputs must number {len(signature.inputs)}, got {len(inputs)}")
-    sizes: dict[str, int] = {}
-    first, name = inputs[0], signature.inputs[0].name
-    if first is None or first.device.type not in _DEVICES:
-        raise ValueError(f"{kernel}: {name} must be on the CPU or a GPU, got {getattr(first, 'device', None)}")
-    dtypes = _DEVICES[first.device.type].dtypes
-    if first.dtype not in dtypes:
+    name = signature.inputs[0].name
+    if inputs[0] is None or inputs[0][2].type not in _DEVICES:
+        got = None if inputs[0] is None else inputs[0][2]
+        raise ValueError(f"{kernel}: {name} must be on the CPU or a GPU, got {got}")
+    first, dtype, device = inputs[0]
+    dtypes = _DEVICES[device.type].dtypes
+    if dtype not in dtypes:
         names = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise TypeError(f"{kernel}: {name} must be {names}, got {first.dtype}")
-    dtype, device = first.dtype, first.device
-    tensors: list[Tensor | None] = []  # kept, so that the addresses of contiguous copies stay good
-    for argument, tensor in zip(signature.inputs, inputs, strict=True):
+        raise TypeError(f"{kernel}: {name} must be {names}, got {dtype}")
+    sizes: dict[str, int] = {}
+    for argument, given in zip(signature.inputs, inputs, strict=True):
         name, dims, condition, indices, _ = argument
-        if tensor is None:
+        if given is None:
             if condition is None:
                 raise TypeError(f"{kernel}: {name} must be a tensor, got None")
-            tensors.append(None)
             continue
-        tensor = tensor.long() if indices else tensor
-        if tensor.dtype != dtype and not indices:
-            raise TypeError(f"{kernel}: {name} must be {dtype} like the other tensors, got {tensor.dtype}")
-        if tensor.device != device:
+        shape, own_dtype, own_device = given
+        if own_dtype != dtype and not indices:
+            raise TypeError(f"{kernel}: {name} must be {dtype} like the other tensors, got {own_dtype}")
+        if own_device != device:
             where = "the CPU" if device.type == "cpu" else device
-            raise ValueError(f"{kernel}: {name} must be on {where}, got {tensor.device}")
+            raise ValueError(f"{kernel}: {name} must be on {where}, got {own_device}")
         if not dims:
-            fits = tensor.shape == first.shape
+            fits = shape == first
         else:
-            fits = tensor.dim() == len(dims)
-            for (times, dim), size in zip(dims, tensor.shape, strict=False):
+            fits = len(shape) == len(dims)
+            for (times, dim), size in zip(dims, shape, strict=False):
                 fits = fits and times * sizes.setdefault(dim, size // times) == size
         if not fits:
             letters = "".join(f"{times if times > 1 else ''}{dim}" for times, dim in dims)
-            expected: Any = f"{letters} with {sizes}" if sizes else list(first.shape)
-            raise ValueError(f"{kernel}: {name} must have shape {expected}, got {list(tensor.shape)}")
-        tensors.append(in_memory(tensor))
+            expected: Any = f"{letters} with {sizes}" if sizes else list(first)
+            raise ValueError(f"{kernel}: {name} must have shape {expected}, got {list(shape)}")
     if not sizes:
         sizes["*"] = first.numel()
-    given: dict[str, Any] = {argument.name: tensor for argument, tensor in zip(signature.inputs, tensors, strict=True)}
+    place = {argument.name: i for i, argument in enumerate(signature.inputs)}
 
-    def output(argument: _Argument) -> Tensor | None:
+    def output(argument: _Argument) -> torch.Size | int | None:
         if argument.memory:
-            return given[argument.memory].detach()  # else a view to forward mode
-        if argument.condition is not None and given[argument.condition] is None:
+            return place[argument.memory]
+        if argument.condition is not None and inputs[place[argument.condition]] is None:
             return None
-        shape = [times * sizes[dim] for times, dim in argument.dims] or first.shape
-        return torch.empty(shape, dtype=dtype, device=device)
+        return torch.Size([times * sizes[dim] for times, dim in argument.dims]) if argument.dims else first
 
-    outputs = tuple(output(argument) for argument in signature.outputs)
-    return Arranged(tensors, outputs, list(sizes.values()), dtype, device)
+    outputs = tuple(map(output, signature.outputs))
+    return _Layout(tuple(a.indices for a in signature.inputs), outputs, tuple(sizes.values()), dtype, device)
 
 
 def has_fast_products() -> bool:

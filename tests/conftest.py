@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from metakern import _native
+
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
@@ -23,3 +25,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", record)
     return names
+
+
+@pytest.fixture(params=_native._C.isas() if _native._C else [])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this machine has."""
+    best = _native._C.isa()
+    _native._C.set_isa(request.param)
+    assert _native._C.isa() == request.param
+    yield request.param
+    _native._C.set_isa(best)

@@ -108,12 +108,12 @@ def test_ratios_are_those_within_a_round():
 
 @pytest.fixture
 def bench(monkeypatch):
-    """metakern bench ops"""
+    """metakern bench ops, or another one"""
 
-    def run(*arguments):
+    def run(*arguments, benchmark="ops"):
         monkeypatch.setattr(sys, "argv", sys.argv)
         monkeypatch.setattr(sys, "path", [*sys.path])
-        return cli.main(["bench", "ops", *arguments])
+        return cli.main(["bench", benchmark, *arguments])
 
     return run
 
@@ -171,16 +171,39 @@ def test_an_interrupt_keeps_what_is_done(bench, tiny, tmp_path, capsys, monkeypa
         (["--rounds", "0"], "--rounds: must be a positive whole number, got '0'"),
         (["--against", "no-such-commit"], "--against (must be a commit.*got 'no-such-commit'|needs git)"),
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (["--out", "."], "--out: must be a file of results or a new one, got '.'"),
+        (["--out", __file__], "--out: must be a file of results or a new one, got '.*py' \\(Extra data"),
+        (["--out", f"{__file__}/results.json"], "--out: must be in a folder that can be written"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, bench, capsys):
+    assert one_line(lambda: bench(*arguments), "ops", capsys, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workloads", "cnn"], "family must be one of mlp, .*, got 'cnn'"),
+        (["--methods", "tensorflow"], "methods must be among plain PyTorch; .*, got 'tensorflow'"),
+        (["--sweep", "depth"], "sweep must be of K, .*, got 'depth'"),
+        (["--rounds", "0"], "--rounds: must be a positive whole number, got '0'"),
+        (["--threads", "two"], "--threads: must be a positive whole number, got 'two'"),
+        (["--limit", "nan"], "--limit: must be a positive number of seconds, got 'nan'"),
+        (["--against", "no-such-commit"], "--against (must be a commit.*got 'no-such-commit'|needs git)"),
+    ],
+)
+def test_mistakes_about_meta_gradients_are_one_line(arguments, message, bench, capsys):
+    assert one_line(lambda: bench(*arguments, benchmark="maml"), "maml", capsys, message)
+
+
+def one_line(run, benchmark, capsys, message):
     with pytest.raises(SystemExit) as end:
-        bench(*arguments)
+        run()
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert error.startswith("metakern bench ops: ")
-    assert re.search(message, error)
+    assert error.startswith(f"metakern bench {benchmark}: ")
+    return re.search(message, error)
 
 
 def test_what_a_benchmark_lacks_is_one_line(bench, capsys, monkeypatch):
@@ -274,8 +297,7 @@ def test_two_trees_are_timed_side_by_side(bench, monkeypatch, capsys):
     bench("--ops", "embedding", "--rounds", "2", "--quick", "--against", "v1", "--backends", "reference")
     printed = capsys.readouterr().out
     assert "v1 / this: rule" in printed
-    ratios = [line for line in printed.splitlines() if "vjp_jvp" in line]
-    assert ratios[0].count("(") == 2
+    assert printed.partition("vjp_jvp")[2].count("(") == 2  # a wide one stands in two lines
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 import metakern as mk
 from metakern._record import RecordError, record
+from metakern.meta import capture
 from metakern.meta._unroll import Random
-from metakern.meta.capture import PROGRAMS
 from metakern.meta.capture.fuse import fused
 
 KINDS = [(name, batching) for name, entry in MODELS.items() for batching in entry[3] if not name.startswith("hf")]
@@ -61,10 +61,26 @@ def test_chunks_share_a_program_and_other_shapes_get_their_own() -> None:
 
 def test_as_many_programs_are_kept_as_are_worth_it() -> None:
     captured = mk.MAML(mlp(), regression_loss, capture=True)
-    for size in range(1, PROGRAMS + 3):
+    for size in range(1, capture.PROGRAMS + 3):
         batch = torch.randn(2, size, 5), torch.randn(2, size, 3)
         captured(batch, batch)
-    assert len(captured._prepared.captures._programs) == PROGRAMS
+    assert len(captured._prepared.captures._programs) == capture.PROGRAMS
+
+
+def test_a_program_in_use_is_not_dropped_for_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "PIECE_BYTES", 2**30)
+    monkeypatch.setattr(capture, "PROGRAMS", 2)
+    model, loss, _, _, _ = build("mlp")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        captured = mk.MAML(model, loss, steps=2, task_chunk=6, capture=True)
+        for i in range(3):  # chunks of 6, 6 and 5 tasks: pieces of three and three, three and two
+            support, query = (tuple(t.repeat(9, 1, 1)[:17] for t in points(i + j)) for j in (0, 9))
+            truth = gradients(model, plain_loss(model, loss, support, query, 2, sgd(0.01)))
+            assert_equal(gradients(model, captured(support, query)), truth)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_learned_rates_and_another_inner_optimizer() -> None:
@@ -138,7 +154,9 @@ def test_a_number_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     assert_equal(gradients(model, captured(points(1), points(2))), gradients(model, plain))
 
 
-def test_what_an_ordinary_run_does_not_confirm_is_not_used() -> None:
+@pytest.mark.parametrize("piece_bytes", [capture.PIECE_BYTES, 1])
+def test_what_an_ordinary_run_does_not_confirm_is_not_used(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "PIECE_BYTES", piece_bytes)
     model = Scaled().double()
     captured = mk.MAML(model, regression_loss, steps=2, capture=True)
     captured(points(0), points(9))

@@ -380,6 +380,10 @@ def test_errors() -> None:
             _ = fmodel.init_fast_params
         with pytest.raises(ValueError, match="track_higher_grads must be True or False, got 1"):
             fmodel.track_higher_grads = 1
+        assert fmodel.to("cpu").to(x.dtype) is fmodel
+        for move in (lambda: fmodel.to("meta"), fmodel.half):
+            with pytest.raises(RuntimeError, match="fmodel: the module must stay on its device and in its dtype"):
+                move()
         model.to("meta")
         with pytest.raises(RuntimeError, match=r"diffopt.step: the model must stay on the device .*, got it on meta"):
             diffopt.step(loss)

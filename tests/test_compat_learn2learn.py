@@ -348,7 +348,10 @@ def test_errors() -> None:
     loss.backward()
     with pytest.raises(RuntimeError, match=r"MAML.adapt: loss must have its graph, got one whose graph was freed"):
         learner.adapt(loss)
-    learner = maml.clone()
+    learner = maml.clone().to("cpu").to(x.dtype)
+    for move in (lambda: learner.to("meta"), lambda: learner.to(torch.bfloat16), learner.half):
+        with pytest.raises(RuntimeError, match="MAML: a clone must stay on its device and in its dtype"):
+            move()
     loss = F.mse_loss(learner(x), y)
     model.to("meta")
     with pytest.raises(RuntimeError, match=r"the model must stay on the device where .* began, cpu, got it on meta"):
@@ -357,5 +360,7 @@ def test_errors() -> None:
         l2l.MetaSGD(model, lrs=[torch.ones(2)])
     with pytest.raises(TypeError, match=r"MAML: model must be an nn.Module, got str"):
         l2l.MAML("model", lr=LR)
+    with pytest.raises(TypeError, match=r"MAML: lr must be a number or a tensor, got NoneType"):
+        l2l.MAML(model, lr=None)
     with pytest.raises(ValueError, match=r"MAML.batch: lr must be a number or an nn.Parameter, got a tensor with"):
         l2l.MAML(model, lr=torch.ones((), requires_grad=True) * LR).batch((x, y), (x, y), F.mse_loss)

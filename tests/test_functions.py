@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 import metakern as mk
 from metakern.meta._functions import Fused
@@ -130,3 +131,20 @@ def test_models_and_losses_take_the_ops(batching: str, called: list[str]) -> Non
     maml(batch, batch).backward()
     assert maml.plan.batching == batching
     assert {"attention", "gelu", "cross_entropy"} <= set(called)
+
+
+def test_modes_do_not_look_inside_of_ops() -> None:
+    class Seen(TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    x, weight = torch.randn(2, 3, requires_grad=True), torch.randn(3)
+    with Seen() as seen:
+        y = mk.ops.layer_norm(x, weight)
+        assert seen.count == 0
+        assert y.sum().requires_grad
+        assert seen.count == 2
+    torch.testing.assert_close(y, mk.ops.layer_norm(x, weight))

@@ -20,19 +20,8 @@ from metakern.ops import SPECS
 from metakern.ops._spec import Make
 
 pytestmark = pytest.mark.skipif(_native._C is None, reason="metakern was built without C++ kernels")
-ISAS = _native._C.isas() if _native._C else []
 
 Inputs = tuple[Tensor | None, ...]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this machine has."""
-    best = _native._C.isa()
-    _native._C.set_isa(request.param)
-    assert _native._C.isa() == request.param
-    yield request.param
-    _native._C.set_isa(best)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Tapes compute what their programs do: every pass, on tensors of every layout, and what has no tape has none."""
+"""Tapes compute what their programs do by every instruction set: every pass, on every layout; some have none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from metakern.meta.capture import tape as tapes
 from metakern.meta.capture.fuse import fused
 from metakern.ops import _checks
 
-pytestmark = pytest.mark.skipif(_native.obstacle() is not None, reason="tapes are C++")
+pytestmark = [
+    pytest.mark.skipif(_native.obstacle() is not None, reason="tapes are C++"),
+    pytest.mark.usefixtures("isa"),
+]
 aten: Any = torch.ops.aten
 Function = Callable[..., list[Tensor]]
 
@@ -73,7 +76,8 @@ PASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "roots": lambda x, y: (x + 9).sqrt() + (y + 9).rsqrt(),
     "exp": lambda x, y: x.exp(),
     "relu": lambda x, y: x.relu() + y,
-    "threshold_backward": lambda x, y: aten.threshold_backward(x, y, 0.1),
+    "relu-of-nan": lambda x, y: (x.relu() / x.relu()).relu() + y,
+    "threshold_backward": lambda x, y: aten.threshold_backward(x, y.relu(), 0.0),  # equal where y < 0
     "tanh": lambda x, y: aten.tanh_backward(y, x.tanh()),
     "sigmoid": lambda x, y: aten.sigmoid_backward(y, x.sigmoid()),
     "gelu": lambda x, y: F.gelu(x) + aten.gelu_backward(y, x),
@@ -119,7 +123,8 @@ def test_sums_of_many() -> None:
 def test_passes_that_threads_share() -> None:
     def function(x: Tensor) -> list[Tensor]:
         y = torch.where(x > 0, x, x * 2).mT.contiguous() + 1
-        return [y, y.sum(0), y.sum(1), y.sum(), (y > 1).all(0), y.to(torch.float32), (y > 1).to(torch.float64)]
+        casts = [y.to(torch.float32), y.to(torch.float32).to(torch.float64), y.to(torch.int64).to(torch.float32)]
+        return [y, y.sum(0), y.sum(1), y.sum(), (y > 1).all(0), (y > 1).to(torch.float64), *casts]
 
     check(function, lambda: (torch.randn(301, 257, dtype=torch.float64),), 1e-10)
 
@@ -233,8 +238,11 @@ def test_a_check_that_fails_stops_the_run() -> None:
 
 
 def test_rows_that_are_not_there_stop_the_run() -> None:
-    tape = taped(lambda x, index: [x.index_select(0, index)], torch.randn(3, 2), torch.tensor([0]))
-    assert tape([[torch.randn(3, 2), torch.tensor([3])]], 1) is None
+    for function in (lambda x, i: [x.index_select(0, i)], lambda x, i: [torch.zeros(3, 2).index_add_(0, i, x[:1])]):
+        tape = taped(function, torch.randn(3, 2), torch.tensor([0]))
+        assert tape([[torch.randn(3, 2), torch.tensor([2])]], 1) is not None
+        for index in (-1, 3):
+            assert tape([[torch.randn(3, 2), torch.tensor([index])]], 1) is None
 
 
 @pytest.mark.parametrize(

@@ -249,10 +249,9 @@ METAKERN_COMPARISON(gt, >)
 METAKERN_COMPARISON(ge, >=)
 
 template <class F>
-void add_rows(void* to, const void* from, const int64_t* index, int64_t rows, int64_t to_rows, int64_t D, double scale) {
+void add_rows(void* to, const void* from, const int64_t* index, int64_t rows, int64_t D, double scale) {
     const F s = static_cast<F>(scale);
     for (int64_t r = 0; r < rows; ++r) {
-        if (index[r] < 0 || index[r] >= to_rows) continue;
         F* out = static_cast<F*>(to) + index[r] * D;
         const F* x = static_cast<const F*>(from) + r * D;
         each<F>(D, [&](int64_t i, auto... n) { add(out + i, s * load(x + i, n...), n...); });

@@ -133,6 +133,14 @@ def gradients(
     return each
 
 
+def stay(who: str, tensors: Iterable[Tensor], change: Change) -> None:
+    """Raises RuntimeError where `to()` or the like would change what has a history."""
+    if any(change(t) is not t for t in tensors):
+        raise RuntimeError(
+            f"{who} must stay on its device and in its dtype, as its parameters have a history: move the model first"
+        )
+
+
 def same_device(who: str, source: nn.Module, values: Sequence[Tensor]) -> None:
     """Raises RuntimeError where the model has left the device on which its copy was made."""
     first = next(source.parameters(), None)

@@ -81,7 +81,7 @@ class Report:
             )
             lines += _row("error", f"{self.error:.1e} of {of}")
             lines += _row("first order", f"{self.first_order_error:.1e}, if the second order were left out")
-            if self.kept is not None:
+            if self.kept is not None and (self.exact or self._lost):
                 lines += _row("kept", f"{100 * self.kept:.0f} % of the second-order part")
         lines += ["", f"Plan of mk.MAML for {_count(self.tasks, 'task')}"]
         if self.plan is None:
@@ -106,10 +106,14 @@ class Report:
         text = f"The meta-gradient is NOT exact: {_count(len(self.problems), 'place')}"
         if all(problem.kind == FORWARD_MODE for problem in self.problems):
             return f"{text}, in forward mode; reverse over reverse, which mk.MAML will take, is."
-        lost = sum(problem.order == 2 for problem in self.problems)
-        if lost == 0:
+        if not self._lost:
             return f"{text}, where the gradient is not the slope of the loss; no curvature is lost."
-        return f"{text}, second-order terms are lost at {lost}."
+        return f"{text}, second-order terms are lost at {self._lost}."
+
+    @property
+    def _lost(self) -> int:
+        """The places where second-order terms are."""
+        return sum(problem.order == 2 for problem in self.problems)
 
 
 def _row(name: str, text: str) -> list[str]:

@@ -24,8 +24,7 @@ def autocast(policy: str) -> Callable[[F], F]:
     """For public functions, which are differentiable through the casts."""
 
     def decorated(function: F) -> F:
-        @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             if not torch._C._is_any_autocast_enabled():
                 return function(*args, **kwargs)
             floats = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
@@ -38,6 +37,13 @@ def autocast(policy: str) -> Callable[[F], F]:
 
             with torch.autocast(floats[0].device.type, enabled=False):
                 return function(*tree_map_only(Tensor, cast, args), **tree_map_only(Tensor, cast, kwargs))
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling() or not torch._C._len_torch_function_stack():
+                return run(*args, **kwargs)
+            with torch._C.DisableTorchFunction():  # a mode sees each attribute of a tensor, at the cost of a small op
+                return run(*args, **kwargs)
 
         return call  # type: ignore[return-value]
 

@@ -22,7 +22,7 @@ is concerned, so that their tangents t_r are at hand in `vjp_jvp` and nothing is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -97,14 +97,14 @@ def _uncompiled(op: Op, *x: Tensor | None, **constants: Any) -> tuple[Tensor, ..
     return op(*x, **constants)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)  # not frozen: one is made at every call
 class _Call:
     """What the Functions of one call share; `needs` are the wanted cotangents, `residuals` their number."""
 
     op: Op
     rules: Rules
     options: Mapping[str, Any]
-    needs: tuple[bool, ...] = field(default=())
+    needs: tuple[bool, ...] = ()
     residuals: int = 0
 
     def wanting(self, needs: tuple[bool, ...], residuals: int) -> _Call:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.compat._modules import Places, copied, fused, is_ours, once
+from metakern.compat._modules import Places, copied, fused, is_ours, once, stay
 
 Encapsulator = Callable[[Any, nn.Module], None]
 
@@ -63,6 +63,11 @@ class FunctionalModule(nn.Module):
         if not -len(self._history) <= time < len(self._history):
             raise ValueError(f"fmodel: time must be at most {len(self._history) - 1}, the updates so far, got {time}")
         return iter(self._history[time])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FunctionalModule:
+        """What `to()` and the like do."""
+        stay("fmodel: the module", (*(self.fast_params or ()), *self.buffers()), fn)
+        return self
 
     @property
     def fast_params(self) -> list[Tensor] | None:

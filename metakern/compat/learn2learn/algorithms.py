@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
+from numbers import Real
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from metakern import optim
-from metakern.compat._modules import Places, fused, gradients, is_ours, same_device
+from metakern.compat._modules import Places, fused, gradients, is_ours, same_device, stay
 from metakern.compat.learn2learn.utils import clone_module, clone_parameters, update_module
 from metakern.meta.algorithms import maml as engine
 from metakern.ops._formula import torch_fms
@@ -99,6 +100,13 @@ class _Learner(BaseLearner):
             return self.module(*args, **kwargs)
         with fused():
             return self.module(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Learner:
+        """What `to()` and the like do."""
+        if not self._source:
+            return super()._apply(fn, recurse)
+        stay(f"{type(self).__name__}: a clone", (*self.parameters(), *self.buffers()), fn)
+        return self
 
     def _cloned(self, learner: L) -> L:
         learner._source, learner._fused = (self.module,), is_ours(self.module)
@@ -215,6 +223,8 @@ class MAML(_Learner):
         allow_nograd: bool = False,
     ) -> None:
         super().__init__(model)
+        if not isinstance(lr, Real | Tensor):
+            raise TypeError(f"MAML: lr must be a number or a tensor, got {type(lr).__name__}")
         self.lr = lr
         self.first_order, self.allow_nograd = first_order, allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused

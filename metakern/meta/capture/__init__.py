@@ -2,14 +2,16 @@
 
 What a recording can't see is what Python does with anything but tensors, so that no program is taken on trust. It is
 used again only while the modules' classes, hooks and plain attributes (numbers, texts, flags), and the plain values
-within reach of the loss, are what they were; and on the first other batch its results must be those of an ordinary run.
-A function that can't be recorded, or fails this, runs ordinarily from then on, with a warning that says why.
+within reach of the loss, are what they were; and on the first other data, and on the first other batch, its results
+must be those of an ordinary run. A function that can't be recorded, or fails this, runs ordinarily from then on, with a
+warning that says why.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from functools import partial, reduce
 from itertools import accumulate, groupby
 from types import FunctionType, MethodType
@@ -20,14 +22,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metakern._record import Program, RecordError, record
-from metakern.meta._batching import select, tasks_of
+from metakern.meta._batching import tasks_of
 from metakern.meta._memory import give_back
 from metakern.meta._unroll import Random
 from metakern.meta.capture.fuse import fused
 from metakern.meta.capture.tape import Tape, written
 from metakern.ops import _backend
 
-PROGRAMS = 32  # kept at once, the latest
+PROGRAMS = 32  # kept at once: those used last
 PIECE_BYTES = 4 * 2**20  # of a core's part of the caches
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
@@ -47,62 +49,69 @@ class Captures:
         """function(*batches), by the program for the key and the batches' structure."""
         tasks = tasks_of(batches[0])
         whole = _Call(function, key, batches)
-        if whole.key not in self._piece:
-            while len(self._piece) >= PROGRAMS:
-                del self._piece[next(iter(self._piece))]
-            self._piece[whole.key] = self._piece_of(whole, tasks)
-        number = -(-tasks // self._piece[whole.key])
+        piece, first = self._piece.pop(whole.key, 0), None
+        if not piece:
+            piece, first = self._piece_of(whole, tasks)
+        self._piece[whole.key] = piece
+        if len(self._piece) > PROGRAMS:
+            del self._piece[next(iter(self._piece))]
+        number = -(-tasks // piece)
         sizes = sorted((len(range(i, tasks, number)) for i in range(number)), reverse=True)  # equal ones side by side
         ends = accumulate(sizes)
         parts = [whole.part(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-        losses, *gradients = zip(*self._run(parts), strict=True)
+        losses, *gradients = zip(*self._run(parts, first), strict=True)
         return [torch.cat(losses), *(None if g[0] is None else reduce(torch.add, g) for g in gradients)]
 
-    def _piece_of(self, whole: _Call, tasks: int) -> int:
-        """As many tasks as a cache holds, and a piece for each thread; all tasks where one task has no tape."""
-        threads, one = torch.get_num_threads(), whole.part(slice(1))
+    def _piece_of(self, whole: _Call, tasks: int) -> tuple[int, list[Tensor | None] | None]:
+        """As many tasks as a cache holds, and a piece for each thread; all tasks where one task has no tape.
+
+        With the results of the first piece, if finding out has made them.
+        """
+        threads, one, first = torch.get_num_threads(), whole.part(slice(1)), None
         if tasks < threads:
-            return tasks
-        before = Random(one.inputs[0].device)
-        self._recorded(one)
-        before.restore()
+            return tasks, None
+        if one.key not in self._programs:
+            before = Random(one.inputs[0].device)
+            first = self._recorded(one)
+            before.restore()
         captured = self._programs[one.key]
         if captured is None or captured.tape is None:
             if captured is None:
                 self._programs[whole.key] = None
-            return tasks
+            return tasks, None
         fewest = -(-tasks // (threads * max(1, PIECE_BYTES // captured.tape.bytes)))
         rounds = next((r for r in range(fewest, 2 * fewest) if tasks % (threads * r) == 0), fewest)  # equal pieces
-        return -(-tasks // (threads * rounds))
+        piece = -(-tasks // (threads * rounds))
+        return piece, first if piece == 1 else None
 
-    def _run(self, calls: list[_Call]) -> list[list[Tensor | None]]:
-        """Those whose program is known to be right side by side, the others beside an ordinary run."""
-        results, ready, new = [], [], set()
-        for call in calls:
+    def _run(self, calls: list[_Call], first: list[Tensor | None] | None) -> list[list[Tensor | None]]:
+        """The calls' results, `first` those of the first one: of new programs one is compared with an ordinary run.
+
+        And one of the next batch: then a program is known to be right.
+        """
+        results: list[list[Tensor | None]] = [] if first is None else [first]
+        new = {call.key for call in calls[: len(results)]}
+        ready: list[tuple[_Captured, list[Tensor]]] = []
+        sure = set()
+        for call in calls[len(results) :]:
             if call.key not in self._programs:
                 new.add(call.key)
                 results.append(self._recorded(call))
                 continue
-            captured = self._programs[call.key]
+            captured = self._programs[call.key] = self._programs.pop(call.key)
             if captured is None:
                 results.append(list(call()))
-            elif captured.checked and call.key not in new:
-                ready.append(call)
+            elif captured.checked or call.key in sure:
+                ready.append((captured, call.inputs))
                 results.append([])
             else:
-                results.append(self._compared(captured, call, another=call.key not in new))
-        found = iter(self._played(ready))
-        return [result or next(found) for result in results]
-
-    def _played(self, calls: list[_Call]) -> Iterator[list[Tensor | None]]:
-        """The calls' programs, as many at a time as there are threads."""
-        threads = torch.get_num_threads()
-        for key, alike in groupby(calls, key=lambda call: call.key):
-            inputs = [call.inputs for call in alike]
-            captured = self._programs[key]
-            assert captured is not None
-            for i in range(0, len(inputs), threads):
-                yield from captured(inputs[i : i + threads], threads)
+                found, right = self._compared(captured, call)
+                results.append(found)
+                captured.checked = right and call.key not in new
+                if right:
+                    sure.add(call.key)
+        found_ready = _played(ready)
+        return [result or next(found_ready) for result in results]
 
     def _recorded(self, call: _Call) -> list[Tensor | None]:
         while len(self._programs) >= PROGRAMS:
@@ -120,15 +129,12 @@ class Captures:
             return results
         before.restore()
         give_back()
-        return self._compared(captured, call, results, another=False)
+        return self._compared(captured, call, results)[0]
 
     def _compared(
-        self, captured: _Captured, call: _Call, truth: list[Tensor | None] | None = None, another: bool = True
-    ) -> list[Tensor | None]:
-        """The program's results, if they are those of an ordinary run (`truth`), else these.
-
-        `another`: not those of the batch that was recorded; then the program is known to be right.
-        """
+        self, captured: _Captured, call: _Call, truth: list[Tensor | None] | None = None
+    ) -> tuple[list[Tensor | None], bool]:
+        """The program's results, if they are those of an ordinary run (`truth`), else these; and whether they are."""
         before, reason = Random(call.inputs[0].device), ""
         try:
             (found,) = captured([call.inputs], 1)
@@ -141,11 +147,10 @@ class Captures:
             truth = list(call())
             give_back()
         if found and _agree(found, truth):
-            captured.checked = another
-            return found
+            return found, True
         if not found or all(t is None or t.isfinite().all() for t in truth):  # others confirm nothing
             self._give_up(call.key, reason or "it would give other results than an ordinary run")
-        return truth
+        return truth, False
 
     def _give_up(self, key: Any, reason: str) -> None:
         self._programs[key] = None
@@ -156,21 +161,27 @@ class _Call:
     """A function and its batches, whose tensors are the inputs of a program."""
 
     def __init__(self, function: Callable[..., Sequence[Tensor | None]], key: tuple, batches: tuple) -> None:
-        self._function, self._batches, self._given = function, batches, key
+        self._function = function
         self._leaves, self._spec = tree_flatten(batches)
         self._where = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-        self.inputs = [self._leaves[i].contiguous() for i in self._where]
         others = tuple(leaf for leaf in self._leaves if not isinstance(leaf, Tensor))
-        kinds = ((t.shape, t.dtype, t.device) for t in self.inputs)
-        self.key = (*key, str(self._spec), str(others), *kinds)
+        self._kind = (*key, str(self._spec), str(others))
+        self._take([self._leaves[i].contiguous() for i in self._where])
+
+    def _take(self, inputs: list[Tensor]) -> None:
+        self.inputs = inputs
+        self.key = (self._kind, *((t.shape, t.dtype, t.device) for t in inputs))
 
     def __call__(self) -> Sequence[Tensor | None]:
+        leaves = [*self._leaves]
         for i, tensor in zip(self._where, self.inputs, strict=True):
-            self._leaves[i] = tensor
-        return self._function(*tree_unflatten(self._leaves, self._spec))
+            leaves[i] = tensor
+        return self._function(*tree_unflatten(leaves, self._spec))
 
     def part(self, tasks: slice) -> _Call:
-        return _Call(self._function, self._given, tuple(select(batch, tasks) for batch in self._batches))
+        part = copy(self)
+        part._take([t[tasks] for t in self.inputs])
+        return part
 
 
 class _Captured:
@@ -179,9 +190,18 @@ class _Captured:
     def __init__(self, program: Program, tape: Tape | None) -> None:
         self.program, self.tape, self.checked = program, tape, False
 
-    def __call__(self, pieces: list[list[Tensor]], threads: int) -> list[list[Tensor | None]]:
+    def __call__(self, pieces: Sequence[Sequence[Tensor]], threads: int) -> list[list[Tensor | None]]:
         results = self.tape(pieces, threads) if self.tape is not None else None
         return [self.program(inputs) for inputs in pieces] if results is None else results  # which says what is wrong
+
+
+def _played(pieces: Sequence[tuple[_Captured, list[Tensor]]]) -> Iterator[list[Tensor | None]]:
+    """The pieces' programs, as many at a time as there are threads."""
+    threads = torch.get_num_threads()
+    for _, alike in groupby(pieces, key=lambda piece: id(piece[0])):
+        captured, inputs = zip(*alike, strict=True)
+        for i in range(0, len(inputs), threads):
+            yield from captured[0](inputs[i : i + threads], threads)
 
 
 def _agree(found: Sequence[Tensor | None], truth: Sequence[Tensor | None]) -> bool:
