@@ -105,7 +105,8 @@ def lines(base: str, keys: dict[str, dict[Any, dict[str, Any]]], theme: str) -> 
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(figsize=(3.2 * len(keys), 4.8), layout="constrained")
+    width = max(2, len(keys))  # panels, which the legend and the title have room in
+    figure = Figure(figsize=(3.2 * width, 4.8), layout="constrained")
     grid = figure.subplots(2, len(keys), squeeze=False, sharex="col")
     for column, (key, points) in enumerate(keys.items()):
         methods = dict.fromkeys(m for point in points.values() for m in point["methods"] if peers.order(m) == 2)
@@ -127,5 +128,5 @@ def lines(base: str, keys: dict[str, dict[Any, dict[str, Any]]], theme: str) -> 
     grid[1, 0].set_ylabel("peak memory, MiB")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(fill(Spec.parse(base).title, 40 * len(keys)))
+    figure.suptitle(fill(Spec.parse(base).title, 40 * width))
     return figure

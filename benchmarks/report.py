@@ -20,6 +20,7 @@ from benchmarks.tables import (
     curve_table,
     measured,
     methods_table,
+    ops_table,
     recurrent_table,
     summary_table,
     sweep_table,
@@ -47,6 +48,13 @@ forward and backward of PyTorch's flash attention, which has no second derivativ
 / ours": a Hessian-vector product by PyTorch's twice differentiable attention, over ours."""
 
 
+OPS = """\
+Every rule of every op, of the CPU's kernels where it has some (`metakern bench ops`; GB/s and GFLOP/s are in the file).
+"Of the limit", of the four rules: the longer of a copy of as many bytes and torch.mm of as many operations, over the
+time. "Plain / ours": plain PyTorch's time over that of the public op, forward, forward and backward, and a
+Hessian-vector product."""
+
+
 def swept() -> str:
     return "\n".join(markup(stem(base), f"Time and memory of {base}") for base in bases() if base == SHOWN)
 
@@ -72,7 +80,7 @@ def with_tables(text: str) -> str:
 
 
 def full() -> str:
-    """RESULTS.md: every workload by method, every sweep, the recurrent cells and attention."""
+    """RESULTS.md: every workload by method, every sweep, the recurrent cells, attention, every op."""
     parts = ["# Results", ABOUT, "## One meta-gradient by method"]
     for name, found in measured().items():
         parts += [f"### {name}", f"{Spec.parse(name).title}.{limit(found)}", methods_table(found)]
@@ -81,7 +89,7 @@ def full() -> str:
         parts += [f"### {base}", markup(stem(base), base).replace("benchmarks/", "")]
         parts += [sweep_table(key, points) for key, points in keys.items()]
     parts += ["## Recurrent cells", RECURRENT, recurrent_table(), BATCH_1, recurrent_targets_table()]
-    parts += ["## Attention", ATTENTION, attention_table()]
+    parts += ["## Attention", ATTENTION, attention_table(), "## Ops", OPS, ops_table()]
     return "\n\n".join(parts) + "\n"
 
 

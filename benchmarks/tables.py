@@ -189,3 +189,33 @@ def attention_table() -> str:
         ratios = (f"{row[key][0]:.2f}" for key in ("flash_over_ours", "ordinary_over_ours"))
         rows.append([size, *times, f"{row['of_rate']['vjp_jvp'][0]:.0%}", *ratios])
     return "\n".join([table([*head, "ordinary / ours"], rows), "", described(data)])
+
+
+def ops_table() -> str:
+    """Each op on the CPU's kernels, or the reference where it has none; other backends are in the file."""
+    data = {name.split()[-1]: entry for name, entry in load("ops").items() if name.startswith("cpu float32 ")}
+    rules, ratios = ("forward", "jvp", "vjp", "vjp_jvp"), ("forward", "vjp", "vjp_jvp")
+    rows = []
+    for op, entry in data.items():
+        for i, (sample, found) in enumerate(entry["samples"].items()):
+            backend = "cpu" if "cpu" in found["backends"] else "reference"
+            of = found["backends"][backend]
+            times = (f"{of[rule]['ms'][0]:.2f}" for rule in rules)
+            limits = "".join(f"{of[rule]['of_limit'][0]:.0%} " for rule in rules)
+            plain = (
+                f"{of[rule]['plain_over_ours'][0]:.2f}" if "plain_over_ours" in of[rule] else "" for rule in ratios
+            )
+            rows.append([f"`{op}`" if i == 0 else "", sample, backend, *times, limits.strip(), *plain])
+    head = (
+        "op",
+        "sample",
+        "backend",
+        *rules[:3],
+        "vjp_jvp, ms",
+        "of the limit",
+        "forward",
+        "and backward",
+        "HVP: plain / ours",
+    )
+    lines = [table(head, rows), ""]
+    return "\n".join([*lines, *(f"{line}  " for line in dict.fromkeys(map(described, data.values())))])
