@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def autocast(policy: str) -> Callable[[F], F]:
-    """For public functions, which are differentiable through the casts."""
+    """For public functions, differentiable through the casts, inside of which no mode of torch functions looks."""
 
     def decorated(function: F) -> F:
         def run(*args: Any, **kwargs: Any) -> Any:
