@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import pickle
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +66,21 @@ MODELS: dict[str, tuple[dict, set[str]]] = {
     "smollm3": (LLAMA, SILU),
 }
 
+# Models that make their causal masks by themselves (GPT-2 before transformers 4.54, OPT and others before 5.9): their
+# attention is left to them, and OPT's own gives NaN for a query that sees no key.
+NO_INTERFACE = "it does not go through transformers' attention interface"
+BY_ITSELF = "it makes its causal masks by itself, not by transformers' masking_utils"
+OWN_MASKS = {
+    name
+    for name in ("gpt2", "opt", "qwen2_moe")
+    if not hasattr(importlib.import_module(f"transformers.models.{name}.modeling_{name}"), "create_causal_mask")
+}
+
+
+def padded(name: str, *sides: str | None) -> list[str | None]:
+    """The sides at which a batch for a model is padded."""
+    return [side for side in sides if side != "left" or name not in OWN_MASKS - {"gpt2"}] or ["right"]
+
 
 def build(name: str, attention: str = "eager", **changes: Any) -> Any:
     """A model whose parameters are all random, norms and biases too, in float64."""
@@ -107,10 +125,12 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 def test_patched_computes_the_same(name: str, fused: list[dict]) -> None:
     model = build(name)
     ours, report = patched(model)
-    assert {after for _, _, after in report.replaced} == {*MODELS[name][1], "metakern.ops.cross_entropy"}
-    capped = f"attention of {type(model).__name__}", "its scores are capped at 50.0"
-    assert report.left == ((("", *capped),) if name == "gemma2" else ())
-    for padding in (None, "left", "right"):
+    own = {ATTENTION} if name in OWN_MASKS else set()
+    afters = {after.replace("metakern.nn.SiLU", "metakern.ops.silu") for _, _, after in report.replaced}
+    assert afters == {*MODELS[name][1], "metakern.ops.cross_entropy"} - own
+    why = "its scores are capped at 50.0" if name == "gemma2" else BY_ITSELF if own else None
+    assert report.left == ((("", f"attention of {type(model).__name__}", why),) if why else ())
+    for padding in padded(name, None, "left", "right"):
         fused.clear()
         inputs = batch(3, padding=padding)
         if padding is None:
@@ -120,12 +140,13 @@ def test_patched_computes_the_same(name: str, fused: list[dict]) -> None:
         seen = inputs.get("attention_mask", torch.ones(2, L)).bool()
         close(found.logits[seen], expected.logits[seen])
         close(found.loss, expected.loss)
-        assert len(fused) == (0 if name == "gemma2" else 2)
+        assert len(fused) == (0 if why else 2)
         windows = {"qwen2": [None, 3], "mistral": [3, 3], "phi3": [4, 4], "gemma3_text": [3, 3]}
         assert [call["window"] for call in fused] == windows.get(name, [None] * len(fused))
         for call in fused:
             plain = padding is None and call["window"] is None
-            assert call["mask"] is None if plain else torch.equal(call["mask"], seen)
+            bare = call["mask"] is None or (plain and call["mask"].all())  # OPT's own mask is of ones before 5.23
+            assert bare if plain else torch.equal(call["mask"], seen)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -170,7 +191,7 @@ def test_a_pickle_opens_where_nothing_was_patched_yet() -> None:
 def test_generation_with_and_without_a_cache(name: str, fused: list[dict]) -> None:
     model = build(name, attention="sdpa")
     ours, _ = patched(model)
-    inputs = batch(5)
+    inputs = batch(5, padding=padded(name, "left", None)[0])
     del inputs["labels"]
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"})[: 3 if name == "llama" else 2]:
@@ -179,7 +200,7 @@ def test_generation_with_and_without_a_cache(name: str, fused: list[dict]) -> No
         found = ours.generate(**inputs, **options, **cache, output_scores=True, return_dict_in_generate=True)
         assert torch.equal(found.sequences, expected.sequences)
         close(torch.stack(found.scores), torch.stack(expected.scores), 1e-4)  # the unpatched one is float32 in part
-        assert len(fused) == 12
+        assert len(fused) == (0 if name in OWN_MASKS else 12)
 
 
 def test_what_the_op_does_not_compute_is_the_models_own(fused: list[dict]) -> None:
@@ -193,10 +214,12 @@ def test_what_the_op_does_not_compute_is_the_models_own(fused: list[dict]) -> No
     cases: list[dict] = [
         {**inputs, "output_attentions": True},
         {**inputs, "attention_mask": own},
-        packed,  # two sequences in one: a mask of blocks
     ]
+    if hasattr(transformers.masking_utils, "find_packed_sequence_indices"):
+        cases.append(packed)  # two sequences in one: a mask of blocks
     for case in cases:
-        with comparable():
+        with comparable(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`output_attentions=True` is not supported", UserWarning)
             expected, found = model(**case, use_cache=False), ours(**case, use_cache=False)
         seen = inputs["attention_mask"].bool() if "labels" in case else slice(None)
         close(found.logits[seen], expected.logits[seen])
@@ -214,8 +237,11 @@ def test_what_the_op_does_not_compute_is_the_models_own(fused: list[dict]) -> No
 def test_a_window_that_the_layers_do_not_know(fused: list[dict]) -> None:
     sizes = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts_per_tok": 2}
     model = build("qwen2_moe", **WINDOW, **sizes).float()  # whose experts are not for float64
-    ours, _ = patched(model)
+    ours, report = patched(model)
     close(ours(**batch(1, padding=None)).logits, model(**batch(1, padding=None)).logits, 1e-4)
+    if "qwen2_moe" in OWN_MASKS:
+        assert {why for path, _, why in report.left if not path} <= {BY_ITSELF, NO_INTERFACE}
+        return
     assert 3 in [call["window"] for call in fused]
 
 
@@ -229,7 +255,7 @@ def test_attention_of_a_module_called_by_itself() -> None:
         layers = [m.model.layers[0].self_attn for m in (model, ours)]
         layers[1].is_causal = is_causal
         mask = torch.zeros(L, L).double().masked_fill(torch.ones(L, L).triu(1).bool() & is_causal, -1e30)
-        close(layers[1](x, position)[0], layers[0](x, position, mask)[0], 1e-6)
+        close(layers[1](x, position, None)[0], layers[0](x, position, mask[None, None])[0], 1e-6)
 
 
 def test_losses_that_transformers_trainer_asks_for() -> None:
@@ -313,6 +339,11 @@ def assert_exact(maml: Any, model: nn.Module, support: dict, query: dict, expect
         assert (p.grad - expected[name]).norm() <= tolerance * max(expected[name].norm(), 1e-3 * most), name
 
 
+def tolerance(name: str) -> float:
+    """For eager attention, which computes in float32 in part, and for the op."""
+    return 1e-4 if name in OWN_MASKS else 1e-5 if name == "gemma2" else 1e-9
+
+
 def ways(*batchings: str) -> Iterator[dict[str, str]]:
     for batching in batchings:
         for strategy in ("store", "recompute"):
@@ -328,14 +359,16 @@ def error_of(plan: object) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_meta_gradients_are_exact(name: str) -> None:
     """Patched: equal to plain autograd. As it is: equal to it where the planner compares, which is in float64."""
-    side = "right" if name == "gemma2" else "left"  # in eager formulas a query that sees no key is float32's business
+    side = (
+        "right" if name == "gemma2" else padded(name, "left")[0]
+    )  # in eager formulas a query that sees no key is float32's business
     model = build(name)
     support, query = batch(1, 3, padding=side), batch(2, 3, padding=side)
     expected = truth(model, support, query, 0.1, 2, lambda name: True)
     ours, _ = patched(model)
-    for way in ways("fold", "vmap", "loop") if name in ("gpt2", "qwen2") else ways("fold"):
+    for way in ways("fold", "vmap", "loop") if name in {"gpt2", "qwen2"} - OWN_MASKS else ways("fold"):
         maml = mk.MAML(ours, mk.losses.causal_lm, mk.optim.SGD(0.1), 2, **way)
-        assert_exact(maml, ours, support, query, expected, 1e-5 if name == "gemma2" else 1e-9)
+        assert_exact(maml, ours, support, query, expected, tolerance(name))
         assert error_of(maml.plan) < 1e-11
     maml = mk.MAML(model, mk.losses.causal_lm, mk.optim.SGD(0.1), 1, batching="fold")
     maml(batch(1, 3, padding="right"), batch(2, 3, padding="right"))
@@ -355,7 +388,7 @@ def test_adapting_some_parameters_never_makes_the_logits(
     name: str, adapt: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(name)
-    support, query = batch(1, 3), batch(2, 3)
+    support, query = (batch(seed, 3, padding=padded(name, "left")[0]) for seed in (1, 2))
     patterns = re.compile("|".join(p.replace(".", r"\.").replace("*", ".*").replace("?", ".") for p in adapt))
     expected = truth(model, support, query, 0.1, 2, lambda name: patterns.match(name))
     ours, _ = patched(model)
@@ -363,10 +396,10 @@ def test_adapting_some_parameters_never_makes_the_logits(
     op = mk.ops.linear_cross_entropy
     monkeypatch.setattr(mk.ops, "linear_cross_entropy", lambda *a: calls.append(a) or op(*a))
     monkeypatch.setattr(mk.ops, "cross_entropy", None)
-    for way in ways("fold", "vmap", "loop") if name in ("llama", "gpt2") else ways("fold"):
+    for way in ways("fold", "vmap", "loop") if name in {"llama", "gpt2"} - OWN_MASKS else ways("fold"):
         calls.clear()
         maml = mk.MAML(ours, mk.losses.causal_lm, mk.optim.SGD(0.1), 2, adapt=adapt, **way)
-        assert_exact(maml, ours, support, query, expected, 1e-9)
+        assert_exact(maml, ours, support, query, expected, tolerance(name))
         assert calls
     monkeypatch.undo()
     plan = mk.MAML(model, mk.losses.causal_lm, mk.optim.SGD(0.1), 1, adapt=adapt, batching="fold")
@@ -439,3 +472,61 @@ def test_encoder_decoders_keep_their_attention(name: str) -> None:
     with comparable():
         close(ours(**inputs).loss, model(**inputs).loss)
     assert ours.config._attn_implementation == model.config._attn_implementation
+
+
+def test_what_a_known_family_was_expected_to_run_and_does_not_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A future transformers whose modules look otherwise: each op that is not put in is a line with the reason."""
+    from transformers.models.llama import modeling_llama as llama
+
+    def hidden(*args: Any, **kwargs: Any) -> Any:
+        return forwards[llama.LlamaAttention](*args, **kwargs)
+
+    forwards = {kind: kind.forward for kind in (llama.LlamaAttention, llama.LlamaMLP)}
+    hidden.__wrapped__ = forwards[llama.LlamaAttention]  # type: ignore[attr-defined]
+    monkeypatch.setattr(llama.LlamaAttention, "forward", hidden)  # whose cell holds no function, but a table of them
+    double = lambda self, x: 2 * forwards[llama.LlamaMLP](self, x)  # noqa: E731
+    monkeypatch.setattr(llama.LlamaMLP, "forward", double)
+    model = build("llama")
+    ours, report = patched(model)
+    version = transformers.__version__
+    hides = "metakern.ops.rope was not put in: a decorator hides the forward that calls apply_rotary_pos_emb"
+    assert {(kind.rpartition(".")[2], why) for _, kind, why in report.left} == {
+        ("LlamaAttention", hides),
+        ("LlamaMLP", "it does not compute metakern.ops.swiglu: its class has changed"),
+        *(
+            (
+                f"{op} of LlamaForCausalLM",
+                f"no module of it was recognized as metakern.ops.{op}, in transformers {version}",
+            )
+            for op in ("rope", "swiglu")
+        ),
+    }
+    with comparable():
+        close(ours(**batch(1, padding=None)).logits, model(**batch(1, padding=None)).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi"])
+def test_a_decorated_forward_keeps_its_decorators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = build(name), []
+    kind = type(model.model.layers[0].self_attn)
+    forward = kind.forward
+
+    def counted(f: Any) -> Any:
+        @functools.wraps(f)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(type(self).__name__)
+            return f(self, *args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(kind, "forward", counted(counted(forward)))
+    ours, report = patched(model)
+    assert report.left == ()
+    rotated = mk.ops.rope
+    turned: list[Tensor] = []
+    monkeypatch.setattr(mk.ops, "rope", lambda x, *a: turned.append(x) or rotated(x, *a))
+    with comparable():
+        close(ours(**batch(1, padding=None)).logits, model(**batch(1, padding=None)).logits)
+    assert len(turned) == 4  # of queries and keys in two layers, of ours alone
+    assert calls == [kind.__name__] * 8
+    assert kind.forward.__wrapped__.__wrapped__ is forward

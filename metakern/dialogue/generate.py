@@ -7,13 +7,15 @@ Holtzman et al. 2020, "The curious case of neural text degeneration", section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["generate"]
+
+CACHES = ("cache", "past_key_values")  # as transformers calls it, in outputs as in arguments, since 5.24 and before
 
 
 @torch.no_grad()
@@ -52,7 +54,7 @@ def generate(
         raise ValueError(f"generate: input_ids must be [L] or [1, L] with L at least 1, got {list(ids.shape)}")
     ids = ids.reshape(1, -1)
     start, window = ids.shape[1], getattr(model, "max_length", None) or 0
-    options = {"use_cache": True} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    options: dict[str, Any] = {"use_cache": True} if hasattr(getattr(model, "config", None), "use_cache") else {}
     known = 0  # the ids that are in the cache
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     for module, _ in modes:
@@ -60,8 +62,9 @@ def generate(
     try:
         for _ in range(max_new_tokens):
             output = model(ids[:, max(known, ids.shape[1] - window if window else 0) :], **options)
-            if (cache := getattr(output, "past_key_values", None)) is not None:
-                known, options["past_key_values"] = ids.shape[1], cache
+            keys = output.keys() if isinstance(output, Mapping) else ()  # the old name is an alias, which warns
+            for name in (name for name in CACHES if name in keys):
+                known, options[name] = ids.shape[1], output[name]
             token = _next(getattr(output, "logits", output)[0, -1].float(), temperature, top_p, generator)
             if token == eos_id:
                 break

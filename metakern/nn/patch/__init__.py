@@ -75,8 +75,9 @@ def patch(model: nn.Module) -> Report:
         if new:
             module.__dict__[FORMER], module.__class__ = kind, new
             replaced.append(Replaced(path, _name(kind), _name(new)))
-        elif why:
+        if why:
             left.append(Left(path, _name(kind), why))
+    left.extend(huggingface.missing(modules))
     return Report(tuple(replaced), tuple(left))
 
 

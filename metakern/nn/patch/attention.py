@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, update_wrapper
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -136,6 +137,32 @@ def is_half_rotation(candidate: Callable[..., Any] | None) -> bool:
 def code_of(kind: Any) -> Any:
     """The forward of a class as it was written, without what wraps it."""
     return inspect.unwrap(kind.forward)
+
+
+def with_global(function: Any, name: str, value: Any) -> Any:
+    """A copy of a function that reads `value` as the global `name`, under copies of the decorators around it.
+
+    None where a decorator does not keep what it wraps in a cell of its own, so that a copy can't be put there.
+    """
+    wrapped = getattr(function, "__wrapped__", None)
+    if not isinstance(function, FunctionType):
+        return None
+    names, closure, inner = function.__globals__, function.__closure__, None
+    if wrapped is None:
+        names = {**names, name: value}
+    else:
+        inner = with_global(wrapped, name, value)
+        if inner is None or not any(cell.cell_contents is wrapped for cell in closure or ()):
+            return None
+        closure = tuple(CellType(inner) if cell.cell_contents is wrapped else cell for cell in closure or ())
+    copied = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
+    update_wrapper(copied, function)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    if wrapped is None:
+        del copied.__wrapped__  # type: ignore[attr-defined]
+    else:
+        copied.__wrapped__ = inner  # type: ignore[attr-defined]
+    return copied
 
 
 def same(f: Any, g: Any) -> bool:

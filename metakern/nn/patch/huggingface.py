@@ -10,18 +10,19 @@ Where a call is not what the op computes, the class that a module had before com
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from types import FunctionType
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from metakern import ops
 from metakern.nn.linear import Linear, mixed
-from metakern.nn.patch.attention import NAME, code_of, is_half_rotation, register, rotary, same
+from metakern.nn.patch.attention import NAME, code_of, is_half_rotation, register, rotary, same, with_global
 from metakern.nn.patch.report import Left, Replaced
 from metakern.ops._tensors import wide
 
@@ -29,10 +30,24 @@ FORMER = "_metakern_former_class"  # attributes of a replaced module or model, s
 _FORMER_ATTENTION = "_metakern_former_attention"
 _ATTENTION, _ROPE, _ROTARY = "metakern.ops.attention", "metakern.ops.rope", "apply_rotary_pos_emb"
 
-# The models whose logits are what the head returns, if they are not capped.
-_PLAIN_HEADS = frozenset(
-    ("gemma", "gemma2", "gemma3", "gpt2", "gpt_neox", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "smollm3")
-)
+_LLAMA = ("rope", "rms_norm", "swiglu")
+_GEMMA = ("rope", "rms_norm", "gelu")
+# The ops that each known family runs once it is patched, beside attention; `missing` reports what is not there.
+_FAMILIES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"), _LLAMA),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3"), _GEMMA),
+    "gpt2": ("linear", "gelu"),
+    "gpt_neox": ("rope", "gelu"),
+    "opt": (),
+    "phi": ("rope", "gelu"),
+}
+# Families whose logits are what the head returns, if they are not capped.
+_PLAIN_HEADS = frozenset(_FAMILIES) - {"phi"}
+# Ops that a family runs only with this activation, as transformers names it.
+_ACTIVATIONS = {
+    "swiglu": ("silu", "swish"),
+    "gelu": ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python"),
+}
 
 Modules = Sequence[tuple[str, nn.Module]]
 Parameter = Callable[[str], Any]  # a parameter by name, with or without the tasks first
@@ -173,6 +188,26 @@ def pretrained(modules: Modules) -> Iterator[tuple[str, Any]]:
         yield from ((path, module) for path, module in modules if isinstance(module, library.PreTrainedModel))
 
 
+def missing(modules: Modules) -> Iterator[Left]:
+    """What the models of known families among the patched `modules` were expected to run, and do not."""
+    reported: set[str] = set()
+    for path, model in pretrained(modules):
+        family = _family(model)
+        if family not in _FAMILIES or family in reported:
+            continue
+        reported.add(family)
+        runs = {op for part in model.modules() for op in getattr(type(part), "runs", "").split(", ")}
+        expected = [] if _attention_obstacle(model) else ["attention"]
+        config = model.config.get_text_config()
+        activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+        expected += [op for op in _FAMILIES[family] if activation in _ACTIVATIONS.get(op, (activation,))]
+        for op in expected:
+            if f"metakern.ops.{op}" not in runs:
+                version = sys.modules["transformers"].__version__
+                why = f"no module of it was recognized as metakern.ops.{op}, in transformers {version}"
+                yield Left(path, f"{op} of {type(model).__name__}", why)
+
+
 def replacement(module: nn.Module) -> tuple[type[Fused] | None, str | None]:
     """The class that computes what a module in a pretrained model computes, and why there is none where one is due."""
     kind: Any = type(module)
@@ -185,20 +220,30 @@ def replacement(module: nn.Module) -> tuple[type[Fused] | None, str | None]:
         gate = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
         if issubclass(mixin, GatedMLP | JointlyGatedMLP) and not _is_silu(gate):
             return None, None  # its activation is replaced, and a gate of another kind is a product
+        if not _behaves(module, mixin):
+            return None, f"it does not compute {mixin.runs}: its class has changed"
         return _made(kind, mixin, mixin.runs), None
     if _calls_interface(kind):
         fused = cast(Any, module).config._attn_implementation == NAME
-        turns = code_of(kind) is kind.forward and _uses(kind, _ROTARY) and is_half_rotation(_global(kind, _ROTARY))
+        turns = _uses(kind, _ROTARY) and is_half_rotation(_global(kind, _ROTARY))
+        why = None
+        if turns and with_global(kind.forward, _ROTARY, None) is None:
+            turns, why = False, f"{_ROPE} was not put in: a decorator hides the forward that calls {_ROTARY}"
         runs = ", ".join([_ATTENTION] * fused + [_ROPE] * turns)
-        return _made(kind, Attention, runs) if runs else None, None
+        return _made(kind, Attention, runs) if runs else None, why
     if any(p is not None for p in module._parameters.values()) and not isinstance(module, nn.Embedding):
         return None, "no rule knows it"
     return None, None
 
 
-@cache
 def known(kind: Any) -> type[Fused] | None:
     """What computes the same as the modules of a class of transformers."""
+    return _known(kind, kind.forward)
+
+
+@cache
+def _known(kind: Any, forward: Any) -> Any:
+    """`known`, found anew where the forward of a class was replaced."""
     from transformers import activations, pytorch_utils
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -227,20 +272,47 @@ def known(kind: Any) -> type[Fused] | None:
     return None
 
 
-@cache
+_BEHAVES: dict[Any, bool] = {}
+
+
+def _behaves(module: nn.Module, mixin: type[Fused]) -> bool:
+    """Whether a class computes what `mixin` does: tried on one of its modules with random parameters of a tiny size."""
+    key = type(module), mixin, type(module).forward
+    if key not in _BEHAVES:
+        trial: Any = copy.copy(module)
+        trial.__dict__ = {**module.__dict__, "_parameters": {}, "_modules": dict(module._modules), "nf": 5}
+        random = torch.Generator().manual_seed(0)
+        x = torch.randn(3, 6, generator=random) * torch.tensor([[1.0], [2e-3], [30.0]])  # where eps matters, and not
+        for name, part in module._modules.items():
+            if isinstance(part, nn.Linear):
+                rows, columns = (6, 4) if name == "down_proj" else (8 if name == "gate_up_proj" else 4, 6)
+                trial._modules[name] = nn.utils.skip_init(nn.Linear, columns, rows, bias=False)
+                trial._modules[name].weight.data = torch.randn(rows, columns, generator=random)
+        for name, sizes in {"weight": (6, 5) if mixin is Conv1D else (6,), "bias": (5,)}.items():
+            if name in module._parameters:
+                trial._parameters[name] = nn.Parameter(torch.randn(sizes, generator=random))
+        try:
+            with torch.no_grad():
+                found = key[0].forward(trial, x)
+                trial.__class__ = _made(key[0], mixin, mixin.runs)
+                expected = trial.forward(x)
+            _BEHAVES[key] = torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+        except Exception:  # whatever a class of another making stumbles over
+            _BEHAVES[key] = False
+    return _BEHAVES[key]
+
+
 def _made(former: Any, mixin: Any, runs: str) -> type[Fused]:
     """The class of the modules of `former` that run metakern's ops; its name is theirs, by which transformers asks."""
+    return _made_of(former, mixin, runs, former.forward)
+
+
+@cache
+def _made_of(former: Any, mixin: Any, runs: str, forward: Any) -> type[Fused]:
+    """`_made`, anew where the forward of `former` was replaced."""
     body: dict[str, Any] = {"runs": runs, "__module__": __name__, "__doc__": former.__doc__}
     if _ROPE in runs:
-        forward = former.forward
-        body["forward"] = FunctionType(
-            forward.__code__,
-            {**forward.__globals__, _ROTARY: rotary(forward.__globals__[_ROTARY])},
-            forward.__name__,
-            forward.__defaults__,
-            forward.__closure__,
-        )
-        body["forward"].__kwdefaults__ = forward.__kwdefaults__
+        body["forward"] = with_global(forward, _ROTARY, rotary(_global(former, _ROTARY)))
     return type(former.__name__, (mixin, former), body)
 
 
@@ -270,8 +342,8 @@ def causal_lm_loss(
 
 def separate_head(model: nn.Module) -> Any:
     """The head of a patched model, if it can be taken off: the last that is done, without a bias and not folded."""
-    kind, lm = type(model).__module__.rpartition("modeling_")[2], cast(Any, model)
-    if model.__dict__.get("_loss_function") is not causal_lm_loss or kind not in _PLAIN_HEADS:
+    lm = cast(Any, model)
+    if model.__dict__.get("_loss_function") is not causal_lm_loss or _family(model) not in _PLAIN_HEADS:
         return None
     head = lm.get_output_embeddings()
     plain = type(head) is Linear and head._parameters["bias"] is None
@@ -314,9 +386,17 @@ def _attention_obstacle(model: Any) -> str | None:
         return "it needs transformers 4.53 or newer"
     if not any(_calls_interface(kind) for kind in kinds):
         return "it does not go through transformers' attention interface"
+    callers = (part for part in model.modules() if _calls_interface(type(part)))
+    if any(getattr(part, "is_causal", False) and not _imports_masks(cast(Any, type(part))) for part in callers):
+        return "it makes its causal masks by itself, not by transformers' masking_utils"
     if not (getattr(model, "_supports_flash_attn", False) or getattr(model, "_supports_flash_attn_2", False)):
         return "it needs a mask for each query and key"
     return None
+
+
+def _family(model: nn.Module) -> str:
+    """The name of the family of a pretrained model: that of the file of transformers that its class is in."""
+    return type(model).__module__.rpartition("modeling_")[2]
 
 
 def _calls_interface(kind: Any) -> bool:
@@ -331,6 +411,13 @@ def _uses(kind: Any, name: str) -> bool:
 
 def _global(kind: Any, name: str) -> Any:
     return code_of(kind).__globals__.get(name)
+
+
+@cache
+def _imports_masks(kind: Any) -> bool:
+    """Whether the file of a class has functions of transformers' mask interface at hand."""
+    names = code_of(kind).__globals__.values()
+    return any(getattr(value, "__module__", "") == "transformers.masking_utils" for value in names)
 
 
 def _is_silu(module: Any) -> bool:
