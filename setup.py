@@ -16,6 +16,7 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 from setuptools.errors import CompileError, LinkError, PlatformError
 from setuptools.modified import newer_group
 
@@ -49,6 +50,16 @@ class BuildPackages(build_py):
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         found = super().find_package_modules(package, package_dir)
         return [module for module in found if not module[1].startswith("test_")]
+
+
+class EditableWheel(editable_wheel):
+    """Installs a clone as one folder on the path, where `metakern bench` finds the benchmarks beside the package."""
+
+    def finalize_options(self) -> None:
+        distribution = self.distribution
+        distribution.packages = [name for name in distribution.packages if not name.startswith("metakern._bench")]
+        distribution.package_dir = {"": "."}
+        super().finalize_options()
 
 
 class BuildKernels(build_ext):
@@ -132,5 +143,5 @@ setup(
     # In a folder of their own, which `metakern bench` puts on the path: the name is too common for site-packages.
     package_dir={"metakern._bench.benchmarks": "benchmarks"},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildKernels, "build_py": BuildPackages},
+    cmdclass={"build_ext": BuildKernels, "build_py": BuildPackages, "editable_wheel": EditableWheel},
 )

@@ -18,10 +18,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy
 import torch
 
 import metakern
 from metakern.config import Config, UserError, describe
+from metakern.tested import remark
 
 __all__ = ["main"]
 
@@ -257,7 +259,10 @@ def _diagnosis(path: str) -> None:
 
 def _environment() -> None:
     python = ".".join(map(str, sys.version_info[:3]))
-    print(f"metakern {metakern.__version__}, Python {python}, torch {torch.__version__}")
+    print(f"metakern {metakern.__version__}, Python {python}, torch {torch.__version__}, numpy {numpy.__version__}")
+    for package, found in (("python", python), ("torch", torch.__version__), ("numpy", numpy.__version__)):
+        if words := remark(package, found):
+            print(f"{package} {found} is {words}")
     print(f"CPU: {torch.get_num_threads()} threads")
     for i in range(torch.cuda.device_count()):
         print(f"GPU {i}: {torch.cuda.get_device_name(i)}")
@@ -274,6 +279,7 @@ def _table(title: str, rows: Mapping[str, str]) -> None:
 
 def _installed(package: str) -> str:
     try:
-        return version(package)
+        found, words = version(package), remark(package, version(package))
+        return f"{found} ({words})" if words else found
     except PackageNotFoundError:
         return f"missing: pip install {EXTRAS[package]}"

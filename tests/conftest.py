@@ -4,12 +4,41 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Iterator
+import re
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
 
 from metakern import _native
+
+MISSING = re.compile("could not import|pip install|the extra|package .* is not installed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--everything", action="store_true", help="a test that wants for a Python package fails")
+
+
+def _fail_for_want_of_a_package(report: Any) -> None:
+    """A skip is a failure where all packages are there to be imported: one that can't be would go unseen."""
+    if report.skipped and MISSING.search(str(report.longrepr)) and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"skipped under --everything: {report.longrepr[-1]}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    report = yield
+    if collector.config.getoption("--everything"):
+        _fail_for_want_of_a_package(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    report = yield
+    if item.config.getoption("--everything"):
+        _fail_for_want_of_a_package(report)
+    return report
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import metakern
 from metakern import cli
 from metakern.cli import main
 from metakern.config import Config
+from metakern.tested import TESTED
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,43 @@ def test_doctor_tells_the_environment_without_any_extra(capsys, monkeypatch):
     assert ["rich", "1.2.3"] in lines
     assert ["matplotlib", "missing: pip install metakern[dialogue]"] in lines
     assert ["transformers", "missing: pip install metakern[hf]"] in lines
+
+
+def test_doctor_says_which_version_is_outside_of_what_was_tested(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "version", lambda name: {"transformers": "99.1", "triton": "3.1.0"}.get(name, "1.0"))
+    monkeypatch.setattr(cli.torch, "__version__", "1.0.0+cpu")
+    lowest, highest = (TESTED[name][i] for name, i in (("triton", 0), ("transformers", 1)))
+    assert main(["doctor"]) == 0
+    page = capsys.readouterr().out
+    assert f"torch 1.0.0+cpu is older than {TESTED['torch'][0]}, the lowest that was tested\n" in page
+    assert f"  transformers          99.1 (newer than {highest}, the highest that was tested)\n" in page
+    assert f"  triton                3.1.0 (older than {lowest}, the lowest that was tested)\n" in page
+    assert "  rich                  1.0\n" in page
+
+
+def test_a_warning_of_another_package_ends_no_run(folder):
+    """Deprecations of what we call are errors in these tests, and silent where `metakern` is started."""
+    noisy = """
+import sys, warnings
+import metakern.dialogue.generate as writing
+real = writing._next
+def deprecated(*arguments):
+    warnings.warn("use tokens", FutureWarning)
+    warnings.warn("soon", DeprecationWarning)
+    warnings.warn("mind this", UserWarning)
+    return real(*arguments)
+writing._next = deprecated
+warnings.simplefilter("error")
+from metakern.__main__ import main
+sys.argv[1:] = ["chat", sys.argv[1], "--seed", "1"]
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", noisy, str(folder / "run")]
+    ended = subprocess.run(command, input="river stone\n", capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "mind this" in ended.stderr
+    assert "use tokens" not in ended.stderr
+    assert "soon" not in ended.stderr
 
 
 def missing(name):
