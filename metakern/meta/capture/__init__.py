@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metakern._record import Program, RecordError, record
-from metakern.meta._batching import tasks_of
 from metakern.meta._memory import give_back
 from metakern.meta._unroll import Random
+from metakern.meta.batches import tasks_of
 from metakern.meta.capture.fuse import fused
 from metakern.meta.capture.tape import Tape, written
 from metakern.ops import _backend
