@@ -62,18 +62,24 @@ class Engine:
         """The plan for such batches, support first, made when the first ones are seen; `outer`: for a meta-gradient."""
         for batch, what in zip(batches, ("support", "query"), strict=False):
             tasks_of(batch, what)
-        key = (id(loss), id(inner), steps, first_order, outer, *self._settings(loss), *map(_sizes, batches))
-        found = self._plans.get(key)
+        kinds = frozenset(map(_sizes, batches))
+        found = self._kept(self._base(loss, inner, steps, first_order), kinds, outer)
         if found is None:
             found = self._made(loss, inner, steps, first_order, outer, batches)
-            key = (id(loss), id(inner), steps, first_order, outer, *self._settings(loss), *map(_sizes, batches))
-            self._plans[key] = found
+            self._plans[self._base(loss, inner, steps, first_order), kinds, outer] = found
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
         found.numbers = tuple(self._attributes(loss, numbers=True).items())
         self.last = found
         return found
+
+    def _kept(self, base: tuple, kinds: frozenset, outer: bool) -> Prepared | None:
+        """A plan that was verified on such batches, and for meta-gradients if it is for one."""
+        for key, found in self._plans.items():
+            if key[0] == base and kinds <= key[1] and outer <= key[2]:
+                self._plans.move_to_end(key)
+                return found
+        return None
 
     def _made(
         self,
@@ -101,12 +107,13 @@ class Engine:
 
         return Prepared(roles, found, unroll, loss, again, self.wishes.batching == "auto")
 
-    def _settings(self, loss: Loss) -> tuple:
+    def _base(self, loss: Loss, inner: InnerOptimizer, steps: int, first_order: bool) -> tuple:
         """All that a plan depends on beside its batches."""
         parameters = tuple((id(p), p.requires_grad, p.dtype, p.device) for p in self.model.parameters())
         attributes = tuple(self._attributes(loss).items())
-        switches = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype())
-        return parameters, attributes, switches, torch.are_deterministic_algorithms_enabled()
+        switches = (_autocast(), torch.get_default_dtype())
+        of_loop = (id(loss), id(inner), steps, first_order)
+        return of_loop, parameters, attributes, switches, torch.are_deterministic_algorithms_enabled()
 
     def _attributes(self, loss: Loss, numbers: bool = False) -> dict[tuple[int, str], Any]:
         """The plain attributes of the modules of model and loss, and what these compute by; or the numbers among them.
@@ -199,23 +206,30 @@ class Prepared:
             size = tuple(t.shape for t in tensors(batch)), structure(batch), self.numbers
             if size in self._confirmed:
                 continue
-            tasks = tasks_of(batch)
-            device = next(iter(self.parameters.adapted.values())).device
+            tasks, theta = tasks_of(batch), self.theta(tasks_of(batch))
             state = ModuleState(self.parameters.model.modules())
-            with undisturbed(device), torch.no_grad(), comparable():
-                theta = self.theta(tasks)
-                with Alike(tasks) if self._draws else nullcontext():
-                    found = batching.losses(theta, batch)
-                state.restore()
+            tolerance = 1e-3 if theta[0].dtype in (torch.float32, torch.float64) and not _autocast() else 5e-2
+            with undisturbed(theta[0].device), torch.no_grad(), comparable():
+                batching.fold.within = comparable  # a mode does not reach through the step out of vmap
+                try:
+                    with Alike(tasks) if self._draws else nullcontext():
+                        found = batching.losses(theta, batch)
+                finally:
+                    batching.fold.within = nullcontext
+                    state.restore()
                 for t in {0, tasks - 1}:
                     with Alike() if self._draws else nullcontext():
                         alone = batching.one(select(batch, t), [p[t] for p in theta])
                     state.restore()
-                    if not torch.allclose(found[t], alone, rtol=1e-3, atol=1e-5, equal_nan=True):
+                    if not torch.allclose(found[t], alone, rtol=tolerance, atol=tolerance / 100, equal_nan=True):
                         raise FoldError("its losses differ from those of a task alone for a batch of this size")
             self._confirmed[size] = None
             if len(self._confirmed) > SIZES:
                 self._confirmed.popitem(last=False)
+
+
+def _autocast() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 
 def _sizes(batch: Any) -> Any:

@@ -135,7 +135,7 @@ class Trial:
             return
 
     @contextmanager
-    def steady(self, draws: AbstractContextManager | None = None) -> Iterator[None]:
+    def steady(self) -> Iterator[None]:
         """Within the block all is as at every evaluation: attributes, buffers, random states, exact kernels."""
         self.state.restore()
         seeded()
@@ -143,7 +143,7 @@ class Trial:
             torch.set_default_dtype(torch.float64)
         operations = plain_operations() if self.plain else nullcontext()
         try:
-            with draws or nullcontext(), comparable(), _batching.exact_kernels(self.roles.model), operations:
+            with comparable(), _batching.exact_kernels(self.roles.model), operations:
                 yield
         finally:
             torch.set_default_dtype(self._default)
@@ -154,8 +154,10 @@ class Trial:
 
         @contextmanager
         def value() -> Iterator[Tensor]:
-            with self.steady(draws), torch.enable_grad(), self.roles.bound(phi):
-                yield _batching.scalar(self.loss(self.roles.model, mapped(Tensor.clone, select(batch, t))))
+            with self.steady(), torch.enable_grad(), self.roles.bound(phi):
+                with draws:
+                    value = _batching.scalar(self.loss(self.roles.model, mapped(Tensor.clone, select(batch, t))))
+                yield value
                 self.changed |= self.state.changed()
 
         return value()
@@ -174,8 +176,11 @@ class Trial:
             with self._task(t, batch, adapted, alike) as value:
                 self.python |= python_states() != python
                 _unchanged(buffers)
-                if t == 0:
-                    self._find_outside(value, adapted, before)
+                reached = self._reached(value, adapted, before) if t == 0 else []
+                if reached:  # what the loss makes anew at each call is no parameter of it
+                    with self._task(t, batch, adapted, Alike()) as value_again:
+                        again = {id(leaf) for leaf in self._reached(value_again, adapted, before)}
+                    self._take_in([leaf for leaf in reached if id(leaf) in again])
                 grads = _grad(value, [*adapted, *self.shared], create_graph=second_order)
                 if all(g is None for g in grads[: len(adapted)]):
                     raise ValueError("MAML: loss must depend on an adapted parameter, got one with no gradient for any")
@@ -192,10 +197,10 @@ class Trial:
         truth: list[list[Tensor | None]] = [[losses], _both(rows[0][1], rows[1][1], n)]
         return [*truth, _both(rows[0][2], rows[1][2], n)] if second_order else truth
 
-    def _find_outside(self, value: Tensor, adapted: Sequence[Tensor], before: int) -> None:
-        """The trained leaves of the graph that are not the model's parameters: a learned temperature, a criterion's."""
+    def _reached(self, value: Tensor, adapted: Sequence[Tensor], before: int) -> list[Tensor]:
+        """The trained leaves of a graph that are not the model's parameters."""
         known = {id(t) for t in (*adapted, *self.shared, *self.roles.adapted.values())}
-        stack, seen = [value.grad_fn], set()
+        stack, seen, found = [value.grad_fn], set(), []
         while stack:
             node = stack.pop()
             if node is None or node in seen:
@@ -209,10 +214,15 @@ class Trial:
                 )
             if leaf is not None and leaf.requires_grad and id(leaf) not in known:
                 known.add(id(leaf))
-                users = {id(own): self._users[key] for key, own in self._own.items() if key in self._users}
-                self.outside.append(users.get(id(leaf), leaf))
-                self.shared.append(leaf)
+                found.append(leaf)
             stack += [n for n, _ in node.next_functions]
+        return found
+
+    def _take_in(self, leaves: Sequence[Tensor]) -> None:
+        """Has leaves that the loss reaches learned with the model: a temperature, the parameters of a criterion."""
+        users = {id(own): self._users[key] for key, own in self._own.items() if key in self._users}
+        self.outside += [users.get(id(leaf), leaf) for leaf in leaves]
+        self.shared += leaves
 
     def _check_slopes(self, batch: Any, grads: Gradients, products: Gradients) -> None:
         """Whether the Hessian-vector product of task 0 is a slope of its gradient: `lost` says what is amiss."""
@@ -266,12 +276,6 @@ class Trial:
             return "reverse", bytes_a_task
         return "forward", bytes_a_task
 
-    def _alike(self, batching: Batching, i: int) -> AbstractContextManager:
-        """The random numbers of plain autograd; a loop draws a task's after the other's."""
-        if not self.draws[i]:
-            return nullcontext()
-        return _Repeated(self.draws[i]) if batching.name == "loop" else Alike(2, self.draws[i])
-
     def _first_order(self, batching: Batching, i: int) -> int:
         saved: dict[int, int] = {}
 
@@ -292,17 +296,17 @@ class Trial:
         return sum(saved.values()) * 4 // (2 * max(element, 4))
 
     def _losses(self, batching: Batching, i: int, hooks: AbstractContextManager) -> None:
-        with self.steady(self._alike(batching, i)), torch.enable_grad():
+        with self.steady(), torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in self.phi]
             with hooks:
-                losses = batching.losses(leaves, self.batches[i])
+                losses = _Drawing(batching, self.draws[i]).losses(leaves, self.batches[i])
             grads = [g if g is None else g.detach() for g in _grad(losses.sum(), [*leaves, *self.shared])]
         self._compare("loss", [losses.detach()], self.truths[i][0])
         self._compare("gradient", grads, self.truths[i][1])
 
     def _products(self, batching: Batching, hvp: str) -> Sequence[Tensor | None]:
-        unroll = Unroll(batching, SGD(), steps=1, hvp=hvp)
-        with self.steady(self._alike(batching, 0)):
+        unroll = Unroll(_Drawing(batching, self.draws[0]), SGD(), steps=1, hvp=hvp)
+        with self.steady():
             return unroll.hessian_vector_product(self.phi, self.shared, self.batches[0], self.v)[1]
 
     def _trace(self, batching: _batching.Folded, batch: Any) -> None:
@@ -331,6 +335,19 @@ class Trial:
             if not error <= tolerance:
                 raise MismatchError(f"its {what} differs from plain autograd's by {error:.0e}")
             self.worst = max(self.worst, error)
+
+
+class _Drawing:
+    """A batching whose tasks draw the random numbers that each draws alone."""
+
+    def __init__(self, batching: Batching, draws: list[tuple[str, int]]) -> None:
+        self.name, self._batching, self._draws = batching.name, batching, draws
+
+    def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
+        if not self._draws:
+            return self._batching.losses(phi, batch)
+        with _Repeated(self._draws) if self.name == "loop" else Alike(2, self._draws):
+            return self._batching.losses(phi, batch)
 
 
 class _Repeated(Alike):
