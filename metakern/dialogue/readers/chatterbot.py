@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from metakern.dialogue.readers import DataError, Dialogue, dialogue, files, reader, text_of, words
+from metakern.dialogue.readers import DataError, Dialogue, dialogue, files, reader, text_of
+from metakern.dialogue.words import words
 
 __all__ = ["chatterbot"]
 
