@@ -141,7 +141,10 @@ def split_tasks(
         taken.update(kept, *(texts for name in kept for _, texts in tasks[name]))
     for kind, part, fraction in zip(("test", "validation", "train"), parts, fractions[::-1], strict=True):
         if fraction and not part:
-            raise DataError(f"split_tasks: {kind} must have a task, got none that shares no text with held-out tasks")
+            raise DataError(
+                f"split_tasks: {kind} must have a task, got none that shares no text with held-out tasks:"
+                " add data, lower min_dialogues or raise min_words"
+            )
     return Split(parts[2], parts[1], parts[0], {reason: count for reason, count in skipped.items() if count})
 
 

@@ -28,7 +28,7 @@ IDEOGRAPHS = re.compile(
     "[\u3005-\u3007\u3040-\u312f\u31a0-\u31ff\u3400-\u9fff\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
 )
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
-LETTERS_OF_A_WORD = 4  # in Thai, Lao, Khmer and Burmese, without vowel signs above and below
+LETTERS_OF_A_WORD = 3  # in Thai, Lao, Khmer and Burmese, without vowel signs above and below
 
 # Kinds: L letter or digit, I ideograph, M mark, S symbol, F flag letter, T skin tone, V emoji selector, J joiner,
 # G tag of a flag, C character that is dropped, P other sign, and a space.
@@ -82,7 +82,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def length(word: str) -> int:
-    """How many words a word counts for: one, but in scripts without spaces one for every four letters.
+    """How many words a word counts for: one, but in scripts without spaces one for every three letters.
 
     >>> length("incomprehensibilities"), length("สวัสดีครับ")
     (1, 2)

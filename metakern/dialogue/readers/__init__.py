@@ -224,7 +224,7 @@ def text_of(path: Path) -> str:
 
 
 def json_of(text: str, path: Path) -> Any:
-    """The JSON value that a file holds, with numbers that have a point as they are written."""
+    """The JSON value that a file holds; numbers with a point and NaN are texts, as they are written."""
     value, end = _decode(text, _after_blank(text, 0), path)
     _must_end(text, end, path)
     return value
@@ -267,7 +267,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=str)
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=str, parse_constant=str)
 
 
 def _decode(text: str, at: int, path: Path, on_one_line: bool = False) -> tuple[Any, int]:
