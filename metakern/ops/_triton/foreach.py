@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from metakern import _memory
 from metakern.ops._formula import Program
 from metakern.ops._rules import Tensors
 from metakern.ops._triton.launch import INTERPRETED, cdiv, contiguous, launch, wide
@@ -114,7 +115,10 @@ def foreach(program: Program, values: Mapping[str, Input], like: Tensors) -> lis
     sizes = tuple(p.numel() for p in like)
     block = BLOCKS[len(x) > MANY]
     starts, owners = blocks(sizes, block, device)
-    addresses = [tuple(t.data_ptr() for t in a) if isinstance(a, tuple) else None for a in (*x, *y)]
+    addresses = [
+        tuple(_memory.address(program.name, "every tensor", t) for t in a) if isinstance(a, tuple) else None
+        for a in (*x, *y)
+    ]
 
     def tables(a: Input, address: tuple[int, ...] | None) -> tuple[Tensor, ...]:
         if not isinstance(a, tuple) or address is None:
