@@ -123,12 +123,11 @@ class _Call:
         return parts
 
     def saved(self, ctx: Any, *groups: str) -> list[tuple]:
-        """What a forward kept, whose memory may have been freed since: kernels look themselves, PyTorch's crash."""
+        """What a forward kept, whose memory may have been freed since."""
         tensors = ctx.saved_tensors
-        if self.rules is self.op.kernels["reference"]:
-            for tensor in tensors:
-                if tensor is not None:
-                    _memory.check(self.op.name, "every saved tensor", tensor)
+        for tensor in tensors:
+            if tensor is not None:
+                _memory.check(self.op.name, "every saved tensor", tensor)
         return self.split(tensors, *groups)
 
     def namespace(
