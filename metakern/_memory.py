@@ -56,16 +56,18 @@ def _check_wrapped(op: str, name: str, value: Any) -> None:
 
 def address(op: str, name: str, tensor: Tensor) -> int:
     """The address of a tensor that `check` has passed. Raises ValueError where there is none, as for fake tensors."""
-    found = tensor.data_ptr()
-    if found and type(tensor) in _OWNERS:
+    owner = type(tensor) in _OWNERS
+    if owner and (found := tensor.data_ptr()):
         return found
     if not tensor.numel():
         return EMPTY
-    try:
-        base = tensor.untyped_storage().data_ptr()  # a view's own address is not 0 where its storage's is
-    except RuntimeError:  # of a subclass that wraps other tensors
-        base = 0
-    if not base:
-        kind = str(tensor.device) if type(tensor) in _OWNERS else type(tensor).__name__
-        raise ValueError(f"{op}: {name} must have memory that a kernel can read, got a tensor without: {kind}")
-    return found
+    if not owner:
+        storage = tensor.untyped_storage()
+        try:
+            base = 0 if storage.device.type == "meta" else storage.data_ptr()  # fake tensors say that they are elsewhere
+        except RuntimeError:  # of a subclass that wraps other tensors
+            base = 0
+        if base:
+            return tensor.data_ptr()
+    kind = str(tensor.device) if owner else type(tensor).__name__
+    raise ValueError(f"{op}: {name} must have memory that a kernel can read, got a tensor without: {kind}")
