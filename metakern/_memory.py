@@ -29,11 +29,12 @@ def check(op: str, name: str, value: Any) -> None:
         held, size, offset = value.untyped_storage().nbytes(), value.nbytes, value.storage_offset()
         if held >= size and not offset and value.is_contiguous() and not value.is_nested:  # almost always
             return
-        if value.is_nested:
-            return _check_wrapped(op, name, value)
-        spans = zip(value.shape, value.stride(), strict=True)
+        spans = () if value.is_nested else tuple(zip(value.shape, value.stride(), strict=True))
     except (AttributeError, NotImplementedError, RuntimeError):
-        return _check_wrapped(op, name, value)
+        _check_wrapped(op, name, value)
+        return
+    if value.is_nested:
+        _check_wrapped(op, name, value)
     needed = value.itemsize * (1 + offset + sum((n - 1) * stride for n, stride in spans)) if size else 0
     if needed > held:
         raise ValueError(
@@ -64,7 +65,9 @@ def address(op: str, name: str, tensor: Tensor) -> int:
     if not owner:
         storage = tensor.untyped_storage()
         try:
-            base = 0 if storage.device.type == "meta" else storage.data_ptr()  # fake tensors say that they are elsewhere
+            base = (
+                0 if storage.device.type == "meta" else storage.data_ptr()
+            )  # fake tensors say that they are elsewhere
         except RuntimeError:  # of a subclass that wraps other tensors
             base = 0
         if base:

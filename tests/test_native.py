@@ -492,7 +492,7 @@ def test_derivatives_refuse_what_was_freed_since(op: str) -> None:
 
 
 def test_kernels_are_given_no_bad_memory() -> None:
-    """One error that names the argument: storages that are short, sizes that no memory backs, tensors of other kinds."""
+    """One error that names the argument: storages that are short, tensors of other kinds, fake ones."""
     x = torch.randn(2, 3)
     short, gaps, gone = torch.randn(100)[10:16].view(2, 3), torch.randn(4, 6)[::2, ::2], torch.randn(3, 3)[1:]
     for bad, left, needed in ((short, 60, 64), (gaps, 64, 68), (gone, 0, 36)):
@@ -520,7 +520,9 @@ def test_kernels_are_given_no_bad_memory() -> None:
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(torch.randn(4, 3))
         for tensor in (fake, fake[2:]):  # of which the second has an address
-            with pytest.raises(ValueError, match="gelu_tanh_vjp: x must have memory that a kernel can read, got .* Fake"):
+            with pytest.raises(
+                ValueError, match=r"gelu_tanh_vjp: x must have memory that a kernel can read, got .* Fake"
+            ):
                 _native.call("gelu_tanh_vjp", tensor, tensor)
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="ct_x must have memory"):
         _native.call("gelu_tanh_vjp", x, x)
@@ -530,7 +532,9 @@ def test_sizes_that_no_memory_bounds_are_refused() -> None:
     def empty(*shape: int) -> Tensor:
         return torch.empty(0).as_strided(shape, [1] * len(shape))
 
-    with pytest.raises(ValueError, match=r"layer_norm_forward: sizes must multiply to at most 16777216 beside a size of 0"):
+    with pytest.raises(
+        ValueError, match=r"layer_norm_forward: sizes must multiply to at most 16777216 beside a size of 0"
+    ):
         _native.call("layer_norm_forward", empty(1, 2**62, 0), empty(1, 0), empty(1, 0), scalars=(1.0,))
     many = 2**40  # a sequence of no units, that would be walked through
     with pytest.raises(ValueError, match="rnn_tanh_forward: sizes must multiply"):

@@ -168,8 +168,10 @@ class MAML(nn.Module):
             first_order = self.first_order or not outer
             plan, batching = Planner(roles, self.loss, self._wishes).plan(support, self.steps, first_order)
             random.restore()  # the trials draw; what the user's model draws must not depend on when they are made
+            self.inner.prepare(roles.adapted)
             unroll = Unroll(batching, self.inner, self.steps, self.first_order, plan.hvp)
             self._prepared = _Prepared(key, outer, roles, plan, unroll)
+        self.inner.prepare(self._prepared.parameters.adapted)  # another model may have had it since
         return self._prepared
 
 
