@@ -118,7 +118,7 @@ class Stepwise(InnerOptimizer):
     def init(self, phi: Tensors) -> State:
         """The tensors, each for all parameters, and the number of steps taken, in float64, where it is counted."""
         tensors = tuple(torch.full_like(p, fill) for fill in self.fills for p in phi)
-        return (*tensors, torch.zeros((), dtype=torch.float64)) if self.counts else tensors
+        return (*tensors, torch.zeros((), dtype=torch.float64, device="cpu")) if self.counts else tensors
 
     def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
         n, counted = len(phi), (state[-1] + 1,) if self.counts else ()

@@ -148,15 +148,16 @@ def foreach(program: Program, values: Mapping[str, Input], like: Tensors) -> lis
 @lru_cache(maxsize=1024)
 def table(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
     """The values on a device, copied there without waiting for it."""
-    table = torch.tensor(values, dtype=torch.float64 if isinstance(values[0], float) else torch.int64)
+    dtype = torch.float64 if isinstance(values[0], float) else torch.int64
+    table = torch.tensor(values, dtype=dtype, device="cpu")
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 @lru_cache(maxsize=64)
 def blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """starts and owners."""
-    counts = torch.tensor([cdiv(size, block) for size in sizes])
-    owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), counts)
+    counts = torch.tensor([cdiv(size, block) for size in sizes], device="cpu")
+    owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), counts)
     return (counts.cumsum(0) - counts).to(device), owners.to(device)
 
 

@@ -74,7 +74,9 @@ def precision() -> str:
     """How products of float32 are taken: to full precision, unless PyTorch is told that less will do."""
     if torch.version.hip:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    matmul = torch.backends.cuda.matmul
+    chosen = getattr(matmul, "fp32_precision", None)  # since PyTorch 2.9; where it is used, reading allow_tf32 raises
+    return "tf32" if chosen == "tf32" or (chosen is None and matmul.allow_tf32) else "tf32x3"
 
 
 def contiguous(*tensors: torch.Tensor | None) -> Tensors:
