@@ -151,8 +151,10 @@ def test_precision_of_products_as_pytorch_is_told(monkeypatch: pytest.MonkeyPatc
             with SETTINGS[setting]():
                 assert launch.precision() == ("tf32" if setting == "tf32" else "tf32x3")
     if hasattr(torch.backends, "fp32_precision"):
-        unset = precision(torch.backends.cuda.matmul, "fp32_precision", "none")
-        with unset, precision(torch.backends, "fp32_precision", "tf32"):
+        nearer = [
+            precision(part, "fp32_precision", "none") for part in (torch.backends.cudnn, torch.backends.cuda.matmul)
+        ]
+        with nearer[0], nearer[1], precision(torch.backends, "fp32_precision", "tf32"):
             assert launch.precision() == "tf32"
     for allowed, expected in ((True, "tf32"), (False, "tf32x3")):  # PyTorch before 2.9
         monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
