@@ -48,6 +48,9 @@ def classification(model: nn.Module, batch: Any) -> Tensor:
     >>> mk.losses.classification(torch.nn.Linear(3, 2), (torch.randn(5, 3), torch.ones(5, dtype=torch.long))).shape
     torch.Size([])
     """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise ValueError(f"classification: batch must be (x, y), got {got}")
     x, y = batch
     logits = _logits(model(x))
     return ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))

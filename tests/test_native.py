@@ -583,3 +583,71 @@ def test_no_call_ends_the_process(seed: int, rounds: int, backends: list[str]) -
     fuzz = subprocess.run(command, check=False, timeout=300, capture_output=True, text=True, env=environment)
     assert fuzz.returncode == 0, fuzz.stderr[-4000:]
     assert fuzz.stdout.startswith(f"{rounds} calls, ")
+
+
+OPS_AT_ONCE = """
+import faulthandler, os, random, sys, threading, torch
+from torch.utils._pytree import tree_leaves
+from metakern.ops import SPECS
+from metakern.ops._spec import Make
+
+faulthandler.dump_traceback_later(120, exit=True)
+cases = [(spec, sample) for spec in SPECS.values() for sample in spec.samples(Make(torch.float64))]
+
+def derivatives(spec, sample):
+    args = [a.clone() if isinstance(a, torch.Tensor) else a for a in sample.args]
+    leaves = [a.requires_grad_() for i, a in enumerate(args)
+              if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in sample.frozen]
+    y = tree_leaves(spec.call(*args, **sample.kwargs))
+    ones = [torch.ones_like(t).requires_grad_() for t in y]
+    first = torch.autograd.grad(y, leaves, ones, create_graph=True, allow_unused=True)
+    total = sum(g.square().sum() for g in first if g is not None and g.requires_grad)
+    second = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [t.detach() for t in (*y, *first, *second) if t is not None]
+
+def differs(case):
+    pairs = zip(derivatives(*cases[case]), right[case], strict=True)
+    return not all(torch.allclose(a, b, rtol=1e-10, atol=1e-12, equal_nan=True) for a, b in pairs)
+
+right = [derivatives(*case) for case in cases]
+wrong = []
+
+def work(seed):
+    choose = random.Random(seed)
+    for _ in range(60):
+        torch.set_num_threads(choose.choice([1, 2, 3]))
+        case = choose.randrange(len(cases))
+        try:
+            if differs(case):
+                wrong.append(cases[case][0].op.name)
+        except Exception as error:
+            wrong.append(repr(error))
+"""
+
+
+def test_ops_on_several_python_threads() -> None:
+    """Every op at once, each thread with another number of threads below it: nothing hangs, nothing is mixed up."""
+    script = f"""{OPS_AT_ONCE}
+threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert not wrong, wrong
+"""
+    run = subprocess.run([sys.executable, "-c", script], check=False, timeout=180, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_ops_in_a_forked_child() -> None:
+    """On one thread: those of PyTorch's own operations do not survive a fork."""
+    script = f"""{OPS_AT_ONCE}
+torch.set_num_threads(2)
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+torch.set_num_threads(1)
+failed = [cases[case][0].op.name for case in range(len(cases)) if differs(case)]
+os._exit(3 if failed else 0)
+"""
+    run = subprocess.run([sys.executable, "-c", script], check=False, timeout=180, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
