@@ -50,6 +50,9 @@ def classification(model: nn.Module, batch: Any) -> Tensor:
     >>> mk.losses.classification(torch.nn.Linear(3, 2), (torch.randn(5, 3), torch.ones(5, dtype=torch.long))).shape
     torch.Size([])
     """
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise ValueError(f"classification: batch must be (x, y) or (x, y, mask), got {got}")
     x, y, *mask = batch
     if mask:
         y = y.masked_fill(~mask[0].view(-1, *(1,) * (y.dim() - 1)), -100)

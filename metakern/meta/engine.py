@@ -69,6 +69,7 @@ class Engine:
             self._plans[self._base(loss, inner, steps, first_order), kinds, outer] = found
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
+        inner.prepare(found.parameters.adapted)  # another model may have had it since
         found.numbers = tuple(self._attributes(loss, numbers=True).items())
         self.last = found
         return found
