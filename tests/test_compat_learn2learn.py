@@ -185,6 +185,9 @@ def test_a_replaced_forward_is_the_clone_s_own_or_refused() -> None:
     clone = l2l.update_module(l2l.clone_module(model), [torch.ones(2, 2), torch.zeros(2)])
     assert not torch.allclose(clone(torch.ones(2)), model(torch.ones(2)))
     model.forward = lambda x: original(x)
+    clone = l2l.update_module(l2l.clone_module(model), [torch.ones(2, 2), torch.zeros(2)])
+    torch.testing.assert_close(clone(torch.ones(2)), model(torch.ones(2)) + 2)
+    model.forward = F.relu
     with pytest.raises(ValueError, match="the forward of Linear must be a method, got another function"):
         l2l.clone_module(model)
 
