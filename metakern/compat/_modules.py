@@ -13,15 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.compat._references import References
+from metakern.compat._references import References, refreshed
 from metakern.meta._batching import exact_kernels
 from metakern.meta._functions import Fused
 
 Change = Callable[[Tensor], Tensor]
 
 
-# Attributes of a module that `copied` sees to, or that hold nothing of it.
+# Attributes of a module that `copied` sees to, or that hold nothing of it; those of functional modules are their own.
 _OWN = {
+    "_fast_params",
+    "_places",
+    "_replaced",
+    "_root",
+    "_source",
     "_parameters",
     "_buffers",
     "_modules",
@@ -58,13 +63,7 @@ def copied(module: Any, parameter: Change, buffer: Change) -> Any:
     copy = _copied(module, known(parameter), known(buffer), twins)
     references = References((*twins.values(), *tensors.values()))
     for old, twin in twins.values():
-        if _is_compiled(old):
-            twin.__dict__["forward"] = twin._modules["_orig_mod"]
-            continue
-        kept = {}
-        for name, value in old.__dict__.items():
-            if name not in _OWN and (new := references.mended(value)) is not value:
-                twin.__dict__[name] = kept[name] = new
+        kept = _rebound(old, twin, references)
         if "forward" in old.__dict__ and "forward" not in kept:
             raise ValueError(
                 f"clone: the forward of {type(old).__name__} must be a method, got another function in its place, "
@@ -75,6 +74,18 @@ def copied(module: Any, parameter: Change, buffer: Change) -> Any:
     return copy
 
 
+def _rebound(old: nn.Module, twin: nn.Module, references: References) -> dict[str, Any]:
+    """Has the twin's attributes lead to the twins, and returns those that did not."""
+    if _is_compiled(old):
+        twin.__dict__["forward"] = twin._modules["_orig_mod"]
+        return {"forward": twin.__dict__["forward"]}
+    kept = {}
+    for name, value in old.__dict__.items():
+        if name not in _OWN and (new := references.mended(value)) is not value:
+            twin.__dict__[name] = kept[name] = new
+    return kept
+
+
 def _copied(module: Any, parameter: Change, buffer: Change, twins: dict[int, tuple[nn.Module, nn.Module]]) -> Any:
     if not isinstance(module, nn.Module):
         return module
@@ -83,6 +94,11 @@ def _copied(module: Any, parameter: Change, buffer: Change, twins: dict[int, tup
             raise ValueError(
                 f"clone: the model must be written in Python, got {type(module).__name__} of torch.jit in it, which "
                 "computes with its own parameters: pass the module that was scripted"
+            )
+        if "_hf_hook" in module.__dict__ and any(p is not None and p.is_meta for p in module._parameters.values()):
+            raise ValueError(
+                f"clone: parameters must be in memory, got a {type(module).__name__} that accelerate offloads, whose "
+                "weights each forward would load anew: load the model without offloading"
             )
         twin = object.__new__(type(module))
         twins[id(module)] = module, twin
@@ -155,12 +171,16 @@ def apart(module: nn.Module) -> Iterator[nn.Module]:
     """
     twins: dict[int, tuple[nn.Module, nn.Module]] = {}
     twin = _apart(module, twins)
+    references = References(twins.values())
+    kept = [_rebound(old, twin, references) for old, twin in twins.values()]
     try:
         yield twin
     finally:
-        back = {id(twin): old for old, twin in twins.values()}
-        for old, twin in twins.values():
-            _written_back(old, twin, back)
+        back = References([(new, old) for old, new in (*twins.values(), *references.made)])
+        for (old, twin), rebound in zip(twins.values(), kept, strict=True):
+            _written_back(old, twin, rebound, back)
+        for old, new in references.made:
+            refreshed(old, new, back)
 
 
 def _apart(module: Any, twins: dict[int, tuple[nn.Module, nn.Module]]) -> Any:
@@ -175,27 +195,25 @@ def _apart(module: Any, twins: dict[int, tuple[nn.Module, nn.Module]]) -> Any:
         state["_modules"] = {n: _apart(child, twins) for n, child in module._modules.items()}
         if "_flat_weights" in state:
             state["_flat_weights"] = list(state["_flat_weights"])
-        if isinstance(forward := state.get("forward"), nn.Module):  # of a model that was compiled
-            state["forward"] = _apart(forward, twins)
     return twins[id(module)][1]
 
 
 _OF_ITS_OWN = {"_parameters", "_modules", "_flat_weights", "_flat_weight_refs"}
 
 
-def _written_back(old: nn.Module, twin: nn.Module, back: dict[int, nn.Module]) -> None:
+def _written_back(old: nn.Module, twin: nn.Module, rebound: dict[str, Any], back: References) -> None:
     state, after = old.__dict__, twin.__dict__
     for name, value in after.items():
-        if name not in _OF_ITS_OWN and (name not in state or state[name] is not value):
-            state[name] = back.get(id(value), value)
+        if name not in _OF_ITS_OWN and value is not state.get(name, state) and value is not rebound.get(name, state):
+            state[name] = back.mended(value)
     for name in [name for name in state if name not in after]:
         del state[name]
     for name, child in after["_modules"].items():
-        child = back.get(id(child), child)
-        if name not in old._modules or old._modules[name] is not child:
+        child = back.mended(child)
+        if child is not old._modules.get(name, state):
             old._modules[name] = child
     for name, value in after["_parameters"].items():
-        if name not in old._parameters or dict.__getitem__(old._parameters, name) is not value:
+        if value is not dict.get(old._parameters, name, state):
             if hasattr(type(old), "_like"):
                 setattr(old, name, value)
             else:
@@ -259,7 +277,7 @@ def stepped(module: nn.Module, changed: Iterable[tuple[Tensor, Tensor]]) -> None
     held = [owner for owner in module.modules() if "_references" in owner.__dict__]
     if not held:
         return
-    references = References(changed)
+    references = References(changed, bounds=module.modules())
     for owner in held:
         for name, value in owner.__dict__["_references"].items():
             if owner.__dict__.get(name) is value:  # else it was set anew, to what it was meant to hold
@@ -300,23 +318,7 @@ def gradients(
         raise ValueError(f"{who}: the model must have a parameter that requires a gradient, got none")
     if not loss.requires_grad:
         raise ValueError(f"{who}: loss must have a graph, got a tensor without one: was it computed under no_grad()?")
-    try:
-        found = torch.autograd.grad(
-            loss, wanted, create_graph=create_graph, retain_graph=retain_graph or create_graph, allow_unused=True
-        )
-    except RuntimeError as error:
-        if "use_reentrant" in str(error):
-            raise RuntimeError(
-                f"{who}: activation checkpointing must not be reentrant, got a model with use_reentrant=True: pass "
-                "use_reentrant=False, in gradient_checkpointing_enable(gradient_checkpointing_kwargs=...) too, or call "
-                "gradient_checkpointing_disable()"
-            ) from error
-        if "backward through the graph a second time" not in str(error):
-            raise
-        raise RuntimeError(
-            f"{who}: loss must have its graph, got one whose graph was freed by a backward() or a first-order step: "
-            "compute it again"
-        ) from error
+    found = differentiated(who, loss, wanted, create_graph, retain_graph or create_graph)
     rest = iter(found)
     each = [next(rest) if value.requires_grad else None for value in values]
     if all(each[i] is None for i in (range(len(each)) if stepped is None else stepped)):
@@ -325,6 +327,29 @@ def gradients(
             "another model, or from before the last step"
         )
     return each
+
+
+def differentiated(
+    who: str, loss: Tensor, wanted: Sequence[Tensor], create_graph: bool, retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad`, whose errors say what to do."""
+    try:
+        return torch.autograd.grad(
+            loss, wanted, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise RuntimeError(
+                f"{who}: activation checkpointing must not be reentrant, got a model with use_reentrant=True: pass "
+                "use_reentrant=False, in gradient_checkpointing_enable(gradient_checkpointing_kwargs=...) too, or call "
+                "gradient_checkpointing_disable()"
+            ) from error
+        if "backward through the graph a second time" in str(error):
+            raise RuntimeError(
+                f"{who}: loss must have its graph, got one whose graph was freed by a backward() or a first-order "
+                "step: compute it again"
+            ) from error
+        raise
 
 
 def stay(who: str, tensors: Iterable[Tensor], change: Change) -> None:

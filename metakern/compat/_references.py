@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections import UserDict, UserList, defaultdict, deque
+from collections import OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -36,15 +36,21 @@ _FOREIGN = {
     "torch",
     "transformers",
 }
+_CONTAINERS = {dict, list, tuple, set, OrderedDict}
 _OPEN = (SimpleNamespace, UserDict, UserList)
 _Cached: Any = type(lru_cache(len))
 
 
 class References:
-    """What stands for what: copies by the modules and tensors that they are of."""
+    """What stands for what: copies by the modules and tensors that they are of.
 
-    def __init__(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+    `bounds` are not looked into. `made` holds what `mended` made, as (old, new).
+    """
+
+    def __init__(self, pairs: Iterable[tuple[Any, Any]], bounds: Iterable[Any] = ()) -> None:
         pairs = list(pairs)
+        self.made: list[tuple[Any, Any]] = []
+        self._bounds = set(map(id, bounds))
         self._new: dict[int, Any] = {id(old): new for old, new in pairs}
         # Whatever is named by its id must live as long as the id is used.
         self._alive: list[Any] = [old for old, _ in pairs]
@@ -53,7 +59,7 @@ class References:
 
     def mended(self, value: Any) -> Any:
         """The value, or where it leads to a copied module or tensor one like it that leads to the copy."""
-        if type(value) in _PLAIN:
+        if type(value) in _PLAIN or (type(value) in _CONTAINERS and not value):
             return value
         self._explore(value)
         return self._made(value)
@@ -66,7 +72,7 @@ class References:
         while todo:
             value = todo.pop()
             self._alive.append(value)
-            if id(value) in self._targets:
+            if id(value) in self._targets or id(value) in self._bounds:
                 continue
             for part in _parts(value):
                 if type(part) in _PLAIN:
@@ -90,6 +96,7 @@ class References:
         made = self._shell(value)
         self._new[id(value)] = made
         self._fill(value, made)
+        self.made.append((value, made))
         return made
 
     def _shell(self, value: Any) -> Any:
@@ -154,6 +161,25 @@ class References:
             for name, part in _attributes(value):
                 if (new := self._made(part)) is not part:
                     object.__setattr__(made, name, new)
+
+
+def refreshed(old: Any, new: Any, back: References) -> None:
+    """Gives a container or object the contents that the one made of it has by now, `back` in terms of the old ones."""
+    if isinstance(old, dict):
+        contents = {back.mended(k): back.mended(v) for k, v in new.items()}
+        if len(contents) != len(old) or any(k not in old or old[k] is not v for k, v in contents.items()):
+            old.clear()
+            old.update(contents)
+    elif isinstance(old, list | deque):
+        values = [back.mended(v) for v in new]
+        if len(values) != len(old) or any(a is not b for a, b in zip(values, old, strict=True)):
+            old.clear()
+            old.extend(values)
+    elif not isinstance(old, MethodType | partial | weakref.ref | _Cached | FunctionType | tuple | set | frozenset):
+        before = dict(_attributes(old))
+        for name, part in _attributes(new):
+            if (value := back.mended(part)) is not before.get(name, before):
+                object.__setattr__(old, name, value)
 
 
 def _filled(cell: CellType) -> bool:

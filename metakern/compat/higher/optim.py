@@ -172,7 +172,7 @@ class DifferentiableAdam(_Each):
             p = p * (1 - lr * group["weight_decay"])
         else:
             g = _decayed(group, p, g)
-        step = state["step"] = int(state.get("step", 0)) + 1
+        step = _counted(state, p)
         state["exp_avg"] = m = _mean(state.get("exp_avg"), beta1, g)
         state["exp_avg_sq"] = v = _mean_square(state.get("exp_avg_sq"), beta2, g)
         if group["amsgrad"]:
@@ -191,7 +191,7 @@ class DifferentiableRMSprop(_Each):
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         g, alpha = _decayed(group, p, g), group["alpha"]
-        state["step"] = int(state.get("step", 0)) + 1
+        _counted(state, p)
         state["square_avg"] = v = _mean_square(state.get("square_avg"), alpha, g)
         if group["centered"]:
             state["grad_avg"] = mean = _mean(state.get("grad_avg"), alpha, g)
@@ -209,7 +209,7 @@ class DifferentiableAdagrad(_Each):
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         g = _decayed(group, p, g)
-        step = state["step"] = int(state["step"]) + 1
+        step = _counted(state, p)
         state["sum"] = s = state["sum"] + g * g
         return p + -(group["lr"] / (1 + (step - 1) * group["lr_decay"])) * (g / (_root(s) + group["eps"]))
 
@@ -219,7 +219,7 @@ class DifferentiableAdadelta(_Each):
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         g, rho, eps = _decayed(group, p, g), group["rho"], group["eps"]
-        state["step"] = int(state.get("step", 0)) + 1
+        _counted(state, p)
         state["square_avg"] = v = _mean_square(state.get("square_avg"), rho, g)
         deltas = state.get("acc_delta", torch.zeros_like(p))
         delta = _root(deltas + eps) / _root(v + eps) * g
@@ -232,7 +232,7 @@ class DifferentiableAdamax(_Each):
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         g, (beta1, beta2) = _decayed(group, p, g), group["betas"]
-        step = state["step"] = int(state.get("step", 0)) + 1
+        step = _counted(state, p)
         state["exp_avg"] = m = _mean(state.get("exp_avg"), beta1, g)
         former, size = state.get("exp_inf"), g.abs() + group["eps"]
         state["exp_inf"] = most = size if former is None else torch.maximum(former * beta2, size)
@@ -245,7 +245,7 @@ class DifferentiableASGD(_Each):
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         g, lr, lambd = _decayed(group, p, g), group["lr"], group["lambd"]
         eta, mu = state.get("eta", lr), float(state.get("mu", 1))
-        step = state["step"] = int(state.get("step", 0)) + 1
+        step = _counted(state, p)
         p = p * (1 - lambd * eta) + -eta * g
         state["ax"] = p if mu == 1 else state["ax"] + (p - state["ax"]) * mu
         state["eta"] = lr / (1 + lambd * lr * step) ** group["alpha"]
@@ -258,7 +258,7 @@ class DifferentiableRprop(_Each):
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         (shrink, grow), (least, most) = group["etas"], group["step_sizes"]
-        state["step"] = int(state.get("step", 0)) + 1
+        _counted(state, p)
         former, size = state.get("prev"), state.get("step_size")
         size = torch.ones_like(g) * group["lr"] if size is None else size
         agreement = torch.zeros_like(g) if former is None else (g * former).sign()
@@ -266,6 +266,13 @@ class DifferentiableRprop(_Each):
         state["step_size"] = size = torch.clamp(size * factor, least, most)
         state["prev"] = g = torch.where(agreement < 0, torch.zeros_like(g), g)
         return p + -g.sign() * size
+
+
+def _counted(state: State, p: Tensor) -> Any:
+    """The number of the step, a tensor where torch's state has one of p's dtype: higher rounds as that does."""
+    step = state.get("step", 0)
+    state["step"] = step = (step if isinstance(step, Tensor) and step.dtype == p.dtype else int(step)) + 1
+    return step
 
 
 def _on(setting: Number) -> bool:

@@ -113,5 +113,8 @@ class MetaCurvatureTransform(nn.Module):
             return self.lr * (self.mc * grad)
         if self.dim == 2:
             return self.lr * (self.mc_in @ grad @ self.mc_out)
-        update = torch.einsum("ia,abf,bo,gf->iog", self.mc_in, grad.flatten(2), self.mc_out, self.mc_f)
-        return self.lr * update.reshape(grad.shape)
+        a, b, f = len(self.mc_in), len(self.mc_out), len(self.mc_f)
+        update = grad.permute(2, 3, 0, 1).reshape(f * a, b) @ self.mc_out
+        update = self.mc_f @ update.reshape(f, a * b)
+        update = self.mc_in @ update.view(f, a, b).permute(1, 0, 2).reshape(a, f * b)
+        return self.lr * update.view(a, f, b).permute(0, 2, 1).reshape(grad.shape)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from metakern.compat._modules import differentiated
 from metakern.compat.learn2learn.optim.transforms import Transform
 from metakern.compat.learn2learn.utils import update_module
 
@@ -51,11 +51,7 @@ class ParameterUpdate(nn.Module):
                 "ParameterUpdate: every parameter must require a gradient, got one that does not: with "
                 "allow_nograd=True it stays as it is"
             )
-        found = iter(
-            torch.autograd.grad(
-                loss, wanted, create_graph=create_graph, retain_graph=retain_graph or create_graph, allow_unused=True
-            )
-        )
+        found = iter(differentiated("ParameterUpdate", loss, wanted, create_graph, retain_graph or create_graph))
         updates: list[Tensor | None] = []
         for p, number in zip(phi, self.transforms_indices, strict=True):
             g = next(found) if p.requires_grad else None
