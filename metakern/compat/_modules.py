@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.compat._references import References, refreshed
+from metakern.compat._references import PLAIN, References, refreshed
 from metakern.meta._batching import exact_kernels
 from metakern.meta._functions import Fused
 
@@ -22,21 +22,25 @@ Change = Callable[[Tensor], Tensor]
 
 # Attributes of a module that `copied` sees to, or that hold nothing of it; those of functional modules are their own.
 _OWN = {
-    "_fast_params",
-    "_places",
-    "_replaced",
-    "_root",
-    "_source",
-    "_parameters",
     "_buffers",
+    "_compiled_call_impl",
+    "_fast_params",
+    "_flat_weight_refs",
+    "_flat_weights",
+    "_is_full_backward_hook",
     "_modules",
     "_non_persistent_buffers_set",
-    "_compiled_call_impl",
-    "_flat_weights",
-    "_flat_weight_refs",
+    "_parameters",
+    "_places",
     "_references",
+    "_replaced",
+    "_root",
+    "_recomputes",
+    "_source",
     "training",
 }
+# Of these most are empty.
+_HOOKS = {name for name in nn.Module().__dict__ if "hook" in name} - _OWN
 
 
 def copied(module: Any, parameter: Change, buffer: Change) -> Any:
@@ -74,14 +78,23 @@ def copied(module: Any, parameter: Change, buffer: Change) -> Any:
     return copy
 
 
+def _leading(module: nn.Module) -> list[tuple[str, Any]]:
+    """Its attributes that may lead to a module or tensor."""
+    return [
+        (name, value)
+        for name, value in module.__dict__.items()
+        if name not in _OWN and type(value) not in PLAIN and (name not in _HOOKS or value)
+    ]
+
+
 def _rebound(old: nn.Module, twin: nn.Module, references: References) -> dict[str, Any]:
     """Has the twin's attributes lead to the twins, and returns those that did not."""
     if _is_compiled(old):
         twin.__dict__["forward"] = twin._modules["_orig_mod"]
         return {"forward": twin.__dict__["forward"]}
     kept = {}
-    for name, value in old.__dict__.items():
-        if name not in _OWN and (new := references.mended(value)) is not value:
+    for name, value in _leading(old):
+        if (new := references.mended(value)) is not value:
             twin.__dict__[name] = kept[name] = new
     return kept
 
@@ -171,16 +184,27 @@ def apart(module: nn.Module) -> Iterator[nn.Module]:
     """
     twins: dict[int, tuple[nn.Module, nn.Module]] = {}
     twin = _apart(module, twins)
-    references = References(twins.values())
-    kept = [_rebound(old, twin, references) for old, twin in twins.values()]
+    pairs = list(twins.values())
+    leading = [(old, new) for old, new in pairs if _leading(old)]
+    references = References(pairs if leading else ())
+    rebound = {id(old): _rebound(old, new, references) for old, new in leading}
+    before = [_held(new) for _, new in pairs]
     try:
         yield twin
     finally:
-        back = References([(new, old) for old, new in (*twins.values(), *references.made)])
-        for (old, twin), rebound in zip(twins.values(), kept, strict=True):
-            _written_back(old, twin, rebound, back)
-        for old, new in references.made:
-            refreshed(old, new, back)
+        changed = [pair for pair, held in zip(pairs, before, strict=True) if _held(pair[1]) != held]
+        if changed or references.made:
+            back = References([(new, old) for old, new in (*pairs, *references.made)])
+            for old, new in changed:
+                _written_back(old, new, rebound.get(id(old), {}), back)
+            for old, new in references.made:
+                refreshed(old, new, back)
+
+
+def _held(twin: nn.Module) -> list[int]:
+    """What the twin holds, by ids: its copy holds it too until it is told of a change."""
+    state = twin.__dict__
+    return [*map(id, state.values()), *map(id, state["_modules"].values()), *map(id, state["_parameters"].values())]
 
 
 def _apart(module: Any, twins: dict[int, tuple[nn.Module, nn.Module]]) -> Any:
@@ -198,26 +222,27 @@ def _apart(module: Any, twins: dict[int, tuple[nn.Module, nn.Module]]) -> Any:
     return twins[id(module)][1]
 
 
-_OF_ITS_OWN = {"_parameters", "_modules", "_flat_weights", "_flat_weight_refs"}
-
-
 def _written_back(old: nn.Module, twin: nn.Module, rebound: dict[str, Any], back: References) -> None:
+    """What the forward set on the twin, for the module that it is of."""
     state, after = old.__dict__, twin.__dict__
     for name, value in after.items():
-        if name not in _OF_ITS_OWN and value is not state.get(name, state) and value is not rebound.get(name, state):
+        own = name in _OF_A_TWIN or (name in rebound and value is rebound[name])
+        if not own and value is not state.get(name, state):
             state[name] = back.mended(value)
-    for name in [name for name in state if name not in after]:
+    for name in state.keys() - after.keys():
         del state[name]
     for name, child in after["_modules"].items():
-        child = back.mended(child)
-        if child is not old._modules.get(name, state):
+        if (child := back.mended(child)) is not old._modules.get(name, state):
             old._modules[name] = child
-    for name, value in after["_parameters"].items():
-        if value is not dict.get(old._parameters, name, state):
+    for name, p in after["_parameters"].items():
+        if p is not dict.get(old._parameters, name, state):
             if hasattr(type(old), "_like"):
-                setattr(old, name, value)
+                setattr(old, name, p)
             else:
-                old._parameters[name] = value
+                old._parameters[name] = p
+
+
+_OF_A_TWIN = {"_parameters", "_modules", "_flat_weights", "_flat_weight_refs"}
 
 
 def once(change: Change, memo: dict[Tensor, Tensor] | None = None) -> Change:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 # What holds nothing, told by its class at once: most attributes of a module.
-_PLAIN = (
+PLAIN = (
     {type(None), bool, int, float, complex, str, bytes, type, range, slice, torch.Size, torch.dtype, torch.device}
 ) | {torch.Generator, type(len), type(torch.relu)}
 # Libraries whose objects are not looked into: a trainer holds the model, its data and much else, and none of it runs
@@ -59,7 +59,7 @@ class References:
 
     def mended(self, value: Any) -> Any:
         """The value, or where it leads to a copied module or tensor one like it that leads to the copy."""
-        if type(value) in _PLAIN or (type(value) in _CONTAINERS and not value):
+        if type(value) in PLAIN or (type(value) in _CONTAINERS and not value):
             return value
         self._explore(value)
         return self._made(value)
@@ -75,7 +75,7 @@ class References:
             if id(value) in self._targets or id(value) in self._bounds:
                 continue
             for part in _parts(value):
-                if type(part) in _PLAIN:
+                if type(part) in PLAIN:
                     continue
                 holders[id(part)].append(id(value))
                 if id(part) not in seen:
@@ -142,7 +142,7 @@ class References:
             if hasattr(value, "_torchdynamo_orig_callable"):
                 return
             for cell, new in zip(value.__closure__ or (), made.__closure__ or (), strict=True):
-                if _filled(cell):
+                if filled(cell):
                     new.cell_contents = self._made(cell.cell_contents)
             made.__defaults__ = self._made(value.__defaults__)
             made.__kwdefaults__ = self._made(value.__kwdefaults__)
@@ -182,7 +182,7 @@ def refreshed(old: Any, new: Any, back: References) -> None:
                 object.__setattr__(old, name, value)
 
 
-def _filled(cell: CellType) -> bool:
+def filled(cell: CellType) -> bool:
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:  # a name that is bound later
@@ -206,7 +206,7 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from value.keywords.values()
         yield from value.__dict__.values()
     elif isinstance(value, FunctionType):
-        yield from (cell.cell_contents for cell in value.__closure__ or () if _filled(cell))
+        yield from (cell.cell_contents for cell in value.__closure__ or () if filled(cell))
         yield from (value.__defaults__, value.__kwdefaults__)
         yield from value.__dict__.values()
     elif isinstance(value, weakref.ref):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.compat._modules import Places, apart, copied, fused, is_ours, once, stay
+from metakern.compat._recompute import recomputes
 
 Encapsulator = Callable[[Any, nn.Module], None]
 
@@ -31,7 +32,8 @@ class FunctionalPart(nn.Module):
     _root: Callable[[], FunctionalModule | None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        root = self._root()
+        if (root is not None and not root._recomputes) or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         with apart(self) as twin:
             return twin.forward(*args, **kwargs)
@@ -48,7 +50,9 @@ class FunctionalPart(nn.Module):
         if not isinstance(value, Tensor):
             raise TypeError(f"fmodel: {name} must be a tensor, got {type(value).__name__}")
         root = self._root()
-        if root is None or root.fast_params is None:
+        if root is None:
+            raise ValueError(f"fmodel: parameters must be set in the functional model itself, got {name!r} of a copy")
+        if root.fast_params is None:
             raise ValueError(f"fmodel: it must have parameters before one is set, got {name!r} set before all")
         params = list(root.fast_params)
         params[root._places.number(self, name)] = value
@@ -63,6 +67,7 @@ class FunctionalModule(FunctionalPart):
     _source: tuple[nn.Module, ...]  # what it is a copy of, on the same device
     _track_higher_grads: bool
     _fused: bool
+    _recomputes: bool
     _replaced: Any  # the forward that the module had instead of its class's
 
     def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
@@ -161,6 +166,7 @@ def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None,
         _source=(module,) if device is None else (),
         _track_higher_grads=True,
         _fused=is_ours(module),
+        _recomputes=recomputes(module),
         _replaced=fmodule.__dict__.pop("forward", None),
     )
     if encapsulator is not None:

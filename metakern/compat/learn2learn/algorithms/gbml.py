@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.compat._modules import apart, gradients
+from metakern.compat._recompute import recomputes
 from metakern.compat.learn2learn.algorithms.base_learner import BaseLearner
 from metakern.compat.learn2learn.optim import DifferentiableSGD, ParameterUpdate
 from metakern.compat.learn2learn.utils import clone_module
@@ -59,11 +60,11 @@ class GBML(BaseLearner):
         made = ParameterUpdate(module.parameters(), transform) if compute_update is None else compute_update
         self.compute_update = made
         self.diff_sgd = DifferentiableSGD(lr)
-        self._is_clone = False
+        self._recomputes = False
         self._params_updated = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_clone or not torch.is_grad_enabled():
+        if not self._recomputes or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         with apart(self.module) as twin:
             return twin(*args, **kwargs)
@@ -86,7 +87,7 @@ class GBML(BaseLearner):
             self.allow_nograd if allow_nograd is None else allow_nograd,
             compute_update=clone_module(self.compute_update),
         )
-        learner._is_clone = True
+        learner._recomputes = recomputes(self.module)
         return learner
 
     def adapt(
