@@ -40,7 +40,7 @@ class FunctionalPart(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As in a module, and a parameter that is set is the next of the fast ones."""
-        if isinstance(value, nn.Module) and name in self._modules:
+        if isinstance(value, nn.Module) and name in self._modules and not isinstance(value, FunctionalPart):
             raise ValueError(
                 f"fmodel: submodules must be set in the model, before it is made functional, got {name!r} set later"
             )
