@@ -103,7 +103,7 @@ def detach_module(module: nn.Module, keep_requires_grad: bool = False) -> None:
         tensor.detach_().requires_grad_(keep)
 
 
-def clone_distribution(dist: D, memo: dict[Tensor, Tensor] | None = None) -> D:
+def clone_distribution(dist: D) -> D:
     """A copy of a distribution, whose tensors are clones of its tensors in autograd's sense.
 
     So are those of the modules, transforms and distributions in it.
@@ -115,8 +115,9 @@ def clone_distribution(dist: D, memo: dict[Tensor, Tensor] | None = None) -> D:
     >>> mean.grad
     tensor([1., 1.])
     """
-    memo = {} if memo is None else memo
+    memo: dict[Tensor, Tensor] = {}
     clone = once(torch.clone, memo)
+    twins: dict[int, Any] = {}  # a transform and its inverse refer to each other
 
     def cloned(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -125,27 +126,33 @@ def clone_distribution(dist: D, memo: dict[Tensor, Tensor] | None = None) -> D:
             return clone_module(value, memo)
         if isinstance(value, list | tuple):
             return type(value)(map(cloned, value))
-        return clone_distribution(value, memo) if isinstance(value, _HOLDERS) else value
+        if not isinstance(value, _HOLDERS):
+            return value
+        if id(value) not in twins:
+            twin = twins[id(value)] = copy.copy(value)
+            twin.__dict__.update({name: cloned(part) for name, part in value.__dict__.items()})
+        return twins[id(value)]
 
-    twin = copy.copy(dist)
-    twin.__dict__.update({name: cloned(value) for name, value in dist.__dict__.items()})
-    return twin
+    return cloned(dist)
 
 
 def detach_distribution(dist: D) -> D:
     """Cuts a distribution's tensors, modules, transforms and distributions from their history; returns it."""
+    seen = set()
 
     def detached(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.detach()
+        if isinstance(value, list | tuple):
+            return type(value)(map(detached, value))
         if isinstance(value, nn.Module):
             detach_module(value)
-        elif isinstance(value, list | tuple):
-            return type(value)(map(detached, value))
-        return detach_distribution(value) if isinstance(value, _HOLDERS) else value
+        elif isinstance(value, _HOLDERS) and id(value) not in seen:
+            seen.add(id(value))
+            value.__dict__.update({name: detached(part) for name, part in value.__dict__.items()})
+        return value
 
-    dist.__dict__.update({name: detached(value) for name, value in dist.__dict__.items()})
-    return dist
+    return detached(dist)
 
 
 def accuracy(preds: Tensor, targets: Tensor) -> Tensor:
