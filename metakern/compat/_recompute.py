@@ -20,7 +20,9 @@ _NAMES = ("checkpoint", "recompute", "remat", "offload")
 
 def recomputes(module: nn.Module) -> bool:
     """Whether any module in it may; one whose forward was replaced may do anything."""
-    return any(_of_class(type(part)) or "forward" in part.__dict__ for part in module.modules())
+    parts = list(module.modules())
+    kinds: set[Any] = set(map(type, parts))
+    return any(map(_of_class, kinds)) or any("forward" in part.__dict__ for part in parts)
 
 
 @cache
