@@ -426,6 +426,63 @@ def test_without_a_learner_a_late_recomputation_is_refused() -> None:
             meta_gradient("clone_module", made(Recomputing), **options)
 
 
+again = functools.partial(checkpoint, use_reentrant=False)
+
+
+class Recomputed(torch.autograd.Function):
+    """Somebody's own way to do it."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, h: Tensor) -> Tensor:
+        ctx.run, ctx.h = run, h
+        return run(h)
+
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor) -> Any:
+        with torch.enable_grad():
+            h = ctx.h.detach().requires_grad_()
+            ctx.run(h).backward(ct)
+        return None, h.grad
+
+
+class Given(Net):
+    """Its way to compute is not in its own code."""
+
+    def __init__(self, way: Any) -> None:
+        super().__init__()
+        self.way = way
+
+    def head(self, h: Tensor) -> Tensor:
+        return self.way(self.b, h)
+
+
+class ByPartial(Net):
+    def head(self, h: Tensor) -> Tensor:
+        return again(self.b, h)
+
+
+@pytest.mark.parametrize("interface", ["learn2learn", "higher"])
+def test_however_a_model_recomputes_it_is_right_or_refused(interface: str) -> None:
+    same(meta_gradient(interface, made(ByPartial)), plain())
+    same(meta_gradient(interface, made(Given, again)), plain())
+    same(meta_gradient(interface, made(Given, lambda part, h: checkpoint(part, h, use_reentrant=False))), plain())
+    hidden = {"run": again}
+
+    class Holder:
+        def __call__(self, part: nn.Module, h: Tensor) -> Tensor:
+            return hidden["run"](part, h)
+
+    with pytest.raises(RuntimeError, match=r"clone: a forward from before a step must not be recomputed"):
+        meta_gradient(interface, made(Given, Holder()))
+    x, y = data()
+    clone, step = learner(interface, made(Given, Recomputed.apply))
+    early = F.cross_entropy(clone(x[1]), y[1])
+    (clone.module if interface == "learn2learn" else clone).way = lambda part, h: part(h)
+    step(F.cross_entropy(clone(x[0]), y[0]))
+    with pytest.raises(RuntimeError, match=r"clone: a forward from before a step must not be recomputed"):
+        early.backward()
+
+
 @pytest.mark.parametrize("interface", ["learn2learn", "clone_module", "higher"])
 def test_a_learner_within_a_checkpoint_is_refused_once_it_is_too_late(interface: str) -> None:
     x, y = data()

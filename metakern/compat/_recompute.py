@@ -7,7 +7,7 @@ is refused by `Guarded` when it happens, so nothing depends on it but which of t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -15,14 +15,19 @@ from torch import nn
 
 from metakern.compat._references import filled
 
-_NAMES = ("checkpoint", "recompute", "remat", "offload")
+_NAMES = ("checkpoint", "ckpt", "recompute", "remat", "offload", "reversible")
 
 
 def recomputes(module: nn.Module) -> bool:
     """Whether any module in it may; one whose forward was replaced may do anything."""
     parts = list(module.modules())
     kinds: set[Any] = set(map(type, parts))
-    return any(map(_of_class, kinds)) or any("forward" in part.__dict__ for part in parts)
+    return any(map(_of_class, kinds)) or any(_of_instance(part.__dict__) for part in parts)
+
+
+def _of_instance(state: dict[str, Any]) -> bool:
+    given = (value for value in state.values() if isinstance(value, FunctionType | MethodType | partial))
+    return "forward" in state or any(_named(value, set()) for value in given)
 
 
 @cache
@@ -38,6 +43,8 @@ def _named(value: Any, seen: set[int]) -> bool:
         return any(_named(part, seen) for part in (value.fget, value.fset))
     if isinstance(value, staticmethod | classmethod | MethodType):
         value = value.__func__
+    if isinstance(value, partial):
+        value = value.func
     if isinstance(value, ModuleType):
         return _says(value.__name__)
     if not isinstance(value, FunctionType) or id(value) in seen:

@@ -16,7 +16,7 @@ class _Absent(ModuleType):
             raise AttributeError(name)
         raise ImportError(
             f"{self.__name__} is left out of metakern.compat, which has no {self._what}: take them from learn2learn "
-            "itself, its algorithms from here"
+            "itself, and the algorithms from here"
         )
 
 
