@@ -356,6 +356,24 @@ def test_what_can_t_be_copied_says_so() -> None:
             clone(model)
 
 
+class OfItsClass(Net):
+    registry: dict[str, nn.Module]
+
+    def setup(self) -> None:
+        type(self).registry = {"b": self.b}
+
+    def head(self, h: Tensor) -> Tensor:
+        return self.registry["b"](h)
+
+
+@pytest.mark.parametrize("interface", ["learn2learn", "GBML", "higher"])
+def test_a_part_that_is_reached_past_the_model_is_named(interface: str) -> None:
+    with pytest.raises(ValueError, match=r"each part of the model must be reached through the model, got 'b' reached"):
+        meta_gradient(interface, made(OfItsClass))
+    x, _ = data()
+    made(OfItsClass)(x[0])  # nothing watches any more
+
+
 @pytest.mark.parametrize("interface", ["learn2learn", "clone_module", "higher"])
 def test_accelerate_s_hooks(interface: str) -> None:
     hooks = pytest.importorskip("accelerate.hooks")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from metakern.compat._references import PLAIN, References, refreshed
 from metakern.meta._batching import exact_kernels
@@ -375,6 +376,28 @@ def differentiated(
                 "step: compute it again"
             ) from error
         raise
+
+
+@contextmanager
+def watched(who: str, source: tuple[nn.Module, ...]) -> Iterator[None]:
+    """Within a copy's forward, raises ValueError where a module of the model that it is of runs in the copy's place."""
+    paths = {id(part): path for model in source for path, part in model.named_modules()}
+    if not paths or any(map(_is_compiled, source[0].modules())):  # which warns of hooks for all modules
+        yield
+        return
+
+    def check(module: nn.Module, inputs: Any) -> None:
+        if id(module) in paths:
+            raise ValueError(
+                f"{who}: each part of the model must be reached through the model, got {paths[id(module)]!r} reached "
+                "past it, which would not adapt: keep it in an attribute of the model, not of its class or a global"
+            )
+
+    hook = register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def stay(who: str, tensors: Iterable[Tensor], change: Change) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.compat._modules import Places, apart, copied, fused, is_ours, once, stay
+from metakern.compat._modules import Places, apart, copied, fused, is_ours, once, stay, watched
 from metakern.compat._recompute import recomputes
 
 Encapsulator = Callable[[Any, nn.Module], None]
@@ -68,6 +68,7 @@ class FunctionalModule(FunctionalPart):
     _track_higher_grads: bool
     _fused: bool
     _recomputes: bool
+    _is_new: bool  # has not run yet
     _replaced: Any  # the forward that the module had instead of its class's
 
     def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
@@ -76,7 +77,11 @@ class FunctionalModule(FunctionalPart):
             self.update_params(params)
         elif not self._fast_params:
             raise ValueError("fmodel: params must be given to a functional module without parameters of its own")
-        with fused() if self._fused else nullcontext():
+        watch, self._is_new = self._is_new, False
+        with (
+            fused() if self._fused else nullcontext(),
+            watched("fmodel", self._source) if watch else nullcontext(),
+        ):
             forward = super().forward if self._replaced is None else self._replaced
             return forward(*args, **kwargs)
 
@@ -167,6 +172,7 @@ def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None,
         _track_higher_grads=True,
         _fused=is_ours(module),
         _recomputes=recomputes(module),
+        _is_new=True,
         _replaced=fmodule.__dict__.pop("forward", None),
     )
     if encapsulator is not None:

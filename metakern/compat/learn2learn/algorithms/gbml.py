@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.compat._modules import apart, gradients
+from metakern.compat._modules import apart, gradients, watched
 from metakern.compat._recompute import recomputes
 from metakern.compat.learn2learn.algorithms.base_learner import BaseLearner
 from metakern.compat.learn2learn.optim import DifferentiableSGD, ParameterUpdate
@@ -61,9 +61,15 @@ class GBML(BaseLearner):
         self.compute_update = made
         self.diff_sgd = DifferentiableSGD(lr)
         self._recomputes = False
+        self._source: tuple[nn.Module, ...] = ()  # what a clone that has not run yet is of
         self._params_updated = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        watch, self._source = self._source, ()
+        with watched("GBML", watch):
+            return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._recomputes or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         with apart(self.module) as twin:
@@ -87,7 +93,7 @@ class GBML(BaseLearner):
             self.allow_nograd if allow_nograd is None else allow_nograd,
             compute_update=clone_module(self.compute_update),
         )
-        learner._recomputes = recomputes(self.module)
+        learner._recomputes, learner._source = recomputes(self.module), (self.module,)
         return learner
 
     def adapt(

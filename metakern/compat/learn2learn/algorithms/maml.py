@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern import optim
-from metakern.compat._modules import Places, apart, fused, gradients, is_ours, same_device, stay
+from metakern.compat._modules import Places, apart, fused, gradients, is_ours, same_device, stay, watched
 from metakern.compat._recompute import recomputes
 from metakern.compat.learn2learn.algorithms.base_learner import BaseLearner
 from metakern.compat.learn2learn.utils import clone_module, update_module
@@ -62,7 +62,7 @@ class Learner(BaseLearner):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{type(self).__name__}: model must be an nn.Module, got {type(model).__name__}")
         super().__init__(model)
-        self._fused = self._recomputes = False
+        self._fused = self._recomputes = self._is_new = False
         # Tuples, for neither the module that a clone is of nor the engine is a part of this one.
         self._source: tuple[nn.Module, ...] = ()
         self._engine: tuple[Any, ...] = ()
@@ -71,7 +71,11 @@ class Learner(BaseLearner):
         return {**self.__dict__, "_engine": ()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with fused() if self._fused else nullcontext():
+        watch, self._is_new = self._is_new, False
+        with (
+            fused() if self._fused else nullcontext(),
+            watched(type(self).__name__, self._source) if watch else nullcontext(),
+        ):
             if not self._recomputes or not torch.is_grad_enabled():
                 return self.module(*args, **kwargs)
             with apart(self.module) as twin:
@@ -86,7 +90,7 @@ class Learner(BaseLearner):
 
     def _cloned(self, learner: L) -> L:
         learner._source, learner._fused = (self.module,), is_ours(self.module)
-        learner._recomputes = recomputes(self.module)
+        learner._recomputes, learner._is_new = recomputes(self.module), True
         return learner
 
     def _inner(self) -> optim.SGD:
