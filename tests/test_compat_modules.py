@@ -331,6 +331,16 @@ def test_a_compiled_model_is_copied_as_it_was_written() -> None:
         same(meta_gradient(interface, torch.compile(made(Net), backend="eager")), plain())
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # the compiler's own
+def test_a_copy_can_be_compiled() -> None:
+    x, _ = data()
+    for interface in ("learn2learn", "GBML", "higher"):
+        clone, _ = learner(interface, made(Net))
+        torch.testing.assert_close(torch.compile(clone, backend="eager")(x[0]), clone(x[0]))
+
+
 def test_what_can_t_be_copied_says_so() -> None:
     class Scripted(Net):
         def setup(self) -> None:

@@ -32,12 +32,12 @@ _OWN = {
     "_modules",
     "_non_persistent_buffers_set",
     "_parameters",
-    "_places",
+    "_fmodel_places",
     "_references",
-    "_replaced",
-    "_root",
-    "_recomputes",
-    "_source",
+    "_fmodel_replaced",
+    "_fmodel_root",
+    "_fmodel_recomputes",
+    "_fmodel_source",
     "training",
 }
 # Of these most are empty.

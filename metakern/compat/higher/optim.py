@@ -114,7 +114,7 @@ class DifferentiableOptimizer(ABC):
             raise ValueError("diffopt.step: params must be given where the optimizer has no functional model with some")
         phi = list(fast if params is None else params)  # type: ignore[arg-type]
         if self._fmodel is not None:
-            for source in self._fmodel._source:
+            for source in self._fmodel._fmodel_source:
                 same_device("diffopt.step", source, phi)
         stepped = chain(*self._group_to_param_list)
         grads: Sequence[Tensor | None] = gradients("diffopt.step", loss, phi, self._track_higher_grads, stepped)

@@ -29,11 +29,11 @@ class FunctionalPart(nn.Module):
     """What is added to the class of each submodule of a functional module."""
 
     _like: type[nn.Module]  # the class of the module that it is a copy of
-    _root: Callable[[], FunctionalModule | None]
+    _fmodel_root: Callable[[], FunctionalModule | None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        root = self._root()
-        if (root is not None and not root._recomputes) or not torch.is_grad_enabled():
+        root = self._fmodel_root()
+        if (root is not None and not root._fmodel_recomputes) or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
         with apart(self) as twin:
             return twin.forward(*args, **kwargs)
@@ -49,13 +49,13 @@ class FunctionalPart(nn.Module):
             return
         if not isinstance(value, Tensor):
             raise TypeError(f"fmodel: {name} must be a tensor, got {type(value).__name__}")
-        root = self._root()
+        root = self._fmodel_root()
         if root is None:
             raise ValueError(f"fmodel: parameters must be set in the functional model itself, got {name!r} of a copy")
         if root.fast_params is None:
             raise ValueError(f"fmodel: it must have parameters before one is set, got {name!r} set before all")
         params = list(root.fast_params)
-        params[root._places.number(self, name)] = value
+        params[root._fmodel_places.number(self, name)] = value
         root.update_params(params)
 
 
@@ -63,13 +63,13 @@ class FunctionalModule(FunctionalPart):
     """What `monkeypatch` adds to a module's own class."""
 
     _fast_params: list[list[Tensor]]
-    _places: Places
-    _source: tuple[nn.Module, ...]  # what it is a copy of, on the same device
+    _fmodel_places: Places
+    _fmodel_source: tuple[nn.Module, ...]  # what it is a copy of, on the same device
     _track_higher_grads: bool
-    _fused: bool
-    _recomputes: bool
-    _is_new: bool  # has not run yet
-    _replaced: Any  # the forward that the module had instead of its class's
+    _fmodel_fused: bool
+    _fmodel_recomputes: bool
+    _fmodel_is_new: bool  # has not run yet
+    _fmodel_replaced: Any  # the forward that the module had instead of its class's
 
     def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
         """The module's output with its fast parameters, which `params` replace if given."""
@@ -77,23 +77,26 @@ class FunctionalModule(FunctionalPart):
             self.update_params(params)
         elif not self._fast_params:
             raise ValueError("fmodel: params must be given to a functional module without parameters of its own")
-        watch, self._is_new = self._is_new, False
-        with (
-            fused() if self._fused else nullcontext(),
-            watched("fmodel", self._source) if watch else nullcontext(),
-        ):
-            forward = super().forward if self._replaced is None else self._replaced
+        if self._fmodel_is_new and not torch.compiler.is_compiling():
+            self._fmodel_is_new = False
+            with watched("fmodel", self._fmodel_source):
+                return self._fmodel_run(*args, **kwargs)
+        return self._fmodel_run(*args, **kwargs)
+
+    def _fmodel_run(self, *args: Any, **kwargs: Any) -> Any:
+        forward = super().forward if self._fmodel_replaced is None else self._fmodel_replaced
+        with fused() if self._fmodel_fused else nullcontext():
             return forward(*args, **kwargs)
 
     def update_params(self, params: Iterable[Tensor]) -> None:
         """The next fast parameters, in the order of `parameters()`; without higher gradients the former are let go."""
         params = list(params)
-        if len(params) != len(self._places.values):
+        if len(params) != len(self._fmodel_places.values):
             raise ValueError(
-                f"fmodel: params must have an entry for each of the {len(self._places.values)} parameters, "
+                f"fmodel: params must have an entry for each of the {len(self._fmodel_places.values)} parameters, "
                 f"got {len(params)}"
             )
-        self._places.put(self, params)
+        self._fmodel_places.put(self, params)
         if not self._track_higher_grads:
             self._fast_params.clear()
         self._fast_params.append(params)
@@ -164,16 +167,16 @@ def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None,
     for part in fmodule.modules():
         kind: Any = type(part)
         part.__class__ = _functional(kind, FunctionalModule if part is fmodule else FunctionalPart)
-        part.__dict__["_root"] = weakref.ref(fmodule)
+        part.__dict__["_fmodel_root"] = weakref.ref(fmodule)
     fmodule.__dict__.update(
         _fast_params=[],
-        _places=Places(fmodule),
-        _source=(module,) if device is None else (),
+        _fmodel_places=Places(fmodule),
+        _fmodel_source=(module,) if device is None else (),
         _track_higher_grads=True,
-        _fused=is_ours(module),
-        _recomputes=recomputes(module),
-        _is_new=True,
-        _replaced=fmodule.__dict__.pop("forward", None),
+        _fmodel_fused=is_ours(module),
+        _fmodel_recomputes=recomputes(module),
+        _fmodel_is_new=True,
+        _fmodel_replaced=fmodule.__dict__.pop("forward", None),
     )
     if encapsulator is not None:
         encapsulator(fmodule, module)

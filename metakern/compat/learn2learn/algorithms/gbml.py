@@ -65,11 +65,13 @@ class GBML(BaseLearner):
         self._params_updated = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        watch, self._source = self._source, ()
-        with watched("GBML", watch):
-            return self._forward(*args, **kwargs)
+        if self._source and not torch.compiler.is_compiling():
+            source, self._source = self._source, ()
+            with watched("GBML", source):
+                return self._run(*args, **kwargs)
+        return self._run(*args, **kwargs)
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if not self._recomputes or not torch.is_grad_enabled():
             return self.module(*args, **kwargs)
         with apart(self.module) as twin:

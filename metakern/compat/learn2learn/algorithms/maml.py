@@ -71,11 +71,14 @@ class Learner(BaseLearner):
         return {**self.__dict__, "_engine": ()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        watch, self._is_new = self._is_new, False
-        with (
-            fused() if self._fused else nullcontext(),
-            watched(type(self).__name__, self._source) if watch else nullcontext(),
-        ):
+        if self._is_new and not torch.compiler.is_compiling():
+            self._is_new = False
+            with watched(type(self).__name__, self._source):
+                return self._run(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        with fused() if self._fused else nullcontext():
             if not self._recomputes or not torch.is_grad_enabled():
                 return self.module(*args, **kwargs)
             with apart(self.module) as twin:
