@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import gc
 import pickle
@@ -185,6 +186,9 @@ def test_a_replaced_forward_is_the_clone_s_own_or_refused() -> None:
     clone = l2l.update_module(l2l.clone_module(model), [torch.ones(2, 2), torch.zeros(2)])
     assert not torch.allclose(clone(torch.ones(2)), model(torch.ones(2)))
     model.forward = lambda x: original(x)
+    clone = l2l.update_module(l2l.clone_module(model), [torch.ones(2, 2), torch.zeros(2)])
+    torch.testing.assert_close(clone(torch.ones(2)), model(torch.ones(2)) + 2)
+    model.forward = F.relu
     with pytest.raises(ValueError, match="the forward of Linear must be a method, got another function"):
         l2l.clone_module(model)
 
@@ -364,3 +368,287 @@ def test_errors() -> None:
         l2l.MAML(model, lr=None)
     with pytest.raises(ValueError, match=r"MAML.batch: lr must be a number or an nn.Parameter, got a tensor with"):
         l2l.MAML(model, lr=torch.ones((), requires_grad=True) * LR).batch((x, y), (x, y), F.mse_loss)
+
+
+def test_every_bit_is_learn2learn_s() -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model, x = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 20)), torch.randn(3, 8, 20)
+        rates = [nn.Parameter(torch.rand_like(p)) for p in model.parameters()]
+        for maml in (l2l.MAML(model, lr=LR), l2l.MetaSGD(model, lrs=rates)):
+            learner = maml.clone()
+            lrs: list[Any] = list(learner.lrs) if isinstance(learner, l2l.MetaSGD) else [LR] * 4
+            for k in range(3):
+                loss, phi = learner(x[k]).square().sum(), list(learner.module.parameters())
+                grads = torch.autograd.grad(loss, phi, create_graph=True)
+                learner.adapt(loss)
+                expected = [p - lr * g for p, lr, g in zip(phi, lrs, grads, strict=True)]
+                assert all(map(torch.equal, learner.module.parameters(), expected))
+
+
+class Gain(nn.Module):
+    """A transform of gradients that is not linear in its parameter."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, like.numel(), dtype=like.dtype).reshape(like.shape))
+
+    def forward(self, grad: Tensor) -> Tensor:
+        return self.gain**2 * grad
+
+
+@pytest.mark.parametrize("adapt_transform", [False, True])
+def test_gbml_has_the_meta_gradient_of_plain_autograd(adapt_transform: bool) -> None:
+    model, x, y = made("mlp")
+    gbml = l2l.algorithms.GBML(model, Gain, lr=LR, adapt_transform=adapt_transform)
+    theta, psi = list(model.parameters()), list(gbml.compute_update.parameters())
+    names = [n for n, _ in model.named_parameters()]
+
+    def loss(phi: Any) -> Tensor:
+        return F.mse_loss(functional_call(model, dict(zip(names, phi, strict=True)), (x,)), y)
+
+    phi, gains = theta, psi
+    for k in range(STEPS):
+        value = loss(phi)
+        if adapt_transform and k:
+            steps = torch.autograd.grad(value, gains, create_graph=True)
+            stepped = [g - LR * d for g, d in zip(gains, steps, strict=True)]
+        else:
+            stepped = gains
+        grads = torch.autograd.grad(value, phi, create_graph=True)
+        phi, gains = [p - LR * g**2 * d for p, g, d in zip(phi, stepped, grads, strict=True)], stepped
+    truth = torch.autograd.grad(loss(phi), [*theta, *psi])
+    learner = adapted(gbml.clone(), x, y)
+    F.mse_loss(learner(x), y).backward()
+    same([p.grad for p in [*theta, *psi]], truth)
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"ParameterUpdate: every parameter must require a gradient"):
+        adapted(gbml.clone(), x, y)
+    adapted(gbml.clone(allow_nograd=True, allow_unused=True), x, y)
+    with pytest.raises(TypeError, match=r"GBML: module must be an nn.Module, got str"):
+        l2l.GBML("model", Gain)
+
+
+def test_gbml_s_unused_parameters() -> None:
+    model, x, y = made("mlp")
+    model.unused = nn.Linear(2, 2).double()
+    gbml = l2l.GBML(model, lambda p: None if p.dim() == 1 else Gain(p), lr=LR)
+    learner = gbml.clone()
+    forward = lambda: F.mse_loss(learner.module[:3](x), y)  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"ParameterUpdate: loss must depend on every parameter, got one of shape \[2,"
+    ):
+        learner.adapt(forward())
+    learner.adapt(forward(), allow_unused=True)
+    assert torch.equal(learner.unused.weight, model.unused.weight)
+    forward().backward()
+    assert model[0].weight.grad is not None
+    with pytest.raises(TypeError, match="transform must make a module or None, got int"):
+        l2l.optim.ParameterUpdate(model.parameters(), lambda p: 1)
+    with pytest.raises(ValueError, match="parameters must be the 6 that transforms were made for, got 1"):
+        gbml.compute_update(forward(), [model[0].weight])
+
+
+def test_transforms_of_gradients() -> None:
+    torch.manual_seed(0)
+    g = torch.randn(4, 3, 2, 2)
+    curvature = l2l.optim.MetaCurvatureTransform(g, lr=0.5)
+    for p in curvature.parameters():
+        nn.init.normal_(p)
+    expected = 0.5 * torch.einsum(
+        "ia,abf,bo,gf->iog", curvature.mc_in, g.flatten(2), curvature.mc_out, curvature.mc_f
+    ).reshape(g.shape)
+    torch.testing.assert_close(curvature(g), expected)
+    for shape in ((4,), (4, 3)):
+        g = torch.randn(shape)
+        for make in (
+            l2l.optim.MetaCurvatureTransform,
+            l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear),
+            l2l.optim.ModuleTransform(lambda n, m: nn.Identity()),
+        ):
+            torch.testing.assert_close(make(g)(g), g)
+    for make in (l2l.optim.MetaCurvatureTransform, l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear)):
+        with pytest.raises(ValueError, match=r"must be of 1, 2 or 4 dimensions, got one of shape \[1, 1, 1\]"):
+            make(torch.zeros(1, 1, 1))
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    by_part = l2l.optim.TransformDictionary({net[0]: Gain, net[1].bias: lambda p: l2l.nn.Scale(p.shape)})
+    assert [type(by_part(p)) for p in net.parameters()] == [Gain, Gain, type(None), l2l.nn.Scale]
+    with pytest.raises(TypeError, match="keys must be modules or parameters, got one of str"):
+        l2l.optim.TransformDictionary({"weight": Gain})
+
+
+def test_a_learned_optimizer_gets_the_gradient_of_the_next_loss() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 1).double(), torch.randn(2, 5, 3).double()
+    learned = l2l.optim.LearnableOptimizer(model, Gain, lr=0.1)
+    theta = [p.detach().clone() for p in model.parameters()]
+    gains = [p.detach().clone().requires_grad_() for p in learned.parameters()]
+    model(x[0]).square().sum().backward()
+    updates = [0.1 * g**2 * p.grad for g, p in zip(gains, model.parameters(), strict=True)]
+    learned.step()
+    learned.zero_grad()
+    model(x[1]).square().sum().backward()
+    weight, bias = (p - u for p, u in zip(theta, updates, strict=True))
+    truth = torch.autograd.grad(F.linear(x[1], weight, bias).square().sum(), gains)
+    same([p.grad for p in learned.parameters()], truth)
+    assert all(p.grad is not None for p in model.parameters())
+    with pytest.raises(TypeError, match=r"LearnableOptimizer: model must be an nn.Module, got int"):
+        l2l.optim.LearnableOptimizer(1, Gain)
+
+
+def test_kronecker_layers_are_their_matrices() -> None:
+    torch.manual_seed(0)
+    for psd in (False, True):
+        layer = l2l.nn.KroneckerLinear(2, 3, psd=psd)
+        for p in layer.parameters():
+            nn.init.normal_(p)
+        left, right = (m.t() @ m if psd else m for m in (layer.left, layer.right))
+        x = torch.randn(6)
+        expected = torch.kron(right.t().contiguous(), left) @ x + layer.bias.t().flatten()
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(layer(torch.stack([x.reshape(3, 2).t()] * 4))[1], expected.reshape(3, 2).t())
+    with pytest.raises(ValueError, match=r"KroneckerLinear: x must be of shape \[6\] or \[..., 2, 3\], got \[5\]"):
+        layer(torch.zeros(5))
+    rnn, lstm, x, h = l2l.nn.KroneckerRNN(2, 3), l2l.nn.KroneckerLSTM(2, 3), torch.randn(2, 3), torch.randn(2, 3)
+    y, h_next = rnn(x, h)
+    torch.testing.assert_close(y, torch.tanh(x + h))
+    assert torch.equal(y, h_next)
+    y, (h_next, c) = lstm(x, (h, torch.ones(2, 3)))
+    gate = torch.sigmoid(x + h)
+    torch.testing.assert_close(c, gate + gate * torch.tanh(x + h))
+    torch.testing.assert_close(y, gate * torch.tanh(c))
+    assert y is h_next
+    assert list(lstm.state_dict())[:6] == [f"W_{s}i.{p}" for s in "ih" for p in ("left", "right", "bias")]
+
+
+def test_small_modules_and_classifiers() -> None:
+    torch.manual_seed(0)
+    assert l2l.nn.Flatten()(torch.zeros(2, 3, 4)).shape == (2, 12)
+    assert l2l.nn.Lambda(torch.neg)(torch.ones(1)) == -1
+    assert torch.equal(l2l.nn.Scale((2, 1), alpha=3)(torch.ones(2, 2)), torch.full((2, 2), 3.0))
+    net = l2l.nn.freeze(nn.Linear(2, 2))
+    assert not any(p.requires_grad for p in net.parameters())
+    assert all(p.requires_grad for p in l2l.nn.unfreeze(net).parameters())
+    support, labels, query = torch.randn(6, 4, requires_grad=True), torch.tensor([0, 1, 2] * 2), torch.randn(5, 4)
+    means = torch.stack([support[labels == k].mean(0) for k in range(3)])
+    torch.testing.assert_close(
+        l2l.nn.PrototypicalClassifier(support, labels)(query), -(torch.cdist(query, means) ** 2), rtol=1e-4, atol=1e-5
+    )
+    logits = l2l.nn.PrototypicalClassifier(support, labels, distance="cosine")(query)
+    torch.testing.assert_close(logits, F.cosine_similarity(query[:, None], means, dim=2))
+    logits.sum().backward()
+    assert support.grad is not None
+    with pytest.raises(ValueError, match="it must have prototypes to be called"):
+        l2l.nn.PrototypicalClassifier()(query)
+    with pytest.raises(ValueError, match="distance must be 'euclidean', 'cosine' or a function, got 'l1'"):
+        l2l.nn.PrototypicalClassifier(distance="l1")
+    net = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 1)))
+    x, before = torch.randn(4, 2), copy.deepcopy(net)
+    meta = l2l.nn.MetaModule(
+        net, {nn.Linear: lambda m: l2l.nn.ParameterTransform(m, lambda p: l2l.nn.Scale(alpha=2.0))}
+    )
+    torch.testing.assert_close(
+        meta(x),
+        F.linear(F.linear(x, *(2 * p for p in before[0].parameters())), *(2 * p for p in before[1][0].parameters())),
+    )
+    learner = l2l.MAML(meta, lr=0.1, allow_nograd=True).clone()
+    learner.adapt(learner(x).square().sum())
+    learner(x).sum().backward()
+    assert [p.grad is not None for p in meta.parameters()] == [p.requires_grad for p in meta.parameters()]
+    assert len(list(meta.meta_parameters())) == 4
+    assert all(map(torch.equal, meta.module().parameters(), before.parameters()))
+
+
+def test_distributions() -> None:
+    mean, net = torch.zeros(2, requires_grad=True), nn.Linear(2, 2)
+    dist = torch.distributions.Independent(torch.distributions.Normal(mean, torch.ones(2)), 1)
+    dist.net = net
+    moved = torch.distributions.TransformedDistribution(
+        dist, [torch.distributions.AffineTransform(torch.ones(2, requires_grad=True), 2.0)]
+    )
+    for each in (dist, moved):
+        mean.grad = None
+        clone = l2l.clone_distribution(each)
+        value = clone.log_prob(torch.full((2,), 0.5))
+        torch.testing.assert_close(value, each.log_prob(torch.full((2,), 0.5)), rtol=0, atol=0)
+        value.backward()
+        assert mean.grad is not None
+        assert not l2l.detach_distribution(clone).log_prob(torch.ones(2)).requires_grad
+        assert each.log_prob(torch.ones(2)).requires_grad
+    clone = l2l.clone_distribution(dist)
+    assert clone.net.weight is not net.weight
+    assert not l2l.detach_distribution(clone).net.weight.requires_grad
+    assert net.weight.requires_grad
+    assert list(l2l.clone_named_parameters({"mean": mean})) == ["mean"]
+
+
+def test_what_is_left_out_says_so() -> None:
+    from metakern.compat.learn2learn import algorithms
+
+    for name in ("data", "gym", "text", "vision"):
+        with pytest.raises(ImportError, match=rf"compat.learn2learn.{name} is left out of metakern.compat"):
+            exec(f"from metakern.compat.learn2learn.{name} import anything")
+        with pytest.raises(ImportError, match=rf"compat.learn2learn.{name} is left out of metakern.compat"):
+            exec(f"import metakern.compat.learn2learn.{name}.part")
+        with pytest.raises(ImportError, match="take them from learn2learn itself"):
+            _ = getattr(l2l, name).part
+    with pytest.raises(ImportError, match="SVClassifier is left out"):
+        _ = l2l.nn.SVClassifier
+    with pytest.raises(ImportError, match="LightningMetaOptNet is left out"):
+        _ = algorithms.LightningMetaOptNet
+    for module in (l2l, l2l.nn, algorithms):
+        assert not hasattr(module, "nothing")
+
+
+def episodes(ways: int, shots: int, queries: int) -> Any:
+    """Tasks whose classes are the signs of a random direction's entries."""
+
+    class Tasks:
+        def sample(self) -> tuple[Tensor, Tensor]:
+            labels = torch.arange(ways).repeat_interleave(shots + queries)
+            return torch.randn(ways, 6)[labels] + 0.1 * torch.randn(len(labels), 6), labels
+
+    return Tasks()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_lightning_classes_train(tmp_path: Any) -> None:
+    pytest.importorskip("lightning")
+    from metakern.compat.learn2learn import algorithms
+    from metakern.compat.learn2learn._lightning import pl
+    from metakern.compat.learn2learn.utils.lightning import EpisodicBatcher
+
+    torch.manual_seed(0)
+    sizes = {"train_ways": 3, "test_ways": 3, "train_shots": 2, "test_shots": 2, "lr": 0.02}
+    net = lambda width: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, width))  # noqa: E731
+    modules: list[Any] = [
+        algorithms.LightningMAML(net(3), adaptation_lr=0.3, adaptation_steps=2, **sizes),
+        algorithms.LightningANIL(net(8), nn.Linear(8, 3), adaptation_lr=0.3, **sizes),
+        algorithms.LightningPrototypicalNetworks(net(4), distance_metric="cosine", **sizes),
+    ]
+    for module in modules:
+        tasks = episodes(3, 2, 1)
+        trainer = pl.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        before = [p.detach().clone() for p in module.parameters()]
+        trainer.fit(module, EpisodicBatcher(tasks, epoch_length=4))
+        assert not any(map(torch.equal, module.parameters(), before))
+        assert {"train_loss", "valid_accuracy"} <= set(trainer.callback_metrics)
+        assert module.hparams["train_ways"] == 3
+        loss, accuracy = module.meta_learn(tasks.sample(), 0, 3, 2, 1)
+        assert loss.isfinite()
+        assert 0 <= accuracy <= 1
+        with pytest.raises(ValueError, match="data must hold 3 ways of 3 shots and 1 queries, 12 examples, got 9"):
+            module.meta_learn(tasks.sample(), 0, 3, 3, 1)
+    parser = algorithms.LightningMAML.add_model_specific_args(argparse.ArgumentParser(add_help=False))
+    assert parser.parse_args(["--adaptation_lr", "0.5"]).adaptation_lr == 0.5
+    with pytest.raises(TypeError, match=r"LightningMAML: settings must be among .*, got inner_lr"):
+        algorithms.LightningMAML(net(3), inner_lr=0.1)
+    with pytest.raises(ValueError, match="LightningMAML: data_parallel must be False"):
+        algorithms.LightningMAML(net(3), data_parallel=True)
+    with pytest.raises(
+        ValueError, match="LightningANIL: test_ways must be train_ways, 4, as the classifier is one, got"
+    ):
+        algorithms.LightningANIL(net(3), net(3), train_ways=4)

@@ -199,7 +199,7 @@ class Prepared:
 
     @contextmanager
     def _kept_tensors(self) -> Iterator[None]:
-        """Tensors that a forward pass keeps in its modules are not left there: they are those of many tasks, or of none."""
+        """Tensors that a forward pass keeps in its modules are not left there: they are of many tasks, or of none."""
         state = ModuleState(self.parameters.model.modules()) if self._keeps else None
         try:
             yield

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metakern.compat.higher import optim, patch
+from metakern.compat.higher import optim, patch, utils
 from metakern.compat.higher.optim import (
     DifferentiableOptimizer,
     Override,
@@ -33,6 +33,7 @@ __all__ = [
     "optim",
     "patch",
     "register_optim",
+    "utils",
 ]
 
 

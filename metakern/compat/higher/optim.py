@@ -5,12 +5,16 @@
     AdamW     as Adam, of phi (1 - h λ) in the place of g + λ phi          b₁ = 1 - β₁^step, b₂ = 1 - β₂^step
     RMSprop   v <- α v + (1 - α) g²        a <- α a + (1 - α) g            b <- μ b + g / (√(v - a²) + eps), a centered
     Adagrad   s <- s + g²                  h' = h / (1 + (step - 1) κ)     d = g / (√s + eps)
+    Adadelta  v <- ρ v + (1 - ρ) g²        d = √(u + eps) / √(v + eps) g   u <- ρ u + (1 - ρ) d²
+    Adamax    m as in Adam                 u <- max(β₂ u, |g| + eps)       d = m / b₁ / u
+    ASGD      phi <- phi (1 - λ h')        h' <- h / (1 + λ h step)^α      d = g, with h' in the place of h
+    Rprop     s <- s η₊ where g agrees in sign with the former one, s η₋ where not, and there g <- 0; h d = s sign(g)
     all       phi <- phi - h d
 
 Every setting may be a tensor with a history, by `override`. A root has slope zero where its argument is zero: there g
 and its history are zero, and the update's slope as a function of g comes from its numerator alone: exact, and no NaN.
-Each step is plain PyTorch on each parameter, differentiable at any order and leaner than the fused updates, which keep
-all that they are given.
+Each step is plain PyTorch on each parameter, a product and a sum at a time and in higher's order, so that every bit is
+as there: `addcmul` and its like round once where these round twice.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ class DifferentiableOptimizer(ABC):
         numbers = {id(p): i for i, p in enumerate(reference_params)}
         self.param_groups: list[dict[str, Any]] = []
         self.state: list[defaultdict[int, State]] = []
-        self._numbers: list[list[int]] = []  # of each group's parameters, among the reference's
+        self._group_to_param_list: list[list[int]] = []  # of each group's parameters, among the reference's
         for i, group in enumerate(other.param_groups):
             for p in group["params"]:
                 if id(p) not in numbers:
@@ -62,13 +66,13 @@ class DifferentiableOptimizer(ABC):
                         "get_diff_optim: the optimizer's parameters must be among the model's, "
                         f"got one of shape {list(p.shape)} in its group {i} that is not"
                     )
-            self._numbers.append([numbers[id(p)] for p in group["params"]])
+            self._group_to_param_list.append([numbers[id(p)] for p in group["params"]])
             settings = tree_map_only(Tensor, torch.clone, {k: v for k, v in group.items() if k != "params"})
             self.param_groups.append({**settings, "params": [None] * len(group["params"])})
             kept = {j: other.state[p] for j, p in enumerate(group["params"]) if p in other.state}
             copies = tree_map_only(Tensor, lambda t: t.detach().to(device=device, copy=True), kept)
             self.state.append(defaultdict(dict, copies))
-        self._fmodel, self._callback, self._track = fmodel, grad_callback, track_higher_grads
+        self._fmodel, self._grad_callback, self._track_higher_grads = fmodel, grad_callback, track_higher_grads
         self._apply_override(override or {})
 
     def _apply_override(self, override: Override) -> None:
@@ -110,18 +114,19 @@ class DifferentiableOptimizer(ABC):
             raise ValueError("diffopt.step: params must be given where the optimizer has no functional model with some")
         phi = list(fast if params is None else params)  # type: ignore[arg-type]
         if self._fmodel is not None:
-            for source in self._fmodel._source:
+            for source in self._fmodel._fmodel_source:
                 same_device("diffopt.step", source, phi)
-        grads: Sequence[Tensor | None] = gradients("diffopt.step", loss, phi, self._track, chain(*self._numbers))
-        callback = self._callback if grad_callback is None else grad_callback
+        stepped = chain(*self._group_to_param_list)
+        grads: Sequence[Tensor | None] = gradients("diffopt.step", loss, phi, self._track_higher_grads, stepped)
+        callback = self._grad_callback if grad_callback is None else grad_callback
         if callback is not None:
             grads = callback(grads)
-        for group, numbers in zip(self.param_groups, self._numbers, strict=True):
+        for group, numbers in zip(self.param_groups, self._group_to_param_list, strict=True):
             group["params"] = [phi[number] for number in numbers]
-        self._update([[grads[number] for number in numbers] for numbers in self._numbers], **kwargs)
-        for group, numbers in zip(self.param_groups, self._numbers, strict=True):
+        self._update([[grads[number] for number in numbers] for numbers in self._group_to_param_list], **kwargs)
+        for group, numbers in zip(self.param_groups, self._group_to_param_list, strict=True):
             for number, p in zip(numbers, group["params"], strict=True):
-                phi[number] = p if self._track else p.detach().requires_grad_()
+                phi[number] = p if self._track_higher_grads else p.detach().requires_grad_()
         if self._fmodel is not None:
             self._fmodel.update_params(phi)
         return phi
@@ -152,10 +157,10 @@ class DifferentiableSGD(_Each):
         g, momentum = _decayed(group, p, g), group["momentum"]
         if _on(momentum):
             buffer = state.get("momentum_buffer")
-            buffer = g if buffer is None else _plus(buffer * momentum, 1 - group["dampening"], g)
+            buffer = g if buffer is None else buffer * momentum + (1 - group["dampening"]) * g
             state["momentum_buffer"] = buffer
-            g = _plus(g, momentum, buffer) if group["nesterov"] else buffer
-        return _plus(p, -group["lr"], g)
+            g = g + momentum * buffer if group["nesterov"] else buffer
+        return p + -group["lr"] * g
 
 
 class DifferentiableAdam(_Each):
@@ -164,16 +169,21 @@ class DifferentiableAdam(_Each):
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         lr, (beta1, beta2) = group["lr"], group["betas"]
         if group.get("decoupled_weight_decay"):
-            p = p * (1 - lr * group["weight_decay"]) if _on(group["weight_decay"]) else p
+            p = p * (1 - lr * group["weight_decay"])
         else:
             g = _decayed(group, p, g)
-        step = state["step"] = int(state.get("step", 0)) + 1
+        step = _counted(state, p)
         state["exp_avg"] = m = _mean(state.get("exp_avg"), beta1, g)
         state["exp_avg_sq"] = v = _mean_square(state.get("exp_avg_sq"), beta2, g)
         if group["amsgrad"]:
             former = state.get("max_exp_avg_sq")
             state["max_exp_avg_sq"] = v = torch.maximum(torch.zeros_like(v) if former is None else former, v)
-        return _plus_ratio(p, -lr / (1 - beta1**step), m, _root(v / (1 - beta2**step)) + group["eps"])
+        below = _root(v) / (1 - beta2**step) ** 0.5 + group["eps"]
+        return p + -(lr / (1 - beta1**step)) * (m / below)
+
+
+class DifferentiableAdamW(DifferentiableAdam):
+    """torch.optim.AdamW."""
 
 
 class DifferentiableRMSprop(_Each):
@@ -181,17 +191,17 @@ class DifferentiableRMSprop(_Each):
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         g, alpha = _decayed(group, p, g), group["alpha"]
-        state["step"] = int(state.get("step", 0)) + 1
+        _counted(state, p)
         state["square_avg"] = v = _mean_square(state.get("square_avg"), alpha, g)
         if group["centered"]:
             state["grad_avg"] = mean = _mean(state.get("grad_avg"), alpha, g)
             v = v - mean * mean
         below = _root(v) + group["eps"]
         if not _on(group["momentum"]):
-            return _plus_ratio(p, -group["lr"], g, below)
+            return p + -group["lr"] * (g / below)
         former = state.get("momentum_buffer")
         state["momentum_buffer"] = b = g / below if former is None else former * group["momentum"] + g / below
-        return _plus(p, -group["lr"], b)
+        return p + -group["lr"] * b
 
 
 class DifferentiableAdagrad(_Each):
@@ -199,9 +209,70 @@ class DifferentiableAdagrad(_Each):
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         g = _decayed(group, p, g)
-        step = state["step"] = int(state["step"]) + 1
-        state["sum"] = s = torch.addcmul(state["sum"], g, g)
-        return _plus_ratio(p, -group["lr"] / (1 + (step - 1) * group["lr_decay"]), g, _root(s) + group["eps"])
+        step = _counted(state, p)
+        state["sum"] = s = state["sum"] + g * g
+        return p + -(group["lr"] / (1 + (step - 1) * group["lr_decay"])) * (g / (_root(s) + group["eps"]))
+
+
+class DifferentiableAdadelta(_Each):
+    """torch.optim.Adadelta: rho, eps, weight decay."""
+
+    def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
+        g, rho, eps = _decayed(group, p, g), group["rho"], group["eps"]
+        _counted(state, p)
+        state["square_avg"] = v = _mean_square(state.get("square_avg"), rho, g)
+        deltas = state.get("acc_delta", torch.zeros_like(p))
+        delta = _root(deltas + eps) / _root(v + eps) * g
+        state["acc_delta"] = _mean_square(deltas, rho, delta)
+        return p + -group["lr"] * delta
+
+
+class DifferentiableAdamax(_Each):
+    """torch.optim.Adamax: betas, eps, weight decay. The slope of max and |.| where they have none is torch's."""
+
+    def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
+        g, (beta1, beta2) = _decayed(group, p, g), group["betas"]
+        step = _counted(state, p)
+        state["exp_avg"] = m = _mean(state.get("exp_avg"), beta1, g)
+        former, size = state.get("exp_inf"), g.abs() + group["eps"]
+        state["exp_inf"] = most = size if former is None else torch.maximum(former * beta2, size)
+        return p + -(group["lr"] / (1 - beta1**step)) * (m / most)
+
+
+class DifferentiableASGD(_Each):
+    """torch.optim.ASGD: lambd, alpha, t0, weight decay; the average is in the state, as `ax`."""
+
+    def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
+        g, lr, lambd = _decayed(group, p, g), group["lr"], group["lambd"]
+        eta, mu = state.get("eta", lr), float(state.get("mu", 1))
+        step = _counted(state, p)
+        p = p * (1 - lambd * eta) + -eta * g
+        state["ax"] = p if mu == 1 else state["ax"] + (p - state["ax"]) * mu
+        state["eta"] = lr / (1 + lambd * lr * step) ** group["alpha"]
+        state["mu"] = 1 / max(1, step - group["t0"])
+        return p
+
+
+class DifferentiableRprop(_Each):
+    """torch.optim.Rprop: etas, step_sizes. It takes the sign of the gradient, whose slope is zero where it has one."""
+
+    def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
+        (shrink, grow), (least, most) = group["etas"], group["step_sizes"]
+        _counted(state, p)
+        former, size = state.get("prev"), state.get("step_size")
+        size = torch.ones_like(g) * group["lr"] if size is None else size
+        agreement = torch.zeros_like(g) if former is None else (g * former).sign()
+        factor = torch.where(agreement > 0, grow, torch.where(agreement < 0, shrink, torch.ones_like(g)))
+        state["step_size"] = size = torch.clamp(size * factor, least, most)
+        state["prev"] = g = torch.where(agreement < 0, torch.zeros_like(g), g)
+        return p + -g.sign() * size
+
+
+def _counted(state: State, p: Tensor) -> Any:
+    """The number of the step, a tensor where torch's state has one of p's dtype: higher rounds as that does."""
+    step = state.get("step", 0)
+    state["step"] = step = (step if isinstance(step, Tensor) and step.dtype == p.dtype else int(step)) + 1
+    return step
 
 
 def _on(setting: Number) -> bool:
@@ -210,27 +281,18 @@ def _on(setting: Number) -> bool:
 
 
 def _decayed(group: dict[str, Any], p: Tensor, g: Tensor) -> Tensor:
-    return _plus(g, group["weight_decay"], p) if _on(group["weight_decay"]) else g
-
-
-def _plus(a: Tensor, h: Number, b: Tensor) -> Tensor:
-    return a + h * b if isinstance(h, Tensor) else torch.add(a, b, alpha=h)
-
-
-def _plus_ratio(a: Tensor, h: Number, b: Tensor, c: Tensor) -> Tensor:
-    return a + h * (b / c) if isinstance(h, Tensor) else torch.addcdiv(a, b, c, value=h)
+    return g + group["weight_decay"] * p if _on(group["weight_decay"]) else g
 
 
 def _mean(former: Tensor | None, beta: Number, g: Tensor) -> Tensor:
     """β former + (1 - β) g"""
-    return (1 - beta) * g if former is None else _plus(former * beta, 1 - beta, g)
+    return (1 - beta) * g if former is None else former * beta + (1 - beta) * g
 
 
 def _mean_square(former: Tensor | None, beta: Number, g: Tensor) -> Tensor:
     """β former + (1 - β) g²"""
-    if former is None or isinstance(beta, Tensor):
-        return _mean(former, beta, g * g)
-    return torch.addcmul(former * beta, g, g, value=1 - beta)
+    square = (1 - beta) * g * g
+    return square if former is None else former * beta + square
 
 
 def _root(v: Tensor) -> Tensor:
@@ -238,27 +300,31 @@ def _root(v: Tensor) -> Tensor:
     return v.clamp_min(min(torch.finfo(v.dtype).tiny, 2.0**-24)).sqrt()
 
 
-_KINDS: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] = {
+_opt_mapping: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] = {
     torch.optim.SGD: DifferentiableSGD,
     torch.optim.Adam: DifferentiableAdam,
-    torch.optim.AdamW: DifferentiableAdam,
+    torch.optim.AdamW: DifferentiableAdamW,
     torch.optim.RMSprop: DifferentiableRMSprop,
     torch.optim.Adagrad: DifferentiableAdagrad,
+    torch.optim.Adadelta: DifferentiableAdadelta,
+    torch.optim.Adamax: DifferentiableAdamax,
+    torch.optim.ASGD: DifferentiableASGD,
+    torch.optim.Rprop: DifferentiableRprop,
 }
 
 
 def register_optim(optim_type: type[torch.optim.Optimizer], diff_optim_type: type[DifferentiableOptimizer]) -> None:
     """Has `get_diff_optim` take `diff_optim_type` for optimizers of `optim_type`."""
-    _KINDS[optim_type] = diff_optim_type
+    _opt_mapping[optim_type] = diff_optim_type
 
 
 def _kind(optim_type: type[torch.optim.Optimizer]) -> type[DifferentiableOptimizer]:
-    if optim_type not in _KINDS:
-        known = ", ".join(kind.__name__ for kind in _KINDS)
+    if optim_type not in _opt_mapping:
+        known = ", ".join(kind.__name__ for kind in _opt_mapping)
         raise ValueError(
             f"get_diff_optim: opt must be one of {known}, got {optim_type.__name__}: register_optim adds another"
         )
-    return _KINDS[optim_type]
+    return _opt_mapping[optim_type]
 
 
 def get_diff_optim(
@@ -342,4 +408,11 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -
                 f"parameter groups, got {len(values)}"
             )
         for i, group in enumerate(opt.param_groups):
-            group[name] = tree_map_only(Tensor, lambda t: t.tolist(), values[i if len(values) > 1 else 0])
+            learned = values[i if len(values) > 1 else 0]
+            if isinstance(group[name], Tensor):
+                group[name] = torch.as_tensor(learned).detach().to(group[name])
+                continue
+            value = tree_map_only(Tensor, lambda t: t.tolist(), learned)
+            # A whole number stays one, where it was one: of steps, say.
+            whole = type(group[name]) is int and isinstance(value, float) and value.is_integer()
+            group[name] = int(value) if whole else value

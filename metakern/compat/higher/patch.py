@@ -4,65 +4,115 @@
     fmodel(x, params=p)   the module's output with p, which become the last ones
 
 A copy made with `copy_initial_weights=False` has clones of the module's parameters, so that derivatives reach these.
+Each forward runs on modules of its own, so that what is recomputed later, by activation checkpointing, is recomputed
+with the weights of that forward.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metakern.compat._modules import Places, copied, fused, is_ours, once, stay
+from metakern.compat._modules import Places, apart, copied, fused, is_ours, once, stay, watched
+from metakern.compat._recompute import recomputes
 
 Encapsulator = Callable[[Any, nn.Module], None]
 
 
-class FunctionalModule(nn.Module):
+class FunctionalPart(nn.Module):
+    """What is added to the class of each submodule of a functional module."""
+
+    _like: type[nn.Module]  # the class of the module that it is a copy of
+    _fmodel_root: Callable[[], FunctionalModule | None]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        root = self._fmodel_root()
+        if (root is not None and not root._fmodel_recomputes) or not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)
+        with apart(self) as twin:
+            return twin.forward(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in a module, and a parameter that is set is the next of the fast ones."""
+        if isinstance(value, nn.Module) and name in self._modules and not isinstance(value, FunctionalPart):
+            raise ValueError(
+                f"fmodel: submodules must be set in the model, before it is made functional, got {name!r} set later"
+            )
+        if name not in self._parameters:
+            super().__setattr__(name, value)
+            return
+        if not isinstance(value, Tensor):
+            raise TypeError(f"fmodel: {name} must be a tensor, got {type(value).__name__}")
+        root = self._fmodel_root()
+        if root is None:
+            raise ValueError(f"fmodel: parameters must be set in the functional model itself, got {name!r} of a copy")
+        if root.fast_params is None:
+            raise ValueError(f"fmodel: it must have parameters before one is set, got {name!r} set before all")
+        params = list(root.fast_params)
+        params[root._fmodel_places.number(self, name)] = value
+        root.update_params(params)
+
+
+class FunctionalModule(FunctionalPart):
     """What `monkeypatch` adds to a module's own class."""
 
-    _history: list[list[Tensor]]
-    _places: Places
-    _source: tuple[nn.Module, ...]  # what it is a copy of, on the same device
-    _track: bool
-    _fused: bool
+    _fast_params: list[list[Tensor]]
+    _fmodel_places: Places
+    _fmodel_source: tuple[nn.Module, ...]  # what it is a copy of, on the same device
+    _track_higher_grads: bool
+    _fmodel_fused: bool
+    _fmodel_recomputes: bool
+    _fmodel_is_new: bool  # has not run yet
+    _fmodel_replaced: Any  # the forward that the module had instead of its class's
 
     def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
         """The module's output with its fast parameters, which `params` replace if given."""
         if params is not None:
             self.update_params(params)
-        elif not self._history:
+        elif not self._fast_params:
             raise ValueError("fmodel: params must be given to a functional module without parameters of its own")
-        if not self._fused:
-            return super().forward(*args, **kwargs)
-        with fused():
-            return super().forward(*args, **kwargs)
+        if self._fmodel_is_new and not torch.compiler.is_compiling():
+            self._fmodel_is_new = False
+            with watched("fmodel", self._fmodel_source):
+                return self._fmodel_run(*args, **kwargs)
+        return self._fmodel_run(*args, **kwargs)
+
+    def _fmodel_run(self, *args: Any, **kwargs: Any) -> Any:
+        forward = super().forward if self._fmodel_replaced is None else self._fmodel_replaced
+        with fused() if self._fmodel_fused else nullcontext():
+            return forward(*args, **kwargs)
 
     def update_params(self, params: Iterable[Tensor]) -> None:
         """The next fast parameters, in the order of `parameters()`; without higher gradients the former are let go."""
         params = list(params)
-        if len(params) != len(self._places.values):
+        if len(params) != len(self._fmodel_places.values):
             raise ValueError(
-                f"fmodel: params must have an entry for each of the {len(self._places.values)} parameters, "
+                f"fmodel: params must have an entry for each of the {len(self._fmodel_places.values)} parameters, "
                 f"got {len(params)}"
             )
-        self._places.put(params)
-        if not self._track:
-            self._history.clear()
-        self._history.append(params)
+        self._fmodel_places.put(self, params)
+        if not self._track_higher_grads:
+            self._fast_params.clear()
+        self._fast_params.append(params)
 
     def parameters(self, recurse: bool = True, time: int | None = None) -> Iterator[Any]:
         """The fast parameters after `time` updates, by default the last ones; always those of all submodules."""
-        if not self._history:
+        if not self._fast_params:
             raise ValueError("fmodel: parameters must be set before they are read, got none")
         time = -1 if time is None else time
-        if not self._track and time not in (-1, 0):
+        if not self._track_higher_grads and time not in (-1, 0):
             raise ValueError(f"fmodel: time must be -1 or 0 where no higher gradients are tracked, got {time}")
-        if not -len(self._history) <= time < len(self._history):
-            raise ValueError(f"fmodel: time must be at most {len(self._history) - 1}, the updates so far, got {time}")
-        return iter(self._history[time])
+        if not -len(self._fast_params) <= time < len(self._fast_params):
+            raise ValueError(
+                f"fmodel: time must be at most {len(self._fast_params) - 1}, the updates so far, got {time}"
+            )
+        return iter(self._fast_params[time])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FunctionalModule:
         """What `to()` and the like do."""
@@ -71,7 +121,7 @@ class FunctionalModule(nn.Module):
 
     @property
     def fast_params(self) -> list[Tensor] | None:
-        return self._history[-1] if self._history else None
+        return self._fast_params[-1] if self._fast_params else None
 
     @fast_params.setter
     def fast_params(self, value: Iterable[Tensor]) -> None:
@@ -79,47 +129,79 @@ class FunctionalModule(nn.Module):
 
     @property
     def init_fast_params(self) -> list[Tensor]:
-        if not self._track:
+        if not self._track_higher_grads:
             raise ValueError("fmodel: initial parameters must be tracked to be read, got track_higher_grads=False")
-        return self._history[0]
+        return self._fast_params[0]
 
     @property
     def track_higher_grads(self) -> bool:
-        return self._track
+        return self._track_higher_grads
 
     @track_higher_grads.setter
     def track_higher_grads(self, value: bool) -> None:
         if not isinstance(value, bool):
             raise ValueError(f"fmodel: track_higher_grads must be True or False, got {value!r}")
-        self._track = value
+        self._track_higher_grads = value
+
+
+_MonkeyPatchBase = FunctionalModule  # by this name people ask whether a module is functional
 
 
 @cache
-def _functional(kind: type[nn.Module]) -> type[nn.Module]:
+def _functional(kind: type[nn.Module], base: type[FunctionalPart]) -> Any:
     """The class of functional modules that are also of this class."""
-    return type(f"Functional{kind.__name__}", (FunctionalModule, kind), {"__module__": kind.__module__})
+    return type(f"Functional{kind.__name__}", (base, kind), {"__module__": kind.__module__, "_like": kind})
 
 
 def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None, device: Any = None) -> Any:
     """A copy of the module that is called with `params`; encapsulator(fmodule, module) may give it some."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"monkeypatch: module must be an nn.Module, got {type(module).__name__}")
-    if isinstance(module, FunctionalModule):
+    if any(isinstance(part, FunctionalPart) for part in module.modules()):
         raise ValueError("monkeypatch: module must be an ordinary one, got one that was made functional before")
-    if "forward" in module.__dict__:
-        raise ValueError("monkeypatch: module must have its class's forward, got one whose forward was replaced")
-    fmodule = copied(module, lambda p: p, once(lambda b: b.detach().to(device=device, copy=True)))
-    fmodule.__class__ = _functional(type(module))  # type: ignore[arg-type]
+
+    def alias(p: Tensor) -> Tensor:
+        return p.detach().requires_grad_(p.requires_grad)
+
+    fmodule = copied(module, once(alias), once(lambda b: b.detach().to(device=device, copy=True)))
+    for part in fmodule.modules():
+        kind: Any = type(part)
+        part.__class__ = _functional(kind, FunctionalModule if part is fmodule else FunctionalPart)
+        part.__dict__["_fmodel_root"] = weakref.ref(fmodule)
     fmodule.__dict__.update(
-        _history=[],
-        _places=Places(fmodule),
-        _source=(module,) if device is None else (),
-        _track=True,
-        _fused=is_ours(module),
+        _fast_params=[],
+        _fmodel_places=Places(fmodule),
+        _fmodel_source=(module,) if device is None else (),
+        _track_higher_grads=True,
+        _fmodel_fused=is_ours(module),
+        _fmodel_recomputes=recomputes(module),
+        _fmodel_is_new=True,
+        _fmodel_replaced=fmodule.__dict__.pop("forward", None),
     )
     if encapsulator is not None:
         encapsulator(fmodule, module)
     return fmodule
+
+
+def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | str | None = None) -> None:
+    """Gives the functional module copies of the module's buffers as they are now.
+
+    >>> import torch
+    >>> from metakern.compat import higher
+    >>> norm = torch.nn.BatchNorm1d(2)
+    >>> fmodel = higher.monkeypatch(norm)
+    >>> _ = norm(torch.randn(3, 2))
+    >>> higher.patch.buffer_sync(norm, fmodel)
+    >>> fmodel.num_batches_tracked
+    tensor(1)
+    """
+    copy = once(lambda b: b.detach().to(device=device, copy=True))
+    parts = dict(fmodule.named_modules(remove_duplicate=False))
+    for path, part in module.named_modules(remove_duplicate=False):
+        if path not in parts:
+            raise KeyError(f"buffer_sync: fmodule must have the module's submodules, got none at {path!r}")
+        for name, buffer in part._buffers.items():
+            parts[path]._buffers[name] = buffer if buffer is None else copy(buffer)
 
 
 def monkeypatch(

@@ -1,31 +1,33 @@
-"""learn2learn's MAML and Meta-SGD: a module that is cloned for each task, and clones that adapt by their own losses.
+"""learn2learn's MAML: a module that is cloned for each task, and clones that adapt by their own losses.
 
     clone    phi = theta                                    a copy of the module with a history
-    adapt    phi <- phi - lr grad loss(phi)                 MAML; lr one for all
-             phi_i <- phi_i - lr_i grad_i loss(phi)         Meta-SGD; lr_i of the shape of phi_i, learned
-
+    adapt    phi <- phi - lr grad loss(phi)                 lr one for all
     batch    L(theta) = mean_t query loss_t(phi_K)          the same loop over a batch of tasks, by `metakern.MAML`
 
-Finn, Abbeel, Levine 2017, algorithm 1; Li, Zhou, Chen, Li 2017, algorithm 1.
+Each forward of a clone runs on modules of its own, so that what is recomputed later, by activation checkpointing, is
+recomputed with the weights of that forward. Finn, Abbeel, Levine 2017, algorithm 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from itertools import repeat
 from numbers import Real
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from metakern import optim
-from metakern.compat._modules import Places, fused, gradients, is_ours, same_device, stay
-from metakern.compat.learn2learn.utils import clone_module, clone_parameters, update_module
+from metakern.compat._modules import Places, apart, fused, gradients, is_ours, same_device, stay, watched
+from metakern.compat._recompute import recomputes
+from metakern.compat.learn2learn.algorithms.base_learner import BaseLearner
+from metakern.compat.learn2learn.utils import clone_module, update_module
 from metakern.meta.algorithms import maml as engine
-from metakern.ops._formula import torch_fms
 
 Criterion = Callable[[Any, Any], Tensor]
-L = TypeVar("L", bound="_Learner")
+L = TypeVar("L", bound="Learner")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -34,51 +36,24 @@ def maml_update(model: M, lr: float | Tensor, grads: Sequence[Tensor | None] | N
 
     grads: a tensor, or None, for each of `model.parameters()`; without it, `update_module` by their attributes.
     """
-    return update_module(model) if grads is None else _descend("maml_update", model, repeat(lr), grads)
+    return update_module(model) if grads is None else descend("maml_update", model, repeat(lr), grads)
 
 
-def meta_sgd_update(model: M, lrs: Iterable[Tensor], grads: Sequence[Tensor | None]) -> M:
-    """As `maml_update`, with one of `lrs` for each parameter."""
-    return _descend("meta_sgd_update", model, lrs, grads)
-
-
-def _descend(who: str, model: M, rates: Iterable[float | Tensor], grads: Sequence[Tensor | None]) -> M:
+def descend(who: str, model: M, rates: Iterable[float | Tensor], grads: Sequence[Tensor | None]) -> M:
     places = Places(model)
     if len(grads) != len(places.values):
         raise ValueError(
             f"{who}: grads must have an entry for each of the {len(places.values)} parameters, got {len(grads)}"
         )
-    places.put(_descended(places.values, rates, grads))
+    places.put(model, _descended(places.values, rates, grads))
     return model
 
 
 def _descended(phi: list[Tensor], rates: Iterable[float | Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    return [p if g is None else torch_fms(p, lr, g) for p, lr, g in zip(phi, rates, grads, strict=False)]
+    return [p if g is None else p - lr * g for p, lr, g in zip(phi, rates, grads, strict=False)]
 
 
-class BaseLearner(nn.Module):
-    """A module around `module` that has its attributes too."""
-
-    module: nn.Module
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            module = self.__dict__.get("_modules", {}).get("module")
-            if module is None:
-                raise
-            return getattr(module, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-
-class _Learner(BaseLearner):
+class Learner(BaseLearner):
     """What MAML and Meta-SGD share: the clone's steps, and the engine for a batch of tasks."""
 
     first_order: bool
@@ -87,7 +62,7 @@ class _Learner(BaseLearner):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{type(self).__name__}: model must be an nn.Module, got {type(model).__name__}")
         super().__init__(model)
-        self._fused = False
+        self._fused = self._recomputes = self._is_new = False
         # Tuples, for neither the module that a clone is of nor the engine is a part of this one.
         self._source: tuple[nn.Module, ...] = ()
         self._engine: tuple[Any, ...] = ()
@@ -96,12 +71,20 @@ class _Learner(BaseLearner):
         return {**self.__dict__, "_engine": ()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._fused:
-            return self.module(*args, **kwargs)
-        with fused():
-            return self.module(*args, **kwargs)
+        if self._is_new and not torch.compiler.is_compiling():
+            self._is_new = False
+            with watched(type(self).__name__, self._source):
+                return self._run(*args, **kwargs)
+        return self._run(*args, **kwargs)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Learner:
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        with fused() if self._fused else nullcontext():
+            if not self._recomputes or not torch.is_grad_enabled():
+                return self.module(*args, **kwargs)
+            with apart(self.module) as twin:
+                return twin(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Learner:
         """What `to()` and the like do."""
         if not self._source:
             return super()._apply(fn, recurse)
@@ -110,6 +93,7 @@ class _Learner(BaseLearner):
 
     def _cloned(self, learner: L) -> L:
         learner._source, learner._fused = (self.module,), is_ours(self.module)
+        learner._recomputes, learner._is_new = recomputes(self.module), True
         return learner
 
     def _inner(self) -> optim.SGD:
@@ -139,7 +123,7 @@ class _Learner(BaseLearner):
                     f"{who}: loss must depend on every parameter, got one that does not depend on {name!r}: "
                     "with allow_unused=True it stays as it is"
                 )
-        places.put(_descended(phi, rates, grads))
+        places.put(self.module, _descended(phi, rates, grads))
 
     def _none_frozen(self, who: str) -> None:
         for name, p in self.module.named_parameters():
@@ -196,7 +180,7 @@ class _Learner(BaseLearner):
         return self._engine[2](support, query)
 
 
-class MAML(_Learner):
+class MAML(Learner):
     """MAML around a module: `clone()` for a task, `adapt(loss)` the clone, and differentiate the loss that follows.
 
     lr: a number, or a tensor that is learned too. `first_order` leaves out second derivatives. `allow_unused` lets
@@ -268,50 +252,4 @@ class MAML(_Learner):
             raise ValueError("MAML.batch: lr must be a number or an nn.Parameter, got a tensor with a history")
         inner = optim.SGD(lr=0.0, learn_lr=True)
         inner.lr.value = self.lr
-        return inner
-
-
-class MetaSGD(_Learner):
-    """As MAML, with a learning rate for each element of each parameter, which `parameters()` holds too.
-
-    lr is where the rates start; lrs, one tensor for each parameter, are taken as they are.
-
-    >>> import torch
-    >>> from metakern.compat.learn2learn import MetaSGD
-    >>> list(MetaSGD(torch.nn.Linear(8, 4), lr=0.1).state_dict())
-    ['module.weight', 'module.bias', 'lrs.0', 'lrs.1']
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 1.0,
-        first_order: bool = False,
-        lrs: Sequence[Tensor] | nn.ParameterList | None = None,
-    ) -> None:
-        super().__init__(model)
-        if lrs is None:
-            lrs = nn.ParameterList([nn.Parameter(p.detach().new_full(p.shape, lr)) for p in model.parameters()])
-        count = len(list(model.parameters()))
-        if len(lrs) != count:
-            raise ValueError(f"MetaSGD: lrs must have an entry for each of the {count} parameters, got {len(lrs)}")
-        self.lrs: Any = lrs
-        self.first_order = first_order
-
-    def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
-        """A step on the loss, a scalar, with the learned rates; raises as MAML's does."""
-        self._step(loss, self.lrs, first_order)
-
-    def clone(self) -> MetaSGD:
-        """A learner whose module and rates are clones of this one's."""
-        lrs = clone_parameters(self.lrs)
-        return self._cloned(MetaSGD(clone_module(self.module), first_order=self.first_order, lrs=lrs))
-
-    def _inner(self) -> optim.SGD:
-        self._none_frozen("MetaSGD.batch")
-        if not all(isinstance(lr, nn.Parameter) for lr in self.lrs):
-            raise ValueError("MetaSGD.batch: lrs must be nn.Parameters, got tensors with a history")
-        inner = optim.MetaSGD()
-        for (name, _), lr in zip(self.module.named_parameters(), self.lrs, strict=True):
-            inner.lr.values[name] = lr
         return inner

@@ -7,19 +7,27 @@ magic_box       exp(x - stop(x)) = 1    with the derivative of x (Foerster et al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
 
-from metakern.compat._modules import copied, once
+from metakern.compat._modules import copied, once, stepped
 
+D = TypeVar("D")
 M = TypeVar("M", bound=nn.Module)
+_HOLDERS = (Distribution, Transform)
 
 
 def clone_parameters(param_list: Iterable[Tensor]) -> list[Tensor]:
     return [p.clone() for p in param_list]
+
+
+def clone_named_parameters(param_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.clone() for name, p in param_dict.items()}
 
 
 def clone_module(module: M, memo: dict[Tensor, Tensor] | None = None) -> M:
@@ -63,6 +71,7 @@ def update_module(module: M, updates: Sequence[Tensor | None] | None = None, mem
         for p, update in zip(parameters, updates, strict=True):
             p.update = update  # type: ignore[attr-defined]
     memo = {} if memo is None else memo
+    changed = []
     for owner in module.modules():
         for tensors in (owner._parameters, owner._buffers):
             for name, tensor in tensors.items():
@@ -70,8 +79,10 @@ def update_module(module: M, updates: Sequence[Tensor | None] | None = None, mem
                     continue
                 if (update := getattr(tensor, "update", None)) is not None:
                     memo[tensor] = tensor + update
+                    changed.append((tensor, memo[tensor]))
                     tensor.update = None  # type: ignore[attr-defined]
                 tensors[name] = memo.get(tensor, tensor)
+    stepped(module, changed)
     return module
 
 
@@ -90,6 +101,69 @@ def detach_module(module: nn.Module, keep_requires_grad: bool = False) -> None:
     for tensor in (*module.parameters(), *module.buffers()):
         keep = keep_requires_grad and tensor.requires_grad
         tensor.detach_().requires_grad_(keep)
+
+
+def clone_distribution(dist: D) -> D:
+    """A copy of a distribution, whose tensors are clones of its tensors in autograd's sense.
+
+    So are those of the modules, transforms and distributions in it.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn import clone_distribution
+    >>> mean = torch.zeros(2, requires_grad=True)
+    >>> clone_distribution(torch.distributions.Normal(mean, 1.0)).log_prob(torch.ones(2)).sum().backward()
+    >>> mean.grad
+    tensor([1., 1.])
+    """
+    memo: dict[Tensor, Tensor] = {}
+    clone = once(torch.clone, memo)
+    twins: dict[int, Any] = {}  # a transform and its inverse refer to each other
+
+    def cloned(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return clone(value)
+        if isinstance(value, nn.Module):
+            return clone_module(value, memo)
+        if isinstance(value, list | tuple):
+            return type(value)(map(cloned, value))
+        if not isinstance(value, _HOLDERS):
+            return value
+        if id(value) not in twins:
+            twin = twins[id(value)] = copy.copy(value)
+            twin.__dict__.update({name: cloned(part) for name, part in value.__dict__.items()})
+        return twins[id(value)]
+
+    return cloned(dist)
+
+
+def detach_distribution(dist: D) -> D:
+    """Cuts a distribution's tensors, modules, transforms and distributions from their history; returns it."""
+    seen = set()
+
+    def detached(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach()
+        if isinstance(value, list | tuple):
+            return type(value)(map(detached, value))
+        if isinstance(value, nn.Module):
+            detach_module(value)
+        elif isinstance(value, _HOLDERS) and id(value) not in seen:
+            seen.add(id(value))
+            value.__dict__.update({name: detached(part) for name, part in value.__dict__.items()})
+        return value
+
+    return detached(dist)
+
+
+def accuracy(preds: Tensor, targets: Tensor) -> Tensor:
+    """The part of the rows whose largest entry is at the target.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn.utils import accuracy
+    >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
+    tensor(0.5000)
+    """
+    return (preds.argmax(dim=1) == targets).sum().float() / preds.size(0)
 
 
 def magic_box(x: Any) -> Any:

@@ -1,0 +1,135 @@
+"""learn2learn's GBML: a module that adapts by transformed gradients, whose transform is learned, and may adapt too.
+
+    adapt    u_i = T_i(grad_i loss(phi))        phi_i <- phi_i - lr u_i
+             psi <- psi - lr grad_psi loss      first, with `adapt_transform`, where the last step's psi made this phi
+
+psi: the parameters of all T_i. With a scale for each element it is Meta-SGD (Li et al. 2017); with Kronecker-factored
+transforms Meta-Curvature (Park, Oliva 2019) and KFO (Arnold, Iqbal, Sha 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metakern.compat._modules import apart, gradients, watched
+from metakern.compat._recompute import recomputes
+from metakern.compat.learn2learn.algorithms.base_learner import BaseLearner
+from metakern.compat.learn2learn.optim import DifferentiableSGD, ParameterUpdate
+from metakern.compat.learn2learn.utils import clone_module
+
+
+class GBML(BaseLearner):
+    """Gradient-based meta-learning with a transform of the gradients: `clone()` for a task, `adapt(loss)` the clone.
+
+    transform(parameter) makes the module that transforms this parameter's gradient, None for none. `adapt_transform`
+    lets the transforms adapt within a task too. The other arguments are MAML's.
+
+    >>> import torch
+    >>> from metakern.compat import learn2learn as l2l
+    >>> transform = l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear)
+    >>> gbml = l2l.algorithms.GBML(torch.nn.Linear(8, 4), transform, lr=0.1)
+    >>> x, y = torch.randn(10, 8), torch.randn(10, 4)
+    >>> learner = gbml.clone()
+    >>> learner.adapt((learner(x) - y).square().mean())
+    >>> (learner(x) - y).square().mean().backward()
+    >>> all(p.grad is not None for p in gbml.parameters())
+    True
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        transform: Callable[[Tensor], nn.Module | None],
+        lr: float = 1.0,
+        adapt_transform: bool = False,
+        first_order: bool = False,
+        allow_unused: bool = False,
+        allow_nograd: bool = False,
+        *,
+        compute_update: ParameterUpdate | None = None,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"GBML: module must be an nn.Module, got {type(module).__name__}")
+        super().__init__(module)
+        self.transform, self.lr, self.adapt_transform = transform, lr, adapt_transform
+        self.first_order, self.allow_unused, self.allow_nograd = first_order, allow_unused, allow_nograd
+        made = ParameterUpdate(module.parameters(), transform) if compute_update is None else compute_update
+        self.compute_update = made
+        self.diff_sgd = DifferentiableSGD(lr)
+        self._recomputes = False
+        self._source: tuple[nn.Module, ...] = ()  # what a clone that has not run yet is of
+        self._params_updated = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._source and not torch.compiler.is_compiling():
+            source, self._source = self._source, ()
+            with watched("GBML", source):
+                return self._run(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._recomputes or not torch.is_grad_enabled():
+            return self.module(*args, **kwargs)
+        with apart(self.module) as twin:
+            return twin(*args, **kwargs)
+
+    def clone(
+        self,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+        adapt_transform: bool | None = None,
+    ) -> GBML:
+        """A learner whose module and transforms are clones; arguments that are not given are this one's."""
+        learner = GBML(
+            clone_module(self.module),
+            self.transform,
+            self.lr,
+            self.adapt_transform if adapt_transform is None else adapt_transform,
+            self.first_order if first_order is None else first_order,
+            self.allow_unused if allow_unused is None else allow_unused,
+            self.allow_nograd if allow_nograd is None else allow_nograd,
+            compute_update=clone_module(self.compute_update),
+        )
+        learner._recomputes, learner._source = recomputes(self.module), (self.module,)
+        return learner
+
+    def adapt(
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_nograd: bool | None = None,
+        allow_unused: bool | None = None,
+    ) -> None:
+        """A step on the loss, a scalar; arguments that are not given are those of the learner.
+
+        Raises ValueError where a parameter is frozen or unused and nothing allows it.
+        """
+        second_order = not (self.first_order if first_order is None else first_order)
+        allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        allow_unused = self.allow_unused if allow_unused is None else allow_unused
+        if self.adapt_transform and self._params_updated:
+            psi = list(self.compute_update.parameters())
+            # The loss is differentiated once more below.
+            found = gradients("GBML.adapt", loss, psi, create_graph=second_order, retain_graph=True)
+            if not allow_unused and any(g is None for g in found):
+                raise ValueError(
+                    "GBML.adapt: loss must depend on every parameter of the transform, got one that it does not depend "
+                    "on: with allow_unused=True it stays as it is"
+                )
+            self.diff_sgd(self.compute_update, found)
+        keep = second_order or self.adapt_transform
+        updates = self.compute_update(
+            loss,
+            self.module.parameters(),
+            create_graph=keep,
+            retain_graph=keep,
+            allow_unused=allow_unused,
+            allow_nograd=allow_nograd,
+        )
+        self.diff_sgd(self.module, updates)
+        self._params_updated = True

@@ -1,0 +1,23 @@
+"""learn2learn's parts of learned optimizers: transforms of gradients, and the steps with them."""
+
+from metakern.compat.learn2learn.optim import transforms
+from metakern.compat.learn2learn.optim.transforms import (
+    KroneckerTransform,
+    MetaCurvatureTransform,
+    ModuleTransform,
+    ReshapedTransform,
+    TransformDictionary,
+)
+from metakern.compat.learn2learn.optim.updates import DifferentiableSGD, LearnableOptimizer, ParameterUpdate
+
+__all__ = [
+    "DifferentiableSGD",
+    "KroneckerTransform",
+    "LearnableOptimizer",
+    "MetaCurvatureTransform",
+    "ModuleTransform",
+    "ParameterUpdate",
+    "ReshapedTransform",
+    "TransformDictionary",
+    "transforms",
+]
