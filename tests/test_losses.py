@@ -58,6 +58,6 @@ def test_a_batch_without_labels_is_refused() -> None:
 
 def test_batches_of_another_form_are_refused() -> None:
     x = torch.ones(4, 3)
-    for batch, got in (((x,), "1 parts"), ([x, x, x], "3 parts"), (x, "Tensor"), ({"x": x, "y": x}, "dict")):
-        with pytest.raises(ValueError, match=rf"classification: batch must be \(x, y\), got {got}"):
+    for batch, got in (((x,), "1 parts"), ([x, x, x, x], "4 parts"), (x, "Tensor"), ({"x": x, "y": x}, "dict")):
+        with pytest.raises(ValueError, match=rf"classification: batch must be \(x, y\) or \(x, y, mask\), got {got}"):
             mk.losses.classification(torch.nn.Linear(3, 2), batch)
