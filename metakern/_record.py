@@ -7,8 +7,8 @@ again, in their order, on other inputs of the same shapes: without the function'
 tensor is freed after its last use. Tensors that the function only reads (parameters, buffers) are read where they are,
 at each call. Everything else that it looked at (numbers, shapes, flags) is as it was in the run.
 
-An operation whose result Python looks at (`.item()`, a mask's nonzero elements) can't be recorded: RecordError. What it
-takes out of a tensor behind PyTorch's back (`.tolist()`, `.numpy()`) is not seen.
+An operation whose result Python looks at (`.item()`, `.tolist()`, `.numpy()`, a mask's nonzero elements) can't be
+recorded: RecordError.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -30,6 +31,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 _LOOKS_AT_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _RANDOM = torch.Tag.nondeterministic_seeded
 _aten = torch.ops.aten
+_LIFTS = {_aten.lift_fresh.default, _aten.lift.default}
+_LEAVES_PYTORCH = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.storage, Tensor.__reduce_ex__}
+_MAKES_TENSORS = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor, Tensor.new}
 _SECOND_NAME = {_aten.detach.default, _aten.alias.default}
 # PyTorch's bindings of methods are faster than its operators' objects.
 _BINDINGS: dict[Any, Callable[..., Any]] = {
@@ -70,6 +74,12 @@ def recordable(acts: bool = False) -> Callable[[F], F]:
     return decorated
 
 
+def known(tensor: Tensor) -> Any:
+    """The number in a tensor that is the same in every run, such as a count of steps: no obstacle to recording."""
+    with torch._C.DisableTorchFunction():
+        return tensor.tolist()
+
+
 @dataclass(frozen=True)
 class Register:
     """A tensor of a program."""
@@ -103,10 +113,17 @@ class Program:
     """What was recorded: tensors in, tensors (or None) out."""
 
     def __init__(self, inputs: list[Register], steps: list[Step], outputs: list[Any], rewrite: Rewrite) -> None:
+        self.made: list[Tensor] = []  # of numbers, in the recorded run
         steps, self.outputs = _with_one_name(steps, outputs)
         self.inputs = inputs
         self.steps = _without_unused(rewrite(_without_unused(steps, self.outputs), self.outputs), self.outputs)
         self._run = _compiled(inputs, self.steps, self.outputs)
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """The tensors that the program reads at each call beside its inputs."""
+        found = [t for step in self.steps for t in tree_leaves((step.args, step.kwargs)) if isinstance(t, Tensor)]
+        return list({id(t): t for t in [*found, *(t for t in self.outputs if isinstance(t, Tensor))]}.values())
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
@@ -119,10 +136,33 @@ def record(
     rewrite: Rewrite = lambda steps, outputs: steps,
 ) -> tuple[Program, list[Tensor | None]]:
     """Runs the function, which reads `inputs`; its program, rewritten, and its results. Raises RecordError."""
-    recorder = _Recorder(inputs)
-    with recorder:
+    recorder, watcher = _Recorder(inputs), _Watcher()
+    with watcher, recorder:
         results = list(function())
-    return Program(recorder.named(list(inputs)), recorder.steps, recorder.named(results), rewrite), results
+    for error in (recorder.error, watcher.error):  # which the function may have caught
+        if error is not None:
+            raise error
+    program = Program(recorder.named(list(inputs)), recorder.steps, recorder.named(results), rewrite)
+    program.made = [*recorder.lifted, *watcher.made]
+    return program, results
+
+
+class _Watcher(TorchFunctionMode):
+    """Sees what the dispatcher doesn't: tensors that are made of numbers, and numbers that are made of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+        self.error: RecordError | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LEAVES_PYTORCH:
+            self.error = RecordError(f"Python looks at the values of a tensor ({func.__name__})")
+            raise self.error
+        result = func(*args, **(kwargs or {}))
+        if func in _MAKES_TENSORS and isinstance(result, Tensor) and all(result is not arg for arg in args):
+            self.made.append(result)
+        return result
 
 
 class _Recorder(TorchDispatchMode):
@@ -131,6 +171,8 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.steps: list[Step] = []
+        self.lifted: list[Tensor] = []
+        self.error: RecordError | None = None
         self._numbers, self._next = WeakTensorKeyDictionary(), count()
         self._made(tuple(inputs))
 
@@ -140,7 +182,10 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _LOOKS_AT_DATA.intersection(func.tags):
-            raise RecordError(f"Python looks at the values of a tensor ({func})")
+            self.error = RecordError(f"Python looks at the values of a tensor ({func})")
+            raise self.error
+        if func in _LIFTS:
+            self.lifted.append(args[0])
         return self.run(func, args, kwargs or {}, func._schema.is_mutable or _RANDOM in func.tags)
 
     def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], acts: bool) -> Any:

@@ -22,7 +22,7 @@ from metakern.meta._memory import keep_freed_memory
 from metakern.meta._parameters import Adapt, Parameters
 from metakern.meta._plan import Plan, Planner, Wishes
 from metakern.meta._unroll import Gradients, Random, Unroll, _add
-from metakern.meta.capture import Captures, surroundings
+from metakern.meta.capture import Captures
 from metakern.optim import SGD, InnerOptimizer
 
 
@@ -105,7 +105,7 @@ class MAML(nn.Module):
         losses = []
         run = partial(self._meta_gradient, prepared, 1 / tasks)
         if self.capture:
-            run = partial(prepared.captures, run, (tasks, *surroundings(self.model, self.inner, self.loss)))
+            run = partial(prepared.captures, run, (tasks,))
         for found in prepared.by_chunks(run, support, query):
             losses.append(found[0])
             gradients = _add(gradients, found[1:])
@@ -169,17 +169,18 @@ class MAML(nn.Module):
             plan, batching = Planner(roles, self.loss, self._wishes).plan(support, self.steps, first_order)
             random.restore()  # the trials draw; what the user's model draws must not depend on when they are made
             unroll = Unroll(batching, self.inner, self.steps, self.first_order, plan.hvp)
-            self._prepared = _Prepared(key, outer, roles, plan, unroll)
+            captures = Captures((self.model, self.inner, self.loss), self.capture)
+            self._prepared = _Prepared(key, outer, roles, plan, unroll, captures)
         return self._prepared
 
 
 class _Prepared:
     """A plan and what it needs at hand: the parameters by role, and the inner loop."""
 
-    def __init__(self, key: tuple, for_outer: bool, parameters: Parameters, plan: Plan, unroll: Unroll) -> None:
+    def __init__(self, key: tuple, for_outer: bool, parameters: Parameters, plan: Plan, unroll: Unroll, captures: Captures) -> None:
         self.key, self.for_outer, self.parameters, self.plan, self.unroll = key, for_outer, parameters, plan, unroll
         self.shared = list(parameters.shared.values())
-        self.captures = Captures()
+        self.captures = captures
         self.outer = [*parameters.adapted.values(), *self.shared, *unroll.inner.hyper_parameters()]
 
     def theta(self, tasks: int) -> list[Tensor]:
