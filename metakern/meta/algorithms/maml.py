@@ -64,7 +64,7 @@ class MAML(nn.Module):
         strategy: str = "auto",
         batching: str = "auto",
         task_chunk: int | str = "auto",
-        capture: bool = False,
+        capture: bool | str = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -169,7 +169,8 @@ class MAML(nn.Module):
             plan, batching = Planner(roles, self.loss, self._wishes).plan(support, self.steps, first_order)
             random.restore()  # the trials draw; what the user's model draws must not depend on when they are made
             unroll = Unroll(batching, self.inner, self.steps, self.first_order, plan.hvp)
-            captures = Captures((self.model, self.inner, self.loss), self.capture)
+            names = ["the query losses", *roles.adapted, *roles.shared]
+            captures = Captures((self.model, self.inner, self.loss), self.capture, names)
             self._prepared = _Prepared(key, outer, roles, plan, unroll, captures)
         return self._prepared
 
