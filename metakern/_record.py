@@ -137,11 +137,15 @@ def record(
 ) -> tuple[Program, list[Tensor | None]]:
     """Runs the function, which reads `inputs`; its program, rewritten, and its results. Raises RecordError."""
     recorder, watcher = _Recorder(inputs), _Watcher()
-    with watcher, recorder:
-        results = list(function())
-    for error in (recorder.error, watcher.error):  # which the function may have caught
-        if error is not None:
-            raise error
+    try:
+        with watcher, recorder:
+            results = list(function())
+        for error in (recorder.error, watcher.error):  # which the function may have caught
+            if error is not None:
+                raise error
+    except BaseException:
+        recorder.undo()
+        raise
     program = Program(recorder.named(list(inputs)), recorder.steps, recorder.named(results), rewrite)
     program.made = [*recorder.lifted, *watcher.made]
     return program, results
@@ -172,6 +176,8 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.steps: list[Step] = []
         self.lifted: list[Tensor] = []
+        self._overwritten: list[tuple[Tensor, Tensor]] = []  # with what they were
+        self._own = {_storage(t) for t in inputs}  # memory that the run has made, or was given
         self.error: RecordError | None = None
         self._numbers, self._next = WeakTensorKeyDictionary(), count()
         self._made(tuple(inputs))
@@ -186,13 +192,18 @@ class _Recorder(TorchDispatchMode):
             raise self.error
         if func in _LIFTS:
             self.lifted.append(args[0])
+            self._own.add(_storage(args[0]))
         return self.run(func, args, kwargs or {}, func._schema.is_mutable or _RANDOM in func.tags)
 
     def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], acts: bool) -> Any:
         """Calls the function and notes it; what it calls in turn is its own business."""
         named_args, named_kwargs = self.named(args), self.named(kwargs)
+        before = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         with _disable_current_modes():
+            if isinstance(function, OpOverload) and function._schema.is_mutable:
+                self._keep(function, args, kwargs)
             result = function(*args, **kwargs)
+        self._own |= {_storage(t) for t in tree_leaves(result) if isinstance(t, Tensor)} - before
         named_result = self._made(result)
         if isinstance(function, OpOverload):
             marks = [a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments]
@@ -205,6 +216,21 @@ class _Recorder(TorchDispatchMode):
         writes = tuple(registers(written))
         self.steps.append(Step(function, named_args, named_kwargs, named_result, acts or bool(writes), writes))
         return result
+
+    def _keep(self, function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
+        """What the operation is about to overwrite, where that was there before the run: an error, at its end."""
+        for i, argument in enumerate(function._schema.arguments):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for t in tree_leaves(value):
+                    if isinstance(t, Tensor) and _storage(t) not in self._own:
+                        self._overwritten.append((t, t.clone()))
+                        self.error = RecordError(f"it writes to a tensor {list(t.shape)} that it did not make")
+
+    def undo(self) -> None:
+        for t, was in reversed(self._overwritten):
+            with torch.no_grad():
+                t.copy_(was)
 
     def named(self, value: Any) -> Any:
         """The value with registers for the tensors that are known; the others are read where they are."""
@@ -222,6 +248,10 @@ class _Recorder(TorchDispatchMode):
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def registers(value: Any) -> Iterator[Register]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -163,18 +164,27 @@ def test_a_number_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("piece_bytes", [capture.PIECE_BYTES, 1])
 def test_what_an_ordinary_run_does_not_confirm_is_not_used(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "PIECE_BYTES", piece_bytes)
-    model = Scaled().double()
-    captured = mk.MAML(model, regression_loss, steps=2, capture=True)
+    model, library = Scaled().double(), {"__name__": "torch.of_a_test", "FACTOR": 1.0}
+    exec("def factor(): return FACTOR", library)  # of a library, whose globals are taken for constants
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return regression_loss(model, batch) * library["factor"]()
+
+    captured = mk.MAML(model, functools.partial(scaled_loss, library["factor"]), steps=2, capture=True)
     captured(points(0), points(9))
-    model.settings["factor"] = 2.0
+    library["FACTOR"] = 2.0
     for i in (1, 2):
-        truth = gradients(model, plain_loss(model, regression_loss, points(i), points(i + 9), 2, sgd(0.01)))
+        truth = gradients(model, plain_loss(model, loss, points(i), points(i + 9), 2, sgd(0.01)))
         if i == 1:
             with pytest.warns(UserWarning, match="capture has no effect.*other results than an ordinary run"):
                 found = gradients(model, captured(points(i), points(i + 9)))
         else:
             found = gradients(model, captured(points(i), points(i + 9)))
         assert_equal(found, truth)
+
+
+def scaled_loss(factor: Any, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return regression_loss(model, batch) * factor()
 
 
 def test_copies_have_programs_of_their_own() -> None:

@@ -25,6 +25,7 @@ import builtins
 import dis
 import logging
 import sys
+from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -32,7 +33,7 @@ from enum import Enum
 from functools import cached_property, lru_cache, partial
 from itertools import chain, repeat
 from operator import attrgetter, is_
-from threading import Lock, RLock
+from threading import local
 from types import (
     BuiltinFunctionType,
     CellType,
@@ -69,8 +70,11 @@ _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_
 # What can't be compared: {module: its names, or None for all of them}.
 _UNSEEN: dict[str, set[str] | None] = {
     **dict.fromkeys(("random", "_random", "time", "secrets", "uuid", "io", "_io", "socket", "tempfile", "subprocess")),
-    **dict.fromkeys(("numpy.random", "glob", "fileinput", "posix", "nt", "genericpath")),
-    "os": {"environ", "environb", "getenv", "getenvb", "_Environ", "urandom", "listdir", "scandir", "walk", "stat"},
+    **dict.fromkeys(("numpy.random", "glob", "fileinput", "posix", "nt", "genericpath", "ctypes", "_ctypes", "mmap")),
+    **dict.fromkeys(("multiprocessing", "queue", "_queue", "sqlite3", "shelve", "urllib", "requests", "pickle")),
+    "os": {"environ", "environb", "getenv", "getenvb", "_Environ", "urandom", "listdir", "scandir", "walk", "stat"}
+    | {"getpid", "getcwd", "times", "getloadavg", "cpu_count"},
+    "torch": {"load", "initial_seed", "seed", "get_rng_state", "get_num_threads"},
     "posixpath": {"exists", "isfile", "isdir", "getmtime", "getsize"},
     "datetime": {"now", "today", "utcnow"},
     "pathlib": {"open", "read_text", "read_bytes", "exists", "stat", "iterdir", "glob", "rglob", "is_file", "is_dir"},
@@ -82,6 +86,9 @@ _UNSEEN_BUILTINS = {"open", "input", "eval", "exec", "globals", "__import__"}
 _BY_NAME = {"getattr", "vars", "dir", "__dict__", "attrgetter", "methodcaller"}  # attributes chosen while running
 _NOT_RUN = {"__init__", "__new__", "__init_subclass__", "__post_init__", "__repr__", "__str__", "__del__", "__copy__"}
 _NOT_RUN |= {"__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__replace__"}
+# Objects of C that never change, by the modules of their classes; of others the state can't be seen.
+_UNCHANGING = {"builtins", "re", "torch", "numpy", "operator", "functools", "decimal", "datetime", "types", "typing"}
+_UNCHANGING |= {"_thread", "threading", "abc", "_abc", "weakref", "logging", "collections", "_collections"}
 _OF_FUNCTION = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _OF_CELL = attrgetter("cell_contents")
 _PRECISIONS = [("generic", "all"), *(("mkldnn", op) for op in ("all", "matmul", "conv", "rnn"))]
@@ -106,6 +113,7 @@ def settings() -> tuple:
         *(torch._C._get_fp32_precision_getter(*of) for of in _PRECISIONS),
         *map(id, _get_current_function_mode_stack()),
         *map(id, _get_current_dispatch_mode_stack()),
+        *map(id, torch._C._autograd._top_saved_tensors_default_hooks(False) or ()),
     )
 
 
@@ -226,6 +234,7 @@ class _Walk:
         self._everything = False
         self._waiting: dict[str, list[Callable[[], None]]] = {}
         self._unseen: dict[str, list[str]] = {}  # paths to what is an obstacle where its name is named
+        self._stored: set[str] = set()  # attributes that some code sets
         self._entered: set[tuple[int, Any]] = set()
         self._bytes = 0
 
@@ -266,7 +275,7 @@ class _Walk:
     def _check_unseen(self, module: str, path: str, own: str | None = None, names: Iterable[str] | None = None) -> bool:
         """An obstacle where this module's, or the function `own` of it, can't be seen; else where its name is named."""
         module = "numpy.random" if module.startswith("numpy.random") else module
-        unseen = _UNSEEN.get(module, set())
+        unseen = _UNSEEN[module] if module in _UNSEEN else _UNSEEN.get(module.partition(".")[0], set()) and set()
         if unseen is None or own in unseen:
             self._obstacle(path, f"({module}) is nothing that a guard can see")
             return True
@@ -294,7 +303,16 @@ class _Walk:
         self._seen[id(value)] = path
         self.kept.append(value)
         identity: Any = kind
-        if isinstance(value, Tensor):
+        if isinstance(value, int | float | complex | str | bytes):
+            identity = kind, repr(value)
+            self._object(value, path)
+        elif isinstance(value, bytearray | array):
+            identity = self._array(np.frombuffer(value, np.uint8), path)
+        elif kind.__module__.startswith("metakern.meta") and not isinstance(value, nn.Module):
+            identity = id(value)  # plans and programs, which nothing reads
+        elif isinstance(value, Tensor):
+            if kind not in (Tensor, nn.Parameter):
+                self._class(kind, instance=True)
             self.guards.tensors[id(value)] = value, path
             identity = id(value), _layout(value)
             if getattr(value, "__dict__", None):
@@ -330,7 +348,7 @@ class _Walk:
         elif isinstance(value, ReferenceType):
             self.guards.getters.append((value, path))
             self._queue.append((value(), path))
-        elif isinstance(value, torch.Generator | ContextVar):
+        elif isinstance(value, torch.Generator | ContextVar | local):
             self._obstacle(path, f"(a {kind.__name__}) is nothing that a guard can see")
         elif self._check_unseen(kind.__module__, path, kind.__name__):
             identity = kind, repr(value)  # a path or a date, which never changes
@@ -338,13 +356,13 @@ class _Walk:
             self._container(value, path)
             if not _is_library(kind) or _attributes(value):
                 self._object(value, path)
-        elif isinstance(value, logging.Logger | type(Lock()) | type(RLock())):
-            identity = None
+        elif isinstance(value, logging.Logger):
+            identity = id(value)
         elif hasattr(kind, "__next__") and _is_library(kind):
             self._obstacle(path, f"(a {kind.__name__}) is an iterator: no guard can see where it stands")
         elif _attributes(value) is not None or any(vars(c).get("__slots__") for c in kind.__mro__):
             self._object(value, path)
-        elif _is_library(kind):
+        elif kind.__module__.partition(".")[0] in _UNCHANGING and not isinstance(value, memoryview):
             identity = id(value)  # such as a compiled regular expression
         else:
             self._obstacle(path, f"(a {kind.__name__}) keeps its state where no guard can see it")
@@ -373,7 +391,11 @@ class _Walk:
         if (id(holder), key) not in self._entered:
             self._entered.add((id(holder), key))
             self.guards.entries.append((holder, key, path))
-            if key in holder:
+            if key in self._stored and isinstance(holder.get(key), Tensor):
+                self.guards.getters.append((partial(_stored, holder, key), path))
+                self.signature.append((path, Tensor))
+                self.guards.entries.pop()
+            elif key in holder:
                 self._queue.append((holder[key], path))
             else:
                 self.signature.append((path, None))
@@ -383,7 +405,7 @@ class _Walk:
         kind, attributes = type(value), _attributes(value)
         self.guards.objects.append((value, path))
         self.signature.append((path, id(kind)))
-        by_name = all(not _is_library(c) or c in (object, nn.Module) or c.__module__ in ("abc", "typing") for c in kind.__mro__)
+        by_name = _is_by_name(kind)
         self._class(kind, instance=True)
         if attributes is not None:
             views = attributes.keys(), attributes.values()
@@ -409,6 +431,7 @@ class _Walk:
 
     def _class(self, kind: type, instance: bool) -> None:
         """The user's classes that a value's class derives from: their methods and attributes that some code names."""
+        by_name = _is_by_name(kind)
         for c in kind.__mro__:
             if (id(c), instance) in self._entered:
                 continue
@@ -422,23 +445,32 @@ class _Walk:
             self.guards.containers.append((vars(c), f"{c.__qualname__}."))
             for name, value in vars(c).items():
                 visit = partial(self._queue.append, (value, f"{c.__qualname__}.{name}"))
-                if name == "forward" or (_is_dunder(name) and callable(value) and (name not in _NOT_RUN or not instance)):
-                    visit()
-                elif not _is_dunder(name) and not isinstance(value, MemberDescriptorType):
-                    self._when_named(name, visit)
+                if _is_dunder(name):
+                    is_run = name not in _NOT_RUN or not instance
+                    if is_run and isinstance(value, FunctionType | staticmethod | classmethod | property):
+                        visit()
+                elif not isinstance(value, MemberDescriptorType):
+                    self._when_named(name, visit) if by_name else visit()
 
     def _module(self, module: ModuleType, path: str, names: frozenset[str] | None) -> None:
         """A module's attributes that the code which names the module names too."""
-        if self._check_unseen(module.__name__, path, names=names) or _is_library_name(module.__name__):
+        if self._check_unseen(module.__name__, path, names=names):
             return
-        attributes = vars(module)
+        attributes, library = vars(module), _is_library_name(module.__name__)
         self.kept.append(module)
-        for key in [*attributes] if names is None else [key for key in names if key in attributes]:
-            if names is None:
+        if names is None:
+            for key in () if library else [*attributes]:
                 self._when_named(key, partial(self._entry, attributes, key, f"{path}.{key}"))
-            elif isinstance(attributes[key], ModuleType):
-                self._module(attributes[key], f"{path}.{key}", names)
-            else:
+            return
+        for key in sorted((names | {"__getattr__"}) & attributes.keys()):
+            value = attributes[key]
+            if isinstance(value, ModuleType):
+                if (id(value), names) not in self._entered:
+                    self._entered.add((id(value), names))
+                    self._module(value, f"{path}.{key}", names)
+            elif not library:
+                self._entry(attributes, key, f"{path}.{key}")
+            elif isinstance(value, FunctionType | BuiltinFunctionType | type):
                 self._entry(attributes, key, f"{path}.{key}")
 
     def _function(self, function: FunctionType, path: str) -> Any:
@@ -464,7 +496,8 @@ class _Walk:
         return id(function) if library and not function.__closure__ else function.__code__
 
     def _code(self, code: CodeType, globals_: dict[str, Any]) -> None:
-        names, loaded, imported = _names_of(code)
+        names, loaded, imported, stored = _names_of(code)
+        self._stored |= stored
         self._name(names)
         for name in loaded:
             value = globals_.get(name, _MISSING)
@@ -491,21 +524,22 @@ class _View:
 
 
 @lru_cache(maxsize=4096)
-def _names_of(code: CodeType) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    """Names of attributes and globals, texts that may be such; names of globals; names of modules it imports."""
-    names, loaded, imported = set(code.co_names), set(), set()
+def _names_of(code: CodeType) -> tuple[frozenset[str], ...]:
+    """Names of attributes and globals, and texts that may be such; of globals; of modules it imports; of attributes it
+    sets."""
+    names, loaded, imported, stored = set(code.co_names), set(), set(), set()
+    by_operation = {"LOAD_GLOBAL": loaded, "LOAD_NAME": loaded, "STORE_GLOBAL": loaded, "IMPORT_NAME": imported}
+    by_operation["STORE_ATTR"] = stored
     for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL"):
-            loaded.add(instruction.argval)
-        elif instruction.opname == "IMPORT_NAME":
-            imported.add(instruction.argval)
+        if instruction.opname in by_operation:
+            by_operation[instruction.opname].add(instruction.argval)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            of, inner, more = _names_of(constant)
-            names, loaded, imported = names | of, loaded | inner, imported | more
+            for group, more in zip((names, loaded, imported, stored), _names_of(constant), strict=True):
+                group |= more
         elif isinstance(constant, str) and constant.isidentifier():
             names.add(constant)
-    return frozenset(names), frozenset(loaded), frozenset(imported)
+    return frozenset(names), frozenset(loaded), frozenset(imported), frozenset(stored)
 
 
 def is_frozen(value: Any) -> bool:
@@ -565,11 +599,23 @@ def _attributes(value: Any) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def _stored(holder: dict[str, Any], key: str) -> Any:
+    """What a run may set: whatever tensor it is, it is not read before, or the program has a tensor that is not seen."""
+    value = holder.get(key, _MISSING)
+    return Tensor if isinstance(value, Tensor) else value
+
+
 def _slot(slot: Any, value: Any) -> Any:
     try:
         return slot.__get__(value)
     except AttributeError:
         return _MISSING
+
+
+def _is_by_name(kind: type) -> bool:
+    """Whether only the user's own code reads its attributes and calls its methods: a library goes by other rules."""
+    known = (object, nn.Module)
+    return all(not _is_library(c) or c in known or c.__module__ in ("abc", "typing") for c in kind.__mro__)
 
 
 def _is_dunder(name: str) -> bool:
