@@ -32,7 +32,14 @@ _LOOKS_AT_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shap
 _RANDOM = torch.Tag.nondeterministic_seeded
 _aten = torch.ops.aten
 _LIFTS = {_aten.lift_fresh.default, _aten.lift.default}
-_LEAVES_PYTORCH = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.storage, Tensor.__reduce_ex__}
+_LEAVES_PYTORCH = {
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.storage,
+    Tensor.__reduce_ex__,
+}
 _MAKES_TENSORS = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor, Tensor.new}
 _SECOND_NAME = {_aten.detach.default, _aten.alias.default}
 # PyTorch's bindings of methods are faster than its operators' objects.

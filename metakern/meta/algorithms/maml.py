@@ -178,7 +178,9 @@ class MAML(nn.Module):
 class _Prepared:
     """A plan and what it needs at hand: the parameters by role, and the inner loop."""
 
-    def __init__(self, key: tuple, for_outer: bool, parameters: Parameters, plan: Plan, unroll: Unroll, captures: Captures) -> None:
+    def __init__(
+        self, key: tuple, for_outer: bool, parameters: Parameters, plan: Plan, unroll: Unroll, captures: Captures
+    ) -> None:
         self.key, self.for_outer, self.parameters, self.plan, self.unroll = key, for_outer, parameters, plan, unroll
         self.shared = list(parameters.shared.values())
         self.captures = captures

@@ -71,6 +71,7 @@ class Captures:
         self._piece: dict[Any, int] = {}  # tasks of a piece
         self._calls: dict[Any, int] = {}  # by kind of batch, until "auto" captures
         self._reasons: dict[str, None] = {}
+        self._late: list[str] = []  # reasons that hold if an ordinary run succeeds
 
     @property
     def reasons(self) -> list[str]:
@@ -80,6 +81,7 @@ class Captures:
     def __call__(self, function: Callable[..., Sequence[Tensor | None]], key: tuple, *batches: Any) -> Results:
         """function(*batches), by the program for the key, the batches' structure and the state of the surroundings."""
         tasks = tasks_of(batches[0])
+        self._late.clear()
         state = self._state()
         whole = _Call(function, batches)
         if state is None or whole.obstacle:
@@ -99,6 +101,8 @@ class Captures:
         ends = accumulate(sizes)
         parts = [whole.part(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
         losses, *gradients = zip(*self._run(parts, first, state.guards), strict=True)
+        while self._late:
+            self._note(self._late.pop())
         return [torch.cat(losses), *(None if g[0] is None else reduce(torch.add, g) for g in gradients)]
 
     def _state(self) -> _State | None:
@@ -247,7 +251,8 @@ class Captures:
         except Exception as error:  # an ordinary run may do what a recorded one can't; if it can't, it says why
             before.restore()
             results = list(call()) if is_all else []  # what an ordinary run changes, it must change once
-            self._give_up(call.key, str(error))
+            self._programs[call.key] = None
+            self._note(str(error)) if is_all else self._late.append(str(error))
             return results
         if changed:
             self._changed += 1  # the first time it may be what is filled once, such as a cache
@@ -284,7 +289,9 @@ class Captures:
 
     def _note(self, reason: str) -> None:
         if reason not in self._reasons and not self._auto:
-            warnings.warn(f"MAML: capture has no effect, as the meta-gradient can't be captured: {reason}", stacklevel=2)
+            warnings.warn(
+                f"MAML: capture has no effect, as the meta-gradient can't be captured: {reason}", stacklevel=2
+            )
         self._reasons[reason] = None
 
 
@@ -300,11 +307,11 @@ class _Before:
 
     def __init__(self, call: _Call, guards: Guards) -> None:
         self.random, self._guards = Random(call.inputs[0].device), guards
-        self._python, self._numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        self._python, self._numpy = random.getstate(), np.random.get_state()
 
     def drawn(self) -> list[str]:
         """Random generators outside of PyTorch which were used since."""
-        numpy = zip(np.random.get_state(), self._numpy, strict=True)  # noqa: NPY002
+        numpy = zip(np.random.get_state(), self._numpy, strict=True)
         used = {"random's state": random.getstate() != self._python}
         used["numpy.random's state"] = not all(np.array_equal(a, b) for a, b in numpy)
         return [name for name, is_used in used.items() if is_used]
@@ -313,7 +320,7 @@ class _Before:
         self.random.restore()
         self._guards.restore()
         random.setstate(self._python)
-        np.random.set_state(self._numpy)  # noqa: NPY002
+        np.random.set_state(self._numpy)
 
 
 class _Call:

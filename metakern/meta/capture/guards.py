@@ -64,8 +64,10 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _CONSTANT = (Enum, torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, range, slice)
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "torchvision", "torchaudio", "numpy", "scipy", "transformers"}
 _LIBRARIES |= {"accelerate", "peft", "einops", "lightning", "pytorch_lightning", "metakern"}
-_MODULE_STATE = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-_MODULE_STATE += ("_backward_hooks", "_backward_pre_hooks")
+_MODULE_STATE = (
+    *("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"),
+    "_backward_pre_hooks",
+)
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 # What can't be compared: {module: its names, or None for all of them}.
 _UNSEEN: dict[str, set[str] | None] = {
@@ -90,6 +92,7 @@ _NOT_RUN |= {"__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__d
 _UNCHANGING = {"builtins", "re", "torch", "numpy", "operator", "functools", "decimal", "datetime", "types", "typing"}
 _UNCHANGING |= {"_thread", "threading", "abc", "_abc", "weakref", "logging", "collections", "_collections"}
 _OF_FUNCTION = attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_saved_tensors_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 _OF_CELL = attrgetter("cell_contents")
 _PRECISIONS = [("generic", "all"), *(("mkldnn", op) for op in ("all", "matmul", "conv", "rnn"))]
 
@@ -106,14 +109,13 @@ def settings() -> tuple:
         torch.is_anomaly_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
         torch.backends.mkldnn.enabled,
         torch.backends.cudnn.enabled,
         torch.backends.mha.get_fastpath_enabled(),
         *(torch._C._get_fp32_precision_getter(*of) for of in _PRECISIONS),
         *map(id, _get_current_function_mode_stack()),
         *map(id, _get_current_dispatch_mode_stack()),
-        *map(id, torch._C._autograd._top_saved_tensors_default_hooks(False) or ()),
+        *map(id, _saved_tensors_hooks(False) or ()),
     )
 
 
@@ -137,7 +139,9 @@ class Guards:
         self.signature = (self._settings, *walk.signature)  # equal for equal states
         self._views = [view for container, _ in self.containers for view in _views(container)]
         self._dicts, self._keys = [d for d, _, _ in self.entries], [key for _, key, _ in self.entries]
-        self._each = {kind: [x for x, _ in getattr(self, kind)] for kind in ("objects", "functions", "cells", "getters")}
+        self._each = {
+            kind: [x for x, _ in getattr(self, kind)] for kind in ("objects", "functions", "cells", "getters")
+        }
         self._tensors = [t for t, _ in self.tensors.values()]
         self._remember()
 
@@ -468,9 +472,7 @@ class _Walk:
                 if (id(value), names) not in self._entered:
                     self._entered.add((id(value), names))
                     self._module(value, f"{path}.{key}", names)
-            elif not library:
-                self._entry(attributes, key, f"{path}.{key}")
-            elif isinstance(value, FunctionType | BuiltinFunctionType | type):
+            elif not library or isinstance(value, FunctionType | BuiltinFunctionType | type):
                 self._entry(attributes, key, f"{path}.{key}")
 
     def _function(self, function: FunctionType, path: str) -> Any:
@@ -502,7 +504,9 @@ class _Walk:
         for name in loaded:
             value = globals_.get(name, _MISSING)
             if value is _MISSING and name in _UNSEEN_BUILTINS and hasattr(builtins, name):
-                self._obstacle(f"{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}", f"calls {name}()")
+                self._obstacle(
+                    f"{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}", f"calls {name}()"
+                )
             if isinstance(value, ModuleType):
                 if (id(globals_), name) not in self._entered:
                     self._entered.add((id(globals_), name))
@@ -527,7 +531,7 @@ class _View:
 def _names_of(code: CodeType) -> tuple[frozenset[str], ...]:
     """Names of attributes and globals, and texts that may be such; of globals; of modules it imports; of attributes it
     sets."""
-    names, loaded, imported, stored = set(code.co_names), set(), set(), set()
+    names, loaded, imported, stored = set(code.co_names), set[str](), set[str](), set[str]()
     by_operation = {"LOAD_GLOBAL": loaded, "LOAD_NAME": loaded, "STORE_GLOBAL": loaded, "IMPORT_NAME": imported}
     by_operation["STORE_ATTR"] = stored
     for instruction in dis.get_instructions(code):
@@ -600,7 +604,7 @@ def _attributes(value: Any) -> dict[str, Any] | None:
 
 
 def _stored(holder: dict[str, Any], key: str) -> Any:
-    """What a run may set: whatever tensor it is, it is not read before, or the program has a tensor that is not seen."""
+    """What a run may set. Whatever tensor it is: a program that reads it before it sets it is refused."""
     value = holder.get(key, _MISSING)
     return Tensor if isinstance(value, Tensor) else value
 
