@@ -67,6 +67,8 @@ class Config:
     windows: str = _option("any", "where in a conversation a window may be", choices=("any", "opening", "later"))
     validation_part: float = _option(0.1, "share of the tasks that choices are made on", above=0, below=0.5)
     test_part: float = _option(0.1, "share of the tasks that are kept for eval", above=0, below=0.5)
+    min_dialogues: int = _option(8, "conversations that a task must have", least=2)
+    min_words: int = _option(5, "words of a turn that must not recur in other splits or conversations", least=1)
     support_size: int = _option(8, "conversations of a task to adapt on", least=1)
     query_size: int = _option(8, "conversations of a task to be judged on", least=1)
 

@@ -96,7 +96,8 @@ def _baseline(run: Run, name: str) -> Run:
         raise UserError(f"{run.path}: is adapted from {run.state['from']}; compare that one")
     state = checkpoint.load(run.path / "checkpoints", "last")[1]
     if state["phase"] != "train" or not state["step"]:
-        raise UserError(f"{run.path}: has not been trained yet, so it has no baseline; go on with it by --resume")
+        cure = f"go on with: metakern train --resume --out {run.path}"
+        raise UserError(f"{run.path}: has not been trained yet, so it has no baseline; {cure}")
     config = replace(run.config, algorithm=name, steps=state["step"], minutes=0.0)
     if name == "finetune":
         config = replace(config, outer_lr=config.finetune_lr or config.outer_lr)

@@ -204,7 +204,13 @@ def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def load_split(config: Config) -> Split:
     """The tasks of the config's data, the same split every time and everywhere."""
     held_out = config.validation_part, config.test_part
-    return split_tasks(read(config.data, config.format), seed=config.seed, fractions=(1 - sum(held_out), *held_out))
+    return split_tasks(
+        read(config.data, config.format),
+        seed=config.seed,
+        fractions=(1 - sum(held_out), *held_out),
+        min_dialogues=config.min_dialogues,
+        min_words=config.min_words,
+    )
 
 
 def episodes(config: Config, tasks: tuple[TaskData, ...], tokenizer: DialogueTokenizer, **changes: Any) -> Episodes:

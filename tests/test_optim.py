@@ -162,7 +162,11 @@ def perturbed(inner: mk.optim.InnerOptimizer) -> None:
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_adapts_as_torch_optim_does(nesterov: bool, adjust: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of torch.optim, without its rounding to bfloat16."""
+    converted = Tensor.to
     monkeypatch.setattr(Tensor, "bfloat16", Tensor.clone)
+    monkeypatch.setattr(
+        Tensor, "to", lambda x, *a, **k: x.clone() if k.get("dtype") is torch.bfloat16 else converted(x, *a, **k)
+    )
     options = {"lr": 0.05, "momentum": 0.7, "nesterov": nesterov, "adjust_lr_fn": adjust}
     phi = mk.MAML(model(), loss, inner=mk.optim.Muon(**options), steps=K).adapt(batch(1))
     for t in range(T):

@@ -1,5 +1,6 @@
 """Readers: every format as dialogues, every bad input as one clear line."""
 
+import gzip
 import importlib
 import json
 import re
@@ -264,6 +265,11 @@ def test_bad_sources_are_one_clear_line(tmp_path):
         ("conversations: [", "must be YAML"),
         ("- a\n- b\n", "key conversations"),
         ("conversations: 3", "key conversations"),
+        ("", "key conversations"),
+        ("conversations: [[a, b]]\nconversations: [[c, d]]", "must have each key once"),
+        ("conversations: [&a [*a, b]]", "must be YAML"),
+        ("conversations: [[a\0, b]]", "must be YAML"),
+        ("conversations: " + "[" * 20_000 + "]" * 20_000, "must be YAML"),
     ],
 )
 def test_bad_yaml_is_one_clear_line(tmp_path, text, problem):
@@ -296,6 +302,267 @@ def test_a_format_is_one_decorated_function(tmp_path, monkeypatch):
     assert isinstance(readers.READERS["lines"], Reader)
     (tmp_path / "x.talk").write_text("one\ntwo\n")
     assert readers.read(str(tmp_path / "x.talk")) == [Dialogue("t", "x", (Turn("0", "one"), Turn("1", "two")))]
+
+
+@pytest.mark.parametrize(
+    ("record", "task_id"),
+    [
+        ({"task": 0, "topic": "x"}, "0"),
+        ({"task": False, "topic": "x"}, "False"),
+        ({"task": 0.0, "topic": "x"}, "0.0"),
+        ({"task": [0], "topic": "x"}, "0"),
+        ({"task": "", "topic": 0}, "0"),
+        ({"task": " \n", "topic": "x"}, "x"),
+        ({"task": None, "topic": "x"}, "x"),
+        ({"task": [], "topic": "x"}, "x"),
+        ({"task": [None, ""], "topic": "x"}, "x"),
+        ({"task": "\ud800", "topic": "x"}, "?"),
+        ({"topic": None}, "mine"),
+    ],
+)
+def test_a_task_may_be_called_0_and_not_null(tmp_path, record, task_id):
+    for key in ("messages", "conversations"):
+        spoken = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+        assert read(jsonl(tmp_path / "mine.jsonl", {key: spoken, **record}))[0].task_id == task_id
+
+
+def test_a_record_without_the_task_key_that_is_asked_for_is_counted(tmp_path):
+    path = jsonl(tmp_path / "mine.jsonl", *(talk("Hi", "Ho", who=who) for who in (0, "b", "", None, [])))
+    found = read(path, task_key="who")
+    assert ([d.task_id for d in found], found.skipped) == (["0", "b"], {"without the key who": 3})
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "uncounted"),
+    [
+        (["the answer"], "the answer", 0),
+        (["the", "answer"], "the answer", 0),
+        ({"parts": ["the", {"text": "answer"}]}, "the answer", 0),
+        ({"content_type": "text", "parts": ["the answer"]}, "the answer", 0),
+        ({"type": "text", "text": "the answer"}, "the answer", 0),
+        ([{"type": "text", "text": {"value": "the answer", "annotations": []}}], "the answer", 0),
+        ([["the"], [[{"text": "answer"}]]], "the answer", 0),
+        ([{"type": "text", "text": "the"}, {"type": "image_url", "image_url": {}}, None, "answer"], "the answer", 2),
+        ({"text": None, "value": "the answer"}, "the answer", 0),
+        (42, "42", 0),
+        ([0, " of ", -7], "0  of  -7", 0),
+        (123456789012345678901234567890, "123456789012345678901234567890", 0),
+    ],
+)
+def test_contents_in_parts_are_read_and_what_is_no_text_is_counted(tmp_path, content, text, uncounted):
+    spoken = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
+    found = read(jsonl(tmp_path / "mine.jsonl", {"messages": spoken}))
+    assert found[0].turns == (Turn("user", "q"), Turn("assistant", text))
+    assert found.skipped == ({"message parts without text": uncounted} if uncounted else {})
+
+
+@pytest.mark.parametrize("content", [True, {}, {"image": "x"}, {"parts": None}, {"text": False}, [True]])
+def test_a_content_that_cannot_be_read_leaves_its_dialogue_out_and_is_counted(tmp_path, content):
+    odd = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]}
+    found = read(jsonl(tmp_path / "mine.jsonl", odd, talk("Hi", "Ho")))
+    assert (len(found), found.skipped) == (1, {"without messages of role and content": 1})
+
+
+def test_messages_without_content(tmp_path):
+    def with_answer(**answer: object) -> dict[str, object]:
+        last = {"role": "assistant", "content": "Well."}
+        return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **answer}, last]}
+
+    silent = [with_answer(content=None), with_answer(tool_calls=[{}]), with_answer(function_call={})]
+    named = [with_answer(parts=["Yes."]), with_answer(text="Yes."), with_answer(content=None, parts=[{"text": "Yes."}])]
+    found = read(jsonl(tmp_path / "mine.jsonl", *silent, *named, with_answer(), with_answer(name="x")))
+    assert [d.turns[1].text for d in found] == ["Well."] * 3 + ["Yes.\nWell."] * 3
+    assert found.skipped == {"without messages of role and content": 2}
+
+
+def test_roles_in_any_case(tmp_path):
+    spoken = [{"role": "User", "content": "Hi"}, {"role": " ASSISTANT", "content": "Ho"}]
+    found = read(jsonl(tmp_path / "mine.jsonl", {"messages": spoken}))
+    assert found[0].turns == (Turn("user", "Hi"), Turn("assistant", "Ho"))
+
+
+def test_numbers_are_read_as_they_are_written(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    spoken = '{"role": "user", "content": 3.10}, {"role": "assistant", "content": [1e400, NaN]}'
+    path.write_text(f'{{"task": 1.50, "messages": [{spoken}]}}')
+    found = read(str(path))
+    assert (found[0].task_id, [turn.text for turn in found[0].turns]) == ("1.50", ["3.10", "1e400 NaN"])
+
+
+@pytest.mark.parametrize("name", ["mine.json", "mine.jsonl", "MINE.JSON"])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("many", [None, " ", "\n", "\r\n\r\n \r\n", "\n\ufeff"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n\n  "])
+def test_records_are_found_however_they_are_laid_out(tmp_path, name, indent, many, start):
+    record = {"tools": "x" * 5000, "meta": {"sender": "conversations"}, "sender": "me", **talk("Hi", "Ho", topic="a")}
+    one = json.dumps(record, indent=indent)
+    layouts = [one, f"[{one}]"] if many is None else [one + many + one, f"[{one},{many}{one}]\n"]
+    for text in layouts:
+        (tmp_path / name).write_bytes((start + text).encode())
+        found = read(str(tmp_path / name))
+        assert [(d.task_id, len(d.turns)) for d in found] == [("a", 2)] * (1 if many is None else 2)
+        assert found.skipped == {}
+
+
+def test_the_first_record_of_a_known_kind_tells_the_format(tmp_path):
+    odd = [{}, {"x": 1}]
+    assert len(read(jsonl(tmp_path / "a.jsonl", *odd, talk("Hi", "Ho")))) == 1
+    with pytest.raises(DataError, match=r"b.jsonl: of no known format: name one of chatterbot, .*sharegpt"):
+        read(jsonl(tmp_path / "b.jsonl", *odd))
+    shared = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "prompt": "x"}
+    assert len(read(jsonl(tmp_path / "c.jsonl", *odd, shared))) == 1
+    (tmp_path / "d.json").write_text(
+        json.dumps([talk("Hi", "Ho"), {"messages": None, "prompt": "q", "completion": "a"}])
+    )
+    assert [d.turns[1].text for d in read(str(tmp_path / "d.json"))] == ["Ho", "a"]
+
+
+def test_sharegpt(tmp_path):
+    def part(name: str, *spoken: tuple[str, object], **keys: object) -> dict[str, object]:
+        return {"id": name, "conversations": [{"from": who, "value": text} for who, text in spoken], **keys}
+
+    records = [
+        part("Ab1_0", ("human", "How do I bake bread?"), ("gpt", "With flour.")),
+        part("Ab1_12", ("gpt", "And with salt."), ("human", "Thanks"), ("gpt", "Enjoy.")),
+        part("Cd2_0", ("user", "Hi"), ("chatgpt", "Hello"), ("user", "?"), ("bing", "Yes?"), system="Be brief."),
+        part("Cd2_2", ("system", "Sing."), ("human", "Do re"), ("bard", "mi"), topic=0),
+        part("Ef3_0"),
+        part("Ef3_1", ("human", "Hello?")),
+        part("Gh4_0", ("human", "Hello?"), ("martian", "Hello.")),
+        part("Gh4_1", ("human", "Hello?"), ("gpt", None)),
+        {"id": "Ij5_0", "conversations": None},
+        {"id": "Kl6_0"},
+    ]
+    (tmp_path / "shared.json").write_text(json.dumps(records, indent=1))
+    jsonl(tmp_path / "shared.jsonl", *records)
+    for name in ("shared.json", "shared.jsonl"):
+        found = read(str(tmp_path / name))
+        assert [d.task_id for d in found] == ["shared", "shared", "shared", "0"]
+        assert [d.dialogue_id for d in found] == [f"shared:{i}" for i in range(1, 5)]
+        assert found[1].turns[0] == Turn("assistant", "And with salt.")
+        assert [turn.speaker for turn in found[2].turns] == ["system", *("user", "assistant") * 2]
+        assert found[3].turns == (Turn("system", "Sing."), Turn("user", "Do re"), Turn("assistant", "mi"))
+        assert {d.meta["bot"] for d in found} == {"assistant"}
+        assert found.skipped == {
+            "without a turn of the assistant": 3,
+            "without conversations of from and value": 3,
+        }
+    by_id = read(str(tmp_path / "shared.json"), task_key="id")
+    assert [d.task_id for d in by_id] == ["Ab1", "Ab1", "Cd2", "Cd2"]
+
+
+@pytest.mark.parametrize("cut", [60, 100, 150, 190])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_sharegpt_file_that_is_cut_off_is_one_clear_line(tmp_path, cut, indent):
+    spoken = [{"from": "human", "value": "How do I bake bread?"}, {"from": "gpt", "value": "With flour and water."}]
+    text = json.dumps([{"id": "Ab1_0", "conversations": spoken}] * 2, indent=indent)[:cut]
+    (tmp_path / "cut.json").write_text(text)
+    with pytest.raises(DataError) as excinfo:
+        read(str(tmp_path / "cut.json"))
+    line = text.count("\n") + 1
+    assert re.search(
+        rf":({line}|{line - 1}): must be JSON, got .* at column \d+: the file may be cut", str(excinfo.value)
+    )
+    one_line(excinfo)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ('[{"messages": []}, {"messages": []}', (":1: must be JSON, got no ", "cut short")),
+        ('[{"messages": []},', (":1: must be JSON, got no closing bracket", "cut short")),
+        ('[{"messages": []} {"messages": []}]', (":1: must be JSON, got no comma",)),
+        ('[{"messages": []}]\nmore', (":2: must be JSON, got more after the end at column 1",)),
+        ('[{"messages": []},\n\n 3]', (":3: must be an object with messages, got int",)),
+        ('{"messages": []}\n{"mess\n{"messages": []}', (":2: must be JSON, got Unterminated string starting at col",)),
+        ('{"messages": []}\n{"messages": [\n{"messages": []}', (":2: must be JSON, got Expecting value at column 15",)),
+        ('{"messages": []}\n\0\0', (":2: must be JSON",)),
+        ('{"messages": [], "messages": []}', (":1: must have each key once in an object, got 'messages' twice: keep",)),
+        ('{"messages": []}\n{"messages": [{"role": 1, "role": 2}]}', (":2: must have each key once", "'role'")),
+        (b"\x1f\x8b\x08\x00\xff\xff", ("must be text, got a compressed file: unpack it with gunzip",)),
+        (b"PK\x03\x04\xff\xff", ("unpack it with unzip",)),
+        (b"\xff\xfe{\x00}\x00", (":1: must be UTF-8, got byte 0xff: convert it with iconv",)),
+        ("null", (":1: must be an object with messages, got NoneType",)),
+    ],
+)
+def test_records_that_are_damaged_are_one_clear_line(tmp_path, content, parts):
+    path = tmp_path / "bad.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as excinfo:
+        read(str(path))
+    one_line(excinfo, str(path), *parts)
+
+
+def test_a_compressed_file_of_any_name_says_how_to_unpack_it(tmp_path):
+    (tmp_path / "talk.jsonl.gz").write_bytes(gzip.compress(json.dumps(talk("Hi", "Ho")).encode()))
+    with pytest.raises(DataError, match=r"talk.jsonl.gz: must be text, got a compressed file: unpack it with gunzip"):
+        read(str(tmp_path / "talk.jsonl.gz"))
+
+
+def test_deep_contents_are_counted(tmp_path):
+    path = tmp_path / "deep.jsonl"
+    deep = '{"messages": [{"role": "user", "content": ' + "[" * 900 + '"a"' + "]" * 900 + "}]}\n"
+    path.write_text(deep + json.dumps(talk("Hi", "Ho")))
+    found = read(str(path))
+    assert (len(found), sum(found.skipped.values())) == (1, 1)
+
+
+def test_halves_of_surrogate_pairs_and_zero_bytes_in_every_text(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(talk("\ud83d\ude42 \udc00", "b\0c", topic="a\ud800")))
+    found = read(str(path))
+    assert [(d.task_id, [turn.text for turn in d.turns]) for d in found] == [("a?", ["🙂 ?", "b\0c"])]
+    for d in found:
+        (d.task_id + d.dialogue_id + "".join(turn.text for turn in d.turns)).encode()
+
+
+def test_what_a_directory_holds_besides_is_counted_and_hidden_files_are_not_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"version": 1}')
+    jsonl(tmp_path / "b.jsonl", talk("Hi", "Ho"))
+    (tmp_path / "c.yml").write_text("conversations:\n- [q, a]\n")
+    (tmp_path / "LICENSE").write_text("free")
+    (tmp_path / "._b.jsonl").write_bytes(b"\xff\0")
+    (tmp_path / ".git").mkdir()
+    jsonl(tmp_path / ".git" / "d.jsonl", talk("Hi", "Ho"))
+    (tmp_path / "e.json").mkdir()
+    found = read(str(tmp_path))
+    assert len(found) == 1
+    assert found.skipped == {
+        "files that do not end in .jsonl or .ndjson or .json": 2,
+        "without messages of role and content": 1,
+    }
+    assert read(str(tmp_path), "chatterbot").skipped == {"files that do not end in .yml or .yaml": 3}
+
+
+def test_chitchat_null_is_nobody_and_nothing(tmp_path):
+    def conversation(prompt: object, *spoken: tuple[object, object]) -> dict[str, object]:
+        return {"prompt": prompt, "messages": [[{"sender": who, "text": text}] for who, text in spoken]}
+
+    four = [("a", "1"), ("b", "2"), ("a", 3), ("b", "4")]
+    talks = {
+        "null prompt": conversation(None, *four),
+        "null text": conversation("Weather", ("a", None), *four),
+        "null sender": conversation("Weather", (None, "0"), *four),
+        "a list": conversation("Weather", ("a", ["0"]), *four),
+        "a sender 0": conversation("Weather", (0, "1"), ("b", "2"), (0, "3"), ("b", "4")),
+    }
+    path = tmp_path / "talks.json"
+    path.write_text(json.dumps(talks))
+    found = read(str(path))
+    assert [(d.dialogue_id, d.turns[0]) for d in found] == [
+        ("null text", Turn("a", "1")),
+        ("a sender 0", Turn("0", "1")),
+    ]
+    assert found.skipped == {"without a prompt": 1, "without messages of sender and text": 2}
+
+
+def test_chatterbot_questions_without_words_differ_as_written(tmp_path):
+    (tmp_path / "a.yml").write_text(
+        "conversations:\n- [':-)', glad]\n- [':-(', sad]\n- ['🙂', glad]\n- [':-)', x]\n", "utf-8"
+    )
+    found = read(str(tmp_path / "a.yml"))
+    assert [d.turns[0].text for d in found] == [":-)", ":-(", "🙂"]
+    assert found.skipped == {"with a repeated question": 1}
 
 
 @given(

@@ -1,8 +1,9 @@
 """Tasks split by task, and episodes of support and query drawn from them, with no text on two sides.
 
 What counts as the same text: two dialogues overlap if all their turns have the same words, or if they share a turn of
-at least `min_words` words (case and punctuation do not matter; `readers.words`).  A bare "yes" or "how are you?" may
-recur.  The turns of a system or a tool are instructions and do not count.
+at least `min_words` words (`metakern.dialogue.words`: case and punctuation do not matter).  Emoji do not make a text
+another one, nor longer; a turn of nothing but signs counts as it is written.  A bare "yes" or "how are you?" may recur.
+The turns of a system or a tool are instructions and do not count.
 
 1. Within a task, a dialogue that overlaps an earlier one is left out, so support and query share no text however drawn.
 2. Between splits, a dialogue of train that overlaps one of validation or test is left out, and one of validation that
@@ -29,8 +30,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from metakern.dialogue.readers import DataError, Dialogue, count_of, words
+from metakern.dialogue.readers import DataError, Dialogue, count_of
 from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, DialogueTokenizer, bot_of
+from metakern.dialogue.words import length, words
 
 __all__ = ["Episodes", "Split", "TaskData", "collate", "split_tasks"]
 
@@ -139,7 +141,10 @@ def split_tasks(
         taken.update(kept, *(texts for name in kept for _, texts in tasks[name]))
     for kind, part, fraction in zip(("test", "validation", "train"), parts, fractions[::-1], strict=True):
         if fraction and not part:
-            raise DataError(f"split_tasks: {kind} must have a task, got none that shares no text with held-out tasks")
+            raise DataError(
+                f"split_tasks: {kind} must have a task, got none that shares no text with held-out tasks:"
+                " add data, lower min_dialogues or raise min_words"
+            )
     return Split(parts[2], parts[1], parts[0], {reason: count for reason, count in skipped.items() if count})
 
 
@@ -276,8 +281,10 @@ def collate(tasks: Sequence[Sequence[Window]], pad_id: int, length: int | None =
 
 def _texts(dialogue: Dialogue, min_words: int) -> set[Hashable]:
     """What no other side may hold of a dialogue: all its words in order, and each long turn's."""
-    turns = tuple(words(turn.text) for turn in dialogue.turns if turn.speaker not in SYSTEM_SPEAKERS)
-    return {turns, *(turn for turn in turns if len(turn) >= min_words)}
+    spoken = [turn.text for turn in dialogue.turns if turn.speaker not in SYSTEM_SPEAKERS]
+    turns = [tuple(word for word in words(text) if any(map(str.isalnum, word))) for text in spoken]
+    whole = tuple(said or text for said, text in zip(turns, spoken, strict=True))
+    return {whole, *(said for said in turns if sum(map(length, said)) >= min_words)}
 
 
 def _speakers(dialogue: Dialogue) -> set[str]:

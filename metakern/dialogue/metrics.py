@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metakern.dialogue.readers import words
+from metakern.dialogue.words import words
 
 __all__ = ["bleu", "distinct_n", "interval", "paired_interval", "word_f1"]
 

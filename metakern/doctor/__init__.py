@@ -21,10 +21,11 @@ from metakern.doctor._causes import explain
 from metakern.doctor._costs import Costs, distance, repairable
 from metakern.doctor._places import Call, Patient, Place, treat
 from metakern.doctor._report import FORWARD_MODE, Problem, Report
-from metakern.doctor._slopes import Verdict, norm
-from metakern.meta._batching import Loss, select, tasks_of
+from metakern.meta._batching import Loss
 from metakern.meta._parameters import Adapt, Parameters
-from metakern.meta._plan import Plan, Planner, Wishes
+from metakern.meta.batches import select, tasks_of
+from metakern.meta.plan import Plan, Planner, Wishes
+from metakern.meta.slopes import Verdict, norm
 from metakern.optim import SGD, InnerOptimizer
 
 __all__ = ["Problem", "Report", "doctor"]
@@ -185,10 +186,10 @@ def _measured(costs: Costs, problems: list[Problem]) -> tuple[list[Problem], tup
 def _planned(model: nn.Module, loss: Loss, support: Any, steps: int, adapt: Adapt) -> tuple[Plan | None, list[str]]:
     """What MAML would do, and what keeps it from doing it faster."""
     try:
-        plan, _ = Planner(Parameters(model, adapt), loss, Wishes()).plan(support, steps, first_order=False)
+        plan = Planner(Parameters(model, adapt), loss, Wishes()).plan([support], steps, False, slopes=False).plan
     except Exception as error:
-        return None, [" ".join(line.replace("_MismatchError: ", "").split()) for line in str(error).splitlines()]
-    reasons = [reason.replace("_MismatchError: ", "") for reason in plan.reasons]
+        return None, [" ".join(line.replace("MismatchError: ", "").split()) for line in str(error).splitlines()]
+    reasons = [reason.replace("MismatchError: ", "") for reason in plan.reasons]
     return plan, [r for r in reasons if "not possible" in r or "for want of" in r or "does not fit" in r]
 
 

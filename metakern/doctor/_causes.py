@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_flatten
 
 from metakern.doctor._places import Call, Patient, Place, copied
 from metakern.doctor._report import FORWARD_MODE, Problem
-from metakern.doctor._slopes import Differences, Tensors, Verdict, direction, gradient
 from metakern.meta._unroll import _grad
+from metakern.meta.slopes import Differences, Tensors, Verdict, direction, gradient
 
 SITES = 16  # lines that are tried one by one
 _WRITES = re.compile(r"\w_\(|\]\s*=[^=]|[^=!<>]\s*[-+*/@]=|\bout=")

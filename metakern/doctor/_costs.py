@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from metakern.doctor._causes import Taps
 from metakern.doctor._places import Patient, State, is_float
 from metakern.doctor._report import LOSS, Problem
-from metakern.doctor._slopes import Tensors, norm, slope
 from metakern.meta._batching import Loop
 from metakern.meta._unroll import Gradients, Unroll, _filled, _grad
+from metakern.meta.slopes import Tensors, norm, slope
 from metakern.optim import InnerOptimizer
 
 
@@ -73,9 +73,9 @@ class _Steady(Loop):
         super().__init__(patient.parameters, lambda model, batch: patient.value(batch))
         self.begin, self.state = patient.begin, State(patient.model)  # with what is repaired
 
-    def _one(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
+    def one(self, batch: Any, phi: Sequence[Tensor]) -> Tensor:
         self.begin(self.state)
-        return super()._one(phi, batch)
+        return super().one(batch, phi)
 
 
 def repairable(problem: Problem) -> bool:

@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from metakern.doctor._report import LOSS
-from metakern.doctor._slopes import NOISE, Tensors, Verdict, direction, gradient, judge
 from metakern.meta._batching import Loss, exact_kernels
 from metakern.meta._parameters import Parameters, twin
-from metakern.meta._plan import comparable
+from metakern.meta.slopes import NOISE, Tensors, Verdict, direction, gradient, judge
+from metakern.meta.verify import comparable
 
 _STANDARD = set(vars(nn.Module()))
 

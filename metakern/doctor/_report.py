@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
-from metakern.meta._plan import Plan, _mib
+from metakern.meta.plan import Plan, mib
 
 WIDTH = 100
 LOSS = "(loss)"  # in place of a module's path
@@ -90,7 +90,7 @@ class Report:
             mode = f", products {self.plan.hvp} over reverse" if self.plan.strategy == "recompute" else ""
             lines += _row("batching", self.plan.batching) + _row("strategy", self.plan.strategy + mode)
             lines += _row("at once", _count(min(self.plan.task_chunk, self.tasks), "task"))
-            lines += _row("memory", f"{_mib(self.peak_bytes)} at its peak, beside the model")
+            lines += _row("memory", f"{mib(self.peak_bytes)} at its peak, beside the model")
         for obstacle in self.obstacles:
             lines += _row("slower" if self.plan else "why", obstacle)
         return "\n".join([*lines, "", f"{self.evaluations} forward passes of one task were looked at."])

@@ -13,17 +13,18 @@ loop   a task at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from metakern.meta._fold import Fold
-from metakern.meta._functions import Fused
+from metakern.meta._functions import Fused, Repaired
 from metakern.meta._parameters import Parameters
+from metakern.meta.batches import over_tasks, select, structure
+from metakern.ops._autocast import plain_operations
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -34,47 +35,29 @@ class Batching(Protocol):
     def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor: ...
 
 
-def tasks_of(batch: Any, what: str = "batch") -> int:
-    """The number of tasks in a tree of tensors; raises ValueError where they disagree."""
-    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    if not leaves:
-        raise ValueError(f"MAML: {what} must hold tensors, got {type(batch).__name__}")
-    if any(leaf.dim() == 0 for leaf in leaves):
-        raise ValueError(f"MAML: {what} must have the tasks along dimension 0 of every tensor, got a scalar")
-    if any(leaf.requires_grad for leaf in leaves):
-        raise ValueError(f"MAML: {what} must not require a gradient, got a tensor that does")
-    sizes = sorted({leaf.shape[0] for leaf in leaves})
-    if len(sizes) > 1:
-        raise ValueError(f"MAML: {what} must have one number of tasks along dimension 0, got {sizes}")
-    if sizes[0] == 0:
-        raise ValueError(f"MAML: {what} must hold at least one task, got 0")
-    return sizes[0]
-
-
-def ordinary(batch: Any) -> Any:
-    """A batch that autograd takes: tensors made in inference mode, as by Lightning's validation loop, are copied."""
-    return tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, batch)
-
-
-def select(batch: Any, index: int | slice | Tensor) -> Any:
-    """One task, or some tasks, of a tree of tensors."""
-    return tree_map_only(Tensor, lambda t: t[index], batch)
-
-
 class Loop:
     """A task at a time."""
 
     name = "loop"
 
-    def __init__(self, parameters: Parameters, loss: Loss) -> None:
-        self.parameters, self.loss = parameters, loss
+    def __init__(self, parameters: Parameters, loss: Loss, plain: bool = False) -> None:
+        self.parameters, self.loss, self.plain = parameters, loss, plain
 
     def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
-        return torch.stack([self._one([p[t] for p in phi], select(batch, t)) for t in range(phi[0].shape[0])])
+        return torch.stack([self.one(select(batch, t), [p[t] for p in phi]) for t in range(phi[0].shape[0])])
 
-    def _one(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
-        with self.parameters.bound(phi), Fused():
+    def one(self, batch: Any, phi: Sequence[Tensor]) -> Tensor:
+        with self.parameters.bound(phi), self._operations():
             return scalar(self.loss(self.parameters.model, batch))
+
+    def _operations(self) -> AbstractContextManager:
+        """metakern's ops, or PyTorch's own operations where the loss takes derivatives itself."""
+        if not self.plain:
+            return Fused()
+        both = ExitStack()
+        both.enter_context(plain_operations())
+        both.enter_context(Repaired())
+        return both
 
 
 class Vmap(Loop):
@@ -83,7 +66,7 @@ class Vmap(Loop):
     name = "vmap"
 
     def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
-        return torch.func.vmap(self._one, randomness="different")(tuple(phi), batch)
+        return over_tasks(self.one, batch, tuple(phi))
 
 
 class Folded(Loop):
@@ -91,19 +74,19 @@ class Folded(Loop):
 
     name = "fold"
 
-    def __init__(self, parameters: Parameters, loss: Loss) -> None:
-        super().__init__(parameters, loss)
-        self.fold = Fold(parameters)
+    def __init__(self, parameters: Parameters, loss: Loss, plain: bool = False) -> None:
+        super().__init__(parameters, loss, plain)
+        self.fold = Fold(parameters, self._operations)
 
     def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
         def one(batch: Any) -> Tensor:
             return scalar(self.loss(self.parameters.model, batch))
 
-        with self.fold.active(phi), Fused():
-            return torch.func.vmap(one, randomness="different")(batch)
+        with self.fold.active(phi, structure(batch)), self._operations():
+            return over_tasks(one, batch)
 
 
-WAYS: dict[str, Callable[[Parameters, Loss], Batching]] = {"fold": Folded, "vmap": Vmap, "loop": Loop}
+WAYS: dict[str, Callable[..., Batching]] = {"fold": Folded, "vmap": Vmap, "loop": Loop}
 
 
 def scalar(value: Any) -> Tensor:
@@ -115,12 +98,24 @@ def scalar(value: Any) -> Tensor:
 
 
 @contextmanager
-def exact_kernels() -> Iterator[None]:
-    """PyTorch's own kernels that have second derivatives: math attention, no cuDNN recurrence, no fused encoder."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+def exact_kernels(model: nn.Module | None = None) -> Iterator[None]:
+    """PyTorch's own kernels that have second derivatives: math attention, no cuDNN recurrence, no fused encoder.
+
+    And no running statistics of a model's norms in training mode: their output does not depend on these, and they stay
+    what they are.
+    """
+    fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
+    modules = () if model is None else model.modules()
+    recurrent = model is None or any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with ExitStack() as undo:
+        undo.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
+        if recurrent and cudnn:  # the switch alone: `cudnn.flags` reads settings that may not be read
+            undo.callback(setattr, torch.backends.cudnn, "enabled", cudnn)
+            torch.backends.cudnn.enabled = False
+        for module in modules:
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
+                undo.callback(module._buffers.update, dict(module._buffers))
+                module._buffers.update(dict.fromkeys(module._buffers))
+        with sdpa_kernel(SDPBackend.MATH):
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

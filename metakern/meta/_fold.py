@@ -38,18 +38,19 @@ class FoldError(RuntimeError):
 class Fold:
     """A model with its units, and the record of which tensors carry the tasks."""
 
-    def __init__(self, parameters: Parameters) -> None:
-        self.model, self.parameters = parameters.model, parameters
+    def __init__(self, parameters: Parameters, operations: Callable[[], AbstractContextManager] = Fused) -> None:
+        self.model, self.parameters, self.operations = parameters.model, parameters, operations
         self.units = _units(parameters)
         self.originals = {module: module.forward for module in self.units}
         self.tasks = self.size = 0  # T, and T·B while the model runs
         self.within: Callable[[], AbstractContextManager] = nullcontext  # what the model runs in
-        self.recording = True
+        self.recording = False
+        self.records: dict[Any, list[int]] = {}  # by the structure of a batch
         self.record: list[int] = []
         self._position = 0
 
     @contextmanager
-    def active(self, phi: Sequence[Tensor]) -> Iterator[None]:
+    def active(self, phi: Sequence[Tensor], structure: Any) -> Iterator[None]:
         """Within the block the model takes BatchedTensors of a vmap over tasks, and runs folded with parameters phi."""
         patched: dict[nn.Module, Callable] = {
             module: partial(unit, self, module) for module, unit in self.units.items()
@@ -58,8 +59,9 @@ class Fold:
         patched[self.model] = partial(self._enter, inner)
         kept = {module: module.__dict__.get("forward") for module in patched}
         self.tasks, self._position = phi[0].shape[0], 0
-        if self.recording:
-            self.record = []
+        if not self.recording and structure not in self.records:
+            raise FoldError("a batch must have a structure that was verified, got another one")
+        self.record = [] if self.recording else self.records[structure]
         with self.parameters.bound(phi):
             try:
                 for module, forward in patched.items():
@@ -86,12 +88,11 @@ class Fold:
             raise FoldError(f"a tensor that carries the tasks must have size {self.size}, got {list(tensor.shape)}")
         return answer
 
-    def agree(self, other: list[int]) -> None:
-        """Keeps of the record what another number of tasks confirms, and ends the recording."""
-        if len(self.record) != len(other):
+    def keep(self, structure: Any, one: list[int], other: list[int]) -> None:
+        """Keeps for batches of a structure what two records, of two numbers of tasks, agree upon."""
+        if len(one) != len(other):
             raise FoldError("the model's calls depend on the number of tasks")
-        self.record = [a if a == b else 0 for a, b in zip(self.record, other, strict=True)]
-        self.recording = False
+        self.records[structure] = [a if a == b else 0 for a, b in zip(one, other, strict=True)]
 
     def split(self, tensor: Tensor) -> Tensor:
         """[T·B, ...] -> [T, B, ...]"""
@@ -129,7 +130,7 @@ class Fold:
             for i, tensor, dim in zip(where, tensors, in_dims, strict=True):
                 inner[i] = tensor if dim is None else tensor.movedim(dim, 0).flatten(0, 1)
             inner_args, inner_kwargs = tree_unflatten(inner, spec)
-            with self.within(), Fused():  # modes of the caller do not reach through the step out of vmap
+            with self.within(), self.operations():  # modes of the caller do not reach through the step out of vmap
                 outputs, out_spec = tree_flatten(forward(*inner_args, **inner_kwargs))
             out_where = [i for i, o in enumerate(outputs) if isinstance(o, Tensor)]
             result.append((outputs, out_spec, out_where))
@@ -164,12 +165,12 @@ Unit = Callable[..., Any]  # unit(fold, module, *args, **kwargs): the module's f
 
 
 def _units(parameters: Parameters) -> dict[nn.Module, Unit]:
-    """The outermost modules that own an adapted parameter, each with the rule of its type."""
+    """The outermost modules that own an adapted parameter, each with the rule of its type; and batch norms."""
     owners = {id(module) for module, _, _ in parameters.places}
     units: dict[nn.Module, Unit] = {}
 
     def visit(module: nn.Module) -> None:
-        if id(module) in owners:
+        if id(module) in owners or isinstance(module, nn.modules.batchnorm._BatchNorm):
             units[module] = _rule(module)
         else:
             for child in module.children():
@@ -191,6 +192,8 @@ def _rule(module: Any) -> Unit:
         return _layer_norm if isinstance(module, nn.LayerNorm) else _rms_norm
     if isinstance(module, nn.RNNBase) and not module.proj_size:
         return _recurrent
+    if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        return _batch_norm
     if kind is LoraLinear:
         return _lora
     if isinstance(module, huggingface.Elementary):
@@ -231,6 +234,22 @@ def _lora(fold: Fold, module: LoraLinear, x: Tensor) -> Tensor:
 def _layer_norm(fold: Fold, module: nn.LayerNorm, x: Tensor) -> Tensor:
     weight, bias = fold.weight(module, "weight"), fold.weight(module, "bias")
     return _per_task(fold, x, lambda x: ops.layer_norm(x, weight, bias, module.eps))
+
+
+def _batch_norm(fold: Fold, module: Any, x: Tensor) -> Tensor:
+    """A task is a group of channels: [T·B, C, ...] becomes [B, T·C, ...], whose statistics are those of each task."""
+    module._check_input_dim(x)
+    C, T = x.shape[1], fold.tasks
+    statistics = [module._buffers.get(name) for name in ("running_mean", "running_var")]
+    weights = [fold.weight(module, name) for name in ("weight", "bias")]
+    training = module.training or statistics[0] is None
+    if not fold.folded(x):
+        raise FoldError(f"{type(module).__name__} must be given the batch")
+    flat = fold.split(x).transpose(0, 1).flatten(1, 2)
+    mean, var = (None if s is None else s.repeat(T) for s in statistics)
+    weight, bias = (None if w is None else w.reshape(T * C) for w in weights)
+    y = nn.functional.batch_norm(flat, mean, var, weight, bias, training, 0.0, module.eps)
+    return y.unflatten(1, (T, C)).transpose(0, 1).flatten(0, 1)
 
 
 def _rms_norm(fold: Fold, module: nn.RMSNorm, x: Tensor) -> Tensor:

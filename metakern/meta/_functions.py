@@ -17,6 +17,13 @@ from torch.overrides import TorchFunctionMode
 from metakern import ops
 
 
+class Repaired(TorchFunctionMode):
+    """Within the block, functions of PyTorch whose second derivatives are wrong run by right ones."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
+        return REPAIRED.get(func, func)(*args, **kwargs or {})
+
+
 class Fused(TorchFunctionMode):
     """Within the block, functions of torch.nn.functional run by metakern's ops."""
 
@@ -69,6 +76,24 @@ def _cross_entropy(
     return torch.where((target == ignore_index).all(), torch.nan, value)
 
 
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """Under vmap PyTorch's own reads the next task's table where a token is out of range."""
+    if max_norm is not None or scale_grad_by_freq or sparse or weight.dim() != 2 or not weight.is_floating_point():
+        return NotImplemented
+    rows = ops.embedding(input, weight)
+    if padding_idx is None or padding_idx < 0:
+        return rows if padding_idx is None else NotImplemented
+    return torch.where((input == padding_idx).unsqueeze(-1), rows.detach(), rows)  # a row not learned
+
+
 def _gelu(input: Tensor, approximate: str = "none") -> Any:
     return ops.gelu(input, approximate)
 
@@ -77,9 +102,19 @@ def _silu(input: Tensor, inplace: bool = False) -> Any:
     return NotImplemented if inplace else ops.silu(input)
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """g v / |v| (Salimans, Kingma 2016, section 2); the second derivatives of PyTorch's kernel for CPUs are wrong."""
+    axes = [i for i in range(v.dim()) if i != dim % v.dim()] if dim != -1 else list(range(v.dim()))
+    return v * (g / v.square().sum(axes, keepdim=True).sqrt())
+
+
+# PyTorch's functions whose second derivatives are wrong, by right ones.
+REPAIRED: dict[Any, Callable[..., Any]] = {torch._weight_norm: _weight_norm}
 _FUSED: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,
     F.cross_entropy: _cross_entropy,
+    F.embedding: _embedding,
     F.gelu: _gelu,
     F.silu: _silu,
+    **REPAIRED,
 }

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,12 @@ class Parameters:
         recurrent = {id(m): m for m, _, _ in self.places if isinstance(m, nn.RNNBase)}
         self._recurrent = list(recurrent.values())
 
+    def holding(self, adapted: dict[str, nn.Parameter], shared: dict[str, nn.Parameter]) -> Parameters:
+        """The same roles of other parameters, which stand in the same places."""
+        other = copy.copy(self)
+        other.adapted, other.shared = adapted, shared
+        return other
+
     @contextmanager
     def bound(self, phi: Sequence[Tensor]) -> Iterator[None]:
         """Puts phi (in the order of `adapted`) in the parameters' places for the duration of the block."""
@@ -69,8 +76,11 @@ def twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for p in model.parameters()
         if not p.requires_grad and p.is_floating_point()
     }
-    copied = copy.deepcopy(model, frozen)
-    return copied if dtype is None else copied.to(dtype)
+    kept = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
+    memo: dict[int, Any] = {**frozen, **{id(t): t.detach().clone() for t in kept}}
+    copied = copy.deepcopy(model, memo)
+    # By the class's own method: an attribute `to` of the instance, as accelerate sets one, is the original's.
+    return copied if dtype is None else nn.Module.to(copied, dtype)
 
 
 def _selector(adapt: Adapt) -> Callable[[str], bool]:

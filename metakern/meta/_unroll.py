@@ -13,10 +13,12 @@ over reverse where a model has an op without forward mode; both are exact. Param
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -47,6 +49,7 @@ class Unroll:
     steps: int
     first_order: bool = False
     hvp: str = "forward"  # or "reverse": the mode of recompute's outer derivative
+    python: bool = False  # whether the model draws from Python's or NumPy's generators too
 
     def trajectory(self, theta: Sequence[Tensor], support: Any, steps: int) -> Iterator[list[Tensor]]:
         """phi_0, …, phi_steps, without a graph."""
@@ -57,10 +60,10 @@ class Unroll:
     def _forward(self, theta: Sequence[Tensor], support: Any, steps: int) -> Iterator[_Step]:
         phi, state = list(theta), self.inner.init(theta)
         for _ in range(steps):
-            random, grads = Random(phi[0].device), self._grads(phi, support)
+            drawn, grads = Random(phi[0].device, self.python), self._grads(phi, support)
             with torch.no_grad():
                 after, next_state = self.inner.update(phi, grads, state)
-            yield _Step(phi, state, grads, random, after)
+            yield _Step(phi, state, grads, drawn, after)
             phi, state = after, next_state
 
     def _grads(self, phi: Sequence[Tensor], batch: Any) -> list[Tensor]:
@@ -104,7 +107,7 @@ class Unroll:
             leaves = [p.detach().requires_grad_() for p in phi]
             losses = self.batching.losses(leaves, query)
             ct = _grad(losses.sum() * weight, [*leaves, *shared])
-        after = Random(phi[0].device)
+        after = Random(phi[0].device, self.python)
         ct_phi, ct_shared = ct[:n], ct[n:]
         ct_state: Gradients = [None] * len(history[0].state if history else ())
         ct_hyper: Gradients = [None] * len(hyper)
@@ -180,11 +183,15 @@ class _Step:
 class Random:
     """A state of the random generators, so that a step that is computed again draws the same dropout masks."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, python: bool = False) -> None:
         self.device, self.states = device, _random_states(device)
+        self.python = (random.getstate(), np.random.get_state()) if python else None
 
     def restore(self) -> None:
         _set_random_states(self.device, *self.states)
+        if self.python:
+            random.setstate(self.python[0])
+            np.random.set_state(self.python[1])
 
 
 @recordable(acts=True)

@@ -9,7 +9,9 @@ float64 stays float64. The ops themselves, and their derivatives wherever these 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import reduce, wraps
 from typing import Any, TypeVar
 
@@ -18,6 +20,19 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+_plain: ContextVar[bool] = ContextVar("metakern_plain_operations", default=False)
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Within the block ops are made of PyTorch's own operations, which have derivatives of every order."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 def autocast(policy: str) -> Callable[[F], F]:
@@ -40,6 +55,10 @@ def autocast(policy: str) -> Callable[[F], F]:
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
+            if _plain.get():
+                from metakern.ops import SPECS
+
+                return SPECS[function.__name__].plain(*args, **kwargs)
             if torch.compiler.is_dynamo_compiling() or not torch._C._len_torch_function_stack():
                 return run(*args, **kwargs)
             with torch._C.DisableTorchFunction():  # a mode sees each attribute of a tensor, at the cost of a small op

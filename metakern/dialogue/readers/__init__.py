@@ -7,7 +7,7 @@ turns a model learns to produce.  A reader is one function in one file of this p
     def lines(path: Path, skipped: Counter[str]) -> Iterator[Dialogue]: ...
 
 It yields dialogues, counts in `skipped` what it leaves out and why, and raises `DataError` for a damaged file.
-Every reader makes its dialogues with `dialogue`.
+Every reader makes its dialogues with `dialogue`; one of JSON takes its records from `records`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-__all__ = ["READERS", "DataError", "Dialogue", "Dialogues", "Reader", "Turn", "dialogue", "read", "reader"]
+from metakern.dialogue.words import words
+
+__all__ = ["READERS", "DataError", "Dialogue", "Dialogues", "Reader", "Turn", "dialogue", "read", "reader", "words"]
+
+COMPRESSED = {
+    b"\x1f\x8b": "gunzip",
+    b"PK\x03\x04": "unzip",
+    b"\xfd7zXZ": "unxz",
+    b"BZh": "bunzip2",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+}
+BLANK = re.compile(r"[\s\ufeff]*")  # files that were put together have byte order marks inside
 
 
 class DataError(ValueError):
@@ -74,7 +85,7 @@ class Reader:
     name: str
     load: Callable[..., Iterator[Dialogue]]
     suffixes: tuple[str, ...]
-    sniff: Callable[[str], bool]
+    sniff: Callable[[Mapping[str, Any]], bool] | None
     package: str
     data: str
     variant: str
@@ -94,14 +105,15 @@ def reader(
     name: str,
     *,
     suffixes: tuple[str, ...],
-    sniff: Callable[[str], bool] = lambda head: True,
+    sniff: Callable[[Mapping[str, Any]], bool] | None = None,
     package: str = "",
     data: str = "",
     variant: str = "",
 ) -> Callable[[Callable[..., Iterator[Dialogue]]], Callable[..., Iterator[Dialogue]]]:
     """Register a reader.
 
-    suffixes, sniff   a file is of this format if its name ends so and `sniff(its first 4,096 characters)` holds
+    suffixes          of the names of files in this format
+    sniff             tells this format from others of these suffixes by a record of JSON
     package, data     the package that holds data in this format, and the path inside it
     variant           the option that the `x` of the source `"name:x"` sets
     """
@@ -118,7 +130,7 @@ def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
 
     source    `"chitchat"`, `"chitchat:senders"`, `"chatterbot"`, `"chatterbot:english"`, …, or a path (`"./chitchat"`
               for one that has such a name)
-    format    a name of `READERS`, or `"auto"`: by the name and the beginning of the file
+    format    a name of `READERS`, or `"auto"`: by the name of the file and its first record of a known kind
     options   those of the format's reader
 
     Returns a list whose `summary()` tells what was skipped.  Raises `DataError`.
@@ -130,6 +142,7 @@ def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
         raise DataError(f"read: format must be one of {', '.join(READERS)}, got {format!r}{_closest(format)}")
     name, _, variant = source.partition(":")
     path = Path(source)
+    skipped: Counter[str] = Counter()
     if name in READERS and READERS[name].package and format in ("auto", name):
         chosen = READERS[name]
         path = chosen.packaged()
@@ -139,8 +152,9 @@ def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
         raise DataError(f"{source}: no such file or directory, nor packaged data{_closest(name)}")
     else:
         chosen = READERS[format] if format != "auto" else _recognize(path)
+        if others := [p for p in _visible(path) if p.suffix.lower() not in chosen.suffixes] if path.is_dir() else []:
+            skipped[f"files that do not end in {' or '.join(chosen.suffixes)}"] = len(others)
 
-    skipped: Counter[str] = Counter()
     found: list[Dialogue] = []
     for item in chosen.load(path, skipped, **options):
         if len(item.turns) < 2:
@@ -162,31 +176,34 @@ def dialogue(
     """
     merged: list[Turn] = []
     for speaker, text in turns:
-        text = text.encode("utf-8", "replace").decode("utf-8").strip()
+        speaker, text = _encodable(speaker), _encodable(text).strip()
         if text and merged and merged[-1].speaker == speaker:
             merged[-1] = Turn(speaker, f"{merged[-1].text}\n{text}")
         elif text:
             merged.append(Turn(speaker, text))
-    return Dialogue(task_id, dialogue_id, tuple(merged), meta or {})
+    known = {key: _encodable(value) for key, value in (meta or {}).items()}
+    return Dialogue(_encodable(task_id), _encodable(dialogue_id), tuple(merged), known)
 
 
-def words(text: str) -> tuple[str, ...]:
-    """The words that make two texts the same: no case, no punctuation; a Chinese or Japanese character is a word.
-
-    >>> words("What is A.I.?"), words("你好吗?")
-    (('what', 'is', 'a', 'i'), ('你', '好', '吗'))
-    """
-    return tuple(re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+", text.casefold()))
+def _encodable(text: str) -> str:
+    """A text with ? for each half of a surrogate pair, which JSON may hold and UTF-8 may not."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file itself, or a directory's files of these suffixes in a fixed order."""
+    """The file itself, or a directory's files of these suffixes in a fixed order, but for hidden ones."""
     if not path.is_dir():
         return [path]
-    found = sorted((p for p in path.rglob("*") if p.suffix in suffixes), key=lambda p: p.as_posix())
+    found = [p for p in _visible(path) if p.suffix.lower() in suffixes]
     if not found:
         raise DataError(f"{path}: must hold files that end in {' or '.join(suffixes)}, got none")
     return found
+
+
+def _visible(path: Path) -> list[Path]:
+    """The files below a directory, without those that a system hides (.DS_Store, ._talk.json, .git/…)."""
+    found = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    return sorted((p for p in found if p.is_file()), key=lambda p: p.as_posix())
 
 
 def text_of(path: Path) -> str:
@@ -195,6 +212,8 @@ def text_of(path: Path) -> str:
         data = path.read_bytes()
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if tool := next((tool for magic, tool in COMPRESSED.items() if data.startswith(magic)), None):
+            raise DataError(f"{path}: must be text, got a compressed file: unpack it with {tool}") from None
         line = data.count(b"\n", 0, error.start) + 1
         byte = data[error.start]
         raise DataError(
@@ -204,27 +223,107 @@ def text_of(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def json_of(text: str, path: Path, first_line: int = 1) -> Any:
-    """The JSON value in `text`, which begins at a line of a file."""
+def json_of(text: str, path: Path) -> Any:
+    """The JSON value that a file holds; numbers with a point and NaN are texts, as they are written."""
+    value, end = _decode(text, _after_blank(text, 0), path)
+    _must_end(text, end, path)
+    return value
+
+
+def records(path: Path, key: str = "messages") -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file: the items of an array by number, or one after the other, on a line each or over
+    several, by the line at which they begin.  `key` is what each should have, for the error where one is no object."""
+    text = text_of(path)
+    at = _after_blank(text, 0)
+    if array := text.startswith("[", at):
+        at = _after_blank(text, at + 1)
+    line, counted, number, on_one_line = 1, 0, 0, False
+    while at < len(text) and not (array and text[at] == "]"):
+        line, counted, number = line + text.count("\n", counted, at), at, number + 1
+        value, end = _decode(text, at, path, on_one_line)
+        if not isinstance(value, dict):
+            raise DataError(f"{path}:{line}: must be an object with {key}, got {type(value).__name__}")
+        yield number if array else line, value
+        on_one_line = not array and text.find("\n", at, end) < 0
+        at = _after_blank(text, end)
+        if array and text.startswith(",", at):
+            at = _after_blank(text, at + 1)
+        elif array and not text.startswith("]", at):
+            raise _damaged(json.JSONDecodeError("no comma and no bracket", text, at), path)
+    if array:
+        if at == len(text):
+            raise _damaged(json.JSONDecodeError("no closing bracket", text, at), path)
+        _must_end(text, at + 1, path)
+
+
+class _RepeatedKeyError(ValueError):
+    """An object that has a key twice, of which `json` would drop the first without a word."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _RepeatedKeyError(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=str, parse_constant=str)
+
+
+def _decode(text: str, at: int, path: Path, on_one_line: bool = False) -> tuple[Any, int]:
+    """The JSON value that begins at a position, and where it ends.  `on_one_line` says that it should end on its line,
+    where it is told what is wrong then, and not in the lines after it."""
     try:
-        return json.loads(text)
+        return DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        where = f"{path}:{line}: must be JSON, got {error.msg} at column {error.colno}"
-        raise DataError(f"{where}: the file may be cut short; fetch it again or remove the line") from None
+        end = text.find("\n", at) if on_one_line else -1
+        if end >= 0:
+            _decode(text[:end], at, path)
+        raise _damaged(error, path) from None
+    except _RepeatedKeyError as error:
+        where = f"{path}:{text.count(chr(10), 0, at) + 1}"
+        raise DataError(f"{where}: must have each key once in an object, got {str(error)!r} twice: keep one") from None
     except (RecursionError, ValueError):  # brackets or digits by the thousand
-        raise DataError(f"{path}:{first_line}: must be JSON of moderate depth, got one that Python refuses") from None
+        where = f"{path}:{text.count(chr(10), 0, at) + 1}"
+        raise DataError(f"{where}: must be JSON of moderate depth, got one that Python refuses: remove it") from None
+
+
+def _damaged(error: json.JSONDecodeError, path: Path) -> DataError:
+    what = error.msg.removesuffix(" at")
+    where = f"{path}:{error.lineno}: must be JSON, got {what} at column {error.colno}"
+    return DataError(f"{where}: the file may be cut short; fetch it again or remove the line")
+
+
+def _must_end(text: str, at: int, path: Path) -> None:
+    if (at := _after_blank(text, at)) < len(text):
+        raise _damaged(json.JSONDecodeError("more after the end", text, at), path)
+
+
+def _after_blank(text: str, at: int) -> int:
+    found = BLANK.match(text, at)
+    return found.end() if found else at
 
 
 def _recognize(path: Path) -> Reader:
-    for candidate in sorted({p.suffix for p in path.rglob("*")}) if path.is_dir() else [path.suffix]:
-        matching = [r for r in READERS.values() if candidate in r.suffixes]
+    """The reader of a file, or of the first file of a directory that has one."""
+    empty = False
+    for file in _visible(path) if path.is_dir() else [path]:
+        matching = [candidate for candidate in READERS.values() if file.suffix.lower() in candidate.suffixes]
+        for chosen in matching:
+            if chosen.sniff is None:
+                return chosen
         if not matching:
             continue
-        head = text_of(files(path, (candidate,))[0])[:4096]
-        for chosen in matching:
-            if chosen.sniff(head):
-                return chosen
+        empty = True
+        for _, record in records(file):
+            empty = False
+            for chosen in matching:
+                if chosen.sniff and chosen.sniff(record):
+                    return chosen
+    if empty:
+        raise DataError(f"{path}: must hold a dialogue, got an empty file")
+    if not path.is_dir():
+        text_of(path)  # a file that is no text at all has an error of its own
     raise DataError(f"{path}: of no known format: name one of {', '.join(READERS)}")
 
 

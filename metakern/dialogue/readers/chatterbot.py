@@ -9,11 +9,12 @@ since the same question on both sides would leak from support to query.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-from metakern.dialogue.readers import DataError, Dialogue, dialogue, files, reader, text_of, words
+from metakern.dialogue.readers import DataError, Dialogue, dialogue, files, reader, text_of
+from metakern.dialogue.words import words
 
 __all__ = ["chatterbot"]
 
@@ -33,14 +34,14 @@ def chatterbot(path: Path, skipped: Counter[str], *, language: str = "") -> Iter
             raise DataError(f"{path}: language must be one of {', '.join(known) or '(none)'}, got {language}")
         path = path / language
     for file in files(path, (".yml", ".yaml")):
-        task_id, asked = f"{file.parent.name}/{file.stem}", set[tuple[str, ...]]()
+        task_id, asked = f"{file.parent.name}/{file.stem}", set[Hashable]()
         for number, conversation in enumerate(_conversations(file)):
             if not isinstance(conversation, list):
                 skipped["that are not a list of turns"] += 1
                 continue
             turns = ((("user", "bot")[i % 2], _text(item)) for i, item in enumerate(conversation))
             talk = dialogue(task_id, f"{task_id}/{number}", turns, {"bot": "bot"})
-            question = words(talk.turns[0].text) if talk.turns else ()
+            question = talk.turns and (words(talk.turns[0].text) or talk.turns[0].text)
             if question in asked:
                 skipped["with a repeated question"] += 1
                 continue
@@ -53,15 +54,22 @@ def _conversations(file: Path) -> list[Any]:
         import yaml
     except ImportError:
         raise DataError("chatterbot: the package pyyaml is missing: pip install metakern[dialogue]") from None
+    text = text_of(file)
     try:
         # The base loader leaves scalars as they are written: "Yes" stays a word and "42" does not become a number.
-        data = yaml.load(text_of(file), Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
+        loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)(text)
+        node = loader.get_single_node()
+        data = loader.construct_document(node) if node else None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise DataError(f"{file}{line}: must be YAML, got {getattr(error, 'problem', 'damaged text')}") from None
+    except RecursionError:
+        raise DataError(f"{file}: must be YAML of moderate depth, got one that Python refuses") from None
     if not isinstance(data, dict) or not isinstance(data.get("conversations"), list):
         raise DataError(f"{file}: must hold a list under the key conversations, got none")
+    if node and len(data) < len(node.value):
+        raise DataError(f"{file}: must have each key once, got one twice: keep one")
     return data["conversations"]
 
 

@@ -22,8 +22,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from metakern.dialogue.readers import DataError, Dialogue, Turn, dialogue, json_of, reader, text_of, words
+from metakern.dialogue.readers import DataError, Dialogue, Turn, dialogue, json_of, reader, text_of
+from metakern.dialogue.words import words
 
 __all__ = ["chitchat"]
 
@@ -35,7 +37,9 @@ PASSAGE, LETTERS, FEWEST, RARE, FEWEST_PASSAGES = 40, 4, 30, 16, 24
 @reader(
     "chitchat",
     suffixes=(".json",),
-    sniff=lambda head: head.lstrip().startswith("{") and '"sender"' in head,
+    sniff=lambda record: (
+        "messages" not in record and any(isinstance(value, dict) and "messages" in value for value in record.values())
+    ),
     package="chitchat_dataset",
     data="dataset.json",
     variant="tasks",
@@ -56,13 +60,16 @@ def _conversations(path: Path, skipped: Counter[str], tasks: str) -> Iterator[Di
     for key, conversation in data.items():
         try:
             messages = [m for turn in conversation["messages"] for m in turn]
-            prompt = str(conversation.get("prompt", "")).strip()
-            talk = dialogue(prompt, key, [(str(m["sender"]), str(m["text"])) for m in messages])
+            prompt = _text(conversation.get("prompt"))
+            said = [(_text(m["sender"]), _text(m["text"])) for m in messages]
         except (AttributeError, KeyError, TypeError):
             skipped["without messages of sender and text"] += 1
             continue
+        talk = dialogue(prompt, key, said)
         speakers = list(dict.fromkeys(turn.speaker for turn in talk.turns))
-        if len(speakers) != 2:
+        if "" in speakers:
+            skipped["without messages of sender and text"] += 1
+        elif len(speakers) != 2:
             skipped["without two speakers"] += 1
         elif len(talk.turns) < 4:
             skipped["with fewer than 4 turns"] += 1
@@ -75,6 +82,13 @@ def _conversations(path: Path, skipped: Counter[str], tasks: str) -> Iterator[Di
             skipped["without a prompt"] += 1
         else:
             yield Dialogue(prompt, key, talk.turns, {"bot": speakers[1]})
+
+
+def _text(value: Any) -> str:
+    """A text or a number as text; null is none."""
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise TypeError
+    return "" if value is None else str(value).strip()
 
 
 def _subjects(conversations: list[Dialogue]) -> Iterator[Dialogue]:

@@ -7,22 +7,20 @@ Finn, Abbeel, Levine 2017, "Model-agnostic meta-learning for fast adaptation of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils._pytree import tree_flatten
 
-from metakern.meta._batching import Loss, exact_kernels, ordinary, select, tasks_of
-from metakern.meta._memory import keep_freed_memory
+from metakern.meta._batching import Loss
 from metakern.meta._parameters import Adapt, Parameters
-from metakern.meta._plan import Plan, Planner, Wishes
-from metakern.meta._unroll import Gradients, Random, Unroll, _add
-from metakern.meta.capture import Captures
+from metakern.meta._unroll import Gradients, _add
+from metakern.meta.batches import ordinary, tasks_of
+from metakern.meta.engine import Engine, Prepared, running
+from metakern.meta.plan import Plan, Wishes
 from metakern.optim import SGD, InnerOptimizer
 
 
@@ -77,21 +75,16 @@ class MAML(nn.Module):
             raise TypeError(f"MAML: inner must be one of metakern.optim's optimizers, got {type(inner).__name__}")
         self.model, self.inner = model, SGD() if inner is None else inner
         self.loss, self.steps, self.first_order, self.capture = loss, steps, first_order, capture
-        self._adapt, self._wishes = adapt, Wishes(batching, strategy, task_chunk)
+        self._engine = Engine(model, adapt, Wishes(batching, strategy, task_chunk))
         self.inner.prepare(Parameters(model, adapt).adapted)
         self.query_losses: Tensor | None = None  # of the last call, for each task, [T]
-        self._prepared: _Prepared | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy makes a plan of its own: the plan's functions are of this model's parameters."""
-        return {**self.__dict__, "_prepared": None}
 
     @property
     def plan(self) -> Plan:
-        """What was chosen at the first batch, and why."""
-        if self._prepared is None:
+        """What was chosen for the last batch, and why."""
+        if self._engine.last is None:
             raise RuntimeError("MAML: plan must be read after a batch was seen, got none: call maml(support, query)")
-        return self._prepared.plan
+        return self._engine.last.explained
 
     def forward(self, support: Any, query: Any) -> Tensor:
         """The mean query loss over tasks, a scalar; with gradients enabled, its backward() is the meta-gradient."""
@@ -100,12 +93,12 @@ class MAML(nn.Module):
             self.query_losses = self.evaluate(support, query, (self.steps,))[0]
             return self.query_losses.mean()
         support, query = ordinary(support), ordinary(query)
-        prepared = self._prepare(support, outer=True)
+        prepared = self._prepare(support, query, outer=True)
         gradients: Gradients = [None] * len(prepared.outer)
         losses = []
         run = partial(self._meta_gradient, prepared, 1 / tasks)
         if self.capture:
-            run = partial(prepared.captures, run, (tasks,))
+            run = partial(prepared.captures(self.capture), run, (tasks,))
         for found in prepared.by_chunks(run, support, query):
             losses.append(found[0])
             gradients = _add(gradients, found[1:])
@@ -134,10 +127,12 @@ class MAML(nn.Module):
     def evaluate(self, support: Any, query: Any, steps: Sequence[int] = (0, 1, 3, 5, 10)) -> Tensor:
         """The adaptation curve: query losses after each number of inner steps, [len(steps), T], detached."""
         _count(support, query)
+        if not len(steps):
+            raise ValueError("MAML: steps must name at least one number of inner steps, got none")
         if torch.is_inference_mode_enabled():  # adaptation takes gradients
             with torch.inference_mode(False):
                 return self.evaluate(ordinary(support), ordinary(query), steps)
-        prepared = self._prepare(support)
+        prepared = self._prepare(support, query)
         wanted = [_non_negative(step) for step in steps]
 
         def compute(support: Any, query: Any) -> Tensor:
@@ -148,66 +143,17 @@ class MAML(nn.Module):
 
         return torch.cat(list(prepared.by_chunks(compute, support, query)), dim=1)
 
-    def _meta_gradient(self, prepared: _Prepared, weight: float, support: Any, query: Any) -> list[Tensor | None]:
+    def _meta_gradient(self, prepared: Prepared, weight: float, support: Any, query: Any) -> list[Tensor | None]:
         """The part of one chunk of tasks, whose query losses count `weight` each: losses [T], then the gradients."""
         unroll, plan = prepared.unroll, prepared.plan
         compute = unroll.store if plan.strategy == "store" else unroll.recompute
         found = compute(prepared.theta(tasks_of(support)), prepared.shared, support, query, weight)
         return [found.losses, *found.theta, *found.shared, *found.hyper]
 
-    def _prepare(self, support: Any, outer: bool = False) -> _Prepared:
-        """The plan for batches of this structure, made when the first one is seen; `outer`: for a meta-gradient too."""
-        tasks_of(support, "support")
-        leaves, spec = tree_flatten(support)
-        parameters = tuple((id(p), p.requires_grad) for p in self.model.parameters())
-        shape = tuple(leaf.dim() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        key = (parameters, str(spec), str(shape), self.model.training, self.steps, self.first_order)
-        if self._prepared is None or self._prepared.key != key or (outer and not self._prepared.for_outer):
-            roles = Parameters(self.model, self._adapt)
-            random = Random(next(iter(roles.adapted.values())).device)
-            first_order = self.first_order or not outer
-            plan, batching = Planner(roles, self.loss, self._wishes).plan(support, self.steps, first_order)
-            random.restore()  # the trials draw; what the user's model draws must not depend on when they are made
-            unroll = Unroll(batching, self.inner, self.steps, self.first_order, plan.hvp)
-            names = ["the query losses", *roles.adapted, *roles.shared]
-            captures = Captures((self.model, self.inner, self.loss), self.capture, names)
-            self._prepared = _Prepared(key, outer, roles, plan, unroll, captures)
-        return self._prepared
-
-
-class _Prepared:
-    """A plan and what it needs at hand: the parameters by role, and the inner loop."""
-
-    def __init__(
-        self, key: tuple, for_outer: bool, parameters: Parameters, plan: Plan, unroll: Unroll, captures: Captures
-    ) -> None:
-        self.key, self.for_outer, self.parameters, self.plan, self.unroll = key, for_outer, parameters, plan, unroll
-        self.shared = list(parameters.shared.values())
-        self.captures = captures
-        self.outer = [*parameters.adapted.values(), *self.shared, *unroll.inner.hyper_parameters()]
-
-    def theta(self, tasks: int) -> list[Tensor]:
-        """phi_0: the shared initialisation, seen once for each task."""
-        return [p.detach().expand(tasks, *p.shape) for p in self.parameters.adapted.values()]
-
-    def by_chunks(self, compute: Callable[..., Any], *batches: Any) -> Iterator[Any]:
-        """compute(*batches) over chunks of equal size, at most the plan's; where memory runs out, over half as many."""
-        keep_freed_memory()
-        start, tasks = 0, tasks_of(batches[0])
-        while start < tasks:
-            chunks = ceil((tasks - start) / self.plan.task_chunk)
-            tried = ceil((tasks - start) / chunks)
-            part = slice(start, start + tried)
-            try:
-                with exact_kernels():
-                    result = compute(*(select(batch, part) for batch in batches))
-            except RuntimeError as error:
-                if not _out_of_memory(error) or tried == 1:
-                    raise
-                self.plan = self.plan.halved(tried)
-                continue
-            yield result
-            start = part.stop
+    def _prepare(self, *batches: Any, outer: bool = False) -> Prepared:
+        """The plan for such batches, support first; `outer`: for a meta-gradient too."""
+        with running(self.model):
+            return self._engine.prepared(self.loss, self.inner, self.steps, self.first_order, outer, batches)
 
 
 class _MetaGradient(Function):

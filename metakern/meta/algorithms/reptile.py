@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from metakern.meta._batching import tasks_of
-from metakern.meta.algorithms.maml import MAML, _Prepared
+from metakern.meta.algorithms.maml import MAML
+from metakern.meta.batches import tasks_of
+from metakern.meta.engine import Prepared
 
 
 class Reptile(MAML):
@@ -27,7 +28,7 @@ class Reptile(MAML):
     torch.Size([4, 8])
     """
 
-    def _meta_gradient(self, prepared: _Prepared, weight: float, support: Any, query: Any) -> list[Tensor | None]:
+    def _meta_gradient(self, prepared: Prepared, weight: float, support: Any, query: Any) -> list[Tensor | None]:
         unroll, theta = prepared.unroll, prepared.theta(tasks_of(support))
         *_, phi = unroll.trajectory(theta, support, self.steps)
         moved = [(start - end).sum(0) * weight for start, end in zip(theta, phi, strict=True)]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import reduce
 from itertools import accumulate, groupby
@@ -27,12 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from metakern._record import Program, RecordError, record
-from metakern.meta._batching import tasks_of
 from metakern.meta._memory import give_back
 from metakern.meta._unroll import Random
+from metakern.meta.batches import containers, flatten, tasks_of
 from metakern.meta.capture.fuse import fused
 from metakern.meta.capture.guards import MOST_BYTES, Guards, frozen, is_frozen
 from metakern.meta.capture.tape import Tape, written
@@ -328,7 +327,7 @@ class _Call:
 
     def __init__(self, function: Callable[..., Sequence[Tensor | None]], batches: tuple) -> None:
         self._function = function
-        self._leaves, self._spec = tree_flatten(batches)
+        self._leaves, self._rebuild = flatten(batches)
         self._where = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.arrays: list[np.ndarray] = []  # their values are a part of the kind, so they are kept as they are now
         self.kind: tuple = ()
@@ -342,7 +341,7 @@ class _Call:
                 self.arrays.append(self._leaves[i])
         try:
             others = tuple(_value(leaf) for leaf in self._leaves if not isinstance(leaf, Tensor))
-            self.kind = (self._spec, others)
+            self.kind = (containers(batches), others)
             hash(self.kind)
         except TypeError as error:
             self.obstacle = str(error)
@@ -361,7 +360,7 @@ class _Call:
         leaves = [*self._leaves]
         for i, tensor in zip(self._where, self.inputs, strict=True):
             leaves[i] = tensor
-        return self._function(*tree_unflatten(leaves, self._spec))
+        return self._function(*self._rebuild(leaves))
 
     def part(self, tasks: slice) -> _Call:
         part = copy(self)
@@ -377,12 +376,6 @@ def _value(leaf: Any) -> Any:
         return leaf.dtype.str, leaf.shape, leaf.tobytes()
     if isinstance(leaf, set | frozenset):
         return type(leaf), frozenset(map(_value, leaf))
-    if isinstance(leaf, list | tuple):
-        return type(leaf), tuple(map(_value, leaf))
-    if isinstance(leaf, Mapping):
-        return type(leaf), tuple((_value(key), _value(item)) for key, item in leaf.items())
-    if hasattr(leaf, "__dataclass_fields__") and not isinstance(leaf, type):
-        return type(leaf), _value(vars(leaf))
     raise TypeError(f"the batch holds a {type(leaf).__name__}, which can't be compared by value")
 
 

@@ -24,11 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.ops import _checks, _triton
+from metakern.ops._autocast import autocast
 from metakern.ops._rules import Op, Rules, Tensors
 from metakern.ops._spec import Cost, Make, Sample, Spec
 from metakern.ops._tensors import shared, wide
 
 
+@autocast("widest")
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """The rows of `weight` at `tokens`: tokens [...] with weight [V, D], or tokens [T, ...] with weight [T, V, D].
 

@@ -58,7 +58,7 @@ def _turn_kernel(
         sin_a, sin_b = -sin_b, -sin_a
     for i in tl.static_range(HEADS):
         h = tl.program_id(1) * HEADS + i
-        own = inside & (h < H)
+        own = inside & (h + 0 * d < H)  # a block: a scalar's truth is no mask in Triton 3.9's interpreter
         from_x = x_ptr + t * stride_t + h * stride_h + l * stride_l + d
         a = wide(tl.load(from_x, own, other=0.0))
         b = wide(tl.load(from_x + HALF, own, other=0.0))

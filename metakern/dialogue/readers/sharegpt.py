@@ -1,0 +1,34 @@
+"""ShareGPT: conversations with assistants as JSON records, on a line each or in one array.
+
+    {"id": "QWJhYvA_0", "conversations": [{"from": "human" | "gpt" | "system" | …, "value": "…"}, …], "system": "…"}
+
+The bot is the assistant, who is called gpt, chatgpt, bing, bard, bot or assistant; tasks and contents are as in
+`readers.messages`.  Where a conversation was cut, the ids of its parts end in _0, _1, …: a part is a dialogue, which
+may begin with the assistant, and with `task_key="id"` all parts of a conversation are one task.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from metakern.dialogue.readers import Dialogue, reader
+from metakern.dialogue.readers.messages import SUFFIXES, dialogues, listed
+
+__all__ = ["sharegpt"]
+
+
+@reader("sharegpt", suffixes=SUFFIXES, sniff=lambda record: "conversations" in record)
+def sharegpt(path: Path, skipped: Counter[str], *, task_key: str | None = None) -> Iterator[Dialogue]:
+    """Yield the dialogues of a file or directory; see the module."""
+    for talk in dialogues(path, skipped, task_key, "conversations", "from and value", _messages):
+        yield replace(talk, task_id=re.sub(r"_\d+$", "", talk.task_id)) if task_key == "id" else talk
+
+
+def _messages(record: Mapping[str, Any]) -> list[Any]:
+    system = [{"from": "system", "value": record["system"]}] if record.get("system") else []
+    return [*system, *listed(record.get("conversations"))]

@@ -1,0 +1,246 @@
+"""Batches: trees of tensors with the tasks along dimension 0, in the containers that people use.
+
+A tree is made of lists, tuples, named tuples, dictionaries of any kind (transformers' BatchEncoding too), dataclasses
+and `types.SimpleNamespace`. Its tensors carry the tasks. Everything else in it (None, strings, numbers, NumPy arrays)
+is the same for all tasks, and reaches the loss as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Rebuild = Callable[[Sequence[Any]], Any]
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+def flatten(tree: Any) -> tuple[list[Any], Rebuild]:
+    """The leaves of a tree, and the function that makes such a tree of other leaves."""
+    leaves: list[Any] = []
+    build = _opened(tree, leaves)
+    return leaves, lambda values: build(iter(values))
+
+
+def structure(tree: Any) -> tuple:
+    """What two trees have in common that differ in the sizes and the values of their tensors alone; hashable."""
+    leaves, _ = flatten(tree)
+    return (containers(tree), *map(_kind, leaves))
+
+
+def select(tree: Any, index: int | slice | Tensor) -> Any:
+    """One task, or some tasks, of a tree of tensors."""
+    return mapped(lambda t: t[index], tree)
+
+
+def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """The tree with function(tensor) in the place of each tensor."""
+    leaves, rebuild = flatten(tree)
+    return rebuild([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def ordinary(tree: Any) -> Any:
+    """A batch that autograd takes: tensors made in inference mode, as by Lightning's validation loop, are copied."""
+    return mapped(lambda t: t.clone() if t.is_inference() else t, tree)
+
+
+def over_tasks(function: Callable[..., Tensor], tree: Any, *more: Any) -> Tensor:
+    """`torch.func.vmap` of function(tree, *more) over the tasks; what is no tensor in the tree is the same for all."""
+    leaves, rebuild = flatten(tree)
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def one(carried: tuple, *more: Any) -> Tensor:
+        inner = list(leaves)
+        for i, tensor in zip(where, carried, strict=True):
+            inner[i] = tensor
+        return function(rebuild(inner), *more)
+
+    return torch.func.vmap(one, randomness="different")(tuple(leaves[i] for i in where), *more)
+
+
+def tasks_of(tree: Any, what: str = "batch") -> int:
+    """The number of tasks in a tree of tensors; raises ValueError where they disagree."""
+    leaves = tensors(tree)
+    if not leaves:
+        raise ValueError(f"MAML: {what} must hold tensors, got {type(tree).__name__}")
+    for leaf in leaves:
+        if leaf.is_nested:
+            raise ValueError(f"MAML: {what} must hold padded tensors, got a nested one: see metakern.pad_tasks")
+        if leaf.dim() == 0:
+            raise ValueError(f"MAML: {what} must have the tasks along dimension 0 of every tensor, got a scalar")
+        if leaf.requires_grad:
+            raise ValueError(f"MAML: {what} must not require a gradient, got a tensor that does")
+    sizes = sorted({leaf.shape[0] for leaf in leaves})
+    if len(sizes) > 1:
+        raise ValueError(f"MAML: {what} must have one number of tasks along dimension 0, got {sizes}")
+    if sizes[0] == 0:
+        raise ValueError(f"MAML: {what} must hold at least one task, got 0")
+    return sizes[0]
+
+
+def two_tasks(tree: Any, again: int = 0) -> Any:
+    """Two tasks of a batch that differ in every tensor, as far as its values allow.
+
+    Floating-point tensors are moved by a tenth of their spread. Those that hold whole numbers only (tokens, labels,
+    masks, counts) are permuted within a task instead, if both tasks have the same. `again` asks for milder changes: 1
+    permutes whole rows, 2 changes nothing.
+    """
+    random = torch.Generator().manual_seed(0)
+    index = torch.arange(2) % tasks_of(tree)
+
+    def told_apart(tensor: Tensor) -> Tensor:
+        pair = tensor.detach()[index.to(tensor.device)].clone()
+        if again == 2 or pair[0].numel() == 0:
+            return pair
+        if pair.is_floating_point() and not torch.equal(pair, pair.round()) and again == 0:
+            spread = pair.double().std().nan_to_num(0.0)
+            scale = 0.1 * (spread if spread > 0 else pair.double().abs().mean() + 0.1)
+            return pair + (scale * torch.randn(pair.shape, generator=random, dtype=torch.float64).to(scale)).to(pair)
+        if pair.is_floating_point() and pair.abs().sum() == 0 and again == 0:  # zeros tell nothing apart
+            return torch.randn(pair.shape, generator=random, dtype=torch.float64).to(pair)
+        if torch.equal(pair[0], pair[1]) and pair.dim() > 1:
+            if again == 0:
+                order = torch.randperm(pair[1].numel(), generator=random).to(pair.device)
+                pair[1] = pair[1].flatten()[order].view(pair[1].shape)
+            else:
+                pair[1] = pair[1].roll(1, 0)
+        return pair
+
+    return mapped(told_apart, tree)
+
+
+def pad_tasks(tasks: Sequence[Any]) -> Any:
+    """Tasks of unequal size as one batch: trees of one structure, padded to the largest, with a mask.
+
+    tasks: for each task a dictionary or a tuple of tensors [N, ...], whose sizes may differ between tasks. Returns the
+    same container with tensors [T, N, ...] and one more entry, a mask [T, N] that is True where a task has an example:
+    `batch["mask"]`, or the last item of the tuple. Integers are padded with 0, but those that are named "labels" or
+    "targets", and the last tensor of a tuple, with -100, which `metakern.losses` ignore; floats with 0.
+
+    >>> import torch, metakern as mk
+    >>> x, y, mask = mk.pad_tasks([(torch.ones(3, 2), torch.tensor([0, 1, 1])), (torch.ones(1, 2), torch.tensor([1]))])
+    >>> x.shape, y.tolist(), mask.tolist()
+    (torch.Size([2, 3, 2]), [[0, 1, 1], [1, -100, -100]], [[True, True, True], [True, False, False]])
+
+    Raises ValueError where there are no tasks, or they differ in structure, dimensions or dtypes.
+    """
+    if not tasks:
+        raise ValueError("pad_tasks: tasks must hold at least one task, got none")
+    first = tasks[0]
+    if not isinstance(first, tuple | list | Mapping):
+        raise ValueError(f"pad_tasks: a task must be a dictionary or a tuple of tensors, got {type(first).__name__}")
+    if len({structure(task) for task in tasks}) > 1:
+        raise ValueError("pad_tasks: tasks must have one structure, with tensors of the same dimensions and dtypes")
+    flat = [flatten(task) for task in tasks]
+    names = list(first) if isinstance(first, Mapping) and len(first) == len(flat[0][0]) else [None] * len(flat[0][0])
+    columns: list[Any] = []
+    for i, column in enumerate(zip(*(leaves for leaves, _ in flat), strict=True)):
+        if not isinstance(column[0], Tensor):
+            columns.append(column[0])
+            continue
+        target = names[i] in ("labels", "targets") or (names[i] is None and i == len(names) - 1)
+        fill = -100 if target and not column[0].is_floating_point() and column[0].dtype != torch.bool else 0
+        sizes = [max(t.shape[d] for t in column) for d in range(column[0].dim())]
+        padded = column[0].new_full((len(tasks), *sizes), fill)
+        for t, tensor in enumerate(column):
+            place: Any = (t, *(slice(n) for n in tensor.shape))
+            padded[place] = tensor
+        columns.append(padded)
+    counts = [
+        next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 0) for leaves, _ in flat
+    ]
+    mask = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
+    batch = flat[0][1](columns)
+    return {**batch, "mask": mask} if isinstance(first, Mapping) else type(first)((*batch, mask))
+
+
+def _opened(value: Any, leaves: list[Any]) -> Callable[[Iterator[Any]], Any]:
+    """Appends the leaves of a value; the function that makes a value like it of the leaves that an iterator gives."""
+    kind = type(value)
+    if isinstance(value, Tensor) or kind in _PLAIN:
+        leaves.append(value)
+        return next
+    if isinstance(value, list | tuple):
+        parts = [_opened(part, leaves) for part in value]
+        if hasattr(value, "_fields"):
+            return lambda rest: kind(*(part(rest) for part in parts))
+        return lambda rest: kind([part(rest) for part in parts])
+    names, put = _fields(value)
+    if put is None:
+        if any(isinstance(held, Tensor) for held in getattr(value, "__dict__", {}).values()):
+            raise ValueError(
+                "MAML: batches must be made of tensors, lists, tuples, dictionaries and dataclasses,"
+                f" got a {kind.__name__}"
+            )
+        leaves.append(value)
+        return next
+    opened = {name: _opened(part, leaves) for name, part in names.items()}
+    return lambda rest: put({name: part(rest) for name, part in opened.items()})
+
+
+def _fields(value: Any) -> tuple[dict[Any, Any], Callable[[dict], Any] | None]:
+    """The named parts of a container, and what makes one like it with other parts; None for what is no container."""
+    if type(value) is dict:
+        return value, lambda parts: parts
+    if isinstance(value, dict):
+
+        def like(parts: dict) -> Any:
+            other = copy.copy(value)
+            for name, part in parts.items():
+                other[name] = part
+            return other
+
+        return dict(value), like
+    if isinstance(value, UserDict):
+
+        def holding(parts: dict) -> Any:
+            other = copy.copy(value)
+            other.data = parts
+            return other
+
+        return dict(value.data), holding
+    if isinstance(value, Mapping):
+        return dict(value), type(value)
+    if (dataclasses.is_dataclass(value) and not isinstance(value, type)) or isinstance(value, SimpleNamespace):
+        fields = vars(value)
+
+        def replaced(parts: dict) -> Any:
+            other = copy.copy(value)
+            for name, part in parts.items():
+                object.__setattr__(other, name, part)
+            return other
+
+        return dict(fields), replaced
+    return {}, None
+
+
+def containers(value: Any) -> Any:
+    """The containers of a tree, with their keys; hashable."""
+    if isinstance(value, Tensor) or type(value) in _PLAIN:
+        return None
+    if isinstance(value, list | tuple):
+        return (type(value), *map(containers, value))
+    names, put = _fields(value)
+    return None if put is None else (type(value), tuple(names), *map(containers, names.values()))
+
+
+def _kind(leaf: Any) -> Any:
+    """What of a leaf belongs to the structure: all of it, but for a tensor's sizes and values."""
+    if isinstance(leaf, Tensor):
+        return (leaf.dim(), leaf.dtype, leaf.device)
+    if isinstance(leaf, np.ndarray):
+        return (leaf.shape, leaf.dtype.str, leaf.tobytes())
+    if isinstance(leaf, float) and leaf != leaf:
+        return (float, "nan")
+    return (type(leaf), leaf) if type(leaf) in _PLAIN or isinstance(leaf, np.generic) else (type(leaf), id(leaf))

@@ -1,0 +1,86 @@
+"""Random numbers in trials: every task draws the same ones, whichever way the tasks are batched.
+
+A model that adds noise, drops units or samples is exact if it would be with the same random numbers in all ways. So
+within `Alike` each call of a random operation starts from a seed of its own, its number; where the tensors of T tasks
+come along at once, first things first, it is called for each task. What one task draws alone is kept, so that a way in
+which the tasks share their numbers is found out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+_RANDOM = torch.Tag.nondeterministic_seeded
+
+
+class DrawsError(RuntimeError):
+    """Tasks that are batched so would not draw numbers of their own."""
+
+
+class Alike(TorchDispatchMode):
+    """Within the block, random operations draw for each of `tasks` tasks what one task alone draws.
+
+    taken: of each call so far how many numbers a task drew; expected: the same of one task alone.
+    """
+
+    def __init__(self, tasks: int = 1, expected: list[tuple[str, int]] | None = None) -> None:
+        super().__init__()
+        self.tasks, self.expected, self.taken = tasks, expected, list[tuple[str, int]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _RANDOM not in func.tags:
+            return func(*args, **kwargs)
+        number, generator = len(self.taken), kwargs.get("generator")
+
+        def call(args: Any, kwargs: Any) -> Any:
+            if generator is None:
+                torch.manual_seed(number)
+            else:
+                generator.manual_seed(number)
+            return func(*args, **kwargs)
+
+        result = call(args, kwargs) if self.tasks == 1 else self._for_each_task(func, call, args, kwargs)
+        sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self.taken.append((str(func), (max(sizes) if sizes else 0) // self.tasks))
+        if self.expected is not None and (
+            number >= len(self.expected) or self.taken[number][1] != self.expected[number][1]
+        ):
+            raise DrawsError("its tasks would not draw random numbers of their own")
+        return result
+
+    def _for_each_task(self, func: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        shapes = [leaves[i].shape for i in where] or [leaf for leaf in args if isinstance(leaf, list | tuple)]
+        lengths = [shape[0] if len(shape) else 0 for shape in shapes]
+        if not lengths or any(not n or n % self.tasks for n in lengths):
+            raise DrawsError("its tasks would draw the same random numbers")
+        parts = []
+        for t in range(self.tasks):
+            if where:
+                inner = list(leaves)
+                for i in where:
+                    n = leaves[i].shape[0] // self.tasks
+                    inner[i] = leaves[i][t * n : (t + 1) * n]
+                parts.append(call(*tree_unflatten(inner, spec)))
+            else:
+                smaller = tuple([a[0] // self.tasks, *a[1:]] if isinstance(a, list | tuple) else a for a in args)
+                parts.append(call(smaller, kwargs))
+        if func._schema.is_mutable:
+            return args[0]
+        return tree_map(lambda *same: torch.cat(same) if isinstance(same[0], Tensor) else same[0], *parts)
+
+
+def python_states() -> tuple[Any, Any]:
+    """Those of `random` and of NumPy, which a model's Python may draw from."""
+    numpy = np.random.get_state()
+    return random.getstate(), str([np.asarray(part).tolist() for part in numpy])

@@ -1,0 +1,309 @@
+"""The engine: for each kind of batch a plan that was verified on it, and what the plan needs at hand.
+
+A plan belongs to all that it was verified on: the loss and the inner optimizer, the structure of support and query,
+sizes to a factor of two, the number of inner steps, and the model as it is: its modules with their classes, training
+flags, forwards and plain attributes, its parameters and which of them are trained. Where one of these is another, there
+is another plan; a few are kept, so that what comes back finds its own. Folded tasks are compared with a task by itself
+once for each new size of a batch, too.
+
+One thread at a time runs a model, since parameters for each task stand in the places of its own meanwhile; the others
+wait, also those that call the model itself.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from math import ceil
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from metakern.meta._batching import Folded, Loss, exact_kernels
+from metakern.meta._fold import FoldError
+from metakern.meta._memory import keep_freed_memory
+from metakern.meta._parameters import Adapt, Parameters
+from metakern.meta._unroll import Unroll
+from metakern.meta.batches import select, structure, tasks_of, tensors
+from metakern.meta.capture import Captures
+from metakern.meta.draws import Alike
+from metakern.meta.plan import Found, Plan, Planner, Wishes
+from metakern.meta.state import ModuleState, undisturbed
+from metakern.meta.verify import comparable, modules_of
+from metakern.optim import InnerOptimizer
+
+PLANS = 16  # kept at once: those used last
+SIZES = 256  # of batches, that a plan has confirmed
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+class Engine:
+    """Plans for one model. `owner` is asked for loss, inner optimizer and steps at each call, as these may change."""
+
+    def __init__(self, model: nn.Module, adapt: Adapt, wishes: Wishes) -> None:
+        self.model, self.adapt, self.wishes = model, adapt, wishes
+        self.last: Prepared | None = None
+        self._plans: OrderedDict[Any, Prepared] = OrderedDict()
+        self._volatile: set[tuple[int, str]] = set()  # attributes that a forward changes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes plans of its own: a plan's functions are of this model's parameters."""
+        return {**self.__dict__, "last": None, "_plans": OrderedDict(), "_volatile": set()}
+
+    def prepared(
+        self, loss: Loss, inner: InnerOptimizer, steps: int, first_order: bool, outer: bool, batches: Sequence[Any]
+    ) -> Prepared:
+        """The plan for such batches, support first, made when the first ones are seen; `outer`: for a meta-gradient."""
+        for batch, what in zip(batches, ("support", "query"), strict=False):
+            tasks_of(batch, what)
+        kinds = frozenset(map(_sizes, batches))
+        found = self._kept(self._base(loss, inner, steps, first_order), kinds, outer)
+        if found is None:
+            found = self._made(loss, inner, steps, first_order, outer, batches)
+            self._plans[self._base(loss, inner, steps, first_order), kinds, outer] = found
+            if len(self._plans) > PLANS:
+                self._plans.popitem(last=False)
+        found.numbers = tuple(self._attributes(loss, numbers=True).items())
+        self.last = found
+        return found
+
+    def _kept(self, base: tuple, kinds: frozenset, outer: bool) -> Prepared | None:
+        """A plan that was verified on such batches, and for meta-gradients if it is for one."""
+        for key, found in self._plans.items():
+            if key[0] == base and kinds <= key[1] and outer <= key[2]:
+                self._plans.move_to_end(key)
+                return found
+        return None
+
+    def _made(
+        self,
+        loss: Loss,
+        inner: InnerOptimizer,
+        steps: int,
+        first_order: bool,
+        outer: bool,
+        batches: Sequence[Any],
+        without: Sequence[str] = (),
+    ) -> Prepared:
+        roles = Parameters(self.model, self.adapt)
+        inner.prepare(roles.adapted)
+        before = {**self._attributes(loss), **self._attributes(loss, numbers=True)}
+        kinds = {structure(batch): batch for batch in batches}
+        planner = Planner(roles, loss, self.wishes)
+        found = planner.plan(list(kinds.values()), steps, first_order or not outer, without)
+        self._volatile |= found.changed & before.keys()
+        for i, leaf in enumerate(found.outside):
+            roles.shared[f"(loss) {i}"] = leaf  # type: ignore[assignment]
+        unroll = Unroll(found.batching, inner, steps, first_order, found.plan.hvp, found.python)
+
+        def again(failed: str) -> Prepared:
+            return self._made(loss, inner, steps, first_order, outer, batches, [*without, failed])
+
+        return Prepared(roles, found, unroll, loss, again, self.wishes.batching == "auto")
+
+    def _base(self, loss: Loss, inner: InnerOptimizer, steps: int, first_order: bool) -> tuple:
+        """All that a plan depends on beside its batches."""
+        parameters = tuple((id(p), p.requires_grad, p.dtype, p.device) for p in self.model.parameters())
+        attributes = tuple(self._attributes(loss).items())
+        switches = (_autocast(), torch.get_default_dtype())
+        of_loop = (id(loss), id(inner), steps, first_order)
+        return of_loop, parameters, attributes, switches, torch.are_deterministic_algorithms_enabled()
+
+    def _attributes(self, loss: Loss, numbers: bool = False) -> dict[tuple[int, str], Any]:
+        """The plain attributes of the modules of model and loss, and what these compute by; or the numbers among them.
+
+        Another number may change with each step, as a temperature does: it has folded losses compared again.
+        """
+        found: dict[tuple[int, str], Any] = {}
+        for module in dict.fromkeys(m for root in (self.model, *modules_of(loss)) for m in root.modules()):
+            place = id(module)
+            for name, value in vars(module).items():
+                if type(value) in _PLAIN:
+                    if numbers == (type(value) in (int, float)) and (place, name) not in self._volatile:
+                        found[place, name] = value
+                elif numbers:
+                    continue
+                elif name == "forward":
+                    found[place, name] = id(value)
+            if not numbers:
+                found[place, "__class__"] = type(module)
+                found[place, "_modules"] = tuple(map(id, module._modules.values()))
+                if hooks := (*module._forward_hooks, *module._forward_pre_hooks):
+                    found[place, "hooks"] = hooks
+        return found
+
+
+class Prepared:
+    """A plan and what it needs at hand: the parameters by role, and the inner loop."""
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        found: Found,
+        unroll: Unroll,
+        loss: Loss,
+        again: Callable[[str], Prepared],
+        auto: bool,
+    ) -> None:
+        self.loss, self._again, self._auto = loss, again, auto
+        self._confirmed: OrderedDict[Any, None] = OrderedDict()
+        self._take(found, unroll, parameters)
+
+    def _take(self, found: Found, unroll: Unroll, parameters: Parameters) -> None:
+        self.plan, self.unroll, self.parameters, self._draws = found.plan, unroll, parameters, found.draws
+        self._captures, self.numbers = dict[bool | str, Captures](), tuple[Any, ...]()
+        self.shared: list[Tensor] = list(parameters.shared.values())
+        self.outer: list[Tensor] = [*parameters.adapted.values(), *self.shared, *unroll.inner.hyper_parameters()]
+
+    @property
+    def explained(self) -> Plan:
+        """The plan, with why some of its meta-gradients aren't captured."""
+        reasons = [reason for captures in self._captures.values() for reason in captures.reasons]
+        return replace(self.plan, reasons=(*self.plan.reasons, *(f"not captured: {reason}" for reason in reasons)))
+
+    def captures(self, capture: bool | str) -> Captures:
+        """The captured programs of this plan, made as `capture` says."""
+        if capture not in self._captures:
+            roots = self.parameters.model, self.unroll.inner, self.loss
+            names = ["the query losses", *self.parameters.adapted, *self.parameters.shared]
+            self._captures[capture] = Captures(roots, capture, names)
+        return self._captures[capture]
+
+    def theta(self, tasks: int) -> list[Tensor]:
+        """phi_0: the shared initialisation, seen once for each task."""
+        return [p.detach().expand(tasks, *p.shape) for p in self.parameters.adapted.values()]
+
+    def by_chunks(self, compute: Callable[..., Any], *batches: Any) -> Iterator[Any]:
+        """compute(*batches) over chunks of equal size, at most the plan's; where memory runs out, over half as many."""
+        keep_freed_memory()
+        start, tasks = 0, tasks_of(batches[0])
+        while start < tasks:
+            chunks = ceil((tasks - start) / self.plan.task_chunk)
+            tried = ceil((tasks - start) / chunks)
+            part = slice(start, start + tried)
+            try:
+                with running(self.parameters.model), exact_kernels(self.parameters.model):
+                    chunk = [select(batch, part) for batch in batches]
+                    self._confirm(chunk)
+                    result = compute(*chunk)
+            except FoldError as error:
+                if not self._auto or start:
+                    raise
+                self._replan(str(error))
+                continue
+            except RuntimeError as error:
+                if not _out_of_memory(error) or tried == 1:
+                    raise
+                self.plan = self.plan.halved(tried)
+                continue
+            yield result
+            start = part.stop
+
+    def _replan(self, why: str) -> None:
+        """Takes the next batching, where this one can't serve a batch that it was made for."""
+        name, other = self.unroll.batching.name, self._again(self.unroll.batching.name)
+        self.__dict__.update(other.__dict__)
+        self.plan = replace(self.plan, reasons=(*self.plan.reasons, f"{name} could not serve a later batch: {why}"))
+
+    def _confirm(self, batches: Sequence[Any]) -> None:
+        """Compares folded losses with those of the first and the last task alone, once for each size of a batch."""
+        batching = self.unroll.batching
+        if not isinstance(batching, Folded):
+            return
+        for batch in batches:
+            size = tuple(t.shape for t in tensors(batch)), structure(batch), self.numbers
+            if size in self._confirmed:
+                continue
+            tasks, theta = tasks_of(batch), self.theta(tasks_of(batch))
+            state = ModuleState(self.parameters.model.modules())
+            tolerance = 1e-3 if theta[0].dtype in (torch.float32, torch.float64) and not _autocast() else 5e-2
+            with undisturbed(theta[0].device), torch.no_grad(), comparable():
+                batching.fold.within = comparable  # a mode does not reach through the step out of vmap
+                try:
+                    with Alike(tasks) if self._draws else nullcontext():
+                        found = batching.losses(theta, batch)
+                finally:
+                    batching.fold.within = nullcontext
+                    state.restore()
+                for t in {0, tasks - 1}:
+                    with Alike() if self._draws else nullcontext():
+                        alone = batching.one(select(batch, t), [p[t] for p in theta])
+                    state.restore()
+                    if not torch.allclose(found[t], alone, rtol=tolerance, atol=tolerance / 100, equal_nan=True):
+                        raise FoldError("its losses differ from those of a task alone for a batch of this size")
+            self._confirmed[size] = None
+            if len(self._confirmed) > SIZES:
+                self._confirmed.popitem(last=False)
+
+
+def _autocast() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+def _sizes(batch: Any) -> Any:
+    """The structure of a batch, and how large a task of it is, to a factor of two."""
+    most = max((t[0].numel() for t in tensors(batch)), default=0)
+    return structure(batch), most.bit_length()
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_GUARD = threading.Lock()
+
+
+def _renewed() -> None:
+    """In a forked child no other thread is there to release a lock."""
+    global _GUARD
+    _GUARD = threading.Lock()
+    _LOCKS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renewed)
+
+
+def lock_of(model: nn.Module) -> Any:
+    with _GUARD:
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
+class _Refusal:
+    """A hook: calls of the model by another thread than its owner are an error."""
+
+    def __init__(self, owner: int) -> None:
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if threading.get_ident() != self.owner:
+            raise RuntimeError(
+                "MAML: model must not be called while another thread adapts it: give each thread a copy of its own"
+                " (copy.deepcopy)"
+            )
+
+
+_REFUSALS: dict[int, _Refusal] = {}  # one for a thread, as a captured program compares hooks by identity
+
+
+@contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is this thread's: others that adapt it wait, and who calls it is told why not."""
+    key = id(threading)
+    refuse = _REFUSALS.setdefault(threading.get_ident(), _Refusal(threading.get_ident()))
+    with lock_of(model):
+        hooked = key in model._forward_pre_hooks  # by this thread, a step further out
+        if not hooked:
+            model._forward_pre_hooks[key] = refuse
+        try:
+            yield
+        finally:
+            if not hooked:
+                model._forward_pre_hooks.pop(key, None)

@@ -1,0 +1,126 @@
+"""What a forward pass can change beside its results: attributes and buffers of modules, and generators of numbers."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_DEPTH = 6  # of containers within containers that are looked into
+
+
+class ModuleState:
+    """The attributes and buffers of modules, to be put back: their containers and their generators' states too.
+
+    Tensors among the attributes are put back by identity, buffers by value.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = [(module, dict(vars(module))) for module in modules]
+        held = [buffer for module, _ in self._modules for buffer in module._buffers.values() if buffer is not None]
+        self._buffers = [(buffer, buffer.detach().clone()) for buffer in held]
+        self._containers: list[tuple[Any, Any]] = []
+        self._generators: list[tuple[Callable[[Any], Any], Any]] = []
+        seen: set[int] = set()
+        for _, attributes in self._modules:
+            for value in attributes.values():  # parameters, buffers and submodules are dictionaries among them
+                self._look(value, seen, _DEPTH)
+
+    def _look(self, value: Any, seen: set[int], depth: int) -> None:
+        if id(value) in seen or not depth:
+            return
+        kind = type(value)
+        if isinstance(value, list | dict | set | deque):
+            seen.add(id(value))
+            self._containers.append((value, value.copy()))
+            for part in list(value.values() if isinstance(value, dict) else value):
+                self._look(part, seen, depth - 1)
+        elif isinstance(value, tuple):
+            for part in value:
+                self._look(part, seen, depth - 1)
+        elif isinstance(value, torch.Generator):
+            self._generators.append((value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            self._generators.append((value.setstate, value.getstate()))
+        elif isinstance(value, np.random.RandomState):
+            self._generators.append((value.set_state, value.get_state()))
+        elif isinstance(value, np.random.Generator):
+            generator = value.bit_generator
+            self._generators.append((partial(setattr, generator, "state"), generator.state))
+        elif isinstance(value, SimpleNamespace) or (
+            hasattr(value, "__dict__")
+            and not isinstance(value, nn.Module | Tensor | type | MethodType)
+            and not kind.__module__.startswith(("torch", "builtins", "transformers"))
+            and not callable(value)
+        ):
+            seen.add(id(value))
+            self._containers.append((vars(value), dict(vars(value))))
+            for part in list(vars(value).values()):
+                self._look(part, seen, depth - 1)
+
+    def changed(self) -> set[tuple[int, str]]:
+        """Which attributes are others now: (id of the module, name)."""
+        return {
+            (id(module), name)
+            for module, before in self._modules
+            for name, value in vars(module).items()
+            if before.get(name, self) is not value
+        }
+
+    def restore(self) -> None:
+        for module, attributes in self._modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+        with torch.no_grad():
+            for buffer, value in self._buffers:
+                if not _same(buffer, value):
+                    buffer.data.copy_(value)
+        for container, copied in self._containers:
+            _refill(container, copied)
+        for put, state in self._generators:
+            put(state)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num()))
+
+
+def _refill(container: Any, copied: Any) -> None:
+    if isinstance(container, list):
+        container[:] = copied
+    elif isinstance(container, dict | set):
+        container.clear()
+        container.update(copied)
+    else:
+        container.clear()
+        container.extend(copied)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """The random states of PyTorch, Python and NumPy are afterwards what they were."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+
+def seeded() -> None:
+    """All generators as at every evaluation of a trial."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
