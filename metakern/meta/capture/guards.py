@@ -22,6 +22,7 @@ reached code names one, `Guards.obstacles` says so, and nothing is captured.
 from __future__ import annotations
 
 import builtins
+import copyreg
 import dis
 import logging
 import sys
@@ -446,6 +447,7 @@ class _Walk:
                     self.guards.getters.append((partial(vars(c).get, "forward"), f"{c.__qualname__}.forward"))
                     self.signature.append((c.__qualname__, id(vars(c)["forward"])))
                 continue
+            copyreg._slotnames(c)  # type: ignore[attr-defined]  # kept in the class, by the first copy of an instance
             self.guards.containers.append((vars(c), f"{c.__qualname__}."))
             for name, value in vars(c).items():
                 visit = partial(self._queue.append, (value, f"{c.__qualname__}.{name}"))
