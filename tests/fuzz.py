@@ -25,8 +25,8 @@ sys.modules["metakern._C"] = module_from_spec(spec)
 spec.loader.exec_module(sys.modules["metakern._C"])
 
 from metakern import _native  # noqa: E402
-from metakern._record import record  # noqa: E402
-from metakern.meta.capture.tape import written  # noqa: E402
+from metakern.meta.capture.lowering import lower  # noqa: E402
+from metakern.meta.capture.recorder import record  # noqa: E402
 
 assert _native._C.__file__ == library
 LIMITS = {"T": 3, "B": 5, "H": 40, "L": 4, "N": 30, "D": 70, "V": 70, "G": 3, "M": 300, "*": 3000}
@@ -139,7 +139,7 @@ def tapes(chosen: tuple, function: Any, A: int, B: int, C: int, data: st.DataObj
     x, y = (laid_out(*data.draw(matrices((A, B, C)), name), dtype, random) for name in "xy")
     inputs = [x, y, torch.randint(A, (1 if A else 0,), generator=random) if A else torch.zeros(0, dtype=torch.int64)]
     program, _ = record(lambda: function(*inputs), inputs)
-    tape = written(program, inputs)
+    tape = lower(program, inputs)
     assert tape is not None
     assert tape([inputs, inputs], threads) is not None
 

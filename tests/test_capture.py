@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import metakern as mk
-from metakern._record import RecordError, record
 from metakern.meta import capture
 from metakern.meta._unroll import Random
-from metakern.meta.capture.fuse import fused
+from metakern.meta.capture.recorder import RecordError, record
+from metakern.meta.capture.rewrite import rewritten
 
 KINDS = [(name, batching) for name, entry in MODELS.items() for batching in entry[3] if not name.startswith("hf")]
 
@@ -75,7 +75,7 @@ def test_as_many_programs_are_kept_as_are_worth_it() -> None:
 
 
 def test_a_program_in_use_is_not_dropped_for_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "PIECE_BYTES", 2**30)
+    monkeypatch.setattr(capture, "MICROBATCH_BYTES", 2**30)
     monkeypatch.setattr(capture, "PROGRAMS", 2)
     model, loss, _, _, _ = build("mlp")
     threads = torch.get_num_threads()
@@ -161,9 +161,11 @@ def test_a_number_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     assert_equal(gradients(model, captured(points(1), points(2))), gradients(model, plain))
 
 
-@pytest.mark.parametrize("piece_bytes", [capture.PIECE_BYTES, 1])
-def test_what_an_ordinary_run_does_not_confirm_is_not_used(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "PIECE_BYTES", piece_bytes)
+@pytest.mark.parametrize("microbatch_bytes", [capture.MICROBATCH_BYTES, 1])
+def test_what_an_ordinary_run_does_not_confirm_is_not_used(
+    microbatch_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "MICROBATCH_BYTES", microbatch_bytes)
     model, library = Scaled().double(), {"__name__": "torch.of_a_test", "FACTOR": 1.0}
     exec("def factor(): return FACTOR", library)  # of a library, whose globals are taken for constants
 
@@ -235,7 +237,7 @@ def test_python_that_looks_at_values_runs_ordinarily() -> None:
 
 def test_a_run_that_fails_only_when_recorded_is_ordinary() -> None:
     def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-        if any(isinstance(mode, mk._record._Recorder) for mode in _get_current_dispatch_mode_stack()):
+        if any(isinstance(mode, mk._record.Recording) for mode in _get_current_dispatch_mode_stack()):
             raise NotImplementedError("not under a mode")
         return regression_loss(model, batch)
 
@@ -371,7 +373,7 @@ multiply = mk._native.product
 def test_rewritten_programs_compute_the_same(function: Any, fewer: tuple[str, ...]) -> None:
     """Where a rewriting applies, and where it almost does."""
     inputs = [(torch.randn(2, 5, 3), torch.randn(2, 3, 3)) for _ in range(2)]
-    for rewrite in (lambda steps, outputs: steps, fused):
+    for rewrite in (lambda steps, outputs: steps, rewritten):
         program, _ = record(lambda: function(*inputs[0]), inputs[0], rewrite)
         before = [t.clone() for t in inputs[1]]
         torch.manual_seed(0)

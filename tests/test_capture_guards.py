@@ -1016,9 +1016,9 @@ def in_a_library(code: str) -> types.SimpleNamespace:
 
 
 @pytest.mark.parametrize("at", [4, 8, 16])
-@pytest.mark.parametrize("piece_bytes", [capture.PIECE_BYTES, 1])
-def test_audits_find_what_no_guard_sees(at: int, piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "PIECE_BYTES", piece_bytes)
+@pytest.mark.parametrize("microbatch_bytes", [capture.MICROBATCH_BYTES, 1])
+def test_audits_find_what_no_guard_sees(at: int, microbatch_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "MICROBATCH_BYTES", microbatch_bytes)
     hidden = in_a_library("FACTOR = 1.0\ndef factor(): return FACTOR")
     factor, model = hidden.factor, Net()
     loss = times(lambda: factor())
@@ -1068,7 +1068,7 @@ def test_rounding_at_a_jump_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None
 
     def noisy(*args: Any) -> Any:
         losses, *rest = run(*args)
-        recorded = any(isinstance(mode, mk._record._Recorder) for mode in modes())
+        recorded = any(isinstance(mode, mk._record.Recording) for mode in modes())
         return [losses, *(g if recorded else g * 1.001 for g in rest)]
 
     modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack

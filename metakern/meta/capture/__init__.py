@@ -28,19 +28,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metakern._record import Program, RecordError, record
 from metakern.meta._memory import give_back
 from metakern.meta._unroll import Random
 from metakern.meta.batches import containers, flatten, tasks_of
-from metakern.meta.capture.fuse import fused
+from metakern.meta.capture import operations  # noqa: F401  (fills the table of lowering rules)
+from metakern.meta.capture.executable import Executable
 from metakern.meta.capture.guards import MOST_BYTES, Guards, frozen, is_frozen
-from metakern.meta.capture.tape import Tape, written
+from metakern.meta.capture.lowering import lower
+from metakern.meta.capture.program import Program
+from metakern.meta.capture.recorder import RecordError, record
+from metakern.meta.capture.rewrite import rewritten
 
 PROGRAMS = 32  # kept at once: those used last
 STATES = 8  # of the surroundings, kept at once: those seen last
 MOST_NEW_STATES = 16  # one after the other, none of which was seen twice
 MOST_CHANGED = 2  # recorded runs that change what guards see
-PIECE_BYTES = 4 * 2**20  # of a core's part of the caches
+MICROBATCH_BYTES = 4 * 2**20  # of a core's part of the caches
 AUTO_CALLS = 3  # with batches of one kind, of which "auto" captures the last
 FIRST_AUDIT, AUDIT_EVERY = 4, 1024
 _ROOTS = ("model", "inner", "loss")
@@ -59,7 +62,7 @@ class Captures:
     names: what the function returns, for messages.
 
     The function returns losses of the batch's tasks, [T], and gradients (or None), which are sums over the tasks. Where
-    a program has a tape, a batch goes through it in pieces.
+    a program has an executable, a batch goes through it in microbatches.
     """
 
     def __init__(self, roots: tuple[Any, Any, Any], capture: bool | str = True, names: Sequence[str] = ()) -> None:
@@ -67,7 +70,7 @@ class Captures:
         self._states: list[_State] = []  # the last one seen first
         self._numbered = self._new_states = self._changed = 0
         self._programs: dict[Any, _Captured | None] = {}  # None: runs ordinarily
-        self._piece: dict[Any, int] = {}  # tasks of a piece
+        self._microbatch: dict[Any, int] = {}  # tasks of a microbatch
         self._calls: dict[Any, int] = {}  # by kind of batch, until "auto" captures
         self._reasons: dict[str, None] = {}
         self._late: list[str] = []  # reasons that hold if an ordinary run succeeds
@@ -90,12 +93,12 @@ class Captures:
         whole.kind = (state.number, *key, *whole.kind)
         if self._auto and self._too_early(whole.key):
             return list(function(*batches))
-        piece, first = self._piece.pop(whole.key, 0), None
-        if not piece:
-            piece, first = self._piece_of(whole, tasks, state.guards)
-        self._piece[whole.key] = piece
-        _drop_oldest(self._piece)
-        number = -(-tasks // piece)
+        microbatch, first = self._microbatch.pop(whole.key, 0), None
+        if not microbatch:
+            microbatch, first = self._microbatch_of(whole, tasks, state.guards)
+        self._microbatch[whole.key] = microbatch
+        _drop_oldest(self._microbatch)
+        number = -(-tasks // microbatch)
         sizes = sorted((len(range(i, tasks, number)) for i in range(number)), reverse=True)  # equal ones side by side
         ends = accumulate(sizes)
         parts = [whole.part(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
@@ -139,10 +142,10 @@ class Captures:
         _drop_oldest(self._calls)
         return calls < AUTO_CALLS
 
-    def _piece_of(self, whole: _Call, tasks: int, guards: Guards) -> tuple[int, Results | None]:
-        """As many tasks as a cache holds, and a piece for each thread; all tasks where one task has no tape.
+    def _microbatch_of(self, whole: _Call, tasks: int, guards: Guards) -> tuple[int, Results | None]:
+        """As many tasks as a cache holds, and one for each thread; all tasks where one task has no executable.
 
-        With the results of the first piece, if finding out has made them.
+        With the results of the first microbatch, if finding out has made them.
         """
         threads, one, first = torch.get_num_threads(), whole.part(slice(1)), None
         if tasks < threads:
@@ -153,14 +156,16 @@ class Captures:
             if tasks > 1:
                 before.restore()
         captured = self._programs.get(one.key)
-        if captured is None or captured.tape is None:
+        if captured is None or captured.executable is None:
             if one.key in self._programs and captured is None:
                 self._programs[whole.key] = None
             return tasks, first if tasks == 1 else None
-        fewest = -(-tasks // (threads * max(1, PIECE_BYTES // captured.tape.bytes)))
-        rounds = next((r for r in range(fewest, 2 * fewest) if tasks % (threads * r) == 0), fewest)  # equal pieces
-        piece = -(-tasks // (threads * rounds))
-        return piece, first if piece == 1 else None
+        fewest = -(-tasks // (threads * max(1, MICROBATCH_BYTES // captured.executable.bytes)))
+        rounds = next(
+            (r for r in range(fewest, 2 * fewest) if tasks % (threads * r) == 0), fewest
+        )  # equal microbatches
+        microbatch = -(-tasks // (threads * rounds))
+        return microbatch, first if microbatch == 1 else None
 
     def _run(self, calls: list[_Call], first: Results | None, guards: Guards) -> list[Results]:
         """The calls' results, `first` those of the first one: of new programs one is compared with an ordinary run.
@@ -202,7 +207,9 @@ class Captures:
         if before is not None:
             before.restore()
             for (captured, call), found in zip(ready, results, strict=True):
-                if id(captured) in due or captured.tape is None:  # one without a tape draws what the others drew before
+                if (
+                    id(captured) in due or captured.executable is None
+                ):  # one that Python runs draws what the others drew before
                     self._audit(captured, call, found)
         return results
 
@@ -226,8 +233,8 @@ class Captures:
         """
         before = Random(call.inputs[0].device)
         try:
-            program, _ = record(call, call.inputs, fused)
-            again = _Captured(program, written(program, call.inputs))
+            program, _ = record(call, call.inputs, rewritten)
+            again = _Captured(program, lower(program, call.inputs))
             before.restore()
             (results,) = again([call.inputs], 1)
         except Exception:
@@ -242,11 +249,11 @@ class Captures:
         try:
             if call.inputs[0].device.type != "cpu":
                 raise RecordError("programs are for CPUs")
-            program, results = record(call, call.inputs, fused)
+            program, results = record(call, call.inputs, rewritten)
             changed = [*guards.changes(), *before.drawn()]
             if not changed:
                 pinned = _pinned(program, guards, call.arrays)
-                captured = self._programs[call.key] = _Captured(program, written(program, call.inputs), pinned)
+                captured = self._programs[call.key] = _Captured(program, lower(program, call.inputs), pinned)
         except Exception as error:  # an ordinary run may do what a recorded one can't; if it can't, it says why
             before.restore()
             results = list(call()) if is_all else []  # what an ordinary run changes, it must change once
@@ -270,8 +277,8 @@ class Captures:
         except Exception as error:
             found, reason = [], str(error)
         if truth is None:
-            if captured.tape is not None:
-                captured.tape.release()  # an ordinary run wants as much
+            if captured.executable is not None:
+                captured.executable.release()  # an ordinary run wants as much
             before.restore()
             truth = list(call())
             give_back()
@@ -380,10 +387,10 @@ def _value(leaf: Any) -> Any:
 
 
 class _Captured:
-    """A program, by its tape where it has one. `pinned`: tensors whose memory must stay where it was."""
+    """A program, and its executable where it has one. `pinned`: tensors whose memory must stay where it was."""
 
-    def __init__(self, program: Program, tape: Tape | None, pinned: Sequence[Tensor] = ()) -> None:
-        self.program, self.tape, self.checked, self.uses = program, tape, False, 0
+    def __init__(self, program: Program, executable: Executable | None, pinned: Sequence[Tensor] = ()) -> None:
+        self.program, self.executable, self.checked, self.uses = program, executable, False, 0
         self._pinned = [(t, _address(t)) for t in pinned]
         self._constants = [(t, _span(t)) for t in program.constants]
 
@@ -396,14 +403,16 @@ class _Captured:
         doubled = self.uses >= FIRST_AUDIT and self.uses & (self.uses - 1) == 0
         return doubled if self.uses <= AUDIT_EVERY else self.uses % AUDIT_EVERY == 0
 
-    def __call__(self, pieces: Sequence[Sequence[Tensor]], threads: int) -> list[Results]:
+    def __call__(self, microbatches: Sequence[Sequence[Tensor]], threads: int) -> list[Results]:
         for t, span in self._constants:
             _check_memory(t, span)
-        for inputs in pieces:
+        for inputs in microbatches:
             for t in inputs:
                 _check_memory(t, t.numel())
-        results = self.tape(pieces, threads) if self.tape is not None else None
-        return [self.program(inputs) for inputs in pieces] if results is None else results  # which says what is wrong
+        results = self.executable(microbatches, threads) if self.executable is not None else None
+        return (
+            [self.program(inputs) for inputs in microbatches] if results is None else results
+        )  # which says what is wrong
 
 
 def _address(t: Tensor) -> int:
@@ -452,10 +461,10 @@ def _drop_oldest(kept: dict[Any, Any]) -> None:
         del kept[next(iter(kept))]
 
 
-def _played(pieces: Sequence[tuple[_Captured, list[Tensor]]]) -> Iterator[Results]:
-    """The pieces' programs, as many at a time as there are threads."""
+def _played(microbatches: Sequence[tuple[_Captured, list[Tensor]]]) -> Iterator[Results]:
+    """The microbatches' programs, as many at a time as there are threads."""
     threads = torch.get_num_threads()
-    for _, alike in groupby(pieces, key=lambda piece: id(piece[0])):
+    for _, alike in groupby(microbatches, key=lambda microbatch: id(microbatch[0])):
         captured, inputs = zip(*alike, strict=True)
         for i in range(0, len(inputs), threads):
             yield from captured[0](inputs[i : i + threads], threads)
