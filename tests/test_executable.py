@@ -265,7 +265,7 @@ def test_what_has_no_executable(function: Function) -> None:
 
 def test_wrong_executables_are_refused() -> None:
     C = _native._C
-    executable, place = C.Tape(64, 2), C.Place(0, 0)
+    executable, place = C.Executable(64, 2), C.Place(0, 0)
     for wrong in (C.Place(2, 0), C.Place(-1, 0), C.Place(0, -8)):
         with pytest.raises(ValueError, match="a place must be in one of 2 bases"):
             executable.pass_("copy", 0, 0, [place, wrong], [1], [[1], [1]], (0.0, 0.0))

@@ -97,7 +97,7 @@ class Lowering:
             for memory in own:
                 if last[memory] == i:
                     arena.give_back(offsets[memory])
-        native = C.Tape(max(arena.size, ALIGNMENT), 1 + len(self.bases))
+        native = C.Executable(max(arena.size, ALIGNMENT), 1 + len(self.bases))
 
         def place(t: Tensor | None) -> Any:
             if t is None:
