@@ -130,7 +130,7 @@ def test_passes_that_threads_share() -> None:
     check(function, lambda: (torch.randn(301, 257, dtype=torch.float64),), 1e-10)
 
 
-def test_seven_dimensions_have_no_tape() -> None:
+def test_seven_dimensions_have_no_executable() -> None:
     def function(x: Tensor) -> list[Tensor]:
         return [x.permute(6, 5, 4, 3, 2, 1, 0) * x]
 
@@ -292,18 +292,18 @@ def test_wrong_executables_are_refused() -> None:
     ("name", "batching"), [kind for kind in KINDS if kind[0] not in ("gpt", "gpt-folded", "gru-2")]
 )
 def test_models_have_executables(name: str, batching: str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And each piece's results are those of its program."""
+    """And each microbatch's results are those of its program."""
     model, loss, _, _, _ = build(name)
     batch = points if loss is regression_loss else tokens
     captured = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), steps=2, batching=batching, strategy=strategy, capture=True)
     played: list[int] = []
     play = capture._Captured.__call__
 
-    def noted(self: Any, pieces: list, threads: int) -> list:
-        found = play(self, pieces, threads)
+    def noted(self: Any, microbatches: list, threads: int) -> list:
+        found = play(self, microbatches, threads)
         if self.executable is not None:
-            assert self.executable(pieces, 1) is not None
-            played.append(len(pieces))
+            assert self.executable(microbatches, 1) is not None
+            played.append(len(microbatches))
         return found
 
     monkeypatch.setattr(capture._Captured, "__call__", noted)

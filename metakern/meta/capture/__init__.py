@@ -9,7 +9,8 @@ guards   A program is used only while everything else that it depends on is what
 checks   The results of a new program, and those of its next batch, must be those of an ordinary run.
 audits   So must those of its uses 4, 8, 16, … 1024, and of every 1024th one from there on; else StaleCaptureError.
 
-Each check and each audit costs an ordinary run: 12 in the first thousand calls.
+Each check and each audit costs an ordinary run: with the recorded one, eleven in the first thousand calls, then one in
+a thousand (1,024).
 
 A function that can't be recorded, or fails the checks, runs ordinarily from then on; `Captures.reasons` says why.
 """

@@ -23,8 +23,6 @@ from metakern.meta.capture.program import Program, Register, Step, registers, re
 MOST_DIMS = 6
 TYPES = {torch.float32: 0, torch.float64: 1, torch.int64: 2, torch.bool: 3}  # as csrc/pass.h numbers them
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-FLOAT_PASSES = {"div", "reciprocal", "power", "square", "sqrt", "rsqrt", "exp", "relu", "threshold_backward", "tanh"}
-FLOAT_PASSES |= {"tanh_backward", "sigmoid", "sigmoid_backward", "gelu", "gelu_backward", "silu", "silu_backward"}
 RANDOM_STATES: Any = (_random_states.__wrapped__, _set_random_states.__wrapped__)  # type: ignore[attr-defined]
 RULES: dict[Any, Callable[..., Any]] = {}  # of an operation: (lowering, its arguments as layouts) -> its results
 FACTORIES: set[Any] = set()  # operations that make memory which others may write to
@@ -182,7 +180,7 @@ class Lowering:
             name, types = f"from_{str(inputs[0].dtype).removeprefix('torch.')}", {out.dtype}
         elif name in ("where", *COMPARISONS):
             types = {inputs[-1].dtype}
-        if len(types) > 1 or not types <= set(TYPES) or (name in FLOAT_PASSES and not out.is_floating_point()):
+        if len(types) > 1 or not types <= set(TYPES):  # C++ refuses a type that it has no kernel for
             raise LoweringError(f"{name} of {types}")
         tensors = (out, *(x.expand(out.shape) for x in inputs))
         dims = sorted(zip(out.shape, *(x.stride() for x in tensors), strict=True), key=lambda d: -d[1])

@@ -36,13 +36,13 @@ def _alike(w: Lowering, x: Tensor, *others: Tensor, dtype: torch.dtype | None = 
     return w.new(x.new_empty(shape, dtype=dtype) if like is None else torch.empty_like(like, dtype=dtype or x.dtype))
 
 
-for _name in ("relu", "exp", "sqrt", "rsqrt", "tanh", "sigmoid", "silu"):
-    _op, _in_place = getattr(_aten, _name).default, getattr(_aten, f"{_name}_").default
-    RULES[_op] = lambda w, x, name=_name: w.map(name, _alike(w, x), x)
-    RULES[_in_place] = lambda w, x, name=_name: w.map(name, x, x)
-for _name in ("tanh_backward", "sigmoid_backward", "silu_backward"):
-    _op = getattr(_aten, _name).default
-    RULES[_op] = lambda w, ct, x, name=_name: w.map(name, _alike(w, ct, x), ct, x)
+# PyTorch's operations that are one instruction of the same name: beside C++, the place to add one.
+ELEMENTWISE = ("relu", "exp", "sqrt", "rsqrt", "tanh", "sigmoid", "silu")
+ELEMENTWISE += ("tanh_backward", "sigmoid_backward", "silu_backward")
+for _name in ELEMENTWISE:
+    RULES[getattr(_aten, _name).default] = lambda w, *x, name=_name: w.map(name, _alike(w, *x), *x)
+    if hasattr(_aten, f"{_name}_"):
+        RULES[getattr(_aten, f"{_name}_").default] = lambda w, *x, name=_name: w.map(name, x[0], *x)
 for _name in COMPARISONS:
     _op = getattr(_aten, _name).Scalar
     RULES[_op] = lambda w, x, s, name=_name: w.map(name, _alike(w, x, dtype=torch.bool), x, s=s)
