@@ -37,8 +37,10 @@ def _alike(w: Lowering, x: Tensor, *others: Tensor, dtype: torch.dtype | None = 
 
 
 # PyTorch's operations that are one instruction of the same name: beside C++, the place to add one.
-ELEMENTWISE = ("relu", "exp", "sqrt", "rsqrt", "tanh", "sigmoid", "silu")
-ELEMENTWISE += ("tanh_backward", "sigmoid_backward", "silu_backward")
+ELEMENTWISE = (
+    *("relu", "exp", "sqrt", "rsqrt", "tanh", "sigmoid", "silu"),
+    *("tanh_backward", "sigmoid_backward", "silu_backward"),
+)
 for _name in ELEMENTWISE:
     RULES[getattr(_aten, _name).default] = lambda w, *x, name=_name: w.map(name, _alike(w, *x), *x)
     if hasattr(_aten, f"{_name}_"):
