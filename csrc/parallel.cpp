@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -16,25 +17,48 @@
 namespace metakern {
 namespace {
 
+// Units of one call, each taken by the first thread that is free. An exception, such as of memory that can't be had, must
+// not leave a thread that is not Python's: the first one is thrown to the caller when all threads are done.
+class Units {
+public:
+    Units(std::int64_t count, void (*unit)(void*, std::int64_t), void* context)
+        : count_(count), unit_(unit), context_(context) {}
+
+    void work() {
+        try {
+            for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) unit_(context_, i);
+        } catch (...) {
+            if (!failed_.test_and_set()) error_ = std::current_exception();
+            next_ = count_;
+        }
+    }
+
+    void finish() const {
+        if (error_) std::rethrow_exception(error_);
+    }
+
+private:
+    std::int64_t count_;
+    void (*unit_)(void*, std::int64_t);
+    void* context_;
+    std::atomic<std::int64_t> next_{0};
+    std::atomic_flag failed_ = ATOMIC_FLAG_INIT;
+    std::exception_ptr error_;
+};
+
 class Pool {
 public:
-    void run(std::int64_t units, int threads, void (*unit)(void*, std::int64_t), void* context) {
+    void run(Units& units, int threads) {
         std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
-        if (!alone) {  // another Python thread has the workers: this one works by itself
-            for (std::int64_t i = 0; i < units; ++i) unit(context, i);
-            return;
-        }
+        if (!alone) return units.work();  // another Python thread has the workers: this one works by itself
         std::unique_lock<std::mutex> lock(mutex_);
-        const int wanted = static_cast<int>(units < threads ? units : threads) - 1;
+        const int wanted = threads - 1;
         while (workers_ < wanted && start_worker()) ++workers_;
-        unit_ = unit;
-        context_ = context;
-        units_ = units;
-        next_ = 0;
+        units_ = &units;
         seats_ = wanted < workers_ ? wanted : workers_;
         lock.unlock();
         wake_.notify_all();
-        work();
+        units.work();
         lock.lock();
         seats_ = 0;  // whoever has not come yet need not
         done_.wait(lock, [this] { return working_ == 0; });
@@ -57,22 +81,15 @@ private:
             --seats_;
             ++working_;
             lock.unlock();
-            work();
+            units_->work();
             lock.lock();
             if (--working_ == 0) done_.notify_one();
         }
     }
 
-    void work() {
-        for (std::int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < units_;) unit_(context_, i);
-    }
-
     std::mutex busy_, mutex_;
     std::condition_variable wake_, done_;
-    std::atomic<std::int64_t> next_{0};
-    void (*unit_)(void*, std::int64_t) = nullptr;
-    void* context_ = nullptr;
-    std::int64_t units_ = 0;
+    Units* units_ = nullptr;
     int workers_ = 0, seats_ = 0, working_ = 0;
 };
 
@@ -88,28 +105,20 @@ Pool* pool = [] {
     return new Pool;
 }();
 
-struct Units {
-    std::int64_t count;
-    void (*unit)(void*, std::int64_t);
-    void* context;
-    std::atomic<std::int64_t> next{0};
-
-    static void work(void* self) {
-        auto& units = *static_cast<Units*>(self);
-        for (std::int64_t i; (i = units.next.fetch_add(1, std::memory_order_relaxed)) < units.count;)
-            units.unit(units.context, i);
-    }
-};
-
 }  // namespace
 
 void parallel(std::int64_t count, int threads, void (*unit)(void*, std::int64_t), void* context) {
-    if (count > 1 && threads > 1) {
-        if (!openmp) return pool->run(count, threads, unit, context);
-        Units units{count, unit, context};
-        return openmp(Units::work, &units, static_cast<unsigned>(count < threads ? count : threads), 0);
+    if (count <= 1 || threads <= 1) {
+        for (std::int64_t i = 0; i < count; ++i) unit(context, i);
+        return;
     }
-    for (std::int64_t i = 0; i < count; ++i) unit(context, i);
+    Units units(count, unit, context);
+    const int used = static_cast<int>(count < threads ? count : threads);
+    if (openmp)
+        openmp([](void* self) { static_cast<Units*>(self)->work(); }, &units, static_cast<unsigned>(used), 0);
+    else
+        pool->run(units, used);
+    units.finish();
 }
 
 void* thread_memory(std::int64_t bytes) {

@@ -3,6 +3,7 @@
 from metakern import losses, nn, ops, optim
 from metakern.doctor import doctor
 from metakern.meta.algorithms import ANIL, FOMAML, MAML, MetaSGD, Reptile
+from metakern.meta.batches import pad_tasks
 from metakern.nn.lora import lora, merge_lora, remove_lora
 from metakern.nn.patch import patch, unpatch
 from metakern.ops._backend import backend, backends
@@ -25,6 +26,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "pad_tasks",
     "patch",
     "remove_lora",
     "save_lora",

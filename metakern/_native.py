@@ -20,11 +20,13 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from importlib import import_module
+from math import prod
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from metakern import _memory
 from metakern._record import recordable
 
 
@@ -40,6 +42,7 @@ _C, _missing = _module("metakern._C")
 _cuda, _cuda_missing = _module("metakern._cuda")
 
 DTYPES = frozenset({torch.float32, torch.float64})
+LARGEST_EMPTY = 2**24
 CUDA_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
@@ -73,6 +76,7 @@ class _Signature(NamedTuple):
     number: int
     inputs: list[_Argument]
     outputs: list[_Argument]
+    names: list[str]  # of all of these
 
 
 @cache
@@ -90,13 +94,18 @@ def _signatures() -> dict[str, _Signature]:
     signatures = {}
     for number, (kernel, text) in enumerate(_C.signatures()):
         inputs, outputs = ([parse(part) for part in side.split()] for side in text.split("->"))
-        signatures[kernel] = _Signature(number, inputs, outputs)
+        names = [argument.name for argument in (*inputs, *outputs)]
+        signatures[kernel] = _Signature(number, inputs, outputs, names)
     return signatures
 
 
 def in_memory(tensor: Tensor) -> Tensor:
     """The tensor in contiguous memory: forward mode has zeros without any, and a view may be lazily negated."""
-    return (tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()).contiguous()
+    if tensor._is_zerotensor():
+        tensor = tensor.clone()
+    elif tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _run_on_cpu(
@@ -164,9 +173,11 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
     device, run = arranged.device, _DEVICES[arranged.device.type].run
     if run is None:
         raise ValueError(f"{kernel}: tensors must be on the CPU or a GPU, got {device}")
-    # An empty tensor has no address; one that is never read keeps it apart from an absent tensor.
     tensors = (*arranged.inputs, *arranged.outputs)
-    addresses = [0 if tensor is None else tensor.data_ptr() or 64 for tensor in tensors]
+    addresses = [
+        0 if tensor is None else _memory.address(kernel, name, tensor)
+        for name, tensor in zip(_signatures()[kernel].names, tensors, strict=True)
+    ]
     run(kernel, arranged.dtype, addresses, arranged.sizes, scalars, device)
     return arranged.outputs
 
@@ -183,6 +194,9 @@ class Arranged(NamedTuple):
 
 def arrange(kernel: str, *inputs: Tensor | None) -> Arranged:
     """Checks the inputs against the kernel's signature and makes its outputs; tensors of device "meta" will do."""
+    for name, tensor in zip(_signatures()[kernel].names, inputs, strict=False):
+        if tensor is not None:
+            _memory.check(kernel, name, tensor)
     layout = _layout(kernel, tuple(None if t is None else (t.shape, t.dtype, t.device) for t in inputs))
     tensors: list[Tensor | None] = []  # kept, so that the addresses of contiguous copies stay good
     for indices, tensor in zip(layout.indices, inputs, strict=True):
@@ -246,6 +260,9 @@ def _layout(kernel: str, inputs: tuple[tuple[torch.Size, torch.dtype, torch.devi
             raise ValueError(f"{kernel}: {name} must have shape {expected}, got {list(shape)}")
     if not sizes:
         sizes["*"] = first.numel()
+    # Sizes of what has elements are bounded by memory; a tensor without any may claim to have a size of 2**62.
+    if 0 in sizes.values() and prod(max(size, 1) for size in sizes.values()) > LARGEST_EMPTY:
+        raise ValueError(f"{kernel}: sizes must multiply to at most {LARGEST_EMPTY} beside a size of 0, got {sizes}")
     place = {argument.name: i for i, argument in enumerate(signature.inputs)}
 
     def output(argument: _Argument) -> torch.Size | int | None:
@@ -273,13 +290,21 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False
     >>> product(torch.ones(2, 1, 3), torch.ones(1, 3, 1).expand(2, 3, 1)).flatten()
     tensor([3., 3.])
     """
+    arranged = arrange_product(a, b, add, reuse)
     if a.device.type != "cpu":
         raise ValueError(f"product: a must be on the CPU, got {a.device}")
-    arranged = arrange_product(a, b, add, reuse)
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in arranged.tensors]
+    a, b, add, c = arranged.tensors
+    if not c.numel():
+        return c
+    addresses = [
+        _memory.address("product", "a", a),
+        _memory.address("product", "b", b),
+        0 if add is None else _memory.address("product", "add", add),
+        _memory.address("product", "the result", c),
+    ]
     is_double, threads = a.dtype == torch.float64, torch.get_num_threads()
     _C.product(is_double, addresses, arranged.sizes, arranged.strides, scale, threads)
-    return arranged.tensors[3]
+    return c
 
 
 class ArrangedProduct(NamedTuple):
@@ -292,6 +317,10 @@ class ArrangedProduct(NamedTuple):
 
 def arrange_product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False) -> ArrangedProduct:
     """Checks the operands of `product` and makes its result; tensors of device "meta" will do."""
+    _memory.check("product", "a", a)
+    _memory.check("product", "b", b)
+    if a.dim() != 3 or b.dim() != 3:
+        raise ValueError(f"product: a and b must be [T, M, K] and [T, K, N], got {list(a.shape)} and {list(b.shape)}")
     (T, M, K), N = a.shape, b.shape[2]
     if b.shape[:2] != (T, K) or a.dtype not in DTYPES or b.dtype != a.dtype:
         raise ValueError(f"product: b must be {[T, K, N]} of {a.dtype}, got {list(b.shape)} of {b.dtype}")
@@ -300,11 +329,16 @@ def arrange_product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool
     a, b = _one_unit_stride(a), _one_unit_stride(b)
     add_strides: tuple[int, ...] = (0, 0)
     if add is not None:
+        _memory.check("product", "add", add)
         if add.dtype != a.dtype or add.device != a.device:
             raise ValueError(f"product: add must be {a.dtype} on {a.device}, got {add.dtype} on {add.device}")
-        add = add.expand(T, M, N).resolve_neg()
-        add = add if add.stride(2) == 1 or N == 1 else add.contiguous()
-        add_strides = add.stride()[:2]
+        add = add.expand(T, M, N)
+        if add._is_zerotensor():
+            add = None
+        else:
+            add = add.resolve_neg()
+            add = add if add.stride(2) == 1 or N == 1 else add.contiguous()
+            add_strides = add.stride()[:2]
     c = add if reuse and add is not None and add.is_contiguous() else a.new_empty(T, M, N)
     return ArrangedProduct((a, b, add, c), (T, M, N, K), (*a.stride(), *b.stride(), *add_strides))
 

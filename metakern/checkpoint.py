@@ -27,6 +27,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from metakern.config import UserError
+from metakern.optim._base import ByName
 
 __all__ = ["CheckpointError", "load", "load_module", "module_tensors", "save", "write"]
 
@@ -101,7 +102,13 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Copy ``tensors`` into ``module``; `CheckpointError` if a name or a shape differs."""
-    own = module_tensors(module)
+    own, tensors = module_tensors(module), dict(tensors)
+    for prefix, part in module.named_modules():
+        if isinstance(part, ByName):
+            try:
+                part.name_list(tensors, f"{prefix}.")
+            except ValueError as error:
+                raise CheckpointError(f"{source}: {error}") from None
     for name in sorted(own.keys() | tensors.keys()):
         shapes = [tuple(x[name].shape) if name in x else "nothing" for x in (own, tensors)]
         if shapes[0] != shapes[1]:

@@ -44,11 +44,18 @@ def causal_lm(model: nn.Module, batch: Any) -> Tensor:
 def classification(model: nn.Module, batch: Any) -> Tensor:
     """Mean cross-entropy of `model(x)` [B, classes] against integer labels: batch is (x, y), y [B] (or [B, ...]).
 
+    A third item, as `metakern.pad_tasks` makes it, is a mask [B] of the examples that count. Labels of -100 do not.
+
     >>> import metakern as mk, torch
     >>> mk.losses.classification(torch.nn.Linear(3, 2), (torch.randn(5, 3), torch.ones(5, dtype=torch.long))).shape
     torch.Size([])
     """
-    x, y = batch
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise ValueError(f"classification: batch must be (x, y) or (x, y, mask), got {got}")
+    x, y, *mask = batch
+    if mask:
+        y = y.masked_fill(~mask[0].view(-1, *(1,) * (y.dim() - 1)), -100)
     logits = _logits(model(x))
     return ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
 

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import metakern as mk
+from metakern import _memory
 from metakern.ops import SPECS, _backend
 from metakern.ops._spec import Make, Sample, Spec
 from metakern.ops._triton import launch
@@ -72,6 +73,7 @@ def recorded(op: str, target: GPUTarget) -> list[Launch]:
     with (
         patch.object(JITFunction, "run", record),
         patch.object(_backend, "_obstacle", lambda name: None),
+        patch.object(_memory, "address", lambda op, name, tensor: 0),
         patch.object(launch, "shared_memory", lambda device: TARGETS[target]),
         patch.object(torch.version, "hip", "7.0" if target.backend == "hip" else None),
         mk.backend("triton"),

@@ -95,5 +95,5 @@ def test_every_inner_optimizer_is_one() -> None:
     assert tuple(OPTIMIZERS) == INNER
     for name in INNER:
         inner = build_algorithm(Config(inner=name), torch.nn.Linear(3, 2)).inner
-        assert inner.lr.values[0].shape == ()
+        assert inner.lr.values["weight"].shape == ()
         assert inner.lr.initial == Config().inner_lr

@@ -54,3 +54,10 @@ def test_classification() -> None:
 def test_a_batch_without_labels_is_refused() -> None:
     with pytest.raises(ValueError, match=r"causal_lm: batch must hold input_ids and labels, got \['input_ids'\]"):
         mk.losses.causal_lm(Model(), {"input_ids": TOKENS})
+
+
+def test_batches_of_another_form_are_refused() -> None:
+    x = torch.ones(4, 3)
+    for batch, got in (((x,), "1 parts"), ([x, x, x], "3 parts"), (x, "Tensor"), ({"x": x, "y": x}, "dict")):
+        with pytest.raises(ValueError, match=rf"classification: batch must be \(x, y\), got {got}"):
+            mk.losses.classification(torch.nn.Linear(3, 2), batch)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import metakern as mk
 from metakern import _native
@@ -450,3 +453,201 @@ assert os.waitpid(child, 0)[1] == 0
 assert torch.equal(_native.call("gelu_tanh_vjp", x, x)[0], before)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def without_memory(x: Tensor) -> Tensor:
+    x.untyped_storage().resize_(0)
+    return x
+
+
+@pytest.mark.parametrize("backend", [name for name in ("cpu", "reference") if mk.backends()[name] == "available"])
+@pytest.mark.parametrize("op", SPECS)
+def test_ops_refuse_tensors_whose_memory_is_gone(op: str, backend: str) -> None:
+    """Each argument by itself: in PyTorch's own operations, too, such a tensor is a null pointer."""
+    spec = SPECS[op]
+    for sample in spec.samples(Make()):
+        for i, a in enumerate(sample.args):
+            if isinstance(a, Tensor) and a.numel():
+                args = [*sample.args[:i], without_memory(a.clone()), *sample.args[i + 1 :]]
+                with mk.backend(backend), pytest.raises(ValueError, match=r"^\w+: .* of its elements in its storage"):
+                    spec.call(*args, **sample.kwargs)
+                with pytest.raises(ValueError, match="its memory was freed"), torch.autocast("cpu"):
+                    spec.call(*args, **sample.kwargs)
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "silu", "linear", "lstm", "sgd_update"])
+def test_derivatives_refuse_what_was_freed_since(op: str) -> None:
+    spec = SPECS[op]
+    sample = next(iter(spec.samples(Make())))
+    leaves = [a.clone().requires_grad_() if a.is_floating_point() else a for a in sample.args]
+    for backend in ("cpu", "reference"):
+        with mk.backend(backend):
+            inputs = [a.clone() if a.is_floating_point() else a for a in leaves]
+            y = torch.utils._pytree.tree_leaves(spec.call(*inputs, **sample.kwargs))[0]
+            for a in inputs:
+                without_memory(a.detach())
+            if op != "sgd_update":  # which keeps nothing that its first derivative needs
+                with pytest.raises((ValueError, RuntimeError), match=r"memory was freed|out of bounds for storage"):
+                    y.sum().backward()
+
+
+def test_kernels_are_given_no_bad_memory() -> None:
+    """One error that names the argument: storages that are short, tensors of other kinds, fake ones."""
+    x = torch.randn(2, 3)
+    short, gaps, gone = torch.randn(100)[10:16].view(2, 3), torch.randn(4, 6)[::2, ::2], torch.randn(3, 3)[1:]
+    for bad, left, needed in ((short, 60, 64), (gaps, 64, 68), (gone, 0, 36)):
+        bad.untyped_storage().resize_(left)
+        message = f"ct_y must have the {needed} bytes of its elements in its storage, got {left} bytes: its memory was"
+        with pytest.raises(ValueError, match=f"gelu_tanh_vjp: {message}"):
+            _native.call("gelu_tanh_vjp", x, bad)
+    rows = torch.randn(4, 6)
+    rows.untyped_storage().resize_(80)
+    assert _native.call("gelu_tanh_vjp", x, rows[:2, ::2])[0].shape == (2, 3), "what is left of a storage may be read"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = torch.nested.nested_tensor([x, x])
+    for bad, message in (
+        (x.to_sparse(), "must be a dense tensor, got one of layout torch.sparse_coo"),
+        (nested, "must be a dense tensor, got a nested one"),
+        (x.tolist(), "must be a tensor, got list"),
+    ):
+        with pytest.raises(TypeError, match=f"gelu_tanh_vjp: x {message}"):
+            _native.call("gelu_tanh_vjp", bad, bad)
+        with pytest.raises(TypeError, match=f"gelu: x {message}"):
+            mk.ops.gelu(bad)
+        with pytest.raises(TypeError, match=f"product: a {message}"):
+            _native.product(bad, x)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.randn(4, 3))
+        for tensor in (fake, fake[2:]):  # of which the second has an address
+            with pytest.raises(
+                ValueError, match=r"gelu_tanh_vjp: x must have memory that a kernel can read, got .* Fake"
+            ):
+                _native.call("gelu_tanh_vjp", tensor, tensor)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="ct_x must have memory"):
+        _native.call("gelu_tanh_vjp", x, x)
+
+
+def test_sizes_that_no_memory_bounds_are_refused() -> None:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(0).as_strided(shape, [1] * len(shape))
+
+    with pytest.raises(
+        ValueError, match=r"layer_norm_forward: sizes must multiply to at most 16777216 beside a size of 0"
+    ):
+        _native.call("layer_norm_forward", empty(1, 2**62, 0), empty(1, 0), empty(1, 0), scalars=(1.0,))
+    many = 2**40  # a sequence of no units, that would be walked through
+    with pytest.raises(ValueError, match="rnn_tanh_forward: sizes must multiply"):
+        _native.call("rnn_tanh_forward", empty(1, 1, many, 0), empty(1, 0, 0), None, None, scalars=(0.0,))
+    assert _native.product(empty(2**40, 0, 2), torch.ones(1, 2, 3).expand(2**40, 2, 3)).shape == (2**40, 0, 3)
+    with pytest.raises(ValueError, match=r"product: a and b must be \[T, M, K\] and \[T, K, N\], got \[3\] and"):
+        _native.product(torch.ones(3), torch.ones(3, 4))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited by Linux's means")
+@pytest.mark.parametrize("forked", [False, True])
+def test_memory_that_threads_cannot_have_is_an_error(forked: bool) -> None:
+    """An exception on a thread of OpenMP's, or of the pool in a forked child, must not end the process."""
+    script = f"""
+import os, resource, torch
+from metakern import _native
+child = os.fork() if {forked} else 0
+if child:
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+torch.set_num_threads(2)
+def run(size):
+    _native.call("rnn_tanh_forward", torch.zeros(2, 1, 1, size), w[:, :size, :size], None, None, scalars=(0.0,))
+w = torch.zeros(2, 2000, 2000)
+run(200)  # its threads are there before memory is short
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20), resource.RLIM_INFINITY))
+try:
+    run(2000)
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    run(2000)  # all threads are as they were
+    os._exit(7)
+"""
+    run = subprocess.run([sys.executable, "-c", script], check=False, timeout=120, capture_output=True, text=True)
+    assert run.returncode == 7, run.stderr
+
+
+@pytest.mark.parametrize(("seed", "rounds", "backends"), [(0, 700, ["auto", "reference"]), (1, 150, ["triton"])])
+def test_no_call_ends_the_process(seed: int, rounds: int, backends: list[str]) -> None:
+    for name in backends:
+        if mk.backends().get(name, "available") != "available":
+            pytest.skip(mk.backends()[name])
+    script = str(Path(__file__).parent / "fuzz_ops.py")
+    command = [sys.executable, "-X", "faulthandler", script, str(seed), str(rounds), *backends]
+    environment = os.environ | {"PYTHONPATH": str(Path(mk.__file__).parent.parent)}
+    fuzz = subprocess.run(command, check=False, timeout=300, capture_output=True, text=True, env=environment)
+    assert fuzz.returncode == 0, fuzz.stderr[-4000:]
+    assert fuzz.stdout.startswith(f"{rounds} calls, ")
+
+
+OPS_AT_ONCE = """
+import faulthandler, os, random, sys, threading, torch
+from torch.utils._pytree import tree_leaves
+from metakern.ops import SPECS
+from metakern.ops._spec import Make
+
+faulthandler.dump_traceback_later(120, exit=True)
+cases = [(spec, sample) for spec in SPECS.values() for sample in spec.samples(Make(torch.float64))]
+
+def derivatives(spec, sample):
+    args = [a.clone() if isinstance(a, torch.Tensor) else a for a in sample.args]
+    leaves = [a.requires_grad_() for i, a in enumerate(args)
+              if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in sample.frozen]
+    y = tree_leaves(spec.call(*args, **sample.kwargs))
+    ones = [torch.ones_like(t).requires_grad_() for t in y]
+    first = torch.autograd.grad(y, leaves, ones, create_graph=True, allow_unused=True)
+    total = sum(g.square().sum() for g in first if g is not None and g.requires_grad)
+    second = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [t.detach() for t in (*y, *first, *second) if t is not None]
+
+def differs(case):
+    pairs = zip(derivatives(*cases[case]), right[case], strict=True)
+    return not all(torch.allclose(a, b, rtol=1e-10, atol=1e-12, equal_nan=True) for a, b in pairs)
+
+right = [derivatives(*case) for case in cases]
+wrong = []
+
+def work(seed):
+    choose = random.Random(seed)
+    for _ in range(60):
+        torch.set_num_threads(choose.choice([1, 2, 3]))
+        case = choose.randrange(len(cases))
+        try:
+            if differs(case):
+                wrong.append(cases[case][0].op.name)
+        except Exception as error:
+            wrong.append(repr(error))
+"""
+
+
+def test_ops_on_several_python_threads() -> None:
+    """Every op at once, each thread with another number of threads below it: nothing hangs, nothing is mixed up."""
+    script = f"""{OPS_AT_ONCE}
+threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert not wrong, wrong
+"""
+    run = subprocess.run([sys.executable, "-c", script], check=False, timeout=180, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_ops_in_a_forked_child() -> None:
+    """On one thread: those of PyTorch's own operations do not survive a fork."""
+    script = f"""{OPS_AT_ONCE}
+torch.set_num_threads(2)
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+torch.set_num_threads(1)
+failed = [cases[case][0].op.name for case in range(len(cases)) if differs(case)]
+os._exit(3 if failed else 0)
+"""
+    run = subprocess.run([sys.executable, "-c", script], check=False, timeout=180, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]

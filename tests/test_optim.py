@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_capture import calls_of
@@ -12,6 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import metakern as mk
+from metakern import checkpoint
+from metakern.optim._base import ByName
 
 T, B, K = 3, 4, 4
 
@@ -332,7 +337,7 @@ def test_the_last_steps_values_stay() -> None:
     inner = mk.optim.SGD(lr=1.0, learn_lr=True, per="parameter", steps=2)
     inner.prepare({"w": nn.Parameter(torch.zeros(1))})
     with torch.no_grad():
-        inner.lr.values[0].copy_(torch.tensor([1.0, 10.0]))
+        inner.lr.values["w"].copy_(torch.tensor([1.0, 10.0]))
     phi, state = [torch.zeros(1, 1)], inner.init([torch.zeros(1, 1)])
     moved = []
     for _ in range(3):
@@ -347,6 +352,234 @@ def test_adam_is_differentiable_at_a_zero_gradient() -> None:
     g = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
     (moved,), _ = inner.update([torch.ones_like(g)], [g], inner.init([g]))
     torch.testing.assert_close(torch.autograd.grad(moved, g)[0].item(), -0.5 / 0.25)
+
+
+RATES = {"0.weight": 0.0, "0.bias": 0.2, "2.weight": 0.5, "2.bias": 1.0}
+
+
+def with_rates(net: nn.Module, inner: mk.optim.InnerOptimizer | None = None, **options: Any) -> mk.MAML:
+    """MAML with another learned rate for each parameter."""
+    inner = inner or mk.optim.SGD(lr=0.1, learn_lr=True, per=options.pop("per", "parameter"))
+    maml = mk.MAML(net, loss, inner, **options)
+    with torch.no_grad():
+        for name, rate in RATES.items():
+            inner.lr.values[name].fill_(rate)
+    return maml
+
+
+def by_hand(net: nn.Module, names: tuple[str, ...], rates: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss after one step with these rates, by plain autograd, and its gradients by theta and by rate."""
+    theta = dict(net.named_parameters())
+    learned = {name: torch.tensor(rates[name], dtype=torch.float64, requires_grad=True) for name in names}
+    (sx, sy), (qx, qy) = batch(1), batch(2)
+    total: Any = 0.0
+    for t in range(T):
+        value = (functional_call(net, theta, (sx[t],)) - sy[t]).square().mean()
+        grads = torch.autograd.grad(value, [theta[name] for name in names], create_graph=True)
+        phi = theta | {n: theta[n] - learned[n] * g for n, g in zip(names, grads, strict=True)}
+        total = total + (functional_call(net, phi, (qx[t],)) - qy[t]).square().mean() / T
+    found = torch.autograd.grad(total, [*(theta[name] for name in names), *learned.values()])
+    return total.detach(), dict(zip([*names, *(f"rate of {name}" for name in names)], found, strict=True))
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+def test_rates_follow_the_names_of_parameters(strategy: str, capture: bool) -> None:
+    """Layer by layer frozen and freed again between calls: each parameter keeps its own rate."""
+    net = model()
+    maml = with_rates(net, strategy=strategy, capture=capture)
+    inner = maml.inner
+    for frozen in ((), ("0.weight", "0.bias"), ("0.bias",), ("2.weight", "2.bias"), ()):
+        for name, p in net.named_parameters():
+            p.requires_grad_(name not in frozen)
+        names = tuple(name for name in RATES if name not in frozen)
+        value, truth = by_hand(net, names, RATES)
+        for _ in range(2):
+            maml.zero_grad()
+            found = maml(batch(1), batch(2))
+            found.backward()
+            torch.testing.assert_close(found.detach(), value, rtol=1e-10, atol=0)
+            for name in names:
+                torch.testing.assert_close(net.get_parameter(name).grad, truth[name], rtol=1e-9, atol=1e-12)
+                rate = inner.lr.values[name].grad
+                torch.testing.assert_close(rate, truth[f"rate of {name}"].to(rate), rtol=1e-9, atol=1e-12)
+            assert all(inner.lr.values[name].grad is None for name in frozen)
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum", "muon", "clipped"])
+def test_every_optimizer_keeps_rates_by_name(name: str) -> None:
+    """After a layer is frozen it adapts as one that never had that layer's rates."""
+
+    def make() -> mk.optim.InnerOptimizer:
+        options: dict[str, Any] = {"learn": ("lr", "weight_decay"), "per": "element", "steps": 2}
+        if name == "muon":
+            return mk.optim.Muon(0.1, **options)
+        if name == "clipped":
+            return mk.optim.Clipped(mk.optim.SGD(0.1, weight_decay=0.1, **options), 0.5)
+        return INNER[name][0](**options)
+
+    def differ(maml: mk.MAML) -> None:
+        with torch.no_grad():
+            for key, h in maml.inner.named_parameters():
+                h.fill_(0.01 + 0.1 * (sum(map(ord, key)) % 7))
+
+    net = model()
+    once_whole = mk.MAML(net, loss, make(), steps=3)
+    once_whole(batch(1), batch(2))
+    net[0].requires_grad_(False)
+    never_whole = mk.MAML(net, loss, make(), steps=3)
+    for maml in (once_whole, never_whole):
+        differ(maml)
+    found, right = (maml.adapt(batch(1)) for maml in (once_whole, never_whole))
+    assert set(found) == {"2.weight", "2.bias"}
+    for key, value in right.items():
+        assert torch.equal(found[key], value)
+
+
+def test_unfrozen_parameters_get_rates_of_their_own() -> None:
+    net = model()
+    net[0].requires_grad_(False)
+    maml = mk.MetaSGD(net, loss, lr=0.3)
+    with torch.no_grad():
+        for value in maml.inner.parameters():
+            value.fill_(2.0)
+    net[0].requires_grad_(True)
+    maml(batch(1), batch(2)).backward()
+    rates = {name: value.detach().unique().item() for name, value in maml.inner.lr.values.items()}
+    assert {name: round(rate, 6) for name, rate in rates.items()} == {
+        "0.weight": 0.3,
+        "0.bias": 0.3,
+        "2.weight": 2.0,
+        "2.bias": 2.0,
+    }
+    assert all(value.grad is not None for value in maml.inner.parameters())
+
+
+def test_an_optimizer_of_two_models_and_a_copy() -> None:
+    """Names that two models have in common share what is learned; other shapes are refused. Calls may alternate."""
+    whole, half = model(), model()
+    half[0].requires_grad_(False)
+    inner = mk.optim.SGD(lr=0.1, learn_lr=True, per="parameter")
+    first = with_rates(whole, inner)
+    second = mk.MAML(half, loss, inner)
+    copied = copy.deepcopy(first)
+    for _ in range(2):
+        for maml, net, names in ((first, whole, tuple(RATES)), (second, half, ("2.weight", "2.bias"))):
+            maml.zero_grad()
+            found = maml(batch(1), batch(2))
+            found.backward()
+            value, truth = by_hand(net, names, RATES)
+            torch.testing.assert_close(found.detach(), value, rtol=1e-10, atol=0)
+            torch.testing.assert_close(net[2].weight.grad, truth["2.weight"], rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        inner.lr.values["2.bias"].fill_(9.0)
+    assert copied.inner.lr.values["2.bias"] == 1.0
+    torch.testing.assert_close(copied(batch(1), batch(2)).detach(), by_hand(whole, tuple(RATES), RATES)[0])
+    wide = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2))
+    message = "SGD: lr must be learned for parameters of one model, got '0.weight' of shape"
+    elements = mk.optim.MetaSGD()
+    mk.MAML(whole, loss, elements)
+    with pytest.raises(ValueError, match=message):
+        mk.MAML(wide, loss, elements)
+
+
+def test_names_with_dots_and_colons_are_kept_apart() -> None:
+    values = ByName("SGD: lr")
+    names = ["a.b", "a:b", "a%3Ab", "a%2Eb", "a", "keys", "values", "items", "weight.1", "a:.b", "a.:b"]
+    for i, name in enumerate(names):
+        values[name] = nn.Parameter(torch.tensor(float(i)))
+    assert list(values) == names
+    assert [value.item() for _, value in values.items()] == list(range(len(names)))
+    other = ByName("SGD: lr")
+    for name in reversed(names):
+        other[name] = nn.Parameter(torch.zeros(()))
+    other.load_state_dict(values.state_dict())
+    assert all(torch.equal(other[name], values[name]) for name in names)
+    with pytest.raises(KeyError, match=r"SGD: lr must be asked for one of a.b, .*, got 'b'"):
+        values["b"]
+
+
+def test_lists_of_rates_are_loaded_where_they_fit() -> None:
+    """As state dicts and checkpoints had them before values were kept by name."""
+    net = model()
+    maml = with_rates(net)
+    named = maml.state_dict()
+    listed = {key: value for key, value in named.items() if "lr.values" not in key}
+    listed |= {f"inner.lr.values.{i}": torch.tensor(10.0 + i) for i in range(4)}
+    fresh = mk.MAML(model(), loss, mk.optim.SGD(learn_lr=True, per="parameter"))
+    fresh.load_state_dict(listed)
+    assert [value.item() for _, value in fresh.inner.lr.values.items()] == [10, 11, 12, 13]
+    assert "inner.lr.values.0" in listed, "what the caller holds is left alone"
+    checkpointed = mk.MAML(model(), loss, mk.optim.SGD(learn_lr=True, per="parameter"))
+    checkpoint.load_module(checkpointed, listed, Path("old"))
+    assert [value.item() for _, value in checkpointed.inner.lr.values.items()] == [10, 11, 12, 13]
+    del listed["inner.lr.values.3"]
+    message = "SGD: lr must be loaded for the 4 parameters here, got 3 values without names"
+    with pytest.raises(ValueError, match=message):
+        fresh.load_state_dict(listed)
+    with pytest.raises(checkpoint.CheckpointError, match=f"old: {message}"):
+        checkpoint.load_module(checkpointed, listed, Path("old"))
+
+
+def test_values_want_their_parameters() -> None:
+    inner = mk.optim.SGD(lr=1.0, learn_lr=True, per="parameter")
+    with pytest.raises(ValueError, match=r"SGD: lr must have values for the 1 parameters of phi, got 0: call prepare"):
+        inner.update([torch.zeros(1, 1)], [torch.ones(1, 1)], ())
+
+
+def test_wrong_options_of_optimizers() -> None:
+    optimizers = [getattr(mk.optim, name) for name in mk.optim.__all__ if name not in ("Clipped", "InnerOptimizer")]
+    assert len(optimizers) == 8
+    for make in optimizers:
+        name = make.__name__
+        if make is not mk.optim.MetaSGD:
+            with pytest.raises(
+                TypeError, match=rf"{name}: learnlr is not one of its arguments: did you mean learn_lr\?"
+            ):
+                make(learnlr=True)
+            for per in ("lr", 3):
+                with pytest.raises(ValueError, match=f"{name}: per must be 'all', 'parameter' or 'element', got"):
+                    make(learn_lr=True, per=per)
+            with pytest.raises(TypeError, match=f"{name}: learn must hold names of hyper-parameters, got True"):
+                make(learn=True)
+            with pytest.raises(
+                TypeError, match=f"{name}: learn_lr must be True or False, got 0.1: lr is where it starts"
+            ):
+                make(learn_lr=0.1)
+            with pytest.raises(ValueError, match=f"{name}: steps must be None or at least 1, got True"):
+                make(learn_lr=True, steps=True)
+        with pytest.raises(TypeError, match=f"{name}: zzz is not one of its arguments: it has lr"):
+            make(zzz=1)
+        for value, error, message in (
+            (float("nan"), ValueError, "finite, got nan"),
+            (float("inf"), ValueError, "finite, got inf"),
+            (-1.0, ValueError, "at least 0, got -1.0"),
+            ("0.1", TypeError, "a number, got '0.1'"),
+            (True, TypeError, "a number, got True"),
+            (None, TypeError, "a number, got None"),
+            (torch.tensor(0.1), TypeError, "a number, got a tensor: learn='lr' learns it"),
+        ):
+            with pytest.raises(error, match=f"^{name}: lr must be {message}"):
+                make(lr=value)
+        make(lr=np.float32(0.5))
+    with pytest.raises(TypeError, match="Clipped: norms is not one of its arguments: did you mean norm"):
+        mk.optim.Clipped(mk.optim.SGD(), norms=1.0)
+    with pytest.raises(TypeError, match="Clipped: learn_norm must be True or False, got 2"):
+        mk.optim.Clipped(mk.optim.SGD(), 1.0, learn_norm=2)
+    with pytest.raises(TypeError, match=r"Adam: betas must be 2 numbers, got 0.9"):
+        mk.optim.Adam(betas=0.9)
+    with pytest.raises(TypeError, match=r"Muon: ns_steps must be an integer, got 2.5"):
+        mk.optim.Muon(ns_steps=2.5)
+    with pytest.raises(TypeError, match=r"Muon: ns_coefficients must be 3 numbers, got \(1, 2\)"):
+        mk.optim.Muon(ns_coefficients=(1, 2))
+
+
+@pytest.mark.parametrize("name", ["MAML", "FOMAML", "ANIL", "MetaSGD", "Reptile"])
+def test_wrong_options_of_algorithms(name: str) -> None:
+    for options in ({"step": 3}, {"first_ordr": True}, {"task_chunks": 2}):
+        (wrong,) = options
+        with pytest.raises(TypeError, match=wrong):
+            getattr(mk, name)(model(), loss, **options)
 
 
 def test_refusals() -> None:

@@ -97,7 +97,7 @@ def two_tasks(tree: Any, again: int = 0) -> Any:
     permutes whole rows, 2 changes nothing.
     """
     random = torch.Generator().manual_seed(0)
-    index = torch.arange(2) % tasks_of(tree)
+    index = torch.arange(2, device="cpu") % tasks_of(tree)
 
     def told_apart(tensor: Tensor) -> Tensor:
         pair = tensor.detach()[index.to(tensor.device)].clone()
@@ -106,12 +106,14 @@ def two_tasks(tree: Any, again: int = 0) -> Any:
         if pair.is_floating_point() and not torch.equal(pair, pair.round()) and again == 0:
             spread = pair.double().std().nan_to_num(0.0)
             scale = 0.1 * (spread if spread > 0 else pair.double().abs().mean() + 0.1)
-            return pair + (scale * torch.randn(pair.shape, generator=random, dtype=torch.float64).to(scale)).to(pair)
+            return pair + (
+                scale * torch.randn(pair.shape, generator=random, dtype=torch.float64, device="cpu").to(scale)
+            ).to(pair)
         if pair.is_floating_point() and pair.abs().sum() == 0 and again == 0:  # zeros tell nothing apart
-            return torch.randn(pair.shape, generator=random, dtype=torch.float64).to(pair)
+            return torch.randn(pair.shape, generator=random, dtype=torch.float64, device="cpu").to(pair)
         if torch.equal(pair[0], pair[1]) and pair.dim() > 1:
             if again == 0:
-                order = torch.randperm(pair[1].numel(), generator=random).to(pair.device)
+                order = torch.randperm(pair[1].numel(), generator=random, device="cpu").to(pair.device)
                 pair[1] = pair[1].flatten()[order].view(pair[1].shape)
             else:
                 pair[1] = pair[1].roll(1, 0)
@@ -160,7 +162,8 @@ def pad_tasks(tasks: Sequence[Any]) -> Any:
     counts = [
         next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 0) for leaves, _ in flat
     ]
-    mask = torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
+    device = next((leaf.device for leaf in columns if isinstance(leaf, Tensor)), None)
+    mask = torch.arange(max(counts), device=device)[None] < torch.tensor(counts, device=device)[:, None]
     batch = flat[0][1](columns)
     return {**batch, "mask": mask} if isinstance(first, Mapping) else type(first)((*batch, mask))
 

@@ -69,6 +69,7 @@ class Engine:
             self._plans[self._base(loss, inner, steps, first_order), kinds, outer] = found
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
+        inner.prepare(found.parameters.adapted)  # another model may have had it since
         found.numbers = tuple(self._attributes(loss, numbers=True).items())
         self.last = found
         return found
@@ -94,9 +95,13 @@ class Engine:
         roles = Parameters(self.model, self.adapt)
         inner.prepare(roles.adapted)
         before = {**self._attributes(loss), **self._attributes(loss, numbers=True)}
-        kinds = {structure(batch): batch for batch in batches}
+        kinds: dict[Any, Any] = {}
+        for batch in sorted(batches, key=_largest):  # of those of one structure the largest is tried
+            kinds[structure(batch)] = batch
+        first = structure(batches[0])  # the support, whose second derivatives are taken
+        tried = [kinds.pop(first), *kinds.values()]
         planner = Planner(roles, loss, self.wishes)
-        found = planner.plan(list(kinds.values()), steps, first_order or not outer, without)
+        found = planner.plan(tried, steps, first_order or not outer, without)
         self._volatile |= found.changed & before.keys()
         for i, leaf in enumerate(found.outside):
             roles.shared[f"(loss) {i}"] = leaf  # type: ignore[assignment]
@@ -157,6 +162,7 @@ class Prepared:
 
     def _take(self, found: Found, unroll: Unroll, parameters: Parameters) -> None:
         self.plan, self.unroll, self.parameters, self._draws = found.plan, unroll, parameters, found.draws
+        self._keeps = bool(found.changed)
         self._captures, self.numbers = dict[bool | str, Captures](), tuple[Any, ...]()
         self.shared: list[Tensor] = list(parameters.shared.values())
         self.outer: list[Tensor] = [*parameters.adapted.values(), *self.shared, *unroll.inner.hyper_parameters()]
@@ -188,7 +194,7 @@ class Prepared:
             tried = ceil((tasks - start) / chunks)
             part = slice(start, start + tried)
             try:
-                with running(self.parameters.model), exact_kernels(self.parameters.model):
+                with running(self.parameters.model), exact_kernels(self.parameters.model), self._kept_tensors():
                     chunk = [select(batch, part) for batch in batches]
                     self._confirm(chunk)
                     result = compute(*chunk)
@@ -204,6 +210,16 @@ class Prepared:
                 continue
             yield result
             start = part.stop
+
+    @contextmanager
+    def _kept_tensors(self) -> Iterator[None]:
+        """Tensors that a forward pass keeps in its modules are not left there: they are of many tasks, or of none."""
+        state = ModuleState(self.parameters.model.modules()) if self._keeps else None
+        try:
+            yield
+        finally:
+            if state is not None:
+                state.restore_tensors()
 
     def _replan(self, why: str) -> None:
         """Takes the next batching, where this one can't serve a batch that it was made for."""
@@ -248,8 +264,12 @@ def _autocast() -> bool:
 
 def _sizes(batch: Any) -> Any:
     """The structure of a batch, and how large a task of it is, to a factor of two."""
-    most = max((t[0].numel() for t in tensors(batch)), default=0)
-    return structure(batch), most.bit_length()
+    return structure(batch), _largest(batch).bit_length()
+
+
+def _largest(batch: Any) -> int:
+    """The numbers in the largest tensor of a task."""
+    return max((t[0].numel() for t in tensors(batch)), default=0)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -68,12 +68,28 @@ class ModuleState:
 
     def changed(self) -> set[tuple[int, str]]:
         """Which attributes are others now: (id of the module, name)."""
-        return {
+        attributes = {
             (id(module), name)
             for module, before in self._modules
             for name, value in vars(module).items()
             if before.get(name, self) is not value
         }
+        return attributes | {(id(held), "") for held, copied in self._containers if _parts(held) != _parts(copied)}
+
+    def restore_tensors(self) -> None:
+        """Puts back the attributes and containers in which there are tensors that were not there before."""
+        for module, attributes in self._modules:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and attributes.get(name) is not value:
+                    if name in attributes:
+                        vars(module)[name] = attributes[name]
+                    else:
+                        del vars(module)[name]
+        for container, copied in self._containers:
+            known = set(_parts(copied))
+            parts = container.values() if isinstance(container, dict) else container
+            if any(isinstance(part, Tensor) and id(part) not in known for part in parts):
+                _refill(container, copied)
 
     def restore(self) -> None:
         for module, attributes in self._modules:
@@ -91,6 +107,11 @@ class ModuleState:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num()))
+
+
+def _parts(container: Any) -> list[int]:
+    """The identities of what a container holds, in order."""
+    return list(map(id, container.values() if isinstance(container, dict) else container))
 
 
 def _refill(container: Any, copied: Any) -> None:

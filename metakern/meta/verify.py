@@ -79,6 +79,7 @@ class Trial:
         self.batches: list[Any] = []
         self.changed: set[tuple[int, str]] = set()  # attributes of modules, (id, name), that a forward pass changes
         self.lost = ""  # "surrogate" where the gradient is no slope, "lost" where the second order alone is none
+        self.kinds = [structure(batch) for batch in batches]
         self.apart: list[bool] = []  # whether its two tasks differ
         self.truths: list[list[list[Tensor | None]]] = []
         for batch in batches:
@@ -263,8 +264,8 @@ class Trial:
             if not all(self.apart):
                 raise MismatchError("the batch does not tell two tasks apart")
             batching.fold.within = comparable  # a mode does not reach through the step out of vmap
-            for batch in self.batches:
-                self._trace(batching, batch)
+            for batch, kind in zip(self.batches, self.kinds, strict=True):
+                self._trace(batching, batch, kind)
         bytes_a_task = max(self._first_order(batching, i) for i in range(len(self.batches)))
         if self.first_order:
             return "reverse", bytes_a_task
@@ -275,6 +276,10 @@ class Trial:
             self.note = f"Hessian-vector products reverse over reverse, for want of forward mode: {one_line(error)}"
             return "reverse", bytes_a_task
         return "forward", bytes_a_task
+
+    def _drawn(self, i: int) -> list[tuple[str, int]] | None:
+        """What a task draws for a batch; None where nothing is drawn."""
+        return self.draws[i] if self.draws[i] or self.python else None
 
     def _first_order(self, batching: Batching, i: int) -> int:
         saved: dict[int, int] = {}
@@ -299,18 +304,19 @@ class Trial:
         with self.steady(), torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in self.phi]
             with hooks:
-                losses = _Drawing(batching, self.draws[i]).losses(leaves, self.batches[i])
+                losses = _Drawing(batching, self._drawn(i)).losses(leaves, self.batches[i])
             grads = [g if g is None else g.detach() for g in _grad(losses.sum(), [*leaves, *self.shared])]
         self._compare("loss", [losses.detach()], self.truths[i][0])
         self._compare("gradient", grads, self.truths[i][1])
 
     def _products(self, batching: Batching, hvp: str) -> Sequence[Tensor | None]:
-        unroll = Unroll(_Drawing(batching, self.draws[0]), SGD(), steps=1, hvp=hvp)
+        unroll = Unroll(_Drawing(batching, self._drawn(0)), SGD(), steps=1, hvp=hvp)
         with self.steady():
             return unroll.hessian_vector_product(self.phi, self.shared, self.batches[0], self.v)[1]
 
-    def _trace(self, batching: _batching.Folded, batch: Any) -> None:
-        """Records which tensors carry the tasks: those whose first dimension follows their number."""
+    def _trace(self, batching: _batching.Folded, batch: Any, kind: Any) -> None:
+        """Records which tensors carry the tasks: those whose first dimension follows their number. `kind` is the
+        structure of the user's batch, whose tensors may be of another dtype than the trial's."""
         records = []
         for tasks in (2, 3):
             index = torch.arange(tasks, device=self.phi[0].device) % 2
@@ -321,7 +327,8 @@ class Trial:
             finally:
                 batching.fold.recording = False
             records.append(batching.fold.record)
-        batching.fold.keep(structure(batch), *records)
+        for known in (structure(batch), kind):
+            batching.fold.keep(known, *records)
 
     def _compare(self, what: str, found: Sequence[Tensor | None], truth: Sequence[Tensor | None]) -> None:
         low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.roles.model.parameters())
@@ -340,26 +347,21 @@ class Trial:
 class _Drawing:
     """A batching whose tasks draw the random numbers that each draws alone."""
 
-    def __init__(self, batching: Batching, draws: list[tuple[str, int]]) -> None:
+    def __init__(self, batching: Batching, draws: list[tuple[str, int]] | None) -> None:
         self.name, self._batching, self._draws = batching.name, batching, draws
 
     def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
-        if not self._draws:
+        if self._draws is None:
             return self._batching.losses(phi, batch)
-        with _Repeated(self._draws) if self.name == "loop" else Alike(2, self._draws):
-            return self._batching.losses(phi, batch)
-
-
-class _Repeated(Alike):
-    """The random numbers of a loop, whose tasks make the same calls one after the other."""
-
-    def __init__(self, expected: list[tuple[str, int]]) -> None:
-        super().__init__(1, expected)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.expected is not None and len(self.taken) == len(self.expected):
-            self.taken.clear()
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        if self.name != "loop":
+            with Alike(2, self._draws):
+                return self._batching.losses(phi, batch)
+        losses = []
+        for t in range(2):
+            seeded()
+            with Alike(1, self._draws):
+                losses.append(self._batching.losses([p[t : t + 1] for p in phi], select(batch, slice(t, t + 1))))
+        return torch.cat(losses)
 
 
 @contextmanager

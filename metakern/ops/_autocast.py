@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from metakern import _memory
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -48,7 +50,10 @@ def autocast(policy: str) -> Callable[[F], F]:
             dtype = _dtype(policy, floats)
 
             def cast(t: Tensor) -> Tensor:
-                return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+                if not t.is_floating_point() or t.dtype == torch.float64:
+                    return t
+                _memory.check(function.__name__, "every tensor", t)
+                return t.to(dtype)
 
             with torch.autocast(floats[0].device.type, enabled=False):
                 return function(*tree_map_only(Tensor, cast, args), **tree_map_only(Tensor, cast, kwargs))

@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakern import _memory
 from metakern._record import recordable
 
 
 def tensor(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    """A dense tensor whose memory can be read."""
+    if torch.compiler.is_dynamo_compiling():  # whose tensors have no storage
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    else:
+        _memory.check(op, name, value)
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:

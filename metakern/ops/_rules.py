@@ -31,6 +31,7 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
+from metakern import _memory
 from metakern.ops import _backend
 from metakern.ops._autocast import plainly
 
@@ -120,6 +121,14 @@ class _Call:
             parts.append(values[start : start + sizes[group]])
             start += sizes[group]
         return parts
+
+    def saved(self, ctx: Any, *groups: str) -> list[tuple]:
+        """What a forward kept, whose memory may have been freed since."""
+        tensors = ctx.saved_tensors
+        for tensor in tensors:
+            if tensor is not None:
+                _memory.check(self.op.name, "every saved tensor", tensor)
+        return self.split(tensors, *groups)
 
     def namespace(
         self, constants: Tensors, needs: tuple[bool, ...] = (), from_vjp: Tensors | None = None
@@ -222,7 +231,7 @@ class _Op(_Rule):
         needs = ctx.needs_input_grad[1 : 1 + len(call.op.inputs)]
         if not any(needs) or all(c is None for c in ct_y):
             return (None,) * len(ctx.needs_input_grad)
-        x, constants, r = call.split(ctx.saved_tensors, "x", "c", "r")
+        x, constants, r = call.saved(ctx, "x", "c", "r")
         ct_y = _cotangents(ct_y, ctx.shapes)
         ct_x = _Vjp.apply(call.wanting(needs, call.residuals), *x, *constants, *r, *ct_y)[: sum(needs)]
         return (None, *_scattered(ct_x, needs), *(None for _ in constants))
@@ -230,7 +239,7 @@ class _Op(_Rule):
     @staticmethod
     def jvp(ctx: Any, _: None, *t: Tensor | None) -> tuple:
         call = ctx.call
-        x, constants, r = call.split(ctx.saved_tensors, "x", "c", "r")
+        x, constants, r = call.saved(ctx, "x", "c", "r")
         t_x, t_constants = call.split(t, "x", "c")
         for name, t_constant in zip(call.op.constants, t_constants, strict=True):
             if t_constant is not None:
@@ -260,7 +269,7 @@ class _Vjp(_Rule):
     @staticmethod
     def backward(ctx: Any, *g: Tensor | None) -> tuple:
         call = ctx.call
-        x, constants, r, ct_y, q = call.split(ctx.saved_tensors, "x", "c", "r", "y", "q")
+        x, constants, r, ct_y, q = call.saved(ctx, "x", "c", "r", "y", "q")
         needs, _, _, needs_ct = call.split(ctx.needs_input_grad[1:], "x", "c", "r", "y")
         nothing = (None,) * (1 + len(x) + len(constants) + len(r) + len(ct_y))
         g = g[: sum(call.needs)]
@@ -275,7 +284,7 @@ class _Vjp(_Rule):
     @staticmethod
     def jvp(ctx: Any, _: None, *t: Tensor | None) -> tuple:
         call = ctx.call
-        x, constants, r, ct_y, q = call.split(ctx.saved_tensors, "x", "c", "r", "y", "q")
+        x, constants, r, ct_y, q = call.saved(ctx, "x", "c", "r", "y", "q")
         t_x, _, t_r, t_ct_y = call.split(t, "x", "c", "r", "y")
         t_ct_x = _VjpTangent.apply(call, *x, *constants, *r, *t_x, *t_r, *ct_y, *t_ct_y, *q)
         return (*t_ct_x, *(None for _ in q))
@@ -306,7 +315,7 @@ class _Jvp(_Rule):
         call, ct_t_y = ctx.call, ct[: ctx.call.op.outputs]
         if any(c is not None for c in ct[call.op.outputs :]):
             call.refuse()
-        x, constants, r, t_x, t_r = call.split(ctx.saved_tensors, "x", "c", "r", "x", "r")
+        x, constants, r, t_x, t_r = call.saved(ctx, "x", "c", "r", "x", "r")
         nothing = (None,) * (1 + 2 * len(x) + len(constants) + len(r))
         if all(c is None for c in ct_t_y):
             return nothing
@@ -320,7 +329,7 @@ class _Jvp(_Rule):
     def jvp(ctx: Any, _: None, *t: Tensor | None) -> tuple:
         """Forward over forward: the reference's own jvp is plain PyTorch, and is differentiated once more."""
         call = ctx.call
-        x, constants, _, t_x, _ = call.split(ctx.saved_tensors, "x", "c", "r", "x", "r")
+        x, constants, _, t_x, _ = call.saved(ctx, "x", "c", "r", "x", "r")
         t_of_x, _, _, t_of_t = call.split(t, "x", "c", "r", "x")
         c, reference = call.namespace(constants), call.op.kernels["reference"]
         present = tuple(xi is not None for xi in x)

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metakern.ops import _updates
+from metakern.ops import _checks, _updates
 from metakern.ops._formula import Node, root
 from metakern.ops._spec import Make, Sample, Spec
 from metakern.ops._updates import Hyper, Update
@@ -57,11 +57,14 @@ def adam_update(
     if step < 1:
         raise ValueError(f"adam_update: step must be at least 1, got {step}")
     decays = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
-    biases = (_bias(beta, step) for beta in betas)
+    biases = (_bias(f"beta{i}", beta, step) for i, beta in enumerate(betas, 1))
     return _UPDATE((phi, grad, m, v), (lr, *betas, *biases, eps, *decays))
 
 
-def _bias(beta: Hyper, step: int) -> Hyper:
+def _bias(name: str, beta: Hyper, step: int) -> Hyper:
+    for b in beta if isinstance(beta, Sequence) else (beta,):
+        if isinstance(b, Tensor):
+            _checks.tensor("adam_update", name, b)
     return [1 - b**step for b in beta] if isinstance(beta, Sequence) else 1 - beta**step
 
 

@@ -8,15 +8,13 @@ The equations of torch.optim.Adagrad (Duchi, Hazan & Singer 2011, figure 1).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
 from metakern.ops.adagrad_update import adagrad_update
-from metakern.optim._base import Learning, Stepwise, non_negative, positive
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from metakern.optim._base import Stepwise, non_negative, positive
 
 
 class Adagrad(Stepwise):
@@ -38,12 +36,16 @@ class Adagrad(Stepwise):
         weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
-        **learning: Unpack[Learning],
+        *,
+        learn: str | Iterable[str] = (),
+        learn_lr: bool = False,
+        per: str = "all",
+        steps: int | None = None,
     ) -> None:
         initial = {"initial_accumulator_value": initial_accumulator_value}
         non_negative("Adagrad", lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, **initial)
         positive("Adagrad", eps=eps)
-        super().__init__({"lr": lr, "eps": eps, "weight_decay": weight_decay}, learning)
+        super().__init__({"lr": lr, "eps": eps, "weight_decay": weight_decay}, learn, learn_lr, per, steps)
         self.lr_decay, self.initial_accumulator_value = lr_decay, initial_accumulator_value
 
     @property

@@ -10,15 +10,13 @@ exact, and no NaN (`metakern.ops.adam_update` says why).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
 from metakern.ops.adam_update import adam_update
-from metakern.optim._base import Learning, Stepwise, fraction, non_negative, positive
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from metakern.optim._base import Stepwise, fraction, non_negative, numbers, positive
 
 
 class Adam(Stepwise):
@@ -42,14 +40,19 @@ class Adam(Stepwise):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        **learning: Unpack[Learning],
+        *,
+        learn: str | Iterable[str] = (),
+        learn_lr: bool = False,
+        per: str = "all",
+        steps: int | None = None,
     ) -> None:
         name = type(self).__name__
         non_negative(name, lr=lr, weight_decay=weight_decay)
         positive(name, eps=eps)
-        fraction(name, beta1=betas[0], beta2=betas[1])
-        hyper = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "eps": eps, "weight_decay": weight_decay}
-        super().__init__(hyper, learning)
+        beta1, beta2 = numbers(name, "betas", betas, 2)
+        fraction(name, beta1=beta1, beta2=beta2)
+        hyper = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(hyper, learn, learn_lr, per, steps)
 
     def step(
         self, count: int, phi: list[Tensor], grads: list[Tensor], *state: list[Tensor], **hyper: Any
@@ -74,6 +77,10 @@ class AdamW(Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
-        **learning: Unpack[Learning],
+        *,
+        learn: str | Iterable[str] = (),
+        learn_lr: bool = False,
+        per: str = "all",
+        steps: int | None = None,
     ) -> None:
-        super().__init__(lr, betas, eps, weight_decay, **learning)
+        super().__init__(lr, betas, eps, weight_decay, learn=learn, learn_lr=learn_lr, per=per, steps=steps)

@@ -35,6 +35,8 @@ class Clipped(InnerOptimizer):
         if not isinstance(inner, InnerOptimizer):
             raise TypeError(f"Clipped: inner must be one of metakern.optim's optimizers, got {type(inner).__name__}")
         positive("Clipped", norm=norm)
+        if not isinstance(learn_norm, bool):
+            raise TypeError(f"Clipped: learn_norm must be True or False, got {learn_norm!r}")
         self.inner = inner
         self.norm = nn.Parameter(torch.tensor(float(norm))) if learn_norm else float(norm)
 

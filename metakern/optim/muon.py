@@ -11,9 +11,8 @@ the parameters' own dtype, where that rounds d to bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import sqrt
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +21,16 @@ from metakern import ops
 from metakern.ops.newton_schulz import COEFFICIENTS
 from metakern.optim._base import (
     InnerOptimizer,
-    Learning,
     State,
     Stepwise,
     Tensors,
     Values,
     fraction,
     non_negative,
+    numbers,
     positive,
 )
 from metakern.optim.adam import AdamW
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 FACTORS = {
     "original": lambda rows, columns: sqrt(max(1, rows / columns)),
@@ -68,21 +64,29 @@ class Muon(Stepwise):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         others: InnerOptimizer | None = None,
-        **learning: Unpack[Learning],
+        *,
+        learn: str | Iterable[str] = (),
+        learn_lr: bool = False,
+        per: str = "all",
+        steps: int | None = None,
     ) -> None:
         non_negative("Muon", lr=lr, weight_decay=weight_decay, ns_steps=ns_steps)
+        if not isinstance(ns_steps, int):
+            raise TypeError(f"Muon: ns_steps must be an integer, got {ns_steps!r}")
+        numbers("Muon", "ns_coefficients", ns_coefficients, 3)
         fraction("Muon", momentum=momentum)
         positive("Muon", eps=eps)
         if adjust_lr_fn not in (None, *FACTORS):
             raise ValueError(f"Muon: adjust_lr_fn must be one of {', '.join(FACTORS)}, got {adjust_lr_fn!r}")
         if others is not None and not isinstance(others, InnerOptimizer):
             raise TypeError(f"Muon: others must be one of metakern.optim's optimizers, got {type(others).__name__}")
-        super().__init__({"lr": lr, "weight_decay": weight_decay, "momentum": momentum}, learning)
+        super().__init__({"lr": lr, "weight_decay": weight_decay, "momentum": momentum}, learn, learn_lr, per, steps)
         self.nesterov, self.eps, self.ns_steps = nesterov, eps, ns_steps
         self.ns_coefficients, self.adjust_lr_fn = ns_coefficients, adjust_lr_fn or "original"
-        learn = [name for name in ("lr", "weight_decay") if getattr(self, name).learn]
-        same: Learning = {"learn": learn, "per": self.lr.per, "steps": self.lr.steps}
-        self.others = AdamW(lr, weight_decay=weight_decay, **same) if others is None else others
+        if others is None:
+            same = [name for name in ("lr", "weight_decay") if getattr(self, name).learn]
+            others = AdamW(lr, weight_decay=weight_decay, learn=same, per=per, steps=steps)
+        self.others = others
 
     def prepare(self, adapted: Mapping[str, nn.Parameter]) -> None:
         super().prepare({name: p for name, p in adapted.items() if p.dim() == 2})

@@ -8,15 +8,12 @@ Shalev-Shwartz 2015, "Beyond convexity: stochastic quasi-convex optimization", a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from torch import Tensor
 
-from metakern.optim._base import Learning, State, Tensors, norms, positive, scaled
+from metakern.optim._base import State, Tensors, norms, positive, scaled
 from metakern.optim.sgd import SGD
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class NormalizedSGD(SGD):
@@ -42,9 +39,13 @@ class NormalizedSGD(SGD):
         weight_decay: float = 0.0,
         eps: float = 1e-8,
         norm: str = "all",
-        **learning: Unpack[Learning],
+        *,
+        learn: str | Iterable[str] = (),
+        learn_lr: bool = False,
+        per: str = "all",
+        steps: int | None = None,
     ) -> None:
-        super().__init__(lr, momentum, nesterov, weight_decay, **learning)
+        super().__init__(lr, momentum, nesterov, weight_decay, learn=learn, learn_lr=learn_lr, per=per, steps=steps)
         positive("NormalizedSGD", eps=eps)
         if norm not in ("all", "parameter"):
             raise ValueError(f"NormalizedSGD: norm must be 'all' or 'parameter', got {norm!r}")

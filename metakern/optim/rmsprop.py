@@ -8,15 +8,13 @@ The equations of torch.optim.RMSprop (Tieleman & Hinton 2012, lecture 6.5; Grave
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
 from metakern.ops.rmsprop_update import rmsprop_update
-from metakern.optim._base import Hyper, Learning, Stepwise, fraction, non_negative, positive
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from metakern.optim._base import Hyper, Stepwise, fraction, non_negative, positive
 
 
 class RMSprop(Stepwise):
@@ -40,13 +38,17 @@ class RMSprop(Stepwise):
         weight_decay: float = 0.0,
         momentum: float = 0.0,
         centered: bool = False,
-        **learning: Unpack[Learning],
+        *,
+        learn: str | Iterable[str] = (),
+        learn_lr: bool = False,
+        per: str = "all",
+        steps: int | None = None,
     ) -> None:
         non_negative("RMSprop", lr=lr, weight_decay=weight_decay)
         positive("RMSprop", eps=eps)
         fraction("RMSprop", alpha=alpha, momentum=momentum)
         hyper = {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__(hyper, learning)
+        super().__init__(hyper, learn, learn_lr, per, steps)
         self.centered = centered
 
     @property

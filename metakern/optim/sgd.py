@@ -8,16 +8,13 @@ The equations of torch.optim.SGD (Sutskever et al. 2013, section 2), which start
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from metakern.ops._updates import has_kernels
 from metakern.ops.sgd_update import DESCENT, MOMENTUM, NESTEROV
-from metakern.optim._base import Hyper, Learning, Stepwise, Values, fraction, non_negative
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from metakern.optim._base import Hyper, Stepwise, Values, fraction, non_negative
 
 
 class SGD(Stepwise):
@@ -45,12 +42,16 @@ class SGD(Stepwise):
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        **learning: Unpack[Learning],
+        *,
+        learn: str | Iterable[str] = (),
+        learn_lr: bool = False,
+        per: str = "all",
+        steps: int | None = None,
     ) -> None:
         name = type(self).__name__
         non_negative(name, lr=lr, weight_decay=weight_decay)
         fraction(name, momentum=momentum)
-        super().__init__({"lr": lr, "weight_decay": weight_decay, "momentum": momentum}, learning)
+        super().__init__({"lr": lr, "weight_decay": weight_decay, "momentum": momentum}, learn, learn_lr, per, steps)
         if nesterov and self.momentum.absent:
             raise ValueError(f"{name}: momentum must be positive with nesterov, got 0")
         self.nesterov = nesterov

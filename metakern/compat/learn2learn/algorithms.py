@@ -312,5 +312,6 @@ class MetaSGD(_Learner):
         if not all(isinstance(lr, nn.Parameter) for lr in self.lrs):
             raise ValueError("MetaSGD.batch: lrs must be nn.Parameters, got tensors with a history")
         inner = optim.MetaSGD()
-        inner.lr.values = nn.ParameterList(self.lrs)
+        for (name, _), lr in zip(self.module.named_parameters(), self.lrs, strict=True):
+            inner.lr.values[name] = lr
         return inner

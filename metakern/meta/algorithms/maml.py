@@ -76,7 +76,8 @@ class MAML(nn.Module):
         self.model, self.inner = model, SGD() if inner is None else inner
         self.loss, self.steps, self.first_order, self.capture = loss, steps, first_order, capture
         self._engine = Engine(model, adapt, Wishes(batching, strategy, task_chunk))
-        self.inner.prepare(Parameters(model, adapt).adapted)
+        with running(model):
+            self.inner.prepare(Parameters(model, adapt).adapted)
         self.query_losses: Tensor | None = None  # of the last call, for each task, [T]
 
     @property

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metakern._memory import check
 from metakern.meta._memory import give_back
 from metakern.meta._unroll import Random
 from metakern.meta.batches import containers, flatten, tasks_of
@@ -393,7 +394,7 @@ class _Captured:
     def __init__(self, program: Program, executable: Executable | None, pinned: Sequence[Tensor] = ()) -> None:
         self.program, self.executable, self.checked, self.uses = program, executable, False, 0
         self._pinned = [(t, _address(t)) for t in pinned]
-        self._constants = [(t, _span(t)) for t in program.constants]
+        self._constants = program.constants
 
     def moved(self) -> bool:
         return any(_address(t) != address for t, address in self._pinned)
@@ -405,11 +406,8 @@ class _Captured:
         return doubled if self.uses <= AUDIT_EVERY else self.uses % AUDIT_EVERY == 0
 
     def __call__(self, microbatches: Sequence[Sequence[Tensor]], threads: int) -> list[Results]:
-        for t, span in self._constants:
-            _check_memory(t, span)
-        for inputs in microbatches:
-            for t in inputs:
-                _check_memory(t, t.numel())
+        for t in (*self._constants, *(t for inputs in microbatches for t in inputs)):
+            check("MAML", "a tensor of a captured program", t)
         results = self.executable(microbatches, threads) if self.executable is not None else None
         return (
             [self.program(inputs) for inputs in microbatches] if results is None else results
@@ -418,19 +416,6 @@ class _Captured:
 
 def _address(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
-
-
-def _span(t: Tensor) -> int:
-    """Elements from the first to the last one of a tensor."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-
-
-def _check_memory(t: Tensor, span: int) -> None:
-    if t.untyped_storage().nbytes() < (t.storage_offset() + span) * t.itemsize and span:
-        raise RuntimeError(
-            f"MAML: a tensor {list(t.shape)} must have memory for its elements, got a storage of "
-            f"{t.untyped_storage().nbytes()} bytes: resize it, and fill it, before the call"
-        )
 
 
 def _pinned(program: Program, guards: Guards, arrays: Sequence[np.ndarray]) -> list[Tensor]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakern._memory import address
+
 ALIGNMENT = 64  # of what an arena holds, in bytes
 
 
@@ -38,7 +40,9 @@ class Executable:
         for inputs in microbatches:
             made = [None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in self._outputs]
             addressed = (*inputs, *self._constants, *(t for t in made if t is not None))
-            bases.append([0, *(t.data_ptr() or ALIGNMENT for t in addressed)])  # 0: the arena
+            bases.append(
+                [0, *(address("MAML", "a tensor of a captured program", t) for t in addressed)]
+            )  # 0: the arena
             results.append(made)
         return results if self._native.run(bases, threads) else None
 

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from metakern import _memory
 from metakern.ops._formula import Program
 from metakern.ops._rules import Tensors
 from metakern.ops._triton.launch import INTERPRETED, cdiv, contiguous, launch, wide
@@ -114,7 +115,10 @@ def foreach(program: Program, values: Mapping[str, Input], like: Tensors) -> lis
     sizes = tuple(p.numel() for p in like)
     block = BLOCKS[len(x) > MANY]
     starts, owners = blocks(sizes, block, device)
-    addresses = [tuple(t.data_ptr() for t in a) if isinstance(a, tuple) else None for a in (*x, *y)]
+    addresses = [
+        tuple(_memory.address(program.name, "every tensor", t) for t in a) if isinstance(a, tuple) else None
+        for a in (*x, *y)
+    ]
 
     def tables(a: Input, address: tuple[int, ...] | None) -> tuple[Tensor, ...]:
         if not isinstance(a, tuple) or address is None:
@@ -144,15 +148,16 @@ def foreach(program: Program, values: Mapping[str, Input], like: Tensors) -> lis
 @lru_cache(maxsize=1024)
 def table(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
     """The values on a device, copied there without waiting for it."""
-    table = torch.tensor(values, dtype=torch.float64 if isinstance(values[0], float) else torch.int64)
+    dtype = torch.float64 if isinstance(values[0], float) else torch.int64
+    table = torch.tensor(values, dtype=dtype, device="cpu")
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 @lru_cache(maxsize=64)
 def blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """starts and owners."""
-    counts = torch.tensor([cdiv(size, block) for size in sizes])
-    owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), counts)
+    counts = torch.tensor([cdiv(size, block) for size in sizes], device="cpu")
+    owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), counts)
     return (counts.cumsum(0) - counts).to(device), owners.to(device)
 
 

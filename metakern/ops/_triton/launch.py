@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from metakern import _memory
 from metakern._native import in_memory
 from metakern.ops._rules import Tensors
 
@@ -38,8 +39,27 @@ if INTERPRETED:
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
     """kernel[grid](*args, **options) on the tensors' device; nothing where the grid is empty."""
     if all(grid):
+        check(kernel, device, *args)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[grid](*args, **options)
+
+
+def check(kernel: Any, device: torch.device, *args: Any) -> None:
+    """Raises ValueError for a tensor whose memory is gone, and for one elsewhere, whose address means nothing here."""
+
+    def look(name: str, value: Any) -> None:
+        if isinstance(value, tuple):
+            for part in value:
+                look(name, part)
+        elif isinstance(value, torch.Tensor):
+            _memory.check(op, name, value)
+            _memory.address(op, name, value)
+            if value.device != device:
+                raise ValueError(f"{op}: {name} must be on {device} like the other arguments, got {value.device}")
+
+    op = kernel.__name__.strip("_")
+    for name, value in zip(kernel.arg_names, args, strict=False):
+        look(name, value)
 
 
 def shared_memory(device: torch.device) -> int:
@@ -54,11 +74,16 @@ def precision() -> str:
     """How products of float32 are taken: to full precision, unless PyTorch is told that less will do."""
     if torch.version.hip:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    matmul = torch.backends.cuda.matmul
+    chosen = getattr(matmul, "fp32_precision", None)  # since PyTorch 2.9; where it is used, reading allow_tf32 raises
+    return "tf32" if chosen == "tf32" or (chosen is None and matmul.allow_tf32) else "tf32x3"
 
 
 def contiguous(*tensors: torch.Tensor | None) -> Tensors:
     """The tensors as kernels want them: None stays None."""
+    for tensor in tensors:
+        if tensor is not None:
+            _memory.check("triton", "every tensor of a kernel", tensor)
     return tuple(None if tensor is None else in_memory(tensor) for tensor in tensors)
 
 

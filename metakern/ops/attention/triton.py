@@ -421,6 +421,7 @@ class _Launcher:
         if len(choice) > 1 and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
             tuned = _tuned(kernel, choice, self.problem.L.bit_length())
             if rows * heads:
+                launch.check(kernel, device, *args)
                 with torch.cuda.device(device):
                     tuned[lambda meta: (launch.cdiv(rows, meta[own]) * heads,)](*args, C=self.constants)
             return

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from metakern import _memory
 from metakern.ops._rules import Tensors
 from metakern.ops._spec import Make, Sample
 from metakern.ops._triton.foreach import TYPES, blocks, foreach, table
@@ -58,7 +59,7 @@ def _dot(x: Tensors, y: Tensors) -> Tensor:
         _dot_kernel,
         (parts.numel(),),
         device,
-        *(table(tuple(a.data_ptr() for a in tensors), device) for tensors in (x, y)),
+        *(table(tuple(_memory.address("global_norm", "x", a) for a in group), device) for group in (x, y)),
         table(sizes, device),
         starts,
         owners,

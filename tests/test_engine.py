@@ -1,0 +1,589 @@
+"""The engine runs what it verified: right whatever comes first, whatever changes, and the user's model is untouched."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import metakern as mk
+from metakern.meta.batches import mapped, select, tasks_of
+
+T, LR = 3, 0.3
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Called:
+    """A model that computes with other parameters, for plain autograd."""
+
+    def __init__(self, model: nn.Module, phi: dict[str, Tensor]) -> None:
+        self.model, self.phi = model, phi
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.model, self.phi, args, kwargs)
+
+
+def plain(model: nn.Module, loss: Loss, support: Any, query: Any, steps: int = 2, more: Any = ()) -> list[Tensor]:
+    """The mean query loss and its derivatives with respect to the parameters and to `more`, by plain autograd."""
+    theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total: Any = 0.0
+    for t in range(tasks_of(support)):
+        phi = dict(theta)
+        for _ in range(steps):
+            value = loss(Called(model, phi), select(support, t))
+            grads = torch.autograd.grad(value, list(phi.values()), create_graph=True, allow_unused=True)
+            phi = {n: p if g is None else p - LR * g for (n, p), g in zip(phi.items(), grads, strict=True)}
+        total = total + loss(Called(model, phi), select(query, t)) / tasks_of(support)
+    grads = torch.autograd.grad(total, [*theta.values(), *more], allow_unused=True)
+    return [
+        total.detach(),
+        *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, [*theta.values(), *more], strict=True)),
+    ]
+
+
+def ours(maml: Any, support: Any, query: Any, more: Any = ()) -> list[Tensor]:
+    wanted = [*(p for p in maml.model.parameters() if p.requires_grad), *more]
+    for p in wanted:
+        p.grad = None
+    value = maml(support, query)
+    value.backward()
+    return [value.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in wanted)]
+
+
+def same(found: list[Tensor], truth: list[Tensor], tolerance: float = 1e-9) -> None:
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def maml_of(model: nn.Module, loss: Loss, **options: Any) -> mk.MAML:
+    return mk.MAML(model, loss, **{"inner": mk.optim.SGD(lr=LR), "steps": 2, **options})
+
+
+def points(seed: int, tasks: int = T, examples: int = 4) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(tasks, examples, 3, generator=draw, dtype=torch.float64)
+    return x, torch.randint(2, (tasks, examples), generator=draw)
+
+
+def ce(model: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+class Net(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = torch.tanh, first: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first = nn.Linear(3, 6).double() if first is None else first.double()
+        self.between, self.last = between, nn.Linear(6, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.first(x)))
+
+
+class Centered(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0))
+
+
+@pytest.mark.parametrize("first", ["one task", "equal tasks", "zeros", "constant"])
+@pytest.mark.parametrize("model", [Net, Centered])
+def test_the_first_batch_does_not_deceive(model: type[Net], first: str) -> None:
+    net, (x, y) = model(), points(1)
+    batches = {
+        "one task": (x[:1], y[:1]),
+        "equal tasks": (x[:1].expand_as(x).clone(), y[:1].expand_as(y).clone()),
+        "zeros": (torch.zeros_like(x), torch.zeros_like(y)),
+        "constant": (torch.ones_like(x), torch.ones_like(y)),
+    }
+    maml = maml_of(net, ce)
+    for batch in (batches[first], points(2), points(3, 5)):
+        same(ours(maml, batch, points(4, tasks_of(batch))), plain(net, ce, batch, points(4, tasks_of(batch))))
+    assert maml.plan.batching == ("fold" if model is Net else "vmap")
+
+
+def test_the_query_is_verified_too() -> None:
+    class Switch(Net):
+        def forward(self, x: Tensor, center: Any = None) -> Tensor:
+            y = super().forward(x)
+            return y if center is None else y - y.mean(0)
+
+    def loss(model: Any, batch: dict) -> Tensor:
+        return F.cross_entropy(model(batch["x"], batch.get("center")), batch["y"])
+
+    (x, y), (x2, y2) = points(1), points(2)
+    support, query = {"x": x, "y": y}, {"x": x2, "y": y2, "center": torch.ones(T, 1)}
+    net = Switch()
+    same(ours(maml_of(net, loss), support, query), plain(net, loss, support, query))
+    found = maml_of(net, loss).evaluate(support, query, (0, 2))
+    assert abs(found[1].mean() - plain(net, loss, support, query)[0]) < 1e-9
+
+
+def test_code_that_depends_on_the_size_of_what_it_sees() -> None:
+    class Large(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0) if x.shape[0] > 9 else x)
+
+    net = Large()
+    maml = maml_of(net, ce)
+    for tasks, examples in ((2, 4), (3, 4), (2, 10), (1, 4)):
+        support, query = points(1, tasks, examples), points(2, tasks, 4)
+        same(ours(maml, support, query), plain(net, ce, support, query))
+
+
+@pytest.mark.parametrize(
+    "change", ["loss", "inner", "training", "flag", "forward", "class", "module", "hook", "frozen"]
+)
+def test_what_changes_is_seen(change: str) -> None:
+    class Flagged(Net):
+        center, scale = False, 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean(0) if self.center else x) * self.scale
+
+    class Other(Flagged):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) - super().forward(x).mean(0)
+
+    net = Flagged(first=nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6)))
+    net.eval()
+    net.center, loss = False, ce
+    maml = maml_of(net, loss)
+    support, query = points(1), points(2)
+    same(ours(maml, support, query), plain(net, ce, support, query))
+    if change == "loss":
+        loss = maml.loss = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], label_smoothing=0.5)
+    elif change == "inner":
+        maml.inner = mk.optim.SGD(lr=LR, weight_decay=0.0, momentum=0.0)
+        maml.steps = 1
+    elif change == "training":
+        net.train()
+    elif change == "flag":
+        net.center = True
+    elif change == "forward":
+        net.forward = types.MethodType(Other.forward, net)  # type: ignore[method-assign]
+    elif change == "class":
+        net.__class__ = Other
+    elif change == "module":
+        net.last = nn.Sequential(nn.Linear(6, 2), nn.Sigmoid()).double()
+    elif change == "hook":
+        net.last.register_forward_hook(lambda module, args, y: y - y.mean(0))
+    else:
+        net.first.requires_grad_(False)
+    if change == "forward":
+        del net.forward
+        net.forward = lambda x: Flagged.forward(net, x) ** 2  # type: ignore[method-assign]
+    truth = plain(copy.deepcopy(net) if change == "training" else net, loss, support, query, maml.steps)
+    same(ours(maml, support, query), truth)
+    if change == "flag":
+        net.center = False
+        same(ours(maml, support, query), plain(net, loss, support, query))
+
+
+def test_another_number_may_change_at_each_call() -> None:
+    class Warm(Net):
+        temperature = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / self.temperature
+
+    net = Warm()
+    maml, plans = maml_of(net, ce), set()
+    for i in range(4):
+        net.temperature = 1.0 + i
+        same(ours(maml, points(1), points(2)), plain(net, ce, points(1), points(2)))
+        plans.add(id(maml.plan))
+    assert len(plans) == 1
+
+
+def test_plans_are_kept() -> None:
+    net = Net()
+    maml, plans = maml_of(net, ce), set()
+    for _ in range(3):
+        net.train()
+        maml(points(1), points(2))
+        plans.add(id(maml.plan))
+        net.eval()
+        maml.evaluate(points(1), points(2))
+        maml.adapt(points(1))
+        plans.add(id(maml.plan))
+    assert len(plans) == 2
+    maml(points(1, T, 4000), points(2))
+    assert id(maml.plan) not in plans
+    assert maml.plan.task_chunk < 29000
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, ct: Tensor) -> Tensor:
+        return 3 * ct * ctx.saved_tensors[0] ** 2
+
+
+class Opaque(Cube):
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor) -> Tensor:
+        return ct * torch.from_numpy(3 * ctx.saved_tensors[0].detach().numpy() ** 2)
+
+
+@pytest.mark.parametrize(("function", "word"), [(Cube, "once_differentiable"), (Opaque, "opaque backward")])
+@pytest.mark.parametrize("batching", ["auto", "loop"])
+def test_lost_second_derivatives_are_refused_with_their_place(function: Any, word: str, batching: str) -> None:
+    class Act(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function.apply(x)
+
+    net = nn.Sequential(nn.Linear(3, 4), Act(), nn.Linear(4, 2)).double()
+    with pytest.raises(ValueError, match=rf"MAML: second derivatives must not be lost.*1: \w+, {word}"):
+        maml_of(net, ce, batching=batching)(points(1), points(2))
+    maml_of(net, ce, first_order=True)(points(1), points(2)).backward()  # which has none to lose
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_weight_norm_is_right_where_pytorchs_own_is_wrong(old: bool) -> None:
+    class Normed(nn.Module):
+        def __init__(self, g: Tensor, v: Tensor, b: Tensor) -> None:
+            super().__init__()
+            self.b, self.g, self.v = (nn.Parameter(t.detach().clone()) for t in (b, g, v))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.g * self.v / self.v.norm(dim=1, keepdim=True), self.b)
+
+    layer = nn.Linear(3, 2).double()
+    if old:
+        with pytest.warns(FutureWarning):
+            net = nn.utils.weight_norm(layer)
+        g, v = net.weight_g, net.weight_v
+    else:
+        net = nn.utils.parametrizations.weight_norm(layer)
+        g, v = net.parametrizations.weight.original0, net.parametrizations.weight.original1
+    truth = plain(Normed(g, v, net.bias), ce, points(1), points(2))
+    same(ours(maml_of(net, ce), points(1), points(2)), truth)
+
+
+def test_leaves_of_the_loss_are_learned() -> None:
+    class Criterion(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor([1.5, 0.7], dtype=torch.float64))
+
+        def forward(self, model: Any, batch: Any) -> Tensor:
+            return F.cross_entropy(model(batch[0]) * self.scale, batch[1])
+
+    w = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    criterion, net = Criterion(), Net()
+    for loss, leaf in ((lambda m, b: F.cross_entropy(m(b[0]) * w, b[1]), w), (criterion, criterion.scale)):
+        for strategy in ("store", "recompute"):
+            found = ours(maml_of(net, loss, strategy=strategy), points(1), points(2), [leaf])
+            same(found, plain(net, loss, points(1), points(2), more=[leaf]))
+    made_before = w.exp()
+    with pytest.raises(ValueError, match="loss must compute anew what requires a gradient"):
+        maml_of(net, lambda m, b: ce(m, b) * made_before)(points(1), points(2))
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        lambda m, b: irm(m, b),
+        lambda m, b: gradient_penalty(m, b),
+        lambda m, b: ce(m, b) + torch.func.grad(lambda x: m(x[None]).square().sum())(b[0][0]).square().sum(),
+        lambda m, b: torch.func.hessian(lambda x: m(x[None])[0, 0])(b[0][0]).square().sum() + ce(m, b),
+    ],
+    ids=["irm", "gradient", "func-grad", "func-hessian"],
+)
+@pytest.mark.parametrize("patched", [False, True])
+def test_derivatives_within_the_loss(penalty: Loss, patched: bool) -> None:
+    net = Net(nn.GELU())
+    truth = plain(net, penalty, points(1), points(2), 1)
+    if patched:
+        mk.patch(net)
+    same(ours(maml_of(net, penalty, steps=1), points(1), points(2)), truth)
+
+
+def irm(model: Any, batch: Any) -> Tensor:
+    w = torch.ones((), dtype=torch.float64, requires_grad=True)
+    return torch.autograd.grad(F.cross_entropy(model(batch[0]) * w, batch[1]), w, create_graph=True)[0] ** 2
+
+
+def gradient_penalty(model: Any, batch: Any) -> Tensor:
+    x = batch[0].clone().requires_grad_()
+    (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    return ce(model, batch) + g.square().mean()
+
+
+class Noise(nn.Module):
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.draw(x)
+
+
+generator = torch.Generator()
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "noise": lambda x: x + 0.1 * torch.randn_like(x),
+    "own dropout": lambda x: x * torch.bernoulli(torch.full_like(x, 0.7)),
+    "in place": lambda x: x * torch.empty_like(x).uniform_(0.5, 1.5),
+    "generator": lambda x: x + torch.randn(x.shape, generator=generator, dtype=x.dtype),
+    "rrelu": lambda x: F.rrelu(x, training=True),
+    "gumbel": lambda x: F.gumbel_softmax(x),
+    "normal": lambda x: x + torch.distributions.Normal(x, 0.1).rsample(),
+    "drop path": lambda x: x * (torch.rand(x.shape[0], 1, dtype=x.dtype) < 0.7),
+    "mixup": lambda x: 0.5 * x + 0.5 * x[torch.randperm(x.shape[0])],
+    "python": lambda x: x * random.random(),
+    "numpy": lambda x: x * float(np.random.rand()),
+    "layer drop": lambda x: x if torch.rand(()).item() < 0.5 else x * 2,
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_randomness_is_no_obstacle(name: str) -> None:
+    """Tasks and steps draw anew, and both strategies give the same numbers from one seed."""
+    net = Net(Noise(DRAWS[name]))
+    equal = mapped(lambda t: t[:1].expand_as(t).clone(), points(1, 4))
+    found = []
+    for strategy in ("store", "recompute"):
+        maml = maml_of(net, ce, strategy=strategy)
+        maml(points(5, 4), points(6, 4))
+        torch.manual_seed(3), random.seed(3), np.random.seed(3), generator.manual_seed(3)
+        found.append(ours(maml, equal, equal))
+        if name not in ("generator", "layer drop"):
+            assert len({round(v, 12) for v in maml.query_losses.tolist()}) == 4
+        again = ours(maml, equal, equal)
+        assert name == "layer drop" or not torch.equal(again[0], found[-1][0])
+    if name != "generator":
+        same(*found)
+
+
+def normed(kind: str, **options: Any) -> nn.Module:
+    if kind == "2d":
+        return nn.Sequential(
+            nn.Unflatten(1, (3, 1, 1)), nn.BatchNorm2d(3, **options), nn.Flatten(), nn.Linear(3, 2)
+        ).double()
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, **options), nn.ReLU(), nn.Linear(4, 2)).double()
+
+
+@pytest.mark.parametrize("kind", ["1d", "2d"])
+@pytest.mark.parametrize("options", [{}, {"track_running_stats": False}, {"affine": False}, {"momentum": None}])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_is_exact_and_leaves_its_statistics_alone(kind: str, options: dict, training: bool) -> None:
+    torch.manual_seed(0)
+    net = normed(kind, **options).train(training)
+    buffers = {name: b.clone() for name, b in net.named_buffers()}
+    truth = plain(copy.deepcopy(net), ce, points(1), points(2, T, 6))
+    for batching in ("fold", "vmap", "loop"):
+        for strategy in ("store", "recompute"):
+            maml = maml_of(net, ce, batching=batching, strategy=strategy)
+            same(ours(maml, points(1), points(2, T, 6)), truth)
+    assert all(torch.equal(b, buffers[name]) for name, b in net.named_buffers())
+    assert mk.doctor(net, ce, points(1), points(2)).exact
+
+
+@dataclass
+class Points:
+    x: Tensor
+    y: Tensor
+    name: str = "points"
+    weight: float | None = None
+
+
+def test_batches_as_people_write_them() -> None:
+    transformers = pytest.importorskip("transformers")
+    (x, y), net = points(1), Net()
+    truth = plain(net, ce, (x, y), (x, y))
+    kinds: dict[str, tuple[Any, Loss]] = {
+        "none": ({"xy": (x, y), "mask": None}, lambda m, b: ce(m, b["xy"])),
+        "strings": ([x, y, "text", 3, np.ones(2)], lambda m, b: ce(m, b)),
+        "dataclass": (Points(x, y), lambda m, b: ce(m, (b.x, b.y))),
+        "namespace": (types.SimpleNamespace(x=x, y=y), lambda m, b: ce(m, (b.x, b.y))),
+        "encoding": (transformers.BatchEncoding({"x": x, "y": y}), lambda m, b: ce(m, (b["x"], b["y"]))),
+    }
+    for batch, loss in kinds.values():
+        for batching in ("fold", "vmap", "loop"):
+            same(ours(maml_of(net, loss, batching=batching), batch, batch), truth)
+    none_in_the_query = maml_of(net, kinds["none"][1])
+    same(ours(none_in_the_query, {"xy": (x, y)}, {"xy": (x, y), "mask": None}), truth)
+    with pytest.raises(ValueError, match=r"batches must be made of tensors, lists.*, got a Odd"):
+        maml_of(net, ce)([x, y, odd(x)], [x, y])
+
+
+def odd(x: Tensor) -> Any:
+    held = type("Odd", (), {})()
+    held.x = x
+    return held
+
+
+def test_padded_tasks() -> None:
+    tasks = [select(points(i, 1, n), 0) for i, n in enumerate((4, 2, 3))]
+    batch, net = mk.pad_tasks(tasks), Net()
+    expected = sum(
+        plain(net, ce, mapped(lambda t: t[None], task), mapped(lambda t: t[None], task))[0] for task in tasks
+    )
+    assert abs(ours(maml_of(net, mk.losses.classification), batch, batch)[0] - expected / 3) < 1e-9
+    with pytest.raises(ValueError, match="pad_tasks: tasks must have one structure"):
+        mk.pad_tasks([(torch.ones(2),), (torch.ones(2, 2),)])
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    held: list[Any] = []
+    for module in model.modules():
+        held.append(type(module))
+        for name, value in vars(module).items():
+            held.append((name, id(value), list(map(id, value)) if isinstance(value, list) else None))
+        held += [(id(p), p.detach().clone(), p.grad) for p in module._parameters.values() if p is not None]
+        held += [(id(b), b.clone()) for b in module._buffers.values() if b is not None]
+        held += [list(module._forward_hooks), list(module._forward_pre_hooks)]
+    return held
+
+
+def test_the_users_model_is_untouched() -> None:
+    class Keeper(Net):
+        def __init__(self) -> None:
+            super().__init__(first=nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)))
+            self.calls, self.seen, self.mask = 0, [], torch.ones(6)
+            self.kept: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen.append(x.shape[0])
+            self.kept = self.first(x) * self.mask
+            return self.last(self.kept)
+
+    net = Keeper().float()
+    x, y = points(1)
+    batch = x.float(), y
+    net(batch[0][0])
+    moved = net.to
+    net.to = lambda *args, **kwargs: moved(*args, **kwargs)  # type: ignore[method-assign]  # as accelerate does
+    net.last.register_forward_hook(lambda module, args, y: None)
+    before, draws = state_of(net), torch.get_rng_state()
+    for batching in ("fold", "vmap", "loop"):
+        with pytest.raises(ValueError, match="got a Odd"):
+            maml_of(net, ce, batching=batching)([*batch, odd(x)], batch)
+        mk.MAML(net, ce, batching=batching, steps=1).evaluate(batch, batch, (0,))
+        torch.set_rng_state(draws)
+        after = state_of(net)
+        assert len(after) == len(before)
+        for a, b in zip(after, before, strict=True):
+            if isinstance(a, tuple) and len(a) == 3 and a[0] in ("calls", "kept", "seen"):
+                continue  # what forwards of the evaluation itself have counted
+            if isinstance(a, tuple) and any(isinstance(v, Tensor) for v in a):
+                assert a[0] == b[0]
+                assert torch.equal(a[1], b[1])
+            else:
+                assert a == b
+
+
+@pytest.mark.parametrize(
+    "setting", ["cudnn.conv", "cudnn.rnn", "matmul", "all", "deterministic", "float64", "anomaly", "inference"]
+)
+def test_settings_of_pytorch(setting: str) -> None:
+    net, lstm = Net(), nn.LSTM(3, 2, batch_first=True).double()
+    truth = plain(net, ce, points(1), points(2))
+
+    def recurrent(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0][None])[0][0], batch[1])
+
+    owners = {"cudnn.conv": torch.backends.cudnn.conv, "cudnn.rnn": torch.backends.cudnn.rnn}
+    owners |= {"matmul": torch.backends.cuda.matmul, "all": torch.backends}
+    if setting in owners:
+        before = owners[setting].fp32_precision
+        owners[setting].fp32_precision = "ieee"
+    deterministic, default = torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
+    try:
+        if setting == "deterministic":
+            torch.use_deterministic_algorithms(True)
+        elif setting == "float64":
+            torch.set_default_dtype(torch.float64)
+        with torch.autograd.set_detect_anomaly(setting == "anomaly"):
+            same(ours(maml_of(net, ce), points(1), points(2)), truth)
+            maml_of(lstm, recurrent)(points(1), points(2)).backward()
+        with torch.inference_mode(setting == "inference"):
+            curve = maml_of(net, ce).evaluate(points(1), points(2), (2,))
+        assert abs(curve.mean() - truth[0]) < 1e-9
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_default_dtype(default)
+        if setting in owners:
+            owners[setting].fp32_precision = before
+
+
+def test_two_threads_on_one_model() -> None:
+    net = Net()
+    truth, failures = plain(net, ce, points(1), points(2)), []
+
+    def work(batching: str) -> None:
+        try:
+            for _ in range(5):
+                maml = maml_of(net, ce, batching=batching)
+                assert abs(maml.evaluate(points(1), points(2), (2,)).mean() - truth[0]) < 1e-9
+        except Exception as error:
+            failures.append(error)
+
+    def read() -> None:
+        for _ in range(200):
+            try:
+                net(points(1)[0][0])
+            except RuntimeError as error:
+                if "must not be called while another thread adapts it" not in str(error):
+                    failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(b,)) for b in ("fold", "loop", "vmap")]
+    threads.append(threading.Thread(target=read))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert failures == []
+    same(ours(maml_of(net, ce), points(1), points(2)), truth)
+
+
+def test_a_token_out_of_range_is_an_error_in_every_batching() -> None:
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)).double()
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    tokens, y = torch.randint(5, (T, 4)), torch.randint(2, (T, 4))
+    for batching in ("fold", "vmap", "loop"):
+        maml = maml_of(net, loss, batching=batching)
+        same(ours(maml, (tokens, y), (tokens, y)), plain(net, loss, (tokens, y), (tokens, y)))
+        wrong = tokens.clone()
+        wrong[0, 1] = 6
+        with pytest.raises((ValueError, IndexError), match=r"tokens must be in|out of range"):
+            maml((wrong, y), (tokens, y))
+
+
+def test_bound_methods_and_partials_and_closures() -> None:
+    class Learner:
+        def __init__(self, net: nn.Module) -> None:
+            self.net, self.scale = net, 2.0
+
+        def loss(self, model: Any, batch: Any) -> Tensor:
+            return ce(model, batch) * self.scale
+
+    net = Net()
+    losses: list[Any] = [Learner(net).loss, partial(lambda m, b, k: k * ce(m, b), k=2.0)]
+    for loss in losses:
+        same(ours(maml_of(net, loss), points(1), points(2)), plain(net, loss, points(1), points(2)))
+    with pytest.raises(ValueError, match="steps must name at least one number"):
+        maml_of(net, ce).evaluate(points(1), points(2), ())

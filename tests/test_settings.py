@@ -1,0 +1,173 @@
+"""PyTorch's own settings: every op and a meta-gradient give the numbers that they give without them, or one line."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import metakern as mk
+from metakern.ops import SPECS
+from metakern.ops._spec import Make, Sample
+
+
+@contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # which fills what `torch.empty` gives
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def anomaly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Anomaly Detection has been enabled")
+        with torch.autograd.detect_anomaly():
+            yield
+
+
+@contextmanager
+def precision(setting: Any, name: str, value: str) -> Iterator[None]:
+    before = getattr(setting, name)
+    setattr(setting, name, value)
+    try:
+        yield
+    finally:
+        setattr(setting, name, before)
+
+
+SETTINGS: dict[str, Callable[[], Any]] = {
+    "meta device": lambda: default_device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "deterministic": deterministic,
+    "anomaly": anomaly,
+    "grad mode off": torch.no_grad,
+    "inference mode": torch.inference_mode,
+}
+if hasattr(torch.backends, "fp32_precision"):
+    SETTINGS |= {
+        "ieee": lambda: precision(torch.backends, "fp32_precision", "ieee"),
+        "tf32": lambda: precision(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    }
+
+
+def results(op: str, samples: list[Sample]) -> list[Tensor]:
+    """Values, first and second derivatives of every sample; what there is of them without gradients."""
+    spec, found = SPECS[op], []
+    for sample in samples:
+        args = [a.clone() if isinstance(a, Tensor) else a for a in sample.args]
+        leaves = [
+            a.requires_grad_()
+            for i, a in enumerate(args)
+            if isinstance(a, Tensor) and a.is_floating_point() and i not in sample.frozen
+        ]
+        y = tree_leaves(spec.call(*args, **sample.kwargs))
+        found += [t.detach() for t in y]
+        if not torch.is_grad_enabled():
+            continue
+        ones = [torch.ones_like(t).requires_grad_() for t in y]
+        first = torch.autograd.grad(y, leaves, ones, create_graph=True, allow_unused=True)
+        second = torch.autograd.grad(
+            sum(g.square().sum() for g in first if g is not None and g.requires_grad), leaves, allow_unused=True
+        )
+        found += [g.detach() for g in (*first, *second) if g is not None]
+    return found
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("op", SPECS)
+def test_ops_under_a_setting(op: str, setting: str) -> None:
+    samples = SPECS[op].samples(Make(torch.float32))
+    for backend in (name for name in ("cpu", "reference") if mk.backends()[name] == "available"):
+        with mk.backend(backend):
+            with torch.no_grad() if "mode" in setting else torch.enable_grad():
+                right = results(op, samples)
+            with SETTINGS[setting]():
+                found = results(op, samples)
+        assert len(found) == len(right)
+        for a, b in zip(found, right, strict=True):
+            assert a.dtype == b.dtype
+            assert a.device == b.device
+            torch.testing.assert_close(a.clone(), b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if "mode" not in name and name != "meta device"])
+@pytest.mark.parametrize("inner", [mk.optim.SGD, mk.optim.Adam, mk.optim.MetaSGD])
+def test_meta_gradients_under_a_setting(inner: Any, setting: str) -> None:
+    def gradients() -> list[Tensor]:
+        maml.zero_grad()
+        maml((x, y), (x, y)).backward()
+        return [p.grad.clone() for p in maml.parameters()]
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = torch.randn(3, 5, 3), torch.randint(2, (3, 5))
+    maml = mk.MAML(net, mk.losses.classification, inner(lr=0.1), steps=2)
+    right = gradients()
+    with SETTINGS[setting]():
+        maml = mk.MAML(net, mk.losses.classification, inner(lr=0.1), steps=2)
+        found = gradients()
+    for a, b in zip(found, right, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])
+def test_precision_of_products_as_pytorch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from metakern.ops._triton import launch
+
+    assert launch.precision() == "tf32x3"
+    for setting in ("ieee", "tf32"):
+        if setting in SETTINGS:
+            with SETTINGS[setting]():
+                assert launch.precision() == ("tf32" if setting == "tf32" else "tf32x3")
+    if hasattr(torch.backends, "fp32_precision"):
+        nearer = [
+            precision(part, "fp32_precision", "none") for part in (torch.backends.cudnn, torch.backends.cuda.matmul)
+        ]
+        with nearer[0], nearer[1], precision(torch.backends, "fp32_precision", "tf32"):
+            assert launch.precision() == "tf32"
+    for allowed, expected in ((True, "tf32"), (False, "tf32x3")):  # PyTorch before 2.9
+        monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=allowed))
+        assert launch.precision() == expected
+
+
+@pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("op", ["linear", "attention", "layer_norm", "global_norm", "sgd_update"])
+def test_triton_under_a_setting(op: str, setting: str) -> None:
+    sample = next(s for s in SPECS[op].samples(Make(torch.float32)) if s.args[0].numel())
+    right = tree_leaves(SPECS[op].call(*sample.args, **sample.kwargs))
+    with mk.backend("triton"), SETTINGS[setting]():
+        found = tree_leaves(SPECS[op].call(*sample.args, **sample.kwargs))
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a.clone(), b, rtol=1e-4, atol=1e-5)
