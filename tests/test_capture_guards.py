@@ -1193,6 +1193,22 @@ def test_what_a_batch_holds_beside_tensors_counts_by_value(make: Any) -> None:
     assert sum(programs) == (0 if isinstance(leaf, Opaque) else 4)
 
 
+def test_an_array_of_a_batch_is_read_as_it_was_at_the_call() -> None:
+    """A program may read its memory, which the next batch writes to."""
+
+    def function(batch: Any) -> list[Tensor | None]:
+        return [batch[0].square().sum((1, 2)) * torch.from_numpy(batch[1]).sum()]
+
+    captures, first = capture.Captures((nn.Identity(), nn.Identity(), function)), np.ones(2)
+    for i in range(5):
+        array = first if i < 2 else np.ones(2)
+        x = points(i)[0]
+        (found,) = captures(function, (), (x, array))
+        torch.testing.assert_close(found, x.square().sum((1, 2)) * 2)
+        first[:] = 1.0 if i < 1 else 5.0
+    assert sum(program.uses for program in captures._programs.values()) == 3
+
+
 def test_a_check_is_quick() -> None:
     """Twelve layers of a transformer: thousands of values, in well under a millisecond on an idle core."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)

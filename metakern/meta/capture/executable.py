@@ -40,7 +40,8 @@ class Executable:
         for inputs in microbatches:
             made = [None if t is None else torch.empty(t.shape, dtype=t.dtype) for t in self._outputs]
             addressed = (*inputs, *self._constants, *(t for t in made if t is not None))
-            bases.append(
+            addresses = (address("MAML", "a tensor of a captured program", t) for t in addressed)
+            bases.append([0, *addresses])  # 0: the arena
                 [0, *(address("MAML", "a tensor of a captured program", t) for t in addressed)]
             )  # 0: the arena
             results.append(made)
