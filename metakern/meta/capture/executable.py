@@ -42,8 +42,6 @@ class Executable:
             addressed = (*inputs, *self._constants, *(t for t in made if t is not None))
             addresses = (address("MAML", "a tensor of a captured program", t) for t in addressed)
             bases.append([0, *addresses])  # 0: the arena
-                [0, *(address("MAML", "a tensor of a captured program", t) for t in addressed)]
-            )  # 0: the arena
             results.append(made)
         return results if self._native.run(bases, threads) else None
 
