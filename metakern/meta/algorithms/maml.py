@@ -33,9 +33,9 @@ class MAML(nn.Module):
     "vmap" | "loop" and task_chunk (tasks at once) give the same numbers; "auto" chooses, and `maml.plan` says why.
     capture=True (on the CPU) records the kernels that the first meta-gradient calls for batches of a shape and runs
     them for the next ones in C++, without Python or autograd, a few tasks on each thread: the same numbers in less time
-    and memory, where shapes recur. What model and loss read beside tensors is guarded, what can't be guarded is not captured, and
-    uses 4, 8, 16, … are audited by an ordinary run (`metakern.meta.capture`). "auto" records at the third call with
-    batches of one kind and never warns; True warns where it can't capture.
+    and memory, where shapes recur. What model and loss read beside tensors is guarded, what can't be guarded is not
+    captured, and uses 4, 8, 16, … are audited by an ordinary run (`metakern.meta.capture`). "auto" records at the third
+    call with batches of one kind and never warns; True warns where it can't capture.
 
     Calling it with support and query batches (trees of tensors, tasks along dimension 0) gives the mean query loss over
     tasks, whose `backward()` accumulates the meta-gradient into the parameters' `.grad`.
