@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "isa.h"
-#include "tape.h"
+#include "executable.h"
 
 namespace py = pybind11;
 
@@ -87,17 +87,17 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
                py::arg("strides"), py::arg("scale"), py::arg("threads"), "A batched matrix product; metakern._native.product checks.");
 
     using metakern::Place;
-    using metakern::Tape;
+    using metakern::Executable;
     py::class_<Place>(module, "Place").def(py::init<int, std::int64_t>());
-    py::class_<Tape>(module, "Tape", "Kernel calls on memory laid out beforehand; metakern.meta.capture.tape writes them.")
+    py::class_<Executable>(module, "Executable", "Kernel calls on memory laid out beforehand; metakern.meta.capture.lowering makes them.")
         .def(py::init<std::int64_t, int>(), py::arg("bytes"), py::arg("bases"))
-        .def("kernel", &Tape::kernel)
-        .def("product", &Tape::product)
-        .def("pass_", &Tape::pass)
-        .def("take_rows", &Tape::take_rows)
-        .def("add_rows", &Tape::add_rows)
-        .def("check", &Tape::check)
-        .def_property_readonly("bytes", &Tape::bytes)
-        .def("release", &Tape::release)
-        .def("run", &Tape::run, py::arg("bases"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+        .def("kernel", &Executable::kernel)
+        .def("product", &Executable::product)
+        .def("pass_", &Executable::pass)
+        .def("take_rows", &Executable::take_rows)
+        .def("add_rows", &Executable::add_rows)
+        .def("check", &Executable::check)
+        .def_property_readonly("bytes", &Executable::bytes)
+        .def("release", &Executable::release)
+        .def("run", &Executable::run, py::arg("bases"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }

@@ -1,4 +1,4 @@
-// A pass over tensors of any strides: what an elementwise operation, a sum, a copy is to a tape.
+// A pass over tensors of any strides: the instruction of an elementwise operation, a sum, a copy.
 #pragma once
 
 #include <cstdint>

@@ -25,8 +25,8 @@ sys.modules["metakern._C"] = module_from_spec(spec)
 spec.loader.exec_module(sys.modules["metakern._C"])
 
 from metakern import _native  # noqa: E402
-from metakern._record import record  # noqa: E402
-from metakern.meta.capture.tape import written  # noqa: E402
+from metakern.meta.capture.lowering import lower  # noqa: E402
+from metakern.meta.capture.recorder import record  # noqa: E402
 
 assert _native._C.__file__ == library
 LIMITS = {"T": 3, "B": 5, "H": 40, "L": 4, "N": 30, "D": 70, "V": 70, "G": 3, "M": 300, "*": 3000}
@@ -123,7 +123,7 @@ def products(chosen: tuple, T: int, M: int, N: int, K: int, data: st.DataObject)
     _native.product(laid_out(*a, dtype, random), laid_out(*b, dtype, random), extra, scale=0.5)
 
 
-TAPED = [
+LOWERED = [
     lambda x, y, index: [torch.add(x, y, alpha=0.5), torch.where(x > 0, x, y), x.exp().relu() / 3],
     lambda x, y, index: [x.sum(), x.sum(0), x.sum((1, 2)), x.mean(-1, True), x.sum(1), (x > 0).all(1)],
     lambda x, y, index: [torch.cat([x, y], 1), x.mT.contiguous(), torch.stack([x, y], 3), y.clone().mul_(x)],
@@ -132,20 +132,20 @@ TAPED = [
 
 
 @budget
-@given(setting, st.sampled_from(TAPED), st.integers(0, 5), st.integers(0, 40), st.integers(0, 70), st.data())
-def tapes(chosen: tuple, function: Any, A: int, B: int, C: int, data: st.DataObject) -> None:
+@given(setting, st.sampled_from(LOWERED), st.integers(0, 5), st.integers(0, 40), st.integers(0, 70), st.data())
+def executables(chosen: tuple, function: Any, A: int, B: int, C: int, data: st.DataObject) -> None:
     isa, threads, dtype, seed = chosen
     random = start(isa, threads, seed)
     x, y = (laid_out(*data.draw(matrices((A, B, C)), name), dtype, random) for name in "xy")
     inputs = [x, y, torch.randint(A, (1 if A else 0,), generator=random) if A else torch.zeros(0, dtype=torch.int64)]
     program, _ = record(lambda: function(*inputs), inputs)
-    tape = written(program, inputs)
-    assert tape is not None
-    assert tape([inputs, inputs], threads) is not None
+    executable = lower(program, inputs)
+    assert executable is not None
+    assert executable([inputs, inputs], threads) is not None
 
 
 if __name__ == "__main__":
     kernels()
     products()
-    tapes()
+    executables()
     print("nothing found in", library)

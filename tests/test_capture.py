@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -14,18 +15,24 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import metakern as mk
-from metakern._record import RecordError, record
 from metakern.meta import capture
 from metakern.meta._unroll import Random
-from metakern.meta.capture.fuse import fused
+from metakern.meta.capture.recorder import RecordError, record
+from metakern.meta.capture.rewrite import rewritten
 
 KINDS = [(name, batching) for name, entry in MODELS.items() for batching in entry[3] if not name.startswith("hf")]
 
 
-def calls_of(model: nn.Module) -> list[int]:
-    """A list that grows with each call of the model."""
+def calls_of(maml: mk.MAML) -> list[int]:
+    """A list that grows with each ordinary run."""
     calls: list[int] = []
-    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    run = maml._meta_gradient
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return run(*args)
+
+    maml._meta_gradient = counted  # type: ignore[method-assign]
     return calls
 
 
@@ -36,7 +43,7 @@ def test_the_numbers_are_those_of_ordinary_runs(name: str, batching: str, strate
     batch = points if loss is regression_loss else tokens
     options = {"inner": mk.optim.SGD(lr=0.3), "steps": 2, "batching": batching, "strategy": strategy}
     ordinary, captured = (mk.MAML(model, loss, capture=c, **options) for c in (False, True))
-    calls = calls_of(model)
+    calls = calls_of(captured)
     for i in range(4):
         truth = gradients(model, ordinary(batch(i), batch(i + 9)))
         calls.clear()
@@ -56,26 +63,28 @@ def test_chunks_share_a_program_and_other_shapes_get_their_own() -> None:
         support, query = (tuple(t[:, :size] for t in points(i + j)) for j in (0, 9))
         truth = gradients(model, plain_loss(model, loss, support, query, 2, sgd(0.01)))
         assert_equal(gradients(model, captured(support, query)), truth)
-    assert sum(program.checked for program in captured._engine.last.captures._programs.values()) == 2
+    programs = [p for plan in captured._engine._plans.values() for p in plan.captures(True)._programs.values()]
+    assert sum(program.checked for program in programs) == 2
 
 
-def test_as_many_programs_are_kept_as_are_worth_it() -> None:
+def test_as_many_programs_are_kept_as_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "PROGRAMS", 3)
     captured = mk.MAML(mlp(), regression_loss, capture=True)
-    for size in range(1, capture.PROGRAMS + 3):
+    for size in range(8, 13):  # of one plan
         batch = torch.randn(2, size, 5), torch.randn(2, size, 3)
         captured(batch, batch)
-    assert len(captured._engine.last.captures._programs) == capture.PROGRAMS
+    assert len(captured._engine.last.captures(True)._programs) == 3
 
 
 def test_a_program_in_use_is_not_dropped_for_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "PIECE_BYTES", 2**30)
+    monkeypatch.setattr(capture, "MICROBATCH_BYTES", 2**30)
     monkeypatch.setattr(capture, "PROGRAMS", 2)
     model, loss, _, _, _ = build("mlp")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         captured = mk.MAML(model, loss, steps=2, task_chunk=6, capture=True)
-        for i in range(3):  # chunks of 6, 6 and 5 tasks: pieces of three and three, three and two
+        for i in range(3):  # chunks of 6, 6 and 5 tasks: microbatches of three and three, three and two
             support, query = (tuple(t.repeat(9, 1, 1)[:17] for t in points(i + j)) for j in (0, 9))
             truth = gradients(model, plain_loss(model, loss, support, query, 2, sgd(0.01)))
             assert_equal(gradients(model, captured(support, query)), truth)
@@ -154,21 +163,32 @@ def test_a_number_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     assert_equal(gradients(model, captured(points(1), points(2))), gradients(model, plain))
 
 
-@pytest.mark.parametrize("piece_bytes", [capture.PIECE_BYTES, 1])
-def test_what_an_ordinary_run_does_not_confirm_is_not_used(piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "PIECE_BYTES", piece_bytes)
-    model = Scaled().double()
-    captured = mk.MAML(model, regression_loss, steps=2, capture=True)
+@pytest.mark.parametrize("microbatch_bytes", [capture.MICROBATCH_BYTES, 1])
+def test_what_an_ordinary_run_does_not_confirm_is_not_used(
+    microbatch_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "MICROBATCH_BYTES", microbatch_bytes)
+    model, library = Scaled().double(), {"__name__": "torch.of_a_test", "FACTOR": 1.0}
+    exec("def factor(): return FACTOR", library)  # of a library, whose globals are taken for constants
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return regression_loss(model, batch) * library["factor"]()
+
+    captured = mk.MAML(model, functools.partial(scaled_loss, library["factor"]), steps=2, capture=True)
     captured(points(0), points(9))
-    model.settings["factor"] = 2.0
+    library["FACTOR"] = 2.0
     for i in (1, 2):
-        truth = gradients(model, plain_loss(model, regression_loss, points(i), points(i + 9), 2, sgd(0.01)))
+        truth = gradients(model, plain_loss(model, loss, points(i), points(i + 9), 2, sgd(0.01)))
         if i == 1:
             with pytest.warns(UserWarning, match="capture has no effect.*other results than an ordinary run"):
                 found = gradients(model, captured(points(i), points(i + 9)))
         else:
             found = gradients(model, captured(points(i), points(i + 9)))
         assert_equal(found, truth)
+
+
+def scaled_loss(factor: Any, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return regression_loss(model, batch) * factor()
 
 
 def test_copies_have_programs_of_their_own() -> None:
@@ -197,7 +217,7 @@ def test_kernels_are_recorded_below_the_modes_of_others() -> None:
     for i in range(3):
         value = captured(points(i), points(i + 9))
     torch.testing.assert_close(value, mk.MAML(captured.model, loss, steps=2)(points(2), points(11)))
-    assert any(program.checked for program in captured._engine.last.captures._programs.values())
+    assert any(program.checked for program in captured._engine.last.captures(True)._programs.values())
 
 
 def test_python_that_looks_at_values_runs_ordinarily() -> None:
@@ -219,7 +239,7 @@ def test_python_that_looks_at_values_runs_ordinarily() -> None:
 
 def test_a_run_that_fails_only_when_recorded_is_ordinary() -> None:
     def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-        if any(isinstance(mode, mk._record._Recorder) for mode in _get_current_dispatch_mode_stack()):
+        if any(isinstance(mode, mk._record.Recording) for mode in _get_current_dispatch_mode_stack()):
             raise NotImplementedError("not under a mode")
         return regression_loss(model, batch)
 
@@ -355,7 +375,7 @@ multiply = mk._native.product
 def test_rewritten_programs_compute_the_same(function: Any, fewer: tuple[str, ...]) -> None:
     """Where a rewriting applies, and where it almost does."""
     inputs = [(torch.randn(2, 5, 3), torch.randn(2, 3, 3)) for _ in range(2)]
-    for rewrite in (lambda steps, outputs: steps, fused):
+    for rewrite in (lambda steps, outputs: steps, rewritten):
         program, _ = record(lambda: function(*inputs[0]), inputs[0], rewrite)
         before = [t.clone() for t in inputs[1]]
         torch.manual_seed(0)

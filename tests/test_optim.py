@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_capture import calls_of
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -256,8 +257,7 @@ def test_captured_numbers_are_those_of_ordinary_runs(name: str, strategy: str) -
     inner = learned(name, "element", 2) if name in INNER else EVERY[name]()
     net = model()
     ordinary, captured = (mk.MAML(net, loss, inner, 2, strategy=strategy, capture=c).double() for c in (False, True))
-    calls: list[int] = []
-    net.register_forward_pre_hook(lambda *_: calls.append(1))
+    calls = calls_of(captured)
     for i in range(3):
         found = []
         for maml in (ordinary, captured):

@@ -194,12 +194,12 @@ class Random:
             np.random.set_state(self.python[1])
 
 
-@recordable(acts=True)
+@recordable(has_side_effects=True)
 def _random_states(device: torch.device) -> tuple[Tensor, ...]:
     return torch.get_rng_state(), *((torch.cuda.get_rng_state(device),) if device.type == "cuda" else ())
 
 
-@recordable(acts=True)
+@recordable(has_side_effects=True)
 def _set_random_states(device: torch.device, cpu: Tensor, *cuda: Tensor) -> None:
     torch.set_rng_state(cpu)
     for state in cuda:

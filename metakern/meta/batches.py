@@ -32,7 +32,7 @@ def flatten(tree: Any) -> tuple[list[Any], Rebuild]:
 def structure(tree: Any) -> tuple:
     """What two trees have in common that differ in the sizes and the values of their tensors alone; hashable."""
     leaves, _ = flatten(tree)
-    return (_shape_of(tree), *map(_kind, leaves))
+    return (containers(tree), *map(_kind, leaves))
 
 
 def select(tree: Any, index: int | slice | Tensor) -> Any:
@@ -228,14 +228,14 @@ def _fields(value: Any) -> tuple[dict[Any, Any], Callable[[dict], Any] | None]:
     return {}, None
 
 
-def _shape_of(value: Any) -> Any:
-    """The containers of a tree, with their keys."""
+def containers(value: Any) -> Any:
+    """The containers of a tree, with their keys; hashable."""
     if isinstance(value, Tensor) or type(value) in _PLAIN:
         return None
     if isinstance(value, list | tuple):
-        return (type(value), *map(_shape_of, value))
+        return (type(value), *map(containers, value))
     names, put = _fields(value)
-    return None if put is None else (type(value), tuple(names), *map(_shape_of, names.values()))
+    return None if put is None else (type(value), tuple(names), *map(containers, names.values()))
 
 
 def _kind(leaf: Any) -> Any:

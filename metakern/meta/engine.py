@@ -33,7 +33,7 @@ from metakern.meta._unroll import Unroll
 from metakern.meta.batches import select, structure, tasks_of, tensors
 from metakern.meta.capture import Captures
 from metakern.meta.draws import Alike
-from metakern.meta.plan import Found, Planner, Wishes
+from metakern.meta.plan import Found, Plan, Planner, Wishes
 from metakern.meta.state import ModuleState, undisturbed
 from metakern.meta.verify import comparable, modules_of
 from metakern.optim import InnerOptimizer
@@ -163,9 +163,23 @@ class Prepared:
     def _take(self, found: Found, unroll: Unroll, parameters: Parameters) -> None:
         self.plan, self.unroll, self.parameters, self._draws = found.plan, unroll, parameters, found.draws
         self._keeps = bool(found.changed)
-        self.captures, self.numbers = Captures(), tuple[Any, ...]()
+        self._captures, self.numbers = dict[bool | str, Captures](), tuple[Any, ...]()
         self.shared: list[Tensor] = list(parameters.shared.values())
         self.outer: list[Tensor] = [*parameters.adapted.values(), *self.shared, *unroll.inner.hyper_parameters()]
+
+    @property
+    def explained(self) -> Plan:
+        """The plan, with why some of its meta-gradients aren't captured."""
+        reasons = [reason for captures in self._captures.values() for reason in captures.reasons]
+        return replace(self.plan, reasons=(*self.plan.reasons, *(f"not captured: {reason}" for reason in reasons)))
+
+    def captures(self, capture: bool | str) -> Captures:
+        """The captured programs of this plan, made as `capture` says."""
+        if capture not in self._captures:
+            roots = self.parameters.model, self.unroll.inner, self.loss
+            names = ["the query losses", *self.parameters.adapted, *self.parameters.shared]
+            self._captures[capture] = Captures(roots, capture, names)
+        return self._captures[capture]
 
     def theta(self, tasks: int) -> list[Tensor]:
         """phi_0: the shared initialisation, seen once for each task."""
@@ -282,18 +296,28 @@ def lock_of(model: nn.Module) -> Any:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
-@contextmanager
-def running(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is this thread's: others that adapt it wait, and who calls it is told why not."""
-    owner, key = threading.get_ident(), id(threading)
+class _Refusal:
+    """A hook: calls of the model by another thread than its owner are an error."""
 
-    def refuse(module: nn.Module, args: Any) -> None:
-        if threading.get_ident() != owner:
+    def __init__(self, owner: int) -> None:
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if threading.get_ident() != self.owner:
             raise RuntimeError(
                 "MAML: model must not be called while another thread adapts it: give each thread a copy of its own"
                 " (copy.deepcopy)"
             )
 
+
+_REFUSALS: dict[int, _Refusal] = {}  # one for a thread, as a captured program compares hooks by identity
+
+
+@contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is this thread's: others that adapt it wait, and who calls it is told why not."""
+    key = id(threading)
+    refuse = _REFUSALS.setdefault(threading.get_ident(), _Refusal(threading.get_ident()))
     with lock_of(model):
         hooked = key in model._forward_pre_hooks  # by this thread, a step further out
         if not hooked:

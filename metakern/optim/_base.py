@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern import ops
+from metakern._record import known
 from metakern.ops._tensors import wide
 
 Tensors = Sequence[Tensor]
@@ -122,8 +123,7 @@ class Stepwise(InnerOptimizer):
 
     def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
         n, counted = len(phi), (state[-1] + 1,) if self.counts else ()
-        # Not `item`: the count is the same in every run, and no obstacle to a captured one.
-        number: Any = counted[0].tolist() if counted else 1
+        number = known(counted[0]) if counted else 1
         lists = [phi, grads, *(state[i * n : (i + 1) * n] for i in range(len(self.fills)))]
         results: list[list[Any]] = [[None] * n for _ in lists[1:]]
         for places in _alike(phi):

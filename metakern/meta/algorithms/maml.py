@@ -19,7 +19,6 @@ from metakern.meta._batching import Loss
 from metakern.meta._parameters import Adapt, Parameters
 from metakern.meta._unroll import Gradients, _add
 from metakern.meta.batches import ordinary, tasks_of
-from metakern.meta.capture import surroundings
 from metakern.meta.engine import Engine, Prepared, running
 from metakern.meta.plan import Plan, Wishes
 from metakern.optim import SGD, InnerOptimizer
@@ -34,9 +33,9 @@ class MAML(nn.Module):
     "vmap" | "loop" and task_chunk (tasks at once) give the same numbers; "auto" chooses, and `maml.plan` says why.
     capture=True (on the CPU) records the kernels that the first meta-gradient calls for batches of a shape and runs
     them for the next ones in C++, without Python or autograd, a few tasks on each thread: the same numbers in less time
-    and memory, where shapes recur and model and loss are functions of tensors. A number that Python looks up elsewhere
-    would stay what it was; most of them are noticed (`metakern.meta.capture`), and a capture that an ordinary run does
-    not confirm is not used.
+    and memory, where shapes recur. What model and loss read beside tensors is guarded, what can't be guarded is not
+    captured, and uses 4, 8, 16, … are audited by an ordinary run (`metakern.meta.capture`). "auto" records at the third
+    call with batches of one kind and never warns; True warns where it can't capture.
 
     Calling it with support and query batches (trees of tensors, tasks along dimension 0) gives the mean query loss over
     tasks, whose `backward()` accumulates the meta-gradient into the parameters' `.grad`.
@@ -63,7 +62,7 @@ class MAML(nn.Module):
         strategy: str = "auto",
         batching: str = "auto",
         task_chunk: int | str = "auto",
-        capture: bool = False,
+        capture: bool | str = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -86,7 +85,7 @@ class MAML(nn.Module):
         """What was chosen for the last batch, and why."""
         if self._engine.last is None:
             raise RuntimeError("MAML: plan must be read after a batch was seen, got none: call maml(support, query)")
-        return self._engine.last.plan
+        return self._engine.last.explained
 
     def forward(self, support: Any, query: Any) -> Tensor:
         """The mean query loss over tasks, a scalar; with gradients enabled, its backward() is the meta-gradient."""
@@ -100,7 +99,7 @@ class MAML(nn.Module):
         losses = []
         run = partial(self._meta_gradient, prepared, 1 / tasks)
         if self.capture:
-            run = partial(prepared.captures, run, (tasks, *surroundings(self.model, self.inner, self.loss)))
+            run = partial(prepared.captures(self.capture), run, (tasks,))
         for found in prepared.by_chunks(run, support, query):
             losses.append(found[0])
             gradients = _add(gradients, found[1:])

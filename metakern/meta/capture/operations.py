@@ -1,98 +1,86 @@
-"""PyTorch's operations, and our kernels, as steps of a tape."""
+"""How each of PyTorch's operations, and our kernels, is lowered to instructions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metakern import _native
-from metakern.meta._unroll import _random_states, _set_random_states
+from metakern.meta.capture.lowering import COMPARISONS, FACTORIES, RULES, Lowering, LoweringError
 from metakern.ops import _checks
 
-if TYPE_CHECKING:
-    from metakern.meta.capture.tape import Writer
-
 _aten: Any = torch.ops.aten
-TYPES = {torch.float32: 0, torch.float64: 1, torch.int64: 2, torch.bool: 3}  # as csrc/pass.h numbers them
-COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-FLOAT_PASSES = {"div", "reciprocal", "power", "square", "sqrt", "rsqrt", "exp", "relu", "threshold_backward", "tanh"}
-FLOAT_PASSES |= {"tanh_backward", "sigmoid", "sigmoid_backward", "gelu", "gelu_backward", "silu", "silu_backward"}
-RANDOM_STATES: Any = (_random_states.__wrapped__, _set_random_states.__wrapped__)  # type: ignore[attr-defined]
-WRITERS: dict[Any, Callable[..., Any]] = {}  # of an operation: (writer, its arguments as layouts) -> its results
-FACTORIES: set[Any] = set()  # operations that make memory which others may write to
 
 
-class UnwritableError(Exception):
-    """What a tape can't do, or not as the program does it."""
-
-
-def _writes(*operations: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def decorated(writer: Callable[..., Any]) -> Callable[..., Any]:
-        WRITERS.update(dict.fromkeys(operations, writer))
-        return writer
+def _lowers(*operations: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def decorated(rule: Callable[..., Any]) -> Callable[..., Any]:
+        RULES.update(dict.fromkeys(operations, rule))
+        return rule
 
     return decorated
 
 
 def _makes(operation: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     FACTORIES.add(operation)
-    return _writes(operation)
+    return _lowers(operation)
 
 
-def _alike(w: Writer, x: Tensor, *others: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _alike(w: Lowering, x: Tensor, *others: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An elementwise result, of x's dtype, laid out as the first tensor of its shape."""
     shape = torch.broadcast_shapes(x.shape, *(other.shape for other in others))
     like = next((t for t in (x, *others) if t.shape == shape), None)
     return w.new(x.new_empty(shape, dtype=dtype) if like is None else torch.empty_like(like, dtype=dtype or x.dtype))
 
 
-for _name in ("relu", "exp", "sqrt", "rsqrt", "tanh", "sigmoid", "silu"):
-    _op, _in_place = getattr(_aten, _name).default, getattr(_aten, f"{_name}_").default
-    WRITERS[_op] = lambda w, x, name=_name: w.map(name, _alike(w, x), x)
-    WRITERS[_in_place] = lambda w, x, name=_name: w.map(name, x, x)
-for _name in ("tanh_backward", "sigmoid_backward", "silu_backward"):
-    _op = getattr(_aten, _name).default
-    WRITERS[_op] = lambda w, ct, x, name=_name: w.map(name, _alike(w, ct, x), ct, x)
+# PyTorch's operations that are one instruction of the same name: beside C++, the place to add one.
+ELEMENTWISE = (
+    *("relu", "exp", "sqrt", "rsqrt", "tanh", "sigmoid", "silu"),
+    *("tanh_backward", "sigmoid_backward", "silu_backward"),
+)
+for _name in ELEMENTWISE:
+    RULES[getattr(_aten, _name).default] = lambda w, *x, name=_name: w.map(name, _alike(w, *x), *x)
+    if hasattr(_aten, f"{_name}_"):
+        RULES[getattr(_aten, f"{_name}_").default] = lambda w, *x, name=_name: w.map(name, x[0], *x)
 for _name in COMPARISONS:
     _op = getattr(_aten, _name).Scalar
-    WRITERS[_op] = lambda w, x, s, name=_name: w.map(name, _alike(w, x, dtype=torch.bool), x, s=s)
+    RULES[_op] = lambda w, x, s, name=_name: w.map(name, _alike(w, x, dtype=torch.bool), x, s=s)
 
 
-@_writes(_aten.gelu.default)
-def _gelu(w: Writer, x: Tensor, approximate: str = "none") -> Tensor:
+@_lowers(_aten.gelu.default)
+def _gelu(w: Lowering, x: Tensor, approximate: str = "none") -> Tensor:
     if approximate != "none":
-        raise UnwritableError("gelu's tanh form")
+        raise LoweringError("gelu's tanh form")
     return w.map("gelu", _alike(w, x), x)
 
 
-@_writes(_aten.gelu_backward.default)
-def _gelu_backward(w: Writer, ct: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
+@_lowers(_aten.gelu_backward.default)
+def _gelu_backward(w: Lowering, ct: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
     if approximate != "none":
-        raise UnwritableError("gelu's tanh form")
+        raise LoweringError("gelu's tanh form")
     return w.map("gelu_backward", _alike(w, ct, x), ct, x)
 
 
-@_writes(_aten.threshold_backward.default)
-def _threshold_backward(w: Writer, ct: Tensor, x: Tensor, threshold: float) -> Tensor:
+@_lowers(_aten.threshold_backward.default)
+def _threshold_backward(w: Lowering, ct: Tensor, x: Tensor, threshold: float) -> Tensor:
     return w.map("threshold_backward", _alike(w, ct, x), ct, x, s=threshold)
 
 
-def _sum_of(w: Writer, out: Tensor, x: Tensor, y: Tensor | float, scale: float) -> Tensor:
+def _sum_of(w: Lowering, out: Tensor, x: Tensor, y: Tensor | float, scale: float) -> Tensor:
     """out = x + scale y."""
     return w.map("add", out, x, y, s=scale) if isinstance(y, Tensor) else w.affine(out, x, 1, scale * y)
 
 
-def _product_of(w: Writer, out: Tensor, x: Tensor, y: Tensor | float) -> Tensor:
+def _product_of(w: Lowering, out: Tensor, x: Tensor, y: Tensor | float) -> Tensor:
     return w.map("mul", out, x, y) if isinstance(y, Tensor) else w.affine(out, x, y, 0)
 
 
-def _quotient_of(w: Writer, out: Tensor, x: Tensor, y: Tensor | float) -> Tensor:
+def _quotient_of(w: Lowering, out: Tensor, x: Tensor, y: Tensor | float) -> Tensor:
     if not isinstance(y, Tensor) and not y:
-        raise UnwritableError("a division by zero")
+        raise LoweringError("a division by zero")
     return w.map("div", out, x, y) if isinstance(y, Tensor) else w.affine(out, x, 1 / y, 0.0)
 
 
@@ -100,15 +88,15 @@ def _binary(name: str, of: Callable[..., Tensor], *more: float) -> None:
     """x + alpha y and so on, new and in place, of a tensor or a number."""
     op, in_place = getattr(_aten, name), getattr(_aten, f"{name}_")
 
-    def write(w: Writer, x: Tensor, y: Any, alpha: float = 1) -> Tensor:
+    def write(w: Lowering, x: Tensor, y: Any, alpha: float = 1) -> Tensor:
         others = (y,) if isinstance(y, Tensor) else ()
         return of(w, _alike(w, x, *others), x, y, *(sign * alpha for sign in more))
 
-    def write_in_place(w: Writer, x: Tensor, y: Any, alpha: float = 1) -> Tensor:
+    def write_in_place(w: Lowering, x: Tensor, y: Any, alpha: float = 1) -> Tensor:
         return of(w, x, x, y, *(sign * alpha for sign in more))
 
-    _writes(op.Tensor, op.Scalar)(write)
-    _writes(in_place.Tensor, in_place.Scalar)(write_in_place)
+    _lowers(op.Tensor, op.Scalar)(write)
+    _lowers(in_place.Tensor, in_place.Scalar)(write_in_place)
 
 
 _binary("add", _sum_of, 1)
@@ -117,63 +105,65 @@ _binary("mul", _product_of)
 _binary("div", _quotient_of)
 
 
-@_writes(_aten.addcmul.default)
-def _addcmul(w: Writer, x: Tensor, y: Tensor, z: Tensor, value: float = 1) -> Tensor:
+@_lowers(_aten.addcmul.default)
+def _addcmul(w: Lowering, x: Tensor, y: Tensor, z: Tensor, value: float = 1) -> Tensor:
     return _sum_of(w, _alike(w, x, y, z), x, _product_of(w, _alike(w, y, z), y, z), value)
 
 
-@_writes(_aten.neg.default)
-def _neg(w: Writer, x: Tensor) -> Tensor:
+@_lowers(_aten.neg.default)
+def _neg(w: Lowering, x: Tensor) -> Tensor:
     return w.affine(_alike(w, x), x, -1, 0)
 
 
-@_writes(_aten.rsub.Scalar)
-def _rsub(w: Writer, x: Tensor, y: float, alpha: float = 1) -> Tensor:
+@_lowers(_aten.rsub.Scalar)
+def _rsub(w: Lowering, x: Tensor, y: float, alpha: float = 1) -> Tensor:
     return w.affine(_alike(w, x), x, -alpha, y)
 
 
-@_writes(_aten.reciprocal.default)
-def _reciprocal(w: Writer, x: Tensor) -> Tensor:
+@_lowers(_aten.reciprocal.default)
+def _reciprocal(w: Lowering, x: Tensor) -> Tensor:
     return w.map("reciprocal", _alike(w, x), x, s=1.0)
 
 
-@_writes(_aten.pow.Tensor_Scalar)
-def _pow(w: Writer, x: Tensor, exponent: float) -> Tensor:
+@_lowers(_aten.pow.Tensor_Scalar)
+def _pow(w: Lowering, x: Tensor, exponent: float) -> Tensor:
     out = _alike(w, x)
     if exponent == 1:
         return w.map("copy", out, x)
     return w.map("square", out, x) if exponent == 2 else w.map("power", out, x, s=exponent)
 
 
-@_writes(_aten.where.self)
-def _where(w: Writer, mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
+@_lowers(_aten.where.self)
+def _where(w: Lowering, mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
     if mask.dtype != torch.bool or x.dtype != y.dtype:
-        raise UnwritableError("where of several dtypes")
+        raise LoweringError("where of several dtypes")
     return w.map("where", _alike(w, x, y, mask), mask, x, y)
 
 
-@_writes(_aten.bitwise_and.Tensor, _aten.logical_and.default)
-def _and(w: Writer, x: Tensor, y: Tensor) -> Tensor:
+@_lowers(_aten.bitwise_and.Tensor, _aten.logical_and.default)
+def _and(w: Lowering, x: Tensor, y: Tensor) -> Tensor:
     if x.dtype != torch.bool:
-        raise UnwritableError("bits")
+        raise LoweringError("bits")
     return w.map("logical_and", _alike(w, x, y), x, y)
 
 
-@_writes(_aten.bitwise_or.Tensor, _aten.logical_or.default)
-def _or(w: Writer, x: Tensor, y: Tensor) -> Tensor:
+@_lowers(_aten.bitwise_or.Tensor, _aten.logical_or.default)
+def _or(w: Lowering, x: Tensor, y: Tensor) -> Tensor:
     if x.dtype != torch.bool:
-        raise UnwritableError("bits")
+        raise LoweringError("bits")
     return w.map("logical_or", _alike(w, x, y), x, y)
 
 
-@_writes(_aten.bitwise_not.default, _aten.logical_not.default)
-def _not(w: Writer, x: Tensor) -> Tensor:
+@_lowers(_aten.bitwise_not.default, _aten.logical_not.default)
+def _not(w: Lowering, x: Tensor) -> Tensor:
     if x.dtype != torch.bool:
-        raise UnwritableError("bits")
+        raise LoweringError("bits")
     return w.map("logical_not", _alike(w, x), x)
 
 
-def _reduced(w: Writer, x: Tensor, dim: int | Sequence[int] | None, keepdim: bool) -> tuple[list[int], Tensor, Tensor]:
+def _reduced(
+    w: Lowering, x: Tensor, dim: int | Sequence[int] | None, keepdim: bool
+) -> tuple[list[int], Tensor, Tensor]:
     """The dimensions (all, where none is named), the result with ones in their places, and the result."""
     named = [dim] if isinstance(dim, int) else dim or range(x.dim())
     dims = [d % x.dim() for d in named] if x.dim() else []
@@ -181,26 +171,26 @@ def _reduced(w: Writer, x: Tensor, dim: int | Sequence[int] | None, keepdim: boo
     return dims, wide, wide if keepdim else wide.squeeze(dims)
 
 
-@_writes(_aten.all.default, _aten.all.dim, _aten.all.dims)
-def _all(w: Writer, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+@_lowers(_aten.all.default, _aten.all.dim, _aten.all.dims)
+def _all(w: Lowering, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
     """A mask that is taken with each element in turn: along `dim` it has no stride."""
     if x.dtype != torch.bool:
-        raise UnwritableError("all of numbers")
+        raise LoweringError("all of numbers")
     _, wide, out = _reduced(w, x, dim, keepdim)
     w.map("fill", wide, s=1.0)
     w.map("logical_and", wide.expand(x.shape), wide.expand(x.shape), x)
     return out
 
 
-@_writes(_aten.sum.default, _aten.sum.dim_IntList)
-def _sum(w: Writer, x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+@_lowers(_aten.sum.default, _aten.sum.dim_IntList)
+def _sum(w: Lowering, x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
     dims, wide, out = _reduced(w, x, dim, keepdim)
     w.sum(wide, x, dims, 1.0, dtype)
     return out
 
 
-@_writes(_aten.mean.default, _aten.mean.dim)
-def _mean(w: Writer, x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+@_lowers(_aten.mean.default, _aten.mean.dim)
+def _mean(w: Lowering, x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
     dims, wide, out = _reduced(w, x, dim, keepdim)
     number = prod(x.shape[d] for d in dims)
     w.sum(wide, x, dims, 1 / number if number else torch.inf, dtype)
@@ -208,75 +198,75 @@ def _mean(w: Writer, x: Tensor, dim: Sequence[int] | None = None, keepdim: bool 
 
 
 @_makes(_aten.zeros.default)
-def _zeros(w: Writer, size: Sequence[int], **options: Any) -> Tensor:
+def _zeros(w: Lowering, size: Sequence[int], **options: Any) -> Tensor:
     dtype = options.get("dtype") or torch.get_default_dtype()
     return w.map("fill", w.new(torch.empty(size, dtype=dtype, device="meta")))
 
 
 @_makes(_aten.new_zeros.default)
-def _new_zeros(w: Writer, x: Tensor, size: Sequence[int], **options: Any) -> Tensor:
+def _new_zeros(w: Lowering, x: Tensor, size: Sequence[int], **options: Any) -> Tensor:
     return w.map("fill", w.new(x.new_empty(size, dtype=options.get("dtype"))))
 
 
 @_makes(_aten.new_full.default)
-def _new_full(w: Writer, x: Tensor, size: Sequence[int], value: float, **options: Any) -> Tensor:
+def _new_full(w: Lowering, x: Tensor, size: Sequence[int], value: float, **options: Any) -> Tensor:
     return w.map("fill", w.new(x.new_empty(size, dtype=options.get("dtype"))), s=value)
 
 
 @_makes(_aten.new_ones.default)
-def _new_ones(w: Writer, x: Tensor, size: Sequence[int], **options: Any) -> Tensor:
+def _new_ones(w: Lowering, x: Tensor, size: Sequence[int], **options: Any) -> Tensor:
     return _new_full(w, x, size, 1.0, **options)
 
 
 @_makes(_aten.zeros_like.default)
-def _zeros_like(w: Writer, x: Tensor, **options: Any) -> Tensor:
+def _zeros_like(w: Lowering, x: Tensor, **options: Any) -> Tensor:
     return w.map("fill", _alike(w, x, dtype=options.get("dtype")))
 
 
 @_makes(_aten.ones_like.default)
-def _ones_like(w: Writer, x: Tensor, **options: Any) -> Tensor:
+def _ones_like(w: Lowering, x: Tensor, **options: Any) -> Tensor:
     return w.map("fill", _alike(w, x, dtype=options.get("dtype")), s=1.0)
 
 
 @_makes(_aten.full_like.default)
-def _full_like(w: Writer, x: Tensor, value: float, **options: Any) -> Tensor:
+def _full_like(w: Lowering, x: Tensor, value: float, **options: Any) -> Tensor:
     return w.map("fill", _alike(w, x, dtype=options.get("dtype")), s=value)
 
 
 @_makes(_aten._new_zeros_with_same_feature_meta.default)
-def _zeros_for(w: Writer, x: Tensor, like: Tensor, self_num_batch_dims: int = 0) -> Tensor:
+def _zeros_for(w: Lowering, x: Tensor, like: Tensor, self_num_batch_dims: int = 0) -> Tensor:
     return w.map("fill", w.new(x.new_empty((*x.shape[:self_num_batch_dims], *like.shape))))
 
 
-@_writes(_aten.zero_.default)
-def _zero(w: Writer, x: Tensor) -> Tensor:
+@_lowers(_aten.zero_.default)
+def _zero(w: Lowering, x: Tensor) -> Tensor:
     return w.map("fill", x)
 
 
-@_writes(_aten.clone.default, _aten._to_copy.default)
-def _clone(w: Writer, x: Tensor, **kwargs: Any) -> Tensor:
+@_lowers(_aten.clone.default, _aten._to_copy.default)
+def _clone(w: Lowering, x: Tensor, **kwargs: Any) -> Tensor:
     memory_format = kwargs.get("memory_format") or torch.preserve_format
     out = torch.empty_like(x, dtype=kwargs.get("dtype") or x.dtype, memory_format=memory_format)
     return w.map("copy", w.new(out), x)
 
 
-@_writes(_aten.unsafe_split.Tensor)
-def _unsafe_split(w: Writer, x: Tensor, size: int, dim: int = 0) -> Any:
+@_lowers(_aten.unsafe_split.Tensor)
+def _unsafe_split(w: Lowering, x: Tensor, size: int, dim: int = 0) -> Any:
     return w.made(_aten.split.Tensor, x, size, dim)
 
 
-@_writes(_aten._unsafe_view.default)
-def _unsafe_view(w: Writer, x: Tensor, size: Sequence[int]) -> Tensor:
+@_lowers(_aten._unsafe_view.default)
+def _unsafe_view(w: Lowering, x: Tensor, size: Sequence[int]) -> Tensor:
     return w.made(_aten.view.default, x, size)
 
 
-@_writes(_aten.copy_.default)
-def _copy(w: Writer, x: Tensor, y: Tensor, non_blocking: bool = False) -> Tensor:
+@_lowers(_aten.copy_.default)
+def _copy(w: Lowering, x: Tensor, y: Tensor, non_blocking: bool = False) -> Tensor:
     return w.map("copy", x, y)
 
 
-@_writes(_aten.cat.default)
-def _cat(w: Writer, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+@_lowers(_aten.cat.default)
+def _cat(w: Lowering, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     tensors, start = [t for t in tensors if t.shape != (0,)] or tensors[:1], 0  # PyTorch skips empty vectors
     shape = list(tensors[0].shape)
     shape[dim] = sum(t.shape[dim] for t in tensors)
@@ -287,8 +277,8 @@ def _cat(w: Writer, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return out
 
 
-@_writes(_aten.stack.default)
-def _stack(w: Writer, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+@_lowers(_aten.stack.default)
+def _stack(w: Lowering, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     dim %= tensors[0].dim() + 1
     out = w.new(tensors[0].new_empty((*tensors[0].shape[:dim], len(tensors), *tensors[0].shape[dim:])))
     for i, t in enumerate(tensors):
@@ -296,35 +286,35 @@ def _stack(w: Writer, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return out
 
 
-@_writes(_aten.slice_backward.default)
-def _slice_backward(w: Writer, ct: Tensor, sizes: Sequence[int], dim: int, start: int, end: int, step: int) -> Tensor:
+@_lowers(_aten.slice_backward.default)
+def _slice_backward(w: Lowering, ct: Tensor, sizes: Sequence[int], dim: int, start: int, end: int, step: int) -> Tensor:
     out = w.map("fill", w.new(ct.new_empty(sizes)))
     w.map("copy", _aten.slice.Tensor(out, dim, start, end, step), ct)
     return out
 
 
-@_writes(_aten.select_backward.default)
-def _select_backward(w: Writer, ct: Tensor, sizes: Sequence[int], dim: int, index: int) -> Tensor:
+@_lowers(_aten.select_backward.default)
+def _select_backward(w: Lowering, ct: Tensor, sizes: Sequence[int], dim: int, index: int) -> Tensor:
     out = w.map("fill", w.new(ct.new_empty(sizes)))
     w.map("copy", out.select(dim, index), ct)
     return out
 
 
-@_writes(_aten.embedding.default)
-def _embedding(w: Writer, table: Tensor, index: Tensor, *_: Any) -> Tensor:
+@_lowers(_aten.embedding.default)
+def _embedding(w: Lowering, table: Tensor, index: Tensor, *_: Any) -> Tensor:
     return _rows(w, table, index)
 
 
-@_writes(_aten.index_select.default)
-def _index_select(w: Writer, table: Tensor, dim: int, index: Tensor) -> Tensor:
+@_lowers(_aten.index_select.default)
+def _index_select(w: Lowering, table: Tensor, dim: int, index: Tensor) -> Tensor:
     if dim % max(table.dim(), 1):
-        raise UnwritableError("index_select within rows")
+        raise LoweringError("index_select within rows")
     return _rows(w, table, index)
 
 
-def _rows(w: Writer, table: Tensor, index: Tensor) -> Tensor:
+def _rows(w: Lowering, table: Tensor, index: Tensor) -> Tensor:
     if index.dtype != torch.int64:
-        raise UnwritableError("rows by other than int64")
+        raise LoweringError("rows by other than int64")
     out = w.new(table.new_empty((*index.shape, *table.shape[1:])))
     row = prod(table.shape[1:]) * table.element_size()
     tensors = out, w.in_rows(table), w.in_rows(index)
@@ -332,28 +322,28 @@ def _rows(w: Writer, table: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-@_writes(_aten.index_add_.default)
-def _index_add(w: Writer, to: Tensor, dim: int, index: Tensor, source: Tensor, alpha: float = 1) -> Tensor:
+@_lowers(_aten.index_add_.default)
+def _index_add(w: Lowering, to: Tensor, dim: int, index: Tensor, source: Tensor, alpha: float = 1) -> Tensor:
     floats = to.is_floating_point() and to.dtype == source.dtype
     if dim % max(to.dim(), 1) or index.dtype != torch.int64 or not to.is_contiguous() or not floats:
-        raise UnwritableError("index_add_ within rows")
+        raise LoweringError("index_add_ within rows")
     is_double, sizes = to.dtype == torch.float64, (index.numel(), to.shape[0], prod(to.shape[1:]))
     tensors = to, w.in_rows(source), w.in_rows(index)
     w.call("add_rows", *tensors, arguments=lambda places: (is_double, places, *sizes, alpha))
     return to
 
 
-@_writes(_aten.embedding_dense_backward.default)
-def _embedding_backward(w: Writer, ct: Tensor, index: Tensor, rows: int, padding: int, by_frequency: bool) -> Tensor:
+@_lowers(_aten.embedding_dense_backward.default)
+def _embedding_backward(w: Lowering, ct: Tensor, index: Tensor, rows: int, padding: int, by_frequency: bool) -> Tensor:
     if by_frequency or padding >= 0:
-        raise UnwritableError("embedding's padding and frequencies")
+        raise LoweringError("embedding's padding and frequencies")
     out = w.map("fill", w.new(ct.new_empty(rows, ct.shape[-1])))
     return _index_add(w, out, 0, w.in_rows(index).view(-1), w.in_rows(ct).view(-1, ct.shape[-1]))
 
 
-@_writes(_native.product.__wrapped__)  # type: ignore[attr-defined]
+@_lowers(_native.product.__wrapped__)  # type: ignore[attr-defined]
 def _product(
-    w: Writer, a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False, scale: float = 1.0
+    w: Lowering, a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False, scale: float = 1.0
 ) -> Tensor:
     arranged = _native.arrange_product(a, b, add, reuse)
     for t, made in zip((a, b, add), arranged.tensors, strict=False):
@@ -364,39 +354,39 @@ def _product(
     return arranged.tensors[3]
 
 
-@_writes(_aten.bmm.default)
-def _bmm(w: Writer, a: Tensor, b: Tensor) -> Tensor:
+@_lowers(_aten.bmm.default)
+def _bmm(w: Lowering, a: Tensor, b: Tensor) -> Tensor:
     if a.dtype not in _native.DTYPES:
-        raise UnwritableError(f"products of {a.dtype}")
+        raise LoweringError(f"products of {a.dtype}")
     return _product(w, a, b)
 
 
-@_writes(_aten.mm.default)
-def _mm(w: Writer, a: Tensor, b: Tensor) -> Tensor:
+@_lowers(_aten.mm.default)
+def _mm(w: Lowering, a: Tensor, b: Tensor) -> Tensor:
     return _bmm(w, a.unsqueeze(0), b.unsqueeze(0)).squeeze(0)
 
 
-@_writes(_aten.baddbmm.default)
-def _baddbmm(w: Writer, add: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+@_lowers(_aten.baddbmm.default)
+def _baddbmm(w: Lowering, add: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
     if a.dtype not in _native.DTYPES:
-        raise UnwritableError(f"products of {a.dtype}")
+        raise LoweringError(f"products of {a.dtype}")
     add = add if beta == 1 else w.affine(_alike(w, add), add, beta, 0)
     return _product(w, a, b, add.expand(*a.shape[:2], b.shape[2]), scale=alpha)
 
 
-@_writes(_aten.addmm.default)
-def _addmm(w: Writer, add: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+@_lowers(_aten.addmm.default)
+def _addmm(w: Lowering, add: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
     full = add.expand(a.shape[0], b.shape[1])
     return _baddbmm(w, full.unsqueeze(0), a.unsqueeze(0), b.unsqueeze(0), beta, alpha).squeeze(0)
 
 
-@_writes(_native.call.__wrapped__)  # type: ignore[attr-defined]
-def _kernel(w: Writer, kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple:
+@_lowers(_native.call.__wrapped__)  # type: ignore[attr-defined]
+def _kernel(w: Lowering, kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple:
     signature = _native._signatures()[kernel]
     if any(
         a.indices and t is not None and t.dtype != torch.int64 for a, t in zip(signature.inputs, inputs, strict=True)
     ):
-        raise UnwritableError("indices other than int64")
+        raise LoweringError("indices other than int64")
     arranged = _native.arrange(kernel, *inputs)
     for t, made in zip(inputs, arranged.inputs, strict=True):
         w.copied(t, made)
@@ -413,9 +403,9 @@ def _kernel(w: Writer, kernel: str, *inputs: Tensor | None, scalars: Sequence[fl
     return arranged.outputs
 
 
-@_writes(_checks._below.__wrapped__)  # type: ignore[attr-defined]
-def _below(w: Writer, op: str, name: str, value: Tensor, high: int, ignored: int | None) -> None:
+@_lowers(_checks._below.__wrapped__)  # type: ignore[attr-defined]
+def _below(w: Lowering, op: str, name: str, value: Tensor, high: int, ignored: int | None) -> None:
     if value.dtype != torch.int64:
-        raise UnwritableError("indices other than int64")
+        raise LoweringError("indices other than int64")
     count = value.numel()
     w.call("check", w.in_rows(value), arguments=lambda places: (places[0], count, high, ignored or 0))

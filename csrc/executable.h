@@ -1,4 +1,4 @@
-// A tape: a sequence of kernel calls on memory that was laid out beforehand, run without Python.
+// An executable: instructions on memory that was laid out beforehand, run without Python.
 #pragma once
 
 #include <array>
@@ -13,18 +13,18 @@
 
 namespace metakern {
 
-// Where a tensor begins: so many bytes into a base. Base 0 is the tape's own memory, base -1 an absent tensor, the others
-// are told at each run.
+// Where a tensor begins: so many bytes into a base. Base 0 is the arena, base -1 an absent tensor; the addresses of the others
+// are given at each run.
 struct Place {
     int base;
     std::int64_t offset;
 };
 
-class Tape {
+class Executable {
 public:
-    Tape(std::int64_t bytes, int bases);
+    Executable(std::int64_t bytes, int bases);
 
-    // The steps, in their order. Whoever writes a tape has checked shapes and layouts; bases and counts are checked here.
+    // The instructions, in their order. Whoever lowers a program has checked shapes and layouts; bases and counts are checked here.
     void kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
                 std::vector<double> scalars);
     void product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
@@ -45,7 +45,7 @@ public:
 
     std::int64_t bytes() const { return bytes_; }
 
-    // Gives back the memory of all tapes, until one runs.
+    // Gives back the memory of all executables, until one runs.
     void release();
 
 private:

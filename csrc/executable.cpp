@@ -1,4 +1,4 @@
-#include "tape.h"
+#include "executable.h"
 
 #include <algorithm>
 #include <atomic>
@@ -16,8 +16,8 @@ struct CheckFailed {};
 
 }  // namespace
 
-// The memory of the runs side by side, one for all tapes that there are: it goes with the last of them.
-class Tape::Memory {
+// The memory of the runs side by side, one for all executables that there are: it goes with the last of them.
+class Executable::Memory {
 public:
     static std::shared_ptr<Memory> of_all() {
         static std::mutex mutex;
@@ -28,7 +28,7 @@ public:
         return memory;
     }
 
-    // Held while a tape runs; another Python thread's tape makes do with memory of its own.
+    // Held while an executable runs; one of another Python thread makes do with memory of its own.
     std::unique_lock<std::mutex> lock() { return std::unique_lock<std::mutex>(mutex_, std::try_to_lock); }
 
     void* piece(std::size_t i, std::int64_t bytes) {
@@ -57,9 +57,9 @@ private:
     std::vector<Piece> pieces_;
 };
 
-Tape::Tape(std::int64_t bytes, int bases) : bytes_(bytes), bases_(bases), memory_(Memory::of_all()) {}
+Executable::Executable(std::int64_t bytes, int bases) : bytes_(bytes), bases_(bases), memory_(Memory::of_all()) {}
 
-struct Tape::State {
+struct Executable::State {
     const std::uintptr_t* bases;
     int threads;
     const Isa& isa;
@@ -94,18 +94,18 @@ bool within(std::int64_t value, std::int64_t high) { return value >= 0 && value 
 
 }  // namespace
 
-void Tape::known(const Place& place, bool may_be_absent) const {
+void Executable::known(const Place& place, bool may_be_absent) const {
     if (place.base >= bases_ || place.base < -may_be_absent || place.offset < 0)
-        throw std::invalid_argument("tape: a place must be in one of " + std::to_string(bases_) + " bases, got base " +
+        throw std::invalid_argument("executable: a place must be in one of " + std::to_string(bases_) + " bases, got base " +
                                     std::to_string(place.base));
 }
 
-void Tape::kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
+void Executable::kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
                   std::vector<double> scalars) {
     const Entry& entry = isa_in_use().kernels.at(index);
     if (places.size() != entry.optional.size() || places.size() > kMostTensors || sizes.size() != entry.sizes ||
         scalars.size() != static_cast<std::size_t>(entry.kernel.scalars))
-        throw std::invalid_argument(std::string("tape: wrong numbers of arguments for ") + entry.kernel.name);
+        throw std::invalid_argument(std::string("executable: wrong numbers of arguments for ") + entry.kernel.name);
     for (std::size_t i = 0; i < places.size(); ++i) known(places[i], entry.optional[i]);
     steps_.push_back([=](const State& state) {
         void* tensors[kMostTensors];
@@ -114,7 +114,7 @@ void Tape::kernel(std::size_t index, bool is_double, std::vector<Place> places, 
     });
 }
 
-void Tape::product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
+void Executable::product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
                    const std::array<std::int64_t, 8>& s, double scale) {
     for (int i = 0; i < 4; ++i) known(places[i], i == 2);
     steps_.push_back([=](const State& state) {
@@ -125,7 +125,7 @@ void Tape::product(bool is_double, const std::array<Place, 4>& places, const std
     });
 }
 
-void Tape::pass(const std::string& name, int type, int reduced, const std::vector<Place>& places,
+void Executable::pass(const std::string& name, int type, int reduced, const std::vector<Place>& places,
                 const std::vector<std::int64_t>& sizes, const std::vector<std::vector<std::int64_t>>& strides,
                 const std::array<double, 2>& scalars) {
     static constexpr struct {
@@ -138,7 +138,7 @@ void Tape::pass(const std::string& name, int type, int reduced, const std::vecto
     };
     int number = 0;
     while (number < kPassNames && name != kPasses[number].name) ++number;
-    const auto refuse = [&](const char* what) { throw std::invalid_argument("tape: " + name + ": " + what); };
+    const auto refuse = [&](const char* what) { throw std::invalid_argument("executable: " + name + ": " + what); };
     if (number == kPassNames || type < 0 || type >= kPassTypes || !isa_in_use().pass.run[number][type])
         refuse("there is no such pass for the type");
     if (places.size() != kPasses[number].inputs + 1 || strides.size() != places.size()) refuse("wrong number of tensors");
@@ -176,7 +176,7 @@ void Tape::pass(const std::string& name, int type, int reduced, const std::vecto
     });
 }
 
-void Tape::take_rows(const std::array<Place, 3>& places, std::int64_t rows, std::int64_t table_rows, std::int64_t bytes) {
+void Executable::take_rows(const std::array<Place, 3>& places, std::int64_t rows, std::int64_t table_rows, std::int64_t bytes) {
     for (const Place& place : places) known(place);
     steps_.push_back([=](const State& state) {
         char* out = static_cast<char*>(state.at(places[0]));
@@ -189,7 +189,7 @@ void Tape::take_rows(const std::array<Place, 3>& places, std::int64_t rows, std:
     });
 }
 
-void Tape::add_rows(bool is_double, const std::array<Place, 3>& places, std::int64_t rows, std::int64_t to_rows,
+void Executable::add_rows(bool is_double, const std::array<Place, 3>& places, std::int64_t rows, std::int64_t to_rows,
                     std::int64_t D, double scale) {
     for (const Place& place : places) known(place);
     steps_.push_back([=](const State& state) {
@@ -199,7 +199,7 @@ void Tape::add_rows(bool is_double, const std::array<Place, 3>& places, std::int
     });
 }
 
-void Tape::check(Place value, std::int64_t count, std::int64_t high, std::int64_t ignored) {
+void Executable::check(Place value, std::int64_t count, std::int64_t high, std::int64_t ignored) {
     known(value);
     steps_.push_back([=](const State& state) {
         const auto* values = static_cast<const std::int64_t*>(state.at(value));
@@ -208,13 +208,13 @@ void Tape::check(Place value, std::int64_t count, std::int64_t high, std::int64_
     });
 }
 
-void Tape::release() { memory_->release(); }
+void Executable::release() { memory_->release(); }
 
-bool Tape::run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads) {
+bool Executable::run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads) {
     for (const auto& row : bases)
-        if (static_cast<int>(row.size()) != bases_) throw std::invalid_argument("tape: wrong number of bases");
+        if (static_cast<int>(row.size()) != bases_) throw std::invalid_argument("executable: wrong number of bases");
     struct Runs {
-        Tape& tape;
+        Executable& executable;
         std::vector<std::vector<std::uintptr_t>> bases;
         int threads;
         std::atomic<bool> held{true}, memory_ran_out{false};
@@ -229,7 +229,7 @@ bool Tape::run(const std::vector<std::vector<std::uintptr_t>>& bases, int thread
             auto& runs = *static_cast<Runs*>(context);
             const State state{runs.bases[static_cast<std::size_t>(i)].data(), runs.threads, isa_in_use()};
             try {  // nothing may leave a thread of OpenMP
-                for (const auto& step : runs.tape.steps_) step(state);
+                for (const auto& step : runs.executable.steps_) step(state);
             } catch (const CheckFailed&) {
                 runs.held = false;
             } catch (const std::bad_alloc&) {

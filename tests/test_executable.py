@@ -1,4 +1,4 @@
-"""Tapes compute what their programs do by every instruction set: every pass, on every layout; some have none."""
+"""Executables compute what their programs do by every instruction set: every pass, on every layout; some have none."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from torch import Tensor
 
 import metakern as mk
 from metakern import _native
-from metakern._record import record
 from metakern.meta import capture
-from metakern.meta.capture import tape as tapes
-from metakern.meta.capture.fuse import fused
+from metakern.meta.capture import lowering
+from metakern.meta.capture.executable import Executable
+from metakern.meta.capture.recorder import record
+from metakern.meta.capture.rewrite import rewritten
 from metakern.ops import _checks
 
 pytestmark = [
-    pytest.mark.skipif(_native.obstacle() is not None, reason="tapes are C++"),
+    pytest.mark.skipif(_native.obstacle() is not None, reason="executables are C++"),
     pytest.mark.usefixtures("isa"),
 ]
 aten: Any = torch.ops.aten
 Function = Callable[..., list[Tensor]]
 
 
-def taped(function: Function, *inputs: Tensor) -> tapes.Tape:
-    program, _ = record(lambda: function(*inputs), inputs, fused)
-    return tapes.Writer(inputs).tape(program)
+def lowered(function: Function, *inputs: Tensor) -> Executable:
+    program, _ = record(lambda: function(*inputs), inputs, rewritten)
+    return lowering.Lowering(inputs).executable(program)
 
 
 def check(function: Function, make: Callable[[], tuple[Tensor, ...]], tolerance: float = 1e-12) -> None:
-    """The tape, written for some inputs, on others: alone with threads of its own, and several side by side."""
-    tape, several = taped(function, *make()), [make() for _ in range(3)]
+    """The executable, lowered for some inputs, on others: alone with threads of its own, and several side by side."""
+    executable, several = lowered(function, *make()), [make() for _ in range(3)]
     truths = [function(*inputs) for inputs in several]
     for threads in (1, 3):
-        alone = [tape([inputs], threads) for inputs in several]
-        together = tape(several, threads)
+        alone = [executable([inputs], threads) for inputs in several]
+        together = executable(several, threads)
         assert together is not None
         for truth, one, found in zip(truths, alone, together, strict=True):
             assert one is not None
@@ -129,11 +130,11 @@ def test_passes_that_threads_share() -> None:
     check(function, lambda: (torch.randn(301, 257, dtype=torch.float64),), 1e-10)
 
 
-def test_seven_dimensions_have_no_tape() -> None:
+def test_seven_dimensions_have_no_executable() -> None:
     def function(x: Tensor) -> list[Tensor]:
         return [x.permute(6, 5, 4, 3, 2, 1, 0) * x]
 
-    assert tapes.written(record(lambda: function(x), [x := torch.randn([2] * 7)])[0], [x]) is None
+    assert lowering.lower(record(lambda: function(x), [x := torch.randn([2] * 7)])[0], [x]) is None
     check(lambda x: [x.permute(5, 4, 3, 2, 1, 0) * x], lambda: (torch.randn([2] * 6),))
 
 
@@ -197,12 +198,12 @@ def test_memory_is_given_out_again() -> None:
         return [x]
 
     x = torch.zeros(1024, dtype=torch.float64)
-    assert taped(function, x).bytes <= 4 * x.nbytes
+    assert lowered(function, x).bytes <= 4 * x.nbytes
 
 
 def test_random_layouts_of_memory_do_not_overlap() -> None:
     generator = torch.Generator().manual_seed(0)
-    arena, taken = tapes._Arena(), {}
+    arena, taken = lowering.Arena(), {}
     for _ in range(2000):
         if taken and torch.rand((), generator=generator) < 0.5:
             offset = list(taken)[int(torch.randint(len(taken), (), generator=generator))]
@@ -218,12 +219,12 @@ def test_random_layouts_of_memory_do_not_overlap() -> None:
 
 def test_what_a_program_only_reads_is_read_where_it_is_and_where_it_was() -> None:
     weight = torch.randn(4, 3, dtype=torch.float64)
-    tape, x = taped(lambda x: [x @ weight], torch.randn(2, 4, dtype=torch.float64)), torch.randn(2, 4).double()
+    executable, x = lowered(lambda x: [x @ weight], torch.randn(2, 4, dtype=torch.float64)), torch.randn(2, 4).double()
     weight.data = torch.randn(4, 3, dtype=torch.float64)
-    (found,) = tape([[x]], 1) or ([],)
+    (found,) = executable([[x]], 1) or ([],)
     torch.testing.assert_close(found[0], x @ weight)
     weight.data = torch.randn(3, 4, dtype=torch.float64).mT
-    assert tape([[x]], 1) is None
+    assert executable([[x]], 1) is None
 
 
 def test_a_check_that_fails_stops_the_run() -> None:
@@ -231,18 +232,18 @@ def test_a_check_that_fails_stops_the_run() -> None:
         _checks.below("op", "x", x, 5, -100)
         return [x + 1]
 
-    tape = taped(function, torch.tensor([1, -100]))
-    assert tape([[torch.tensor([4, -100])]], 1) is not None
+    executable = lowered(function, torch.tensor([1, -100]))
+    assert executable([[torch.tensor([4, -100])]], 1) is not None
     for wrong in ([5, 0], [-1, 0]):
-        assert tape([[torch.tensor([1, 1])], [torch.tensor(wrong)]], 2) is None
+        assert executable([[torch.tensor([1, 1])], [torch.tensor(wrong)]], 2) is None
 
 
 def test_rows_that_are_not_there_stop_the_run() -> None:
     for function in (lambda x, i: [x.index_select(0, i)], lambda x, i: [torch.zeros(3, 2).index_add_(0, i, x[:1])]):
-        tape = taped(function, torch.randn(3, 2), torch.tensor([0]))
-        assert tape([[torch.randn(3, 2), torch.tensor([2])]], 1) is not None
+        executable = lowered(function, torch.randn(3, 2), torch.tensor([0]))
+        assert executable([[torch.randn(3, 2), torch.tensor([2])]], 1) is not None
         for index in (-1, 3):
-            assert tape([[torch.randn(3, 2), torch.tensor([index])]], 1) is None
+            assert executable([[torch.randn(3, 2), torch.tensor([index])]], 1) is None
 
 
 @pytest.mark.parametrize(
@@ -256,53 +257,53 @@ def test_rows_that_are_not_there_stop_the_run() -> None:
         lambda x: [x.complex32() if hasattr(x, "complex32") else x.cfloat()],
     ],
 )
-def test_what_has_no_tape(function: Function) -> None:
+def test_what_has_no_executable(function: Function) -> None:
     x = torch.randn(3)
     program, _ = record(lambda: function(x), [x])
-    assert tapes.written(program, [x]) is None
+    assert lowering.lower(program, [x]) is None
 
 
-def test_wrong_tapes_are_refused() -> None:
+def test_wrong_executables_are_refused() -> None:
     C = _native._C
-    tape, place = C.Tape(64, 2), C.Place(0, 0)
+    executable, place = C.Executable(64, 2), C.Place(0, 0)
     for wrong in (C.Place(2, 0), C.Place(-1, 0), C.Place(0, -8)):
         with pytest.raises(ValueError, match="a place must be in one of 2 bases"):
-            tape.pass_("copy", 0, 0, [place, wrong], [1], [[1], [1]], (0.0, 0.0))
+            executable.pass_("copy", 0, 0, [place, wrong], [1], [[1], [1]], (0.0, 0.0))
     with pytest.raises(ValueError, match="no such pass"):
-        tape.pass_("nothing", 0, 0, [place], [1], [[1]], (0.0, 0.0))
+        executable.pass_("nothing", 0, 0, [place], [1], [[1]], (0.0, 0.0))
     with pytest.raises(ValueError, match="no such pass"):
-        tape.pass_("exp", 2, 0, [place, place], [1], [[1], [1]], (0.0, 0.0))
+        executable.pass_("exp", 2, 0, [place, place], [1], [[1], [1]], (0.0, 0.0))
     with pytest.raises(ValueError, match="wrong number of tensors"):
-        tape.pass_("copy", 0, 0, [place], [1], [[1]], (0.0, 0.0))
+        executable.pass_("copy", 0, 0, [place], [1], [[1]], (0.0, 0.0))
     with pytest.raises(ValueError, match="wrong number of dimensions"):
-        tape.pass_("fill", 0, 0, [place], [1] * 7, [[1] * 7], (0.0, 0.0))
+        executable.pass_("fill", 0, 0, [place], [1] * 7, [[1] * 7], (0.0, 0.0))
     with pytest.raises(ValueError, match="wrong number of strides"):
-        tape.pass_("fill", 0, 0, [place], [1], [[1, 1]], (0.0, 0.0))
+        executable.pass_("fill", 0, 0, [place], [1], [[1, 1]], (0.0, 0.0))
     with pytest.raises(ValueError, match="wrong numbers of arguments"):
-        tape.kernel(0, False, [place], [1], [])
+        executable.kernel(0, False, [place], [1], [])
     with pytest.raises(IndexError):
-        tape.kernel(10**6, False, [place], [1], [])
+        executable.kernel(10**6, False, [place], [1], [])
     with pytest.raises(ValueError, match="wrong number of bases"):
-        tape.run([[0]], 1)
+        executable.run([[0]], 1)
 
 
 @pytest.mark.parametrize("strategy", ["store", "recompute"])
 @pytest.mark.parametrize(
     ("name", "batching"), [kind for kind in KINDS if kind[0] not in ("gpt", "gpt-folded", "gru-2")]
 )
-def test_models_have_tapes(name: str, batching: str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And each piece's results are those of its program."""
+def test_models_have_executables(name: str, batching: str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each microbatch's results are those of its program."""
     model, loss, _, _, _ = build(name)
     batch = points if loss is regression_loss else tokens
     captured = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), steps=2, batching=batching, strategy=strategy, capture=True)
     played: list[int] = []
     play = capture._Captured.__call__
 
-    def noted(self: Any, pieces: list, threads: int) -> list:
-        found = play(self, pieces, threads)
-        if self.tape is not None:
-            assert self.tape(pieces, 1) is not None
-            played.append(len(pieces))
+    def noted(self: Any, microbatches: list, threads: int) -> list:
+        found = play(self, microbatches, threads)
+        if self.executable is not None:
+            assert self.executable(microbatches, 1) is not None
+            played.append(len(microbatches))
         return found
 
     monkeypatch.setattr(capture._Captured, "__call__", noted)

@@ -1,4 +1,4 @@
-"""Rewrites of a captured program, which then calls less and passes over memory less often.
+"""Rewrites of a program, which then makes fewer calls and reads memory less often: cse, and two fusions.
 
     y = f(x),  z = f(x)          ->   y = z = f(x)          small tensors, views and checks; a view of a view
     y = s x,   c = a y           ->   c = s (a x)           a number is a factor of the product of matrices
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from metakern import _native
-from metakern._record import Register, Step, registers, renamed
+from metakern.meta.capture.program import Register, Step, registers, renamed
 
 _PRODUCT: Any = _native.product.__wrapped__  # type: ignore[attr-defined]
 _aten = torch.ops.aten
@@ -27,12 +27,12 @@ _ADD, _VIEW = _aten.add.Tensor, _aten.view.default
 SMALL = 4096  # elements
 
 
-def fused(steps: list[Step], outputs: list[Any]) -> list[Step]:
+def rewritten(steps: list[Step], outputs: list[Any]) -> list[Step]:
     """The same program in fewer passes over memory."""
-    return _summed(_scaled(_shared(steps, outputs), outputs), outputs)
+    return fuse_sums(fuse_scales(cse(steps, outputs), outputs), outputs)
 
 
-def _shared(steps: list[Step], outputs: list[Any]) -> list[Step]:
+def cse(steps: list[Step], outputs: list[Any]) -> list[Step]:
     fixed = _written(steps) | set(registers(outputs))
     names: dict[Register, Register] = {}
     first: dict[Any, Step] = {}
@@ -42,7 +42,7 @@ def _shared(steps: list[Step], outputs: list[Any]) -> list[Step]:
         step = replace(step, args=renamed(step.args, names), kwargs=renamed(step.kwargs, names))
         made = list(registers(step.results))
         light = _is_view(step) or all(r.shape.numel() <= SMALL for r in made)
-        if light and not step.acts and fixed.isdisjoint(registers((step.args, step.kwargs, step.results))):
+        if light and not step.has_side_effects and fixed.isdisjoint(registers((step.args, step.kwargs, step.results))):
             if step.function is _VIEW and isinstance(step.args[0], Register):
                 base = bases[step.results] = bases.get(step.args[0], step.args[0])
                 if base.shape == step.results.shape:
@@ -66,7 +66,7 @@ def _hashable(value: Any) -> Any:
     return value if isinstance(value, Register) else id(value) if isinstance(value, Tensor) else (type(value), value)
 
 
-def _scaled(steps: list[Step], outputs: list[Any]) -> list[Step]:
+def fuse_scales(steps: list[Step], outputs: list[Any]) -> list[Step]:
     users, fixed = _users(steps), _written(steps) | set(registers(outputs))
     names: dict[Register, Register] = {}
     factors: dict[int, float] = defaultdict(lambda: 1.0)
@@ -109,7 +109,7 @@ def _products_of(y: Register, steps: list[Step], users: dict[Register, list[int]
     return found if len(found) == len(set(found)) else []
 
 
-def _summed(steps: list[Step], outputs: list[Any]) -> list[Step]:
+def fuse_sums(steps: list[Step], outputs: list[Any]) -> list[Step]:
     users, fixed = _users(steps), _written(steps) | set(registers(outputs))
     products = {step.results: i for i, step in enumerate(steps) if _can_add(step, users, fixed)}
     kept: list[Step | None] = []
@@ -130,7 +130,11 @@ def _summed(steps: list[Step], outputs: list[Any]) -> list[Step]:
 
 def _can_add(step: Step, users: dict[Register, list[int]], fixed: set[Register]) -> bool:
     """A product without a summand, whose one use is at hand and whose operands stay what they are."""
-    if step.function is not _PRODUCT or step.acts or any(arg is not None and arg is not False for arg in step.args[2:]):
+    if (
+        step.function is not _PRODUCT
+        or step.has_side_effects
+        or any(arg is not None and arg is not False for arg in step.args[2:])
+    ):
         return False
     return len(users[step.results]) == 1 and fixed.isdisjoint(registers((step.args, step.results)))
 

@@ -1,0 +1,167 @@
+"""Programs: the graph that a recorder makes, steps over registers, and the Python function that runs it.
+
+A program makes the recorded calls again, in their order, on other inputs of the same shapes: without the function's
+Python, without autograd, and each tensor is freed after its last use. Tensors that the function only reads (parameters,
+buffers) are read where they are, at each call. Everything else that it looked at (numbers, shapes, flags) is as it was
+in the recorded run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
+
+_aten = torch.ops.aten
+_SECOND_NAME = {_aten.detach.default, _aten.alias.default}
+# PyTorch's bindings of methods are faster than its operators' objects.
+_BINDINGS: dict[Any, Callable[..., Any]] = {
+    _aten.view.default: Tensor.view,
+    _aten.transpose.int: Tensor.transpose,
+    _aten.permute.default: Tensor.permute,
+    _aten.expand.default: Tensor.expand,
+    _aten.unsqueeze.default: Tensor.unsqueeze,
+    _aten.squeeze.dim: Tensor.squeeze,
+    _aten.add.Tensor: Tensor.add,
+    _aten.mul.Tensor: Tensor.mul,
+    _aten.mul.Scalar: Tensor.mul,
+}
+
+
+@dataclass(frozen=True)
+class Register:
+    """A tensor of a program."""
+
+    number: int
+    shape: torch.Size = field(compare=False)
+    dtype: torch.dtype = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A call with registers in the places of tensors.
+
+    One that has side effects does more than make its results out of what it reads: it writes to that, or has to do with
+    random numbers.
+    """
+
+    function: Callable[..., Any]
+    args: tuple
+    kwargs: dict[str, Any]
+    results: Any
+    has_side_effects: bool
+    writes: tuple[Register, ...]
+
+    @property
+    def checks(self) -> bool:
+        return self.results is None and not isinstance(self.function, OpOverload)
+
+
+Rewrite = Callable[[list[Step], list[Any]], list[Step]]  # of steps, given the outputs
+
+
+class Program:
+    """What was recorded: tensors in, tensors (or None) out."""
+
+    def __init__(self, inputs: list[Register], steps: list[Step], outputs: list[Any], rewrite: Rewrite) -> None:
+        self.made: list[Tensor] = []  # of numbers, in the recorded run
+        steps, self.outputs = _with_one_name(steps, outputs)
+        self.inputs = inputs
+        self.steps = dce(rewrite(dce(steps, self.outputs), self.outputs), self.outputs)
+        self._run = _compiled(inputs, self.steps, self.outputs)
+
+    @property
+    def constants(self) -> list[Tensor]:
+        """The tensors that the program reads at each call beside its inputs."""
+        found = [t for step in self.steps for t in tree_leaves((step.args, step.kwargs)) if isinstance(t, Tensor)]
+        return list({id(t): t for t in [*found, *(t for t in self.outputs if isinstance(t, Tensor))]}.values())
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            return self._run(*inputs)
+
+
+def registers(value: Any) -> Iterator[Register]:
+    if isinstance(value, Register):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from registers(part)
+
+
+def renamed(value: Any, names: dict[Register, Any]) -> Any:
+    if isinstance(value, Register):
+        return names.get(value, value)
+    if isinstance(value, dict):
+        return {key: renamed(v, names) for key, v in value.items()}
+    return type(value)(renamed(v, names) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _with_one_name(steps: list[Step], outputs: Any) -> tuple[list[Step], Any]:
+    """Without the calls that give a tensor a second name; its shape is changed under none of them."""
+    if any(torch.Tag.inplace_view in getattr(step.function, "tags", ()) for step in steps):
+        return steps, outputs
+    names: dict[Register, Any] = {}
+    kept = []
+    for step in steps:
+        step = replace(step, args=renamed(step.args, names), kwargs=renamed(step.kwargs, names))
+        if step.function in _SECOND_NAME and isinstance(step.args[0], Register):
+            names[step.results] = step.args[0]
+        else:
+            kept.append(replace(step, results=renamed(step.results, names)))
+    return kept, renamed(outputs, names)
+
+
+def dce(steps: list[Step], outputs: Any) -> list[Step]:
+    used, kept = set(registers(outputs)), []
+    for step in reversed(steps):
+        if step.has_side_effects or step.checks or used.intersection(registers(step.results)):
+            used.update(registers((step.args, step.kwargs)))
+            kept.append(step)
+    return kept[::-1]
+
+
+def _compiled(inputs: Sequence[Register], steps: Sequence[Step], outputs: Any) -> Callable[..., list[Tensor | None]]:
+    """The steps as one Python function, a line each, which forgets a tensor after the last line that reads it."""
+    constants: dict[str, Any] = {}
+
+    def constant(value: Any) -> str:
+        name = f"c{len(constants)}"
+        constants[name] = value
+        return name
+
+    def text(value: Any) -> str:
+        if isinstance(value, Register):
+            return f"r{value.number}"
+        if isinstance(value, list):
+            return f"[{', '.join(map(text, value))}]"
+        if isinstance(value, tuple):
+            return f"({''.join(f'{text(v)}, ' for v in value)})"
+        return repr(value) if value is None or isinstance(value, bool | int | str) else constant(value)
+
+    last: dict[Register, int] = {}
+    for i, step in enumerate(steps):
+        last.update(dict.fromkeys(registers((step.args, step.kwargs, step.results)), i))
+    for register in registers(outputs):
+        last[register] = len(steps)
+    functions: dict[Any, str] = {}
+    lines = [f"def run({', '.join(map(text, inputs))}):"]
+    for i, step in enumerate(steps):
+        if step.function not in functions:
+            direct = _BINDINGS.get(step.function) or getattr(step.function, "_op", step.function)
+            functions[step.function] = constant(direct)
+        args = [*map(text, step.args), *(f"{key}={text(value)}" for key, value in step.kwargs.items())]
+        results = list(registers(step.results))
+        to = f"{text(step.results).replace('None', '_')} = " if results else ""
+        mentioned = dict.fromkeys((*registers((step.args, step.kwargs)), *results))
+        dead = "".join(f"{text(r)} = " for r in mentioned if last[r] == i)
+        lines.append(f"    {to}{functions[step.function]}({', '.join(args)})")
+        lines += [f"    {dead}None"] * bool(dead)
+    lines.append(f"    return {text(outputs)}")
+    exec("\n".join(lines), constants)
+    return constants["run"]

@@ -1,0 +1,170 @@
+"""Recording: one run of a function of tensors becomes the sequence of kernel calls that it made.
+
+    program, outputs = record(function, inputs)          outputs = program(other_inputs)
+
+Recorded are PyTorch's operations below autograd and the calls of our own kernels (`metakern._record.recordable`).
+
+An operation whose result Python looks at (`.item()`, `.tolist()`, `.numpy()`, a mask's nonzero elements) can't be
+recorded, nor can one that writes to a tensor that outlives the run: RecordError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from metakern._record import Recording
+from metakern.meta.capture.program import Program, Register, Rewrite, Step, registers
+
+_aten = torch.ops.aten
+_LOOKS_AT_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_RANDOM = torch.Tag.nondeterministic_seeded
+_LIFTS = {_aten.lift_fresh.default, _aten.lift.default}
+_LEAVES_PYTORCH = {
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.storage,
+    Tensor.__reduce_ex__,
+}
+_MAKES_TENSORS = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor, Tensor.new}
+
+
+class RecordError(RuntimeError):
+    """What a function did that no program can do again."""
+
+
+def record(
+    function: Callable[[], Sequence[Tensor | None]],
+    inputs: Sequence[Tensor],
+    rewrite: Rewrite = lambda steps, outputs: steps,
+) -> tuple[Program, list[Tensor | None]]:
+    """Runs the function, which reads `inputs`; its program, rewritten, and its results. Raises RecordError."""
+    recorder, watcher = Recorder(inputs), _Watcher()
+    try:
+        with watcher, recorder:
+            results = list(function())
+        for error in (recorder.error, watcher.error):  # which the function may have caught
+            if error is not None:
+                raise error
+    except BaseException:
+        recorder.undo()
+        raise
+    program = Program(recorder.named(list(inputs)), recorder.steps, recorder.named(results), rewrite)
+    program.made = [*recorder.lifted, *watcher.made]
+    return program, results
+
+
+class _Watcher(TorchFunctionMode):
+    """Sees what the dispatcher doesn't: tensors that are made of numbers, and numbers that are made of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+        self.error: RecordError | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _LEAVES_PYTORCH:
+            self.error = RecordError(f"Python looks at the values of a tensor ({func.__name__})")
+            raise self.error
+        result = func(*args, **(kwargs or {}))
+        if func in _MAKES_TENSORS and isinstance(result, Tensor) and all(result is not arg for arg in args):
+            self.made.append(result)
+        return result
+
+
+class Recorder(Recording):
+    """Numbers every tensor that a call makes. It holds none: the run takes the memory that it takes without."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.steps: list[Step] = []
+        self.lifted: list[Tensor] = []
+        self._overwritten: list[tuple[Tensor, Tensor]] = []  # with what they were
+        self._own = {_storage(t) for t in inputs}  # memory that the run has made, or was given
+        self.error: RecordError | None = None
+        self._numbers, self._next = WeakTensorKeyDictionary(), count()
+        self._made(tuple(inputs))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # skipping it would import the compiler
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _LOOKS_AT_DATA.intersection(func.tags):
+            self.error = RecordError(f"Python looks at the values of a tensor ({func})")
+            raise self.error
+        if func in _LIFTS:
+            self.lifted.append(args[0])
+            self._own.add(_storage(args[0]))
+        return self.run(func, args, kwargs or {}, func._schema.is_mutable or _RANDOM in func.tags)
+
+    def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], has_side_effects: bool) -> Any:
+        """Calls the function and notes it; what it calls in turn is its own business."""
+        named_args, named_kwargs = self.named(args), self.named(kwargs)
+        before = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        with _disable_current_modes():
+            if isinstance(function, OpOverload) and function._schema.is_mutable:
+                self._keep(function, args, kwargs)
+            result = function(*args, **kwargs)
+        self._own |= {_storage(t) for t in tree_leaves(result) if isinstance(t, Tensor)} - before
+        named_result = self._made(result)
+        if isinstance(function, OpOverload):
+            marks = [a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments]
+            written = [named_kwargs.get(a.name) for a, w in zip(function._schema.arguments, marks, strict=True) if w]
+            written += [arg for arg, w in zip(named_args, marks, strict=False) if w]
+        else:
+            made = {_memory(t) for t in tree_leaves(result) if isinstance(t, Tensor)}
+            pairs = zip(args, named_args, strict=True)
+            written = [name for arg, name in pairs if isinstance(arg, Tensor) and _memory(arg) in made - {0}]
+        writes = tuple(registers(written))
+        self.steps.append(
+            Step(function, named_args, named_kwargs, named_result, has_side_effects or bool(writes), writes)
+        )
+        return result
+
+    def _keep(self, function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
+        """What the operation is about to overwrite, where that was there before the run: an error, at its end."""
+        for i, argument in enumerate(function._schema.arguments):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for t in tree_leaves(value):
+                    if isinstance(t, Tensor) and _storage(t) not in self._own:
+                        self._overwritten.append((t, t.clone()))
+                        self.error = RecordError(f"it writes to a tensor {list(t.shape)} that it did not make")
+
+    def undo(self) -> None:
+        for t, was in reversed(self._overwritten):
+            with torch.no_grad():
+                t.copy_(was)
+
+    def named(self, value: Any) -> Any:
+        """The value with registers for the tensors that are known; the others are read where they are."""
+        if isinstance(value, Tensor):
+            return self._numbers.get(value, value)
+        if isinstance(value, list | tuple):
+            return [self.named(v) for v in value] if isinstance(value, list) else tuple(map(self.named, value))
+        return {key: self.named(v) for key, v in value.items()} if isinstance(value, dict) else value
+
+    def _made(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._numbers.setdefault(value, Register(next(self._next), value.shape, value.dtype))  # or known
+        return tuple(map(self._made, value)) if isinstance(value, list | tuple) else None
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
