@@ -45,7 +45,7 @@ from metakern.meta._fold import FoldError
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}  # relative
 NUDGE = {torch.float64: 1e-13, torch.float32: 1e-6}  # what a rounding may do to a parameter
-FORWARDS = {"last", "calls"}  # attributes that a forward changes
+FORWARDS = {"last", "calls", "_flat_weight_refs"}  # attributes that a forward changes
 OWN_WORDS = re.compile(r"(?!vmap)[A-Za-z_]\w*: ")
 TIMEOUT = 120  # seconds, for a run
 
@@ -74,7 +74,7 @@ class Options:
 class Run:
     """One run: two worlds from one seed, and calls of one MAML."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, capture: bool = True) -> None:
         self.seed, self.r, self.outcome = seed, Random(f"run {seed}"), Outcome(seed)
         r = self.r
         self.options = Options(
@@ -96,15 +96,16 @@ class Run:
         for key in self.sizes.keys:
             self.sizes.keys[key] = r.random() < 0.15
         if self.ours.draws:
-            self.sizes.tasks, self.options.batching, self.options.capture = 1, "loop", False
+            self.sizes.tasks, self.options.batching = 1, "loop"
+        if self.ours.draws or not capture:
+            self.options.capture = False
         self.story = [str(self.options), *self.ours.names, f"{self.sizes}"]
 
     def go(self) -> Outcome:
         try:
             self._go()
-        except Exception as error:  # of the campaign's own: a failure, too
-            self.outcome.failures.append(("internal", f"the campaign: {type(error).__name__}: {error}"))
-            raise
+        except Exception as error:  # of the campaign's own
+            self._note("internal", f"the campaign: {type(error).__name__}: {error}")
         return self.outcome
 
     def _go(self) -> None:
@@ -156,7 +157,10 @@ class Run:
                 change(world, Random(f"{self.seed} {call}"))
         self.story.append(f"then {change.__name__}")
         maml, ours = self.maml, self.ours
-        maml.steps, maml.first_order, maml.loss = ours.steps, ours.first_order, ours.loss.function
+        maml.steps, maml.first_order = ours.steps, ours.first_order
+        if ours.loss is not before[0]:
+            del maml.loss  # a module's place takes nothing but modules
+            maml.loss = ours.loss.function
         if ours.inner is not before[1]:
             maml.inner = ours.inner.metakern()
             maml.inner.prepare(
@@ -445,26 +449,26 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 }
 
 
-def run(seed: int) -> Outcome:
-    """One run; what it prints or warns of is of no interest."""
+def run(seed: int, capture: bool = True) -> Outcome:
+    """One run, of whose warnings nothing is said; without `capture` nothing is captured."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Run(seed).go()
+        return Run(seed, capture).go()
 
 
-def _work(pipe: Connection, seeds: Sequence[int]) -> None:
+def _work(pipe: Connection, seeds: Sequence[int], capture: bool) -> None:
     torch.set_num_threads(1)
     for seed in seeds:
-        pipe.send(run(seed))
+        pipe.send(run(seed, capture))
 
 
-def outcomes(seeds: Sequence[int]) -> Iterator[Outcome]:
+def outcomes(seeds: Sequence[int], capture: bool = True) -> Iterator[Outcome]:
     """Those of all seeds, from a process that is begun again where it dies."""
     rest = list(seeds)
     context = multiprocessing.get_context("spawn")
     while rest:
         here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there, rest), daemon=True)
+        process = context.Process(target=_work, args=(there, rest, capture), daemon=True)
         process.start()
         there.close()
         try:
@@ -486,9 +490,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=300, help="how many (300)")
     parser.add_argument("--seed", type=int, default=0, help="of the first one (0)")
     parser.add_argument("--refusals", action="store_true", help="one line for each error that refused a run, too")
+    parser.add_argument("--no-capture", action="store_true", help="without captured programs")
     options = parser.parse_args(arguments)
+    seeds = range(options.seed, options.seed + options.runs)
     begun, kinds, batchings, calls, refused = time.monotonic(), Counter[str](), Counter[str](), 0, 0
-    for done, outcome in enumerate(outcomes(range(options.seed, options.seed + options.runs)), 1):
+    for done, outcome in enumerate(outcomes(seeds, not options.no_capture), 1):
         calls, refused = calls + outcome.calls, refused + len(outcome.refusals)
         batchings.update(outcome.batchings)
         for kind, what in outcome.failures[:1]:

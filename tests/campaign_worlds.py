@@ -574,7 +574,7 @@ def inner(r: Random) -> Inner:
         numbers |= {"alpha": 0.8, "eps": 0.05}
     elif kind == "Adagrad":
         numbers |= {"eps": 0.05}
-    if r.random() < 0.4:
+    if r.random() < 0.4 or kind == "AdamW":
         numbers["weight_decay"] = 0.1
     if kind in ("SGD", "NormalizedSGD", "RMSprop") and r.random() < 0.4:
         numbers["momentum"] = 0.7
@@ -783,7 +783,7 @@ def body_forward(world: World, r: Random) -> None:
 
 
 def frozen(world: World, r: Random) -> None:
-    if world.extra == "lora":
+    if world.extra == "lora" or world.inner.per != "all":
         return
     named = dict(world.model.named_parameters())
     for name in r.sample(sorted(named), len(named) // 2):

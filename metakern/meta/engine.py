@@ -100,7 +100,7 @@ class Engine:
         self._volatile |= found.changed & before.keys()
         for i, leaf in enumerate(found.outside):
             roles.shared[f"(loss) {i}"] = leaf  # type: ignore[assignment]
-        unroll = Unroll(found.batching, inner, steps, first_order, found.plan.hvp, found.python)
+        unroll = Unroll(found.batching, inner, steps, first_order, found.plan.hvp, found.python, found.graph)
 
         def again(failed: str) -> Prepared:
             return self._made(loss, inner, steps, first_order, outer, batches, [*without, failed])
@@ -158,6 +158,8 @@ class Prepared:
     def _take(self, found: Found, unroll: Unroll, parameters: Parameters) -> None:
         self.plan, self.unroll, self.parameters, self._draws = found.plan, unroll, parameters, found.draws
         self.captures, self.numbers = Captures(), tuple[Any, ...]()
+        modules = dict.fromkeys(m for root in (parameters.model, *modules_of(self.loss)) for m in root.modules())
+        self._keeping = [(vars(m), name) for m in modules for place, name in found.changed if place == id(m)]
         self.shared: list[Tensor] = list(parameters.shared.values())
         self.outer: list[Tensor] = [*parameters.adapted.values(), *self.shared, *unroll.inner.hyper_parameters()]
 
@@ -174,7 +176,7 @@ class Prepared:
             tried = ceil((tasks - start) / chunks)
             part = slice(start, start + tried)
             try:
-                with running(self.parameters.model), exact_kernels(self.parameters.model):
+                with running(self.parameters.model), exact_kernels(self.parameters.model), self._no_tensors_kept():
                     chunk = [select(batch, part) for batch in batches]
                     self._confirm(chunk)
                     result = compute(*chunk)
@@ -190,6 +192,21 @@ class Prepared:
                 continue
             yield result
             start = part.stop
+
+    @contextmanager
+    def _no_tensors_kept(self) -> Iterator[None]:
+        """Tensors that a forward pass keeps as attributes, of all tasks here, give way to what was there before."""
+        before = [attributes.get(name, self) for attributes, name in self._keeping]
+        try:
+            yield
+        finally:
+            for (attributes, name), value in zip(self._keeping, before, strict=True):
+                if not isinstance(attributes.get(name), Tensor):
+                    continue
+                if value is self:  # there was none
+                    del attributes[name]
+                else:
+                    attributes[name] = value
 
     def _replan(self, why: str) -> None:
         """Takes the next batching, where this one can't serve a batch that it was made for."""
@@ -209,7 +226,7 @@ class Prepared:
             tasks, theta = tasks_of(batch), self.theta(tasks_of(batch))
             state = ModuleState(self.parameters.model.modules())
             tolerance = 1e-3 if theta[0].dtype in (torch.float32, torch.float64) and not _autocast() else 5e-2
-            with undisturbed(theta[0].device), torch.no_grad(), comparable():
+            with undisturbed(theta[0].device), torch.set_grad_enabled(self.unroll.graph), comparable():
                 batching.fold.within = comparable  # a mode does not reach through the step out of vmap
                 try:
                     with Alike(tasks) if self._draws else nullcontext():

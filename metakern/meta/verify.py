@@ -76,6 +76,7 @@ class Trial:
         self.outside: list[Tensor] = []  # leaves that the loss reaches, which are parameters of neither
         self.draws: list[list[tuple[str, int]]] = []  # of each batch, what a task draws
         self.python = False  # whether Python's or NumPy's generators are drawn from
+        self.graph = False  # whether the loss takes derivatives itself, so that it has none under `no_grad`
         self.batches: list[Any] = []
         self.changed: set[tuple[int, str]] = set()  # attributes of modules, (id, name), that a forward pass changes
         self.lost = ""  # "surrogate" where the gradient is no slope, "lost" where the second order alone is none
@@ -129,10 +130,19 @@ class Trial:
                 if again == 2:
                     raise
                 continue
+            self.graph |= self._needs_graph(pair)
             self.batches.append(pair)
             self.apart.append(any(not torch.equal(t[0], t[1]) for t in tensors(pair)))
             self.truths.append(truth)
             return
+
+    def _needs_graph(self, batch: Any) -> bool:
+        try:
+            with self.steady(), torch.no_grad(), self.roles.bound([p[0] for p in self.phi]):
+                self.loss(self.roles.model, select(batch, 0))
+        except Exception:  # which it did not raise with a graph
+            return True
+        return False
 
     @contextmanager
     def steady(self) -> Iterator[None]:
@@ -316,7 +326,7 @@ class Trial:
             index = torch.arange(tasks, device=self.phi[0].device) % 2
             batching.fold.recording = True
             try:
-                with self.steady(), torch.no_grad():
+                with self.steady(), torch.set_grad_enabled(self.graph):
                     batching.losses([p[index] for p in self.phi], select(batch, index))
             finally:
                 batching.fold.recording = False
@@ -446,7 +456,8 @@ def _unchanged(buffers: dict[str, tuple[Tensor, Tensor]]) -> None:
 
 def _leaf_number() -> int:
     """A number below those of all nodes of autograd's graph that are still to be made."""
-    return (torch.ones((), requires_grad=True) * 1).grad_fn._sequence_nr()  # type: ignore[union-attr]
+    with torch.enable_grad():  # `no_grad` may be the caller's
+        return (torch.ones((), requires_grad=True) * 1).grad_fn._sequence_nr()  # type: ignore[union-attr]
 
 
 class _Roundings(TorchDispatchMode):
