@@ -5,8 +5,8 @@
 
 A run draws a model, a loss, an inner optimizer and settings (`campaign_worlds`), and makes two to four calls of one
 `metakern.MAML`, with a change between them. After each call the value and the meta-gradient must be those of plain
-autograd in float64 (`campaign_truth`), or an error of metakern's own words was raised; and model, loss, optimizer, batch
-and random states must be what they were. Everything else is a failure:
+autograd in float64 (`campaign_truth`), or an error of metakern's own words was raised; and model, loss, optimizer,
+batch and random states must be what they were. Everything else is a failure:
 
     different   another number, without a word
     internal    an error that is not metakern's to its user: a KeyError, a FoldError although another batching is exact
@@ -135,11 +135,8 @@ class Run:
 
     def _rates(self, inner: nn.Module) -> None:
         """Gives the learned hyper-parameters of both worlds other values than those that they start with."""
-        model, adapt = self.truth.model, self.truth.adapt
         with default_dtype(torch.float64):
-            self.truth.inner.prepare(
-                {n: p for n, p in model.named_parameters() if p.requires_grad and (adapt is None or adapt(n))}
-            )
+            self.truth.inner.prepare(self.truth.adapted())
         leaves = list(self.truth.inner.leaves.values())
         for i, (mine, leaf) in enumerate(zip(inner.parameters(), leaves, strict=True)):
             factor = 1 + 0.2 * worlds.normal(leaf.detach(), f"{self.seed} rate {i}")
@@ -147,7 +144,7 @@ class Run:
             leaf.data = mine.data.double()
 
     def _change(self, call: int) -> None:
-        change = self.r.choice(worlds.CHANGES)
+        change = worlds.change(self.truth, self.r)
         if self.r.random() < 0.3:
             self._other_batches()
         before = self.ours.loss, self.ours.inner, self.ours.dtype
@@ -163,9 +160,7 @@ class Run:
             maml.loss = ours.loss.function
         if ours.inner is not before[1]:
             maml.inner = ours.inner.metakern()
-            maml.inner.prepare(
-                {n: p for n, p in ours.model.named_parameters() if p.requires_grad and (not ours.adapt or ours.adapt(n))}
-            )
+            maml.inner.prepare(ours.adapted())
             self._rates(maml.inner)
         if ours.loss is not before[0]:
             self._same_dtype()
@@ -504,7 +499,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\rseed {outcome.seed}: refused: {what.splitlines()[0]}{what[-300:]!r}", flush=True)
         seconds = time.monotonic() - begun
         left = seconds / done * (options.runs - done)
-        sys.stderr.write(f"\r{done}/{options.runs} runs, {done / seconds:.1f}/s, {left:.0f} s left, {sum(kinds.values())} failed ")
+        failed = sum(kinds.values())
+        sys.stderr.write(f"\r{done}/{options.runs} runs, {done / seconds:.1f}/s, {left:.0f} s left, {failed} failed ")
         sys.stderr.flush()
     taken = ", ".join(f"{name} {n}" for name, n in batchings.most_common())
     print(f"\n{options.runs} runs, {calls} calls ({taken}), {refused} refused by an error, failures: {dict(kinds)}")

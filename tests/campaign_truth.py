@@ -154,7 +154,7 @@ def length(tensors: Sequence[Tensor]) -> Tensor:
 
 @dataclass
 class Answer:
-    """Query losses [T], and gradients of their mean: of parameters by name, hyper-parameters, and leaves of the loss."""
+    """Query losses [T]; gradients of their mean, of parameters, hyper-parameters, leaves of the loss; phi by name."""
 
     losses: Tensor
     gradients: list[Tensor | None]

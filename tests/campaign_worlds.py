@@ -645,6 +645,11 @@ class World:
             self.adapt = None
         self.steps, self.first_order = r.choice([0, 1, 1, 2, 3]), r.random() < 0.15
 
+    def adapted(self) -> dict[str, nn.Parameter]:
+        """The parameters that the inner loop changes, by name."""
+        named = self.model.named_parameters()
+        return {n: p for n, p in named if p.requires_grad and (self.adapt is None or self.adapt(n))}
+
     def _lora(self, linear: list[str], seed: int) -> None:
         """LoRA; for the truth by its formula."""
         self.extra = "lora"
@@ -825,25 +830,31 @@ def nothing(world: World, r: Random) -> None:
     """Another batch alone."""
 
 
-CHANGES: tuple[Change, ...] = (
-    nothing,
-    weights,
-    weights,
-    mode,
-    mode,
-    mode_of_one,
-    flag,
-    number,
-    config,
-    function,
-    tensor,
-    activations,
-    body_forward,
-    frozen,
-    other_loss,
-    attribute_of_loss,
-    other_inner,
-    steps,
-    order,
-    dtype,
-)
+# Each with the kinds of modules that it is about: it is drawn for models that have one.
+CHANGES: dict[Change, tuple[type[nn.Module], ...]] = {
+    nothing: (nn.Module,),
+    weights: (nn.Module,),
+    mode: (nn.Module,),
+    mode_of_one: (nn.Module,),
+    flag: (Flagged, Centered),
+    number: (Scaled, Threshold, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LeakyReLU, nn.ELU),
+    config: (Configured,),
+    function: (Acting,),
+    tensor: (Masking, Buffered, Residual, Raw),
+    activations: tuple(kind for kind in ACTIVATIONS if kind is not nn.PReLU),
+    body_forward: (nn.Module,),
+    frozen: (nn.Module,),
+    other_loss: (nn.Module,),
+    attribute_of_loss: (nn.Module,),
+    other_inner: (nn.Module,),
+    steps: (nn.Module,),
+    order: (nn.Module,),
+    dtype: (nn.Module,),
+}
+
+
+def change(world: World, r: Random) -> Change:
+    """One that the model has something for; those of a few models alone are as likely as all others."""
+    rare = [c for c, kinds in CHANGES.items() if nn.Module not in kinds and parts(world, *kinds)]
+    common = [c for c, kinds in CHANGES.items() if nn.Module in kinds]
+    return r.choice(rare if rare and r.random() < 0.5 else common)

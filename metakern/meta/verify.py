@@ -130,6 +130,9 @@ class Trial:
                 if again == 2:
                     raise
                 continue
+            losses = cast(Tensor, truth[0][0])
+            if not losses.isfinite().all():
+                raise ValueError(f"MAML: loss must be finite for a plan to be verified, got {losses.tolist()}")
             self.graph |= self._needs_graph(pair)
             self.batches.append(pair)
             self.apart.append(any(not torch.equal(t[0], t[1]) for t in tensors(pair)))
@@ -337,11 +340,15 @@ class Trial:
         low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.roles.model.parameters())
         tolerance = TOLERANCE if self.phi[0].dtype == torch.float64 else 5e-2 if low else 1e-3
         norms = [0.0 if t is None else t.norm().item() for t in truth]
+        # Derivatives that are zero but for rounding, as of a centered batch of one, have no relative error.
+        size = norm([cast(Tensor, self.truths[0][0][0])]) if self.truths else 0.0
+        rounding = 100 * torch.finfo(self.phi[0].dtype).eps * size / max(norm(self.phi), 1.0)
+        floor = max(1e-3 * max(norms), rounding / tolerance, 1e-30)
         for i, (a, b) in enumerate(zip(found, truth, strict=True)):
             if a is None and b is None:
                 continue
             a, b = _aligned(a, b)
-            error = (a - b).norm().item() / max(norms[i], 1e-3 * max(norms), 1e-30)
+            error = (a - b).norm().item() / max(norms[i], floor)
             if not error <= tolerance:
                 raise MismatchError(f"its {what} differs from plain autograd's by {error:.0e}")
             self.worst = max(self.worst, error)
