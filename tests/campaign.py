@@ -78,7 +78,7 @@ class Run:
         self.seed, self.r, self.outcome = seed, Random(f"run {seed}"), Outcome(seed)
         r = self.r
         self.options = Options(
-            r.choice(["auto", "auto", "auto", "fold", "vmap", "loop"]),
+            r.choice([*["auto"] * 5, "fold", "vmap", "loop"]),
             r.choice(["auto", "store", "recompute"]),
             r.choice(["auto", "auto", 1, 2]),
             r.choice([False, False, False, True, "auto"]),
@@ -87,14 +87,14 @@ class Run:
             self.ours, self.truth = World(seed, True), World(seed, False)
         assert len(self.ours.names) == len(self.truth.names), "the worlds must be alike"
         self.sizes = Sizes(
-            r.choice([1, 1, 2, 3, 5]),
-            r.choice([1, 2, 3, 6]),
+            r.choice([1, 2, 3, 4]),
+            r.choice([1, 2, 2, 3, 6]),
             r.choice([1, 2, 3, 6]),
             r.choice(list(worlds.CONTAINERS)),
-            r.choice(["random", "random", "random", "equal", "zeros", "constant", "whole"]),
+            r.choice(["random", "random", "equal", "zeros", "constant", "whole"]),
         )
         for key in self.sizes.keys:
-            self.sizes.keys[key] = r.random() < 0.15
+            self.sizes.keys[key] = r.random() < 0.2
         if self.ours.draws:
             self.sizes.tasks, self.options.batching = 1, "loop"
         if self.ours.draws or not capture:
@@ -121,7 +121,7 @@ class Run:
         maml = mk.MAML(
             ours.model,
             ours.loss.function,
-            inner=ours.inner.metakern(),
+            inner=self._inner(),
             steps=ours.steps,
             first_order=ours.first_order,
             adapt=ours.adapt,
@@ -132,6 +132,10 @@ class Run:
         )
         self._rates(maml.inner)
         return maml
+
+    def _inner(self) -> mk.optim.InnerOptimizer:
+        with default_dtype(torch.float64):  # that of what it learns, until the model has another
+            return self.ours.inner.metakern()
 
     def _rates(self, inner: nn.Module) -> None:
         """Gives the learned hyper-parameters of both worlds other values than those that they start with."""
@@ -147,6 +151,8 @@ class Run:
         change = worlds.change(self.truth, self.r)
         if self.r.random() < 0.3:
             self._other_batches()
+        elif self.r.random() < 0.5:
+            self.sizes.style = "random"
         before = self.ours.loss, self.ours.inner, self.ours.dtype
         for world in (self.ours, self.truth):
             with default_dtype(torch.float64):
@@ -159,7 +165,7 @@ class Run:
             del maml.loss  # a module's place takes nothing but modules
             maml.loss = ours.loss.function
         if ours.inner is not before[1]:
-            maml.inner = ours.inner.metakern()
+            maml.inner = self._inner()
             maml.inner.prepare(ours.adapted())
             self._rates(maml.inner)
         if ours.loss is not before[0]:

@@ -199,6 +199,24 @@ class Centered(Wrapped):
         return h - h.mean(0) if self.on else h
 
 
+class CenteredInput(Wrapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x - x.mean(0) if x.is_floating_point() else x)
+
+
+class Averaging(Wrapped):
+    """Has a buffer that changes in training mode, which metakern refuses."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__(body)
+        self.register_buffer("average", torch.zeros(()))
+
+    def after(self, h: Tensor) -> Tensor:
+        if self.training:
+            self.average.mul_(0.9).add_(h.detach().mean(), alpha=0.1)
+        return h
+
+
 class Flagged(Wrapped):
     """What it does with a batch depends on a flag."""
 
@@ -217,7 +235,7 @@ class Training(Wrapped):
 
 class SizeDependent(Wrapped):
     def after(self, h: Tensor) -> Tensor:
-        return h * 2 if h.shape[0] > 4 else h
+        return h * 2 if h.shape[0] > 6 else h
 
 
 class Scaled(Wrapped):
@@ -326,8 +344,12 @@ def replaced(body: nn.Module) -> nn.Module:
 
 WRAPPERS: tuple[Callable[[nn.Module], nn.Module], ...] = (
     Centered,
+    CenteredInput,
+    Averaging,
     Flagged,
     Training,
+    Training,
+    SizeDependent,
     SizeDependent,
     Scaled,
     Threshold,
@@ -348,13 +370,16 @@ WRAPPERS: tuple[Callable[[nn.Module], nn.Module], ...] = (
 class Outer(Wrapped):
     """The outermost module: takes something more, or not, and gives a tensor, a tuple or a dictionary."""
 
-    def __init__(self, body: nn.Module, gives: str) -> None:
+    def __init__(self, body: nn.Module, gives: str, center: bool) -> None:
         super().__init__(body)
-        self.gives = gives
+        self.gives, self.center, self.side = gives, center, nn.Linear(1, C)
+        self.register_buffer("usual", torch.ones(1, 1))  # in the place of what is not given, the same for all rows
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Any:
         h = self.body(x)
-        if extra is not None:
+        side = self.side(self.usual if extra is None else extra.unsqueeze(-1))
+        h = h + side.view(-1, *(1,) * (h.dim() - 2), C)
+        if extra is not None and self.center:
             h = h - (h * extra.view(-1, *(1,) * (h.dim() - 1))).mean(0)
         return {"tensor": h, "tuple": (h, x), "dict": {"logits": h}}[self.gives]
 
@@ -620,7 +645,7 @@ class World:
         self.draws = r.random() < 0.05  # a dropout that draws, which only a loop over one task does like plain autograd
         if self.draws:
             model = Dropping(model, 0.5)
-        model = Outer(model, r.choice(["tensor", "tensor", "tuple", "dict"]))
+        model = Outer(model, r.choice(["tensor", "tensor", "tuple", "dict"]), r.random() < 0.5)
         self.names = [type(m).__name__ for m in model.modules()]
         adaptable = r.random()
         linear = [n for n, m in model.named_modules() if type(m) is nn.Linear and "forward" not in vars(m)]
@@ -834,7 +859,7 @@ def nothing(world: World, r: Random) -> None:
 CHANGES: dict[Change, tuple[type[nn.Module], ...]] = {
     nothing: (nn.Module,),
     weights: (nn.Module,),
-    mode: (nn.Module,),
+    mode: (Training, nn.modules.batchnorm._NormBase, Averaging),
     mode_of_one: (nn.Module,),
     flag: (Flagged, Centered),
     number: (Scaled, Threshold, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LeakyReLU, nn.ELU),

@@ -29,7 +29,7 @@ from metakern.meta._functions import REPAIRED
 from metakern.meta._parameters import Parameters
 from metakern.meta._unroll import Gradients, Unroll, _grad
 from metakern.meta.batches import mapped, select, structure, tensors, two_tasks
-from metakern.meta.draws import Alike, python_states
+from metakern.meta.draws import ZEROS, Alike, python_states
 from metakern.meta.slopes import direction, judge, norm
 from metakern.meta.state import ModuleState, seeded, undisturbed
 from metakern.ops._autocast import plain_operations
@@ -471,7 +471,7 @@ class _Roundings(TorchDispatchMode):
     seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = (torch.zeros if func is ZEROS else func)(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
             self.seen |= result.is_floating_point() and result.dtype != torch.float64
         return result
