@@ -95,6 +95,14 @@ class Run:
         )
         for key in self.sizes.keys:
             self.sizes.keys[key] = r.random() < 0.2
+        if self.ours.sharp:
+            self.options = Options("auto", self.options.strategy, "auto", self.options.capture)
+            self.sizes.tasks, self.sizes.support, self.sizes.query = (
+                r.choice([2, 4]),
+                r.choice([2, 3]),
+                r.choice([2, 3]),
+            )
+            self.sizes.keys["extra"], self.sizes.container = r.random() < 0.3, r.choice(["dict", "example"])
         if self.ours.draws:
             self.sizes.tasks, self.options.batching = 1, "loop"
         if self.ours.draws or not capture:
@@ -149,7 +157,7 @@ class Run:
 
     def _change(self, call: int) -> None:
         change = worlds.change(self.truth, self.r)
-        if self.r.random() < 0.3:
+        if self.r.random() < 0.3 and not self.ours.sharp:
             self._other_batches()
         elif self.r.random() < 0.5:
             self.sizes.style = "random"

@@ -1,8 +1,8 @@
 """The truth of the campaign: plain autograd in float64, a task at a time, with inner updates written out as formulas.
 
 Nothing of metakern's is used here. A parameter is put into its places by hand, derivatives are `torch.autograd.grad`'s,
-and attention is PyTorch's composed formula. PyTorch's kernel of old and new weight normalization has a wrong second
-derivative on the CPU, so that its formula stands here.
+and attention is PyTorch's composed formula. PyTorch's kernel of weight normalization has a wrong second derivative on
+the CPU, and that of batch and instance norms a wrong third one, so that their formulas stand here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -23,14 +24,39 @@ Named = dict[str, Tensor]
 
 
 class Formulas(TorchFunctionMode):
-    """Within the block weight normalization is g v / |v|, by operations with right derivatives."""
+    """Within the block norms are made of operations with right derivatives."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch._weight_norm:
-            return func(*args, **kwargs or {})
-        v, g, dim = (*args, *(kwargs or {}).values(), 0)[:3]
-        axes = [i for i in range(v.dim()) if i != dim]
-        return v * g / v.square().sum(axes, keepdim=True).sqrt()
+        formula = {torch._weight_norm: _weight_norm, F.batch_norm: _batch_norm, F.instance_norm: _instance_norm}
+        return formula.get(func, func)(*args, **kwargs or {})
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * g / v.square().sum([i for i in range(v.dim()) if i != dim], keepdim=True).sqrt()
+
+
+def _batch_norm(
+    x: Tensor, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False, *more: float
+) -> Tensor:
+    axes = [i for i in range(x.dim()) if i != 1]
+    return _normalized(x, axes, None if training else (mean, var), weight, bias, more[1])
+
+
+def _instance_norm(
+    x: Tensor, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = True, *more: float
+) -> Tensor:
+    return _normalized(x, list(range(2, x.dim())), None if training else (mean, var), weight, bias, more[1])
+
+
+def _normalized(x: Tensor, axes: list[int], known: Any, weight: Any, bias: Any, eps: float) -> Tensor:
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    if known is None:
+        centered = x - x.mean(axes, keepdim=True)
+        y = centered / (centered.square().mean(axes, keepdim=True) + eps).sqrt()
+    else:
+        y = (x - known[0].view(shape)) / (known[1].view(shape) + eps).sqrt()
+    y = y if weight is None else y * weight.view(shape)
+    return y if bias is None else y + bias.view(shape)
 
 
 @contextmanager

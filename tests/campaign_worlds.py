@@ -367,6 +367,20 @@ WRAPPERS: tuple[Callable[[nn.Module], nn.Module], ...] = (
 )
 
 
+SHARP = (
+    CenteredInput,
+    Averaging,
+    Flagged,
+    Training,
+    SizeDependent,
+    Threshold,
+    partial(Configured, plain=False),
+    Acting,
+    Keeping,
+    Counting,
+)
+
+
 class Outer(Wrapped):
     """The outermost module: takes something more, or not, and gives a tensor, a tuple or a dictionary."""
 
@@ -636,25 +650,29 @@ class World:
         r = Random(seed)
         torch.manual_seed(seed)
         self.ours, self.dtype = ours, torch.float64
-        body = r.choice(list(BODIES))
+        self.sharp = r.random() < 0.5  # small, and such that a change tells at once
+        body = r.choice([linear, perceptron] if self.sharp else list(BODIES))
         self.data, self.each = BODIES[body], BODIES[body] == "tokens" and r.random() < 0.4
         model = body(r, self.each)
         wrappers = [r.choice(WRAPPERS) for _ in range(r.choice([0, 1, 1, 2, 3]))]
+        wrappers = [r.choice(SHARP)] if self.sharp else wrappers
         for wrapper in wrappers:
             model = wrapper(model)
-        self.draws = r.random() < 0.05  # a dropout that draws, which only a loop over one task does like plain autograd
+        self.draws = (
+            r.random() < 0.1 and not self.sharp
+        )  # a dropout that draws, which only a loop over one task does like plain autograd
         if self.draws:
             model = Dropping(model, 0.5)
-        model = Outer(model, r.choice(["tensor", "tensor", "tuple", "dict"]), r.random() < 0.5)
+        model = Outer(model, r.choice(["tensor", "tensor", "tuple", "dict"]), r.random() < 0.7)
         self.names = [type(m).__name__ for m in model.modules()]
         adaptable = r.random()
-        linear = [n for n, m in model.named_modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+        layers = [n for n, m in model.named_modules() if type(m) is nn.Linear and "forward" not in vars(m)]
         self.model, self.extra = model, ""
         tied = len({id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)})
         loose = tied == sum(isinstance(m, nn.Linear | nn.Embedding) for m in model.modules())
         parametrized = body is globals()["parametrized"]
-        if adaptable < 0.1 and linear and loose and not parametrized and body is not Transformer:
-            self._lora(linear, r.randrange(2**30))
+        if adaptable < 0.1 and layers and loose and not parametrized and body is not Transformer:
+            self._lora(layers, r.randrange(2**30))
         elif adaptable < 0.25:
             self.extra = "patch"
             if ours:
@@ -882,4 +900,4 @@ def change(world: World, r: Random) -> Change:
     """One that the model has something for; those of a few models alone are as likely as all others."""
     rare = [c for c, kinds in CHANGES.items() if nn.Module not in kinds and parts(world, *kinds)]
     common = [c for c, kinds in CHANGES.items() if nn.Module in kinds]
-    return r.choice(rare if rare and r.random() < 0.5 else common)
+    return r.choice(rare if rare and (world.sharp or r.random() < 0.5) else common)

@@ -135,7 +135,9 @@ class Trial:
                 raise ValueError(f"MAML: loss must be finite for a plan to be verified, got {losses.tolist()}")
             self.graph |= self._needs_graph(pair)
             self.batches.append(pair)
-            self.apart.append(any(not torch.equal(t[0], t[1]) for t in tensors(pair)))
+            differ = [(not torch.equal(t[0], t[1]), t) for t in tensors(pair)]
+            inputs = all(apart for apart, t in differ if t.is_floating_point() and t.numel())
+            self.apart.append(inputs and any(apart for apart, _ in differ))
             self.truths.append(truth)
             return
 
