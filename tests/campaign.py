@@ -103,6 +103,7 @@ class Run:
                 r.choice([2, 3]),
             )
             self.sizes.keys["extra"], self.sizes.container = r.random() < 0.3, r.choice(["dict", "example"])
+            self.sizes.style = r.choice(["equal", "constant", "random"])
         if self.ours.draws:
             self.sizes.tasks, self.options.batching = 1, "loop"
         if self.ours.draws or not capture:
@@ -159,7 +160,7 @@ class Run:
         change = worlds.change(self.truth, self.r)
         if self.r.random() < 0.3 and not self.ours.sharp:
             self._other_batches()
-        elif self.r.random() < 0.5:
+        elif self.ours.sharp or self.r.random() < 0.5:
             self.sizes.style = "random"
         before = self.ours.loss, self.ours.inner, self.ours.dtype
         for world in (self.ours, self.truth):

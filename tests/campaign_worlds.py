@@ -213,7 +213,7 @@ class Averaging(Wrapped):
 
     def after(self, h: Tensor) -> Tensor:
         if self.training:
-            self.average.mul_(0.9).add_(h.detach().mean(), alpha=0.1)
+            self.average.mul_(0.9).add_(h.detach().square().mean() + 1, alpha=0.1)
         return h
 
 
@@ -369,15 +369,16 @@ WRAPPERS: tuple[Callable[[nn.Module], nn.Module], ...] = (
 
 SHARP = (
     CenteredInput,
+    CenteredInput,
     Averaging,
     Flagged,
+    Training,
     Training,
     SizeDependent,
     Threshold,
     partial(Configured, plain=False),
     Acting,
     Keeping,
-    Counting,
 )
 
 
@@ -580,7 +581,7 @@ class Lossy:
 def loss(r: Random, data: str) -> Lossy:
     kind = r.choice(["cross entropy", "plain", "plain", "weighted", "smooth", "squares", "binary"])
     rare = ["decay", "twice", "detached", "invariance", *(["input gradient"] if data != "tokens" else [])]
-    more = r.choice(rare) if r.random() < 0.35 else ""
+    more = r.choice(rare) if r.random() < 0.25 else ""
     form = r.choice(["closure", "partial", "method", "module", "temperature", "teacher"])
 
     def base(model: nn.Module, batch: Any, change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -900,4 +901,6 @@ def change(world: World, r: Random) -> Change:
     """One that the model has something for; those of a few models alone are as likely as all others."""
     rare = [c for c, kinds in CHANGES.items() if nn.Module not in kinds and parts(world, *kinds)]
     common = [c for c, kinds in CHANGES.items() if nn.Module in kinds]
+    if world.sharp and not rare and r.random() < 0.6:
+        return nothing
     return r.choice(rare if rare and (world.sharp or r.random() < 0.5) else common)

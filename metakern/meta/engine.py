@@ -226,7 +226,9 @@ class Prepared:
             size = tuple(t.shape for t in tensors(batch)), structure(batch), self.numbers
             if size in self._confirmed:
                 continue
-            tasks, theta = tasks_of(batch), self.theta(tasks_of(batch))
+            tasks = tasks_of(batch)
+            apart = 1 + 0.1 * torch.arange(tasks) / tasks  # parameters differ where data may not
+            theta = [p * apart.to(p).view(-1, *(1,) * (p.dim() - 1)) for p in self.theta(tasks)]
             state = ModuleState(self.parameters.model.modules())
             tolerance = 1e-3 if theta[0].dtype in (torch.float32, torch.float64) and not _autocast() else 5e-2
             with undisturbed(theta[0].device), torch.set_grad_enabled(self.unroll.graph), comparable():
