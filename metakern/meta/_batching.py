@@ -99,7 +99,8 @@ def scalar(value: Any) -> Tensor:
 
 @contextmanager
 def exact_kernels(model: nn.Module | None = None) -> Iterator[None]:
-    """PyTorch's own kernels that have second derivatives: math attention, no cuDNN recurrence, no fused encoder.
+    """PyTorch's own kernels that have second derivatives: math attention, no cuDNN or oneDNN recurrence, no fused
+    encoder.
 
     And no running statistics of a model's norms in training mode: their output does not depend on these, and they stay
     what they are.
@@ -113,6 +114,9 @@ def exact_kernels(model: nn.Module | None = None) -> Iterator[None]:
         if recurrent and cudnn:  # the switch alone: `cudnn.flags` reads settings that may not be read
             undo.callback(setattr, torch.backends.cudnn, "enabled", cudnn)
             torch.backends.cudnn.enabled = False
+        if recurrent and torch._C._get_mkldnn_enabled():  # its LSTM, of float32 alone, has no second derivatives
+            undo.callback(torch._C._set_mkldnn_enabled, True)
+            torch._C._set_mkldnn_enabled(False)
         for module in modules:
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
                 undo.callback(module._buffers.update, dict(module._buffers))

@@ -50,6 +50,7 @@ class Unroll:
     first_order: bool = False
     hvp: str = "forward"  # or "reverse": the mode of recompute's outer derivative
     python: bool = False  # whether the model draws from Python's or NumPy's generators too
+    graph: bool = False  # whether the loss takes derivatives itself, and has no value without a graph
 
     def trajectory(self, theta: Sequence[Tensor], support: Any, steps: int) -> Iterator[list[Tensor]]:
         """phi_0, …, phi_steps, without a graph."""
@@ -73,8 +74,8 @@ class Unroll:
 
     def query(self, phi: Sequence[Tensor], query: Any) -> Tensor:
         """Q_t(phi) for each task, [T], without a graph."""
-        with torch.no_grad():
-            return self.batching.losses(phi, query)
+        with torch.set_grad_enabled(self.graph):
+            return self.batching.losses(phi, query).detach()
 
     def store(
         self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, query: Any, weight: float

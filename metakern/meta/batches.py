@@ -93,8 +93,8 @@ def two_tasks(tree: Any, again: int = 0) -> Any:
     """Two tasks of a batch that differ in every tensor, as far as its values allow.
 
     Floating-point tensors are moved by a tenth of their spread. Those that hold whole numbers only (tokens, labels,
-    masks, counts) are permuted within a task instead, if both tasks have the same. `again` asks for milder changes: 1
-    permutes whole rows, 2 changes nothing.
+    masks, counts), and more than one, are permuted within a task instead, if both tasks have the same. `again` asks for
+    milder changes: 1 permutes whole rows, 2 changes nothing.
     """
     random = torch.Generator().manual_seed(0)
     index = torch.arange(2, device="cpu") % tasks_of(tree)
@@ -103,14 +103,11 @@ def two_tasks(tree: Any, again: int = 0) -> Any:
         pair = tensor.detach()[index.to(tensor.device)].clone()
         if again == 2 or pair[0].numel() == 0:
             return pair
-        if pair.is_floating_point() and not torch.equal(pair, pair.round()) and again == 0:
+        if pair.is_floating_point() and again == 0 and (_constant(pair) or not torch.equal(pair, pair.round())):
             spread = pair.double().std().nan_to_num(0.0)
             scale = 0.1 * (spread if spread > 0 else pair.double().abs().mean() + 0.1)
-            return pair + (
-                scale * torch.randn(pair.shape, generator=random, dtype=torch.float64, device="cpu").to(scale)
-            ).to(pair)
-        if pair.is_floating_point() and pair.abs().sum() == 0 and again == 0:  # zeros tell nothing apart
-            return torch.randn(pair.shape, generator=random, dtype=torch.float64, device="cpu").to(pair)
+            moved = torch.randn(pair.shape, generator=random, dtype=torch.float64, device="cpu").to(scale)
+            return pair + (scale * moved).to(pair)
         if torch.equal(pair[0], pair[1]) and pair.dim() > 1:
             if again == 0:
                 order = torch.randperm(pair[1].numel(), generator=random, device="cpu").to(pair.device)
@@ -120,6 +117,11 @@ def two_tasks(tree: Any, again: int = 0) -> Any:
         return pair
 
     return mapped(told_apart, tree)
+
+
+def _constant(tensor: Tensor) -> bool:
+    """Whether no order of its elements tells two tasks apart."""
+    return bool(tensor.min() == tensor.max())
 
 
 def pad_tasks(tasks: Sequence[Any]) -> Any:

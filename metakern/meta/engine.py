@@ -34,13 +34,12 @@ from metakern.meta.batches import select, structure, tasks_of, tensors
 from metakern.meta.capture import Captures
 from metakern.meta.draws import Alike
 from metakern.meta.plan import Found, Plan, Planner, Wishes
-from metakern.meta.state import ModuleState, undisturbed
+from metakern.meta.state import INTERNAL, PLAIN, ModuleState, contents, undisturbed
 from metakern.meta.verify import comparable, modules_of
 from metakern.optim import InnerOptimizer
 
 PLANS = 16  # kept at once: those used last
 SIZES = 256  # of batches, that a plan has confirmed
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 class Engine:
@@ -105,7 +104,7 @@ class Engine:
         self._volatile |= found.changed & before.keys()
         for i, leaf in enumerate(found.outside):
             roles.shared[f"(loss) {i}"] = leaf  # type: ignore[assignment]
-        unroll = Unroll(found.batching, inner, steps, first_order, found.plan.hvp, found.python)
+        unroll = Unroll(found.batching, inner, steps, first_order, found.plan.hvp, found.python, found.graph)
 
         def again(failed: str) -> Prepared:
             return self._made(loss, inner, steps, first_order, outer, batches, [*without, failed])
@@ -121,21 +120,25 @@ class Engine:
         return of_loop, parameters, attributes, switches, torch.are_deterministic_algorithms_enabled()
 
     def _attributes(self, loss: Loss, numbers: bool = False) -> dict[tuple[int, str], Any]:
-        """The plain attributes of the modules of model and loss, and what these compute by; or the numbers among them.
+        """The plain attributes of the modules of model and loss, within containers and objects of settings too, and
+        what these compute by; or the numbers among them.
 
         Another number may change with each step, as a temperature does: it has folded losses compared again.
         """
         found: dict[tuple[int, str], Any] = {}
+        seen: dict[int, Any] = {}
         for module in dict.fromkeys(m for root in (self.model, *modules_of(loss)) for m in root.modules()):
             place = id(module)
             for name, value in vars(module).items():
-                if type(value) in _PLAIN:
-                    if numbers == (type(value) in (int, float)) and (place, name) not in self._volatile:
-                        found[place, name] = value
-                elif numbers:
+                if (place, name) in self._volatile:
                     continue
-                elif name == "forward":
-                    found[place, name] = id(value)
+                if type(value) in PLAIN:
+                    if numbers == (type(value) in (int, float)):
+                        found[place, name] = value
+                elif name not in INTERNAL:
+                    if id(value) not in seen:  # many modules may hold one object of settings
+                        seen[id(value)] = contents(value, numbers)
+                    found[place, name] = seen[id(value)]
             if not numbers:
                 found[place, "__class__"] = type(module)
                 found[place, "_modules"] = tuple(map(id, module._modules.values()))
@@ -236,10 +239,12 @@ class Prepared:
             size = tuple(t.shape for t in tensors(batch)), structure(batch), self.numbers
             if size in self._confirmed:
                 continue
-            tasks, theta = tasks_of(batch), self.theta(tasks_of(batch))
+            tasks = tasks_of(batch)
+            apart = 1 + 0.1 * torch.arange(tasks) / tasks  # parameters differ where data may not
+            theta = [p * apart.to(p).view(-1, *(1,) * (p.dim() - 1)) for p in self.theta(tasks)]
             state = ModuleState(self.parameters.model.modules())
             tolerance = 1e-3 if theta[0].dtype in (torch.float32, torch.float64) and not _autocast() else 5e-2
-            with undisturbed(theta[0].device), torch.no_grad(), comparable():
+            with undisturbed(theta[0].device), torch.set_grad_enabled(self.unroll.graph), comparable():
                 batching.fold.within = comparable  # a mode does not reach through the step out of vmap
                 try:
                     with Alike(tasks) if self._draws else nullcontext():

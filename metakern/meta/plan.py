@@ -62,6 +62,7 @@ class Found:
     draws: bool  # whether the model draws random numbers
     python: bool  # whether of Python's or NumPy's generators
     changed: set[tuple[int, str]]  # attributes of modules, (id, name), that a forward pass changes
+    graph: bool = False  # whether the loss takes derivatives itself
 
 
 class Planner:
@@ -141,7 +142,7 @@ class Planner:
             if name == "fold":
                 chosen.fold.records = batching.fold.records
             plan = self._sized(name, hvp, saved, tasks_of(batches[0]), steps, reasons)
-            return Found(plan, chosen, trial.outside, any(trial.draws), trial.python, trial.changed)
+            return Found(plan, chosen, trial.outside, any(trial.draws), trial.python, trial.changed, trial.graph)
         return None
 
     def _affordable(self) -> bool:

@@ -17,6 +17,39 @@ from torch import Tensor, nn
 _DEPTH = 6  # of containers within containers that are looked into
 
 
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
+_MOST = 256  # parts of a container that is looked into
+
+
+def contents(value: Any, numbers: bool, depth: int = 3) -> Any:
+    """What a container, an object of settings or a function is, to be compared: its plain values and its functions.
+
+    Without its numbers, or with numbers alone. Tensors and modules in it are left out.
+    """
+    kind = type(value)
+    if kind in (int, float):
+        return value if numbers else kind
+    if kind in PLAIN:
+        return None if numbers else value
+    if callable(value) and not isinstance(value, nn.Module | type):
+        return None if numbers else id(value)
+    if not depth or isinstance(value, Tensor | nn.Module | type):
+        return kind
+    if isinstance(value, dict):
+        names, values = list(value), list(value.values())
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        names, values = [], list(value)
+    elif kind.__module__.startswith(("torch", "builtins", "numpy")) or not hasattr(value, "__dict__"):
+        return kind
+    else:
+        names, values = list(vars(value)), list(vars(value).values())
+    if len(values) > _MOST:
+        return kind, len(values)
+    plain = tuple(name if type(name) in PLAIN else type(name) for name in names)
+    return kind, plain, tuple(contents(part, numbers, depth - 1) for part in values)
+
+
 class ModuleState:
     """The attributes and buffers of modules, to be put back: their containers and their generators' states too.
 
@@ -27,6 +60,12 @@ class ModuleState:
         self._modules = [(module, dict(vars(module))) for module in modules]
         held = [buffer for module, _ in self._modules for buffer in module._buffers.values() if buffer is not None]
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in held]
+        self._contents = {
+            (id(module), name): (contents(value, False), contents(value, True))
+            for module, attributes in self._modules
+            for name, value in attributes.items()
+            if name not in INTERNAL and type(value) not in PLAIN
+        }
         self._containers: list[tuple[Any, Any]] = []
         self._generators: list[tuple[Callable[[Any], Any], Any]] = []
         seen: set[int] = set()
@@ -72,7 +111,7 @@ class ModuleState:
             (id(module), name)
             for module, before in self._modules
             for name, value in vars(module).items()
-            if before.get(name, self) is not value
+            if before.get(name, self) is not value or self._changed_within(id(module), name, value)
         }
         return attributes | {(id(held), "") for held, copied in self._containers if _parts(held) != _parts(copied)}
 
@@ -90,6 +129,10 @@ class ModuleState:
             parts = container.values() if isinstance(container, dict) else container
             if any(isinstance(part, Tensor) and id(part) not in known for part in parts):
                 _refill(container, copied)
+
+    def _changed_within(self, place: int, name: str, value: Any) -> bool:
+        before = self._contents.get((place, name))
+        return before is not None and before != (contents(value, False), contents(value, True))
 
     def restore(self) -> None:
         for module, attributes in self._modules:

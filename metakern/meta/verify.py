@@ -29,7 +29,7 @@ from metakern.meta._functions import REPAIRED
 from metakern.meta._parameters import Parameters
 from metakern.meta._unroll import Gradients, Unroll, _grad
 from metakern.meta.batches import mapped, select, structure, tensors, two_tasks
-from metakern.meta.draws import Alike, python_states
+from metakern.meta.draws import ZEROS, Alike, python_states
 from metakern.meta.slopes import direction, judge, norm
 from metakern.meta.state import ModuleState, seeded, undisturbed
 from metakern.ops._autocast import plain_operations
@@ -76,6 +76,7 @@ class Trial:
         self.outside: list[Tensor] = []  # leaves that the loss reaches, which are parameters of neither
         self.draws: list[list[tuple[str, int]]] = []  # of each batch, what a task draws
         self.python = False  # whether Python's or NumPy's generators are drawn from
+        self.graph = False  # whether the loss takes derivatives itself, so that it has none under `no_grad`
         self.batches: list[Any] = []
         self.changed: set[tuple[int, str]] = set()  # attributes of modules, (id, name), that a forward pass changes
         self.lost = ""  # "surrogate" where the gradient is no slope, "lost" where the second order alone is none
@@ -130,10 +131,24 @@ class Trial:
                 if again == 2:
                     raise
                 continue
+            losses = cast(Tensor, truth[0][0])
+            if not losses.isfinite().all():
+                raise ValueError(f"MAML: loss must be finite for a plan to be verified, got {losses.tolist()}")
+            self.graph |= self._needs_graph(pair)
             self.batches.append(pair)
-            self.apart.append(any(not torch.equal(t[0], t[1]) for t in tensors(pair)))
+            differ = [(not torch.equal(t[0], t[1]), t) for t in tensors(pair)]
+            inputs = all(apart for apart, t in differ if t.is_floating_point() and t.numel())
+            self.apart.append(inputs and any(apart for apart, _ in differ))
             self.truths.append(truth)
             return
+
+    def _needs_graph(self, batch: Any) -> bool:
+        try:
+            with self.steady(), torch.no_grad(), self.roles.bound([p[0] for p in self.phi]):
+                self.loss(self.roles.model, select(batch, 0))
+        except Exception:  # which it did not raise with a graph
+            return True
+        return False
 
     @contextmanager
     def steady(self) -> Iterator[None]:
@@ -322,7 +337,7 @@ class Trial:
             index = torch.arange(tasks, device=self.phi[0].device) % 2
             batching.fold.recording = True
             try:
-                with self.steady(), torch.no_grad():
+                with self.steady(), torch.set_grad_enabled(self.graph):
                     batching.losses([p[index] for p in self.phi], select(batch, index))
             finally:
                 batching.fold.recording = False
@@ -334,11 +349,15 @@ class Trial:
         low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.roles.model.parameters())
         tolerance = TOLERANCE if self.phi[0].dtype == torch.float64 else 5e-2 if low else 1e-3
         norms = [0.0 if t is None else t.norm().item() for t in truth]
+        # Derivatives that are zero but for rounding, as of a centered batch of one, have no relative error.
+        size = norm([cast(Tensor, self.truths[0][0][0])]) if self.truths else 0.0
+        rounding = 100 * torch.finfo(self.phi[0].dtype).eps * size / max(norm(self.phi), 1.0)
+        floor = max(1e-3 * max(norms), rounding / tolerance, 1e-30)
         for i, (a, b) in enumerate(zip(found, truth, strict=True)):
             if a is None and b is None:
                 continue
             a, b = _aligned(a, b)
-            error = (a - b).norm().item() / max(norms[i], 1e-3 * max(norms), 1e-30)
+            error = (a - b).norm().item() / max(norms[i], floor)
             if not error <= tolerance:
                 raise MismatchError(f"its {what} differs from plain autograd's by {error:.0e}")
             self.worst = max(self.worst, error)
@@ -448,14 +467,15 @@ def _unchanged(buffers: dict[str, tuple[Tensor, Tensor]]) -> None:
 
 def _leaf_number() -> int:
     """A number below those of all nodes of autograd's graph that are still to be made."""
-    return (torch.ones((), requires_grad=True) * 1).grad_fn._sequence_nr()  # type: ignore[union-attr]
+    with torch.enable_grad():  # `no_grad` may be the caller's
+        return (torch.ones((), requires_grad=True) * 1).grad_fn._sequence_nr()  # type: ignore[union-attr]
 
 
 class _Roundings(TorchDispatchMode):
     seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = (torch.zeros if func is ZEROS else func)(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
             self.seen |= result.is_floating_point() and result.dtype != torch.float64
         return result
