@@ -10,7 +10,7 @@ SEEDS = range(60)
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_maml_is_exact_or_says_why(seed: int) -> None:
-    found = campaign.run(seed, capture=False)
+    found = campaign.run(seed, capture=seed % 2 == 1)
     assert not found.failures, found.failures[0]
 
 

@@ -587,3 +587,13 @@ def test_bound_methods_and_partials_and_closures() -> None:
         same(ours(maml_of(net, loss), points(1), points(2)), plain(net, loss, points(1), points(2)))
     with pytest.raises(ValueError, match="steps must name at least one number"):
         maml_of(net, ce).evaluate(points(1), points(2), ())
+
+
+def test_rows_that_are_not_learned_are_no_lost_derivatives() -> None:
+    """The row of padding has a value that the loss depends on, and no gradient."""
+    net = nn.Sequential(nn.Embedding(5, 4, padding_idx=2), nn.Tanh(), nn.Linear(4, 2)).double()
+    net[0].weight.data[2] = 0.7
+    tokens, y = torch.arange(T * 4).view(T, 4) % 5, torch.randint(2, (T, 4))
+    for batching in ("fold", "vmap", "loop"):
+        maml = maml_of(net, ce, batching=batching)
+        same(ours(maml, (tokens, y), (tokens, y)), plain(net, ce, (tokens, y), (tokens, y)))

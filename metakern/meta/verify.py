@@ -200,6 +200,9 @@ class Trial:
                 grads = _grad(value, [*adapted, *self.shared], create_graph=second_order)
                 if all(g is None for g in grads[: len(adapted)]):
                     raise ValueError("MAML: loss must depend on an adapted parameter, got one with no gradient for any")
+                if second_order:  # rows that are not learned, as an embedding's for padding, do not move
+                    for g, v in zip(grads, self.v, strict=False):
+                        v[t].mul_(0 if g is None else g.detach() != 0)
                 pairs = [(g, v[t]) for g, v in zip(grads, self.v, strict=False) if g is not None]
                 products: Gradients = [None] * len(grads)
                 if second_order:
