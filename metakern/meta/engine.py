@@ -43,7 +43,7 @@ SIZES = 256  # of batches, that a plan has confirmed
 
 
 class Engine:
-    """Plans for one model. `owner` is asked for loss, inner optimizer and steps at each call, as these may change."""
+    """Plans for one model. Loss, inner optimizer and number of steps are given at each call, as they may change."""
 
     def __init__(self, model: nn.Module, adapt: Adapt, wishes: Wishes) -> None:
         self.model, self.adapt, self.wishes = model, adapt, wishes
