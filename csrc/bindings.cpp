@@ -86,6 +86,12 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     module.def("product", &metakern::product, py::arg("is_double"), py::arg("addresses"), py::arg("sizes"),
                py::arg("strides"), py::arg("scale"), py::arg("threads"), "A batched matrix product; metakern._native.product checks.");
 
+    py::dict elementwise;
+#define METAKERN_ENTRY(name, inputs, formula) elementwise[#name] = inputs;
+    METAKERN_ELEMENTWISE(METAKERN_ENTRY)
+#undef METAKERN_ENTRY
+    module.attr("elementwise") = elementwise;  // passes that an Executable knows, and their inputs
+
     using metakern::Place;
     using metakern::Executable;
     py::class_<Place>(module, "Place").def(py::init<int, std::int64_t>());

@@ -132,8 +132,8 @@ void Executable::pass(const std::string& name, int type, int reduced, const std:
         const char* name;
         std::size_t inputs;
     } kPasses[] = {
-#define METAKERN_NAME(name, inputs) {#name, inputs},
-        METAKERN_PASSES(METAKERN_NAME)
+#define METAKERN_NAME(name, inputs, ...) {#name, inputs},
+        METAKERN_ELEMENTWISE(METAKERN_NAME) METAKERN_OTHER_PASSES(METAKERN_NAME)
 #undef METAKERN_NAME
     };
     int number = 0;

@@ -19,49 +19,55 @@ struct Pass {
     double scalars[2];
 };
 
-// Every pass by name, and its inputs. `s` and `t` are its scalars.
-#define METAKERN_PASSES(X)                                                                                         \
-    X(copy, 1)               /* x */                                                                               \
-    X(from_float32, 1)       /* x, of another type than the result; and so on */                                   \
-    X(from_float64, 1)                                                                                             \
-    X(from_int64, 1)                                                                                               \
-    X(from_bool, 1)                                                                                                \
-    X(fill, 0)               /* s */                                                                               \
-    X(add, 2)                /* x + s y */                                                                         \
-    X(mul, 2)                /* x y */                                                                             \
-    X(div, 2)                /* x / y */                                                                           \
-    X(affine, 1)             /* s x + t */                                                                         \
-    X(reciprocal, 1)         /* s / x */                                                                           \
-    X(power, 1)              /* x^s */                                                                             \
-    X(square, 1)                                                                                                   \
-    X(sqrt, 1)                                                                                                     \
-    X(rsqrt, 1)                                                                                                    \
-    X(exp, 1)                                                                                                      \
-    X(relu, 1)                                                                                                     \
-    X(threshold_backward, 2) /* ct where x > s, else 0 */                                                          \
-    X(tanh, 1)                                                                                                     \
-    X(tanh_backward, 2)      /* ct (1 - y²) */                                                                     \
-    X(sigmoid, 1)                                                                                                  \
-    X(sigmoid_backward, 2)   /* ct y (1 - y) */                                                                    \
-    X(gelu, 1)                                                                                                     \
-    X(gelu_backward, 2)      /* of ct and x */                                                                     \
-    X(silu, 1)                                                                                                     \
-    X(silu_backward, 2)      /* of ct and x */                                                                     \
-    X(sum, 1)                /* s times it */                                                                      \
-    X(where, 3)              /* of a mask, x and y */                                                              \
-    X(eq, 1)                 /* x = s, a mask; and so on */                                                        \
-    X(ne, 1)                                                                                                       \
-    X(lt, 1)                                                                                                       \
-    X(le, 1)                                                                                                       \
-    X(gt, 1)                                                                                                       \
-    X(ge, 1)                                                                                                       \
-    X(logical_and, 2)                                                                                              \
-    X(logical_or, 2)                                                                                               \
+// Elementwise passes of floats: name, number of inputs, and formula, of vectors x[0], x[1] of type V and scalars s, t.
+// To add one that is PyTorch's operation of the same name, a line here is all.
+#define METAKERN_ELEMENTWISE(X)                                          \
+    X(copy, 1, x[0])                                                     \
+    X(fill, 0, V{} + s)                                                  \
+    X(add, 2, x[0] + s * x[1])                                           \
+    X(mul, 2, x[0] * x[1])                                               \
+    X(div, 2, x[0] / x[1])                                               \
+    X(affine, 1, s * x[0] + t)                                           \
+    X(reciprocal, 1, s / x[0])                                           \
+    X(power, 1, by_lane(x[0], [s](F lane) { return raised(lane, s); }))  \
+    X(square, 1, x[0] * x[0])                                            \
+    X(sqrt, 1, by_lane(x[0], [](F lane) { return root(lane); }))         \
+    X(rsqrt, 1, F(1) / by_lane(x[0], [](F lane) { return root(lane); })) \
+    X(sin, 1, by_lane(x[0], [](F lane) { return sine(lane); }))          \
+    X(cos, 1, by_lane(x[0], [](F lane) { return cosine(lane); }))        \
+    X(exp, 1, METAKERN_ISA::exp<F>(x[0]))                                \
+    X(relu, 1, x[0] <= 0 ? V{} : x[0]) /* NaN stays NaN */               \
+    X(threshold_backward, 2, x[1] <= s ? V{} : x[0])                     \
+    X(tanh, 1, tanh_of<F>(x[0]))                                         \
+    X(tanh_backward, 2, x[0] * (F(1) - x[1] * x[1]))                     \
+    X(sigmoid, 1, METAKERN_ISA::sigmoid<F>(x[0]).value)                  \
+    X(sigmoid_backward, 2, x[0] * x[1] * (F(1) - x[1]))                  \
+    X(gelu, 1, METAKERN_ISA::gelu<F>(x[0]).value)                        \
+    X(gelu_backward, 2, x[0] * METAKERN_ISA::gelu<F>(x[1]).first)        \
+    X(silu, 1, METAKERN_ISA::silu<F>(x[0]).value)                        \
+    X(silu_backward, 2, x[0] * METAKERN_ISA::silu<F>(x[1]).first)
+
+// All others: name, number of inputs.
+#define METAKERN_OTHER_PASSES(X)                                           \
+    X(from_float32, 1) /* x, of another type than the result; and so on */ \
+    X(from_float64, 1)                                                     \
+    X(from_int64, 1)                                                       \
+    X(from_bool, 1)                                                        \
+    X(sum, 1)          /* s times it */                                    \
+    X(where, 3)        /* of a mask, x and y */                            \
+    X(eq, 1)           /* x = s, a mask; and so on */                      \
+    X(ne, 1)                                                               \
+    X(lt, 1)                                                               \
+    X(le, 1)                                                               \
+    X(gt, 1)                                                               \
+    X(ge, 1)                                                               \
+    X(logical_and, 2)                                                      \
+    X(logical_or, 2)                                                       \
     X(logical_not, 1)
 
 enum PassName {
-#define METAKERN_NAME(name, inputs) k_##name,
-    METAKERN_PASSES(METAKERN_NAME)
+#define METAKERN_NAME(name, ...) k_##name,
+    METAKERN_ELEMENTWISE(METAKERN_NAME) METAKERN_OTHER_PASSES(METAKERN_NAME)
 #undef METAKERN_NAME
     kPassNames
 };

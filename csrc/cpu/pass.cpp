@@ -81,48 +81,30 @@ void map(const Pass& p) {
     });
 }
 
+// Builtins, as what <cmath> defines inline would be one function for all instruction sets.
 inline float raised(float x, float y) { return __builtin_powf(x, y); }
 inline double raised(double x, double y) { return __builtin_pow(x, y); }
+inline float sine(float x) { return __builtin_sinf(x); }
+inline double sine(double x) { return __builtin_sin(x); }
+inline float cosine(float x) { return __builtin_cosf(x); }
+inline double cosine(double x) { return __builtin_cos(x); }
 
 template <class F>
-struct Of {
+struct Formula {
     using V = Vec<F>;
-    using X = const V*;
 
-    static V root_of(V x) {
+    template <class Rule>
+    static V by_lane(V x, Rule rule) {
         F lanes[kLanes<F>];
         store(lanes, x);
-        for (F& lane : lanes) lane = root(lane);
+        for (F& lane : lanes) lane = rule(lane);
         return load(lanes);
     }
 
-    static V copy(X x, F, F) { return x[0]; }
-    static V fill(X, F s, F) { return V{} + s; }
-    static V add(X x, F s, F) { return x[0] + s * x[1]; }
-    static V mul(X x, F, F) { return x[0] * x[1]; }
-    static V div(X x, F, F) { return x[0] / x[1]; }
-    static V affine(X x, F s, F t) { return s * x[0] + t; }
-    static V reciprocal(X x, F s, F) { return s / x[0]; }
-    static V power(X x, F s, F) {
-        F lanes[kLanes<F>];
-        store(lanes, x[0]);
-        for (F& lane : lanes) lane = raised(lane, s);
-        return load(lanes);
-    }
-    static V square(X x, F, F) { return x[0] * x[0]; }
-    static V sqrt(X x, F, F) { return root_of(x[0]); }
-    static V rsqrt(X x, F, F) { return F(1) / root_of(x[0]); }
-    static V exp(X x, F, F) { return METAKERN_ISA::exp<F>(x[0]); }
-    static V relu(X x, F, F) { return x[0] <= 0 ? V{} : x[0]; }  // NaN stays NaN
-    static V threshold_backward(X x, F s, F) { return x[1] <= s ? V{} : x[0]; }
-    static V tanh(X x, F, F) { return tanh_of<F>(x[0]); }
-    static V tanh_backward(X x, F, F) { return x[0] * (F(1) - x[1] * x[1]); }
-    static V sigmoid(X x, F, F) { return METAKERN_ISA::sigmoid<F>(x[0]).value; }
-    static V sigmoid_backward(X x, F, F) { return x[0] * x[1] * (F(1) - x[1]); }
-    static V gelu(X x, F, F) { return METAKERN_ISA::gelu<F>(x[0]).value; }
-    static V gelu_backward(X x, F, F) { return x[0] * METAKERN_ISA::gelu<F>(x[1]).first; }
-    static V silu(X x, F, F) { return METAKERN_ISA::silu<F>(x[0]).value; }
-    static V silu_backward(X x, F, F) { return x[0] * METAKERN_ISA::silu<F>(x[1]).first; }
+#define METAKERN_FORMULA(name, inputs, formula) \
+    static V name([[maybe_unused]] const V* x, [[maybe_unused]] F s, [[maybe_unused]] F t) { return formula; }
+    METAKERN_ELEMENTWISE(METAKERN_FORMULA)
+#undef METAKERN_FORMULA
 };
 
 // Along the last dimension where that is summed over, else down the others in columns of a few vectors.
@@ -260,31 +242,11 @@ void add_rows(void* to, const void* from, const int64_t* index, int64_t rows, in
 
 constexpr PassKernels kernels() {
     PassKernels k{};
-#define METAKERN_FLOATS(name, inputs)                              \
-    k.run[k_##name][kFloat32] = map<float, inputs, Of<float>::name>; \
-    k.run[k_##name][kFloat64] = map<double, inputs, Of<double>::name>;
-    METAKERN_FLOATS(copy, 1)
-    METAKERN_FLOATS(fill, 0)
-    METAKERN_FLOATS(add, 2)
-    METAKERN_FLOATS(mul, 2)
-    METAKERN_FLOATS(div, 2)
-    METAKERN_FLOATS(affine, 1)
-    METAKERN_FLOATS(reciprocal, 1)
-    METAKERN_FLOATS(power, 1)
-    METAKERN_FLOATS(square, 1)
-    METAKERN_FLOATS(sqrt, 1)
-    METAKERN_FLOATS(rsqrt, 1)
-    METAKERN_FLOATS(exp, 1)
-    METAKERN_FLOATS(relu, 1)
-    METAKERN_FLOATS(threshold_backward, 2)
-    METAKERN_FLOATS(tanh, 1)
-    METAKERN_FLOATS(tanh_backward, 2)
-    METAKERN_FLOATS(sigmoid, 1)
-    METAKERN_FLOATS(sigmoid_backward, 2)
-    METAKERN_FLOATS(gelu, 1)
-    METAKERN_FLOATS(gelu_backward, 2)
-    METAKERN_FLOATS(silu, 1)
-    METAKERN_FLOATS(silu_backward, 2)
+#define METAKERN_FLOATS(name, inputs, formula)                             \
+    k.run[k_##name][kFloat32] = map<float, inputs, Formula<float>::name>; \
+    k.run[k_##name][kFloat64] = map<double, inputs, Formula<double>::name>;
+    METAKERN_ELEMENTWISE(METAKERN_FLOATS)
+#undef METAKERN_FLOATS
 #define METAKERN_CASTS(name, In)                        \
     k.run[k_##name][kFloat32] = cast<float, In>;        \
     k.run[k_##name][kFloat64] = cast<double, In>;       \

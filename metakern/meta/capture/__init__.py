@@ -47,6 +47,7 @@ MOST_NEW_STATES = 16  # one after the other, none of which was seen twice
 MOST_CHANGED = 2  # recorded runs that change what guards see
 MICROBATCH_BYTES = 4 * 2**20  # of a core's part of the caches
 AUTO_CALLS = 3  # with batches of one kind, of which "auto" captures the last
+PYTHON_CALLS = 12  # where a program would be run by Python: recording takes the time that ten calls of it save
 FIRST_AUDIT, AUDIT_EVERY = 4, 1024
 _ROOTS = ("model", "inner", "loss")
 Results = list[Tensor | None]
@@ -60,7 +61,8 @@ class Captures:
     """The programs of a function of batches, one for each kind of batch and state of what the function depends on.
 
     roots: (model, inner optimizer, loss), whose reach is guarded. capture: True records at the first call and warns
-    where it can't; "auto" records at the third call with batches of one kind, where it pays, and never warns.
+    where it can't; "auto" records at the third call with batches of one kind, or at the twelfth where there is no
+    executable, and never warns.
     names: what the function returns, for messages.
 
     The function returns losses of the batch's tasks, [T], and gradients (or None), which are sums over the tasks. Where
@@ -73,7 +75,7 @@ class Captures:
         self._numbered = self._new_states = self._changed = 0
         self._programs: dict[Any, _Captured | None] = {}  # None: runs ordinarily
         self._microbatch: dict[Any, int] = {}  # tasks of a microbatch
-        self._calls: dict[Any, int] = {}  # by kind of batch, until "auto" captures
+        self._calls: dict[Any, int] = {}  # left until "auto" captures, by kind of batch
         self._reasons: dict[str, None] = {}
         self._late: list[str] = []  # reasons that hold if an ordinary run succeeds
 
@@ -96,10 +98,14 @@ class Captures:
         if self._auto and self._too_early(whole.key):
             return list(function(*batches))
         microbatch, first = self._microbatch.pop(whole.key, 0), None
-        if not microbatch:
+        is_new = not microbatch
+        if is_new:
             microbatch, first = self._microbatch_of(whole, tasks, state.guards)
         self._microbatch[whole.key] = microbatch
         _drop_oldest(self._microbatch)
+        if is_new and self._auto and self._is_for_python(whole):
+            self._calls[whole.key] = PYTHON_CALLS - AUTO_CALLS
+            return list(function(*batches))
         number = -(-tasks // microbatch)
         sizes = sorted((len(range(i, tasks, number)) for i in range(number)), reverse=True)  # equal ones side by side
         ends = accumulate(sizes)
@@ -139,10 +145,15 @@ class Captures:
         return state
 
     def _too_early(self, key: Any) -> bool:
-        calls = self._calls.pop(key, 0) + 1
-        self._calls[key] = calls
+        left = self._calls.pop(key, AUTO_CALLS) - 1
+        self._calls[key] = max(left, 0)
         _drop_oldest(self._calls)
-        return calls < AUTO_CALLS
+        return left > 0
+
+    def _is_for_python(self, whole: _Call) -> bool:
+        """Whether a task's program was made and has no executable, while there is none for the whole batch yet."""
+        captured = self._programs.get(whole.part(slice(1)).key)
+        return captured is not None and captured.executable is None and whole.key not in self._programs
 
     def _microbatch_of(self, whole: _Call, tasks: int, guards: Guards) -> tuple[int, Results | None]:
         """As many tasks as a cache holds, and one for each thread; all tasks where one task has no executable.

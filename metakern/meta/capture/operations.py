@@ -36,15 +36,20 @@ def _alike(w: Lowering, x: Tensor, *others: Tensor, dtype: torch.dtype | None = 
     return w.new(x.new_empty(shape, dtype=dtype) if like is None else torch.empty_like(like, dtype=dtype or x.dtype))
 
 
-# PyTorch's operations that are one instruction of the same name: beside C++, the place to add one.
-ELEMENTWISE = (
-    *("relu", "exp", "sqrt", "rsqrt", "tanh", "sigmoid", "silu"),
-    *("tanh_backward", "sigmoid_backward", "silu_backward"),
-)
-for _name in ELEMENTWISE:
-    RULES[getattr(_aten, _name).default] = lambda w, *x, name=_name: w.map(name, _alike(w, *x), *x)
-    if hasattr(_aten, f"{_name}_"):
-        RULES[getattr(_aten, f"{_name}_").default] = lambda w, *x, name=_name: w.map(name, x[0], *x)
+def _is_of_tensors(operation: Any, inputs: int) -> bool:
+    arguments = operation._schema.arguments
+    return len(arguments) == inputs and all(str(argument.type) == "Tensor" for argument in arguments)
+
+
+# PyTorch's operations that are one instruction of the same name (csrc/pass.h) and have no other arguments.
+for _name, _inputs in getattr(_native._C, "elementwise", {}).items():
+    for _spelling in (_name, f"{_name}_"):
+        _op = getattr(getattr(_aten, _spelling, None), "default", None)
+        if _op is not None and _is_of_tensors(_op, _inputs):
+            if _spelling == _name:
+                RULES[_op] = lambda w, *x, name=_name: w.map(name, _alike(w, *x), *x)
+            else:
+                RULES[_op] = lambda w, *x, name=_name: w.map(name, x[0], *x)
 for _name in COMPARISONS:
     _op = getattr(_aten, _name).Scalar
     RULES[_op] = lambda w, x, s, name=_name: w.map(name, _alike(w, x, dtype=torch.bool), x, s=s)
