@@ -25,7 +25,7 @@ def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Te
 def main(steps: int = 300) -> tuple[float, float]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
-    maml = mk.MAML(model, loss, inner=mk.optim.SGD(lr=0.02, learn_lr=True), steps=3, capture=True)
+    maml = mk.MAML(model, loss, inner=mk.optim.SGD(lr=0.02, learn_lr=True), steps=3)
     optimizer = torch.optim.AdamW(maml.parameters(), lr=3e-3)  # of the model, and of the inner rate
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     values = []

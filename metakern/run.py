@@ -73,8 +73,8 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
     options: dict[str, Any] = {"steps": config.inner_steps}
     if config.adapt:
         options["adapt"] = list(config.adapt)
-    if config.algorithm != "finetune" and config.device == "cpu" and not config.pretrained:
-        options["capture"] = config.capture  # pretrained models look at their masks' values, which no recording can
+    if config.algorithm != "finetune":  # a pretrained model takes seconds to record, for each length of a batch
+        options["capture"] = config.capture and config.device == "cpu" and not config.pretrained
     if config.algorithm == "metasgd":
         options["lr"] = config.inner_lr
     else:

@@ -842,7 +842,7 @@ def test_a_run_whose_results_are_not_used_leaves_no_trace() -> None:
 
     model, other = Model(), Model()
     mamls = [
-        mk.MAML(m, error, mk.optim.SGD(lr=0.1), 2, batching="loop", capture=c) for m, c in ((model, 1), (other, 0))
+        mk.MAML(m, error, mk.optim.SGD(lr=0.1), 2, batching="loop", capture=c) for m, c in ((model, True), (other, False))
     ]
     for i in range(3, 0, -1):  # of each size, so that each call records
         support, query = (tuple(t[:, :i] for t in points(i + j)) for j in (0, 9))
@@ -1137,6 +1137,18 @@ def test_auto_waits_and_never_warns() -> None:
     for i in range(6):
         check(maml, error, i)
     assert "os.environ" in captures_of(maml).reasons[0]
+
+
+def test_auto_waits_longer_for_a_program_without_an_executable() -> None:
+    class Model(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).erfc()  # which has no instruction
+
+    maml = mk.MAML(Model(), error, mk.optim.SGD(lr=0.1), steps=2)
+    for i in range(16):
+        check(maml, error, i)
+        assert uses(maml) == max(0, i - 12)
+    assert captures_of(maml).reasons == []
 
 
 @dataclass

@@ -597,3 +597,18 @@ def test_rows_that_are_not_learned_are_no_lost_derivatives() -> None:
     for batching in ("fold", "vmap", "loop"):
         maml = maml_of(net, ce, batching=batching)
         same(ours(maml, (tokens, y), (tokens, y)), plain(net, ce, (tokens, y), (tokens, y)))
+
+
+def test_a_loss_that_is_a_module_may_be_followed_by_a_function() -> None:
+    class Criterion(nn.Module):
+        def forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return 2 * ce(model, batch)
+
+    maml = maml_of(Net(), Criterion())
+    support, query = points(1), points(2)
+    maml(support, query)
+    maml.loss = ce
+    assert "loss" not in dict(maml.named_children())
+    same(ours(maml, support, query), plain(maml.model, ce, support, query))
+    maml.loss = Criterion()
+    same(ours(maml, support, query), plain(maml.model, lambda model, batch: 2 * ce(model, batch), support, query))

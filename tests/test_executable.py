@@ -76,6 +76,8 @@ PASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "power": lambda x, y: (x + 9) ** -1.5,
     "roots": lambda x, y: (x + 9).sqrt() + (y + 9).rsqrt(),
     "exp": lambda x, y: x.exp(),
+    "circle": lambda x, y: x.sin() + (40 * y).cos(),
+    "pad": lambda x, y: F.pad(x.reshape(-1, 1), (1, 2), value=-2.0) + F.pad(y.reshape(1, -1), (0, 3, 1, 0))[1, 0],
     "relu": lambda x, y: x.relu() + y,
     "relu-of-nan": lambda x, y: (x.relu() / x.relu()).relu() + y,
     "threshold_backward": lambda x, y: aten.threshold_backward(x, y.relu(), 0.0),  # equal where y < 0
@@ -88,6 +90,7 @@ PASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda x, y: x.sum() + y.mean(),
     "copies": lambda x, y: torch.cat([torch.stack([x, y]).flatten(), y.contiguous().flatten(), x.reshape(-1)]),
     "casts": lambda x, y: (x.to(torch.float32).to(torch.float64) + (y > 0).to(torch.float64)).to(torch.int64) - 1,
+    "casts-to-masks": lambda x, y: (x.to(torch.int64).bool() & y.relu().bool()).to(x.dtype) * 0.5,
     "in-place": lambda x, y: x.clone().mul_(y).add_(x, alpha=2).add_(1).mul_(3),
     "fills": lambda x, y: x * torch.full_like(x, 0.5) + torch.ones_like(x) + x.new_zeros(x.shape).add_(y),
 }

@@ -469,8 +469,15 @@ def test_refusals() -> None:
         mk.MAML(model, loss)((support[0].clone().requires_grad_(), support[1]), query)
     with pytest.raises(ValueError, match="strategy must be auto, store or recompute, got 'fast'"):
         mk.MAML(model, loss, strategy="fast")
-    with pytest.raises(ValueError, match="steps must be an integer of at least 0, got -1"):
-        mk.MAML(model, loss, steps=-1)
+    for steps in (-1, True, 1.0):
+        with pytest.raises(ValueError, match=f"steps must be an integer of at least 0, got {steps}"):
+            mk.MAML(model, loss, steps=steps)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='task_chunk must be "auto" or at least 1, got True'):
+        mk.MAML(model, loss, task_chunk=True)
+    with pytest.raises(TypeError, match="first_order must be True or False, got 'no'"):
+        mk.MAML(model, loss, first_order="no")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="capture must be \"auto\", True or False, got 'no'"):
+        mk.MAML(model, loss, capture="no")
     with pytest.raises(ValueError, match="adapt must match a parameter's name"):
         mk.MAML(model, loss, adapt=["nothing"])
     with pytest.raises(TypeError, match="inner must be one of"):

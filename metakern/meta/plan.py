@@ -200,7 +200,7 @@ class Wishes:
         if self.strategy not in ("auto", "store", "recompute"):
             raise ValueError(f"MAML: strategy must be auto, store or recompute, got {self.strategy!r}")
         chunk = self.task_chunk
-        if chunk != "auto" and not (isinstance(chunk, int) and chunk >= 1):
+        if chunk != "auto" and not (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1):
             raise ValueError(f'MAML: task_chunk must be "auto" or at least 1, got {chunk!r}')
 
 

@@ -31,16 +31,16 @@ class MAML(nn.Module):
     inner: an inner optimizer. steps: K. adapt: which parameters the inner loop changes: None for all, name patterns, or
     a predicate on names; the others are meta-learned all the same. strategy "store" | "recompute", batching "fold" |
     "vmap" | "loop" and task_chunk (tasks at once) give the same numbers; "auto" chooses, and `maml.plan` says why.
-    capture=True (on the CPU) records the kernels that the first meta-gradient calls for batches of a shape and runs
-    them for the next ones in C++, without Python or autograd, a few tasks on each thread: the same numbers in less time
-    and memory, where shapes recur. What model and loss read beside tensors is guarded, what can't be guarded is not
-    captured, and uses 4, 8, 16, … are audited by an ordinary run (`metakern.meta.capture`). "auto" records at the third
-    call with batches of one kind and never warns; True warns where it can't capture.
+    capture (on a CPU): the kernels that a meta-gradient calls are recorded once for batches of a shape and run for the
+    next ones in C++, without Python or autograd, a few tasks on each thread: the same numbers in less time and memory.
+    What model and loss read beside tensors is guarded, what can't be guarded is not captured, and uses 4, 8, 16, … are
+    audited by an ordinary run (`metakern.meta.capture`). "auto" records at the third call with batches of one kind,
+    later where that takes longer, and never warns; True records at the first and warns where it can't; False never.
 
     Calling it with support and query batches (trees of tensors, tasks along dimension 0) gives the mean query loss over
     tasks, whose `backward()` accumulates the meta-gradient into the parameters' `.grad`.
 
-    Raises ValueError for what can't be exact: batch-norm in training mode, a model that no batching reproduces.
+    Raises ValueError for what can't be exact: a model that no batching reproduces, or whose second derivatives are lost.
 
     >>> import torch, metakern as mk
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
@@ -62,23 +62,30 @@ class MAML(nn.Module):
         strategy: str = "auto",
         batching: str = "auto",
         task_chunk: int | str = "auto",
-        capture: bool | str = False,
+        capture: bool | str = "auto",
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"MAML: model must be an nn.Module, got {type(model).__name__}")
         if not callable(loss):
             raise TypeError(f"MAML: loss must be a function of (model, batch), got {type(loss).__name__}")
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"MAML: steps must be an integer of at least 0, got {steps!r}")
         if inner is not None and not isinstance(inner, InnerOptimizer):
             raise TypeError(f"MAML: inner must be one of metakern.optim's optimizers, got {type(inner).__name__}")
+        if not isinstance(first_order, bool):
+            raise TypeError(f"MAML: first_order must be True or False, got {first_order!r}")
+        if not isinstance(capture, bool) and capture != "auto":
+            raise ValueError(f'MAML: capture must be "auto", True or False, got {capture!r}')
         self.model, self.inner = model, SGD() if inner is None else inner
-        self.loss, self.steps, self.first_order, self.capture = loss, steps, first_order, capture
+        self.loss, self.steps, self.first_order, self.capture = loss, _non_negative(steps), first_order, capture
         self._engine = Engine(model, adapt, Wishes(batching, strategy, task_chunk))
         with running(model):
             self.inner.prepare(Parameters(model, adapt).adapted)
         self.query_losses: Tensor | None = None  # of the last call, for each task, [T]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss" and not isinstance(value, nn.Module):
+            self._modules.pop("loss", None)  # one that is a module may be followed by a function
+        super().__setattr__(name, value)
 
     @property
     def plan(self) -> Plan:
@@ -190,10 +197,6 @@ def _count(support: Any, query: Any) -> int:
 
 
 def _non_negative(steps: int) -> int:
-    if not isinstance(steps, int) or steps < 0:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"MAML: steps must be an integer of at least 0, got {steps!r}")
     return steps
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -176,6 +176,8 @@ class Lowering:
     def map(self, name: str, out: Tensor, *inputs: Tensor, s: float = 0.0, t: float = 0.0) -> Tensor:
         """An elementwise instruction over `out` and what broadcasts to it."""
         types = {x.dtype for x in (out, *inputs)}
+        if name == "copy" and len(types) > 1 and out.dtype == torch.bool:
+            name, s = "ne", 0.0
         if name == "copy" and len(types) > 1:
             name, types = f"from_{str(inputs[0].dtype).removeprefix('torch.')}", {out.dtype}
         elif name in ("where", *COMPARISONS):

@@ -282,6 +282,20 @@ def _cat(w: Lowering, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     return out
 
 
+@_lowers(_aten.constant_pad_nd.default)
+def _constant_pad(w: Lowering, x: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
+    if min(pad) < 0:
+        raise LoweringError("padding that cuts")
+    pairs = [(0, 0)] * (x.dim() - len(pad) // 2) + list(zip(pad[-2::-2], pad[::-2], strict=True))  # the last dim first
+    out = w.new(x.new_empty([before + size + after for size, (before, after) in zip(x.shape, pairs, strict=True)]))
+    w.map("fill", out, s=float(value))
+    inner = out
+    for dim, (before, _) in enumerate(pairs):
+        inner = inner.narrow(dim, before, x.shape[dim])
+    w.map("copy", inner, x)
+    return out
+
+
 @_lowers(_aten.stack.default)
 def _stack(w: Lowering, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     dim %= tensors[0].dim() + 1
@@ -388,10 +402,12 @@ def _addmm(w: Lowering, add: Tensor, a: Tensor, b: Tensor, beta: float = 1, alph
 @_lowers(_native.call.__wrapped__)  # type: ignore[attr-defined]
 def _kernel(w: Lowering, kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple:
     signature = _native._signatures()[kernel]
-    if any(
-        a.indices and t is not None and t.dtype != torch.int64 for a, t in zip(signature.inputs, inputs, strict=True)
-    ):
-        raise LoweringError("indices other than int64")
+    inputs = tuple(
+        w.map("copy", w.new(torch.empty_like(t, dtype=torch.int64)), t)
+        if argument.indices and t is not None and t.dtype != torch.int64
+        else t
+        for argument, t in zip(signature.inputs, inputs, strict=True)
+    )
     arranged = _native.arrange(kernel, *inputs)
     for t, made in zip(inputs, arranged.inputs, strict=True):
         w.copied(t, made)

@@ -155,7 +155,7 @@ class Learner(BaseLearner):
 
         support, query: (inputs, targets), with the tasks along dimension 0 of every tensor; loss(predictions, targets)
         of one task, the same object at each call, as the plan that is made at the first one is kept for it. options:
-        those of `metakern.MAML`, which runs it, such as capture=True; for batches and losses of another form there is
+        those of `metakern.MAML`, which runs it, such as capture=False; for batches and losses of another form there is
         that class itself. Raises ValueError for a clone, and for frozen parameters without allow_nograd.
 
         >>> import torch
