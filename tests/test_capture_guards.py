@@ -842,7 +842,8 @@ def test_a_run_whose_results_are_not_used_leaves_no_trace() -> None:
 
     model, other = Model(), Model()
     mamls = [
-        mk.MAML(m, error, mk.optim.SGD(lr=0.1), 2, batching="loop", capture=c) for m, c in ((model, True), (other, False))
+        mk.MAML(m, error, mk.optim.SGD(lr=0.1), 2, batching="loop", capture=c)
+        for m, c in ((model, True), (other, False))
     ]
     for i in range(3, 0, -1):  # of each size, so that each call records
         support, query = (tuple(t[:, :i] for t in points(i + j)) for j in (0, 9))

@@ -40,7 +40,7 @@ class MAML(nn.Module):
     Calling it with support and query batches (trees of tensors, tasks along dimension 0) gives the mean query loss over
     tasks, whose `backward()` accumulates the meta-gradient into the parameters' `.grad`.
 
-    Raises ValueError for what can't be exact: a model that no batching reproduces, or whose second derivatives are lost.
+    Raises ValueError for what can't be exact: a model that no batching reproduces, or that loses second derivatives.
 
     >>> import torch, metakern as mk
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
