@@ -16,17 +16,16 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
 from metakern.doctor._report import LOSS
 from metakern.meta._batching import Loss, exact_kernels
 from metakern.meta._parameters import Parameters, twin
 from metakern.meta.slopes import NOISE, Tensors, Verdict, direction, gradient, judge
-from metakern.meta.verify import comparable
+from metakern.meta.state import seeded
+from metakern.meta.verify import Roundings, comparable
 
 _STANDARD = set(vars(nn.Module()))
 
@@ -129,9 +128,7 @@ class Patient:
 
     def begin(self, state: State) -> None:
         state.restore()
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
+        seeded()
 
     def value(self, batch: Any) -> Any:
         self.evaluations += 1
@@ -270,7 +267,7 @@ def treat(model: nn.Module, loss: Loss, support: Any, query: Any, adapt: Any) ->
         patient = Patient(model, loss, support, query, adapt, dtype)
         place = Place(patient, patient.root)
         try:
-            with _Roundings() as roundings, place.scalar([t.requires_grad_() for t in place.z]) as value:
+            with Roundings() as roundings, place.scalar([t.requires_grad_() for t in place.z]) as value:
                 pass
         except Exception as error:  # a kernel or a model insists on its dtype
             obstacle = error
@@ -303,19 +300,6 @@ def _check(value: Any, place: Place) -> None:
     with place.scalar([z + NOISE * u for z, u in zip(place.z, direction(place.z, 0), strict=True)]) as moved:
         if torch.equal(value, moved):
             raise ValueError("doctor: loss must depend on the model's parameters, got one that does not")
-
-
-class _Roundings(TorchDispatchMode):
-    """Whether what has derivatives is rounded to less than float64 on the way: its differences are those of less."""
-
-    seen = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
-            differentiated = args[0].requires_grad or not torch.is_grad_enabled()
-            self.seen |= result.is_floating_point() and result.dtype != torch.float64 and differentiated
-        return result
 
 
 def _outermost(call: Call, cut: set[int]) -> Iterator[Call]:

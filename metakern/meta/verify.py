@@ -474,19 +474,22 @@ def _leaf_number() -> int:
         return (torch.ones((), requires_grad=True) * 1).grad_fn._sequence_nr()  # type: ignore[union-attr]
 
 
-class _Roundings(TorchDispatchMode):
+class Roundings(TorchDispatchMode):
+    """Whether what has derivatives is rounded to less than float64 on the way: its differences are those of less."""
+
     seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = (torch.zeros if func is ZEROS else func)(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
-            self.seen |= result.is_floating_point() and result.dtype != torch.float64
+            differentiated = args[0].requires_grad or not torch.is_grad_enabled()
+            self.seen |= result.is_floating_point() and result.dtype != torch.float64 and differentiated
         return result
 
 
 def _rounds(gradient: Callable[[], Any]) -> bool:
     """Whether a gradient rounds what is differentiated to less than float64 on the way."""
-    with _Roundings() as roundings:
+    with Roundings() as roundings:
         gradient()
     return roundings.seen
 
