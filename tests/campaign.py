@@ -3,10 +3,10 @@
     python tests/campaign.py --runs 2000 --seed 0        seeds 0 to 1999; one line for each failure
     python tests/campaign.py --runs 1 --seed 17          one of them again
 
-A run draws a model, a loss, an inner optimizer and settings (`campaign_worlds`), and calls one `metakern.MAML`, with one
-to three changes in between. After each call the value and the meta-gradient must be those of plain
-autograd in float64 (`campaign_truth`), or an error of metakern's own words was raised; and model, loss, optimizer,
-batch and random states must be what they were. Everything else is a failure:
+A run draws a model, a loss, an inner optimizer and settings (`campaign_worlds`), and calls one `metakern.MAML`, with
+one to three changes in between. After each call the value and the meta-gradient must be those of plain autograd in
+float64 (`campaign_truth`), or an error of metakern's own words was raised; and model, loss, optimizer, batch and random
+states must be what they were. Everything else is a failure:
 
     different   another number, without a word
     internal    an error that is not metakern's to its user: a KeyError, a FoldError although another batching is exact

@@ -139,9 +139,7 @@ def executables(chosen: tuple, function: Any, A: int, B: int, C: int, data: st.D
     x, y = (laid_out(*data.draw(matrices((A, B, C)), name), dtype, random) for name in "xy")
     inputs = [x, y, torch.randint(A, (1 if A else 0,), generator=random) if A else torch.zeros(0, dtype=torch.int64)]
     program, _ = record(lambda: function(*inputs), inputs)
-    executable = lower(program, inputs)
-    assert executable is not None
-    assert executable([inputs, inputs], threads) is not None
+    assert lower(program, inputs)([inputs, inputs], threads) is not None
 
 
 if __name__ == "__main__":

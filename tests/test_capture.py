@@ -252,6 +252,15 @@ def test_a_run_that_fails_only_when_recorded_is_ordinary() -> None:
         mk.MAML(model, loss, steps=1, capture=True)(points(1), points(2, outputs=4))
 
 
+def test_zeros_without_memory_are_recorded_as_zeros() -> None:
+    """Forward mode makes them where there is no tangent; below a recorder PyTorch would read them, and die."""
+    x = torch.randn(3)
+    program, results = record(lambda: [x + 1, torch._efficientzerotensor((3,))], [x])
+    for found in (results, program([x])):
+        assert not found[1]._is_zerotensor()
+        assert_equal(dict(enumerate(found)), {0: x + 1, 1: torch.zeros(3)})
+
+
 def test_targets_are_checked_all_the_same() -> None:
     model = nn.Linear(5, 3)
     captured = mk.MAML(model, mk.losses.classification, steps=1, capture=True)

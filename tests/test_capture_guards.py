@@ -1150,6 +1150,7 @@ def test_auto_waits_longer_for_a_program_without_an_executable() -> None:
         check(maml, error, i)
         assert uses(maml) == max(0, i - 12)
     assert captures_of(maml).reasons == []
+    assert "captured without an executable, as aten.erfc.default has no instruction" in maml.plan.reasons
 
 
 @dataclass

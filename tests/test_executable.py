@@ -86,6 +86,7 @@ PASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": lambda x, y: F.gelu(x) + aten.gelu_backward(y, x),
     "silu": lambda x, y: F.silu(x) + aten.silu_backward(y, x),
     "where": lambda x, y: torch.where((x > 0) & (y <= 0.5) | (x < -1), x, y),
+    "masked_fill": lambda x, y: x.masked_fill(y > 0, -3.5) * (y > 0).long().masked_fill(x > 0, -100).to(x.dtype),
     "masks": lambda x, y: (~((x >= 0) & (y != 0)) | (x == 0)).clone(),
     "sum": lambda x, y: x.sum() + y.mean(),
     "copies": lambda x, y: torch.cat([torch.stack([x, y]).flatten(), y.contiguous().flatten(), x.reshape(-1)]),
@@ -137,7 +138,8 @@ def test_seven_dimensions_have_no_executable() -> None:
     def function(x: Tensor) -> list[Tensor]:
         return [x.permute(6, 5, 4, 3, 2, 1, 0) * x]
 
-    assert lowering.lower(record(lambda: function(x), [x := torch.randn([2] * 7)])[0], [x]) is None
+    with pytest.raises(lowering.LoweringError, match="7 dimensions"):
+        lowering.lower(record(lambda: function(x), [x := torch.randn([2] * 7)])[0], [x])
     check(lambda x: [x.permute(5, 4, 3, 2, 1, 0) * x], lambda: (torch.randn([2] * 6),))
 
 
@@ -263,7 +265,8 @@ def test_rows_that_are_not_there_stop_the_run() -> None:
 def test_what_has_no_executable(function: Function) -> None:
     x = torch.randn(3)
     program, _ = record(lambda: function(x), [x])
-    assert lowering.lower(program, [x]) is None
+    with pytest.raises(lowering.LoweringError):
+        lowering.lower(program, [x])
 
 
 def test_wrong_executables_are_refused() -> None:

@@ -106,7 +106,7 @@ class Engine:
             roles.shared[f"(loss) {i}"] = leaf  # type: ignore[assignment]
         unroll = Unroll(found.batching, inner, steps, first_order, found.plan.hvp, found.python, found.graph)
 
-        def again(failed: str) -> Prepared:
+        def again(failed: str, batches: Sequence[Any]) -> Prepared:
             return self._made(loss, inner, steps, first_order, outer, batches, [*without, failed])
 
         return Prepared(roles, found, unroll, loss, again, self.wishes.batching == "auto")
@@ -156,7 +156,7 @@ class Prepared:
         found: Found,
         unroll: Unroll,
         loss: Loss,
-        again: Callable[[str], Prepared],
+        again: Callable[[str, Sequence[Any]], Prepared],
         auto: bool,
     ) -> None:
         self.loss, self._again, self._auto = loss, again, auto
@@ -172,9 +172,9 @@ class Prepared:
 
     @property
     def explained(self) -> Plan:
-        """The plan, with why some of its meta-gradients aren't captured."""
-        reasons = [reason for captures in self._captures.values() for reason in captures.reasons]
-        return replace(self.plan, reasons=(*self.plan.reasons, *(f"not captured: {reason}" for reason in reasons)))
+        """The plan, with why some of its meta-gradients aren't captured, or are without an executable."""
+        reasons = [reason for captures in self._captures.values() for reason in captures.explained]
+        return replace(self.plan, reasons=(*self.plan.reasons, *reasons))
 
     def captures(self, capture: bool | str) -> Captures:
         """The captured programs of this plan, made as `capture` says."""
@@ -204,7 +204,7 @@ class Prepared:
             except FoldError as error:
                 if not self._auto or start:
                     raise
-                self._replan(str(error))
+                self._replan(str(error), batches)
                 continue
             except RuntimeError as error:
                 if not _out_of_memory(error) or tried == 1:
@@ -224,9 +224,9 @@ class Prepared:
             if state is not None:
                 state.restore_tensors()
 
-    def _replan(self, why: str) -> None:
-        """Takes the next batching, where this one can't serve a batch that it was made for."""
-        name, other = self.unroll.batching.name, self._again(self.unroll.batching.name)
+    def _replan(self, why: str, batches: Sequence[Any]) -> None:
+        """Takes the next batching, where this one can't serve batches that it was made for."""
+        name, other = self.unroll.batching.name, self._again(self.unroll.batching.name, batches)
         self.__dict__.update(other.__dict__)
         self.plan = replace(self.plan, reasons=(*self.plan.reasons, f"{name} could not serve a later batch: {why}"))
 

@@ -36,7 +36,7 @@ from metakern.meta.batches import containers, flatten, tasks_of
 from metakern.meta.capture import operations  # noqa: F401  (fills the table of lowering rules)
 from metakern.meta.capture.executable import Executable
 from metakern.meta.capture.guards import MOST_BYTES, Guards, frozen, is_frozen
-from metakern.meta.capture.lowering import lower
+from metakern.meta.capture.lowering import LoweringError, lower
 from metakern.meta.capture.program import Program
 from metakern.meta.capture.recorder import RecordError, record
 from metakern.meta.capture.rewrite import rewritten
@@ -77,12 +77,19 @@ class Captures:
         self._microbatch: dict[Any, int] = {}  # tasks of a microbatch
         self._calls: dict[Any, int] = {}  # left until "auto" captures, by kind of batch
         self._reasons: dict[str, None] = {}
+        self._run_by_python: dict[str, None] = {}
         self._late: list[str] = []  # reasons that hold if an ordinary run succeeds
 
     @property
     def reasons(self) -> list[str]:
         """Why some calls run ordinarily, a line each."""
         return [*self._reasons]
+
+    @property
+    def explained(self) -> list[str]:
+        """Those, and why some programs have no executable, as `Plan.reasons` has them."""
+        slow = (f"captured without an executable, as {reason}" for reason in self._run_by_python)
+        return [*(f"not captured: {reason}" for reason in self._reasons), *slow]
 
     def __call__(self, function: Callable[..., Sequence[Tensor | None]], key: tuple, *batches: Any) -> Results:
         """function(*batches), by the program for the key, the batches' structure and the state of the surroundings."""
@@ -247,7 +254,7 @@ class Captures:
         before = Random(call.inputs[0].device)
         try:
             program, _ = record(call, call.inputs, rewritten)
-            again = _Captured(program, lower(program, call.inputs))
+            again = _Captured(program, self._lowered(program, call.inputs))
             before.restore()
             (results,) = again([call.inputs], 1)
         except Exception:
@@ -266,7 +273,8 @@ class Captures:
             changed = [*guards.changes(), *before.drawn()]
             if not changed:
                 pinned = _pinned(program, guards, call.arrays)
-                captured = self._programs[call.key] = _Captured(program, lower(program, call.inputs), pinned)
+                executable = self._lowered(program, call.inputs)
+                captured = self._programs[call.key] = _Captured(program, executable, pinned)
         except Exception as error:  # an ordinary run may do what a recorded one can't; if it can't, it says why
             before.restore()
             results = list(call()) if is_all else []  # what an ordinary run changes, it must change once
@@ -301,6 +309,13 @@ class Captures:
         if not found or all(t is None or t.isfinite().all() for t in truth):  # others confirm nothing
             self._give_up(call.key, reason or f"it would give other results than an ordinary run: {difference}")
         return truth, False
+
+    def _lowered(self, program: Program, inputs: Sequence[Tensor]) -> Executable | None:
+        try:
+            return lower(program, inputs)
+        except LoweringError as error:
+            self._run_by_python[str(error)] = None
+            return None
 
     def _give_up(self, key: Any, reason: str) -> None:
         self._programs[key] = None

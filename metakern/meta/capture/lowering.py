@@ -32,14 +32,11 @@ class LoweringError(Exception):
     """What an executable can't do, or not as the program does it."""
 
 
-def lower(program: Program, inputs: Sequence[Tensor]) -> Executable | None:
-    """The program's executable; None where it has none."""
-    if _native.obstacle() or any(t.device.type != "cpu" for t in inputs):
-        return None
-    try:
-        return Lowering(inputs).executable(program)
-    except LoweringError:
-        return None
+def lower(program: Program, inputs: Sequence[Tensor]) -> Executable:
+    """The program's executable. Raises LoweringError where it has none."""
+    if obstacle := _native.obstacle():
+        raise LoweringError(obstacle)
+    return Lowering(inputs).executable(program)
 
 
 @dataclass

@@ -145,6 +145,14 @@ def _where(w: Lowering, mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return w.map("where", _alike(w, x, y, mask), mask, x, y)
 
 
+@_lowers(_aten.masked_fill.Scalar)
+def _masked_fill(w: Lowering, x: Tensor, mask: Tensor, value: float) -> Tensor:
+    if not x.is_floating_point() and not isinstance(value, int):
+        raise LoweringError("a fill of another kind")
+    filled = w.map("fill", w.new(x.new_empty(())), s=value)
+    return _where(w, mask, filled, x)
+
+
 @_lowers(_aten.bitwise_and.Tensor, _aten.logical_and.default)
 def _and(w: Lowering, x: Tensor, y: Tensor) -> Tensor:
     if x.dtype != torch.bool:

@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from metakern._record import Recording
 from metakern.meta.capture.program import Program, Register, Rewrite, Step, registers
+from metakern.meta.draws import ZEROS
 
 _aten = torch.ops.aten
 _LOOKS_AT_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -104,6 +105,8 @@ class Recorder(Recording):
         if _LOOKS_AT_DATA.intersection(func.tags):
             self.error = RecordError(f"Python looks at the values of a tensor ({func})")
             raise self.error
+        if func is ZEROS:
+            func = _aten.zeros.default
         if func in _LIFTS:
             self.lifted.append(args[0])
             self._own.add(_storage(args[0]))
