@@ -93,7 +93,7 @@ class ChatTokenizer(DialogueTokenizer):
         folder = Path(path).parent
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            self._tokenizer.save_pretrained(temporary)
+            _save(self._tokenizer, Path(temporary))
             for file in Path(temporary).iterdir():
                 os.replace(file, folder / file.name)
 
@@ -199,12 +199,19 @@ def _smollm2() -> Path:
 
 def _convert(package: Path, folder: Path) -> None:
     with _quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2).float()
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2)
         model.hf_quantizer, model.is_quantized = None, False  # its weights are plain numbers now, and may be saved
         model.config.__dict__.pop("quantization_config", None)
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _save(tokenizer, folder)
+
+
+def _save(tokenizer: Any, folder: Path) -> None:
+    """Writes what every version of transformers reads; the class that 5 names is known to it by its older name too."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(file.read_text("utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
 
 
 @contextmanager
