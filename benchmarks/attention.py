@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import results
 from benchmarks.options import Parser, kept, positive
 from benchmarks.recurrent import SQUARE, quartiles, seconds
-from metakern import _native
+from metakern import native
 from metakern.ops import SPECS, attention
 
 SIZES = [
@@ -134,8 +134,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two sizes, printed only")
     parser.add_argument("--out", type=kept, help="where the JSON goes (default: the machine's file)")
     args = parser.parse_args()
-    if _native.obstacle():
-        parser.error(str(_native.obstacle()))
+    if native.obstacle():
+        parser.error(str(native.obstacle()))
     torch.set_num_threads(args.threads)
     sizes = QUICK if args.quick else SIZES
     found: dict[str, dict[str, Any]] = {}

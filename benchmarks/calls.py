@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import metakern as mk
-from metakern.ops import SPECS, _backend
-from metakern.ops._rules import Rules
-from metakern.ops._spec import Make, Sample
+from metakern.ops import SPECS
+from metakern.ops.core import backend
+from metakern.ops.core.rules import Rules
+from metakern.ops.core.spec import Make, Sample
 
 ORDERS = {"forward": 0, "jvp": 1, "vjp": 1, "vjp_jvp": 2}  # a jvp reads, writes and multiplies as much as a vjp
 RULES = tuple(ORDERS)
@@ -49,13 +50,13 @@ def function(f: Callable[..., Any], sample: Sample) -> tuple[Callable[..., Any],
     return of_inputs, [sample.args[i] for i in at]
 
 
-def recorded(op: str, sample: Sample, backend: str) -> dict[str, Call]:
+def recorded(op: str, sample: Sample, name: str) -> dict[str, Call]:
     """The rules of one call at both orders, each with the tensors that it was called with.
 
     Everything has a tangent, cotangents included, which is the most that a rule is asked for.
     """
     calls: dict[str, Call] = {}
-    choose = _backend.choose
+    choose = backend.choose
 
     def note(name: str, kernels: Any, tensors: Any) -> Rules:
         rules = choose(name, kernels, tensors)
@@ -70,7 +71,7 @@ def recorded(op: str, sample: Sample, backend: str) -> dict[str, Call]:
         return Rules(*(rule(name) for name in RULES))
 
     f, x = function(SPECS[op].call, sample)
-    with patch.object(_backend, "choose", note), mk.backend(backend), fwd.dual_level():
+    with patch.object(backend, "choose", note), mk.backend(name), fwd.dual_level():
         duals = [dual(a.detach().requires_grad_()) for a in x]
         y = tree_leaves(f(*duals))
         torch.autograd.grad(y, duals, [dual(torch.randn_like(fwd.unpack_dual(t).primal)) for t in y])

@@ -37,7 +37,7 @@ from benchmarks.options import Parser, kept, positive
 from benchmarks.progress import Progress
 from benchmarks.recurrent import quartiles
 from metakern.ops import SPECS
-from metakern.ops._spec import Cost, Make, Sample
+from metakern.ops.core.spec import Cost, Make, Sample
 
 if TYPE_CHECKING:
     from rich.table import Table

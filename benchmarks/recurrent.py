@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks import results
 from benchmarks.options import Parser, kept, positive
-from metakern import _native
+from metakern import native
 from metakern.ops import SPECS, gru, lstm, rnn
 
 CELLS = {"lstm": 4, "gru": 3, "rnn": 1}  # rows of the weights for each hidden unit
@@ -88,8 +88,8 @@ class Problem:
         kept = residuals[1:2] if self.cell == "rnn" else (residuals[0], residuals[-1])
         states, nothing = self.states, (None,) * (len(self.states) + 1)
         return (
-            lambda: _native.call(f"{name}_forward", u, w_hh, *own, *states, None, scalars=(0.0,)),
-            lambda: _native.call(f"{name}_vjp", self.ct[0], w_hh, *kept, *nothing, scalars=(0.0,)),
+            lambda: native.call(f"{name}_forward", u, w_hh, *own, *states, None, scalars=(0.0,)),
+            lambda: native.call(f"{name}_vjp", self.ct[0], w_hh, *kept, *nothing, scalars=(0.0,)),
         )
 
     def first_order_of_torch(self) -> Callable[[], Any]:
@@ -202,8 +202,8 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.cells.split(",")) - set(CELLS):
         parser.error(f"cells must be among {', '.join(CELLS)}, got {', '.join(sorted(unknown))}")
-    if _native.obstacle():
-        parser.error(str(_native.obstacle()))
+    if native.obstacle():
+        parser.error(str(native.obstacle()))
     torch.set_num_threads(args.threads)
     sizes = QUICK if args.quick else SIZES
     todo = [(cell, size) for cell in args.cells.split(",") for size in sizes]

@@ -60,7 +60,7 @@ void call(std::size_t index, bool is_double, const std::vector<std::uintptr_t>& 
     entry.kernel.run[is_double]({addresses.data(), sizes.data(), scalars.data(), threads});
 }
 
-// Sizes T, M, N, K and the strides of product.h; metakern._native.product has checked them.
+// Sizes T, M, N, K and the strides of product.h; metakern.native.product has checked them.
 void product(bool is_double, const std::array<std::uintptr_t, 4>& addresses, const std::array<std::int64_t, 4>& sizes,
              const std::array<std::int64_t, 8>& strides, double scale, int threads) {
     const auto at = [&](int i) { return reinterpret_cast<void*>(addresses[i]); };
@@ -82,9 +82,9 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     module.def("set_isa", &metakern::set_isa, py::arg("name"), "Use the kernels of another instruction set.");
     module.def("signatures", &metakern::signatures, "(name, signature) of every kernel; its place is its number.");
     module.def("call", &metakern::call, py::arg("index"), py::arg("is_double"), py::arg("tensors"), py::arg("sizes"),
-               py::arg("scalars"), py::arg("threads"), "Run a kernel. metakern._native.call checks what it is given.");
+               py::arg("scalars"), py::arg("threads"), "Run a kernel. metakern.native.call checks what it is given.");
     module.def("product", &metakern::product, py::arg("is_double"), py::arg("addresses"), py::arg("sizes"),
-               py::arg("strides"), py::arg("scale"), py::arg("threads"), "A batched matrix product; metakern._native.product checks.");
+               py::arg("strides"), py::arg("scale"), py::arg("threads"), "A batched matrix product; metakern.native.product checks.");
 
     py::dict elementwise;
 #define METAKERN_ENTRY(name, inputs, formula) elementwise[#name] = inputs;

@@ -1,13 +1,13 @@
 """metakern: exact second-order meta-learning, fused, batched over tasks, flat in memory and never silently wrong."""
 
 from metakern import losses, nn, ops, optim
-from metakern.doctor import doctor
+from metakern.adapters.lora import lora, merge_lora, remove_lora
+from metakern.adapters.peft import load_lora, save_lora
+from metakern.diagnosis import doctor
 from metakern.meta.algorithms import ANIL, FOMAML, MAML, MetaSGD, Reptile
 from metakern.meta.batches import pad_tasks
-from metakern.nn.lora import lora, merge_lora, remove_lora
-from metakern.nn.patch import patch, unpatch
-from metakern.ops._backend import backend, backends
-from metakern.peft import load_lora, save_lora
+from metakern.ops.core.backend import backend, backends
+from metakern.patching import patch, unpatch
 
 __version__ = "0.1.0"
 __all__ = [

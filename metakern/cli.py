@@ -22,7 +22,8 @@ import numpy
 import torch
 
 import metakern
-from metakern.config import Config, UserError, describe
+from metakern.dialogue.config import Config, describe
+from metakern.errors import UserError
 from metakern.tested import remark
 
 __all__ = ["main"]
@@ -188,7 +189,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _train(config: str | None, out: str | None, resume: bool, **flags: Any) -> None:
-    from metakern.trainer import train
+    from metakern.dialogue.trainer import train
 
     if resume and out and not config and (Path(out) / "config.toml").exists():
         config = str(Path(out) / "config.toml")
@@ -201,22 +202,22 @@ def _train(config: str | None, out: str | None, resume: bool, **flags: Any) -> N
 def _eval(run: str, data: str | None, steps: tuple[int, ...], compare: tuple[str, ...]) -> None:
     from rich.console import Console
 
-    from metakern.evaluate import evaluate, show
+    from metakern.dialogue.evaluate import evaluate, show
 
     show(evaluate(run, steps, compare, data), Console())
     print(f"written: {Path(run) / 'eval.json'}, {Path(run) / 'eval.png'}")
 
 
 def _adapt(run: str, support: str, out: str, steps: int | None) -> None:
-    from metakern.chat import adapt
+    from metakern.dialogue.chat import adapt
 
     print(f"{adapt(run, support, out, steps)}\nnext: metakern chat {out}")
 
 
 def _chat(run: str, support: str | None, steps: int | None, temperature: float, top_p: float, seed: int) -> None:
-    from metakern.chat import Chat, talk
+    from metakern.dialogue.chat import Chat, talk
     from metakern.dialogue.readers import read
-    from metakern.run import Run
+    from metakern.dialogue.run import Run
 
     dialogues = read(support) if support else []
     talk(Chat(Run.open(run), dialogues, steps=steps, temperature=temperature, top_p=top_p, seed=seed))
@@ -247,7 +248,7 @@ def _doctor(run: str | None) -> None:
 
 
 def _diagnosis(path: str) -> None:
-    from metakern.run import Run, episodes, load_split, on_device_of
+    from metakern.dialogue.run import Run, episodes, load_split, on_device_of
 
     run = Run.open(path)
     config, algorithm = run.config, run.algorithm

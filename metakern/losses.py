@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metakern import ops
-from metakern.nn.patch import huggingface
+from metakern.patching import huggingface
 
 
 def causal_lm(model: nn.Module, batch: Any) -> Tensor:

@@ -26,11 +26,12 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import metakern as mk
-from metakern import _memory
-from metakern.ops import SPECS, _backend
-from metakern.ops._spec import Make, Sample, Spec
-from metakern.ops._triton import launch
-from metakern.ops._updates import KERNELS
+from metakern.native import memory
+from metakern.ops import SPECS
+from metakern.ops.core import backend
+from metakern.ops.core.spec import Make, Sample, Spec
+from metakern.ops.core.triton_kernels import launch
+from metakern.ops.core.updates import KERNELS
 
 # The GPUs, and the bytes of shared memory that a program may have there.
 TARGETS = {
@@ -69,11 +70,11 @@ def recorded(op: str, target: GPUTarget) -> list[Launch]:
         launches.append(Launch(kernel, args, options, grid))
 
     spec = SPECS[op]
-    module = import_module(f"metakern.ops.{'_triton.foreach' if op in UPDATES else f'{op}.triton'}")
+    module = import_module(f"metakern.ops.{'core.triton_kernels.foreach' if op in UPDATES else f'{op}.triton'}")
     with (
         patch.object(JITFunction, "run", record),
-        patch.object(_backend, "_obstacle", lambda name: None),
-        patch.object(_memory, "address", lambda op, name, tensor: 0),
+        patch.object(backend, "_obstacle", lambda name: None),
+        patch.object(memory, "address", lambda op, name, tensor: 0),
         patch.object(launch, "shared_memory", lambda device: TARGETS[target]),
         patch.object(torch.version, "hip", "7.0" if target.backend == "hip" else None),
         mk.backend("triton"),

@@ -41,7 +41,7 @@ from campaign_worlds import Drawn, Sizes, World
 from torch import Tensor, nn
 
 import metakern as mk
-from metakern.meta._fold import FoldError
+from metakern.meta.fold import FoldError
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}  # relative
 NUDGE = {torch.float64: 1e-13, torch.float32: 1e-6}  # what a rounding may do to a parameter

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from metakern import _native
+from metakern import native
 
 MISSING = re.compile("could not import|pip install|the extra|package .* is not installed")
 
@@ -56,11 +56,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return names
 
 
-@pytest.fixture(params=_native._C.isas() if _native._C else [])
+@pytest.fixture(params=native.C.isas() if native.C else [])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set that this machine has."""
-    best = _native._C.isa()
-    _native._C.set_isa(request.param)
-    assert _native._C.isa() == request.param
+    best = native.C.isa()
+    native.C.set_isa(request.param)
+    assert native.C.isa() == request.param
     yield request.param
-    _native._C.set_isa(best)
+    native.C.set_isa(best)

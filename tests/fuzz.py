@@ -24,18 +24,18 @@ assert spec.loader is not None
 sys.modules["metakern._C"] = module_from_spec(spec)
 spec.loader.exec_module(sys.modules["metakern._C"])
 
-from metakern import _native  # noqa: E402
+from metakern import native  # noqa: E402
 from metakern.meta.capture.lowering import lower  # noqa: E402
 from metakern.meta.capture.recorder import record  # noqa: E402
 
-assert _native._C.__file__ == library
+assert native.C.__file__ == library
 LIMITS = {"T": 3, "B": 5, "H": 40, "L": 4, "N": 30, "D": 70, "V": 70, "G": 3, "M": 300, "*": 3000}
 ODD = [0, 1, -1, -(2**62), 2**62]
 budget = settings(
     max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 setting = st.tuples(
-    st.sampled_from(_native._C.isas()),
+    st.sampled_from(native.C.isas()),
     st.integers(1, 3),
     st.sampled_from([torch.float32, torch.float64]),
     st.integers(0, 2**32),
@@ -43,7 +43,7 @@ setting = st.tuples(
 
 
 def start(isa: str, threads: int, seed: int) -> torch.Generator:
-    _native._C.set_isa(isa)
+    native.C.set_isa(isa)
     torch.set_num_threads(threads)
     return torch.Generator().manual_seed(seed)
 
@@ -57,10 +57,10 @@ def numbers(shape: list[int], dtype: torch.dtype, random: torch.Generator, speci
 
 
 @budget
-@given(setting, st.sampled_from(sorted(_native._signatures())), st.data())
+@given(setting, st.sampled_from(sorted(native.signatures())), st.data())
 def kernels(chosen: tuple, kernel: str, data: st.DataObject) -> None:
     isa, threads, dtype, seed = chosen
-    random, signature = start(isa, threads, seed), _native._signatures()[kernel]
+    random, signature = start(isa, threads, seed), native.signatures()[kernel]
     letters = sorted({size for a in signature.inputs for _, size in a.dims} or {"*"})
     sizes = {size: data.draw(st.integers(0, LIMITS[size]), size) for size in letters}
     if "N" in sizes and data.draw(st.booleans(), "many rows"):
@@ -90,7 +90,7 @@ def kernels(chosen: tuple, kernel: str, data: st.DataObject) -> None:
         "rnn": (seed % 2,),
     }
     given_scalars = () if kernel.endswith("cotangents") else scalars.get(kernel.split("_")[0], ())
-    _native.call(kernel, *inputs, scalars=given_scalars)
+    native.call(kernel, *inputs, scalars=given_scalars)
 
 
 @st.composite
@@ -120,7 +120,7 @@ def products(chosen: tuple, T: int, M: int, N: int, K: int, data: st.DataObject)
         data.draw(matrices(shape), name) for name, shape in (("a", (T, M, K)), ("b", (T, K, N)), ("add", (T, M, N)))
     )
     extra = laid_out(*add, dtype, random) if data.draw(st.booleans(), "with add") else None
-    _native.product(laid_out(*a, dtype, random), laid_out(*b, dtype, random), extra, scale=0.5)
+    native.product(laid_out(*a, dtype, random), laid_out(*b, dtype, random), extra, scale=0.5)
 
 
 LOWERED = [

@@ -26,9 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import metakern as mk
-from metakern import _native
+from metakern import native
 from metakern.ops import SPECS
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 
 class Wrapper(Tensor):
@@ -150,12 +150,12 @@ def call_op(backend: str) -> None:
 
 
 def call_kernel() -> None:
-    name = random.choice(sorted(_native._signatures()))
+    name = random.choice(sorted(native.signatures()))
     letters = "TBHLNDVGM*"
     many = [0, 1, 2, 3, 2**20, 2**40, 2**61]
     sizes = {letter: random.choice(many if random.random() < 0.2 else [0, 1, 2, 3, 4]) for letter in letters}
     inputs: list[Any] = []
-    for a in _native._signatures()[name].inputs:
+    for a in native.signatures()[name].inputs:
         shape = [times * sizes[size] for times, size in a.dims] or [sizes["*"]]
         if a.condition is not None and random.random() < 0.3:
             inputs.append(None)
@@ -167,7 +167,7 @@ def call_kernel() -> None:
         x = x.long() if a.indices else x
         inputs.append(changed(x) if random.random() < 0.2 and max(shape) < 100 else x)
     one = name.startswith(("layer", "rms", "cross", "lstm", "gru", "rnn")) and not name.endswith("cotangents")
-    _native.call(name, *inputs, scalars=(1.0, 0.0, 0.0) if name.startswith("attention") else (1.0,) * one)
+    native.call(name, *inputs, scalars=(1.0, 0.0, 0.0) if name.startswith("attention") else (1.0,) * one)
 
 
 def call_product() -> None:
@@ -176,7 +176,7 @@ def call_product() -> None:
     i = random.randrange(3)
     if operands[i] is not None:
         operands[i] = changed(operands[i])
-    _native.product(*operands, reuse=random.random() < 0.5)
+    native.product(*operands, reuse=random.random() < 0.5)
 
 
 if __name__ == "__main__":
@@ -186,7 +186,7 @@ if __name__ == "__main__":
     torch.set_num_threads(2)
     warnings.simplefilter("ignore")
     kinds: list[Callable[[], None]] = [lambda: call_op(random.choice(backends))] * 4
-    if _native._C is not None:
+    if native.C is not None:
         kinds += [call_kernel, call_product]
     results = 0
     for number in range(rounds):

@@ -23,7 +23,7 @@ from benchmarks.runner import RefusedError, Runner
 from benchmarks.workloads import make
 from metakern import cli
 from metakern.ops import SPECS
-from metakern.ops._spec import Cost, Make
+from metakern.ops.core.spec import Cost, Make
 
 
 def sample(op, name=None):

@@ -31,7 +31,7 @@ from benchmarks.tables import fastest
 from benchmarks.truth import exact, with_truth
 from benchmarks.workloads import Spec, families, make, of
 from metakern.ops import SPECS
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 STOCK = "torch.func, torch.nn's own layers"
 triton = pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])

@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 import metakern as mk
 from metakern.meta import capture
-from metakern.meta._unroll import Random
 from metakern.meta.capture.recorder import RecordError, record
 from metakern.meta.capture.rewrite import rewritten
+from metakern.meta.unroll import Random
 
 KINDS = [(name, batching) for name, entry in MODELS.items() for batching in entry[3] if not name.startswith("hf")]
 
@@ -239,7 +239,7 @@ def test_python_that_looks_at_values_runs_ordinarily() -> None:
 
 def test_a_run_that_fails_only_when_recorded_is_ordinary() -> None:
     def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-        if any(isinstance(mode, mk._record.Recording) for mode in _get_current_dispatch_mode_stack()):
+        if any(isinstance(mode, mk.native.record.Recording) for mode in _get_current_dispatch_mode_stack()):
             raise NotImplementedError("not under a mode")
         return regression_loss(model, batch)
 
@@ -274,7 +274,7 @@ def test_targets_are_checked_all_the_same() -> None:
 def test_a_program_writes_in_place_reads_what_it_did_not_make_and_skips_what_nobody_reads() -> None:
     weight, calls = torch.ones(3), []
 
-    @mk._record.recordable()
+    @mk.native.record.recordable()
     def kernel(a: Tensor) -> Tensor:
         calls.append(1)
         return a.detach() * weight
@@ -363,10 +363,10 @@ def draws_again(x: Tensor, y: Tensor) -> list[Tensor]:
     return [*drawn, torch.randn(2), x + 0]
 
 
-multiply = mk._native.product
+multiply = mk.native.product
 
 
-@pytest.mark.skipif(mk._native.obstacle() is not None, reason="the products are C++")
+@pytest.mark.skipif(mk.native.obstacle() is not None, reason="the products are C++")
 @pytest.mark.parametrize(
     ("function", "fewer"),
     [

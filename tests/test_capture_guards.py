@@ -1085,7 +1085,7 @@ def test_rounding_at_a_jump_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None
 
     def noisy(*args: Any) -> Any:
         losses, *rest = run(*args)
-        recorded = any(isinstance(mode, mk._record.Recording) for mode in modes())
+        recorded = any(isinstance(mode, mk.native.record.Recording) for mode in modes())
         return [losses, *(g if recorded else g * 1.001 for g in rest)]
 
     modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack

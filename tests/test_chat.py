@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import WORDS, tiny_config, write_tasks
 
-from metakern import chat as module
-from metakern.chat import HELP, Chat, adapt, adapted_model, support_batch, talk
-from metakern.config import UserError
-from metakern.dialogue.readers import DataError, Dialogue, Turn, read
+from metakern.dialogue import chat as module
+from metakern.dialogue.chat import HELP, Chat, adapt, adapted_model, support_batch, talk
+from metakern.dialogue.readers import Dialogue, Turn, read
+from metakern.dialogue.run import Run
 from metakern.dialogue.tokenizer import IGNORE
-from metakern.run import Run
-from metakern.trainer import train
+from metakern.dialogue.trainer import train
+from metakern.errors import DataError, UserError
 
 
 @pytest.fixture(scope="module")

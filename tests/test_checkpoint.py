@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from metakern import checkpoint
-from metakern.checkpoint import CheckpointError
+from metakern.dialogue import checkpoint
+from metakern.errors import CheckpointError
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tiny import tiny_config, write_tasks
 import metakern
 from metakern import cli
 from metakern.cli import main
-from metakern.config import Config
+from metakern.dialogue.config import Config
 from metakern.tested import TESTED
 
 
@@ -297,7 +297,7 @@ def test_ctrl_c_outside_of_training(monkeypatch, capsys):
 
 
 def test_a_missing_extra_is_named(folder, monkeypatch, capsys):
-    for module in [name for name in sys.modules if name.startswith(("matplotlib", "metakern.evaluate"))]:
+    for module in [name for name in sys.modules if name.startswith(("matplotlib", "metakern.dialogue.evaluate"))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert complaint(capsys, "eval", folder / "run") == (

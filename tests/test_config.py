@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metakern.config import INNER, Config, UserError
-from metakern.run import OPTIMIZERS, build_algorithm
+from metakern.dialogue.config import INNER, Config
+from metakern.dialogue.run import OPTIMIZERS, build_algorithm
+from metakern.errors import UserError
 
 
 def values_of(key):

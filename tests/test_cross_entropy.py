@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import metakern as mk
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 
 def orders(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 import metakern as mk
 from benchmarks.gpu.checks import errors, results
 from benchmarks.gpu.recurrent import CELLS, problem
-from metakern import _native
-from metakern.ops import _backend
+from metakern import native
+from metakern.ops.core import backend
 
 ROOT = Path(__file__).parent.parent
 every_cell = pytest.mark.parametrize("cell", CELLS)
@@ -104,10 +104,10 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
 @pytest.fixture
 def on_gpu(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> Emulation:
     """The backend "cuda" is the emulation, and tensors on the CPU are on the GPU."""
-    monkeypatch.setattr(_native, "_cuda", emulation.module)
-    device = _native._Device(_native.CUDA_DTYPES, emulation.run)
-    monkeypatch.setitem(_native._DEVICES, "cpu", device)
-    monkeypatch.setattr(_backend, "_obstacle", lambda name: None)
+    monkeypatch.setattr(native, "_cuda", emulation.module)
+    device = native._Device(native.CUDA_DTYPES, emulation.run)
+    monkeypatch.setitem(native._DEVICES, "cpu", device)
+    monkeypatch.setattr(backend, "_obstacle", lambda name: None)
     return emulation
 
 
@@ -195,10 +195,10 @@ def test_a_gpu_that_is_too_small_says_so(on_gpu: Emulation) -> None:
     arguments = torch.ones(1, 1, 1, 28), torch.ones(1, 28, 7), None, None, None
     on_gpu.use(Gpu(90, 1, 1 << 10))
     with pytest.raises(RuntimeError, match="no launch fits this GPU for 7 hidden units: use the reference backend"):
-        _native.call("lstm_forward", *arguments, scalars=(0.0,))
+        native.call("lstm_forward", *arguments, scalars=(0.0,))
     on_gpu.use(Gpu(75, 4, 64 << 10))
     with pytest.raises(RuntimeError, match=r"the CUDA kernels need compute capability 8[.]0, got 7[.]5"):
-        _native.call("lstm_forward", *arguments, scalars=(0.0,))
+        native.call("lstm_forward", *arguments, scalars=(0.0,))
 
 
 @every_cell
@@ -209,7 +209,7 @@ def test_every_size_has_a_launch_that_fits(emulation: Emulation, cell: str, gpu:
     for kernel, number in emulation.numbers.items():
         if not kernel.startswith(cell) or kernel.endswith("cotangents"):
             continue
-        signature = _native._signatures()[kernel]
+        signature = native.signatures()[kernel]
         addresses = [64] * (len(signature.inputs) + len(signature.outputs))
         for T, B, H in itertools.product((1, 8, 100), (1, 8, 64, 1000), (1, 64, 100, 256, 512, 1024, 3000)):
             for bf16 in (False, True):
@@ -221,13 +221,13 @@ def test_every_size_has_a_launch_that_fits(emulation: Emulation, cell: str, gpu:
 
 
 def test_kernels_are_those_of_the_cpu(emulation: Emulation) -> None:
-    assert set(emulation.numbers) == {k for k in _native._signatures() if k.startswith(("rnn", "gru", "lstm"))}
+    assert set(emulation.numbers) == {k for k in native.signatures() if k.startswith(("rnn", "gru", "lstm"))}
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on the path")
 def test_the_build_has_the_kernels(emulation: Emulation) -> None:
-    assert _native._cuda is not None, f"reinstall with METAKERN_NATIVE=cuda: {_native._cuda_missing}"
-    assert _native._cuda.names() == emulation.module.names()
+    assert native._cuda is not None, f"reinstall with METAKERN_NATIVE=cuda: {native._cuda_missing}"
+    assert native._cuda.names() == emulation.module.names()
 
 
 @pytest.mark.slow

@@ -12,10 +12,10 @@ import zoo
 from torch import nn
 
 import metakern as mk
-from metakern import _native
+from metakern import native
+from metakern.diagnosis import Problem, costs, places
 from metakern.dialogue.models import build_model
-from metakern.doctor import Problem, _costs, _places
-from metakern.meta._parameters import Parameters
+from metakern.meta.parameters import Parameters
 
 INNER = {"inner": mk.optim.SGD(lr=0.3), "steps": 2}
 
@@ -36,8 +36,8 @@ def test_none_is_missed(name):
         pytest.skip("this PyTorch has put it right")
     if name == "triton_kernel":
         pytest.importorskip("triton")
-    if name == "pybind_kernel" and _native.obstacle():
-        pytest.skip(_native.obstacle())
+    if name == "pybind_kernel" and native.obstacle():
+        pytest.skip(native.obstacle())
     report = examine(make())
     (problem,) = report.problems
     assert not report.exact
@@ -379,9 +379,9 @@ def test_repaired_modules_are_exact():
 
     case = zoo.case()
     case = case._replace(model=Model().double())
-    patient = _places.treat(case.model, case.loss, [t[0] for t in case.support], [t[0] for t in case.query], None)
-    costs = _costs.Costs(patient, **INNER)
+    patient = places.treat(case.model, case.loss, [t[0] for t in case.support], [t[0] for t in case.query], None)
+    found = costs.Costs(patient, **INNER)
     problem = Problem("cell", "", "", "", "")
-    truth, repaired = costs.store(), costs.store([problem])
-    assert _costs.distance(truth, repaired) < 1e-7 * _costs.norm(truth)
-    assert _costs.distance(truth, costs.truth()) < 1e-7 * _costs.norm(truth)
+    truth, repaired = found.store(), found.store([problem])
+    assert costs.distance(truth, repaired) < 1e-7 * costs.norm(truth)
+    assert costs.distance(truth, found.truth()) < 1e-7 * costs.norm(truth)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.func import vmap
 
 import metakern as mk
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 
 def test_equals_torch() -> None:

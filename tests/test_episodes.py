@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metakern.dialogue.episodes import Episodes, Split, TaskData, split_tasks
-from metakern.dialogue.readers import DataError, Dialogue, Turn, dialogue, read
+from metakern.dialogue.readers import Dialogue, Turn, dialogue, read
 from metakern.dialogue.tokenizer import IGNORE, Tokenizer
+from metakern.errors import DataError
 
 TOPICS = Path(__file__).parent / "data" / "topics.jsonl"
 DIALOGUES = read(str(TOPICS))

@@ -10,13 +10,12 @@ import torch
 from rich.console import Console
 from tiny import tiny_config, write_tasks
 
-from metakern import evaluate as module
-from metakern.checkpoint import CheckpointError
-from metakern.config import UserError
+from metakern.dialogue import evaluate as module
+from metakern.dialogue.evaluate import evaluate, plot, show
 from metakern.dialogue.metrics import interval
-from metakern.evaluate import evaluate, plot, show
-from metakern.run import Run, curve, episodes, load_split
-from metakern.trainer import train
+from metakern.dialogue.run import Run, curve, episodes, load_split
+from metakern.dialogue.trainer import train
+from metakern.errors import CheckpointError, UserError
 
 
 @pytest.fixture(scope="module")

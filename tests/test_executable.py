@@ -14,16 +14,16 @@ from test_maml import build, points, regression_loss, tokens
 from torch import Tensor
 
 import metakern as mk
-from metakern import _native
+from metakern import native
 from metakern.meta import capture
 from metakern.meta.capture import lowering
 from metakern.meta.capture.executable import Executable
 from metakern.meta.capture.recorder import record
 from metakern.meta.capture.rewrite import rewritten
-from metakern.ops import _checks
+from metakern.ops.core import checks
 
 pytestmark = [
-    pytest.mark.skipif(_native.obstacle() is not None, reason="executables are C++"),
+    pytest.mark.skipif(native.obstacle() is not None, reason="executables are C++"),
     pytest.mark.usefixtures("isa"),
 ]
 aten: Any = torch.ops.aten
@@ -172,8 +172,8 @@ def test_products() -> None:
             torch.baddbmm(a[:, :1, :1], a, b.mT, beta=-2, alpha=0.5),
             a[0] @ b[0].mT,
             torch.addmm(b[0, :, 0], a[1], b[1].mT),
-            _native.product(a[:, ::2, ::2], b[..., ::2].mT, scale=3.0),
-            _native.product(a, b.mT, (a @ b.mT)[:, :1], True),
+            native.product(a[:, ::2, ::2], b[..., ::2].mT, scale=3.0),
+            native.product(a, b.mT, (a @ b.mT)[:, :1], True),
             torch.bmm(a.expand(3, 4, 6), b[:1].mT.expand(3, 6, 5)),
         ]
 
@@ -185,8 +185,8 @@ def test_products() -> None:
 
 def test_kernels_take_and_make_what_they_say() -> None:
     def function(x: Tensor, weight: Tensor, target: Tensor) -> list[Tensor]:
-        y, *residuals = _native.call("layer_norm_forward", x.mT.contiguous().mT, weight, None, scalars=(1e-5,))
-        loss = _native.call("cross_entropy_forward", y, target, scalars=(-100.0,))
+        y, *residuals = native.call("layer_norm_forward", x.mT.contiguous().mT, weight, None, scalars=(1e-5,))
+        loss = native.call("cross_entropy_forward", y, target, scalars=(-100.0,))
         return [t for t in (y, *residuals, *loss) if t is not None]
 
     def make() -> tuple[Tensor, ...]:
@@ -234,7 +234,7 @@ def test_what_a_program_only_reads_is_read_where_it_is_and_where_it_was() -> Non
 
 def test_a_check_that_fails_stops_the_run() -> None:
     def function(x: Tensor) -> list[Tensor]:
-        _checks.below("op", "x", x, 5, -100)
+        checks.below("op", "x", x, 5, -100)
         return [x + 1]
 
     executable = lowered(function, torch.tensor([1, -100]))
@@ -270,7 +270,7 @@ def test_what_has_no_executable(function: Function) -> None:
 
 
 def test_wrong_executables_are_refused() -> None:
-    C = _native._C
+    C = native.C
     executable, place = C.Executable(64, 2), C.Place(0, 0)
     for wrong in (C.Place(2, 0), C.Place(-1, 0), C.Place(0, -8)):
         with pytest.raises(ValueError, match="a place must be in one of 2 bases"):

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import metakern as mk
-from metakern.meta._functions import Fused
-from metakern.ops._spec import Make
+from metakern.meta.functions import Fused
+from metakern.ops.core.spec import Make
 
 SEEN = torch.tensor([[True, True, False], [True, False, False]])
 TARGET = torch.tensor([0, 2, -100, 1])

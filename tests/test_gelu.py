@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import metakern as mk
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 approximations = pytest.mark.parametrize("approximate", ["none", "tanh"])
 

@@ -11,7 +11,7 @@ import pytest
 
 import metakern
 from metakern.cli import _parser
-from metakern.config import Config
+from metakern.dialogue.config import Config
 
 PACKAGE = Path(metakern.__file__).parent
 FILES = [

@@ -103,7 +103,7 @@ def batch(seed: int, *lead: int, padding: str | None = "left") -> dict[str, Tens
     return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.where(known, -100)}
 
 
-def patched(model: nn.Module) -> tuple[Any, mk.nn.patch.Report]:
+def patched(model: nn.Module) -> tuple[Any, mk.patching.Report]:
     twin = copy.deepcopy(model)
     return twin, mk.patch(twin)
 
@@ -177,7 +177,7 @@ def test_everything_but_the_classes_stays(name: str) -> None:
 def test_a_pickle_opens_where_nothing_was_patched_yet() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from metakern.nn.patch.attention import NAME, register
+    from metakern.patching.attention import NAME, register
 
     ours, _ = patched(build("gpt2"))
     data, expected = pickle.dumps(ours), ours(**batch(1)).logits

@@ -12,17 +12,18 @@ import torch
 from tiny import WORDS, tiny_config, write_tasks
 
 import metakern as mk
-from metakern import checkpoint
-from metakern.chat import Chat, adapt
 from metakern.cli import main
-from metakern.config import Config
+from metakern.dialogue import checkpoint
+from metakern.dialogue.chat import Chat, adapt
+from metakern.dialogue.config import Config
+from metakern.dialogue.evaluate import evaluate
 from metakern.dialogue.generate import generate
-from metakern.dialogue.readers import DataError, Turn, read
+from metakern.dialogue.readers import Turn, read
+from metakern.dialogue.run import Run
 from metakern.dialogue.tokenizer import IGNORE
-from metakern.evaluate import evaluate
-from metakern.meta._parameters import twin
-from metakern.run import Run
-from metakern.trainer import StoppedError, _Loop, train
+from metakern.dialogue.trainer import StoppedError, _Loop, train
+from metakern.errors import DataError
+from metakern.meta.parameters import twin
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
 
@@ -205,7 +206,7 @@ def test_resume_goes_on_bit_for_bit(tmp_path, data, model, monkeypatch, changes)
     config = hf_config(data, model, **changes)
     train(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("metakern.trainer._Loop.step", stopping(3 + config.pretrain_steps))
+        patch.setattr("metakern.dialogue.trainer._Loop.step", stopping(3 + config.pretrain_steps))
         with pytest.raises(StoppedError, match="stopped at step 3 of train"):
             train(config, tmp_path / "cut")
     torch.manual_seed(99)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import metakern as mk
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 
 def test_equals_torch_on_its_usual_shapes() -> None:

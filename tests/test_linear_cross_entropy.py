@@ -12,7 +12,7 @@ from largest import Largest
 from torch import Tensor
 
 import metakern as mk
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 room = importlib.import_module("metakern.ops.linear_cross_entropy")
 

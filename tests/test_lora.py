@@ -17,8 +17,9 @@ from test_maml import T, assert_equal, gradients, hugging_face, plain_loss, regr
 from torch import Tensor, nn
 
 import metakern as mk
+from metakern.adapters.lora import matrix
+from metakern.errors import CheckpointError
 from metakern.nn import LoraLinear
-from metakern.nn.lora import matrix
 
 ARCHITECTURES = ["gpt2", "llama"]
 
@@ -597,7 +598,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("os.fsync", full)
     nn.init.ones_(model[0].lora_A)
-    with pytest.raises(mk.checkpoint.CheckpointError, match="No space left on device; nothing that was there is lost"):
+    with pytest.raises(CheckpointError, match="No space left on device; nothing that was there is lost"):
         mk.save_lora(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import metakern as mk
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 BACKENDS = [name for name in ("reference", "cpu") if mk.backends()[name] == "available"]
 T, N, SIZE, OUT, R = 3, 2, 30, 40, 2

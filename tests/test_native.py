@@ -18,11 +18,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import metakern as mk
-from metakern import _native
+from metakern import native
 from metakern.ops import SPECS
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
-pytestmark = pytest.mark.skipif(_native._C is None, reason="metakern was built without C++ kernels")
+pytestmark = pytest.mark.skipif(native.C is None, reason="metakern was built without C++ kernels")
 
 Inputs = tuple[Tensor | None, ...]
 
@@ -53,7 +53,7 @@ def arguments(kernel: str, sizes: dict[str, int], dtype: torch.dtype = torch.flo
     """Random inputs of a kernel, for which a recurrence stays bounded; with some sequences that end early."""
     make = Make(dtype, seed=seed)
 
-    def draw(a: _native._Argument) -> Tensor:
+    def draw(a: native._Argument) -> Tensor:
         shape = [times * sizes[size] for times, size in a.dims] or [sizes["*"]]
         if a.name == "mask":
             return make.integers(2, *shape)
@@ -62,7 +62,7 @@ def arguments(kernel: str, sizes: dict[str, int], dtype: torch.dtype = torch.flo
         x = make(*shape)
         return x / (1 + shape[-1]) if a.name == "w_hh" else x.sigmoid() if a.name == "gates" else x
 
-    return tuple(draw(a) for a in _native._signatures()[kernel].inputs)
+    return tuple(draw(a) for a in native.signatures()[kernel].inputs)
 
 
 def scalars(kernel: str, reverse: bool = False) -> tuple[float, ...]:
@@ -74,7 +74,7 @@ def scalars(kernel: str, reverse: bool = False) -> tuple[float, ...]:
     return (1.0,) if kernel.startswith(("layer_norm", "rms_norm", "cross_entropy")) else ()
 
 
-KERNELS = sorted(_native._signatures()) if _native._C else []
+KERNELS = sorted(native.signatures()) if native.C else []
 
 
 def problems(kernel: str) -> list[dict[str, int]]:
@@ -83,13 +83,13 @@ def problems(kernel: str) -> list[dict[str, int]]:
 
 def test_every_kernel_is_called_by_its_op(monkeypatch: pytest.MonkeyPatch) -> None:
     called = set()
-    call = _native.call
+    call = native.call
 
     def record(kernel: str, *inputs: Tensor | None, **options: Any) -> Inputs:
         called.add(kernel)
         return call(kernel, *inputs, **options)
 
-    monkeypatch.setattr(_native, "call", record)
+    monkeypatch.setattr(native, "call", record)
     for spec in SPECS.values():
         for sample in spec.samples(Make()):
             x = [
@@ -111,12 +111,12 @@ def test_instruction_sets_agree(kernel: str, isa: str) -> None:
         for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2e-5)):
             inputs = arguments(kernel, sizes, dtype)
             wide = [a.to(torch.float64, copy=True) if a.is_floating_point() else a for a in inputs]
-            ours = _native.call(kernel, *inputs, scalars=scalars(kernel, reverse=True))
-            _native._C.set_isa("baseline")
-            for a, b in zip(ours, _native.call(kernel, *wide, scalars=scalars(kernel, reverse=True)), strict=True):
+            ours = native.call(kernel, *inputs, scalars=scalars(kernel, reverse=True))
+            native.C.set_isa("baseline")
+            for a, b in zip(ours, native.call(kernel, *wide, scalars=scalars(kernel, reverse=True)), strict=True):
                 size = b.abs().amax().clamp(min=1).item()
                 torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * size)
-            _native._C.set_isa(isa)
+            native.C.set_isa(isa)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -126,19 +126,19 @@ def test_threads_do_not_change_a_bit(kernel: str, threads: None, isa: str) -> No
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
             inputs = arguments(kernel, sizes, torch.float32)
-            results.append(_native.call(kernel, *inputs, scalars=scalars(kernel)))
+            results.append(native.call(kernel, *inputs, scalars=scalars(kernel)))
         for result in results[1:]:
             for a, b in zip(result, results[0], strict=True):
                 assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if ":*" not in dict(_native._C.signatures())[k]])
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if ":*" not in dict(native.C.signatures())[k]])
 def test_a_task_of_many_blocks_does_not_see_its_neighbors(kernel: str) -> None:
     for sizes in problems(kernel):
-        alone = _native.call(
+        alone = native.call(
             kernel, *(a[:1].clone() for a in arguments(kernel, sizes, torch.float32)), scalars=scalars(kernel)
         )
-        together = _native.call(kernel, *arguments(kernel, sizes, torch.float32), scalars=scalars(kernel))
+        together = native.call(kernel, *arguments(kernel, sizes, torch.float32), scalars=scalars(kernel))
         for a, b in zip(alone, together, strict=True):
             assert torch.equal(a, b[:1])
 
@@ -147,18 +147,18 @@ def test_a_task_of_many_blocks_does_not_see_its_neighbors(kernel: str) -> None:
 def test_sequences_do_not_see_each_other(kernel: str, isa: str) -> None:
     """A sequence's results are the same bits whatever others are in its batch: the row of a tile, and of a thread."""
     sizes = {"T": 1, "B": 61, "L": 5, "H": 70}  # several blocks of steps where a rule has them
-    signature = _native._signatures()[kernel]
+    signature = native.signatures()[kernel]
     inputs = arguments(kernel, sizes, torch.float32)
     batched = [len(a.dims) > 1 and a.dims[1] == (1, "B") for a in signature.inputs]
     one_by_one = [
-        _native.call(
+        native.call(
             kernel,
             *(a[:, b : b + 1].clone() if of_batch else a for a, of_batch in zip(inputs, batched, strict=True)),
             scalars=scalars(kernel),
         )
         for b in range(sizes["B"])
     ]
-    together = _native.call(kernel, *inputs, scalars=scalars(kernel))
+    together = native.call(kernel, *inputs, scalars=scalars(kernel))
     for a, b in zip(zip(*one_by_one, strict=True), together, strict=True):
         assert torch.equal(torch.cat(a, 1), b)
 
@@ -175,21 +175,21 @@ def test_activations_at_hard_values(dtype: torch.dtype, isa: str) -> None:
     }
     one, none = torch.ones_like(x, dtype=dtype), torch.zeros_like(x, dtype=dtype)
     for op, (first, second) in exact.items():
-        (slope,) = _native.call(f"{op}_vjp_jvp", x.to(dtype), none, one, one)
-        (bend,) = _native.call(f"{op}_vjp_jvp", x.to(dtype), one, one, None)
+        (slope,) = native.call(f"{op}_vjp_jvp", x.to(dtype), none, one, one)
+        (bend,) = native.call(f"{op}_vjp_jvp", x.to(dtype), one, one, None)
         bound = 8 * torch.finfo(dtype).eps
         torch.testing.assert_close(slope.double(), first, rtol=bound, atol=bound)
         torch.testing.assert_close(bend.double(), second.nan_to_num(), rtol=bound, atol=4 * bound)
-    (y,) = _native.call("gelu_tanh_forward", x.to(dtype))
+    (y,) = native.call("gelu_tanh_forward", x.to(dtype))
     torch.testing.assert_close(y.double()[x.abs() > 20], x.clamp(min=0)[x.abs() > 20], rtol=0, atol=1e-40)
     nan = torch.full((5,), torch.nan, dtype=dtype)
     for kernel in ("gelu_vjp_jvp", "silu_vjp_jvp", "gelu_tanh_vjp_jvp"):
-        assert _native.call(kernel, nan, one[:5], one[:5], None)[0].isnan().all()
+        assert native.call(kernel, nan, one[:5], one[:5], None)[0].isnan().all()
 
 
 def test_cross_entropy_of_infinite_logits(isa: str) -> None:
     logits = torch.tensor([[[-torch.inf, 0.0, 1.0]], [[1e30, -1e30, 0.0]], [[-torch.inf] * 3]], dtype=torch.float64)
-    y, lse = _native.call("cross_entropy_forward", logits, torch.tensor([[2], [0], [0]]), scalars=(-100,))
+    y, lse = native.call("cross_entropy_forward", logits, torch.tensor([[2], [0], [0]]), scalars=(-100,))
     expected = torch.nn.functional.cross_entropy(logits[:2, 0], torch.tensor([2, 0]), reduction="none")
     torch.testing.assert_close(y[:2], expected)
     assert y[2].isnan()
@@ -199,19 +199,19 @@ def test_cross_entropy_of_infinite_logits(isa: str) -> None:
 def test_targets_out_of_range_are_no_addresses(isa: str) -> None:
     """The public op refuses them; the kernel must not crash either."""
     logits, target = torch.randn(1, 3, 5), torch.tensor([[2, -(2**62), 2**62]])
-    y, lse = _native.call("cross_entropy_forward", logits, target, scalars=(-100,))
+    y, lse = native.call("cross_entropy_forward", logits, target, scalars=(-100,))
     torch.testing.assert_close(y, (lse[:, 0] - logits[:, 0, 2]))
-    (ct,) = _native.call("cross_entropy_vjp", logits, target, lse, torch.ones(1), scalars=(-100,))
+    (ct,) = native.call("cross_entropy_vjp", logits, target, lse, torch.ones(1), scalars=(-100,))
     assert not ct[0, 1:].any()
 
 
 def dimensions(kernel: str) -> list[str]:
-    return sorted({size for a in _native._signatures()[kernel].inputs for _, size in a.dims})
+    return sorted({size for a in native.signatures()[kernel].inputs for _, size in a.dims})
 
 
 @pytest.mark.parametrize(("kernel", "empty"), [(kernel, d) for kernel in KERNELS for d in dimensions(kernel)])
 def test_empty_sizes(kernel: str, empty: str) -> None:
-    for a in _native.call(kernel, *arguments(kernel, SMALL | {empty: 0}), scalars=scalars(kernel)):
+    for a in native.call(kernel, *arguments(kernel, SMALL | {empty: 0}), scalars=scalars(kernel)):
         assert a is not None
         if empty == "N":
             assert not a.any()  # a sum over no rows
@@ -220,29 +220,29 @@ def test_empty_sizes(kernel: str, empty: str) -> None:
 def test_wrong_calls_raise() -> None:
     x = torch.randn(2, 3, 4)
     with pytest.raises(ValueError, match=r"gelu_tanh_vjp: ct_y must have shape \[2, 3, 4\], got \[3, 4\]"):
-        _native.call("gelu_tanh_vjp", x, x[0])
+        native.call("gelu_tanh_vjp", x, x[0])
     with pytest.raises(TypeError, match=r"gelu_tanh_vjp: ct_y must be torch[.]float32 like the other tensors, got"):
-        _native.call("gelu_tanh_vjp", x, x.double())
+        native.call("gelu_tanh_vjp", x, x.double())
     with pytest.raises(TypeError, match="gelu_tanh_vjp: ct_y must be a tensor, got None"):
-        _native.call("gelu_tanh_vjp", x, None)
+        native.call("gelu_tanh_vjp", x, None)
     with pytest.raises(TypeError, match=r"gelu_tanh_vjp: x must be float32 or float64, got torch[.]bfloat16"):
-        _native.call("gelu_tanh_vjp", x.bfloat16(), x.bfloat16())
+        native.call("gelu_tanh_vjp", x.bfloat16(), x.bfloat16())
     with pytest.raises(TypeError, match="gelu_tanh_vjp: inputs must number 2, got 1"):
-        _native.call("gelu_tanh_vjp", x)
+        native.call("gelu_tanh_vjp", x)
     with pytest.raises(ValueError, match=r"rms_norm_forward: weight must have shape TD with .*, got \[2, 3\]"):
-        _native.call("rms_norm_forward", x, x[..., 0], scalars=(0.1,))
+        native.call("rms_norm_forward", x, x[..., 0], scalars=(0.1,))
     with pytest.raises(
         ValueError, match=r"rnn_tanh_forward: w_hh must have shape THH with .*'H': 4.*, got \[2, 4, 3\]"
     ):
-        _native.call("rnn_tanh_forward", x[:, None], x.mT[:, :, :3], None, None, scalars=(0.0,))
+        native.call("rnn_tanh_forward", x[:, None], x.mT[:, :, :3], None, None, scalars=(0.0,))
     with pytest.raises(ValueError, match=r"gru_forward: u must have shape TBL3H with .*'H': 1.*, got \[2, 1, 3, 4\]"):
-        _native.call("gru_forward", x[:, None], *[None] * 4, scalars=(0.0,))
+        native.call("gru_forward", x[:, None], *[None] * 4, scalars=(0.0,))
     with pytest.raises(ValueError, match=r"gru_forward: w_hh must have shape T3HH with .*'H': 2.*, got \[2, 5, 2\]"):
-        _native.call("gru_forward", torch.zeros(2, 1, 3, 6), torch.zeros(2, 5, 2), *[None] * 3, scalars=(0.0,))
+        native.call("gru_forward", torch.zeros(2, 1, 3, 6), torch.zeros(2, 5, 2), *[None] * 3, scalars=(0.0,))
     with pytest.raises(ValueError, match="gelu_tanh_vjp: ct_y must be on the CPU, got meta"):
-        _native.call("gelu_tanh_vjp", x, x.to("meta"))
-    call = _native._C.call
-    number = _native._signatures()["gelu_tanh_vjp"].number
+        native.call("gelu_tanh_vjp", x, x.to("meta"))
+    call = native.C.call
+    number = native.signatures()["gelu_tanh_vjp"].number
     with pytest.raises(IndexError):
         call(1_000_000, False, [], [], [], 1)
     for tensors, sizes, values in (([1], [1], []), ([1] * 3, [], []), ([1] * 3, [1], [0.5]), ([1, 0, 1], [1], [])):
@@ -251,18 +251,18 @@ def test_wrong_calls_raise() -> None:
     with pytest.raises(ValueError, match="sizes must not be negative"):
         call(number, False, [1] * 3, [-1], [], 1)
     with pytest.raises(ValueError, match="isa must be one of this machine's, got 'abacus'"):
-        _native._C.set_isa("abacus")
+        native.C.set_isa("abacus")
 
 
 def test_strides_zeros_without_memory_and_negated_views() -> None:
     x, ct = torch.randn(6, 4, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
-    (expected,) = _native.call("gelu_tanh_vjp", x, ct.t().contiguous())
-    assert torch.equal(_native.call("gelu_tanh_vjp", x, ct.t())[0], expected)
-    assert not _native.call("gelu_tanh_vjp", x, torch._efficientzerotensor(6, 4, dtype=torch.float64))[0].any()
+    (expected,) = native.call("gelu_tanh_vjp", x, ct.t().contiguous())
+    assert torch.equal(native.call("gelu_tanh_vjp", x, ct.t())[0], expected)
+    assert not native.call("gelu_tanh_vjp", x, torch._efficientzerotensor(6, 4, dtype=torch.float64))[0].any()
     negated = torch.view_as_complex(torch.randn(1, 2, dtype=torch.float64)).conj().imag
     assert negated.is_neg()
-    (expected,) = _native.call("gelu_tanh_vjp", negated + 0, negated + 0)
-    assert torch.equal(_native.call("gelu_tanh_vjp", negated, negated)[0], expected)
+    (expected,) = native.call("gelu_tanh_vjp", negated + 0, negated + 0)
+    assert torch.equal(native.call("gelu_tanh_vjp", negated, negated)[0], expected)
 
 
 def integers(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
@@ -317,7 +317,7 @@ def check_product(
     before = None if extra is None else extra.clone()
     scale = (1.0, -2.0, 0.5)[(M + N + K) % 3]
     expected = scale * (a.double() @ b.double()) + (0 if extra is None else extra.double())
-    found = _native.product(a, b, extra, scale=scale).double()
+    found = native.product(a, b, extra, scale=scale).double()
     assert torch.equal(found, expected), (T, M, N, K, layout, shared, add)
     assert extra is None or torch.equal(extra, before)
 
@@ -343,28 +343,28 @@ def test_products_are_the_same_bits_however_they_are_split(threads: None, isa: s
         make = Make(torch.float32)
         a, b, add = make(T, M, K), make(T, K, N), make(T, M, N)
         torch.set_num_threads(1)
-        expected = _native.product(a, b, add)
+        expected = native.product(a, b, add)
         for count in (2, 3, 7):
             torch.set_num_threads(count)
-            assert torch.equal(_native.product(a, b, add), expected)
+            assert torch.equal(native.product(a, b, add), expected)
         for end in {1, 3, M // 2, M - 1}:
-            parts = [_native.product(a[:, rows], b, add[:, rows]) for rows in (slice(end), slice(end, None))]
+            parts = [native.product(a[:, rows], b, add[:, rows]) for rows in (slice(end), slice(end, None))]
             assert torch.equal(torch.cat(parts, 1), expected)
         for t in range(T):
-            assert torch.equal(_native.product(a[t : t + 1], b[t : t + 1], add[t : t + 1]), expected[t : t + 1])
+            assert torch.equal(native.product(a[t : t + 1], b[t : t + 1], add[t : t + 1]), expected[t : t + 1])
 
 
 def test_a_product_may_take_the_memory_of_what_it_is_added_to(isa: str) -> None:
     for T, M, N, K in ((1, 1, 1, 0), (2, 5, 33, 257), (1, 700, 70, 600)):
         make = Make(torch.float32)
         a, b, add = make(T, M, K), make(T, K, N), make(T, M, N)
-        expected = _native.product(a, b, add)
+        expected = native.product(a, b, add)
         if M > 1:
             row = make(N)
             before = row.clone()
-            _native.product(a, b, row, reuse=True)
+            native.product(a, b, row, reuse=True)
             assert torch.equal(row, before), "what is one row for all must only be read"
-        found = _native.product(a, b, add, reuse=True)
+        found = native.product(a, b, add, reuse=True)
         assert found.data_ptr() == add.data_ptr()
         assert torch.equal(found, expected)
 
@@ -372,12 +372,12 @@ def test_a_product_may_take_the_memory_of_what_it_is_added_to(isa: str) -> None:
 def test_products_of_what_has_no_memory_or_one_sign() -> None:
     a, b = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
     nothing = torch._efficientzerotensor(2, 4, 5, dtype=torch.float64)
-    assert not _native.product(a, nothing).any()
+    assert not native.product(a, nothing).any()
     add = torch._efficientzerotensor(2, 3, 5, dtype=torch.float64)
-    assert torch.equal(_native.product(a, b, add), _native.product(a, b))
+    assert torch.equal(native.product(a, b, add), native.product(a, b))
     negated = torch.view_as_complex(torch.randn(2, 4, 5, 2, dtype=torch.float64)).conj().imag
     assert negated.is_neg()
-    assert torch.equal(_native.product(a, negated, negated[:, :3]), _native.product(a, negated + 0, negated[:, :3] + 0))
+    assert torch.equal(native.product(a, negated, negated[:, :3]), native.product(a, negated + 0, negated[:, :3] + 0))
 
 
 def test_wrong_products_raise() -> None:
@@ -385,38 +385,38 @@ def test_wrong_products_raise() -> None:
     with pytest.raises(
         ValueError, match=r"product: b must be \[2, 4, 5\] of torch.float32, got \[2, 3, 5\] of torch.float32"
     ):
-        _native.product(a, b[:, :3])
+        native.product(a, b[:, :3])
     with pytest.raises(ValueError, match=r"product: b must be .* got \[1, 4, 5\] of"):
-        _native.product(a, b[:1])
+        native.product(a, b[:1])
     with pytest.raises(ValueError, match=r"product: b must be \[2, 4, 5\] of torch.float32, got .* of torch.float64"):
-        _native.product(a, b.double())
+        native.product(a, b.double())
     with pytest.raises(ValueError, match=r"product: b must be \[2, 4, 5\] of torch.bfloat16, got"):
-        _native.product(a.bfloat16(), b.bfloat16())
+        native.product(a.bfloat16(), b.bfloat16())
     with pytest.raises(ValueError, match="product: b must be on cpu like a, got meta"):
-        _native.product(a, b.to("meta"))
+        native.product(a, b.to("meta"))
     with pytest.raises(ValueError, match=r"product: add must be torch.float32 on cpu, got torch.float64 on cpu"):
-        _native.product(a, b, torch.zeros(5, dtype=torch.float64))
+        native.product(a, b, torch.zeros(5, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="must match the existing size"):
-        _native.product(a, b, torch.zeros(4))
+        native.product(a, b, torch.zeros(4))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted by Linux")
 @pytest.mark.parametrize(
     ("call", "is_large"),
     [
-        ("_native.product(ones(1, 8, 8), ones(1, 8, 8))", False),
-        ("_native.product(ones(1, 300, 64), ones(1, 64, 70))", True),
-        ("_native.product(ones(4, 30, 64), ones(4, 64, 70))", True),
-        ("_native.call('lstm_forward', ones(2, 2, 3, 32), ones(2, 32, 8), *[None] * 3, scalars=(0.0,))", False),
-        ("_native.call('lstm_forward', ones(2, 2, 3, 256), ones(2, 256, 64), *[None] * 3, scalars=(0.0,))", True),
-        ("_native.call('lstm_forward', ones(1, 8, 3, 256), ones(1, 256, 64), *[None] * 3, scalars=(0.0,))", True),
+        ("native.product(ones(1, 8, 8), ones(1, 8, 8))", False),
+        ("native.product(ones(1, 300, 64), ones(1, 64, 70))", True),
+        ("native.product(ones(4, 30, 64), ones(4, 64, 70))", True),
+        ("native.call('lstm_forward', ones(2, 2, 3, 32), ones(2, 32, 8), *[None] * 3, scalars=(0.0,))", False),
+        ("native.call('lstm_forward', ones(2, 2, 3, 256), ones(2, 256, 64), *[None] * 3, scalars=(0.0,))", True),
+        ("native.call('lstm_forward', ones(1, 8, 3, 256), ones(1, 256, 64), *[None] * 3, scalars=(0.0,))", True),
     ],
 )
 def test_threads_are_used_where_there_is_enough_to_do(call: str, is_large: bool) -> None:
     script = f"""
 import os, torch
 from torch import ones
-from metakern import _native
+from metakern import native
 torch.set_num_threads(3)
 before = len(os.listdir("/proc/self/task"))
 {call}
@@ -430,7 +430,7 @@ def test_python_threads_share_the_pool(threads: None) -> None:
     problems = [arguments("layer_norm_vjp", BIG, torch.float32, seed) for seed in range(8)]
 
     def solve(inputs: Inputs) -> Inputs:
-        return _native.call("layer_norm_vjp", *inputs, scalars=(1.0,))
+        return native.call("layer_norm_vjp", *inputs, scalars=(1.0,))
 
     expected = [solve(inputs) for inputs in problems]
     with ThreadPoolExecutor(4) as pool:
@@ -441,16 +441,16 @@ def test_python_threads_share_the_pool(threads: None) -> None:
 def test_a_forked_child_has_a_pool_of_its_own() -> None:
     script = """
 import os, torch
-from metakern import _native
+from metakern import native
 torch.set_num_threads(2)
 x = torch.randn(300_000)
-before = _native.call("gelu_tanh_vjp", x, x)[0]
+before = native.call("gelu_tanh_vjp", x, x)[0]
 child = os.fork()
 if child == 0:  # PyTorch's own threads do not survive a fork, so that comparing must not use them
-    after = _native.call("gelu_tanh_vjp", x, x)[0]
+    after = native.call("gelu_tanh_vjp", x, x)[0]
     os._exit(0 if after.numpy().tobytes() == before.numpy().tobytes() else 1)
 assert os.waitpid(child, 0)[1] == 0
-assert torch.equal(_native.call("gelu_tanh_vjp", x, x)[0], before)
+assert torch.equal(native.call("gelu_tanh_vjp", x, x)[0], before)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
@@ -499,10 +499,10 @@ def test_kernels_are_given_no_bad_memory() -> None:
         bad.untyped_storage().resize_(left)
         message = f"ct_y must have the {needed} bytes of its elements in its storage, got {left} bytes: its memory was"
         with pytest.raises(ValueError, match=f"gelu_tanh_vjp: {message}"):
-            _native.call("gelu_tanh_vjp", x, bad)
+            native.call("gelu_tanh_vjp", x, bad)
     rows = torch.randn(4, 6)
     rows.untyped_storage().resize_(80)
-    assert _native.call("gelu_tanh_vjp", x, rows[:2, ::2])[0].shape == (2, 3), "what is left of a storage may be read"
+    assert native.call("gelu_tanh_vjp", x, rows[:2, ::2])[0].shape == (2, 3), "what is left of a storage may be read"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         nested = torch.nested.nested_tensor([x, x])
@@ -512,20 +512,20 @@ def test_kernels_are_given_no_bad_memory() -> None:
         (x.tolist(), "must be a tensor, got list"),
     ):
         with pytest.raises(TypeError, match=f"gelu_tanh_vjp: x {message}"):
-            _native.call("gelu_tanh_vjp", bad, bad)
+            native.call("gelu_tanh_vjp", bad, bad)
         with pytest.raises(TypeError, match=f"gelu: x {message}"):
             mk.ops.gelu(bad)
         with pytest.raises(TypeError, match=f"product: a {message}"):
-            _native.product(bad, x)
+            native.product(bad, x)
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(torch.randn(4, 3))
         for tensor in (fake, fake[2:]):  # of which the second has an address
             with pytest.raises(
                 ValueError, match=r"gelu_tanh_vjp: x must have memory that a kernel can read, got .* Fake"
             ):
-                _native.call("gelu_tanh_vjp", tensor, tensor)
+                native.call("gelu_tanh_vjp", tensor, tensor)
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="ct_x must have memory"):
-        _native.call("gelu_tanh_vjp", x, x)
+        native.call("gelu_tanh_vjp", x, x)
 
 
 def test_sizes_that_no_memory_bounds_are_refused() -> None:
@@ -535,13 +535,13 @@ def test_sizes_that_no_memory_bounds_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"layer_norm_forward: sizes must multiply to at most 16777216 beside a size of 0"
     ):
-        _native.call("layer_norm_forward", empty(1, 2**62, 0), empty(1, 0), empty(1, 0), scalars=(1.0,))
+        native.call("layer_norm_forward", empty(1, 2**62, 0), empty(1, 0), empty(1, 0), scalars=(1.0,))
     many = 2**40  # a sequence of no units, that would be walked through
     with pytest.raises(ValueError, match="rnn_tanh_forward: sizes must multiply"):
-        _native.call("rnn_tanh_forward", empty(1, 1, many, 0), empty(1, 0, 0), None, None, scalars=(0.0,))
-    assert _native.product(empty(2**40, 0, 2), torch.ones(1, 2, 3).expand(2**40, 2, 3)).shape == (2**40, 0, 3)
+        native.call("rnn_tanh_forward", empty(1, 1, many, 0), empty(1, 0, 0), None, None, scalars=(0.0,))
+    assert native.product(empty(2**40, 0, 2), torch.ones(1, 2, 3).expand(2**40, 2, 3)).shape == (2**40, 0, 3)
     with pytest.raises(ValueError, match=r"product: a and b must be \[T, M, K\] and \[T, K, N\], got \[3\] and"):
-        _native.product(torch.ones(3), torch.ones(3, 4))
+        native.product(torch.ones(3), torch.ones(3, 4))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited by Linux's means")
@@ -550,13 +550,13 @@ def test_memory_that_threads_cannot_have_is_an_error(forked: bool) -> None:
     """An exception on a thread of OpenMP's, or of the pool in a forked child, must not end the process."""
     script = f"""
 import os, resource, torch
-from metakern import _native
+from metakern import native
 child = os.fork() if {forked} else 0
 if child:
     raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 torch.set_num_threads(2)
 def run(size):
-    _native.call("rnn_tanh_forward", torch.zeros(2, 1, 1, size), w[:, :size, :size], None, None, scalars=(0.0,))
+    native.call("rnn_tanh_forward", torch.zeros(2, 1, 1, size), w[:, :size, :size], None, None, scalars=(0.0,))
 w = torch.zeros(2, 2000, 2000)
 run(200)  # its threads are there before memory is short
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -589,7 +589,7 @@ OPS_AT_ONCE = """
 import faulthandler, os, random, sys, threading, torch
 from torch.utils._pytree import tree_leaves
 from metakern.ops import SPECS
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 faulthandler.dump_traceback_later(120, exit=True)
 cases = [(spec, sample) for spec in SPECS.values() for sample in spec.samples(Make(torch.float64))]

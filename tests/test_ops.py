@@ -18,7 +18,7 @@ from torch.func import grad, jvp, vmap
 
 import metakern as mk
 from metakern.ops import SPECS
-from metakern.ops._spec import Make, Sample, Spec
+from metakern.ops.core.spec import Make, Sample, Spec
 
 BACKENDS = [name for name in ("reference", "cpu", "triton") if mk.backends()[name] == "available"]
 CASES = [

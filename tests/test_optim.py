@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import metakern as mk
-from metakern import checkpoint
-from metakern.optim._base import ByName
+from metakern.dialogue import checkpoint
+from metakern.errors import CheckpointError
+from metakern.optim.base import ByName
 
 T, B, K = 3, 4, 4
 
@@ -517,7 +518,7 @@ def test_lists_of_rates_are_loaded_where_they_fit() -> None:
     message = "SGD: lr must be loaded for the 4 parameters here, got 3 values without names"
     with pytest.raises(ValueError, match=message):
         fresh.load_state_dict(listed)
-    with pytest.raises(checkpoint.CheckpointError, match=f"old: {message}"):
+    with pytest.raises(CheckpointError, match=f"old: {message}"):
         checkpoint.load_module(checkpointed, listed, Path("old"))
 
 

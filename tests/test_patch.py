@@ -104,12 +104,12 @@ def test_is_the_same_again_when_repeated_and_taken_back(model: nn.Module) -> Non
     kinds = [type(m) for m in model.modules()]
     before = {name: set(vars(m)) for name, m in model.named_modules()}
     first = mk.patch(model)
-    assert mk.patch(model) == mk.nn.patch.Report((), first.left)
+    assert mk.patch(model) == mk.patching.Report((), first.left)
     back = mk.unpatch(model)
     assert back.replaced == tuple((path, after, was) for path, was, after in first.replaced)
     assert [type(m) for m in model.modules()] == kinds
     assert {name: set(vars(m)) for name, m in model.named_modules()} == before
-    assert mk.unpatch(model) == mk.nn.patch.Report(())
+    assert mk.unpatch(model) == mk.patching.Report(())
 
 
 def test_an_optimizer_goes_on_with_a_patched_model(model: nn.Module) -> None:

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metakern.dialogue import readers
-from metakern.dialogue.readers import READERS, DataError, Dialogue, Reader, Turn, dialogue, read, words
+from metakern.dialogue.readers import READERS, Dialogue, Reader, Turn, dialogue, read, words
+from metakern.errors import DataError
 
 DATA = Path(__file__).parent / "data"
 

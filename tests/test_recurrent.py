@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import metakern as mk
 from metakern.ops import SPECS
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 every_cell = pytest.mark.parametrize("cell", GATES)

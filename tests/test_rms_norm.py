@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import metakern as mk
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 
 @pytest.mark.parametrize("eps", [None, 1e-2])

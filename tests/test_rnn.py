@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import metakern as mk
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 
 def test_relu_has_no_derivative_where_it_is_off() -> None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import metakern as mk
 from metakern.ops import SPECS
-from metakern.ops._spec import Make, Sample
+from metakern.ops.core.spec import Make, Sample
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def test_meta_gradients_under_a_setting(inner: Any, setting: str) -> None:
 
 @pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])
 def test_precision_of_products_as_pytorch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from metakern.ops._triton import launch
+    from metakern.ops.core.triton_kernels import launch
 
     assert launch.precision() == "tf32x3"
     for setting in ("ieee", "tf32"):

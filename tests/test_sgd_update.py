@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import metakern as mk
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 
 def test_nothing_in_nothing_out() -> None:

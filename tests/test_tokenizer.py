@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metakern.dialogue.readers import DataError, Turn, read
+from metakern.dialogue.readers import Turn, read
 from metakern.dialogue.tokenizer import IGNORE, SPECIAL_TOKENS, Tokenizer, bot_of
+from metakern.errors import DataError
 
 TOPICS = Path(__file__).parent / "data" / "topics.jsonl"
 DIALOGUES = read(str(TOPICS))

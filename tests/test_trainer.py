@@ -10,12 +10,12 @@ import pytest
 import torch
 from tiny import tiny_config, write_tasks
 
-from metakern import checkpoint
-from metakern.checkpoint import CheckpointError
-from metakern.config import Config, UserError
+from metakern.dialogue import checkpoint
+from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Episodes
-from metakern.run import Run
-from metakern.trainer import DivergenceError, StoppedError, _schedule, train
+from metakern.dialogue.run import Run
+from metakern.dialogue.trainer import DivergenceError, StoppedError, _schedule, train
+from metakern.errors import CheckpointError, UserError
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +123,7 @@ def test_the_best_weights_are_those_of_the_best_validation(tmp_path, data, monke
         return sample(self, step, tasks)
 
     monkeypatch.setattr(Episodes, "sample", spy)
-    monkeypatch.setattr("metakern.trainer.curve", validate)
+    monkeypatch.setattr("metakern.dialogue.trainer.curve", validate)
     run = train(tiny_config(data, pretrain_steps=0, eval_tasks=5), tmp_path / "run")
     assert (run.state["best"], run.state["step"]) == (2.0, 3)
 
@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 def test_a_validation_that_is_not_finite_names_its_task(tmp_path, data, monkeypatch, adapted):
     broken = torch.tensor([1.0, float("nan"), 1.0])
     curves = iter([torch.ones(2, 3), torch.stack([torch.ones(3), broken] if adapted else [broken, torch.ones(3)])])
-    monkeypatch.setattr("metakern.trainer.curve", lambda *_: (["a", "b", "c"], next(curves)))
+    monkeypatch.setattr("metakern.dialogue.trainer.curve", lambda *_: (["a", "b", "c"], next(curves)))
     with pytest.raises(DivergenceError, match=r"the loss of task 'b' is not finite at step 3 of train; .* of step 0"):
         train(tiny_config(data, pretrain_steps=0), tmp_path / "run")
 
@@ -190,7 +190,7 @@ def test_the_error_names_the_task_that_broke(tmp_path, data, monkeypatch, losses
         return torch.tensor([[1.0, 1.0], losses])
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken_at_step_2)
-    monkeypatch.setattr("metakern.trainer._Loop.look", look)
+    monkeypatch.setattr("metakern.dialogue.trainer._Loop.look", look)
     with pytest.raises(DivergenceError) as error:
         train(tiny_config(data, pretrain_steps=0), tmp_path / "run")
     assert str(error.value).startswith(f"{what.format(*names)} is not finite at step 2 of train")

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import metakern as mk
 from metakern.ops import SPECS
-from metakern.ops._spec import Make, Sample, Spec
+from metakern.ops.core.spec import Make, Sample, Spec
 
 pytestmark = pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])
 
@@ -74,8 +74,8 @@ def test_ignored_tokens_are_not_read() -> None:
 
 
 SEVERAL_BLOCKS = [
-    ("layer_norm", "_triton.norm", "LARGEST", {"forward": 2, "jvp": 4, "vjp": 2}),
-    ("rms_norm", "_triton.norm", "LARGEST", {"forward": 4, "jvp": 2, "vjp": 2}),
+    ("layer_norm", "core.triton_kernels.norm", "LARGEST", {"forward": 2, "jvp": 4, "vjp": 2}),
+    ("rms_norm", "core.triton_kernels.norm", "LARGEST", {"forward": 4, "jvp": 2, "vjp": 2}),
     ("cross_entropy", "cross_entropy.triton", "LARGEST", 2),
 ]
 

@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from metakern.config import Config
+from metakern.dialogue.config import Config
 
 WORDS = ("river", "stone", "cloud", "ember", "maple", "otter", "violin", "copper", "lantern", "meadow", "harbor")
 

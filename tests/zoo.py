@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import metakern as mk
-from metakern import _native
+from metakern import native
 
 D = 6
 
@@ -110,7 +110,7 @@ class NativeGelu(Function):
 
     @staticmethod
     def backward(ctx: Any, ct: Tensor) -> Tensor:
-        return _native.call("gelu_tanh_jvp", *ctx.saved_tensors, ct)[0]  # type: ignore[return-value]
+        return native.call("gelu_tanh_jvp", *ctx.saved_tensors, ct)[0]  # type: ignore[return-value]
 
 
 class TritonSilu(Function):

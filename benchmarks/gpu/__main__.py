@@ -41,7 +41,7 @@ from benchmarks.gpu import attention, checks, llama, measure, ops, recurrent
 from benchmarks.gpu.pool import Job, Pool, Row, prepare
 from benchmarks.gpu.targets import failures, targets
 from benchmarks.results import machine
-from metakern import _native
+from metakern import native
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -110,7 +110,7 @@ def compilers() -> dict[str, str]:
 
 def build() -> None:
     """Compiles the kernels where this checkout has none, and starts anew with them."""
-    if _native._cuda is None or _native._C is None:
+    if native._cuda is None or native.C is None:
         env = os.environ | {"METAKERN_NATIVE": "cuda"}
         subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, env=env, check=True)
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:]])

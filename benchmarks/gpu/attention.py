@@ -12,7 +12,7 @@ from benchmarks.calls import recorded
 from benchmarks.gpu.measure import milliseconds, peak_mib
 from benchmarks.gpu.pool import Job, Row
 from benchmarks.gpu.problems import OPS, Random, device
-from metakern.ops._spec import Sample
+from metakern.ops.core.spec import Sample
 
 PRODUCTS = {"forward": 2, "jvp": 5, "vjp": 5, "vjp_jvp": 12, "flash_forward": 2, "flash_backward": 5}
 TOKENS, WIDTH = 16384, 2048

@@ -17,8 +17,9 @@ import metakern as mk
 from benchmarks.calls import function
 from benchmarks.gpu.pool import Job, Row
 from benchmarks.gpu.problems import FAR, OPS, Random, cast, last_task, samples
-from metakern.ops import SPECS, _backend
-from metakern.ops._spec import Sample
+from metakern.ops import SPECS
+from metakern.ops.core import backend
+from metakern.ops.core.spec import Sample
 
 DTYPES = ("bfloat16", "float32")
 BEYOND = "more than 2^31 elements"
@@ -86,14 +87,14 @@ def deterministic() -> Iterator[None]:
 def chosen() -> Iterator[set[str]]:
     """The backends whose rules ran: a kernel that fell back to the reference was not checked."""
     names: set[str] = set()
-    choose = _backend.choose
+    choose = backend.choose
 
     def note(op: str, kernels: Any, tensors: Any) -> Any:
         rules = choose(op, kernels, tensors)
         names.update(name for name, candidate in kernels.items() if candidate is rules)
         return rules
 
-    with patch.object(_backend, "choose", note):
+    with patch.object(backend, "choose", note):
         yield names
 
 

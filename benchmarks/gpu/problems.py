@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.calls import Shapes, function
 from metakern.ops import SPECS
-from metakern.ops._spec import Make, Sample
+from metakern.ops.core.spec import Make, Sample
 from metakern.ops.cross_entropy import ragged
 
 RECURRENT = ("rnn", "gru", "lstm")

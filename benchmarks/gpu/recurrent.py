@@ -18,9 +18,9 @@ from benchmarks.gpu.measure import eager_milliseconds, milliseconds, peak_mib
 from benchmarks.gpu.pool import Job, Row
 from benchmarks.gpu.problems import device
 from benchmarks.workloads import make
-from metakern import _native
+from metakern import native
 from metakern.ops import SPECS
-from metakern.ops._spec import Make
+from metakern.ops.core.spec import Make
 
 CELLS = {"rnn_tanh": (1, 1), "rnn_relu": (1, 1), "gru": (3, 1), "lstm": (4, 2)}  # gates and states
 CHECKED = [(4, 8, 12, 64), (3, 5, 7, 100), (2, 20, 8, 256), (8, 8, 6, 512), (2, 8, 6, 1024), (1, 64, 6, 512)]
@@ -104,8 +104,8 @@ def rule_times(cell: str, sizes: Sizes, dtype: str) -> Row:
             x = torch.randn([times * of[dim] for times, dim in a.dims], device=device(), dtype=getattr(torch, dtype))
             return x * H**-0.5 if a.name == "w_hh" else x.sigmoid() if "gates" in a.name else x
 
-        inputs = [draw(a) for a in _native._signatures()[kernel].inputs]
-        ms = milliseconds(lambda kernel=kernel, inputs=inputs: _native.call(kernel, *inputs, scalars=(0.0,)))
+        inputs = [draw(a) for a in native.signatures()[kernel].inputs]
+        ms = milliseconds(lambda kernel=kernel, inputs=inputs: native.call(kernel, *inputs, scalars=(0.0,)))
         flop = 2 * T * B * L * CELLS[cell][0] * H * H
         row[rule] = {"ms": ms, "us_a_step": 1e3 * ms / L, "tflop_per_s": flop / ms / 1e9}
     return row

@@ -1,4 +1,4 @@
-// Python's way to the CUDA kernels: by number, with tensors by address. metakern._native.call has checked them.
+// Python's way to the CUDA kernels: by number, with tensors by address. metakern.native.call has checked them.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -57,5 +57,5 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     module.def("names", &metakern::cuda::names, "The name of every kernel; its place is its number.");
     module.def("call", &metakern::cuda::call, py::arg("index"), py::arg("is_bf16"), py::arg("tensors"), py::arg("sizes"),
                py::arg("scalars"), py::arg("stream"), py::arg("allocate"),
-               "Launch a kernel and say how. metakern._native.call checks what it is given.");
+               "Launch a kernel and say how. metakern.native.call checks what it is given.");
 }

@@ -30,9 +30,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from metakern.dialogue.readers import DataError, Dialogue, count_of
+from metakern.dialogue.readers import Dialogue, count_of
 from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, DialogueTokenizer, bot_of
 from metakern.dialogue.words import length, words
+from metakern.errors import DataError
 
 __all__ = ["Episodes", "Split", "TaskData", "collate", "split_tasks"]
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -24,7 +23,9 @@ try:
 except ImportError as error:
     raise ImportError("metakern.dialogue: the package tokenizers is missing: pip install metakern[dialogue]") from error
 
-from metakern.dialogue.readers import DataError, Dialogue, Turn
+from metakern.dialogue.readers import Dialogue, Turn
+from metakern.errors import DataError
+from metakern.io import write
 
 __all__ = ["IGNORE", "SPECIAL_TOKENS", "DialogueTokenizer", "Tokenizer"]
 
@@ -197,18 +198,7 @@ class Tokenizer(DialogueTokenizer):
 
     def save(self, path: str | Path) -> None:
         """Write one JSON file, all of it or nothing."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(self._bpe.to_str())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write(Path(path), self._bpe.to_str().encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:

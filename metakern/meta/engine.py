@@ -25,16 +25,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from metakern.meta._batching import Folded, Loss, exact_kernels
-from metakern.meta._fold import FoldError
-from metakern.meta._memory import keep_freed_memory
-from metakern.meta._parameters import Adapt, Parameters
-from metakern.meta._unroll import Unroll
 from metakern.meta.batches import select, structure, tasks_of, tensors
+from metakern.meta.batching import Folded, Loss, exact_kernels
 from metakern.meta.capture import Captures
 from metakern.meta.draws import Alike
+from metakern.meta.fold import FoldError
+from metakern.meta.memory import keep_freed_memory
+from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Found, Plan, Planner, Wishes
 from metakern.meta.state import INTERNAL, PLAIN, ModuleState, contents, undisturbed
+from metakern.meta.unroll import Unroll
 from metakern.meta.verify import comparable, modules_of
 from metakern.optim import InnerOptimizer
 

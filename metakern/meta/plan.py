@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.meta import _batching
-from metakern.meta._batching import Batching, Loss
-from metakern.meta._parameters import Parameters
 from metakern.meta.batches import tasks_of
+from metakern.meta.batching import WAYS, Batching, Loss
+from metakern.meta.parameters import Parameters
 from metakern.meta.verify import Trial, one_line, opened
 
 FLOAT64_PARAMETERS = 200_000_000
@@ -85,7 +84,7 @@ class Planner:
         Raises ValueError where no batching is exact, or where second-order terms are lost.
         """
         double = self._affordable()
-        names = list(_batching.WAYS) if self.wishes.batching == "auto" else [self.wishes.batching]
+        names = list(WAYS) if self.wishes.batching == "auto" else [self.wishes.batching]
         names = [name for name in names if name not in without]
         reasons = [f"{name} is not possible: it did not do for other batches" for name in without]
         with opened(self.parameters, self.loss, batches, first_order, double, slopes) as trial:
@@ -106,7 +105,7 @@ class Planner:
         """Raises ValueError where second-order terms are lost; a gradient that is a surrogate on purpose is its own."""
         if not lost:
             return found
-        from metakern.doctor import doctor
+        from metakern.diagnosis import doctor
 
         places: list[str] = []
         try:
@@ -127,7 +126,7 @@ class Planner:
         self, trial: Trial, names: Sequence[str], plain: bool, batches: Sequence[Any], steps: int, reasons: list[str]
     ) -> Found | None:
         for name in names:
-            batching: Any = _batching.WAYS[name](trial.roles, self.loss, plain)
+            batching: Any = WAYS[name](trial.roles, self.loss, plain)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a candidate is judged by its numbers
@@ -138,7 +137,7 @@ class Planner:
             how = ", by PyTorch's own operations" if plain else ""
             reasons.append(f"{name} equals plain autograd on two tasks, {trial.measure()}: taken{how}")
             reasons += [trial.note] * bool(trial.note)
-            chosen: Any = _batching.WAYS[name](self.parameters, self.loss, plain)
+            chosen: Any = WAYS[name](self.parameters, self.loss, plain)
             if name == "fold":
                 chosen.fold.records = batching.fold.records
             plan = self._sized(name, hvp, saved, tasks_of(batches[0]), steps, reasons)
@@ -195,7 +194,7 @@ class Wishes:
     task_chunk: int | str = "auto"
 
     def __post_init__(self) -> None:
-        if self.batching not in ("auto", *_batching.WAYS):
+        if self.batching not in ("auto", *WAYS):
             raise ValueError(f"MAML: batching must be auto, fold, vmap or loop, got {self.batching!r}")
         if self.strategy not in ("auto", "store", "recompute"):
             raise ValueError(f"MAML: strategy must be auto, store or recompute, got {self.strategy!r}")

@@ -25,7 +25,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from metakern.meta._unroll import _filled, _grad
+from metakern.meta.unroll import derivatives, with_zeros
 
 Tensors = Sequence[Tensor]
 Scalar = Callable[[Tensors], AbstractContextManager[Tensor]]  # s(z) with its graph, within which it is differentiated
@@ -96,15 +96,15 @@ def judge(s: Scalar, z: Tensors, active: Sequence[bool], precision: torch.dtype)
 def gradient(s: Scalar, z: Tensors) -> tuple[Tensor, list[Tensor]]:
     leaves = [t.detach().requires_grad_() for t in z]
     with s(leaves) as value:
-        return value.detach(), [g.detach() for g in _filled(_grad(value, leaves), leaves)]
+        return value.detach(), [g.detach() for g in with_zeros(derivatives(value, leaves), leaves)]
 
 
 def reverse_over_reverse(s: Scalar, z: Tensors, v: Tensors) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in z]
     with s(leaves) as value:
-        grads = _grad(value, leaves, create_graph=True)
+        grads = derivatives(value, leaves, create_graph=True)
         pairs = [(g, t) for g, t in zip(grads, v, strict=True) if g is not None]
-        return _filled(_grad([g for g, _ in pairs], leaves, [t for _, t in pairs]), leaves)
+        return with_zeros(derivatives([g for g, _ in pairs], leaves, [t for _, t in pairs]), leaves)
 
 
 def forward_over_reverse(s: Scalar, z: Tensors, u: Tensors, active: Sequence[bool]) -> list[Tensor]:
@@ -112,9 +112,9 @@ def forward_over_reverse(s: Scalar, z: Tensors, u: Tensors, active: Sequence[boo
         leaves = [t.detach().contiguous().requires_grad_() for t in z]
         duals = [forward_ad.make_dual(x, t) if on else x for x, t, on in zip(leaves, u, active, strict=True)]
         with s(duals) as value:
-            grads = _grad(value, duals)
+            grads = derivatives(value, duals)
         tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in grads]
-    return _filled(tangents, z)
+    return with_zeros(tangents, z)
 
 
 class Differences:

@@ -23,16 +23,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metakern.meta import _batching
-from metakern.meta._batching import Batching, Loss
-from metakern.meta._functions import REPAIRED
-from metakern.meta._parameters import Parameters
-from metakern.meta._unroll import Gradients, Unroll, _grad
 from metakern.meta.batches import mapped, select, structure, tensors, two_tasks
+from metakern.meta.batching import Batching, Folded, Loss, exact_kernels, scalar
 from metakern.meta.draws import ZEROS, Alike, python_states
+from metakern.meta.functions import REPAIRED
+from metakern.meta.parameters import Parameters
 from metakern.meta.slopes import direction, judge, norm
 from metakern.meta.state import ModuleState, seeded, undisturbed
-from metakern.ops._autocast import plain_operations
+from metakern.meta.unroll import Gradients, Unroll, derivatives
+from metakern.ops.core.autocast import plain_operations
 from metakern.optim import SGD
 
 TOLERANCE = 1e-6  # relative, of every tensor, in float64: models that compute in float32 reach 1e-7
@@ -159,7 +158,7 @@ class Trial:
             torch.set_default_dtype(torch.float64)
         operations = plain_operations() if self.plain else nullcontext()
         try:
-            with comparable(), _batching.exact_kernels(self.roles.model), operations:
+            with comparable(), exact_kernels(self.roles.model), operations:
                 yield
         finally:
             torch.set_default_dtype(self._default)
@@ -172,7 +171,7 @@ class Trial:
         def value() -> Iterator[Tensor]:
             with self.steady(), torch.enable_grad(), self.roles.bound(phi):
                 with draws:
-                    value = _batching.scalar(self.loss(self.roles.model, mapped(Tensor.clone, select(batch, t))))
+                    value = scalar(self.loss(self.roles.model, mapped(Tensor.clone, select(batch, t))))
                 yield value
                 self.changed |= self.state.changed()
 
@@ -197,7 +196,7 @@ class Trial:
                     with self._task(t, batch, adapted, Alike()) as value_again:
                         again = {id(leaf) for leaf in self._reached(value_again, adapted, before)}
                     self._take_in([leaf for leaf in reached if id(leaf) in again])
-                grads = _grad(value, [*adapted, *self.shared], create_graph=second_order)
+                grads = derivatives(value, [*adapted, *self.shared], create_graph=second_order)
                 if all(g is None for g in grads[: len(adapted)]):
                     raise ValueError("MAML: loss must depend on an adapted parameter, got one with no gradient for any")
                 if second_order:  # rows that are not learned, as an embedding's for padding, do not move
@@ -206,7 +205,7 @@ class Trial:
                 pairs = [(g, v[t]) for g, v in zip(grads, self.v, strict=False) if g is not None]
                 products: Gradients = [None] * len(grads)
                 if second_order:
-                    products = _grad([g for g, _ in pairs], [*adapted, *self.shared], [v for _, v in pairs])
+                    products = derivatives([g for g, _ in pairs], [*adapted, *self.shared], [v for _, v in pairs])
             rows.append((value.detach(), [None if g is None else g.detach() for g in grads], products))
             drawn = alike.taken
         if second_order and self._slopes:
@@ -250,7 +249,7 @@ class Trial:
         def gradient(z: Sequence[Tensor]) -> Gradients:
             leaves = [nn.Parameter(t) for t in z]
             with self._task(0, batch, leaves, Alike()) as value:
-                return _grad(value, [*leaves, *self.shared])
+                return derivatives(value, [*leaves, *self.shared])
 
         double, whole = phi[0].dtype == torch.float64, norm([g for g in grads if g is not None])
         for h in STEPS if double else ():
@@ -278,7 +277,7 @@ class Trial:
         """
         if self.python and batching.name != "loop":
             raise MismatchError("the model draws from Python's or NumPy's generators, which a loop alone does a task")
-        if isinstance(batching, _batching.Folded):
+        if isinstance(batching, Folded):
             if not all(self.apart):
                 raise MismatchError("the batch does not tell two tasks apart")
             batching.fold.within = comparable  # a mode does not reach through the step out of vmap
@@ -323,7 +322,7 @@ class Trial:
             leaves = [p.detach().requires_grad_() for p in self.phi]
             with hooks:
                 losses = _Drawing(batching, self._drawn(i)).losses(leaves, self.batches[i])
-            grads = [g if g is None else g.detach() for g in _grad(losses.sum(), [*leaves, *self.shared])]
+            grads = [g if g is None else g.detach() for g in derivatives(losses.sum(), [*leaves, *self.shared])]
         self._compare("loss", [losses.detach()], self.truths[i][0])
         self._compare("gradient", grads, self.truths[i][1])
 
@@ -332,7 +331,7 @@ class Trial:
         with self.steady():
             return unroll.hessian_vector_product(self.phi, self.shared, self.batches[0], self.v)[1]
 
-    def _trace(self, batching: _batching.Folded, batch: Any, kind: Any) -> None:
+    def _trace(self, batching: Folded, batch: Any, kind: Any) -> None:
         """Records which tensors carry the tasks: those whose first dimension follows their number. `kind` is the
         structure of the user's batch, whose tensors may be of another dtype than the trial's."""
         records = []

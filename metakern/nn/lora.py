@@ -1,27 +1,16 @@
-"""LoRA for a whole model, in place: linear layers freeze, and learn a low-rank correction beside their weight.
+"""The linear layer under LoRA.
 
     y = x Wᵀ + b + (alpha / rank) (x Aᵀ) Bᵀ
 
-| parameter of an adapted layer | shape |
-|---|---|
-| weight W, bias b: the layer's own, under their old names | as before |
-| lora_A | [rank, in] |
-| lora_B | [out, rank], zero at first |
-
-An adapted layer is the same object under another class, as with `metakern.patch`: names, hooks, devices and copies go
-on as before, and `metakern.remove_lora` gives the class back. A starts as in the PEFT library.
-
-Hu et al. 2021, "LoRA: low-rank adaptation of large language models", section 4.1.
+Hu et al. 2021, "LoRA: low-rank adaptation of large language models", section 4.1. `metakern.lora` makes such layers of
+those of a model.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -30,11 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern import ops
-from metakern.nn.linear import Linear
-from metakern.nn.patch import FORMER
 
-HEADS = ("lm_head", "embed_out", "head", "score", "classifier")  # where logits are made: not adapted unless named
-_TRAINABLE = "_metakern_trainable_before_lora"  # an attribute of the model, so that its copies keep it
+FORMER = "_metakern_former_class"  # an attribute of a module that `metakern.patch` gave another class: what it had
 
 
 @dataclass(frozen=True)
@@ -153,139 +139,14 @@ def run(module: LoraLinear, x: Tensor, parameter: Callable[[str], Tensor]) -> Te
     return y + bias.view(*bias.shape[:-1], *(1,) * (y.dim() - bias.dim()), -1)
 
 
-def lora(
-    model: nn.Module,
-    rank: int = 8,
-    targets: str | Sequence[str] | None = None,
-    *,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    trainable: str | Sequence[str] = (),
-    seed: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> list[str]:
-    """Adapts linear layers of `model` by LoRA, in place, and freezes all other parameters. Returns the layers' names.
-
-    targets: patterns with * and ? over the dotted names of layers, for some components in a row: "q_proj",
-    "layers.*.mlp", "h.0.attn.c_attn". None is every `torch.nn.Linear` and Hugging Face `Conv1D` that can be adapted,
-    but for output heads. alpha: the correction counts alpha / rank times; None is the rank, PEFT's default at its
-    default rank. trainable: such patterns over the names of other parameters that learn ("*norm*", "bias"). seed: that
-    of A; None draws from PyTorch's generator. dtype: that of A and B; None is that of each layer's weight.
-
-    What learns is what `metakern.MAML(model, ...)` adapts. Raises ValueError where a pattern matches nothing, or what
-    can't be adapted (a weight that is tied or quantized, a subclass, a forward that was replaced); where the model is
-    adapted already; where rank, alpha or dropout is out of range.
-
-    >>> import metakern as mk, torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
-    >>> mk.lora(model, rank=2, targets=["0"], trainable=["1.weight"])
-    ['0']
-    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    ['0.lora_A', '0.lora_B', '1.weight']
-    """
-    settings = Settings(rank, alpha, dropout)
-    layers = _targets(model, targets)
-    free = _trainable(model, trainable, layers)
-    adapt(model, dict.fromkeys(layers, settings), free, dtype=dtype, seed=seed)
-    return list(layers)
-
-
-def adapt(
-    model: nn.Module,
-    layers: Mapping[str, Settings],
-    trainable: Iterable[str],
-    dtype: torch.dtype | None = None,
-    seed: int | None = None,
-) -> None:
-    """Adapts the named layers, which can be, each with its own settings; `trainable` are names of parameters."""
-    before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    free = {id(model.get_parameter(name)) for name in trainable}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in free)
-    for path, settings in layers.items():
-        layer: Any = model.get_submodule(path)
-        kept = [p for p in layer.parameters() if p.requires_grad]
-        kind = _kind(layer)
-        layer.__dict__.pop(FORMER, None)
-        layer.__class__ = LoraLinear
-        layer._adapt(kind, settings, dtype, generator)
-        for parameter in kept:
-            parameter.requires_grad_(True)
-    model.__dict__[_TRAINABLE] = before
-
-
-def merge_lora(model: nn.Module) -> list[str]:
-    """Adds each correction to its weight, W + (alpha / rank) B A, and takes LoRA off. Returns the layers' names.
-
-    The parameters learn again that did before `metakern.lora`. The sum is taken in float32 for half precision. Raises
-    ValueError where the model has no LoRA layers.
-
-    >>> import metakern as mk, torch
-    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
-    >>> names, x = mk.lora(model), torch.ones(1, 4)
-    >>> _ = torch.nn.init.ones_(model[0].lora_B)
-    >>> y = model(x)
-    >>> mk.merge_lora(model), torch.allclose(model(x), y)
-    (['0'], True)
-    """
-    layers = lora_layers("merge_lora", model)
-    with torch.no_grad():
-        for layer in layers.values():
-            wide = torch.promote_types(layer.weight.dtype, torch.float32)
-            matrix(layer).add_(layer.scale * (layer.lora_B.to(wide) @ layer.lora_A.to(wide)))
-    return _take_off(model, layers)
-
-
-def remove_lora(model: nn.Module) -> list[str]:
-    """Takes LoRA off again: the model as it was before `metakern.lora`. Returns the layers' names.
-
-    Raises ValueError where the model has no LoRA layers.
-
-    >>> import metakern as mk, torch
-    >>> model = torch.nn.Linear(4, 3)
-    >>> _ = mk.lora(model)
-    >>> mk.remove_lora(model), model
-    ([''], Linear(in_features=4, out_features=3, bias=True))
-    """
-    return _take_off(model, lora_layers("remove_lora", model))
-
-
-def _take_off(model: nn.Module, layers: Mapping[str, LoraLinear]) -> list[str]:
-    for layer in layers.values():
-        layer._give_back()
-    before = model.__dict__.pop(_TRAINABLE, ())
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in before)
-    return list(layers)
-
-
-def lora_layers(verb: str, model: nn.Module) -> dict[str, LoraLinear]:
-    """The adapted layers of a model by name; there must be some."""
-    layers = {path: m for path, m in _modules(verb, model).items() if isinstance(m, LoraLinear)}
-    if not layers:
-        raise ValueError(f"{verb}: model must have LoRA layers, got none: call metakern.lora(model) first")
-    return layers
-
-
-def _nothing(module: nn.Module, args: tuple) -> None:
-    pass
-
-
-def _modules(verb: str, model: nn.Module) -> dict[str, nn.Module]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{verb}: model must be a torch.nn.Module, got {type(model).__name__}")
-    return dict(model.named_modules())
-
-
-def _kind(module: nn.Module) -> type[nn.Module]:
+def former_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, or the one that it had before `metakern.lora` or `metakern.patch`."""
     return module.base if isinstance(module, LoraLinear) else module.__dict__.get(FORMER, type(module))
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is, under LoRA or not, Hugging Face's linear layer of GPT-2, whose weight is [in, out]."""
-    return (_kind(module).__module__, _kind(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
+    return (former_class(module).__module__, former_class(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def matrix(layer: nn.Module) -> Tensor:
@@ -294,95 +155,5 @@ def matrix(layer: nn.Module) -> Tensor:
     return weight.mT if is_conv1d(layer) else weight
 
 
-def adaptable(verb: str, model: nn.Module) -> dict[str, str | None]:
-    """The linear layers of a model that has no LoRA yet: by name, why one can't be adapted, or None."""
-    modules = _modules(verb, model)
-    for path, module in modules.items():
-        if isinstance(module, LoraLinear):
-            raise ValueError(
-                f"{verb}: model must not have LoRA layers, got {path!r}: call metakern.merge_lora or remove_lora first"
-            )
-    owners = Counter(id(p) for m in modules.values() for p in m._parameters.values())
-
-    def obstacle(module: nn.Module) -> str | None:
-        weight: Any = module.weight
-        if _kind(module) not in (nn.Linear, Linear) and not is_conv1d(module):
-            return f"is a {_name(module)}, which may compute something else"
-        if "forward" in module.__dict__:
-            return "has a forward that was replaced"
-        if type(weight.data) is not Tensor or weight.dtype not in DTYPES:
-            return f"has no plain floating-point weight but {type(weight.data).__name__} of {weight.dtype}"
-        return "has a weight that another module shares" if owners[id(weight)] > 1 else None
-
-    linear = {path: m for path, m in modules.items() if isinstance(m, nn.Linear) or is_conv1d(m)}
-    return {path: obstacle(module) for path, module in linear.items()}
-
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _targets(model: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
-    """The names of the layers to adapt, in the model's order."""
-    layers = adaptable("lora", model)
-    if targets is None:
-        found = [p for p, why in layers.items() if why is None and p.rpartition(".")[2] not in HEADS]
-        if not found:
-            raise ValueError("lora: model must have a linear layer that can be adapted, got none: name it in targets")
-        return found
-    chosen: set[str] = set()
-    for pattern in _patterns("targets", targets):
-        modules = _matching("targets", "module", pattern, dict(model.named_modules()))
-        linear = [path for path in modules if path in layers]
-        if not linear:
-            kind = _name(model.get_submodule(modules[0]))
-            raise ValueError(f"lora: targets must match linear layers, got {pattern!r}: {modules[0]!r} is a {kind}")
-        for path in linear:
-            if layers[path]:
-                raise ValueError(f"lora: targets must match plain linear layers, got {path!r}, which {layers[path]}")
-        chosen.update(linear)
-    return [path for path in layers if path in chosen]
-
-
-def _trainable(model: nn.Module, trainable: str | Sequence[str], layers: Sequence[str]) -> list[str]:
-    """The names of the parameters that learn beside the factors."""
-    parameters = dict(model.named_parameters())
-    weights = {join(path, "weight") for path in layers}
-    chosen: set[str] = set()
-    for pattern in _patterns("trainable", trainable):
-        names = _matching("trainable", "parameter", pattern, parameters)
-        for name in names:
-            if name in weights:
-                raise ValueError(
-                    f"lora: trainable must not match the weight of an adapted layer, got {pattern!r}: {name!r}"
-                )
-            if not parameters[name].is_floating_point():
-                raise ValueError(f"lora: trainable must match floating-point parameters, got {name!r}")
-        chosen.update(names)
-    return [name for name in parameters if name in chosen]
-
-
-def _patterns(argument: str, patterns: str | Sequence[str]) -> list[str]:
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"lora: {argument} must hold name patterns (strings), got {type(pattern).__name__}")
-    return patterns
-
-
-def _matching(argument: str, what: str, pattern: str, names: Mapping[str, Any]) -> list[str]:
-    """The names of which some components in a row match a pattern; there must be one."""
-    found = [name for name in names if fnmatchcase(f".{name}.", f"*.{pattern}.*")]
-    if not found:
-        known = dict.fromkeys([*(name.rpartition(".")[2] for name in names), *names])
-        near = difflib.get_close_matches(pattern, known, 3, 0.5) or [name for name in known if name][:8]
-        raise ValueError(f"lora: {argument} must match a {what}, got {pattern!r}; there are {', '.join(near)}")
-    return found
-
-
-def join(path: str, name: str) -> str:
-    """The dotted name of what a module at `path` holds."""
-    return f"{path}.{name}" if path else name
-
-
-def _name(module: nn.Module) -> str:
-    return f"{_kind(module).__module__}.{_kind(module).__qualname__}"
+def _nothing(module: nn.Module, args: tuple) -> None:
+    pass

@@ -1,8 +1,8 @@
 """Inner optimizers: differentiable, batched over tasks, with hyper-parameters that the outer loop may learn."""
 
-from metakern.optim._base import InnerOptimizer
 from metakern.optim.adagrad import Adagrad
 from metakern.optim.adam import Adam, AdamW
+from metakern.optim.base import InnerOptimizer
 from metakern.optim.clipped import Clipped
 from metakern.optim.metasgd import MetaSGD
 from metakern.optim.muon import Muon

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from metakern.ops.adagrad_update import adagrad_update
-from metakern.optim._base import Stepwise, non_negative, positive
+from metakern.optim.base import Stepwise, non_negative, positive
 
 
 class Adagrad(Stepwise):

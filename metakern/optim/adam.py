@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from metakern.ops.adam_update import adam_update
-from metakern.optim._base import Stepwise, fraction, non_negative, numbers, positive
+from metakern.optim.base import Stepwise, fraction, non_negative, numbers, positive
 
 
 class Adam(Stepwise):

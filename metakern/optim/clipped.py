@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from metakern.optim._base import InnerOptimizer, State, Tensors, norms, positive, scaled
+from metakern.optim.base import InnerOptimizer, State, Tensors, norms, positive, scaled
 
 
 class Clipped(InnerOptimizer):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from metakern import ops
 from metakern.ops.newton_schulz import COEFFICIENTS
-from metakern.optim._base import (
+from metakern.optim.adam import AdamW
+from metakern.optim.base import (
     InnerOptimizer,
     State,
     Stepwise,
@@ -30,7 +31,6 @@ from metakern.optim._base import (
     numbers,
     positive,
 )
-from metakern.optim.adam import AdamW
 
 FACTORS = {
     "original": lambda rows, columns: sqrt(max(1, rows / columns)),

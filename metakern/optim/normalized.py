@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from metakern.optim._base import State, Tensors, norms, positive, scaled
+from metakern.optim.base import State, Tensors, norms, positive, scaled
 from metakern.optim.sgd import SGD
 
 

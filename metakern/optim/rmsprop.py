@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from metakern.ops.rmsprop_update import rmsprop_update
-from metakern.optim._base import Hyper, Stepwise, fraction, non_negative, positive
+from metakern.optim.base import Hyper, Stepwise, fraction, non_negative, positive
 
 
 class RMSprop(Stepwise):

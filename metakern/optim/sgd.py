@@ -12,9 +12,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from metakern.ops._updates import has_kernels
+from metakern.ops.core.updates import has_kernels
 from metakern.ops.sgd_update import DESCENT, MOMENTUM, NESTEROV
-from metakern.optim._base import Hyper, Stepwise, Values, fraction, non_negative
+from metakern.optim.base import Hyper, Stepwise, Values, fraction, non_negative
 
 
 class SGD(Stepwise):

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from metakern.compat._modules import gradients, same_device
 from metakern.compat.higher.patch import FunctionalModule
+from metakern.compat.modules import gradients, same_device
 
 Override = Mapping[str, Any]  # a list of one value, or of one for each parameter group, by the name of a setting
 Grads = list[Tensor | None]

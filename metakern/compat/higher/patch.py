@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.compat._modules import Places, apart, copied, fused, is_ours, once, stay, watched
-from metakern.compat._recompute import recomputes
+from metakern.compat.modules import Places, apart, copied, fused, is_ours, once, stay, watched
+from metakern.compat.recompute import recomputes
 
 Encapsulator = Callable[[Any, nn.Module], None]
 

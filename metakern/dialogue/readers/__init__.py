@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from metakern.dialogue.words import words
+from metakern.errors import DataError
 
 __all__ = ["READERS", "DataError", "Dialogue", "Dialogues", "Reader", "Turn", "dialogue", "read", "reader", "words"]
 
@@ -37,10 +38,6 @@ COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "unzstd",
 }
 BLANK = re.compile(r"[\s\ufeff]*")  # files that were put together have byte order marks inside
-
-
-class DataError(ValueError):
-    """Input that cannot be used: one line that names the file, the line in it where there is one, and the cure."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-from metakern.dialogue.readers import DataError, Dialogue, dialogue, files, reader, text_of
+from metakern.dialogue.readers import Dialogue, dialogue, files, reader, text_of
 from metakern.dialogue.words import words
+from metakern.errors import DataError
 
 __all__ = ["chatterbot"]
 

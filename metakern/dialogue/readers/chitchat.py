@@ -24,8 +24,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from metakern.dialogue.readers import DataError, Dialogue, Turn, dialogue, json_of, reader, text_of
+from metakern.dialogue.readers import Dialogue, Turn, dialogue, json_of, reader, text_of
 from metakern.dialogue.words import words
+from metakern.errors import DataError
 
 __all__ = ["chitchat"]
 

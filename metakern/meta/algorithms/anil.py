@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from metakern.meta._batching import Loss
-from metakern.meta._parameters import Adapt
 from metakern.meta.algorithms.maml import MAML
+from metakern.meta.batching import Loss
+from metakern.meta.parameters import Adapt
 
 
 class ANIL(MAML):

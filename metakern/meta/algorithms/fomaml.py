@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from metakern.meta._batching import Loss
 from metakern.meta.algorithms.maml import MAML
+from metakern.meta.batching import Loss
 
 
 class FOMAML(MAML):

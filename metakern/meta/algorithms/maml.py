@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from metakern.meta._batching import Loss
-from metakern.meta._parameters import Adapt, Parameters
-from metakern.meta._unroll import Gradients, _add
 from metakern.meta.batches import ordinary, tasks_of
+from metakern.meta.batching import Loss
 from metakern.meta.engine import Engine, Prepared, running
+from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Plan, Wishes
+from metakern.meta.unroll import Gradients, added
 from metakern.optim import SGD, InnerOptimizer
 
 
@@ -109,7 +109,7 @@ class MAML(nn.Module):
             run = partial(prepared.captures(self.capture), run, (tasks,))
         for found in prepared.by_chunks(run, support, query):
             losses.append(found[0])
-            gradients = _add(gradients, found[1:])
+            gradients = added(gradients, found[1:])
         self.query_losses = torch.cat(losses)
         return _MetaGradient.apply(self.query_losses.mean(), gradients, *prepared.outer)
 

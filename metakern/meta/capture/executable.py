@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern._memory import address
+from metakern.native.memory import address
 
 ALIGNMENT = 64  # of what an arena holds, in bytes
 

@@ -56,7 +56,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from metakern.ops import _backend
+from metakern.ops.core import backend
 
 MOST_OBJECTS = 200_000  # that a walk visits
 MOST_BYTES = 2**20  # of NumPy arrays, which are compared at each use
@@ -101,7 +101,7 @@ _PRECISIONS = [("generic", "all"), *(("mkldnn", op) for op in ("all", "matmul", 
 def settings() -> tuple:
     """The backend, and PyTorch's modes and defaults on a CPU: what any code depends on, whatever it names."""
     return (
-        _backend.chosen(),
+        backend.chosen(),
         torch.get_default_dtype(),
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
         torch.is_autocast_cache_enabled(),

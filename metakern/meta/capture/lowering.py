@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from metakern import _native
-from metakern.meta._unroll import _random_states, _set_random_states
+from metakern import native
 from metakern.meta.capture.executable import ALIGNMENT, Executable
 from metakern.meta.capture.program import Program, Register, Step, registers, renamed
+from metakern.meta.unroll import random_states, set_random_states
 
 MOST_DIMS = 6
 TYPES = {torch.float32: 0, torch.float64: 1, torch.int64: 2, torch.bool: 3}  # as csrc/pass.h numbers them
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-RANDOM_STATES: Any = (_random_states.__wrapped__, _set_random_states.__wrapped__)  # type: ignore[attr-defined]
+RANDOM_STATES: Any = (random_states.__wrapped__, set_random_states.__wrapped__)  # type: ignore[attr-defined]
 RULES: dict[Any, Callable[..., Any]] = {}  # of an operation: (lowering, its arguments as layouts) -> its results
 FACTORIES: set[Any] = set()  # operations that make memory which others may write to
 
@@ -34,7 +34,7 @@ class LoweringError(Exception):
 
 def lower(program: Program, inputs: Sequence[Tensor]) -> Executable:
     """The program's executable. Raises LoweringError where it has none."""
-    if obstacle := _native.obstacle():
+    if obstacle := native.obstacle():
         raise LoweringError(obstacle)
     return Lowering(inputs).executable(program)
 
@@ -75,11 +75,11 @@ class Lowering:
                 self.map("copy", output, t)
         given = [*self.inputs, *(meta for _, meta in self.constants.values()), *(t for t in outputs if t is not None)]
         self.bases = {_memory(t): 1 + i for i, t in enumerate(given)}
-        return Executable(self.native(), [t for t, _ in self.constants.values()], outputs)
+        return Executable(self.placed(), [t for t, _ in self.constants.values()], outputs)
 
-    def native(self) -> Any:
+    def placed(self) -> Any:
         """The native executable, with a place for every tensor: memory is given out again after its last use."""
-        C = _native._C
+        C = native.C
         last: dict[int, int] = {}
         for i, call in enumerate(self.calls):
             last.update((_memory(t), i) for t in call.tensors if t is not None)
@@ -92,7 +92,7 @@ class Lowering:
             for memory in own:
                 if last[memory] == i:
                     arena.give_back(offsets[memory])
-        native = C.Executable(max(arena.size, ALIGNMENT), 1 + len(self.bases))
+        executable = C.Executable(max(arena.size, ALIGNMENT), 1 + len(self.bases))
 
         def place(t: Tensor | None) -> Any:
             if t is None:
@@ -102,10 +102,10 @@ class Lowering:
 
         for call in self.calls:
             try:
-                getattr(native, call.method)(*call.arguments([place(t) for t in call.tensors]))
+                getattr(executable, call.method)(*call.arguments([place(t) for t in call.tensors]))
             except ValueError as error:
                 raise LoweringError(str(error)) from error
-        return native
+        return executable
 
     def addressed(self, t: Tensor) -> Tensor:
         """The layout of a tensor whose address is given at each run."""

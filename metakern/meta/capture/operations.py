@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern import _native
+from metakern import native
 from metakern.meta.capture.lowering import COMPARISONS, FACTORIES, RULES, Lowering, LoweringError
-from metakern.ops import _checks
+from metakern.ops.core import checks
 
 _aten: Any = torch.ops.aten
 
@@ -42,7 +42,7 @@ def _is_of_tensors(operation: Any, inputs: int) -> bool:
 
 
 # PyTorch's operations that are one instruction of the same name (csrc/pass.h) and have no other arguments.
-for _name, _inputs in getattr(_native._C, "elementwise", {}).items():
+for _name, _inputs in getattr(native.C, "elementwise", {}).items():
     for _spelling in (_name, f"{_name}_"):
         _op = getattr(getattr(_aten, _spelling, None), "default", None)
         if _op is not None and _is_of_tensors(_op, _inputs):
@@ -368,11 +368,11 @@ def _embedding_backward(w: Lowering, ct: Tensor, index: Tensor, rows: int, paddi
     return _index_add(w, out, 0, w.in_rows(index).view(-1), w.in_rows(ct).view(-1, ct.shape[-1]))
 
 
-@_lowers(_native.product.__wrapped__)  # type: ignore[attr-defined]
+@_lowers(native.product.__wrapped__)  # type: ignore[attr-defined]
 def _product(
     w: Lowering, a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False, scale: float = 1.0
 ) -> Tensor:
-    arranged = _native.arrange_product(a, b, add, reuse)
+    arranged = native.arrange_product(a, b, add, reuse)
     for t, made in zip((a, b, add), arranged.tensors, strict=False):
         w.copied(t, made)
     is_double, sizes, strides = a.dtype == torch.float64, arranged.sizes, arranged.strides
@@ -383,7 +383,7 @@ def _product(
 
 @_lowers(_aten.bmm.default)
 def _bmm(w: Lowering, a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype not in _native.DTYPES:
+    if a.dtype not in native.DTYPES:
         raise LoweringError(f"products of {a.dtype}")
     return _product(w, a, b)
 
@@ -395,7 +395,7 @@ def _mm(w: Lowering, a: Tensor, b: Tensor) -> Tensor:
 
 @_lowers(_aten.baddbmm.default)
 def _baddbmm(w: Lowering, add: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
-    if a.dtype not in _native.DTYPES:
+    if a.dtype not in native.DTYPES:
         raise LoweringError(f"products of {a.dtype}")
     add = add if beta == 1 else w.affine(_alike(w, add), add, beta, 0)
     return _product(w, a, b, add.expand(*a.shape[:2], b.shape[2]), scale=alpha)
@@ -407,16 +407,16 @@ def _addmm(w: Lowering, add: Tensor, a: Tensor, b: Tensor, beta: float = 1, alph
     return _baddbmm(w, full.unsqueeze(0), a.unsqueeze(0), b.unsqueeze(0), beta, alpha).squeeze(0)
 
 
-@_lowers(_native.call.__wrapped__)  # type: ignore[attr-defined]
+@_lowers(native.call.__wrapped__)  # type: ignore[attr-defined]
 def _kernel(w: Lowering, kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple:
-    signature = _native._signatures()[kernel]
+    signature = native.signatures()[kernel]
     inputs = tuple(
         w.map("copy", w.new(torch.empty_like(t, dtype=torch.int64)), t)
         if argument.indices and t is not None and t.dtype != torch.int64
         else t
         for argument, t in zip(signature.inputs, inputs, strict=True)
     )
-    arranged = _native.arrange(kernel, *inputs)
+    arranged = native.arrange(kernel, *inputs)
     for t, made in zip(inputs, arranged.inputs, strict=True):
         w.copied(t, made)
     for made in arranged.outputs:
@@ -432,8 +432,8 @@ def _kernel(w: Lowering, kernel: str, *inputs: Tensor | None, scalars: Sequence[
     return arranged.outputs
 
 
-@_lowers(_checks._below.__wrapped__)  # type: ignore[attr-defined]
-def _below(w: Lowering, op: str, name: str, value: Tensor, high: int, ignored: int | None) -> None:
+@_lowers(checks.all_below.__wrapped__)  # type: ignore[attr-defined]
+def _all_below(w: Lowering, op: str, name: str, value: Tensor, high: int, ignored: int | None) -> None:
     if value.dtype != torch.int64:
         raise LoweringError("indices other than int64")
     count = value.numel()

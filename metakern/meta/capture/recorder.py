@@ -2,7 +2,7 @@
 
     program, outputs = record(function, inputs)          outputs = program(other_inputs)
 
-Recorded are PyTorch's operations below autograd and the calls of our own kernels (`metakern._record.recordable`).
+Recorded are PyTorch's operations below autograd and the calls of our own kernels (`metakern.native.record.recordable`).
 
 An operation whose result Python looks at (`.item()`, `.tolist()`, `.numpy()`, a mask's nonzero elements) can't be
 recorded, nor can one that writes to a tensor that outlives the run: RecordError.
@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from metakern._record import Recording
 from metakern.meta.capture.program import Program, Register, Rewrite, Step, registers
 from metakern.meta.draws import ZEROS
+from metakern.native.record import Recording
 
 _aten = torch.ops.aten
 _LOOKS_AT_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern import _native
+from metakern import native
 from metakern.meta.capture.program import Register, Step, registers, renamed
 
-_PRODUCT: Any = _native.product.__wrapped__  # type: ignore[attr-defined]
+_PRODUCT: Any = native.product.__wrapped__  # type: ignore[attr-defined]
 _aten = torch.ops.aten
 _ADD, _VIEW = _aten.add.Tensor, _aten.view.default
 SMALL = 4096  # elements

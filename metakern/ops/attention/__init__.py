@@ -40,11 +40,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu, _triton
-from metakern.ops._autocast import autocast
-from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import wide
+from metakern.ops.core import checks, cpp, triton_kernels
+from metakern.ops.core.autocast import autocast
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.matrices import wide
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 
 @autocast("lower")
@@ -76,14 +77,14 @@ def attention(
             [2.]])
     """
     for name, value in (("q", q), ("k", k), ("v", v)):
-        _checks.tensor("attention", name, value)
+        checks.tensor("attention", name, value)
         if value.dim() != 4:
             raise ValueError(f"attention: {name} must have 4 dimensions, [B, H, L, D], got {list(value.shape)}")
-    _checks.floating("attention", q=q, k=k, v=v)
+    checks.floating("attention", q=q, k=k, v=v)
     B, H, _, D = q.shape
     H_kv, L_k = k.shape[1:3]
-    _checks.shape("attention", "k", k, (B, H_kv, L_k, D), "[B, H_kv, L_k, D]")
-    _checks.shape("attention", "v", v, (B, H_kv, L_k, D), "[B, H_kv, L_k, D]")
+    checks.shape("attention", "k", k, (B, H_kv, L_k, D), "[B, H_kv, L_k, D]")
+    checks.shape("attention", "v", v, (B, H_kv, L_k, D), "[B, H_kv, L_k, D]")
     if H_kv == 0 or H % H_kv:
         raise ValueError(f"attention: q must have a multiple of the {H_kv} heads of k and v, got {H}")
     if window is not None and (not isinstance(window, int) or window < 1 or not causal):
@@ -102,14 +103,14 @@ def _seen(k: Tensor, lengths: Tensor | None, padding: str, mask: Tensor | None) 
     if padding not in ("left", "right"):
         raise ValueError(f"attention: padding must be left or right, got {padding!r}")
     if mask is not None:
-        _checks.tensor("attention", "mask", mask)
+        checks.tensor("attention", "mask", mask)
         if mask.dtype != torch.bool or mask.device != k.device:
             raise TypeError(f"attention: mask must be torch.bool on {k.device}, got {mask.dtype} on {mask.device}")
-        _checks.shape("attention", "mask", mask, (B, L_k), "[B, L_k]")
+        checks.shape("attention", "mask", mask, (B, L_k), "[B, L_k]")
     if lengths is None:
         return mask
-    _checks.indices("attention", "lengths", lengths, k.device)
-    _checks.shape("attention", "lengths", lengths, (B,), "[B]")
+    checks.indices("attention", "lengths", lengths, k.device)
+    checks.shape("attention", "lengths", lengths, (B,), "[B]")
     _check_range(lengths, L_k)
     at = torch.arange(L_k, device=k.device)
     seen = at < lengths[:, None] if padding == "right" else at >= L_k - lengths[:, None]
@@ -230,10 +231,10 @@ OP = Op(
     constants=("mask",),
     kernels={
         "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
-        "cpu": _cpu.through_float32(
-            _cpu.rules("attention", ("mask",), lambda c: (c.scale, c.causal, c.window or 0)),
+        "cpu": cpp.through_float32(
+            cpp.rules("attention", ("mask",), lambda c: (c.scale, c.causal, c.window or 0)),
         ),
-        "triton": _triton.rules("attention"),
+        "triton": triton_kernels.rules("attention"),
     },
     saves_output=True,
 )

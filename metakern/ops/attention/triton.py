@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.ops._rules import Rules, Tensors
-from metakern.ops._spec import Make, Sample
-from metakern.ops._triton import launch
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Make, Sample
+from metakern.ops.core.triton_kernels import launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

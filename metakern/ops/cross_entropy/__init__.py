@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu, _triton
-from metakern.ops._autocast import autocast
-from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import wide
+from metakern.ops.core import checks, cpp, triton_kernels
+from metakern.ops.core.autocast import autocast
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.matrices import wide
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 
 @autocast("float32")
@@ -45,12 +46,12 @@ def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int = -100) -> T
     >>> mk.ops.cross_entropy(torch.zeros(2, 3, 4), torch.tensor([[0, 1, -100], [-100, -100, -100]]))
     tensor([1.3863, 0.0000])
     """
-    _checks.floating("cross_entropy", logits=logits)
+    checks.floating("cross_entropy", logits=logits)
     if logits.dim() not in (2, 3):
         raise ValueError(f"cross_entropy: logits must have shape [N, V] or [T, N, V], got {list(logits.shape)}")
-    _checks.indices("cross_entropy", "target", target, logits.device)
-    _checks.shape("cross_entropy", "target", target, logits.shape[:-1], "[N]" if logits.dim() == 2 else "[T, N]")
-    _checks.below("cross_entropy", "target", target, logits.shape[-1], ignore_index)
+    checks.indices("cross_entropy", "target", target, logits.device)
+    checks.shape("cross_entropy", "target", target, logits.shape[:-1], "[N]" if logits.dim() == 2 else "[T, N]")
+    checks.below("cross_entropy", "target", target, logits.shape[-1], ignore_index)
     if logits.dim() == 3:
         return OP(logits, target=target, ignore_index=ignore_index)[0]
     return OP(logits[None], target=target[None], ignore_index=ignore_index)[0].squeeze(0)
@@ -118,8 +119,8 @@ OP = Op(
     constants=("target",),
     kernels={
         "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
-        "cpu": _cpu.rules("cross_entropy", constants=("target",), scalars=lambda c: (c.ignore_index,)),
-        "triton": _triton.rules("cross_entropy"),
+        "cpu": cpp.rules("cross_entropy", constants=("target",), scalars=lambda c: (c.ignore_index,)),
+        "triton": triton_kernels.rules("cross_entropy"),
     },
 )
 

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.ops import _tensors
-from metakern.ops._rules import Rules, Tensors
-from metakern.ops._spec import Make, Sample
-from metakern.ops._triton.launch import cdiv, contiguous, launch, wide
+from metakern.ops.core import matrices
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Make, Sample
+from metakern.ops.core.triton_kernels.launch import cdiv, contiguous, launch, wide
 from metakern.ops.cross_entropy import kept
 
 LARGEST = 4096  # elements of a block
@@ -92,7 +92,7 @@ def _block(V: int) -> dict[str, int]:
 def losses(z: Tensor, target: Tensor, share: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """ℓ - z[target] and ℓ of rows z [..., V]: 0 both where the row's share is 0."""
     z, target, share = contiguous(z, target, share)
-    loss = _tensors.wide(z[:0]).new_empty(target.shape)
+    loss = matrices.wide(z[:0]).new_empty(target.shape)
     lse = torch.empty_like(loss)
     launch(_forward_kernel, (target.numel(),), z.device, z, target, share, loss, lse, **_block(z.shape[-1]))
     return loss, lse
@@ -159,7 +159,7 @@ def vjp_jvp(
 
 
 def _kept(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensor, Tensor]:
-    share, place = kept(c.target, c.ignore_index, _tensors.wide(inputs[0][:0]).dtype)
+    share, place = kept(c.target, c.ignore_index, matrices.wide(inputs[0][:0]).dtype)
     return share, place.squeeze(-1)
 
 

@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _triton
-from metakern.ops._autocast import autocast
-from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import shared, wide
+from metakern.ops.core import checks, triton_kernels
+from metakern.ops.core.autocast import autocast
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.matrices import shared, wide
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 
 @autocast("widest")
@@ -43,13 +44,13 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     tensor([[4., 5.],
             [0., 1.]])
     """
-    _checks.floating("embedding", weight=weight)
-    _checks.indices("embedding", "tokens", tokens, weight.device)
+    checks.floating("embedding", weight=weight)
+    checks.indices("embedding", "tokens", tokens, weight.device)
     if weight.dim() not in (2, 3):
         raise ValueError(f"embedding: weight must have shape [V, D] or [T, V, D], got {list(weight.shape)}")
     if weight.dim() == 3 and tokens.shape[:1] != weight.shape[:1]:
         raise ValueError(f"embedding: tokens must have shape [T, ...] = [{len(weight)}, ...], got {list(tokens.shape)}")
-    _checks.below("embedding", "tokens", tokens, weight.shape[-2])
+    checks.below("embedding", "tokens", tokens, weight.shape[-2])
     if weight.dim() == 2:
         (y,) = OP(weight[None], tokens=tokens.reshape(1, -1))
     else:
@@ -104,7 +105,7 @@ OP = Op(
     "embedding",
     inputs=("weight",),
     constants=("tokens",),
-    kernels={"reference": REFERENCE, "triton": _triton.rules("embedding")},
+    kernels={"reference": REFERENCE, "triton": triton_kernels.rules("embedding")},
 )
 
 

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from metakern.ops._rules import Tensors
-from metakern.ops._spec import Make, Sample
-from metakern.ops._triton.launch import INTERPRETED, cdiv, contiguous, launch, wide
+from metakern.ops.core.rules import Tensors
+from metakern.ops.core.spec import Make, Sample
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, wide
 from metakern.ops.embedding import REFERENCE, places
 
 LARGEST = 2 if INTERPRETED else 1024

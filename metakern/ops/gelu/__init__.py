@@ -29,11 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu, _triton
-from metakern.ops._autocast import autocast
-from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import wide
+from metakern.ops.core import checks, cpp, triton_kernels
+from metakern.ops.core.autocast import autocast
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.matrices import wide
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 _K, _A = sqrt(2 / pi), 0.044715
 
@@ -48,7 +49,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     >>> mk.ops.gelu(torch.tensor([0.0, 1.0]))
     tensor([0.0000, 0.8413])
     """
-    _checks.floating("gelu", x=x)
+    checks.floating("gelu", x=x)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
     return OP(x.reshape(1, -1), approximate=approximate)[0].reshape(x.shape)
@@ -104,8 +105,8 @@ OP = Op(
     inputs=("x",),
     kernels={
         "reference": _REFERENCE,
-        "cpu": by_approximation(none=_cpu.curvature("gelu", _REFERENCE), tanh=_cpu.rules("gelu_tanh")),
-        "triton": _triton.rules("gelu"),
+        "cpu": by_approximation(none=cpp.curvature("gelu", _REFERENCE), tanh=cpp.rules("gelu_tanh")),
+        "triton": triton_kernels.rules("gelu"),
     },
 )
 

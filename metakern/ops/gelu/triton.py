@@ -7,8 +7,8 @@ from math import pi, sqrt
 import triton
 import triton.language as tl
 
-from metakern.ops._spec import Make, Sample
-from metakern.ops._triton.pointwise import unary
+from metakern.ops.core.spec import Make, Sample
+from metakern.ops.core.triton_kernels.pointwise import unary
 from metakern.ops.gelu import by_approximation
 
 _ROOT_HALF = tl.constexpr(sqrt(1 / 2))

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.ops import _triton, _updates
-from metakern.ops._formula import program, torch_over, torch_root
-from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import wide
+from metakern.ops.core import triton_kernels, updates
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.formula import program, torch_over, torch_root
+from metakern.ops.core.matrices import wide
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
 from metakern.ops.scale import SCALE
 
 
@@ -43,13 +44,13 @@ def global_norm(x: Sequence[Tensor]) -> Tensor:
     """
     if not x:
         raise ValueError("global_norm: x must hold at least one tensor, got none")
-    values, tasks = _updates.checked("global_norm", {"x": list(x)})
+    values, tasks = updates.checked("global_norm", {"x": list(x)})
     (n,) = _op(len(values))(*([xi.unsqueeze(0) for xi in values] if tasks is None else values))
     return n.squeeze(0) if tasks is None else n
 
 
 def rules(dot: Callable[[Tensors, Tensors], Tensor], run: Callable[..., Any], merged: bool) -> Rules:
-    """The four rules, by dot(x, y) = Σ x_i y_i, [T], and by running `scale`'s formula, as `_updates.rules` does."""
+    """The four rules, by dot(x, y) = Σ x_i y_i, [T], and by running `scale`'s formula, as `updates.rules` does."""
 
     def scaled(rule: str, x: Tensors, **values: Tensors | Tensor) -> Tensors:
         each = {name: v if isinstance(v, tuple) else (v.to(x[0].dtype),) * len(x) for name, v in values.items()}
@@ -86,7 +87,7 @@ def _dot(x: Tensors, y: Tensors) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-KERNELS = {"reference": rules(_dot, _updates.run_torch, merged=True), "triton": _triton.rules("global_norm")}
+KERNELS = {"reference": rules(_dot, updates.run_torch, merged=True), "triton": triton_kernels.rules("global_norm")}
 
 
 @cache

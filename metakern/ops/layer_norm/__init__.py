@@ -30,11 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu, _triton
-from metakern.ops._autocast import autocast
-from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import per_row, rows, wide
+from metakern.ops.core import checks, cpp, triton_kernels
+from metakern.ops.core.autocast import autocast
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.matrices import per_row, rows, wide
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 
 @autocast("float32")
@@ -48,16 +49,16 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     >>> mk.ops.layer_norm(torch.tensor([[1.0, 2.0, 3.0]]), eps=0.0)
     tensor([[-1.2247,  0.0000,  1.2247]])
     """
-    _checks.floating("layer_norm", x=x, weight=weight, bias=bias)
+    checks.floating("layer_norm", x=x, weight=weight, bias=bias)
     tasks = None
     if weight is not None:
-        tasks = _checks.tasks("layer_norm", x, "D", weight=(weight, "D"))
+        tasks = checks.tasks("layer_norm", x, "D", weight=(weight, "D"))
     elif bias is not None:
-        tasks = _checks.tasks("layer_norm", x, "D", bias=(bias, "D"))
+        tasks = checks.tasks("layer_norm", x, "D", bias=(bias, "D"))
     elif x.dim() == 0:
         raise ValueError("layer_norm: x must have shape [..., D], got []")
     if weight is not None and bias is not None:
-        _checks.shape("layer_norm", "bias", bias, weight.shape, "[D]" if tasks is None else "[T, D]")
+        checks.shape("layer_norm", "bias", bias, weight.shape, "[D]" if tasks is None else "[T, D]")
     if tasks is None:
         weight, bias = (None if p is None else p[None] for p in (weight, bias))
     return OP(rows(x, tasks), weight, bias, eps=eps)[0].view(x.shape)
@@ -152,8 +153,8 @@ OP = Op(
     inputs=("x", "weight", "bias"),
     kernels={
         "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
-        "cpu": _cpu.rules("layer_norm", scalars=lambda c: (c.eps,)),
-        "triton": _triton.rules("layer_norm"),
+        "cpu": cpp.rules("layer_norm", scalars=lambda c: (c.eps,)),
+        "triton": triton_kernels.rules("layer_norm"),
     },
 )
 

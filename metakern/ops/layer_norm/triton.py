@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from metakern.ops._spec import Make, Sample
-from metakern.ops._triton import norm
+from metakern.ops.core.spec import Make, Sample
+from metakern.ops.core.triton_kernels import norm
 
 RULES = norm.rules(centered=True)
 

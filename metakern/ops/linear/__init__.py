@@ -28,11 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu, _tensors, _triton
-from metakern.ops._autocast import autocast
-from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import Product, products, rows
+from metakern.ops.core import checks, cpp, matrices, triton_kernels
+from metakern.ops.core.autocast import autocast
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.matrices import Product, products, rows
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 
 @autocast("lower")
@@ -48,10 +49,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> mk.ops.linear(x, weight)[:, 0, 0]
     tensor([0., 4.])
     """
-    _checks.floating("linear", x=x, weight=weight, bias=bias)
-    tasks = _checks.tasks("linear", x, "in", weight=(weight, "out, in"))
+    checks.floating("linear", x=x, weight=weight, bias=bias)
+    tasks = checks.tasks("linear", x, "in", weight=(weight, "out, in"))
     if bias is not None:
-        _checks.shape("linear", "bias", bias, weight.shape[:-1], "[T, out]" if tasks else "[out]")
+        checks.shape("linear", "bias", bias, weight.shape[:-1], "[T, out]" if tasks else "[out]")
     if tasks is None:
         weight, bias = weight[None], None if bias is None else bias[None]
     (y,) = OP(rows(x, tasks), weight, bias)
@@ -105,9 +106,9 @@ OP = Op(
     "linear",
     inputs=("x", "weight", "bias"),
     kernels={
-        "reference": rules(_tensors.product, partial(products, _tensors.product)),
-        "cpu": rules(_cpu.product, partial(products, _cpu.product)),
-        "triton": _triton.rules("linear"),
+        "reference": rules(matrices.product, partial(products, matrices.product)),
+        "cpu": rules(cpp.product, partial(products, cpp.product)),
+        "triton": triton_kernels.rules("linear"),
     },
     zero_tangents=False,
 )

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.ops import _tensors
-from metakern.ops._spec import Make, Sample
-from metakern.ops._triton.launch import INTERPRETED, cdiv, contiguous, launch, precision
+from metakern.ops.core import matrices
+from metakern.ops.core.spec import Make, Sample
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, precision
 from metakern.ops.linear import rules
 
 LARGEST_K = 128
@@ -72,7 +72,7 @@ def _two_products_kernel(
 def fuses(a: Tensor, b: Tensor, d: Tensor) -> bool:
     """Whether two products are one kernel."""
     few = 0 < a.shape[2] <= LARGEST_K and a.shape[0] < 2**16
-    return few and not (_tensors.shared(b) and _tensors.shared(d)) and (INTERPRETED or a.dtype != torch.float64)
+    return few and not (matrices.shared(b) and matrices.shared(d)) and (INTERPRETED or a.dtype != torch.float64)
 
 
 def total(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
@@ -80,7 +80,7 @@ def total(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
     match [(a, b) for a, b in pairs if a is not None and b is not None]:
         case [(a, b), (c, d)] if fuses(a, b, d):
             return _two_products(a, b, c, d)
-    return _tensors.products(_tensors.product, *pairs)
+    return matrices.products(matrices.product, *pairs)
 
 
 def _two_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def _real(x: Tensor) -> Tensor:
     return contiguous(x)[0] if x._is_zerotensor() or x.is_neg() else x
 
 
-RULES = rules(_tensors.product, total)
+RULES = rules(matrices.product, total)
 
 
 def compiled(make: Make) -> list[Sample]:

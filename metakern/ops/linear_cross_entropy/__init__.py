@@ -29,11 +29,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metakern.ops import _checks, _tensors, _triton
-from metakern.ops._autocast import autocast
-from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import wide
+from metakern.ops.core import checks, matrices, triton_kernels
+from metakern.ops.core.autocast import autocast
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.matrices import wide
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
 from metakern.ops.cross_entropy import SPEC as _CROSS_ENTROPY
 from metakern.ops.cross_entropy import kept, lower, ragged
 
@@ -56,23 +57,23 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
     tensor([1.3863, 1.3863])
     """
     name = "linear_cross_entropy"
-    _checks.floating(name, hidden=hidden, weight=weight)
+    checks.floating(name, hidden=hidden, weight=weight)
     if hidden.dim() not in (2, 3):
         raise ValueError(f"{name}: hidden must have shape [N, D] or [T, N, D], got {list(hidden.shape)}")
     if weight.dim() not in (2, 3):
         raise ValueError(f"{name}: weight must have shape [V, D] or [T, V, D], got {list(weight.shape)}")
     own = weight.dim() == 3 and hidden.dim() == 3
     expected = (*hidden.shape[:own], *weight.shape[-2:-1], hidden.shape[-1])
-    _checks.shape(name, "weight", weight, expected, "[T, V, D]" if own else "[V, D]")
-    _checks.indices(name, "target", target, hidden.device)
-    _checks.shape(name, "target", target, hidden.shape[:-1], "[N]" if hidden.dim() == 2 else "[T, N]")
-    _checks.below(name, "target", target, weight.shape[-2], ignore_index)
+    checks.shape(name, "weight", weight, expected, "[T, V, D]" if own else "[V, D]")
+    checks.indices(name, "target", target, hidden.device)
+    checks.shape(name, "target", target, hidden.shape[:-1], "[N]" if hidden.dim() == 2 else "[T, N]")
+    checks.below(name, "target", target, weight.shape[-2], ignore_index)
     share, place = kept(target, ignore_index, wide(hidden[..., :0]).dtype)
     most = max((target.shape[-1] + 1) // 2, _LEAST_ROWS)
     if own:
         (y,) = OP(hidden, weight, target=place.squeeze(-1), most=most)
     else:
-        (y,) = OP(_tensors.rows(hidden, None), weight[None], target=place.reshape(1, -1), most=most)
+        (y,) = OP(matrices.rows(hidden, None), weight[None], target=place.reshape(1, -1), most=most)
     return (share * y.view(share.shape)).sum(-1).to(hidden.dtype)
 
 
@@ -227,7 +228,7 @@ OP = Op(
     constants=("target",),
     kernels={
         "reference": rules(Softmax(_losses, _t_losses, _cotangents_of_logits, _t_cotangents_of_logits)),
-        "triton": _triton.rules("linear_cross_entropy"),
+        "triton": triton_kernels.rules("linear_cross_entropy"),
     },
     zero_tangents=False,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metakern.ops._spec import Make, Sample
+from metakern.ops.core.spec import Make, Sample
 from metakern.ops.cross_entropy.triton import cotangents, losses, t_losses
 from metakern.ops.linear_cross_entropy import Softmax, rules
 

@@ -38,11 +38,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu, _tensors
-from metakern.ops._autocast import autocast
-from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import Product, products, rows
+from metakern.ops.core import checks, cpp, matrices
+from metakern.ops.core.autocast import autocast
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.matrices import Product, products, rows
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 
 @autocast("lower")
@@ -65,15 +66,15 @@ def lora_linear(
     """
     name = "lora_linear"
     for key, value in {"weight": weight, "A": A, "B": B}.items():
-        _checks.tensor(name, key, value)
-    _checks.floating(name, x=x, weight=weight, A=A, B=B, bias=bias)
-    tasks = _checks.tasks(name, x, "in", A=(A, "R, in"))
+        checks.tensor(name, key, value)
+    checks.floating(name, x=x, weight=weight, A=A, B=B, bias=bias)
+    tasks = checks.tasks(name, x, "in", A=(A, "R, in"))
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"{name}: weight must have shape [out, in] = [..., {x.shape[-1]}], got {list(weight.shape)}")
     size = weight.shape[0]
-    _checks.shape(name, "B", B, (*A.shape[:-2], size, A.shape[-2]), "[T, out, R]" if A.dim() == 3 else "[out, R]")
+    checks.shape(name, "B", B, (*A.shape[:-2], size, A.shape[-2]), "[T, out, R]" if A.dim() == 3 else "[out, R]")
     if bias is not None:
-        _checks.shape(name, "bias", bias, (size,), "[out]")
+        checks.shape(name, "bias", bias, (size,), "[out]")
     A, B = (A[None], B[None]) if tasks is None else (A, B)
     base, offset = (None if c is None else c.expand(A.shape[0], *c.shape) for c in (weight, bias))
     (y,) = OP(rows(x, tasks), A, B, weight=base, bias=offset, scale=scale)
@@ -136,7 +137,7 @@ OP = Op(
     "lora_linear",
     inputs=("x", "A", "B"),
     constants=("weight", "bias"),
-    kernels={"reference": _rules(_tensors.product), "cpu": _rules(_cpu.product)},
+    kernels={"reference": _rules(matrices.product), "cpu": _rules(cpp.product)},
     zero_tangents=False,
     vjp_residuals=1,
 )

@@ -31,11 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu, _triton
-from metakern.ops._autocast import autocast
-from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import per_row, rows, wide
+from metakern.ops.core import checks, cpp, triton_kernels
+from metakern.ops.core.autocast import autocast
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.matrices import per_row, rows, wide
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 
 @autocast("float32")
@@ -50,10 +51,10 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
     >>> mk.ops.rms_norm(torch.tensor([[1.0, 7.0]]), torch.tensor([1.0, 2.0]))
     tensor([[0.2000, 2.8000]])
     """
-    _checks.floating("rms_norm", x=x, weight=weight)
+    checks.floating("rms_norm", x=x, weight=weight)
     tasks = None
     if weight is not None:
-        tasks = _checks.tasks("rms_norm", x, "D", weight=(weight, "D"))
+        tasks = checks.tasks("rms_norm", x, "D", weight=(weight, "D"))
         weight = weight if tasks is not None else weight[None]
     elif x.dim() == 0:
         raise ValueError("rms_norm: x must have shape [..., D], got []")
@@ -140,8 +141,8 @@ OP = Op(
     inputs=("x", "weight"),
     kernels={
         "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
-        "cpu": _cpu.rules("rms_norm", scalars=lambda c: (c.eps,)),
-        "triton": _triton.rules("rms_norm"),
+        "cpu": cpp.rules("rms_norm", scalars=lambda c: (c.eps,)),
+        "triton": triton_kernels.rules("rms_norm"),
     },
 )
 

@@ -22,11 +22,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu, _triton
-from metakern.ops._autocast import autocast
-from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import wide
+from metakern.ops.core import checks, cpp, triton_kernels
+from metakern.ops.core.autocast import autocast
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.matrices import wide
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 
 @autocast("widest")
@@ -41,8 +42,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     >>> mk.ops.rope(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), torch.ones(1, 2))  # a quarter turn
     tensor([[-2.,  1.]])
     """
-    _checks.floating("rope", x=x)
-    _checks.floating("rope", cos=cos, sin=sin)
+    checks.floating("rope", x=x)
+    checks.floating("rope", cos=cos, sin=sin)
     if cos.device != x.device:
         raise ValueError(f"rope: cos must be on {x.device} like the other arguments, got {cos.device}")
     if x.dim() < 2 or x.shape[-1] % 2:
@@ -52,7 +53,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
     lead = x.shape[:1] if own and x.dim() > 2 else (1,)
     for name, value in {"cos": cos, "sin": sin}.items():
-        _checks.shape("rope", name, value, (*lead, *x.shape[-2:]), "[B, L, D]")
+        checks.shape("rope", name, value, (*lead, *x.shape[-2:]), "[B, L, D]")
     folded = x.reshape(*lead, prod(x.shape[len(lead) if own else 0 : -2]), *x.shape[-2:])
     return OP(folded, cos=cos, sin=sin)[0].view(x.shape)
 
@@ -96,8 +97,8 @@ OP = Op(
     constants=("cos", "sin"),
     kernels={
         "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
-        "cpu": _cpu.linear_rules("rope", ("cos", "sin")),
-        "triton": _triton.rules("rope"),
+        "cpu": cpp.linear_rules("rope", ("cos", "sin")),
+        "triton": triton_kernels.rules("rope"),
     },
 )
 

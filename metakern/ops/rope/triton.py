@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.ops._rules import Rules, Tensors
-from metakern.ops._spec import Make, Sample
-from metakern.ops._triton.launch import INTERPRETED, cdiv, contiguous, launch, wide
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Make, Sample
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, wide
 
 TILE = 8 if INTERPRETED else 1024
 HEADS = 2 if INTERPRETED else 4

@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu, _triton
-from metakern.ops._autocast import autocast
-from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import wide
+from metakern.ops.core import checks, cpp, triton_kernels
+from metakern.ops.core.autocast import autocast
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.matrices import wide
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 
 @autocast("widest")
@@ -40,7 +41,7 @@ def silu(x: Tensor) -> Tensor:
     >>> mk.ops.silu(torch.tensor([0.0, 1.0]))
     tensor([0.0000, 0.7311])
     """
-    _checks.floating("silu", x=x)
+    checks.floating("silu", x=x)
     return OP(x.reshape(1, -1))[0].reshape(x.shape)
 
 
@@ -95,8 +96,8 @@ OP = Op(
     inputs=("x",),
     kernels={
         "reference": _REFERENCE,
-        "cpu": replace(_cpu.curvature("silu", _REFERENCE), jvp=_fused_jvp),
-        "triton": _triton.rules("silu"),
+        "cpu": replace(cpp.curvature("silu", _REFERENCE), jvp=_fused_jvp),
+        "triton": triton_kernels.rules("silu"),
     },
 )
 

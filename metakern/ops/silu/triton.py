@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from metakern.ops._spec import Make, Sample
-from metakern.ops._triton.pointwise import unary
+from metakern.ops.core.spec import Make, Sample
+from metakern.ops.core.triton_kernels.pointwise import unary
 
 
 @triton.jit

@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops import _checks, _cpu, _triton
-from metakern.ops._autocast import autocast
-from metakern.ops._rules import Op, Rules, Tensors
-from metakern.ops._spec import Cost, Make, Sample, Spec
-from metakern.ops._tensors import wide
+from metakern.ops.core import checks, cpp, triton_kernels
+from metakern.ops.core.autocast import autocast
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.matrices import wide
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 
 @autocast("widest")
@@ -43,8 +44,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     >>> mk.ops.swiglu(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 2.0]))
     tensor([0.0000, 1.4621])
     """
-    _checks.floating("swiglu", gate=gate, up=up)
-    _checks.shape("swiglu", "up", up, gate.shape, "that of gate")
+    checks.floating("swiglu", gate=gate, up=up)
+    checks.shape("swiglu", "up", up, gate.shape, "that of gate")
     return OP(gate.reshape(1, -1), up.reshape(1, -1))[0].reshape(gate.shape)
 
 
@@ -98,8 +99,8 @@ OP = Op(
     inputs=("gate", "up"),
     kernels={
         "reference": Rules(_forward, _jvp, _vjp, _vjp_jvp),
-        "cpu": replace(_cpu.rules("swiglu"), forward=_forward),
-        "triton": _triton.rules("swiglu"),
+        "cpu": replace(cpp.rules("swiglu"), forward=_forward),
+        "triton": triton_kernels.rules("swiglu"),
     },
 )
 

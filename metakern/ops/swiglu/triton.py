@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import triton
 import triton.language as tl
 
-from metakern.ops._rules import Rules, Tensors
-from metakern.ops._spec import Make, Sample
-from metakern.ops._triton.pointwise import pointwise
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Make, Sample
+from metakern.ops.core.triton_kernels.pointwise import pointwise
 
 
 @triton.jit

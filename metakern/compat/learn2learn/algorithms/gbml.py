@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.compat._modules import apart, gradients, watched
-from metakern.compat._recompute import recomputes
 from metakern.compat.learn2learn.algorithms.base_learner import BaseLearner
 from metakern.compat.learn2learn.optim import DifferentiableSGD, ParameterUpdate
 from metakern.compat.learn2learn.utils import clone_module
+from metakern.compat.modules import apart, gradients, watched
+from metakern.compat.recompute import recomputes
 
 
 class GBML(BaseLearner):

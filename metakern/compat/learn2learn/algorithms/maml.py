@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from metakern import optim
-from metakern.compat._modules import Places, apart, fused, gradients, is_ours, same_device, stay, watched
-from metakern.compat._recompute import recomputes
 from metakern.compat.learn2learn.algorithms.base_learner import BaseLearner
 from metakern.compat.learn2learn.utils import clone_module, update_module
+from metakern.compat.modules import Places, apart, fused, gradients, is_ours, same_device, stay, watched
+from metakern.compat.recompute import recomputes
 from metakern.meta.algorithms import maml as engine
 
 Criterion = Callable[[Any, Any], Tensor]

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metakern.compat._modules import differentiated
 from metakern.compat.learn2learn.optim.transforms import Transform
 from metakern.compat.learn2learn.utils import update_module
+from metakern.compat.modules import differentiated
 
 
 class ParameterUpdate(nn.Module):

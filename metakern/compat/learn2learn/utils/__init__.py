@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
-from metakern.compat._modules import copied, once, stepped
+from metakern.compat.modules import copied, once, stepped
 
 D = TypeVar("D")
 M = TypeVar("M", bound=nn.Module)

@@ -1,0 +1,418 @@
+"""What both interfaces stand on: trees of modules that compute with other tensors, and the gradients of a loss there.
+
+A copied tree shares all but its parameters with the first one, and is as cheap as a dictionary for each module. Nothing
+here refers to a module from within it, so that a copy and its graph are freed as soon as nobody holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from metakern.compat.references import PLAIN, References, refreshed
+from metakern.meta.batching import exact_kernels
+from metakern.meta.functions import Fused
+
+Change = Callable[[Tensor], Tensor]
+
+
+# Attributes of a module that `copied` sees to, or that hold nothing of it; those of functional modules are their own.
+_OWN = {
+    "_buffers",
+    "_compiled_call_impl",
+    "_fast_params",
+    "_flat_weight_refs",
+    "_flat_weights",
+    "_is_full_backward_hook",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_parameters",
+    "_fmodel_places",
+    "_references",
+    "_fmodel_replaced",
+    "_fmodel_root",
+    "_fmodel_recomputes",
+    "_fmodel_source",
+    "training",
+}
+# Of these most are empty.
+_HOOKS = {name for name in nn.Module().__dict__ if "hook" in name} - _OWN
+
+
+def copied(module: Any, parameter: Change, buffer: Change) -> Any:
+    """The tree with other parameters and buffers in it; what was one module or tensor in two places still is.
+
+    What is no module stays as it is. Containers, bound methods, closures and objects by which a module reaches its own
+    parts lead to the copies of these; a part that was compiled runs as it was written. Raises ValueError for a module
+    whose forward can't be copied.
+    """
+    if not isinstance(module, nn.Module):
+        return module
+    twins: dict[int, tuple[nn.Module, nn.Module]] = {}
+    tensors: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def known(change: Change) -> Change:
+        def remembered(tensor: Tensor) -> Tensor:
+            new = change(tensor)
+            if new is not tensor:
+                tensors[id(tensor)] = tensor, new
+            return new
+
+        return remembered
+
+    copy = _copied(module, known(parameter), known(buffer), twins)
+    references = References((*twins.values(), *tensors.values()))
+    for old, twin in twins.values():
+        kept = _rebound(old, twin, references)
+        if "forward" in old.__dict__ and "forward" not in kept:
+            raise ValueError(
+                f"clone: the forward of {type(old).__name__} must be a method, got another function in its place, "
+                "which may hold the module's own parameters"
+            )
+        if kept:
+            twin.__dict__["_references"] = kept
+    return copy
+
+
+def _leading(module: nn.Module) -> list[tuple[str, Any]]:
+    """Its attributes that may lead to a module or tensor."""
+    return [
+        (name, value)
+        for name, value in module.__dict__.items()
+        if name not in _OWN and type(value) not in PLAIN and (name not in _HOOKS or value)
+    ]
+
+
+def _rebound(old: nn.Module, twin: nn.Module, references: References) -> dict[str, Any]:
+    """Has the twin's attributes lead to the twins, and returns those that did not."""
+    if _is_compiled(old):
+        twin.__dict__["forward"] = twin._modules["_orig_mod"]
+        return {"forward": twin.__dict__["forward"]}
+    kept = {}
+    for name, value in _leading(old):
+        if (new := references.mended(value)) is not value:
+            twin.__dict__[name] = kept[name] = new
+    return kept
+
+
+def _copied(module: Any, parameter: Change, buffer: Change, twins: dict[int, tuple[nn.Module, nn.Module]]) -> Any:
+    if not isinstance(module, nn.Module):
+        return module
+    if id(module) not in twins:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"clone: the model must be written in Python, got {type(module).__name__} of torch.jit in it, which "
+                "computes with its own parameters: pass the module that was scripted"
+            )
+        if "_hf_hook" in module.__dict__ and any(p is not None and p.is_meta for p in module._parameters.values()):
+            raise ValueError(
+                f"clone: parameters must be in memory, got a {type(module).__name__} that accelerate offloads, whose "
+                "weights each forward would load anew: load the model without offloading"
+            )
+        twin = object.__new__(type(module))
+        twins[id(module)] = module, twin
+        state = twin.__dict__
+        state.update(module.__dict__)
+        state.pop("_references", None)
+        state["_parameters"] = {n: p if p is None else parameter(p) for n, p in module._parameters.items()}
+        state["_buffers"] = {n: b if b is None else buffer(b) for n, b in module._buffers.items()}
+        state["_modules"] = {n: _copied(child, parameter, buffer, twins) for n, child in module._modules.items()}
+        # By `module.compile()`, for the first module.
+        state["_compiled_call_impl"] = None
+        if "_flat_weights" in state:  # of a recurrent layer, which brings the list up to date by itself
+            state["_flat_weights"] = list(state["_flat_weights"])
+    return twins[id(module)][1]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether it is what `torch.compile` makes of a module, told without an import of the compiler."""
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
+
+
+class Guarded(dict):
+    """The parameters of a module in a copy that steps, which a backward through an earlier step can't read.
+
+    Activation checkpointing recomputes a part of the forward during the backward. A module that stepped since then has
+    later weights, with which the gradient would be wrong without a word. Nodes of the graph are numbered in the order
+    in which they were made, so the node that needs the recomputed tensors says whether its forward came before the
+    step. `apart` makes what needs no guard.
+    """
+
+    since = 0
+
+    def check(self) -> None:
+        if torch._C._current_graph_task_id() == -1:
+            return
+        node = torch._C._current_autograd_node()
+        if node is not None and node._sequence_nr() < self.since:
+            raise RuntimeError(
+                "clone: a forward from before a step must not be recomputed with the weights from after it, got "
+                "activation checkpointing around the clone or in a part of it that was called by itself: call the "
+                "learner or functional model as a whole and checkpoint within, or gradient_checkpointing_disable()"
+            )
+
+    def __getitem__(self, name: str) -> Any:
+        self.check()
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.check()
+        return super().get(name, default)
+
+    def items(self) -> Any:
+        self.check()
+        return super().items()
+
+    def values(self) -> Any:
+        self.check()
+        return super().values()
+
+    def __reduce__(self) -> Any:
+        """A copy has no steps behind it."""
+        return Guarded, (dict(self),)
+
+
+@contextmanager
+def apart(module: nn.Module) -> Iterator[nn.Module]:
+    """A twin of a copy, of the same tensors, for one forward: what holds its modules has these weights forever.
+
+    What the forward sets on its modules is set on the copy's afterwards.
+    """
+    twins: dict[int, tuple[nn.Module, nn.Module]] = {}
+    twin = _apart(module, twins)
+    pairs = list(twins.values())
+    leading = [(old, new) for old, new in pairs if _leading(old)]
+    references = References(pairs if leading else ())
+    rebound = {id(old): _rebound(old, new, references) for old, new in leading}
+    before = [_held(new) for _, new in pairs]
+    try:
+        yield twin
+    finally:
+        changed = [pair for pair, held in zip(pairs, before, strict=True) if _held(pair[1]) != held]
+        if changed or references.made:
+            back = References([(new, old) for old, new in (*pairs, *references.made)])
+            for old, new in changed:
+                _written_back(old, new, rebound.get(id(old), {}), back)
+            for old, new in references.made:
+                refreshed(old, new, back)
+
+
+def _held(twin: nn.Module) -> list[int]:
+    """What the twin holds, by ids: its copy holds it too until it is told of a change."""
+    state = twin.__dict__
+    return [*map(id, state.values()), *map(id, state["_modules"].values()), *map(id, state["_parameters"].values())]
+
+
+def _apart(module: Any, twins: dict[int, tuple[nn.Module, nn.Module]]) -> Any:
+    if not isinstance(module, nn.Module):
+        return module
+    if id(module) not in twins:
+        twin = object.__new__(getattr(type(module), "_like", type(module)))
+        twins[id(module)] = module, twin
+        state = twin.__dict__
+        state.update(module.__dict__)
+        state["_parameters"] = dict(module._parameters.items())
+        state["_modules"] = {n: _apart(child, twins) for n, child in module._modules.items()}
+        if "_flat_weights" in state:
+            state["_flat_weights"] = list(state["_flat_weights"])
+    return twins[id(module)][1]
+
+
+def _written_back(old: nn.Module, twin: nn.Module, rebound: dict[str, Any], back: References) -> None:
+    """What the forward set on the twin, for the module that it is of."""
+    state, after = old.__dict__, twin.__dict__
+    for name, value in after.items():
+        own = name in _OF_A_TWIN or (name in rebound and value is rebound[name])
+        if not own and value is not state.get(name, state):
+            state[name] = back.mended(value)
+    for name in state.keys() - after.keys():
+        del state[name]
+    for name, child in after["_modules"].items():
+        if (child := back.mended(child)) is not old._modules.get(name, state):
+            old._modules[name] = child
+    for name, p in after["_parameters"].items():
+        if p is not dict.get(old._parameters, name, state):
+            if hasattr(type(old), "_like"):
+                setattr(old, name, p)
+            else:
+                old._parameters[name] = p
+
+
+_OF_A_TWIN = {"_parameters", "_modules", "_flat_weights", "_flat_weight_refs"}
+
+
+def once(change: Change, memo: dict[Tensor, Tensor] | None = None) -> Change:
+    """`change`, made once for a tensor and found again in `memo` from then on."""
+    memo = {} if memo is None else memo
+
+    def remembered(tensor: Tensor) -> Tensor:
+        if tensor not in memo:
+            memo[tensor] = change(tensor)
+        return memo[tensor]
+
+    return remembered
+
+
+class Places:
+    """The parameters of a tree of modules, in the order of `parameters()`, and the places that each of them has."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.values: list[Tensor] = []
+        self._places: list[tuple[dict[str, Any], str, int]] = []
+        numbers: dict[int, int] = {}
+        for owner in module.modules():
+            if not isinstance(owner._parameters, Guarded):
+                owner.__dict__["_parameters"] = Guarded(owner._parameters)
+            for name, value in owner._parameters.items():
+                if value is not None:
+                    number = numbers.setdefault(id(value), len(self.values))
+                    if number == len(self.values):
+                        self.values.append(value)
+                    self._places.append((owner._parameters, name, number))
+
+    def put(self, module: nn.Module, values: Sequence[Tensor]) -> None:
+        """A step of the module: `values` in the place of the parameters that are there."""
+        for parameters, name, number in self._places:
+            parameters[name] = values[number]
+        stepped(module, zip(self.values, values, strict=True))
+        self.values = list(values)
+
+    def number(self, owner: nn.Module, name: str) -> int:
+        """Of the parameter that `owner` has by that name."""
+        for parameters, n, number in self._places:
+            if parameters is owner._parameters and n == name:
+                return number
+        raise ValueError(f"fmodel: parameters must be set in the functional model itself, got {name!r} of a copy of it")
+
+
+def stepped(module: nn.Module, changed: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """To be called after a step: what was computed before is not computed again with the new tensors.
+
+    Containers, closures and the like that a copy has from its model lead to the new tensors.
+    """
+    now = torch._C._autograd._get_sequence_nr()
+    for owner in module.modules():
+        if not isinstance(owner._parameters, Guarded):
+            owner.__dict__["_parameters"] = Guarded(owner._parameters)
+        owner.__dict__["_parameters"].since = now
+    held = [owner for owner in module.modules() if "_references" in owner.__dict__]
+    if not held:
+        return
+    references = References(changed, bounds=module.modules())
+    for owner in held:
+        for name, value in owner.__dict__["_references"].items():
+            if owner.__dict__.get(name) is value:  # else it was set anew, to what it was meant to hold
+                owner.__dict__["_references"][name] = owner.__dict__[name] = references.mended(value)
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether metakern's modules are in it, as after `metakern.patch`."""
+    return any(type(part).__module__.startswith("metakern.nn.") for part in module.modules())
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """Within it, what a model calls of torch.nn.functional runs by metakern's ops, or else twice differentiably."""
+    with exact_kernels(), Fused():
+        yield
+
+
+def gradients(
+    who: str,
+    loss: Any,
+    values: Sequence[Tensor],
+    create_graph: bool,
+    stepped: Iterable[int] | None = None,
+    retain_graph: bool = False,
+) -> list[Tensor | None]:
+    """d loss / d value, None where a value is frozen or the loss does not depend on it.
+
+    Raises TypeError where the loss is no tensor, ValueError where it is no scalar or depends on none of the values, of
+    those with a number in `stepped` if given; RuntimeError where its graph is gone, or has a reentrant checkpoint.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{who}: loss must be a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"{who}: loss must be one number, got shape {list(loss.shape)}")
+    wanted = [value for value in values if value.requires_grad]
+    if not wanted:
+        raise ValueError(f"{who}: the model must have a parameter that requires a gradient, got none")
+    if not loss.requires_grad:
+        raise ValueError(f"{who}: loss must have a graph, got a tensor without one: was it computed under no_grad()?")
+    found = differentiated(who, loss, wanted, create_graph, retain_graph or create_graph)
+    rest = iter(found)
+    each = [next(rest) if value.requires_grad else None for value in values]
+    if all(each[i] is None for i in (range(len(each)) if stepped is None else stepped)):
+        raise ValueError(
+            f"{who}: loss must depend on the current parameters of this model, got one that does not: it comes from "
+            "another model, or from before the last step"
+        )
+    return each
+
+
+def differentiated(
+    who: str, loss: Tensor, wanted: Sequence[Tensor], create_graph: bool, retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad`, whose errors say what to do."""
+    try:
+        return torch.autograd.grad(
+            loss, wanted, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise RuntimeError(
+                f"{who}: activation checkpointing must not be reentrant, got a model with use_reentrant=True: pass "
+                "use_reentrant=False, in gradient_checkpointing_enable(gradient_checkpointing_kwargs=...) too, or call "
+                "gradient_checkpointing_disable()"
+            ) from error
+        if "backward through the graph a second time" in str(error):
+            raise RuntimeError(
+                f"{who}: loss must have its graph, got one whose graph was freed by a backward() or a first-order "
+                "step: compute it again"
+            ) from error
+        raise
+
+
+@contextmanager
+def watched(who: str, source: tuple[nn.Module, ...]) -> Iterator[None]:
+    """Within a copy's forward, raises ValueError where a module of the model that it is of runs in the copy's place."""
+    paths = {id(part): path for model in source for path, part in model.named_modules()}
+    if not paths or any(map(_is_compiled, source[0].modules())):  # which warns of hooks for all modules
+        yield
+        return
+
+    def check(module: nn.Module, inputs: Any) -> None:
+        if id(module) in paths:
+            raise ValueError(
+                f"{who}: each part of the model must be reached through the model, got {paths[id(module)]!r} reached "
+                "past it, which would not adapt: keep it in an attribute of the model, not of its class or a global"
+            )
+
+    hook = register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def stay(who: str, tensors: Iterable[Tensor], change: Change) -> None:
+    """Raises RuntimeError where `to()` or the like would change what has a history."""
+    if any(change(t) is not t for t in tensors):
+        raise RuntimeError(
+            f"{who} must stay on its device and in its dtype, as its parameters have a history: move the model first"
+        )
+
+
+def same_device(who: str, source: nn.Module, values: Sequence[Tensor]) -> None:
+    """Raises RuntimeError where the model has left the device on which its copy was made."""
+    first = next(source.parameters(), None)
+    if first is not None and values and first.device != values[0].device:
+        raise RuntimeError(
+            f"{who}: the model must stay on the device where the inner loop began, {values[0].device}, "
+            f"got it on {first.device}: move it first, then begin the loop"
+        )

@@ -1,0 +1,71 @@
+"""Whether a model may recompute a part of its forward during the backward, as activation checkpointing does.
+
+It is told from the names in its code, for the modules that need it to get what that costs. What is not found this way
+is refused by `Guarded` when it happens, so nothing depends on it but which of the two a user gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache, partial
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from metakern.compat.references import filled
+
+_NAMES = ("checkpoint", "ckpt", "recompute", "remat", "offload", "reversible")
+
+
+def recomputes(module: nn.Module) -> bool:
+    """Whether any module in it may; one whose forward was replaced may do anything."""
+    parts = list(module.modules())
+    kinds: set[Any] = set(map(type, parts))
+    return any(map(_of_class, kinds)) or any(_of_instance(part.__dict__) for part in parts)
+
+
+def _of_instance(state: dict[str, Any]) -> bool:
+    given = (value for value in state.values() if isinstance(value, FunctionType | MethodType | partial))
+    return "forward" in state or any(_named(value, set()) for value in given)
+
+
+@cache
+def _of_class(kind: type) -> bool:
+    own = [base for base in kind.__mro__ if base is not object and not base.__module__.startswith("torch.nn.")]
+    seen: set[int] = set()
+    return any(_named(value, seen) for base in own for value in vars(base).values())
+
+
+def _named(value: Any, seen: set[int]) -> bool:
+    """Whether the function, or one that it calls by a name of its module, speaks of recomputation."""
+    if isinstance(value, property):
+        return any(_named(part, seen) for part in (value.fget, value.fset))
+    if isinstance(value, staticmethod | classmethod | MethodType):
+        value = value.__func__
+    if isinstance(value, partial):
+        value = value.func
+    if isinstance(value, ModuleType):
+        return _says(value.__name__)
+    if not isinstance(value, FunctionType) or id(value) in seen:
+        return isinstance(value, type) and _says(value.__name__)
+    seen.add(id(value))
+    if value.__module__.startswith("torch."):
+        return _says(value.__module__) or _says(value.__name__)
+    names = list(_names(value.__code__))
+    cells = [cell.cell_contents for cell in value.__closure__ or () if filled(cell)]
+    reached = (*cells, *(value.__globals__[name] for name in names if name in value.__globals__))
+    return any(map(_says, names)) or any(_named(part, seen) for part in reached)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from (code.co_name, *code.co_names, *code.co_varnames, *code.co_freevars)
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _names(part)
+        elif isinstance(part, str) and part.isidentifier():  # of a getattr
+            yield part
+
+
+def _says(name: str) -> bool:
+    return any(word in name.lower() for word in _NAMES)

@@ -1,0 +1,244 @@
+"""Is my meta-gradient exact? Every place where second-order terms are lost, why, and what it costs.
+
+Numbers decide whether: autograd's first and second order against slopes, in float64, at points near the model's own
+(`_slopes`). They also say where: the loss is judged first, then the modules of what fails, each by itself, down to the
+deepest (`_places`). What is seen in the code only chooses the words (`_causes`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from metakern.diagnosis.causes import explain
+from metakern.diagnosis.costs import Costs, distance, repairable
+from metakern.diagnosis.places import Call, Patient, Place, treat
+from metakern.diagnosis.report import FORWARD_MODE, Problem, Report
+from metakern.meta.batches import select, tasks_of
+from metakern.meta.batching import Loss
+from metakern.meta.parameters import Adapt, Parameters
+from metakern.meta.plan import Plan, Planner, Wishes
+from metakern.meta.slopes import Verdict, norm
+from metakern.optim import SGD, InnerOptimizer
+
+__all__ = ["Problem", "Report", "doctor"]
+
+
+def doctor(
+    model: nn.Module,
+    loss: Loss,
+    support: Any,
+    query: Any,
+    *,
+    inner: InnerOptimizer | None = None,
+    steps: int = 1,
+    adapt: Adapt = None,
+) -> Report:
+    """Whether the meta-gradient of a model and a loss is exact; if not, where terms are lost, why, and what it costs.
+
+    The arguments are those of `mk.MAML` and of its call: batches with the tasks along dimension 0, of which the first
+    is looked at. Judged is the gradient that PyTorch gives with its twice differentiable kernels, as MAML runs them,
+    by differences: lost terms below a millionth of the second order can't be seen (in a model that runs in float32
+    alone: below a few percent). Dropout is taken for the identity. Model, gradients, buffers and random states stay
+    what they were. It takes some tens of gradients of one task where all is exact, and some hundreds of parts of the
+    model, by itself, where it has to look for a place; modules that are alike are looked at once.
+
+    Raises ValueError where there is nothing to judge: a loss that is not a finite scalar, that does not depend on the
+    model's parameters, or that differs from call to call; no trainable parameters; tasks that do not match.
+
+    >>> import torch, metakern as mk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    >>> x, y = torch.randn(5, 10, 8), torch.randint(4, (5, 10))
+    >>> report = mk.doctor(model, mk.losses.classification, (x, y), (x, y), steps=3)
+    >>> report.exact, report.problems, report.plan.batching
+    (True, [], 'fold')
+    """
+    tasks = _checked(model, loss, support, query, steps, adapt)
+    inner = SGD() if inner is None else inner
+    with _undisturbed(model), torch.enable_grad():
+        patient = treat(model, loss, select(support, 0), select(query, 0), adapt)
+        diagnosis = _Diagnosis(patient)
+        problems = diagnosis.problems()
+        patient.batch, patient.second_order = patient.query, False
+        known = {known for p in problems for known in (p.path, p.op)}
+        problems += [p for p in _Diagnosis(patient).problems() if known.isdisjoint((p.path, p.op))]
+        plan, obstacles = _planned(model, loss, support, steps, adapt)
+        if plan and plan.hvp == "reverse" and diagnosis.raising:
+            obstacles.append(f"no forward mode in {', '.join(path or 'the model' for path in diagnosis.raising)}")
+        error = first_order_error = kept = None
+        if plan and steps:  # MAML's inner loop runs this model
+            problems, (error, first_order_error, kept) = _measured(Costs(patient, inner, steps), problems)
+    return Report(
+        problems,
+        obstacles,
+        plan,
+        error,
+        first_order_error,
+        kept,
+        steps,
+        tasks,
+        str(patient.dtype).removeprefix("torch."),
+        _peak(plan, Parameters(model, adapt), steps, tasks),
+        patient.evaluations,
+    )
+
+
+class _Diagnosis:
+    """Goes down the tree of calls, into what is not exact."""
+
+    def __init__(self, patient: Patient) -> None:
+        self.patient = patient
+        self.known: dict[Any, list[Problem]] = {}
+        self.raising: list[str] = []  # the deepest modules without forward mode, one of a kind
+
+    def problems(self) -> list[Problem]:
+        root = Place(self.patient, self.patient.root)
+        verdict = root.judge()
+        if verdict.exact and not isinstance(verdict.forward, Exception):
+            return []
+        try:
+            call = self.patient.calls()
+        except Exception:  # modules that can't be traced are part of the loss
+            call = self.patient.root
+        return list({(p.path, p.op, p.kind): p for p in self._found(call, verdict)}.values())
+
+    def _within(self, call: Call) -> list[Problem]:
+        key = call.signature
+        if key not in self.known:
+            self.known[key] = [replace(p, path=p.path.removeprefix(call.path)) for p in self._found(call)]
+        return [replace(p, path=(call.path + p.path).strip(".")) for p in self.known[key]]
+
+    def _found(self, call: Call, verdict: Verdict | None = None) -> list[Problem]:
+        place = Place(self.patient, call)
+        verdict = place.judge() if verdict is None else verdict
+        raising = isinstance(verdict.forward, Exception)
+        if (verdict.exact and not raising) or (isinstance(verdict.first, Exception) and not _runs(place)):
+            return []
+        before = len(self.raising)
+        found = [problem for child in call.children for problem in self._within(child)]
+        if raising and len(self.raising) == before:
+            self.raising.append(call.path)
+        if verdict.exact:  # what raises in forward mode hides what is silently wrong in it
+            return [problem for problem in found if problem.kind == FORWARD_MODE]
+        if found:
+            bad = [self.patient.model.get_submodule(p.path) for p in found]
+            place = Place(self.patient, call, cut=bad)
+            verdict = place.judge()
+            if verdict.exact or not _runs(place):
+                return found
+        return found + explain(self.patient, place, verdict)
+
+
+def _runs(place: Place) -> bool:
+    """Whether a call can be made again by itself; one that can't is part of its caller."""
+    try:
+        with place.scalar(place.z):
+            return True
+    except Exception:
+        return False
+
+
+def _measured(costs: Costs, problems: list[Problem]) -> tuple[list[Problem], tuple[float | None, ...]]:
+    """The problems with what each kind costs, then the errors of the meta-gradient and of the first order, and the part
+    of the second order that is kept."""
+    nothing = problems, (None, None, None)
+    measurable = [p for p in problems if p.order == 2 or p.undo]
+    try:
+        if len(measurable) == len(problems):
+            truth = costs.truth([p for p in problems if p.undo])
+        elif measurable:  # a surrogate has no truth: the rest is compared with the same where that is repaired
+            truth = costs.store([p for p in measurable if repairable(p)])
+        else:
+            return nothing
+        first, found = costs.store(first_order=True), costs.store()
+    except Exception:  # there is no meta-gradient
+        return nothing
+    size = norm(truth)
+    if not size:
+        return nothing
+
+    def cost(kind: tuple[str, str]) -> float | None:
+        others = [p for p in measurable if (p.op, p.kind) != kind]
+        if len(others) == len(measurable) or not all(map(repairable, others)):
+            return None
+        try:
+            alone = costs.forward_over_reverse() if kind[1] == FORWARD_MODE else costs.store(others)
+        except Exception:  # a module does not bear to be repaired
+            return None
+        return distance(alone, truth) / size
+
+    by_kind = {kind: cost(kind) for kind in {(p.op, p.kind) for p in problems}}
+    problems = [replace(p, cost=by_kind[p.op, p.kind]) for p in problems]
+    second, kept = [t - f for t, f in zip(truth, first, strict=True)], None
+    if norm(second) > 1e-6 * size:
+        there = [a - f for a, f in zip(found, first, strict=True)]
+        kept = sum((a * b).sum().item() for a, b in zip(there, second, strict=True)) / norm(second) ** 2
+    return problems, (distance(found, truth) / size, distance(first, truth) / size, kept)
+
+
+def _planned(model: nn.Module, loss: Loss, support: Any, steps: int, adapt: Adapt) -> tuple[Plan | None, list[str]]:
+    """What MAML would do, and what keeps it from doing it faster."""
+    try:
+        plan = Planner(Parameters(model, adapt), loss, Wishes()).plan([support], steps, False, slopes=False).plan
+    except Exception as error:
+        return None, [" ".join(line.replace("MismatchError: ", "").split()) for line in str(error).splitlines()]
+    reasons = [reason.replace("MismatchError: ", "") for reason in plan.reasons]
+    return plan, [r for r in reasons if "not possible" in r or "for want of" in r or "does not fit" in r]
+
+
+def _peak(plan: Plan | None, parameters: Parameters, steps: int, tasks: int) -> int:
+    """Of the tasks at once, by what a backward pass saves: all steps' graphs, or one Hessian-vector product."""
+    if plan is None:
+        return 0
+    copies, saved = sum(p.numel() * p.element_size() for p in parameters.adapted.values()), plan.activation_bytes
+    if plan.strategy == "store":
+        task = steps * (2 * saved + copies) + saved + 3 * copies
+    else:
+        task = 5 * saved // 2 + (steps + 6) * copies
+    return min(plan.task_chunk, tasks) * task
+
+
+def _checked(model: Any, loss: Any, support: Any, query: Any, steps: Any, adapt: Adapt) -> int:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"doctor: model must be an nn.Module, got {type(model).__name__}")
+    if not callable(loss):
+        raise TypeError(f"doctor: loss must be a function of (model, batch), got {type(loss).__name__}")
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"doctor: steps must be an integer of at least 0, got {steps!r}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("doctor: model must have trainable parameters, got none")
+    with _named():
+        tasks, others = tasks_of(support, "support"), tasks_of(query, "query")
+        Parameters(model, adapt)
+    if tasks != others:
+        raise ValueError(f"doctor: query must have the {tasks} tasks of support, got {others}")
+    return tasks
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Complaints of MAML's own checks are the doctor's here."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("MAML:", "doctor:", 1)) from None
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Random states are afterwards what they were."""
+    devices: Sequence[Any] = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,182 @@
+"""What problems cost: meta-gradients with some of them repaired.
+
+A module whose curvature is lost is repaired by differences of its first order: with g the cotangent of ct_x,
+
+    ct_ct_y = J g = ∂_h f(x + h g)        ct_x' = ∂_x <ct_y, J g> = ∂_h J(x + h g)^T ct_y
+
+and a line that detaches by not doing so. The truth is the engine's own chain of Hessian-vector products, taken as
+differences of the inner gradient: the optimizer's part of it is the one that `mk.MAML` runs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from metakern.diagnosis.causes import Taps
+from metakern.diagnosis.places import Patient, State, is_float
+from metakern.diagnosis.report import LOSS, Problem
+from metakern.meta.batching import Loop
+from metakern.meta.slopes import Tensors, norm, slope
+from metakern.meta.unroll import Gradients, Unroll, derivatives, with_zeros
+from metakern.optim import InnerOptimizer
+
+
+class Costs:
+    """Meta-gradients of one task, with any of the problems repaired."""
+
+    def __init__(self, patient: Patient, inner: InnerOptimizer, steps: int) -> None:
+        self.patient, self.steps = patient, steps
+        self.inner = copy.deepcopy(inner)
+        self.inner.prepare(patient.parameters.adapted)
+        self.inner.to(patient.dtype)
+
+    def store(self, repaired: Sequence[Problem] = (), first_order: bool = False) -> list[Tensor]:
+        """The meta-gradient by autograd."""
+        return self._run(lambda batching: Unroll(batching, self.inner, self.steps, first_order).store, repaired)
+
+    def forward_over_reverse(self) -> list[Tensor]:
+        """The meta-gradient by autograd, with its products in forward mode."""
+        return self._run(lambda batching: Unroll(batching, self.inner, self.steps).recompute, ())
+
+    def truth(self, repaired: Sequence[Problem] = ()) -> list[Tensor]:
+        """The meta-gradient by differences of the inner gradient."""
+        return self._run(lambda batching: _ByDifferences(batching, self.inner, self.steps).recompute, repaired)
+
+    def _run(self, strategy: Callable[..., Any], repaired: Sequence[Problem]) -> list[Tensor]:
+        theta, shared = (list(p.values()) for p in (self.patient.parameters.adapted, self.patient.parameters.shared))
+        support, query = (
+            tree_map_only(Tensor, lambda t: t.unsqueeze(0), batch)
+            for batch in (self.patient.support, self.patient.query)
+        )
+        with self.patient.steady(), ExitStack() as stack:
+            stack.enter_context(Taps(frozenset(site for p in repaired for site in p.undo)).open())
+            for path in {p.path for p in repaired if repairable(p) and not p.undo}:
+                _repair(stack, self.patient.model.get_submodule(path))
+            found = strategy(_Steady(self.patient))(
+                [p.detach().expand(1, *p.shape) for p in theta], shared, support, query, 1.0
+            )
+        return [g.detach() for g in with_zeros([*found.theta, *found.shared], [*theta, *shared])]
+
+
+class _Steady(Loop):
+    """Every evaluation begins in the same state."""
+
+    def __init__(self, patient: Patient) -> None:
+        super().__init__(patient.parameters, lambda model, batch: patient.value(batch))
+        self.begin, self.state = patient.begin, State(patient.model)  # with what is repaired
+
+    def one(self, batch: Any, phi: Sequence[Tensor]) -> Tensor:
+        self.begin(self.state)
+        return super().one(batch, phi)
+
+
+def repairable(problem: Problem) -> bool:
+    """Whether a meta-gradient can be had that does not have this problem."""
+    return bool(problem.undo) or (problem.order == 2 and problem.path != LOSS)
+
+
+def distance(a: Tensors, b: Tensors) -> float:
+    """Of two meta-gradients."""
+    return norm([x - y for x, y in zip(a, b, strict=True)])
+
+
+class _ByDifferences(Unroll):
+    def hessian_vector_product(
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients
+    ) -> tuple[list[Tensor], Gradients]:
+        def gradients(at: Tensors) -> list[Tensor]:
+            with torch.enable_grad():
+                leaves = [p.detach().requires_grad_() for p in at]
+                return with_zeros(
+                    derivatives(self.batching.losses(leaves, batch).sum(), [*leaves, *shared]), [*leaves, *shared]
+                )
+
+        return gradients(phi)[: len(phi)], slope(gradients, phi, with_zeros(v, phi))
+
+
+def _repair(stack: ExitStack, module: nn.Module) -> None:
+    """Gives a module exact second derivatives, by differences."""
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        inputs, spec = tree_flatten((args, kwargs))
+        flows = [i for i, x in enumerate(inputs) if is_float(x)]
+        places = [(m, n, p) for m in module.modules() for n, p in m._parameters.items() if p is not None]
+        own = list({id(p): p for *_, p in places}.values())
+        result: list[Any] = []
+
+        def run(x: Sequence[Tensor]) -> list[Tensor]:
+            for i, tensor in zip(flows, x, strict=False):
+                inputs[i] = tensor.clone()
+            values = dict(zip(map(id, own), x[len(flows) :], strict=True))
+            _put((m, n, values[id(p)]) for m, n, p in places)
+            args, kwargs = tree_unflatten(inputs, spec)
+            try:
+                result[:] = tree_flatten(original(*args, **kwargs))
+            finally:
+                _put(iter(places))
+            return [y for y in result[0] if is_float(y)]
+
+        exact = _Exact.apply(run, *(inputs[i] for i in flows), *own)
+        rest = iter(exact if isinstance(exact, tuple) else (exact,))
+        return tree_unflatten([next(rest) if is_float(y) else y for y in result[0]], result[1])
+
+    vars(module)["forward"] = forward
+    stack.callback(vars(module).pop, "forward", None)
+
+
+def _put(places: Any) -> None:
+    for module, name, value in places:
+        module._parameters[name] = value
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, n) for n in module._flat_weights_names if hasattr(module, n)]
+
+
+Run = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+class _Exact(Function):
+    """The outputs of a module."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, *x: Tensor) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.save_for_backward(*x)
+        with torch.enable_grad():
+            return tuple(y.detach() for y in run([t.detach() for t in x]))
+
+    @staticmethod
+    def backward(ctx: Any, *ct: Tensor) -> tuple:
+        return (None, *_ExactVjp.apply(ctx.run, len(ct), *ct, *ctx.saved_tensors))
+
+
+class _ExactVjp(Function):
+    """Its first order, and by differences of that its second."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.run, ctx.n = run, n
+        ctx.save_for_backward(*tensors)
+        return tuple(_with_vjp(run, tensors[n:], tensors[:n])[1])
+
+    @staticmethod
+    def backward(ctx: Any, *g: Tensor) -> tuple:
+        ct, x = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        found = slope(lambda x: [t for part in _with_vjp(ctx.run, x, ct) for t in part], x, g)
+        return (None, None, *found)
+
+
+def _with_vjp(run: Run, x: Sequence[Tensor], ct: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in x]
+        y = run(leaves)
+        on = [(a, c) for a, c in zip(y, ct, strict=True) if a.requires_grad]
+        return [t.detach() for t in y], with_zeros(derivatives([a for a, _ in on], leaves, [c for _, c in on]), leaves)

@@ -1,0 +1,92 @@
+"""Checkpoints that are whole or absent: tensors in safetensors, everything else in JSON, both written atomically.
+
+A checkpoint ``NAME`` of a folder is two files::
+
+    NAME-<digest>.safetensors   the tensors
+    NAME.json                   the state (step, scores, ...), and the name of the tensors' file with its digest
+
+The tensors are written first, under a name that their content gives; replacing the JSON is the moment at which the
+new checkpoint takes the old one's place. A crash or a full disk at any point leaves one of the two, complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from metakern.errors import CheckpointError
+from metakern.io import write
+from metakern.optim.base import ByName
+
+__all__ = ["CheckpointError", "load", "load_module", "module_tensors", "save"]
+
+
+def save(folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Make ``tensors`` and ``state`` (JSON-able) the checkpoint ``name`` of ``folder``.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(Path(folder), "last", {"x": torch.arange(3)}, {"step": 5})
+    ...     load(Path(folder), "last")
+    ({'x': tensor([0, 1, 2])}, {'step': 5})
+    """
+    data = to_bytes({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    digest = hashlib.sha256(data).hexdigest()
+    file = folder / f"{name}-{digest[:16]}.safetensors"
+    write(file, data)
+    write(folder / f"{name}.json", json.dumps({"tensors": file.name, "sha256": digest, **state}, indent=1).encode())
+    for old in folder.glob(f"{name}-*.safetensors"):
+        if old != file:
+            old.unlink(missing_ok=True)
+
+
+def load(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the state of the checkpoint ``name`` of ``folder``."""
+    path = folder / f"{name}.json"
+    try:
+        state = json.loads(path.read_bytes())
+        path = folder / state.pop("tensors")
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != state.pop("sha256"):
+            raise ValueError
+        return from_bytes(data), state
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint; is {folder.parent} the folder of a run?") from None
+    except (ValueError, KeyError, AttributeError, TypeError, SafetensorError):
+        raise CheckpointError(f"{path}: is cut short or damaged; use another checkpoint or train again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters and persistent buffers of ``module`` by name, shared ones once."""
+    kept = module.state_dict(keep_vars=True).keys()
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return trainable | {name: x for name, x in module.named_buffers() if name in kept}
+
+
+@torch.no_grad()
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy ``tensors`` into ``module``; `CheckpointError` if a name or a shape differs."""
+    own, tensors = module_tensors(module), dict(tensors)
+    for prefix, part in module.named_modules():
+        if isinstance(part, ByName):
+            try:
+                part.name_list(tensors, f"{prefix}.")
+            except ValueError as error:
+                raise CheckpointError(f"{source}: {error}") from None
+    for name in sorted(own.keys() | tensors.keys()):
+        shapes = [tuple(x[name].shape) if name in x else "nothing" for x in (own, tensors)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(f"{source}: {name} must be {shapes[0]} for this config, got {shapes[1]}")
+    for name, value in own.items():
+        value.copy_(tensors[name])

@@ -1,0 +1,218 @@
+"""The adaptation curve: how well unseen tasks are modeled after 0, 1, 3, … inner steps, beside baselines.
+
+With l_k(t) the query loss of task t after k steps, in nats a token, and its baseline's b_k(t) on the same episode:
+
+    perplexity_k = exp(mean_t l_k(t))
+    ratio_k      = exp(mean_t [b_k(t) - l_k(t)])          > 1: the baseline is worse
+
+Intervals are 95% Student t intervals over tasks of the two means (so, of log-perplexity), then taken through exp.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from metakern import io
+from metakern.dialogue import checkpoint
+from metakern.dialogue.episodes import Episodes
+from metakern.dialogue.metrics import interval, paired_interval
+from metakern.dialogue.run import ALGORITHMS, Run, curve, episodes, load_split
+from metakern.dialogue.trainer import train
+from metakern.errors import UserError
+from metakern.optim.base import Stepwise
+
+__all__ = ["evaluate", "plot", "show"]
+
+STEPS = (0, 1, 3, 5, 10)
+REACH = 6  # half decades of inner rate to either side
+
+
+def evaluate(
+    path: str | Path, steps: Sequence[int] = STEPS, compare: Sequence[str] = (), data: str | None = None
+) -> dict[str, Any]:
+    """Adapt the run ``path`` to the test tasks of its data (or of ``data``), and keep ``eval.json`` and ``eval.png``.
+
+    steps     numbers of inner steps
+    compare   algorithms to train, if not yet done, into ``path/<algorithm>``: the same model from the same pretrained
+              weights on the same episodes for as many outer steps as the run
+
+    A fine-tuned baseline has learned no inner rate, so it is given the best one for every number of steps, by its loss
+    on the validation tasks. Returns what ``eval.json`` holds.
+    """
+    for name in compare:
+        if name not in ALGORITHMS:
+            raise UserError(f"eval: compare must be among {', '.join(ALGORITHMS)}, got {name!r}")
+    if not steps or min(steps) < 0:
+        raise UserError(f"eval: steps must be whole numbers of at least 0, got {list(steps)}")
+    steps = tuple(sorted(set(steps)))
+    run = Run.open(path)
+    split = load_split(replace(run.config, data=data or run.config.data))
+    validation = episodes(run.config, split.validation, run.tokenizer)
+    test = episodes(run.config, split.test, run.tokenizer)
+    own, curves = run.config.algorithm, {}
+    for name in (own, *(name for name in compare if name != own)):
+        each = run if name == own else _baseline(run, name)
+        if name == "finetune":
+            rates = _best_rates(each, validation, steps)
+            found = {rate: _at_rate(each, rate, test, steps) for rate in dict.fromkeys(rates)}
+            losses = torch.stack([found[rate][i] for i, rate in enumerate(rates)])
+            curves[name] = {**_summary(losses), "inner_lr": rates}
+        else:
+            curves[name] = _summary(curve(each.algorithm, test, steps)[1])
+    report = {
+        "run": str(path),
+        "data": data or run.config.data,
+        "support_size": run.config.support_size,
+        "query_size": run.config.query_size,
+        "tasks": [name for names, _, _ in test.evaluation() for name in names],
+        "steps": list(steps),
+        "curves": curves,
+        "ratios": {name: _ratio(curves[name], curves[own]) for name in curves if name != own},
+    }
+    folder = Path(path)
+    io.write(folder / "eval.json", (json.dumps(_finite(report), indent=1) + "\n").encode())
+    io.write(folder / "eval.png", plot(report))
+    return report
+
+
+def _baseline(run: Run, name: str) -> Run:
+    """The baseline ``name`` of ``run``, trained now where it is not trained yet."""
+    if "from" in run.state:
+        raise UserError(f"{run.path}: is adapted from {run.state['from']}; compare that one")
+    state = checkpoint.load(run.path / "checkpoints", "last")[1]
+    if state["phase"] != "train" or not state["step"]:
+        cure = f"go on with: metakern train --resume --out {run.path}"
+        raise UserError(f"{run.path}: has not been trained yet, so it has no baseline; {cure}")
+    config = replace(run.config, algorithm=name, steps=state["step"], minutes=0.0)
+    if name == "finetune":
+        config = replace(config, outer_lr=config.finetune_lr or config.outer_lr)
+    folder = run.path / name
+    begun = (folder / "checkpoints" / "last.json").exists()
+    if begun and checkpoint.load(folder / "checkpoints", "last")[1]["step"] >= config.steps:
+        return Run.open(folder)
+    return train(config, folder, resume=begun, start=run.path)
+
+
+def _at_rate(run: Run, rate: float, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> Tensor:
+    """Query losses ``[len(steps), T]`` of a fine-tuned run that adapts with the inner rate ``rate``."""
+    for optimizer in run.algorithm.inner.modules():
+        if isinstance(optimizer, Stepwise):
+            optimizer.lr.initial = rate
+    return curve(run.algorithm, source, steps, limit)[1]
+
+
+def _best_rates(run: Run, validation: Episodes, steps: tuple[int, ...]) -> list[float]:
+    """For every number of steps the inner rate with the lowest mean loss on validation tasks: a search over half
+    decades around the config's rate, until both neighbors of each choice are known to be worse."""
+    means: dict[int, Tensor] = {}
+    best = [0] * len(steps)
+    while untried := {e for b in best for e in (b - 1, b, b + 1) if abs(e) <= REACH} - means.keys():
+        for exponent in sorted(untried):
+            losses = _at_rate(run, _rate(run, exponent), validation, steps, run.config.eval_tasks)
+            means[exponent] = losses.mean(1).nan_to_num(math.inf, math.inf)
+        best = [min(means, key=lambda e: (means[e][i].item(), abs(e))) for i in range(len(steps))]
+    return [_rate(run, exponent) for exponent in best]
+
+
+def _rate(run: Run, exponent: int) -> float:
+    return run.config.inner_lr * 10 ** (exponent / 2)
+
+
+def _summary(losses: Tensor) -> dict[str, Any]:
+    mean, half = zip(*(interval(row) for row in losses), strict=True)
+    return {"loss": losses.tolist(), **_through_exp(mean, half, "perplexity")}
+
+
+def _ratio(baseline: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    pairs = zip(torch.tensor(baseline["loss"]), torch.tensor(own["loss"]), strict=True)
+    mean, half = zip(*(paired_interval(b, o) for b, o in pairs), strict=True)
+    return _through_exp(mean, half, "ratio")
+
+
+def _through_exp(mean: Sequence[float], half: Sequence[float], name: str) -> dict[str, list[float]]:
+    center, reach = torch.tensor(mean).double(), torch.tensor(half).double()
+    ends = {name: center, "low": center - reach, "high": center + reach}
+    return {key: value.exp().tolist() for key, value in ends.items()}
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for the numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print the curves of `evaluate` as a table."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("steps", justify="right")
+    columns = [(name, values, "perplexity", ".1f") for name, values in report["curves"].items()]
+    own = columns[0][0]
+    columns += [(f"{name} / {own}", values, "ratio", ".3f") for name, values in report["ratios"].items()]
+    for title, *_ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for i, k in enumerate(report["steps"]):
+        cells = [
+            f"{values[key][i]:{form}} [{values['low'][i]:{form}}, {values['high'][i]:{form}}]"
+            for _, values, key, form in columns
+        ]
+        table.add_row(str(k), *(escape(cell) for cell in cells))
+    tasks = f"{len(report['tasks'])} unseen tasks"
+    title = f"perplexity after adaptation, {report['data']}, {tasks} [95% interval over tasks]"
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
+
+
+def plot(report: dict[str, Any]) -> bytes:
+    """The curves of `evaluate` as a PNG: perplexities, and beside them the ratios where there are baselines."""
+    steps, ratios = report["steps"], report["ratios"]
+    style: Any = {
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+    }
+    with rc_context(style):
+        figure = Figure(figsize=(10 if ratios else 6, 4.2), layout="constrained")
+        left, *right = figure.subplots(1, 2 if ratios else 1, squeeze=False)[0]
+        for color, (name, values) in enumerate(report["curves"].items()):
+            _line(left, steps, values, "perplexity", name, f"C{color}")
+        left.set_ylabel("perplexity of the query (lower is better)")
+        for axes in right:
+            for color, (name, values) in enumerate(ratios.items(), start=1):
+                _line(axes, steps, values, "ratio", name, f"C{color}")
+            axes.axhline(1, color="C0", linewidth=1.5)
+            axes.set_ylabel(f"perplexity of the baseline / {next(iter(report['curves']))}")
+        for axes in (left, *right):
+            axes.set_xlabel("inner steps on the support")
+            axes.set_xticks(steps)
+            axes.legend(frameon=False)
+        tasks = f"{len(report['tasks'])} unseen tasks, {report['support_size']} support conversations each"
+        figure.suptitle(f"{report['data']}: {tasks}; bands are 95% intervals over tasks", fontsize=11)
+        image = BytesIO()
+        figure.savefig(image, format="png", dpi=160)
+    return image.getvalue()
+
+
+def _line(axes: Axes, steps: list[int], values: dict[str, Any], key: str, name: str, color: str) -> None:
+    axes.plot(steps, values[key], marker="o", markersize=5, linewidth=2, color=color, label=name)
+    axes.fill_between(steps, values["low"], values["high"], color=color, alpha=0.18, linewidth=0)

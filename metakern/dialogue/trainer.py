@@ -1,0 +1,341 @@
+"""Training a dialogue model, with or without meta-learning.
+
+A run has two phases of one loop: ``pretrain`` (plain language modeling on the training tasks, which every baseline
+starts from too) and ``train`` (the algorithm). A step is a function of the weights, the optimizer's state, the random
+state and the step's number, and a checkpoint holds all four: a resumed run goes on bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from metakern import io
+from metakern.dialogue import checkpoint
+from metakern.dialogue.config import Config, cache_folder
+from metakern.dialogue.episodes import Episodes
+from metakern.dialogue.run import (
+    FineTune,
+    Run,
+    build_algorithm,
+    curve,
+    episodes,
+    load_split,
+    on_device_of,
+    tokenizer_class,
+)
+from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
+from metakern.errors import UserError
+
+__all__ = ["DivergenceError", "StoppedError", "train"]
+
+MAY_CHANGE = (
+    "steps",
+    "minutes",
+    "pretrain_steps",
+    "pretrain_minutes",
+    "log_every",
+    "eval_every",
+    "eval_tasks",
+    "device",
+    "threads",
+)
+
+
+class DivergenceError(UserError):
+    """A loss or a gradient is no longer finite."""
+
+
+class StoppedError(UserError):
+    """The user stopped the run, which is saved."""
+
+    code = 130
+
+
+def train(config: Config, out: str | Path, *, resume: bool = False, start: str | Path | None = None) -> Run:
+    """Train ``config`` into the folder ``out`` and return the run with its best weights.
+
+    resume   go on with the run that is in ``out``, with the same config but for limits and cadences
+    start    a run whose vocabulary and pretrained weights are taken instead of made, as a baseline does
+
+    Raises `UserError` for what the user can put right, `DivergenceError` when a loss stops being finite, `StoppedError`
+    after Ctrl-C; the checkpoints in ``out`` stay usable after each.
+    """
+    out = Path(out)
+    started = (out / "checkpoints" / "last.json").exists()
+    if started and not resume:
+        raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
+    if resume and not started:
+        raise UserError(f"{out}: holds no run to resume (no checkpoints/last.json)")
+    if resume:
+        _check_same(Config.load(out / "config.toml"), config, out)
+    split = load_split(config)
+    tokenizer: DialogueTokenizer
+    if resume or start:
+        tokenizer = tokenizer_class(config).load(Path(out if resume else start or out) / "tokenizer.json")
+    elif config.pretrained:
+        from metakern.dialogue.huggingface import ChatTokenizer
+
+        tokenizer = ChatTokenizer.of(config.pretrained, config.system)
+    else:
+        dialogues = [dialogue for task in split.train for dialogue in task.dialogues]
+        tokenizer = Tokenizer.train(dialogues, config.vocab_size, cache_folder())
+    if not resume:
+        tokenizer.save(out / "tokenizer.json")
+    io.write(out / "config.toml", config.toml().encode())
+
+    run = Run.create(out, config, tokenizer)
+    plain = build_algorithm(replace(config, algorithm="finetune"), run.model)
+    language = episodes(config, split.train, tokenizer, train_on=config.pretrain_on, seed=config.seed + 1)
+    tasks = episodes(config, split.train, tokenizer)
+    phases = [
+        _Phase("pretrain", plain, language, config.pretrain_steps, config.pretrain_minutes, config.pretrain_lr),
+        _Phase("train", run.algorithm, tasks, config.steps, config.minutes, config.outer_lr),
+    ]
+    saved: dict[str, Tensor] = {}
+    if resume:
+        saved = run.restore("last")
+    elif start:
+        run.restore("pretrained", run.model, Path(start))
+    if start or (resume and run.state["phase"] == "train") or not config.pretrain_steps:
+        phases = phases[1:]
+    with _Log(out) as log, _stop_asked() as stop_asked:
+        log.say(f"{out}: {config.algorithm} over {config.model} of {run.size}\n{split.summary()}")
+        for phase in phases:
+            if phase.name == "train" and not saved:
+                run.save("pretrained", run.model)
+            _Loop(run, phase, episodes(config, split.validation, tokenizer), log).go(saved, stop_asked)
+            saved = {}
+    run.restore("best")
+    return run
+
+
+def _check_same(old: Config, new: Config, out: Path) -> None:
+    for key in fields(Config):
+        before, after = getattr(old, key.name), getattr(new, key.name)
+        if before != after and key.name not in MAY_CHANGE:
+            raise UserError(f"{out}: was begun with {key.name} = {before!r}, got {after!r}; resume it as it was begun")
+
+
+@dataclass(frozen=True)
+class _Phase:
+    name: str
+    algorithm: Any
+    episodes: Episodes
+    steps: int
+    minutes: float
+    lr: float
+
+    def done(self, step: int, seconds: float) -> float:
+        """How much of the phase is over, from 0 to 1."""
+        return min(1.0, max(step / self.steps, seconds / (60 * self.minutes) if self.minutes else 0.0))
+
+
+class _Loop:
+    """A phase of a run: outer steps, validations and checkpoints."""
+
+    def __init__(self, run: Run, phase: _Phase, validation: Episodes, log: _Log) -> None:
+        self.run, self.phase, self.validation, self.log = run, phase, validation, log
+        self.config, self.algorithm = run.config, phase.algorithm
+        self.judge = copy.copy(self.algorithm)  # the same weights, and a plan of its own for evaluation mode
+        self.looks = (0, self.config.inner_steps) if phase.name == "train" else (0,)
+        trained = [p for p in self.algorithm.parameters() if p.requires_grad]
+        own = {id(p) for p in run.model.parameters()}
+        model = [p for p in trained if id(p) in own]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in model if p.ndim > 1], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in model if p.ndim <= 1]},
+            {"params": [p for p in trained if id(p) not in own], "lr": self.config.rate_lr},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, phase.lr, weight_decay=0.0)
+        self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def go(self, saved: dict[str, Tensor], stop_asked: Callable[[], bool]) -> None:
+        """Run the phase to its end: from its start, or from where ``saved`` was saved."""
+        run, phase, config = self.run, self.phase, self.config
+        if saved:
+            self.restore(saved)
+        else:
+            run.state = {"phase": phase.name, "step": 0, "seconds": 0.0, "best": None}
+            self.validate()
+        state = run.state
+        began = time.monotonic() - state["seconds"]
+        self.algorithm.train()
+        while phase.done(state["step"], state["seconds"]) < 1:
+            self.step()
+            state["step"] += 1
+            state["seconds"] = time.monotonic() - began
+            self.log.progress(phase, state)
+            over = phase.done(state["step"], state["seconds"]) == 1
+            if over or state["step"] % config.eval_every == 0:
+                self.validate()
+            if stop_asked() and not over:
+                self.save()
+                where = f"stopped at step {state['step']} of {phase.name}"
+                raise StoppedError(f"{where}; go on with: metakern train --resume --out {run.path}")
+
+    def step(self) -> None:
+        """One outer step, and now and then a look at the losses before and after adaptation."""
+        config, algorithm, state = self.config, self.algorithm, self.run.state
+        episode = self.phase.episodes.sample(state["step"], config.tasks)
+        support, query = (on_device_of(self.run.model, batch) for batch in episode)
+        done = self.phase.done(state["step"], state["seconds"])
+        for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
+            group["lr"] = rate * _schedule(config, state["step"], done)
+        self.optimizer.zero_grad()
+        loss = algorithm(support, query)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(algorithm.parameters(), config.clip or math.inf)
+        if not torch.isfinite(loss.detach() + norm):
+            names = self.phase.episodes.names(state["step"], config.tasks)
+            raise self.divergence(names, self.look(support, query).sum(0))
+        if state["step"] % config.log_every == 0:
+            numbers = {"loss": loss.item(), "norm": norm.item(), "lr": self.optimizer.param_groups[0]["lr"]}
+            if self.phase.name == "train":
+                numbers["before"], numbers["after"] = self.look(support, query).mean(1).tolist()
+            self.log(self.phase.name, state["step"], **numbers)
+        self.optimizer.step()
+
+    def look(self, support: Any, query: Any) -> Tensor:
+        """Query losses before (and in ``train`` after) adaptation ``[1 or 2, T]``, in evaluation mode."""
+        self.judge.eval()
+        losses = self.judge.evaluate(support, query, steps=self.looks)
+        self.judge.train()
+        return losses
+
+    def validate(self) -> None:
+        """Judge the weights on the validation tasks, keep them if they are the best so far, and save."""
+        run, config, state = self.run, self.config, self.run.state
+        names, losses = curve(self.judge, self.validation, self.looks, config.eval_tasks)
+        judged = losses[:1] if isinstance(self.algorithm, FineTune) else losses
+        if not judged.isfinite().all():
+            raise self.divergence(names, judged.sum(0))
+        before, after = losses[0].mean().item(), losses[-1].mean().item()
+        self.log(self.phase.name, state["step"], validation_before=before, validation_after=after)
+        change = f" -> {after:.4f}" if len(losses) > 1 else ""
+        self.log.say(f"{self.phase.name} {state['step']}: validation loss {before:.4f}{change}")
+        score = judged[-1].mean().item()
+        if state["best"] is None or score < state["best"]:
+            state["best"] = score
+            if self.phase.name == "train":
+                run.save("best")
+        self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint ``last``, with all that the next step depends on."""
+        moments = self.optimizer.state_dict()["state"]
+        tensors = {f"outer.{i}.{key}": value for i, state in moments.items() for key, value in state.items()}
+        self.run.save("last", extra=tensors | {"random": torch.get_rng_state()})
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Undo `save`, given the tensors beside the weights."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name in saved.keys() - {"random"}:
+            _, i, key = name.split(".")
+            moments.setdefault(int(i), {})[key] = saved[name]
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        torch.set_rng_state(saved["random"])
+
+    def divergence(self, names: Sequence[str], losses: Tensor) -> DivergenceError:
+        """Where training went wrong, from the losses ``[T]`` of the tasks ``names``, and what to do."""
+        bad = [name for name, loss in zip(names, losses.tolist(), strict=True) if not math.isfinite(loss)]
+        what = f"the loss of task {bad[0]!r}" if bad else "the gradient"
+        where = f"step {self.run.state['step']} of {self.phase.name}"
+        kept = checkpoint.load(self.run.path / "checkpoints", "last")[1]["step"]
+        rate = "pretrain_lr" if self.phase.name == "pretrain" else "outer_lr"
+        cure = f"checkpoints/last is of step {kept}: try a lower inner_lr or {rate} in a new run"
+        return DivergenceError(f"{what} is not finite at {where}; {cure}")
+
+
+def _schedule(config: Config, step: int, done: float) -> float:
+    """What the learning rate is multiplied by."""
+    cosine = 0.5 * (1 + math.cos(math.pi * done)) if config.cosine else 1.0
+    return cosine * min(1.0, (step + 1) / (config.warmup + 1))
+
+
+@contextmanager
+def _stop_asked() -> Iterator[Callable[[], bool]]:
+    """Makes the first Ctrl-C (or SIGTERM) a question, so that no step is cut in two; a second one stops at once."""
+    asked = threading.Event()
+
+    def ask(*_: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, ask) for number in signals}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Log:
+    """Numbers for JSONL and TensorBoard; for the eye a bar on a terminal, and lines elsewhere."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(folder / "tensorboard"))
+        self.console = Console()
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), console=self.console
+        )
+        self.losses, self.fresh = "", False
+
+    def __enter__(self) -> _Log:
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+        self.file.close()
+        self.board.close()
+
+    def __call__(self, phase: str, step: int, **numbers: float) -> None:
+        """Write numbers down."""
+        self.file.write(json.dumps({"phase": phase, "step": step, **numbers}) + "\n")
+        self.file.flush()
+        for name, value in numbers.items():
+            self.board.add_scalar(f"{phase}/{name}", value, step)
+        if "before" in numbers:
+            self.losses, self.fresh = f"query loss {numbers['before']:.3f} -> {numbers['after']:.3f}", True
+        elif "loss" in numbers:
+            self.losses, self.fresh = f"loss {numbers['loss']:.3f}", True
+
+    def say(self, text: str) -> None:
+        """Show lines."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def progress(self, phase: _Phase, state: Mapping[str, Any]) -> None:
+        """Show how far the phase is and how long it will take."""
+        step, seconds = state["step"], state["seconds"]
+        rate = step / max(seconds, 1e-9)
+        left = min((phase.steps - step) / rate, max(60 * phase.minutes - seconds, 0) if phase.minutes else math.inf)
+        minutes, rest = divmod(round(left), 60)
+        text = f"{step}/{phase.steps}  {rate:.1f} steps/s  {minutes}:{rest:02d} left  {self.losses}"
+        if self.console.is_terminal:
+            if not any(task.description == phase.name for task in self.bar.tasks):
+                self.bar.add_task(phase.name, total=1.0, text="")
+            self.bar.update(self.bar.task_ids[-1], completed=phase.done(step, seconds), text=text)
+        elif self.fresh:
+            self.say(f"{phase.name} {text}")
+        self.fresh = False

@@ -1,0 +1,125 @@
+"""Three ways to get the losses of many tasks, each with parameters of its own, from a loss of one task.
+
+    losses(phi, batch) -> [T]        phi: a tensor [T, *shape] for each adapted parameter; batch: a tree, tasks first
+
+fold   the model runs once, natively, with the tasks in its batch dimension and its parameter-owning modules given a
+       weight for each task (`fold.py`); only the loss around it is mapped over tasks.
+vmap   `torch.func.vmap` of the whole loss over ordinary autograd. (Derivatives are taken outside of vmap, so only the
+       batching rules of forward ops are used: torch 2.13's rule for the double backward of an affine layer_norm is
+       wrong.)
+loop   a task at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from metakern.meta.batches import over_tasks, select, structure
+from metakern.meta.fold import Fold
+from metakern.meta.functions import Fused, Repaired
+from metakern.meta.parameters import Parameters
+from metakern.ops.core.autocast import plain_operations
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Batching(Protocol):
+    name: str
+
+    def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor: ...
+
+
+class Loop:
+    """A task at a time."""
+
+    name = "loop"
+
+    def __init__(self, parameters: Parameters, loss: Loss, plain: bool = False) -> None:
+        self.parameters, self.loss, self.plain = parameters, loss, plain
+
+    def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
+        return torch.stack([self.one(select(batch, t), [p[t] for p in phi]) for t in range(phi[0].shape[0])])
+
+    def one(self, batch: Any, phi: Sequence[Tensor]) -> Tensor:
+        with self.parameters.bound(phi), self._operations():
+            return scalar(self.loss(self.parameters.model, batch))
+
+    def _operations(self) -> AbstractContextManager:
+        """metakern's ops, or PyTorch's own operations where the loss takes derivatives itself."""
+        if not self.plain:
+            return Fused()
+        both = ExitStack()
+        both.enter_context(plain_operations())
+        both.enter_context(Repaired())
+        return both
+
+
+class Vmap(Loop):
+    """`torch.func.vmap` over the tasks."""
+
+    name = "vmap"
+
+    def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
+        return over_tasks(self.one, batch, tuple(phi))
+
+
+class Folded(Loop):
+    """The tasks in the model's batch dimension."""
+
+    name = "fold"
+
+    def __init__(self, parameters: Parameters, loss: Loss, plain: bool = False) -> None:
+        super().__init__(parameters, loss, plain)
+        self.fold = Fold(parameters, self._operations)
+
+    def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
+        def one(batch: Any) -> Tensor:
+            return scalar(self.loss(self.parameters.model, batch))
+
+        with self.fold.active(phi, structure(batch)), self._operations():
+            return over_tasks(one, batch)
+
+
+WAYS: dict[str, Callable[..., Batching]] = {"fold": Folded, "vmap": Vmap, "loop": Loop}
+
+
+def scalar(value: Any) -> Tensor:
+    """Checks what the user's loss returned."""
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"MAML: loss must return a scalar tensor for one task, got {got}")
+    return value
+
+
+@contextmanager
+def exact_kernels(model: nn.Module | None = None) -> Iterator[None]:
+    """PyTorch's own kernels that have second derivatives: math attention, no cuDNN or oneDNN recurrence, no fused
+    encoder.
+
+    And no running statistics of a model's norms in training mode: their output does not depend on these, and they stay
+    what they are.
+    """
+    fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
+    modules = () if model is None else model.modules()
+    recurrent = model is None or any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with ExitStack() as undo:
+        undo.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
+        if recurrent and cudnn:  # the switch alone: `cudnn.flags` reads settings that may not be read
+            undo.callback(setattr, torch.backends.cudnn, "enabled", cudnn)
+            torch.backends.cudnn.enabled = False
+        if recurrent and torch._C._get_mkldnn_enabled():  # its LSTM, of float32 alone, has no second derivatives
+            undo.callback(torch._C._set_mkldnn_enabled, True)
+            torch._C._set_mkldnn_enabled(False)
+        for module in modules:
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
+                undo.callback(module._buffers.update, dict(module._buffers))
+                module._buffers.update(dict.fromkeys(module._buffers))
+        with sdpa_kernel(SDPBackend.MATH):
+            yield

@@ -1,0 +1,242 @@
+"""The inner loop and its exact meta-gradient, in two strategies that give the same numbers.
+
+    phi_0 = theta        phi_{k+1}, s_{k+1} = U(phi_k, grad S(phi_k), s_k; h)        L = sum_t Q_t(phi_K) weight
+
+store      keeps the graph of all K steps and differentiates it once: least arithmetic, memory of K steps.
+recompute  keeps phi_k (and s_k where U needs it) and pulls the cotangent back a step at a time: through U, which gives
+           ct_g, and then by one Hessian-vector product, H(phi_k) ct_g, at the memory of one step.
+
+The Hessian-vector product is taken forward over reverse (dual tensors through an ordinary `autograd.grad`), or reverse
+over reverse where a model has an op without forward mode; both are exact. Parameters that the inner loop doesn't adapt
+(`shared`) get their part from the same products: the mixed second derivative times ct_g.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from metakern.meta.batching import Batching
+from metakern.native.record import recordable
+from metakern.optim import InnerOptimizer
+
+Gradients = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Query losses [T], and the gradients of their weighted sum with respect to theta, shared and hyper-parameters."""
+
+    losses: Tensor
+    theta: Gradients
+    shared: Gradients
+    hyper: Gradients
+
+
+@dataclass(frozen=True)
+class Unroll:
+    """What an inner loop consists of."""
+
+    batching: Batching
+    inner: InnerOptimizer
+    steps: int
+    first_order: bool = False
+    hvp: str = "forward"  # or "reverse": the mode of recompute's outer derivative
+    python: bool = False  # whether the model draws from Python's or NumPy's generators too
+    graph: bool = False  # whether the loss takes derivatives itself, and has no value without a graph
+
+    def trajectory(self, theta: Sequence[Tensor], support: Any, steps: int) -> Iterator[list[Tensor]]:
+        """phi_0, …, phi_steps, without a graph."""
+        yield list(theta)
+        for step in self._forward(theta, support, steps):
+            yield step.after
+
+    def _forward(self, theta: Sequence[Tensor], support: Any, steps: int) -> Iterator[_Step]:
+        phi, state = list(theta), self.inner.init(theta)
+        for _ in range(steps):
+            drawn, grads = Random(phi[0].device, self.python), self._grads(phi, support)
+            with torch.no_grad():
+                after, next_state = self.inner.update(phi, grads, state)
+            yield _Step(phi, state, grads, drawn, after)
+            phi, state = after, next_state
+
+    def _grads(self, phi: Sequence[Tensor], batch: Any) -> list[Tensor]:
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in phi]
+            return with_zeros(derivatives(self.batching.losses(leaves, batch).sum(), leaves), phi)
+
+    def query(self, phi: Sequence[Tensor], query: Any) -> Tensor:
+        """Q_t(phi) for each task, [T], without a graph."""
+        with torch.set_grad_enabled(self.graph):
+            return self.batching.losses(phi, query).detach()
+
+    def store(
+        self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, query: Any, weight: float
+    ) -> Result:
+        """The meta-gradient by reverse over reverse over the whole inner loop."""
+        hyper = self.inner.hyper_parameters()
+        with torch.enable_grad():
+            theta = [p.detach().requires_grad_() for p in theta]
+            phi, state = list(theta), self.inner.init(theta)
+            for _ in range(self.steps):
+                total = self.batching.losses(phi, support).sum()
+                grads = with_zeros(derivatives(total, phi, create_graph=not self.first_order), phi)
+                phi, state = self.inner.update(phi, grads, state)
+            losses = self.batching.losses(phi, query)
+            ct = derivatives(losses.sum() * weight, [*theta, *shared, *hyper])
+        return _result(losses, ct, len(theta), len(shared))
+
+    def recompute(
+        self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, query: Any, weight: float
+    ) -> Result:
+        """The meta-gradient a step at a time, from the last to the first."""
+        n, hyper = len(theta), self.inner.hyper_parameters()
+        keeps_grads = not self.inner.affine or (self.first_order and bool(hyper))
+        history: list[_Step] = []
+        phi = list(theta)
+        for step in self._forward(theta, support, self.steps):
+            history.append(step if keeps_grads else replace(step, grads=None))
+            phi = step.after
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in phi]
+            losses = self.batching.losses(leaves, query)
+            ct = derivatives(losses.sum() * weight, [*leaves, *shared])
+        after = Random(phi[0].device, self.python)
+        ct_phi, ct_shared = ct[:n], ct[n:]
+        ct_state: Gradients = [None] * len(history[0].state if history else ())
+        ct_hyper: Gradients = [None] * len(hyper)
+        while history and any(c is not None for c in ct_phi):
+            step = history.pop()
+            grads = step.grads or step.phi  # an affine update's pullback needs no gradients
+            direct, ct_grads, next_ct_state, _ = self._pullback(step, grads, ct_phi, ct_state)
+            if not self.first_order:
+                step.random.restore()
+                grads, products = self.hessian_vector_product(step.phi, shared, support, ct_grads)
+                direct, ct_shared = added(direct, products[:n]), added(ct_shared, products[n:])
+            if hyper:
+                ct_hyper = added(ct_hyper, self._pullback(step, grads, ct_phi, ct_state)[3])
+            ct_phi, ct_state = direct, next_ct_state
+        after.restore()
+        return _result(losses, [*ct_phi, *ct_shared, *ct_hyper], n, len(shared))
+
+    def _pullback(
+        self, step: _Step, grads: Sequence[Tensor], ct_phi: Gradients, ct_state: Gradients
+    ) -> tuple[Gradients, Gradients, Gradients, Gradients]:
+        """The cotangents of phi, grads, state and hyper-parameters, from those of the inner optimizer's results."""
+        before = [[t.detach().requires_grad_() for t in group] for group in (step.phi, grads, step.state)]
+        groups: list[list[Tensor]] = [*before, [*self.inner.hyper_parameters()]]
+        with torch.enable_grad():
+            phi, state = self.inner.update(before[0], before[1], tuple(before[2]))
+            pairs = [(y, ct) for y, ct in zip([*phi, *state], [*ct_phi, *ct_state], strict=True) if ct is not None]
+            ct = derivatives([y for y, _ in pairs], [t for group in groups for t in group], [ct for _, ct in pairs])
+        rest = iter(ct)
+        of_phi, of_grads, of_state, of_hyper = ([next(rest) for _ in group] for group in groups)
+        return of_phi, of_grads, of_state, of_hyper
+
+    def hessian_vector_product(
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients
+    ) -> tuple[list[Tensor], Gradients]:
+        """The gradient of S with respect to phi, and the products of [∂²S/∂phi², ∂²S/∂shared∂phi] with v."""
+        product = self._forward_over_reverse if self.hvp == "forward" else self._reverse_over_reverse
+        grads, products = product(phi, shared, batch, v)
+        return with_zeros(grads, phi), products
+
+    def _forward_over_reverse(
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients
+    ) -> tuple[Gradients, Gradients]:
+        with torch.enable_grad(), forward_ad.dual_level():
+            # A tangent has its primal's strides, so an expanded theta becomes a copy for each task.
+            leaves = [p.detach().contiguous().requires_grad_() for p in phi]
+            duals = [p if t is None else forward_ad.make_dual(p, t) for p, t in zip(leaves, v, strict=True)]
+            ct = derivatives(self.batching.losses(duals, batch).sum(), [*duals, *shared])
+            parts = [(None, None) if c is None else forward_ad.unpack_dual(c) for c in ct]
+            return [None if c is None else c.detach() for c, _ in parts[: len(phi)]], [t for _, t in parts]
+
+    def _reverse_over_reverse(
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients
+    ) -> tuple[Gradients, Gradients]:
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in phi]
+            grads = derivatives(self.batching.losses(leaves, batch).sum(), leaves, create_graph=True)
+            pairs = [(g, t) for g, t in zip(grads, v, strict=True) if g is not None and t is not None]
+            products = derivatives([g for g, _ in pairs], [*leaves, *shared], [t for _, t in pairs])
+        return [None if g is None else g.detach() for g in grads], products
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An inner step: parameters and state before it, its gradients and random state, and the parameters after it."""
+
+    phi: list[Tensor]
+    state: tuple[Tensor, ...]
+    grads: list[Tensor] | None
+    random: Random
+    after: list[Tensor]
+
+
+class Random:
+    """A state of the random generators, so that a step that is computed again draws the same dropout masks."""
+
+    def __init__(self, device: torch.device, python: bool = False) -> None:
+        self.device, self.states = device, random_states(device)
+        self.python = (random.getstate(), np.random.get_state()) if python else None
+
+    def restore(self) -> None:
+        set_random_states(self.device, *self.states)
+        if self.python:
+            random.setstate(self.python[0])
+            np.random.set_state(self.python[1])
+
+
+@recordable(has_side_effects=True)
+def random_states(device: torch.device) -> tuple[Tensor, ...]:
+    return torch.get_rng_state(), *((torch.cuda.get_rng_state(device),) if device.type == "cuda" else ())
+
+
+@recordable(has_side_effects=True)
+def set_random_states(device: torch.device, cpu: Tensor, *cuda: Tensor) -> None:
+    torch.set_rng_state(cpu)
+    for state in cuda:
+        torch.cuda.set_rng_state(state, device)
+
+
+def derivatives(
+    outputs: Tensor | list[Tensor],
+    inputs: Sequence[Tensor],
+    ct: list[Tensor] | None = None,
+    create_graph: bool = False,
+) -> Gradients:
+    """`torch.autograd.grad`; None where an input has no part in the outputs, or the outputs have no graph at all."""
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    cts: list[Tensor | None] = list(ct) if ct is not None else [None] * len(outputs)
+    live = [(y, c) for y, c in zip(outputs, cts, strict=True) if y.requires_grad]
+    wanted = [x for x in inputs if x.requires_grad]
+    if not live or not wanted:
+        return [None] * len(inputs)
+    found = iter(
+        torch.autograd.grad(
+            [y for y, _ in live], wanted, [c for _, c in live], create_graph=create_graph, allow_unused=True
+        )
+    )
+    return [next(found) if x.requires_grad else None for x in inputs]
+
+
+def with_zeros(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(b) if a is None else a for a, b in zip(values, like, strict=True)]
+
+
+def added(a: Gradients, b: Gradients) -> Gradients:
+    return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
+
+
+def _result(losses: Tensor, ct: Gradients, n: int, shared: int) -> Result:
+    """A task's part of theta's gradient is summed over the tasks of the chunk."""
+    theta = [None if c is None else c.sum(0) for c in ct[:n]]
+    return Result(losses.detach(), theta, ct[n : n + shared], ct[n + shared :])

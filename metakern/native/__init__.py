@@ -1,0 +1,348 @@
+"""The compiled kernels: whether this installation has them, and one checked call for all of them.
+
+Tensors on the CPU go to C++, in float32 or float64; those on a GPU to the CUDA kernel of the same name and signature,
+in float32 or bfloat16, on PyTorch's current stream. A kernel is named `<op>_<rule>` and described by its signature
+(csrc/kernel.h), from which `call` takes what it checks and what it allocates: "x:TND weight:TD? -> y:TND
+ct_weight:TD?weight" reads
+
+    x:TND           a tensor [T, N, D]; the first tensor with a size sets it, the others must agree
+    gates:TBL4H     a last dimension of four times the size H
+    x:*             any shape, the same for all tensors of the kernel
+    target:TNi      integers, passed on as int64; all other tensors share one dtype
+    weight:TD?      may be None
+    ct_weight:TD?weight    an output made only where the input `weight` is given
+    gates:TBLG=u    an output that takes the memory of the input `u`, which the call uses up
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from importlib import import_module
+from math import prod
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from metakern.native import memory
+from metakern.native.record import recordable
+
+
+def _module(name: str) -> tuple[Any, str]:
+    """A compiled module, or None and why not."""
+    try:
+        return import_module(name), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+C, _missing = _module("metakern._C")
+_cuda, _cuda_missing = _module("metakern._cuda")
+
+DTYPES = frozenset({torch.float32, torch.float64})
+LARGEST_EMPTY = 2**24
+CUDA_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+def obstacle() -> str | None:
+    """Why the C++ kernels can't be used, or None."""
+    if C is None:
+        return (
+            f"the C++ kernels are missing ({_missing}): reinstall where a C++17 compiler is, with METAKERN_NATIVE=cpu"
+        )
+    return None
+
+
+def cuda_obstacle() -> str | None:
+    """Why the CUDA kernels can't be used, or None. Only asks whether there is a device."""
+    if _cuda is None:
+        return f"the CUDA kernels are missing ({_cuda_missing}): reinstall where nvcc is, with METAKERN_NATIVE=cuda"
+    if not torch.cuda.is_available():
+        return "no GPU is present, or this PyTorch was built without CUDA: install one for your driver"
+    return obstacle()
+
+
+class _Argument(NamedTuple):
+    name: str
+    dims: tuple[tuple[int, str], ...]  # a multiple of a size for each dimension; empty for any shape
+    condition: str | None  # after the "?": "" for an input that may be None, or the input that an output goes with
+    indices: bool
+    memory: str  # the input whose memory an output takes, or ""
+
+
+class _Signature(NamedTuple):
+    number: int
+    inputs: list[_Argument]
+    outputs: list[_Argument]
+    names: list[str]  # of all of these
+
+
+@cache
+def signatures() -> dict[str, _Signature]:
+    if C is None:
+        raise RuntimeError(obstacle())
+
+    def parse(text: str) -> _Argument:
+        name, _, dims = text.partition(":")
+        dims, _, memory = dims.partition("=")
+        dims, optional, condition = dims.partition("?")
+        sizes = tuple((int(times or 1), size) for times, size in re.findall(r"(\d*)([A-Z])", dims))
+        return _Argument(name, sizes, condition if optional else None, dims.endswith("i"), memory)
+
+    signatures = {}
+    for number, (kernel, text) in enumerate(C.signatures()):
+        inputs, outputs = ([parse(part) for part in side.split()] for side in text.split("->"))
+        names = [argument.name for argument in (*inputs, *outputs)]
+        signatures[kernel] = _Signature(number, inputs, outputs, names)
+    return signatures
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """The tensor in contiguous memory: forward mode has zeros without any, and a view may be lazily negated."""
+    if tensor._is_zerotensor():
+        tensor = tensor.clone()
+    elif tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _run_on_cpu(
+    kernel: str,
+    dtype: torch.dtype,
+    addresses: list[int],
+    sizes: tuple[int, ...],
+    scalars: Sequence[float],
+    device: torch.device,
+) -> None:
+    number = signatures()[kernel].number
+    C.call(number, dtype == torch.float64, addresses, sizes, scalars, torch.get_num_threads())
+
+
+@cache
+def _cuda_numbers() -> dict[str, int]:
+    if _cuda is None:
+        raise RuntimeError(cuda_obstacle())
+    return {name: number for number, name in enumerate(_cuda.names())}
+
+
+def _run_on_gpu(
+    kernel: str,
+    dtype: torch.dtype,
+    addresses: list[int],
+    sizes: tuple[int, ...],
+    scalars: Sequence[float],
+    device: torch.device,
+) -> None:
+    memory = []  # PyTorch gives it to later work on this stream alone
+
+    def allocate(size: int) -> int:
+        memory.append(torch.empty(size, dtype=torch.uint8, device=device))
+        return memory[-1].data_ptr()
+
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _cuda.call(_cuda_numbers()[kernel], dtype == torch.bfloat16, addresses, sizes, scalars, stream, allocate)
+
+
+class _Device(NamedTuple):
+    dtypes: frozenset[torch.dtype]
+    run: Callable[[str, torch.dtype, list[int], tuple[int, ...], Sequence[float], torch.device], None] | None
+
+
+_DEVICES = {
+    "cpu": _Device(DTYPES, _run_on_cpu),
+    "cuda": _Device(CUDA_DTYPES, _run_on_gpu),
+    "meta": _Device(DTYPES, None),  # tensors without memory can be arranged
+}
+
+
+@recordable()
+def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple[Tensor | None, ...]:
+    """Runs a kernel where its tensors are and returns its outputs.
+
+    Raises ValueError or TypeError, before anything runs, where the inputs do not fit the signature.
+
+    >>> import pytest
+    >>> _ = C or pytest.skip(obstacle())
+    >>> call("gelu_tanh_forward", torch.zeros(3))
+    (tensor([0., 0., 0.]),)
+    """
+    arranged = arrange(kernel, *inputs)
+    device, run = arranged.device, _DEVICES[arranged.device.type].run
+    if run is None:
+        raise ValueError(f"{kernel}: tensors must be on the CPU or a GPU, got {device}")
+    tensors = (*arranged.inputs, *arranged.outputs)
+    addresses = [
+        0 if tensor is None else memory.address(kernel, name, tensor)
+        for name, tensor in zip(signatures()[kernel].names, tensors, strict=True)
+    ]
+    run(kernel, arranged.dtype, addresses, arranged.sizes, scalars, device)
+    return arranged.outputs
+
+
+class Arranged(NamedTuple):
+    """A call of a kernel: its tensors in contiguous memory, and the sizes of its signature."""
+
+    inputs: list[Tensor | None]
+    outputs: tuple[Tensor | None, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def arrange(kernel: str, *inputs: Tensor | None) -> Arranged:
+    """Checks the inputs against the kernel's signature and makes its outputs; tensors of device "meta" will do."""
+    for name, tensor in zip(signatures()[kernel].names, inputs, strict=False):
+        if tensor is not None:
+            memory.check(kernel, name, tensor)
+    layout = _layout(kernel, tuple(None if t is None else (t.shape, t.dtype, t.device) for t in inputs))
+    tensors: list[Tensor | None] = []  # kept, so that the addresses of contiguous copies stay good
+    for indices, tensor in zip(layout.indices, inputs, strict=True):
+        tensors.append(None if tensor is None else in_memory(tensor.long() if indices else tensor))
+
+    def output(made: torch.Size | int | None) -> Tensor | None:
+        if isinstance(made, int):
+            return cast(Tensor, tensors[made]).detach()  # else a view to forward mode
+        return None if made is None else torch.empty(made, dtype=layout.dtype, device=layout.device)
+
+    return Arranged(tensors, tuple(map(output, layout.outputs)), layout.sizes, layout.dtype, layout.device)
+
+
+class _Layout(NamedTuple):
+    """A call of a kernel without its tensors. An output is a shape, the input whose memory it takes, or None."""
+
+    indices: tuple[bool, ...]  # whether an input holds integers
+    outputs: tuple[torch.Size | int | None, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@lru_cache(4096)
+def _layout(kernel: str, inputs: tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]) -> _Layout:
+    """Checks the shapes, dtypes and devices of a kernel's inputs; the same ones mostly come again."""
+    signature = signatures()[kernel]
+    if len(inputs) != len(signature.inputs):
+        raise TypeError(f"{kernel}: inputs must number {len(signature.inputs)}, got {len(inputs)}")
+    name = signature.inputs[0].name
+    if inputs[0] is None or inputs[0][2].type not in _DEVICES:
+        got = None if inputs[0] is None else inputs[0][2]
+        raise ValueError(f"{kernel}: {name} must be on the CPU or a GPU, got {got}")
+    first, dtype, device = inputs[0]
+    dtypes = _DEVICES[device.type].dtypes
+    if dtype not in dtypes:
+        names = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise TypeError(f"{kernel}: {name} must be {names}, got {dtype}")
+    sizes: dict[str, int] = {}
+    for argument, given in zip(signature.inputs, inputs, strict=True):
+        name, dims, condition, indices, _ = argument
+        if given is None:
+            if condition is None:
+                raise TypeError(f"{kernel}: {name} must be a tensor, got None")
+            continue
+        shape, own_dtype, own_device = given
+        if own_dtype != dtype and not indices:
+            raise TypeError(f"{kernel}: {name} must be {dtype} like the other tensors, got {own_dtype}")
+        if own_device != device:
+            where = "the CPU" if device.type == "cpu" else device
+            raise ValueError(f"{kernel}: {name} must be on {where}, got {own_device}")
+        if not dims:
+            fits = shape == first
+        else:
+            fits = len(shape) == len(dims)
+            for (times, dim), size in zip(dims, shape, strict=False):
+                fits = fits and times * sizes.setdefault(dim, size // times) == size
+        if not fits:
+            letters = "".join(f"{times if times > 1 else ''}{dim}" for times, dim in dims)
+            expected: Any = f"{letters} with {sizes}" if sizes else list(first)
+            raise ValueError(f"{kernel}: {name} must have shape {expected}, got {list(shape)}")
+    if not sizes:
+        sizes["*"] = first.numel()
+    # Sizes of what has elements are bounded by memory; a tensor without any may claim to have a size of 2**62.
+    if 0 in sizes.values() and prod(max(size, 1) for size in sizes.values()) > LARGEST_EMPTY:
+        raise ValueError(f"{kernel}: sizes must multiply to at most {LARGEST_EMPTY} beside a size of 0, got {sizes}")
+    place = {argument.name: i for i, argument in enumerate(signature.inputs)}
+
+    def output(argument: _Argument) -> torch.Size | int | None:
+        if argument.memory:
+            return place[argument.memory]
+        if argument.condition is not None and inputs[place[argument.condition]] is None:
+            return None
+        return torch.Size([times * sizes[dim] for times, dim in argument.dims]) if argument.dims else first
+
+    outputs = tuple(map(output, signature.outputs))
+    return _Layout(tuple(a.indices for a in signature.inputs), outputs, tuple(sizes.values()), dtype, device)
+
+
+def has_fast_products() -> bool:
+    """Whether `product` is faster than torch.bmm here, whose library uses AVX-512 on Intel's CPUs only."""
+    return C is not None and C.isa() == "avx512" and not C.is_intel()
+
+
+@recordable()
+def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False, scale: float = 1.0) -> Tensor:
+    """add + scale a b of CPU tensors [T, M, K] and [T, K, N]; `add` is expanded to [T, M, N], overwritten with `reuse`.
+
+    >>> import pytest
+    >>> _ = C or pytest.skip(obstacle())
+    >>> product(torch.ones(2, 1, 3), torch.ones(1, 3, 1).expand(2, 3, 1)).flatten()
+    tensor([3., 3.])
+    """
+    arranged = arrange_product(a, b, add, reuse)
+    if a.device.type != "cpu":
+        raise ValueError(f"product: a must be on the CPU, got {a.device}")
+    a, b, add, c = arranged.tensors
+    if not c.numel():
+        return c
+    addresses = [
+        memory.address("product", "a", a),
+        memory.address("product", "b", b),
+        0 if add is None else memory.address("product", "add", add),
+        memory.address("product", "the result", c),
+    ]
+    is_double, threads = a.dtype == torch.float64, torch.get_num_threads()
+    C.product(is_double, addresses, arranged.sizes, arranged.strides, scale, threads)
+    return c
+
+
+class ArrangedProduct(NamedTuple):
+    """A product: a, b, what is added, and the result; the sizes T, M, N, K; the strides that csrc/product.h wants."""
+
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor]
+    sizes: tuple[int, int, int, int]
+    strides: tuple[int, ...]
+
+
+def arrange_product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False) -> ArrangedProduct:
+    """Checks the operands of `product` and makes its result; tensors of device "meta" will do."""
+    memory.check("product", "a", a)
+    memory.check("product", "b", b)
+    if a.dim() != 3 or b.dim() != 3:
+        raise ValueError(f"product: a and b must be [T, M, K] and [T, K, N], got {list(a.shape)} and {list(b.shape)}")
+    (T, M, K), N = a.shape, b.shape[2]
+    if b.shape[:2] != (T, K) or a.dtype not in DTYPES or b.dtype != a.dtype:
+        raise ValueError(f"product: b must be {[T, K, N]} of {a.dtype}, got {list(b.shape)} of {b.dtype}")
+    if b.device != a.device:
+        raise ValueError(f"product: b must be on {a.device} like a, got {b.device}")
+    a, b = _one_unit_stride(a), _one_unit_stride(b)
+    add_strides: tuple[int, ...] = (0, 0)
+    if add is not None:
+        memory.check("product", "add", add)
+        if add.dtype != a.dtype or add.device != a.device:
+            raise ValueError(f"product: add must be {a.dtype} on {a.device}, got {add.dtype} on {add.device}")
+        add = add.expand(T, M, N)
+        if add._is_zerotensor():
+            add = None
+        else:
+            add = add.resolve_neg()
+            add = add if add.stride(2) == 1 or N == 1 else add.contiguous()
+            add_strides = add.stride()[:2]
+    c = add if reuse and add is not None and add.is_contiguous() else a.new_empty(T, M, N)
+    return ArrangedProduct((a, b, add, c), (T, M, N, K), (*a.stride(), *b.stride(), *add_strides))
+
+
+def _one_unit_stride(x: Tensor) -> Tensor:
+    x = x.clone() if x._is_zerotensor() else x.resolve_neg()
+    return x if 1 in x.stride()[1:] else x.contiguous()

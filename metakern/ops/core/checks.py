@@ -1,0 +1,82 @@
+"""Checks of arguments that the ops share. Every message reads `<op>: <argument> must <rule>, got <value>`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakern.native import memory
+from metakern.native.record import recordable
+
+
+def tensor(op: str, name: str, value: Any) -> None:
+    """A dense tensor whose memory can be read."""
+    if torch.compiler.is_dynamo_compiling():  # whose tensors have no storage
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    else:
+        memory.check(op, name, value)
+
+
+def floating(op: str, **tensors: Tensor | None) -> None:
+    """All present tensors are floating point, of one dtype and on one device; the first one sets both."""
+    first: Tensor | None = None
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        tensor(op, name, value)
+        if not value.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}")
+        if first is None:
+            first = value
+        elif value.dtype != first.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype {first.dtype} of the other arguments, got {value.dtype}")
+        elif value.device != first.device:
+            raise ValueError(f"{op}: {name} must be on {first.device} like the other arguments, got {value.device}")
+
+
+def indices(op: str, name: str, value: Tensor, device: torch.device) -> None:
+    tensor(op, name, value)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: {name} must be int64 or int32, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{op}: {name} must be on {device} like the other arguments, got {value.device}")
+
+
+def shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{op}: {name} must have shape {meaning} = {list(expected)}, got {list(value.shape)}")
+
+
+def tasks(op: str, x: Tensor, features: str, **parameter: tuple[Tensor, str]) -> int | None:
+    """T where a parameter is a task's own, [T, *sizes] with x [T, ..., D]; None where it is shared, with x [..., D].
+
+    `features` names the last dimension of x and of the parameter, `sizes` the parameter's dimensions without tasks.
+    """
+    ((name, (value, sizes)),) = parameter.items()
+    own = value.dim() - sizes.count(",") - 1
+    if own not in (0, 1):
+        raise ValueError(f"{op}: {name} must have shape [{sizes}] or [T, {sizes}], got {list(value.shape)}")
+    if x.dim() < 1 + own or x.shape[-1] != value.shape[-1] or x.shape[:own] != value.shape[:own]:
+        meaning = f"[T, ..., {features}] = [{value.shape[0]}" if own else f"[..., {features}] = ["
+        raise ValueError(f"{op}: x must have shape {meaning}{', ' * own}..., {value.shape[-1]}], got {list(x.shape)}")
+    return value.shape[0] if own else None
+
+
+def below(op: str, name: str, value: Tensor, high: int, ignored: int | None = None) -> None:
+    """Indices lie in [0, high), but for the ignored one. Looks on the CPU only: a GPU would have to be waited for."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):  # as inside of vmap
+        value = torch._C._functorch.get_unwrapped(value)
+    if value.device.type == "cpu":
+        all_below(op, name, value, high, ignored)
+
+
+@recordable()
+def all_below(op: str, name: str, value: Tensor, high: int, ignored: int | None) -> None:
+    wrong = (value < 0) | (value >= high)
+    if ignored is not None:
+        wrong &= value != ignored
+    if wrong.any():
+        raise ValueError(f"{op}: {name} must be in [0, {high}), got {value[wrong][0].item()}")

@@ -1,0 +1,24 @@
+"""The backend "triton": an op's kernels are in `metakern/ops/<op>/triton.py`, which is imported when first called.
+
+Those of all updates are in `foreach.py`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from metakern.ops.core.rules import Rules
+
+DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def rules(op: str, module: str = "") -> Rules:
+    """The rules of `metakern.ops.<op>.triton`, its RULES, or of another module of `metakern.ops`."""
+
+    def rule(name: str) -> Any:
+        return lambda *args: getattr(import_module(f"metakern.ops.{module or f'{op}.triton'}").RULES, name)(*args)
+
+    return Rules(rule("forward"), rule("jvp"), rule("vjp"), rule("vjp_jvp"), DTYPES)

@@ -1,0 +1,164 @@
+"""Formulas of the tensors of many parameters, element by element, in one launch, as apex's multi-tensor kernels do it.
+
+| table | of | shape |
+|---|---|---|
+| addresses | an input's or an output's tensors | [count], int64 |
+| inner | the elements of a parameter that share a value of an input: those of a task | [count], int64 |
+| sizes, starts | the elements of a parameter, and the first of its blocks | [count], int64 |
+| owners | the parameter that a block is of | [blocks], int32 |
+
+Tables are kept for the tensors that they were made of: a training loop gets the same memory again and again, and then
+nothing is copied to the device.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from metakern.native import memory
+from metakern.ops.core.formula import Program
+from metakern.ops.core.rules import Tensors
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, wide
+from metakern.ops.core.updates import rules
+
+BLOCKS = (8, 8) if INTERPRETED else (2048, 1024)  # the second where so many inputs would not fit into registers
+MANY = 12
+TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+Input = tuple[Tensor, ...] | float  # a tensor [T, ...] for each parameter, or its values [T] for tasks; a number
+
+
+@triton.jit
+def _values(entry, i, at, inside, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Of an input: a table of addresses, with or without one of `inner`, or of one number.
+
+    Beyond the end values are 1, so that no formula divides by zero there.
+    """
+    if entry[0].dtype.element_ty == tl.float64:
+        x = tl.load(entry[0]) if TYPE is tl.float64 else tl.load(entry[0]).to(tl.float32)
+    else:
+        x_ptr = tl.load(entry[0] + i).to(tl.pointer_type(TYPE))
+        if len(entry) == 1:
+            x = wide(tl.load(tl.multiple_of(x_ptr, ALIGNED) + at, inside, other=1.0))
+        else:
+            x = wide(tl.load(x_ptr + at // tl.load(entry[1] + i), inside, other=1.0))
+    return x
+
+
+@triton.jit
+def _kernel(
+    inputs,
+    outputs,
+    size_ptr,
+    start_ptr,
+    owner_ptr,
+    F: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """y = F(*x).
+
+    ALIGNED divides all addresses and sizes: 16 lets a thread load and store 16 bytes at once.
+    """
+    program = tl.program_id(0)
+    i = tl.load(owner_ptr + program)
+    at = (program - tl.load(start_ptr + i)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < tl.multiple_of(tl.load(size_ptr + i), ALIGNED)
+    y = F(*[_values(entry, i, at, inside, TYPE, ALIGNED) for entry in inputs])
+    for k in tl.static_range(OUTPUTS):
+        y_ptr = tl.multiple_of(tl.load(outputs[k] + i).to(tl.pointer_type(TYPE)), ALIGNED)
+        tl.store(y_ptr + at, y[k].to(TYPE), inside)
+
+
+@triton.jit
+def root(a):
+    return tl.sqrt(tl.where(a < 0, 0.0, a))
+
+
+@triton.jit
+def over(a, b):
+    return tl.where(b == 0, 0.0, a / tl.where(b == 0, 1.0, b))
+
+
+@cache
+def function(program: Program) -> Any:
+    """The program as a function that kernels call; Triton reads its text where Python's tracebacks do."""
+    file = f"<{program.name} {hash(program.text):x}>"
+    linecache.cache[file] = (len(program.text), None, program.text.splitlines(keepends=True), file)
+    names = {"__name__": __name__, "root": root, "over": over}
+    exec(compile(program.text, file, "exec"), names)
+    return triton.jit(names["f"])
+
+
+def foreach(program: Program, values: Mapping[str, Input], like: Tensors) -> list[Tensors]:
+    """The outputs that the program gives, each a tensor for every one of `like`."""
+    device = like[0].device
+    x = [contiguous(*a) if isinstance(a, tuple) else a for a in map(values.__getitem__, program.inputs)]
+    y = [tuple(torch.empty(p.shape, dtype=p.dtype, device=device) for p in like) for _ in range(sum(program.given))]
+    if not y:
+        return []
+    sizes = tuple(p.numel() for p in like)
+    block = BLOCKS[len(x) > MANY]
+    starts, owners = blocks(sizes, block, device)
+    addresses = [
+        tuple(memory.address(program.name, "every tensor", t) for t in a) if isinstance(a, tuple) else None
+        for a in (*x, *y)
+    ]
+
+    def tables(a: Input, address: tuple[int, ...] | None) -> tuple[Tensor, ...]:
+        if not isinstance(a, tuple) or address is None:
+            return (table((a,), device),)
+        inner = tuple(size // max(t.numel(), 1) for size, t in zip(sizes, a, strict=True))
+        return (table(address, device), table(inner, device)) if max(inner) > 1 else (table(address, device),)
+
+    launch(
+        _kernel,
+        (len(owners),),
+        device,
+        tuple(tables(a, address) for a, address in zip(x, addresses, strict=False)),
+        tuple(table(address, device) for address in addresses[len(x) :] if address is not None),
+        table(sizes, device),
+        starts,
+        owners,
+        F=function(program),
+        OUTPUTS=len(y),
+        TYPE=TYPES[like[0].dtype],
+        ALIGNED=16 if all(n % 16 == 0 for ns in (sizes, *addresses) if ns is not None for n in ns) else 1,
+        BLOCK=block,
+        num_warps=8,
+    )
+    return y
+
+
+@lru_cache(maxsize=1024)
+def table(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
+    """The values on a device, copied there without waiting for it."""
+    dtype = torch.float64 if isinstance(values[0], float) else torch.int64
+    table = torch.tensor(values, dtype=dtype, device="cpu")
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+
+
+@lru_cache(maxsize=64)
+def blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """starts and owners."""
+    counts = torch.tensor([cdiv(size, block) for size in sizes], device="cpu")
+    owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), counts)
+    return (counts.cumsum(0) - counts).to(device), owners.to(device)
+
+
+RULES = rules(foreach, merged=False)

@@ -1,0 +1,97 @@
+"""What kernels and their launchers share: the launch, the block sizes, and the dtype that accumulates."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from metakern.native import in_memory, memory
+from metakern.ops.core.rules import Tensors
+
+# In the interpreter blocks are so small that the tensors of tests have several, and a tail.
+INTERPRETED = triton.knobs.runtime.interpret
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        """As in Triton 3.6, whose scalars are arrays of one element; NumPy 2.4 makes no index of these."""
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def _call(self: Any, *args: Any, **options: Any) -> Any:
+        """A function called by a kernel. Patching the language again for each call takes most of the kernel's time."""
+        if tl.core.is_builtin(tl.core.full):
+            interpreter._patch_lang(tl.zeros.fn)  # whose module has tl.core
+        return self.rewrite()(*args, **options)
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+    interpreter.InterpretedFunction.__call__ = _call
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+    """kernel[grid](*args, **options) on the tensors' device; nothing where the grid is empty."""
+    if all(grid):
+        check(kernel, device, *args)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](*args, **options)
+
+
+def check(kernel: Any, device: torch.device, *args: Any) -> None:
+    """Raises ValueError for a tensor whose memory is gone, and for one elsewhere, whose address means nothing here."""
+
+    def look(name: str, value: Any) -> None:
+        if isinstance(value, tuple):
+            for part in value:
+                look(name, part)
+        elif isinstance(value, torch.Tensor):
+            memory.check(op, name, value)
+            memory.address(op, name, value)
+            if value.device != device:
+                raise ValueError(f"{op}: {name} must be on {device} like the other arguments, got {value.device}")
+
+    op = kernel.__name__.strip("_")
+    for name, value in zip(kernel.arg_names, args, strict=False):
+        look(name, value)
+
+
+def shared_memory(device: torch.device) -> int:
+    """The bytes of shared memory that a program may have on a GPU; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+def precision() -> str:
+    """How products of float32 are taken: to full precision, unless PyTorch is told that less will do."""
+    if torch.version.hip:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    chosen = getattr(matmul, "fp32_precision", None)  # since PyTorch 2.9; where it is used, reading allow_tf32 raises
+    return "tf32" if chosen == "tf32" or (chosen is None and matmul.allow_tf32) else "tf32x3"
+
+
+def contiguous(*tensors: torch.Tensor | None) -> Tensors:
+    """The tensors as kernels want them: None stays None."""
+    for tensor in tensors:
+        if tensor is not None:
+            memory.check("triton", "every tensor of a kernel", tensor)
+    return tuple(None if tensor is None else in_memory(tensor) for tensor in tensors)
+
+
+def cdiv(a: int, b: int) -> int:
+    """The number of blocks of b that cover a."""
+    return -(-a // b)
+
+
+@triton.jit
+def wide(x):
+    """x in the dtype that accumulates it."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)

@@ -1,0 +1,144 @@
+"""Puts metakern's modules and ops into a model of torch.nn's or Hugging Face's, in place, and takes them out again.
+
+A replaced module keeps its attributes: only the class of the object changes. Parameters, buffers, hooks, names and
+modes are the very same, optimizers go on with them, and copies and pickles of a patched model are patched.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from metakern.nn.activation import GELU, SiLU
+from metakern.nn.attention import MultiheadAttention, extra_keys
+from metakern.nn.linear import Linear
+from metakern.nn.lora import FORMER
+from metakern.nn.norm import LayerNorm, RMSNorm
+from metakern.nn.recurrent import GRU, LSTM, RNN
+from metakern.nn.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
+from metakern.patching import huggingface
+from metakern.patching.huggingface import Fused
+from metakern.patching.report import Left, Replaced, Report
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.RNN: RNN,
+    nn.GRU: GRU,
+    nn.LSTM: LSTM,
+    nn.LayerNorm: LayerNorm,
+    nn.RMSNorm: RMSNorm,
+    nn.GELU: GELU,
+    nn.SiLU: SiLU,
+    nn.Linear: Linear,
+    nn.MultiheadAttention: MultiheadAttention,
+    nn.TransformerEncoder: TransformerEncoder,
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
+}
+
+
+def patch(model: nn.Module) -> Report:
+    """Puts metakern into `model`, in place: the same outputs to rounding. Done twice is done once.
+
+    Of torch.nn: RNN, GRU, LSTM, LayerNorm, RMSNorm, GELU, SiLU, Linear, MultiheadAttention, Transformer layers.
+
+    Of Hugging Face's transformers, from 4.53 on: attention by way of the library's own interface, with the model's
+    window and the padding mask, [B, L_k], so that there is no L x L matrix; rotary embeddings; RMS norms; gated MLPs;
+    activations; Conv1D; the loss of a causal language model. Attention that `metakern.ops.attention` does not compute,
+    such as active dropout, capped scores or the caller's own mask, takes the model's eager formula. A query that sees
+    no key, as at a padded place, gives zeros.
+
+    Left alone, and reported with the reason, is what may compute something else: subclasses, modules whose `forward`
+    was replaced, LSTMs with projections, modules of transformers that no rule knows. Raises TypeError where `model` is
+    not a module, ValueError where it is compiled or quantized.
+
+    >>> import metakern as mk, torch
+    >>> layers = torch.nn.LayerNorm(4), torch.nn.LSTM(4, 8), torch.nn.LSTM(8, 8), torch.nn.LSTM(8, 8, proj_size=2)
+    >>> model = torch.nn.ModuleList(layers)
+    >>> print(mk.patch(model))
+    3 replaced, 1 left
+      0  torch.nn.LayerNorm -> metakern.nn.LayerNorm
+      *  2 x torch.nn.LSTM -> metakern.nn.LSTM
+      3  torch.nn.LSTM left: proj_size must be 0, got 2
+    """
+    replaced: list[Replaced] = []
+    left: list[Left] = []
+    modules = _modules("patch", model)
+    for _, module in modules:
+        _check(module)
+    for row in huggingface.attach(modules):
+        (replaced if isinstance(row, Replaced) else left).append(row)  # type: ignore[arg-type]
+    foreign = {id(part) for _, pretrained in huggingface.pretrained(modules) for part in pretrained.modules()}
+    for path, module in modules:
+        kind, why = type(module), _obstacle(module)
+        new = None if why else _CLASSES.get(kind)
+        if id(module) in foreign and not (new or why or kind in _CLASSES.values()):
+            new, why = huggingface.replacement(module)
+        if new:
+            module.__dict__[FORMER], module.__class__ = kind, new
+            replaced.append(Replaced(path, _name(kind), _name(new)))
+        if why:
+            left.append(Left(path, _name(kind), why))
+    left.extend(huggingface.missing(modules))
+    return Report(tuple(replaced), tuple(left))
+
+
+def unpatch(model: nn.Module) -> Report:
+    """Takes back what `patch` did to `model`. Modules that were metakern's from the start stay so.
+
+    >>> import metakern as mk, torch
+    >>> model = torch.nn.GRU(2, 3)
+    >>> _ = mk.patch(model)
+    >>> print(mk.unpatch(model))
+    1 replaced, 0 left
+      (model)  metakern.nn.GRU -> torch.nn.GRU
+    """
+    modules = _modules("unpatch", model)
+    replaced = []
+    for path, module in modules:
+        former = module.__dict__.pop(FORMER, None)
+        if former is not None:
+            replaced.append(Replaced(path, _name(type(module)), _name(former)))
+            module.__class__ = former
+    return Report((*huggingface.detach(modules), *replaced))
+
+
+def _modules(verb: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb}: model must be a torch.nn.Module, got {type(model).__name__}")
+    return list(model.named_modules())
+
+
+def _check(module: nn.Module) -> None:
+    if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+        raise ValueError("patch: model must not be compiled, got a compiled one: patch it first, then compile it")
+    if getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None) is not None:
+        raise ValueError(f"patch: model must not be quantized, got a {type(module).__name__} that is")
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why a module that is one of torch.nn's, or derives from one, can't be replaced; None for every other module."""
+    kind = type(module)
+    ours = (*_CLASSES.values(), NonDynamicallyQuantizableLinear, Fused)  # the second: MultiheadAttention calls it never
+    if isinstance(module, ours) or not isinstance(module, tuple(_CLASSES)):
+        return None
+    if kind not in _CLASSES:
+        return "a subclass, which may compute something else"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    if isinstance(module, nn.LSTM) and module.proj_size:
+        return f"proj_size must be 0, got {module.proj_size}"
+    if isinstance(module, nn.MultiheadAttention):
+        return extra_keys(module)
+    if isinstance(module, nn.TransformerEncoder):
+        kinds = {type(layer) for layer in module.layers} - {nn.TransformerEncoderLayer, TransformerEncoderLayer}
+        return f"its layers must be torch.nn's, got {min(k.__name__ for k in kinds)}" if kinds else None
+    return None
+
+
+def _name(kind: type) -> str:
+    """The name that a class is known by, or the ops that it runs."""
+    if issubclass(kind, Fused):
+        return kind.runs
+    package = "torch.nn" if kind in _CLASSES else "metakern.nn" if kind in _CLASSES.values() else kind.__module__
+    package = "transformers" if package.startswith("transformers.") else package
+    return f"{package}.{kind.__qualname__}"
