@@ -36,7 +36,7 @@ smoke: .venv/dev
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/smoke/dist . > build.log 2>&1 || (cat build.log; exit 1)
 	$(PYTHON) requirements/install.py build/smoke/env core "$(TORCH)" --wheel build/smoke/dist/*.whl
 	build/smoke/env/bin/pip check
-	cd build/smoke && env -i PATH=/nonexistent env/bin/python ../../tests/smoke.py
+	cd build/smoke && env -i PATH=/nonexistent env/bin/python ../../tests/package/smoke.py
 
 # The site, in build/site.
 docs: .venv/dev

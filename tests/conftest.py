@@ -5,10 +5,13 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import re
+import shutil
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from installing import ROOT
 
 from metakern import native
 
@@ -64,3 +67,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     assert native.C.isa() == request.param
     yield request.param
     native.C.set_isa(best)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what a build needs, to build in."""
+    for name in ("csrc", "metakern"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "README.md").touch()
+    return tmp_path

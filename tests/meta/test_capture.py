@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_maml import MODELS, assert_equal, build, gradients, mlp, plain_loss, points, regression_loss, sgd, tokens
+from models import (
+    KINDS,
+    assert_equal,
+    build,
+    calls_of,
+    gradients,
+    mlp,
+    plain_loss,
+    points,
+    regression_loss,
+    sgd,
+    tokens,
+)
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
@@ -19,21 +31,6 @@ from metakern.meta import capture
 from metakern.meta.capture.recorder import RecordError, record
 from metakern.meta.capture.rewrite import rewritten
 from metakern.meta.unroll import Random
-
-KINDS = [(name, batching) for name, entry in MODELS.items() for batching in entry[3] if not name.startswith("hf")]
-
-
-def calls_of(maml: mk.MAML) -> list[int]:
-    """A list that grows with each ordinary run."""
-    calls: list[int] = []
-    run = maml._meta_gradient
-
-    def counted(*args: Any) -> Any:
-        calls.append(1)
-        return run(*args)
-
-    maml._meta_gradient = counted  # type: ignore[method-assign]
-    return calls
 
 
 @pytest.mark.parametrize("strategy", ["store", "recompute"])

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_capture import KINDS
-from test_maml import build, points, regression_loss, tokens
+from models import KINDS, build, points, regression_loss, tokens
 from torch import Tensor
 
 import metakern as mk

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from installing import ROOT, build, run
 
 import metakern as mk
 
@@ -18,30 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
-def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | environment
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A copy of what a build needs, to build in."""
-    for name in ("csrc", "metakern"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "README.md").touch()
-    return tmp_path
-
-
-def build(source: Path, native: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    script = "import sys; sys.modules['torch'] = None; exec(open('setup.py').read())"
-    arguments = ("bdist_wheel", "--dist-dir", "dist")
-    return run(sys.executable, "-c", script, *arguments, cwd=source, METAKERN_NATIVE=native, **environment)
 
 
 def contents(source: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Compiles an op's Triton kernels for GPUs that are not here: `python tests/ahead_of_time.py OP` prints JSON.
+"""Compiles an op's Triton kernels for GPUs that are not here: `python tests/ops/ahead_of_time.py OP` prints JSON.
 
 The op runs on tensors without memory, of the shapes that `compiled` of its `triton.py` asks for, at both orders and in
 both modes. Instead of running, each launch is compiled, with the argument types, constants and options that it has.

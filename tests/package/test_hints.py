@@ -14,10 +14,7 @@ from metakern.cli import _parser
 from metakern.dialogue.config import Config
 
 PACKAGE = Path(metakern.__file__).parent
-FILES = [
-    *(PACKAGE / f"{name}.py" for name in ("chat", "cli", "config", "evaluate", "run", "trainer")),
-    *sorted((PACKAGE / "dialogue").rglob("*.py")),
-]
+FILES = [PACKAGE / "cli.py", *sorted((PACKAGE / "dialogue").rglob("*.py"))]
 OTHERS = {"--no-deps"}  # of pip
 
 

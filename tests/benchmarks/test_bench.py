@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_package import ROOT, build, source  # noqa: F401, a fixture
+from installing import ROOT, build
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -318,7 +318,7 @@ def test_a_case_under_pytest_benchmark(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_brings_the_benchmarks_along(source, tmp_path):  # noqa: F811
+def test_an_installed_wheel_brings_the_benchmarks_along(source, tmp_path):
     shutil.copytree(ROOT / "benchmarks", source / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
     assert build(source, "none").returncode == 0
     (wheel,) = (source / "dist").iterdir()

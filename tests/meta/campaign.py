@@ -1,7 +1,7 @@
 """A campaign against "exact, or an error says why": random models, losses, batches, and changes between calls.
 
-    python tests/campaign.py --runs 2000 --seed 0        seeds 0 to 1999; one line for each failure
-    python tests/campaign.py --runs 1 --seed 17          one of them again
+    python tests/meta/campaign.py --runs 2000 --seed 0        seeds 0 to 1999; one line for each failure
+    python tests/meta/campaign.py --runs 1 --seed 17          one of them again
 
 A run draws a model, a loss, an inner optimizer and settings (`campaign_worlds`), and calls one `metakern.MAML`, with
 one to three changes in between. After each call the value and the meta-gradient must be those of plain autograd in
@@ -13,7 +13,7 @@ states must be what they were. Everything else is a failure:
     changed     something of the user's is not what it was
     crashed     the process died, or did not come back
 
-Runs go on in a process of their own, so that a crash is one line too. `tests/test_campaign.py` makes a few.
+Runs go on in a process of their own, so that a crash is one line too. `tests/meta/test_campaign.py` makes a few.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_lora_linear import Storages
-from test_maml import T, assert_equal, gradients, hugging_face, plain_loss, regression_loss, sgd, tokens, tokens_loss
+from models import T, assert_equal, gradients, hugging_face, plain_loss, regression_loss, sgd, tokens, tokens_loss
+from storages import Storages
 from torch import Tensor, nn
 
 import metakern as mk

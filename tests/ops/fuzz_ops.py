@@ -1,6 +1,6 @@
 """Calls every op on tensors that no kernel may read, in a process of its own: each call gives a result or an error.
 
-    python tests/fuzz_ops.py SEED ROUNDS [BACKEND ...]        prints how many calls there were; a signal is a failure
+    python tests/ops/fuzz_ops.py SEED ROUNDS [BACKEND ...]      prints how many calls there were; a signal is a failure
 
 An argument's storage is freed or cut short, before the call or between the call and its derivatives; it is expanded,
 overlaps, has no elements but sizes of 2**62, is on the device "meta", fake, sparse, nested, complex, a subclass that

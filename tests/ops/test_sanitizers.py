@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 def library(name: str) -> str:
@@ -33,7 +33,7 @@ def test_no_kernel_leaves_its_memory(tmp_path: Path) -> None:
     preload = f"{library('libasan.so')}:{library('libstdc++.so')}"
     options = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     fuzz = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "fuzz.py"), str(built), "3000"],
+        [sys.executable, str(ROOT / "tests" / "ops" / "fuzz.py"), str(built), "3000"],
         cwd=ROOT,
         env=os.environ | options | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -1,6 +1,6 @@
 """Calls every compiled kernel at sizes, strides and numbers that hypothesis draws; test_sanitizers.py runs it.
 
-    python tests/fuzz.py LIBRARY EXAMPLES        with LIBRARY a build of metakern._C by METAKERN_SANITIZE=1
+    python tests/ops/fuzz.py LIBRARY EXAMPLES        with LIBRARY a build of metakern._C by METAKERN_SANITIZE=1
 
 Results are not looked at: every tensor is an allocation of its own, so that a step beyond one is seen. NaN, infinities,
 absent tensors, and indices and lengths far out of range are among the numbers.

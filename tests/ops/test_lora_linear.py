@@ -9,31 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as fwd
+from storages import Storages
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import metakern as mk
 from metakern.ops.core.spec import Make
 
 BACKENDS = [name for name in ("reference", "cpu") if mk.backends()[name] == "available"]
 T, N, SIZE, OUT, R = 3, 2, 30, 40, 2
-
-
-class Storages(TorchDispatchMode):
-    """The numbers of elements of all storages that operations give, and how often a product takes a tensor."""
-
-    def __init__(self, watched: Tensor) -> None:
-        super().__init__()
-        self.elements, self.products, self.pointer = 0, 0, watched.data_ptr()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.data_ptr() != self.pointer:
-                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm):
-            self.products += any(isinstance(a, Tensor) and a.data_ptr() == self.pointer for a in args)
-        return out
 
 
 def reverse_over_reverse(loss: Callable, inputs: list[Tensor]) -> tuple[Tensor, ...]:

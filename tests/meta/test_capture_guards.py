@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_maml import assert_equal, gradients, plain_loss, points, sgd
+from models import assert_equal, gradients, plain_loss, points, sgd
 from torch import Tensor, nn
 
 import metakern as mk

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_capture import calls_of
+from models import calls_of
 from torch import Tensor, nn
 from torch.func import functional_call
 

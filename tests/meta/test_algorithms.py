@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from test_maml import assert_equal, build, gradients, plain_loss, sgd
+from models import assert_equal, build, gradients, plain_loss, sgd
 
 import metakern as mk
 

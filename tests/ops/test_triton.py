@@ -22,7 +22,7 @@ from metakern.ops.core.spec import Make, Sample, Spec
 
 pytestmark = pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 OPS = [name for name, spec in SPECS.items() if "triton" in spec.op.kernels]
 SHARED_BYTES = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
@@ -116,7 +116,7 @@ def differentiable(value: Any) -> bool:
 def test_kernels_compile_for_every_gpu(op: str) -> None:
     """At real sizes and dtypes, within the chip's shared memory and the launch's limits, in registers alone."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = (sys.executable, "tests/ahead_of_time.py", op)
+    command = (sys.executable, "tests/ops/ahead_of_time.py", op)
     result = subprocess.run(
         command, cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )

@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: what the compiler says of them, and what they compute on an emulated one.
 
-`tests/cuda_emulation` compiles `csrc/cuda` as it stands, launcher and bindings included, for a GPU whose threads are
+`cuda_emulation` compiles `csrc/cuda` as it stands, launcher and bindings included, for a GPU whose threads are
 fibers; here the recurrent ops run on it and are held against the reference in float64.
 """
 
@@ -30,7 +30,7 @@ from benchmarks.gpu.recurrent import CELLS, problem
 from metakern import native
 from metakern.ops.core import backend
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 every_cell = pytest.mark.parametrize("cell", CELLS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -85,8 +85,8 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     pybind11 = pytest.importorskip("pybind11")
     folder = tmp_path_factory.mktemp("emulation")
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += [f"-I{ROOT}/tests/cuda_emulation", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    sources = [*ROOT.glob("csrc/cuda/*.c*"), *ROOT.glob("tests/cuda_emulation/*.cpp")]
+    flags += [f"-I{ROOT}/tests/ops/cuda_emulation", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    sources = [*ROOT.glob("csrc/cuda/*.c*"), *ROOT.glob("tests/ops/cuda_emulation/*.cpp")]
     sources = [source for source in sources if source.suffix != ".cuh"]
 
     def compiled(source: Path) -> str:
