@@ -1,0 +1,76 @@
+"""The folder tree says what depends on what: imports point downwards, and private names stay in their room."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import metakern
+
+PACKAGE = Path(metakern.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+# From the lowest to the highest; those of a line know nothing of each other.
+LAYERS = [
+    ("errors", "tested"),
+    ("io", "native"),
+    ("ops",),
+    ("nn", "optim"),
+    ("adapters", "patching"),
+    ("losses",),
+    ("meta",),
+    ("diagnosis", "compat"),
+    ("dialogue",),
+    ("cli",),
+    ("__init__", "__main__"),
+]
+HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
+# Only when it is asked for: where derivatives are lost the engine has the doctor say in which module.
+ASKED_FOR = {("meta/plan.py", "diagnosis")}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each module of metakern that a file imports, and the names that it takes from there."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "metakern":
+            yield node.module or "", [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names if alias.name.split(".")[0] == "metakern")
+
+
+def rooms(module: str, names: list[str]) -> set[str]:
+    parts = module.split(".")
+    return {parts[1]} if len(parts) > 1 else set(names) & HEIGHT.keys()
+
+
+def test_every_room_has_a_place() -> None:
+    assert {room(path) for path in FILES} == HEIGHT.keys()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_downwards(path: Path) -> None:
+    own, file = room(path), path.relative_to(PACKAGE).as_posix()
+    for module, names in imports(path):
+        for other in rooms(module, names):
+            below = other == own or HEIGHT[other] < HEIGHT[own]
+            assert below or (file, other) in ASKED_FOR, f"{file} imports {other}, which is not below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_private_names_stay_in_their_room(path: Path) -> None:
+    modules: dict[str, str] = {}
+    for module, names in imports(path):
+        if rooms(module, names) != {room(path)}:
+            private = [name for name in names if name.startswith("_") and not name.startswith("__")]
+            assert not private, f"{module} keeps {private} to itself"
+            modules |= dict.fromkeys(names, module)
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            if (PACKAGE.parent / modules[node.value.id].replace(".", "/") / f"{node.value.id}.py").exists():
+                assert not node.attr.startswith("_"), f"{node.value.id} keeps {node.attr} to itself"
