@@ -32,8 +32,8 @@ unit: .venv/dev
 
 # The wheel, installed into an empty environment where no compiler is found: it imports, and one meta-gradient is exact.
 smoke: .venv/dev
-	rm -rf build
-	$(BIN)/python -m build --wheel --no-isolation --outdir build/smoke/dist . > build.log 2>&1 || (cat build.log; exit 1)
+	rm -rf build && mkdir build
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/smoke/dist . > build/wheel.log 2>&1 || (cat build/wheel.log; exit 1)
 	$(PYTHON) requirements/install.py build/smoke/env core "$(TORCH)" --wheel build/smoke/dist/*.whl
 	build/smoke/env/bin/pip check
 	cd build/smoke && env -i PATH=/nonexistent env/bin/python ../../tests/package/smoke.py

@@ -71,6 +71,7 @@ def test_private_names_stay_in_their_room(path: Path) -> None:
             assert not private, f"{module} keeps {private} to itself"
             modules |= dict.fromkeys(names, module)
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
-            if (PACKAGE.parent / modules[node.value.id].replace(".", "/") / f"{node.value.id}.py").exists():
-                assert not node.attr.startswith("_"), f"{node.value.id} keeps {node.attr} to itself"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = node.value.id
+            if name in modules and (PACKAGE.parent / modules[name].replace(".", "/") / f"{name}.py").exists():
+                assert not node.attr.startswith("_"), f"{name} keeps {node.attr} to itself"
