@@ -3,7 +3,7 @@
 import metakern
 
 project, author, release = "metakern", "the metakern authors", metakern.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 2
 html_theme, html_title = "furo", f"metakern {release}"
 default_role = "code"  # in docstrings, as `name`

@@ -27,7 +27,7 @@ from metakern.errors import CheckpointError
 from metakern.io import write
 from metakern.optim.base import ByName
 
-__all__ = ["CheckpointError", "load", "load_module", "module_tensors", "save"]
+__all__ = ["load", "load_module", "module_tensors", "save"]
 
 
 def save(folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

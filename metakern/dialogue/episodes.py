@@ -85,14 +85,20 @@ def split_tasks(
 ) -> Split:
     """Split by task; the module says what is left out so that no text is shared.
 
-    fractions       of tasks for train, validation and test; one that is not 0 gets at least one task
-    min_dialogues   a task with fewer is left out
-    min_words       a turn that long must not recur; see the module
-    max_held_out    a task with more dialogues is for training: held out, a speaker who talks with everybody would take
-                    most conversations away from train
+    A task's place follows from the seed and its name alone, up to the rounding of fractions.
 
-    A task's place follows from the seed and its name alone, up to the rounding of fractions.  Raises `DataError` where
-    too few tasks are left and `ValueError` for fractions that are not a partition.
+    Args:
+        dialogues: Those of all tasks.
+        seed: Another one gives another split.
+        fractions: Of tasks, for train, validation and test; one that is not 0 gets at least one task.
+        min_dialogues: A task with fewer is left out.
+        min_words: A turn that long must not recur; see the module.
+        max_held_out: A task with more dialogues is for training: held out, a speaker who talks with everybody would
+            take most conversations away from train.
+
+    Raises:
+        DataError: Where too few tasks are left.
+        ValueError: For fractions that are not a partition, and min_dialogues below 2.
     """
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"split_tasks: fractions must be three parts of 1, got {fractions}")

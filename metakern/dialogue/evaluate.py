@@ -48,12 +48,21 @@ def evaluate(
 ) -> dict[str, Any]:
     """Adapt the run ``path`` to the test tasks of its data (or of ``data``), and keep ``eval.json`` and ``eval.png``.
 
-    steps     numbers of inner steps
-    compare   algorithms to train, if not yet done, into ``path/<algorithm>``: the same model from the same pretrained
-              weights on the same episodes for as many outer steps as the run
-
     A fine-tuned baseline has learned no inner rate, so it is given the best one for every number of steps, by its loss
-    on the validation tasks. Returns what ``eval.json`` holds.
+    on the validation tasks.
+
+    Args:
+        path: The folder of the run.
+        steps: Numbers of inner steps.
+        compare: Algorithms to train, if not yet done, into `path/<algorithm>`: the same model from the same pretrained
+            weights on the same episodes for as many outer steps as the run.
+        data: Other data than the run's.
+
+    Returns:
+        What `eval.json` holds.
+
+    Raises:
+        UserError: For steps below 0, and for algorithms that there are not.
     """
     for name in compare:
         if name not in ALGORITHMS:

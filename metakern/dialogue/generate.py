@@ -31,13 +31,19 @@ def generate(
 ) -> list[int]:
     """The ids that follow `input_ids`, without the `eos_id` that ends them.
 
-    model        a call with ids [1, L] gives logits [1, L, V], or an object with them as `logits`; a module is put into
-                 eval mode meanwhile, and reads the last `model.max_length` ids where it has that attribute; one of
-                 Hugging Face is asked for its cache, and then given the new ids alone
-    input_ids    [L] or [1, L], at least one
-    temperature  0 takes the likeliest token
+    Args:
+        model: A call with ids [1, L] gives logits [1, L, V], or an object with them as `logits`. A module is put into
+            eval mode meanwhile, and reads the last `model.max_length` ids where it has that attribute; one of Hugging
+            Face is asked for its cache, and then given the new ids alone.
+        input_ids: [L] or [1, L], at least one.
+        max_new_tokens: At most so many ids are returned.
+        temperature: 0 takes the likeliest token.
+        top_p: Of the likeliest tokens those that together have this probability are drawn from.
+        eos_id: The id that ends the answer.
+        generator: What draws; by default PyTorch's own.
 
-    Raises ValueError for arguments out of range and for logits that are not finite.
+    Raises:
+        ValueError: For arguments out of range, and for logits that are not finite.
 
     >>> def count_up(ids):
     ...     return torch.nn.functional.one_hot((ids + 1) % 9, 9) * 50.0

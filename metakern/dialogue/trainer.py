@@ -68,13 +68,20 @@ class StoppedError(UserError):
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False, start: str | Path | None = None) -> Run:
-    """Train ``config`` into the folder ``out`` and return the run with its best weights.
+    """Train `config` into the folder `out` and return the run with its best weights.
 
-    resume   go on with the run that is in ``out``, with the same config but for limits and cadences
-    start    a run whose vocabulary and pretrained weights are taken instead of made, as a baseline does
+    The checkpoints in `out` stay usable after each error.
 
-    Raises `UserError` for what the user can put right, `DivergenceError` when a loss stops being finite, `StoppedError`
-    after Ctrl-C; the checkpoints in ``out`` stay usable after each.
+    Args:
+        config: What the run is.
+        out: A folder of its own.
+        resume: Go on with the run that is in `out`, with the same config but for limits and cadences.
+        start: A run whose vocabulary and pretrained weights are taken instead of made, as a baseline does.
+
+    Raises:
+        UserError: For what the user can put right.
+        DivergenceError: When a loss stops being finite.
+        StoppedError: After Ctrl-C.
     """
     out = Path(out)
     started = (out / "checkpoints" / "last.json").exists()

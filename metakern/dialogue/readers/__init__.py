@@ -28,7 +28,7 @@ from typing import Any
 from metakern.dialogue.words import words
 from metakern.errors import DataError
 
-__all__ = ["READERS", "DataError", "Dialogue", "Dialogues", "Reader", "Turn", "dialogue", "read", "reader", "words"]
+__all__ = ["READERS", "Dialogue", "Dialogues", "Reader", "Turn", "dialogue", "read", "reader", "words"]
 
 COMPRESSED = {
     b"\x1f\x8b": "gunzip",
@@ -125,12 +125,17 @@ def reader(
 def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
     """Read dialogues from packaged data or from a file or directory.
 
-    source    `"chitchat"`, `"chitchat:senders"`, `"chatterbot"`, `"chatterbot:english"`, …, or a path (`"./chitchat"`
-              for one that has such a name)
-    format    a name of `READERS`, or `"auto"`: by the name of the file and its first record of a known kind
-    options   those of the format's reader
+    Args:
+        source: `"chitchat"`, `"chitchat:senders"`, `"chatterbot"`, `"chatterbot:english"`, …, or a path
+            (`"./chitchat"` for one that has such a name).
+        format: A name of `READERS`, or `"auto"`: by the name of the file and its first record of a known kind.
+        options: Those of the format's reader.
 
-    Returns a list whose `summary()` tells what was skipped.  Raises `DataError`.
+    Returns:
+        A list whose `summary()` tells what was skipped.
+
+    Raises:
+        DataError: Where there is nothing to read, or what is there can't be read.
 
     >>> len({d.task_id for d in read("chatterbot:english")}) > 10
     True
