@@ -1,0 +1,35 @@
+"""What the pages name is there: the files and functions of the architecture, and every public name in the reference."""
+
+import re
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+from installing import ROOT
+
+import metakern as mk
+
+HOP = re.compile(r"^\| `([\w/.]+)` \| `([\w.]+)` \|", re.MULTILINE)
+PUBLIC = {"metakern": mk, "metakern.ops": mk.ops, "metakern.nn": mk.nn, "metakern.optim": mk.optim}
+
+
+def hops() -> list[tuple[str, str]]:
+    return HOP.findall((ROOT / "docs" / "architecture.md").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(("file", "name"), hops())
+def test_a_hop_is_where_the_page_says(file: str, name: str) -> None:
+    text = (ROOT / file).read_text("utf-8")
+    for part in name.split("."):
+        assert re.search(rf"\b(?:class|def|void|\w+>) {part}\b", text), f"{file} has no {name}"
+
+
+def documented() -> Iterator[str]:
+    for page in (ROOT / "docs" / "reference").glob("*.rst"):
+        yield from re.findall(r"^\.\. auto\w+:: (\S+)$", page.read_text("utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("path", "module"), PUBLIC.items())
+def test_every_public_name_is_in_the_reference(path: str, module: ModuleType) -> None:
+    names = {f"{path}.{name}" for name in module.__all__ if not isinstance(getattr(module, name), ModuleType | dict)}
+    assert names <= set(documented())
