@@ -10,11 +10,11 @@ from typing import Any
 
 from benchmarks import peers
 from benchmarks.results import FOLDER
-from benchmarks.tables import exact, fastest, measured, ms, sweeps
+from benchmarks.tables import AUTO, best, exact, is_torch, measured, ms, sweeps
 from benchmarks.workloads import Spec
 
 THEMES = {"light": ("#1f2328", "#8b949e", "#d0d7de"), "dark": ("#e6edf3", "#7d8590", "#3d444d")}  # ink, peers, grid
-OURS, LIMIT = "#2f81f7", "#da3633"
+OURS = "#2f81f7"
 COLORS = {"metakern": OURS, "plain": "#8b949e", "jax": "#d29922"}
 LINES = {"metakern auto": "-", "metakern store": "--", "metakern recompute": ":"}
 
@@ -71,32 +71,34 @@ def save(name: str, make: Callable[[str], Any]) -> None:
 
 
 def bars(theme: str) -> Any:
-    """Time and memory of each peer's fastest form and of metakern's, a panel for each workload of medium size."""
+    """metakern beside JAX and the fastest of PyTorch, for each workload of medium size, as multiples of its time."""
     from matplotlib.figure import Figure
 
     data = {name: found for name, found in measured().items() if name.endswith(":medium")}
-    columns = min(3, len(data))
-    height = -(-len(data) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.6 * height), layout="constrained")
-    panels = figure.subplots(height, columns, squeeze=False).flat
-    for axes, (name, found) in zip(panels, data.items(), strict=False):
-        rows = fastest(exact(found, lambda peer: True))
-        colors = [OURS if row["peer"] == "metakern" else THEMES[theme][1] for row in rows.values()]
-        # A peer shows its fastest form, metakern each of its own.
-        names = [method if row["peer"] == "metakern" else method.partition(",")[0] for method, row in rows.items()]
-        drawn = axes.barh(names, [row["median_ms"] for row in rows.values()], color=colors)
-        axes.bar_label(
-            drawn, [f"{ms(row['median_ms'])} ms, {row['peak_mib']:.0f} MiB" for row in rows.values()], padding=3
-        )
-        if "limit_ms" in found:
-            axes.axvline(found["limit_ms"], color=LIMIT, linewidth=1)
-        axes.invert_yaxis()
-        axes.margins(x=0.62)
-        axes.set_xticks([])
-        axes.set_title(Spec.parse(name).family.upper(), loc="left")
-    for axes in panels:
-        axes.set_axis_off()
-    figure.suptitle("one exact second-order meta-gradient: time and peak memory; red: its products alone")
+    figure = Figure(figsize=(7.5, 0.3 + 0.75 * len(data)), layout="constrained")
+    axes = figure.subplots()
+    places, longest = [], 1.0
+    for group, found in enumerate(data.values()):
+        own = found["methods"][AUTO]
+        rows = [("metakern", own, 1.0)]
+        for of in (lambda peer: peer == "jax", is_torch):
+            if peer_rows := exact(found, of):
+                method, row = best(peer_rows)
+                rows.append((method.partition(",")[0], row, row["over_auto"]))
+        for i, (method, row, ratio) in enumerate(rows):
+            place, color = 4 * group + i, OURS if i == 0 else COLORS.get(row["peer"], THEMES[theme][1])
+            axes.barh(place, ratio, height=0.9, color=color)
+            times = "" if i == 0 else f", {ratio:.1f} x"
+            axes.text(ratio + 0.05, place, f"{method}: {ms(row['median_ms'])} ms{times}", va="center")
+            longest = max(longest, ratio)
+        places.append(4 * group + (len(rows) - 1) / 2)
+    axes.set_yticks(places, [Spec.parse(name).family.upper() for name in data], fontweight="bold")
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0, longest * 1.25)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+    axes.invert_yaxis()
+    axes.set_title("One exact second-order meta-gradient: time, as a multiple of metakern's", loc="left")
     return figure
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks import peers, results
@@ -47,17 +47,6 @@ def is_torch(peer: str) -> bool:
     return peer not in ("metakern", "jax")
 
 
-def fastest(rows: Rows) -> Rows:
-    """The fastest form of each peer and all of metakern's, by time."""
-    ordered = sorted(rows.items(), key=lambda item: item[1]["median_ms"])
-    seen = [row["peer"] for _, row in ordered]
-    return {
-        method: row
-        for i, (method, row) in enumerate(ordered)
-        if row["peer"] == "metakern" or row["peer"] not in seen[:i]
-    }
-
-
 def best(rows: Rows) -> tuple[str, dict[str, Any]]:
     """The fastest: by its ratio to metakern within a round, where there is one."""
     return min(rows.items(), key=lambda item: item[1].get("over_auto", item[1]["median_ms"]))
@@ -78,10 +67,13 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]])
 
 
-def summary_table() -> str:
+def summary_table(sizes: Sequence[str] = SIZES) -> str:
     """A row for each workload: metakern's own choice beside the fastest peer, and the fastest that is no JAX."""
     rows, where = [], {}
     for name, found in measured().items():
+        spec = Spec.parse(name)
+        if spec.size not in sizes or (spec.changes and sizes is not SIZES):
+            continue
         own, (method, peer), (_, torch) = found["methods"][AUTO], best(exact(found)), best(exact(found, is_torch))
         rows.append(
             [

@@ -27,7 +27,6 @@ from benchmarks.peers.plain import first_order, plain
 from benchmarks.problem import Problem
 from benchmarks.results import ROOT
 from benchmarks.runner import RefusedError, Runner, installed
-from benchmarks.tables import fastest
 from benchmarks.truth import exact, with_truth
 from benchmarks.workloads import Spec, families, make, of
 from metakern.ops import SPECS
@@ -280,12 +279,6 @@ def test_methods_are_chosen_by_words():
     assert len(chosen("")) == sum(len(peers.load(peer).methods) for peer in peers.PEERS)
     with pytest.raises(ValueError, match="got 'betty'"):
         chosen("metakern,betty")
-
-
-def test_each_peer_shows_its_fastest_form():
-    times = {"a, slow": ("a", 3), "metakern store": ("metakern", 2), "a": ("a", 1), "metakern auto": ("metakern", 4)}
-    rows = {method: {"peer": peer, "median_ms": time} for method, (peer, time) in times.items()}
-    assert list(fastest(rows)) == ["a", "metakern store", "metakern auto"]
 
 
 def test_results_are_kept_part_by_part(tmp_path, monkeypatch):

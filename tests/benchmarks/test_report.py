@@ -103,9 +103,9 @@ def test_pictures_are_drawn_for_light_and_dark_pages(stored):
     pictures.save("maml", pictures.bars)
     assert (stored / "maml-dark.svg").read_text() == before
     assert before != (stored / "maml-light.svg").read_text()
-    assert 'srcset="benchmarks/results/maml-dark.svg"' in report.TABLES["picture"]()
+    assert 'srcset="benchmarks/results/maml-dark.svg"' in report.PAGES["README.md"]["picture"]()
 
 
 def test_a_table_has_one_place(stored):
     with pytest.raises(ValueError, match=r"README.md: must have one place for the table picture, got 0"):
-        report.with_tables("")
+        report.with_tables("README.md", "")
