@@ -1,6 +1,7 @@
 """The command line: train, eval, adapt, chat, bench, doctor.
 
-An error that the user can put right is one line on the standard error and exit code 2; Ctrl-C is exit code 130.
+An error that the user can put right is one line on the standard error and exit code 2; Ctrl-C is exit code 130. Any
+other is a fault of metakern's, one line too, and exit code 1. With --traceback both say where they were raised.
 What a command needs is imported when it runs, so that `metakern doctor` works without any optional extra.
 """
 
@@ -42,6 +43,7 @@ EXTRAS = {
     "transformers": "metakern[hf]",
     "gguf": "metakern[smollm2]",
     "triton": "triton",
+    **({"tomli": "metakern[dialogue]"} if sys.version_info < (3, 11) else {}),
 }
 BENCHMARKS = {
     "ops": "every op on every backend, beside the machine's limit and plain PyTorch",
@@ -66,8 +68,11 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in given and "bench" not in given  # whose arguments are another parser's
     try:
-        options = vars(_parser().parse_args(arguments))
+        options = vars(_parser().parse_args([word for word in given if not traceback or word != "--traceback"]))
+        del options["traceback"]
         options.pop("command")(**options)
         sys.stdout.flush()
         return 0
@@ -77,21 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
+    except Exception as error:
+        if traceback:
             raise
-        return _complain(f"the package {package} is missing: pip install {EXTRAS[package]}")
-    except OSError as error:
-        return _complain(f"{error.filename or 'input or output'}: {error.strerror}")
-    except UserError as error:
-        return _complain(str(error), error.code)
-    except ValueError as error:
-        return _complain(str(error))
-    except ImportError as error:
-        if "pip install" not in str(error):
-            raise
-        return _complain(str(error))
+        if isinstance(error, UserError) or str(error).startswith(("MAML: ", "doctor: ")):  # of the user's own model
+            return _complain(str(error), getattr(error, "code", 2))
+        package = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and package in EXTRAS:
+            return _complain(f"the package {package} is missing: pip install {EXTRAS[package]}")
+        if isinstance(error, ImportError) and "pip install" in str(error):
+            return _complain(str(error))
+        return _complain(f"{type(error).__name__}: {error}; a fault of metakern's: --traceback says where", 1)
 
 
 def _complain(message: str, code: int = 2) -> int:
@@ -105,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Exact second-order MAML for dialogue models: train, look at the adaptation curve, adapt, talk.",
         epilog="metakern COMMAND --help says more.",
     )
+    parser.add_argument("--traceback", action="store_true", help="where an error was raised, for who reports it")
     parser.add_argument("--version", action="version", version=f"metakern {metakern.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -219,6 +221,8 @@ def _chat(run: str, support: str | None, steps: int | None, temperature: float, 
     from metakern.dialogue.readers import read
     from metakern.dialogue.run import Run
 
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(f"chat: --temperature must be at least 0 and --top-p in (0, 1], got {temperature} and {top_p}")
     dialogues = read(support) if support else []
     talk(Chat(Run.open(run), dialogues, steps=steps, temperature=temperature, top_p=top_p, seed=seed))
 

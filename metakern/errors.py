@@ -15,5 +15,5 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read, written or used here."""
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Input that cannot be used: one line that names the file, the line in it where there is one, and the cure."""

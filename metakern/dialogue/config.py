@@ -20,8 +20,6 @@ from typing import Any
 
 from metakern.errors import UserError
 
-tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-
 __all__ = ["Config", "cache_folder"]
 
 
@@ -148,13 +146,14 @@ class Config:
         """Read a TOML file, or one of the packaged settings by its name, such as ``demo``."""
         file = Path(path)
         packaged = files("metakern.dialogue") / "configs" / f"{path}.toml"
+        toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
         try:
             text = file.read_text("utf-8") if file.exists() or not packaged.is_file() else packaged.read_text("utf-8")
-            return cls.parse(tomllib.loads(text), str(path))
+            return cls.parse(toml.loads(text), str(path))
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
             raise UserError(f"{path}: cannot read the config: {reason}") from None
-        except tomllib.TOMLDecodeError as error:
+        except toml.TOMLDecodeError as error:
             raise UserError(f"{path}: is not TOML: {error}") from None
 
     def toml(self) -> str:

@@ -57,7 +57,7 @@ def test_every_key_is_a_flag():
         parsed = vars(cli._parser().parse_args(["train", flag]))
         assert parsed[key.name] == expected
         assert type(parsed[key.name]) is type(key.default)
-        assert parsed.keys() - {"command", "config", "out", "resume"} == {key.name}
+        assert parsed.keys() - {"command", "config", "out", "resume", "traceback"} == {key.name}
 
 
 @pytest.mark.parametrize("command", ["", "train", "eval", "adapt", "chat", "bench", "doctor"])
@@ -142,6 +142,26 @@ def test_doctor_tells_the_environment_without_any_extra(capsys, monkeypatch):
     assert ["rich", "1.2.3"] in lines
     assert ["matplotlib", "missing: pip install metakern[dialogue]"] in lines
     assert ["transformers", "missing: pip install metakern[hf]"] in lines
+
+
+def test_a_fault_of_our_own_is_called_one(capsys, monkeypatch):
+    def broken():
+        raise ValueError("odd")
+
+    monkeypatch.setattr(cli, "_environment", broken)
+    words = complaint(capsys, "doctor", code=1)
+    assert words == "ValueError: odd; a fault of metakern's: --traceback says where"
+    for arguments in (["--traceback", "doctor"], ["doctor", "--traceback"]):
+        with pytest.raises(ValueError, match="odd"):
+            main(arguments)
+
+
+def test_what_the_engine_refuses_is_the_user_s(capsys, monkeypatch):
+    def refused():
+        raise ValueError("MAML: no batching is exact for this model and loss")
+
+    monkeypatch.setattr(cli, "_environment", refused)
+    assert complaint(capsys, "doctor") == "MAML: no batching is exact for this model and loss"
 
 
 def test_doctor_says_which_version_is_outside_of_what_was_tested(capsys, monkeypatch):
