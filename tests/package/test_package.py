@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def contents(source: Path) -> list[str]:
 
 
 def test_version_is_one() -> None:
-    assert mk.__version__ == PROJECT["version"]
+    assert version("metakern") == mk.__version__
 
 
 def test_import_is_light() -> None:
