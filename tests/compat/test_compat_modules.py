@@ -354,7 +354,7 @@ def test_what_can_t_be_copied_says_so() -> None:
             raise TypeError("not to be copied")
 
     for clone in (l2l.clone_module, higher.monkeypatch):
-        with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit.script"):
             scripted = Scripted()
         with pytest.raises(ValueError, match=r"clone: the model must be written in Python, got RecursiveScriptModule"):
             clone(scripted)

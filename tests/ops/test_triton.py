@@ -27,7 +27,7 @@ OPS = [name for name, spec in SPECS.items() if "triton" in spec.op.kernels]
 SHARED_BYTES = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 # What a thread may keep in memory for want of registers, in bytes: ptxas puts hardly anything there now and then.
-HARDLY_ANYTHING = 8
+HARDLY_ANYTHING = 16
 SPILLED = {
     # Attention: where heads are wide, and most of it before and after the loop.
     "_queries_kernel": 256,
