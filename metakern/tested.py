@@ -8,11 +8,11 @@ __all__ = ["TESTED", "remark"]
 
 # The lowest and the highest release of each package that the tests which need it have passed with.
 TESTED: dict[str, tuple[str, str]] = {
-    "python": ("3.11", "3.11"),
-    "torch": ("2.13.0", "2.13.0"),
-    "numpy": ("2.4.6", "2.4.6"),
+    "python": ("3.10", "3.11"),
+    "torch": ("2.10.0", "2.15.0"),
+    "numpy": ("1.26.0", "2.4.6"),
     "transformers": ("4.53.0", "5.24.0"),
-    "triton": ("3.6.0", "3.6.0"),
+    "triton": ("3.6.0", "3.9.0"),
 }
 
 
@@ -20,7 +20,7 @@ def remark(package: str, version: str) -> str:
     """What is to be said of a version that is outside of what was tested, else "".
 
     >>> remark("torch", "1.0")
-    'older than 2.13.0, the lowest that was tested'
+    'older than 2.10.0, the lowest that was tested'
     >>> remark("torch", "99.0.1+cu130")
     'newer than ..., the highest that was tested'
     >>> remark("torch", "2.13.0+cpu")

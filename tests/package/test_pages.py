@@ -8,6 +8,7 @@ import pytest
 from installing import ROOT
 
 import metakern as mk
+from metakern.tested import TESTED
 
 HOP = re.compile(r"^\| `([\w/.]+)` \| `([\w.]+)` \|", re.MULTILINE)
 PUBLIC = {"metakern": mk, "metakern.ops": mk.ops, "metakern.nn": mk.nn, "metakern.optim": mk.optim}
@@ -33,3 +34,11 @@ def documented() -> Iterator[str]:
 def test_every_public_name_is_in_the_reference(path: str, module: ModuleType) -> None:
     names = {f"{path}.{name}" for name in module.__all__ if not isinstance(getattr(module, name), ModuleType | dict)}
     assert names <= set(documented())
+
+
+@pytest.mark.parametrize("package", TESTED)
+def test_the_versions_that_were_tested_are_those_of_the_page(package: str) -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text("utf-8").lower()
+    lowest, _, newest = re.findall(rf"^\| {package} \| (\S+) \| (\S+) \| (\S+) \|$", page, re.MULTILINE)[0]
+    assert lowest.startswith(TESTED[package][0])
+    assert newest.startswith(TESTED[package][1])
