@@ -252,7 +252,8 @@ def _doctor(run: str | None) -> None:
 
 
 def _diagnosis(path: str) -> None:
-    from metakern.dialogue.run import Run, episodes, load_split, on_device_of
+    from metakern.dialogue.run import Run
+    from metakern.dialogue.tasks import episodes, load_split, on_device_of
 
     run = Run.open(path)
     config, algorithm = run.config, run.algorithm

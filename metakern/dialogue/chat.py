@@ -23,7 +23,8 @@ from metakern.dialogue.config import cache_folder
 from metakern.dialogue.episodes import collate
 from metakern.dialogue.generate import generate
 from metakern.dialogue.readers import Dialogue, Turn, read
-from metakern.dialogue.run import Run, on_device_of
+from metakern.dialogue.run import Run
+from metakern.dialogue.tasks import on_device_of
 from metakern.dialogue.tokenizer import IGNORE, bot_of
 from metakern.errors import UserError
 from metakern.meta.parameters import twin

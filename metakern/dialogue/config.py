@@ -18,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from metakern.dialogue.registry import ALGORITHMS, OPTIMIZERS
 from metakern.errors import UserError
 
 __all__ = ["Config", "cache_folder"]
@@ -34,10 +35,6 @@ def _option(
 ) -> Any:
     rule = {"choices": choices, "least": least, "above": above, "below": below}
     return field(default=default, metadata={"help": text, **rule})
-
-
-INNER = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "normalized", "muon")
-ALGORITHMS = ("maml", "fomaml", "anil", "metasgd", "reptile", "finetune")
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,8 @@ class Config:
     heads: int = _option(4, "attention heads (gpt)", least=1)
     dropout: float = _option(0.0, "probability of dropping a unit", least=0)
 
-    algorithm: str = _option("maml", "how to train (finetune: the baseline)", choices=ALGORITHMS)
-    inner: str = _option("sgd", "inner optimizer", choices=INNER)
+    algorithm: str = _option("maml", "how to train (finetune: the baseline)", choices=tuple(ALGORITHMS))
+    inner: str = _option("sgd", "inner optimizer", choices=tuple(OPTIMIZERS))
     inner_lr: float = _option(0.1, "inner learning rate; where it is learned, its start", above=0)
     learn_lr: bool = _option(True, "learn the inner learning rate")
     lr_per: str = _option(

@@ -32,7 +32,9 @@ from metakern import io
 from metakern.dialogue import checkpoint
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.metrics import interval, paired_interval
-from metakern.dialogue.run import ALGORITHMS, Run, curve, episodes, load_split
+from metakern.dialogue.registry import ALGORITHMS
+from metakern.dialogue.run import Run
+from metakern.dialogue.tasks import curve, episodes, load_split
 from metakern.dialogue.trainer import train
 from metakern.errors import UserError
 from metakern.optim.base import Stepwise

@@ -14,7 +14,7 @@ model in its config, and knows by a digest whether it is still the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,93 +25,11 @@ from torch import Tensor, nn
 import metakern as mk
 from metakern.dialogue import checkpoint
 from metakern.dialogue.config import Config
-from metakern.dialogue.episodes import Episodes, Split, TaskData, split_tasks
-from metakern.dialogue.models import build_model
-from metakern.dialogue.readers import read
-from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
+from metakern.dialogue.registry import build_algorithm, build_model_of, tokenizer_class
+from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import CheckpointError, DataError, UserError
 
-__all__ = ["FineTune", "Run", "build_algorithm", "curve", "episodes", "load_split", "on_device_of", "tokenizer_class"]
-
-Batch = Mapping[str, Tensor]
-
-
-class FineTune(nn.Module):
-    """The baseline: plain training on support and query together, then adaptation just as after meta-training."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], **options: Any) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-        maml = mk.MAML(model, loss, **options)
-        self.inner, self.adapt, self.evaluate = maml.inner, maml.adapt, maml.evaluate
-
-    def forward(self, support: Batch, query: Batch) -> Tensor:
-        """The mean loss over all labeled tokens; ``[T, B, L]`` of each batch become ``[T * 2B, L]``."""
-        return self.loss(self.model, {k: torch.cat([support[k], query[k]], 1).flatten(0, 1) for k in support})
-
-
-ALGORITHMS = {
-    "maml": mk.MAML,
-    "fomaml": mk.FOMAML,
-    "anil": mk.ANIL,
-    "metasgd": mk.MetaSGD,
-    "reptile": mk.Reptile,
-    "finetune": FineTune,
-}
-OPTIMIZERS: dict[str, Any] = {
-    "sgd": mk.optim.SGD,
-    "adam": mk.optim.Adam,
-    "adamw": mk.optim.AdamW,
-    "rmsprop": mk.optim.RMSprop,
-    "adagrad": mk.optim.Adagrad,
-    "normalized": mk.optim.NormalizedSGD,
-    "muon": mk.optim.Muon,
-}
-
-
-def build_algorithm(config: Config, model: nn.Module) -> Any:
-    """The config's algorithm over ``model``: a module with ``(support, query) -> value``, `adapt` and `evaluate`."""
-    options: dict[str, Any] = {"steps": config.inner_steps}
-    if config.adapt:
-        options["adapt"] = list(config.adapt)
-    if config.algorithm != "finetune":  # a pretrained model takes seconds to record, for each length of a batch
-        options["capture"] = config.capture and config.device == "cpu" and not config.pretrained
-    if config.algorithm == "metasgd":
-        options["lr"] = config.inner_lr
-    else:
-        learn_lr = config.learn_lr and config.algorithm != "finetune"
-        options["inner"] = OPTIMIZERS[config.inner](lr=config.inner_lr, learn_lr=learn_lr, per=config.lr_per)
-    return ALGORITHMS[config.algorithm](model, mk.losses.causal_lm, **options)
-
-
-def tokenizer_class(config: Config) -> type[DialogueTokenizer]:
-    """What loads the tokenizer of a run."""
-    if not config.pretrained:
-        return Tokenizer
-    from metakern.dialogue.huggingface import ChatTokenizer
-
-    return ChatTokenizer
-
-
-def _new(config: Config, tokenizer: DialogueTokenizer) -> nn.Module:
-    sizes = (
-        {"width": config.width, "heads": config.heads, "max_length": config.max_length}
-        if config.model == "gpt"
-        else {"embedding": config.width, "hidden": config.hidden}
-    )
-    return build_model(config.model, tokenizer.vocab_size, layers=config.layers, dropout=config.dropout, **sizes)
-
-
-def _pretrained(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module, str]:
-    """The pretrained model with metakern's modules, under LoRA if that is wanted, and its fingerprint."""
-    from metakern.dialogue.huggingface import fingerprint, load_model
-
-    model = load_model(config.pretrained, config.max_length, tokenizer.vocab_size)
-    base = fingerprint(model)
-    mk.patch(model)
-    if config.lora:
-        mk.lora(model, config.lora, list(config.lora_targets) or None, seed=config.seed)
-    return model, base
+__all__ = ["Run"]
 
 
 @dataclass
@@ -134,7 +52,7 @@ class Run:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device must be cpu where PyTorch finds no GPU, got cuda")
         torch.manual_seed(config.seed)
-        model, base = _pretrained(config, tokenizer) if config.pretrained else (_new(config, tokenizer), "")
+        model, base = build_model_of(config, tokenizer)
         return cls(path, config, tokenizer, build_algorithm(config, model.to(config.device)), base=base)
 
     @classmethod
@@ -194,42 +112,3 @@ class Run:
         checkpoint.load_module(module or self.algorithm, weights, folder / name)
         self.state = state
         return tensors
-
-
-def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """``batch`` where ``model`` is."""
-    device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items()}
-
-
-def load_split(config: Config) -> Split:
-    """The tasks of the config's data, the same split every time and everywhere."""
-    held_out = config.validation_part, config.test_part
-    return split_tasks(
-        read(config.data, config.format),
-        seed=config.seed,
-        fractions=(1 - sum(held_out), *held_out),
-        min_dialogues=config.min_dialogues,
-        min_words=config.min_words,
-    )
-
-
-def episodes(config: Config, tasks: tuple[TaskData, ...], tokenizer: DialogueTokenizer, **changes: Any) -> Episodes:
-    """Episodes of ``tasks`` as the config wants them, but for ``changes``."""
-    names = ("support_size", "query_size", "max_length", "seed", "train_on", "windows")
-    return Episodes(tasks, tokenizer, **{name: getattr(config, name) for name in names} | changes)
-
-
-def curve(algorithm: Any, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> tuple[list[str], Tensor]:
-    """Tasks of ``source`` (at most ``limit``; 0: all) and their query losses after ``steps`` of adaptation,
-    ``[len(steps), T]``, in evaluation mode."""
-    training = algorithm.training
-    algorithm.eval()
-    names: list[str] = []
-    losses = []
-    for tasks, support, query in source.evaluation(limit or None):
-        names += tasks
-        support, query = (on_device_of(algorithm.model, batch) for batch in (support, query))
-        losses.append(algorithm.evaluate(support, query, steps=steps).cpu())
-    algorithm.train(training)
-    return names, torch.cat(losses, 1)

@@ -29,16 +29,9 @@ from metakern import io
 from metakern.dialogue import checkpoint
 from metakern.dialogue.config import Config, cache_folder
 from metakern.dialogue.episodes import Episodes
-from metakern.dialogue.run import (
-    FineTune,
-    Run,
-    build_algorithm,
-    curve,
-    episodes,
-    load_split,
-    on_device_of,
-    tokenizer_class,
-)
+from metakern.dialogue.registry import FineTune, build_algorithm, tokenizer_class
+from metakern.dialogue.run import Run
+from metakern.dialogue.tasks import curve, episodes, load_split, on_device_of
 from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
 from metakern.errors import UserError
 

@@ -13,7 +13,8 @@ from tiny import tiny_config, write_tasks
 from metakern.dialogue import evaluate as module
 from metakern.dialogue.evaluate import evaluate, plot, show
 from metakern.dialogue.metrics import interval
-from metakern.dialogue.run import Run, curve, episodes, load_split
+from metakern.dialogue.run import Run
+from metakern.dialogue.tasks import curve, episodes, load_split
 from metakern.dialogue.trainer import train
 from metakern.errors import CheckpointError, UserError
 

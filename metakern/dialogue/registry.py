@@ -1,0 +1,103 @@
+"""What a config names: algorithms, inner optimizers, models, tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import metakern as mk
+from metakern.dialogue.models import build_model
+
+if TYPE_CHECKING:
+    from metakern.dialogue.config import Config
+    from metakern.dialogue.tokenizer import DialogueTokenizer
+
+Batch = Mapping[str, Tensor]
+
+
+class FineTune(nn.Module):
+    """The baseline: plain training on support and query together, then adaptation just as after meta-training."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], **options: Any) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+        maml = mk.MAML(model, loss, **options)
+        self.inner, self.adapt, self.evaluate = maml.inner, maml.adapt, maml.evaluate
+
+    def forward(self, support: Batch, query: Batch) -> Tensor:
+        """The mean loss over all labeled tokens; ``[T, B, L]`` of each batch become ``[T * 2B, L]``."""
+        return self.loss(self.model, {k: torch.cat([support[k], query[k]], 1).flatten(0, 1) for k in support})
+
+
+ALGORITHMS = {
+    "maml": mk.MAML,
+    "fomaml": mk.FOMAML,
+    "anil": mk.ANIL,
+    "metasgd": mk.MetaSGD,
+    "reptile": mk.Reptile,
+    "finetune": FineTune,
+}
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": mk.optim.SGD,
+    "adam": mk.optim.Adam,
+    "adamw": mk.optim.AdamW,
+    "rmsprop": mk.optim.RMSprop,
+    "adagrad": mk.optim.Adagrad,
+    "normalized": mk.optim.NormalizedSGD,
+    "muon": mk.optim.Muon,
+}
+
+
+def build_algorithm(config: Config, model: nn.Module) -> Any:
+    """The config's algorithm over ``model``: a module with ``(support, query) -> value``, `adapt` and `evaluate`."""
+    options: dict[str, Any] = {"steps": config.inner_steps}
+    if config.adapt:
+        options["adapt"] = list(config.adapt)
+    if config.algorithm != "finetune":  # a pretrained model takes seconds to record, for each length of a batch
+        options["capture"] = config.capture and config.device == "cpu" and not config.pretrained
+    if config.algorithm == "metasgd":
+        options["lr"] = config.inner_lr
+    else:
+        learn_lr = config.learn_lr and config.algorithm != "finetune"
+        options["inner"] = OPTIMIZERS[config.inner](lr=config.inner_lr, learn_lr=learn_lr, per=config.lr_per)
+    return ALGORITHMS[config.algorithm](model, mk.losses.causal_lm, **options)
+
+
+def tokenizer_class(config: Config) -> type[DialogueTokenizer]:
+    """What loads the tokenizer of a run."""
+    if config.pretrained:
+        from metakern.dialogue.huggingface import ChatTokenizer
+
+        return ChatTokenizer
+    from metakern.dialogue.tokenizer import Tokenizer
+
+    return Tokenizer
+
+
+def _new(config: Config, tokenizer: DialogueTokenizer) -> nn.Module:
+    sizes = (
+        {"width": config.width, "heads": config.heads, "max_length": config.max_length}
+        if config.model == "gpt"
+        else {"embedding": config.width, "hidden": config.hidden}
+    )
+    return build_model(config.model, tokenizer.vocab_size, layers=config.layers, dropout=config.dropout, **sizes)
+
+
+def _pretrained(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module, str]:
+    """The pretrained model with metakern's modules, under LoRA if that is wanted, and its fingerprint."""
+    from metakern.dialogue.huggingface import fingerprint, load_model
+
+    model = load_model(config.pretrained, config.max_length, tokenizer.vocab_size)
+    base = fingerprint(model)
+    mk.patch(model)
+    if config.lora:
+        mk.lora(model, config.lora, list(config.lora_targets) or None, seed=config.seed)
+    return model, base
+
+
+def build_model_of(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module, str]:
+    """The config's model at its start, and the fingerprint of the pretrained one that it is, if any."""
+    return _pretrained(config, tokenizer) if config.pretrained else (_new(config, tokenizer), "")
