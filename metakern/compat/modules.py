@@ -312,7 +312,7 @@ def stepped(module: nn.Module, changed: Iterable[tuple[Tensor, Tensor]]) -> None
 
 def is_ours(module: nn.Module) -> bool:
     """Whether metakern's modules are in it, as after `metakern.patch`."""
-    return any(type(part).__module__.startswith("metakern.nn.") for part in module.modules())
+    return any(type(part).__module__.startswith(("metakern.nn.", "metakern.patching.")) for part in module.modules())
 
 
 @contextmanager

@@ -343,7 +343,7 @@ def _graph(node: Any) -> Iterator[Any]:
 
 def _internal(file: str) -> bool:
     """Our own engine's and PyTorch's autograd code detach what is detached rightly."""
-    return file.startswith((str(_SOURCES / "doctor"), str(_SOURCES / "meta"))) or "torch/autograd" in file
+    return file.startswith((str(_SOURCES / "diagnosis"), str(_SOURCES / "meta"))) or "torch/autograd" in file
 
 
 def _defines(cls: type, site: Site) -> bool:

@@ -24,6 +24,7 @@ from metakern.diagnosis.causes import Taps
 from metakern.diagnosis.places import Patient, State, is_float
 from metakern.diagnosis.report import LOSS, Problem
 from metakern.meta.batching import Loop
+from metakern.meta.parameters import put
 from metakern.meta.slopes import Tensors, norm, slope
 from metakern.meta.unroll import Gradients, Unroll, derivatives, with_zeros
 from metakern.optim import InnerOptimizer
@@ -117,12 +118,12 @@ def _repair(stack: ExitStack, module: nn.Module) -> None:
             for i, tensor in zip(flows, x, strict=False):
                 inputs[i] = tensor.clone()
             values = dict(zip(map(id, own), x[len(flows) :], strict=True))
-            _put((m, n, values[id(p)]) for m, n, p in places)
+            put((m, n, values[id(p)]) for m, n, p in places)
             args, kwargs = tree_unflatten(inputs, spec)
             try:
                 result[:] = tree_flatten(original(*args, **kwargs))
             finally:
-                _put(iter(places))
+                put(places)
             return [y for y in result[0] if is_float(y)]
 
         exact = _Exact.apply(run, *(inputs[i] for i in flows), *own)
@@ -131,13 +132,6 @@ def _repair(stack: ExitStack, module: nn.Module) -> None:
 
     vars(module)["forward"] = forward
     stack.callback(vars(module).pop, "forward", None)
-
-
-def _put(places: Any) -> None:
-    for module, name, value in places:
-        module._parameters[name] = value
-        if isinstance(module, nn.RNNBase):
-            module._flat_weights = [getattr(module, n) for n in module._flat_weights_names if hasattr(module, n)]
 
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]

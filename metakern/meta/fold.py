@@ -23,7 +23,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metakern import ops
 from metakern.meta.functions import Fused
-from metakern.meta.parameters import Parameters
+from metakern.meta.parameters import Parameters, put
 from metakern.nn import Linear
 from metakern.nn.lora import LoraLinear
 from metakern.nn.lora import run as run_lora
@@ -281,11 +281,11 @@ def _broadcast(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
     def norm(x: Tensor) -> Tensor:
         mine = module._parameters["weight"]
         weight = fold.weight(module, "weight")
-        module._parameters["weight"] = weight.view(fold.tasks, *(1,) * (x.dim() - 2), -1)
+        put([(module, "weight", weight.view(fold.tasks, *(1,) * (x.dim() - 2), -1))])
         try:
             return fold.originals[module](x)
         finally:
-            module._parameters["weight"] = mine
+            put([(module, "weight", mine)])
 
     return _split(fold, x, norm)
 
@@ -327,8 +327,7 @@ def _mapped(fold: Fold, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for i, tensor in zip(where, tensors, strict=True):
             inner[i] = tensor
         inner_args, inner_kwargs = tree_unflatten(inner, spec)
-        for (owner, name, _), value in zip(places, values, strict=True):
-            owner._parameters[name] = value
+        put((owner, name, value) for (owner, name, _), value in zip(places, values, strict=True))
         result.append(tree_flatten(fold.originals[module](*inner_args, **inner_kwargs)))
         return tuple(o for o in result[0][0] if isinstance(o, Tensor))
 
@@ -337,8 +336,7 @@ def _mapped(fold: Fold, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             tuple(value for _, _, value in places), tuple(tensors)
         )
     finally:
-        for owner, name, value in places:
-            owner._parameters[name] = value
+        put(places)
     outputs, out_spec = result[0]
     folded = iter([(fold.merge if any(carries) else fold.spread)(o) for o in mapped])
     return tree_unflatten([next(folded) if isinstance(o, Tensor) else o for o in outputs], out_spec)

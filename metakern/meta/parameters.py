@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,8 +42,6 @@ class Parameters:
             for attribute, parameter in module._parameters.items()
             if parameter is not None and id(parameter) in names
         ]
-        recurrent = {id(m): m for m, _, _ in self.places if isinstance(m, nn.RNNBase)}
-        self._recurrent = list(recurrent.values())
 
     def holding(self, adapted: dict[str, nn.Parameter], shared: dict[str, nn.Parameter]) -> Parameters:
         """The same roles of other parameters, which stand in the same places."""
@@ -56,16 +54,21 @@ class Parameters:
         """Puts phi (in the order of `adapted`) in the parameters' places for the duration of the block."""
         values = dict(zip(self.adapted, phi, strict=True))
         try:
-            self._put(values)
+            put((module, attribute, values[name]) for module, attribute, name in self.places)
             yield
         finally:
-            self._put(self.adapted)
+            put((module, attribute, self.adapted[name]) for module, attribute, name in self.places)
 
-    def _put(self, values: dict) -> None:
-        for module, attribute, name in self.places:
-            module._parameters[attribute] = values[name]
-        for module in self._recurrent:  # torch.nn's recurrent layers keep a second list of their weights
-            module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
+
+def put(tensors: Iterable[tuple[nn.Module, str, Any]]) -> None:
+    """Puts each tensor (or None) in the place of a module's parameter: (module, attribute, tensor)."""
+    recurrent = {}
+    for module, attribute, tensor in tensors:
+        module._parameters[attribute] = tensor
+        if isinstance(module, nn.RNNBase):
+            recurrent[id(module)] = module
+    for module in recurrent.values():  # torch.nn's recurrent layers keep a second list of their weights
+        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names if hasattr(module, name)]
 
 
 def twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

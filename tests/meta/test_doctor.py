@@ -340,7 +340,7 @@ def test_expected_memory(strategy):
         maml(batch, batch).backward()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     used = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
-    expected = sys.modules["metakern.doctor"]._peak(maml.plan, Parameters(model), 3, 3)
+    expected = sys.modules["metakern.diagnosis"]._peak(maml.plan, Parameters(model), 3, 3)
     assert max(used) / 1.5 < expected < max(used) * 1.5
 
 
