@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from metakern.dialogue.readers import Turn, read
 from metakern.dialogue.tokenizer import IGNORE, SPECIAL_TOKENS, Tokenizer, bot_of
-from metakern.errors import DataError
+from metakern.errors import CheckpointError, DataError
 
 TOPICS = Path(__file__).parent / "data" / "topics.jsonl"
 DIALOGUES = read(str(TOPICS))
@@ -74,7 +74,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left"):
         TOKENIZER.save(path)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("tokenizer.json", "old")]
 
