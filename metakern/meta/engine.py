@@ -315,20 +315,21 @@ class _Refusal:
             )
 
 
-_REFUSALS: dict[int, _Refusal] = {}  # one for a thread, as a captured program compares hooks by identity
+# One for a thread, under one key: a captured program compares hooks, and their keys, by identity first.
+_REFUSALS: dict[int, _Refusal] = {}
+_KEY = id(threading)
 
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
     """Within the block the model is this thread's: others that adapt it wait, and who calls it is told why not."""
-    key = id(threading)
     refuse = _REFUSALS.setdefault(threading.get_ident(), _Refusal(threading.get_ident()))
     with lock_of(model):
-        hooked = key in model._forward_pre_hooks  # by this thread, a step further out
+        hooked = _KEY in model._forward_pre_hooks  # by this thread, a step further out
         if not hooked:
-            model._forward_pre_hooks[key] = refuse
+            model._forward_pre_hooks[_KEY] = refuse
         try:
             yield
         finally:
             if not hooked:
-                model._forward_pre_hooks.pop(key, None)
+                model._forward_pre_hooks.pop(_KEY, None)

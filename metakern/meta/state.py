@@ -113,7 +113,9 @@ class ModuleState:
             for name, value in vars(module).items()
             if before.get(name, self) is not value or self._changed_within(id(module), name, value)
         }
-        return attributes | {(id(held), "") for held, copied in self._containers if _parts(held) != _parts(copied)}
+        own = {id(module._parameters) for module, _ in self._modules}  # in which the engine puts those of each task
+        others = {id(held) for held, copied in self._containers if _parts(held) != _parts(copied)} - own
+        return attributes | {(place, "") for place in others}
 
     def restore_tensors(self) -> None:
         """Puts back the attributes and containers in which there are tensors that were not there before."""

@@ -1128,6 +1128,21 @@ def test_a_tensor_without_memory_raises(freed: str, batching: str) -> None:
     check(maml, error, 1)
 
 
+def test_guards_hold_by_identity_and_nothing_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing by value, and keeping the state of all modules, take more time than a small meta-gradient."""
+    maml = mk.MAML(Net(), error, mk.optim.SGD(lr=0.1), steps=2, capture=True)
+    for i in range(3):
+        maml(points(i), points(i + 9))
+    compared: list[str] = []
+    monkeypatch.setattr(Guards, "changes", lambda self: compared.append("by value") or [])
+    for i in range(3):
+        maml(points(i), points(i + 9))
+    assert uses(maml) > 0
+    assert compared == []
+    assert maml._engine.last is not None
+    assert not maml._engine.last._keeps
+
+
 def test_auto_waits_and_never_warns() -> None:
     model = Net()
     maml = mk.MAML(model, error, mk.optim.SGD(lr=0.1), steps=2, capture="auto")
