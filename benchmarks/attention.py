@@ -44,7 +44,7 @@ PRODUCTS = {"forward": 2, "jvp": 5, "vjp": 5, "vjp_jvp": 12}
 Sizes = tuple[int, int, int, int, int]
 
 
-class Problem:
+class Size:
     """Everything that the rules are called with."""
 
     def __init__(self, B: int, H: int, H_kv: int, L: int, D: int) -> None:
@@ -96,7 +96,7 @@ class Problem:
 
 
 def measure(size: Sizes, rounds: int) -> dict[str, Any]:
-    problem, a = Problem(*size), torch.randn(SQUARE, SQUARE)
+    problem, a = Size(*size), torch.randn(SQUARE, SQUARE)
     runs = {rule: getattr(problem, rule) for rule in PRODUCTS}
     runs |= {"flash": problem.flash, "ours": problem.ours, "ordinary": problem.ordinary, "square": lambda: a @ a}
     for run in runs.values():

@@ -36,7 +36,7 @@ from benchmarks.recurrent import quartiles
 from benchmarks.results import ROOT
 from benchmarks.runner import RefusedError, Runner
 from benchmarks.truth import with_truth
-from benchmarks.workloads import Spec, Workload, families, family, make
+from benchmarks.workloads import Workload, WorkloadName, families, family, make
 
 PLAIN, AUTO, FIRST, PRODUCTS = "plain PyTorch", "metakern auto", "metakern, first order", "products"
 JAX = "JAX, task loop, forward over reverse"  # in a sweep, where the workload itself was not measured
@@ -45,7 +45,9 @@ OTHER = " @ "  # what follows it in a method's name is the commit that it is of
 ROUNDS = 9
 
 
-def measure(spec: Spec, methods: dict[str, str], args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+def measure(
+    spec: WorkloadName, methods: dict[str, str], args: argparse.Namespace, progress: Progress
+) -> dict[str, Any]:
     """Everything about one workload, as it goes into the results; RuntimeError says why there is nothing."""
     work = make(spec.name)
     seconds, ready, refused = timed(spec, work, methods, args, progress)
@@ -57,7 +59,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed(
-    spec: Spec, work: Workload, methods: dict[str, str], args: argparse.Namespace, progress: Progress
+    spec: WorkloadName, work: Workload, methods: dict[str, str], args: argparse.Namespace, progress: Progress
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]], dict[str, str]]:
     """Seconds by method and round, those of products among them; what each said when ready; why others were not."""
     runners: dict[str, Runner] = {}
@@ -66,7 +68,7 @@ def timed(
         problem, tiny = Path(folder) / "problem.npz", Path(folder) / "tiny.npz"
         progress.say(f"{spec.name}: the meta-gradient in float64")
         with_truth(work.problem(spec.name)).save(problem)
-        small = Spec(spec.family, "tiny", {"K": 1}).name  # one step: it is compiled too
+        small = WorkloadName(spec.family, "tiny", {"K": 1}).name  # one step: it is compiled too
         make(small).problem(small).save(tiny)
         try:
             for method, peer in (methods | {PRODUCTS: "products"}).items():
@@ -167,7 +169,7 @@ def beside(methods: dict[str, str], rev: str) -> dict[str, str]:
     return methods | {f"{method}{OTHER}{rev}": "metakern" for method in ours}
 
 
-def of_sweep(spec: Spec, found: dict[str, Any]) -> dict[str, str]:
+def of_sweep(spec: WorkloadName, found: dict[str, Any]) -> dict[str, str]:
     """What a sweep compares: metakern, plain PyTorch, and the form of JAX's that was fastest at the workload itself."""
     rows = found.get("maml", {}).get(spec.name, {}).get("methods", {})
     forms = {method: row["median_ms"] for method, row in rows.items() if row["peer"] == "jax"}
@@ -189,7 +191,7 @@ def finished(entry: dict[str, Any] | None, methods: dict[str, str], args: argpar
     return same and enough and methods.keys() <= entry["methods"].keys() | entry["refused"].keys()
 
 
-def parsed(text: str) -> list[Spec]:
+def parsed(text: str) -> list[WorkloadName]:
     """Workloads, one after the other: with ; in between, or with , where what follows is no change of a size."""
     names: list[str] = []
     for part in text.split(";"):
@@ -198,10 +200,10 @@ def parsed(text: str) -> list[Spec]:
                 names[-1] += f",{word}"
             else:
                 names.append(word.strip())
-    return [Spec.parse(name) for name in names]
+    return [WorkloadName.parse(name) for name in names]
 
 
-def swept(text: str, specs: Sequence[Spec]) -> list[tuple[Spec, Spec]]:
+def swept(text: str, specs: Sequence[WorkloadName]) -> list[tuple[WorkloadName, WorkloadName]]:
     """Workloads at each value that a family sweeps, each with the one that it varies."""
     keys = {key for name in families() for key in family(name)["sweep"]}
     for key in text.split(","):
@@ -210,7 +212,7 @@ def swept(text: str, specs: Sequence[Spec]) -> list[tuple[Spec, Spec]]:
     return [(spec, point) for spec in specs for key in text.split(",") for point in spec.sweep(key)]
 
 
-def show(spec: Spec, found: dict[str, Any]) -> None:
+def show(spec: WorkloadName, found: dict[str, Any]) -> None:
     limit, rate = found["limit_ms"], found["gflop_per_s"]
     print(f"\n{spec.name}: {spec.title}\n{found['gflop']:.2f} GFLOP of products: {limit:.1f} ms at {rate:.0f} GFLOP/s")
     print(f"{'':52}{'ms (min-max)':>22}{'GFLOP/s':>9}{'limit':>7}{'/auto':>7}{'MiB':>7}{'first, s':>9}{'error':>8}")

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import peers
 from benchmarks.results import FOLDER
 from benchmarks.tables import AUTO, best, exact, is_torch, measured, ms, sweeps
-from benchmarks.workloads import Spec
+from benchmarks.workloads import WorkloadName
 
 THEMES = {"light": ("#1f2328", "#8b949e", "#d0d7de"), "dark": ("#e6edf3", "#7d8590", "#3d444d")}  # ink, peers, grid
 OURS = "#2f81f7"
@@ -92,7 +92,7 @@ def bars(theme: str) -> Any:
             axes.text(ratio + 0.05, place, f"{method}: {ms(row['median_ms'])} ms{times}", va="center")
             longest = max(longest, ratio)
         places.append(4 * group + (len(rows) - 1) / 2)
-    axes.set_yticks(places, [Spec.parse(name).family.upper() for name in data], fontweight="bold")
+    axes.set_yticks(places, [WorkloadName.parse(name).family.upper() for name in data], fontweight="bold")
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, longest * 1.25)
     axes.set_xticks([])
@@ -130,5 +130,5 @@ def lines(base: str, keys: dict[str, dict[Any, dict[str, Any]]], theme: str) -> 
     grid[1, 0].set_ylabel("peak memory, MiB")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(fill(Spec.parse(base).title, 40 * width))
+    figure.suptitle(fill(WorkloadName.parse(base).title, 40 * width))
     return figure

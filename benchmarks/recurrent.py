@@ -41,7 +41,7 @@ QUICK = [(8, 8, 20, 256), (32, 2, 32, 64)]
 SQUARE = 1024
 
 
-class Problem:
+class Size:
     """A layer of `T` tasks and everything that its rules are called with."""
 
     def __init__(self, cell: str, T: int, B: int, L: int, H: int) -> None:
@@ -153,7 +153,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def measure(cell: str, size: tuple[int, int, int, int], rounds: int) -> dict[str, Any]:
-    problem = Problem(cell, *size)
+    problem = Size(cell, *size)
     forward, back = problem.recurrence()
     loop, ours = problem.second_order()
     a = torch.randn(SQUARE, SQUARE)

@@ -26,7 +26,7 @@ from benchmarks.tables import (
     sweep_table,
 )
 from benchmarks.targets import recurrent_targets_table, targets_table
-from benchmarks.workloads import Spec
+from benchmarks.workloads import WorkloadName
 
 FULL = Path(__file__).parent / "RESULTS.md"
 ABOUT = """\
@@ -102,7 +102,7 @@ def full() -> str:
     parts = ["# Results", ABOUT, "## All workloads", summary_table(), TARGETS, targets_table(), WHY_NOT]
     parts.append("## One meta-gradient by method")
     for name, found in measured().items():
-        parts += [f"### {name}", f"{Spec.parse(name).title}.{limit(found)}", methods_table(found)]
+        parts += [f"### {name}", f"{WorkloadName.parse(name).title}.{limit(found)}", methods_table(found)]
     parts += ["## Over inner steps, tasks and lengths"] * bool(bases())
     for base, keys in bases().items():
         parts += [f"### {base}", markup(stem(base), base).replace("benchmarks/", "")]

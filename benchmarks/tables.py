@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import peers, results
 from benchmarks.results import FOLDER
-from benchmarks.workloads import SIZES, Spec, families, family
+from benchmarks.workloads import SIZES, WorkloadName, families, family
 
 MACHINE = "amd-epyc-2c"  # whose CPU the README is about
 AUTO = "metakern auto"
@@ -33,7 +33,7 @@ def measured() -> dict[str, Any]:
 
 
 def _place(name: str) -> tuple[int, int, str]:
-    spec = Spec.parse(name)
+    spec = WorkloadName.parse(name)
     return families().index(spec.family), SIZES.index(spec.size), name
 
 
@@ -71,7 +71,7 @@ def summary_table(sizes: Sequence[str] = SIZES) -> str:
     """A row for each workload: metakern's own choice beside the fastest peer, and the fastest that is no JAX."""
     rows, where = [], {}
     for name, found in measured().items():
-        spec = Spec.parse(name)
+        spec = WorkloadName.parse(name)
         if spec.size not in sizes or (spec.changes and sizes is not SIZES):
             continue
         own, (method, peer), (_, torch) = found["methods"][AUTO], best(exact(found)), best(exact(found, is_torch))
@@ -110,14 +110,14 @@ def sweeps() -> dict[tuple[str, str], dict[Any, dict[str, Any]]]:
     """What was measured over a size: by the workload and the size's name, then by its value."""
     found: dict[tuple[str, str], dict[Any, dict[str, Any]]] = {}
     for name, entry in load("sweep").items():
-        spec = Spec.parse(name)
+        spec = WorkloadName.parse(name)
         *others, key = spec.changes
-        base = Spec(spec.family, spec.size, {other: spec.changes[other] for other in others})
+        base = WorkloadName(spec.family, spec.size, {other: spec.changes[other] for other in others})
         found.setdefault((base.name, key), {})[spec.changes[key]] = entry
 
     def place(where: tuple[str, str]) -> tuple[tuple[int, int, str], int]:
         base, key = where
-        return _place(base), list(family(Spec.parse(base).family)["sweep"]).index(key)
+        return _place(base), list(family(WorkloadName.parse(base).family)["sweep"]).index(key)
 
     return {where: dict(sorted(found[where].items())) for where in sorted(found, key=place)}
 

@@ -26,7 +26,7 @@ BEYOND = "more than 2^31 elements"
 HALF = ("causal-1024x64", "grouped-1000x128", "lengths-900x64")  # of attention's samples, those in float16 too
 
 
-class Problem(NamedTuple):
+class Check(NamedTuple):
     """An op and plain PyTorch in one dtype, plain PyTorch in float64, and arguments of all three, in float64."""
 
     op: Callable[..., Any]
@@ -98,7 +98,7 @@ def chosen() -> Iterator[set[str]]:
         yield names
 
 
-def compare(backend: str, problems: list[Problem], dtype: str) -> Row:
+def compare(backend: str, problems: list[Check], dtype: str) -> Row:
     """The errors at all orders, geometric means over the problems: that of a single one may be luck."""
     low, means, names, repeats = getattr(torch, dtype), [], set(), True
     eps = torch.finfo(low).eps
@@ -129,7 +129,7 @@ def check(op: str, sample: str, dtype: str, tiny: bool) -> Row:
     for seed in range(4 if tiny else 1):
         low = cast(draw(Random(getattr(torch, dtype), seed)), getattr(torch, dtype))
         exact, arguments = function(spec.plain, cast(low, torch.float64))
-        problems.append(Problem(function(spec.call, low)[0], function(spec.plain, low)[0], exact, arguments))
+        problems.append(Check(function(spec.call, low)[0], function(spec.plain, low)[0], exact, arguments))
     return compare("triton", problems, dtype)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import metakern as mk
 from benchmarks import peers
 from benchmarks.calls import RULES
-from benchmarks.gpu.checks import DTYPES, Problem, compare
+from benchmarks.gpu.checks import DTYPES, Check, compare
 from benchmarks.gpu.measure import eager_milliseconds, milliseconds, peak_mib
 from benchmarks.gpu.pool import Job, Row
 from benchmarks.gpu.problems import device
@@ -66,7 +66,7 @@ def check(cell: str, sizes: Sizes, dtype: str, options: dict[str, bool]) -> Row:
     problems = []
     for seed in (1, 2):
         op, plain, x = problem(cell, sizes, getattr(torch, dtype), seed, device=device(), **options)
-        problems.append(Problem(op, plain, plain, x))
+        problems.append(Check(op, plain, plain, x))
     return compare("cuda" if torch.cuda.is_available() else "reference", problems, dtype)
 
 

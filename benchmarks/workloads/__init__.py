@@ -59,7 +59,7 @@ def family(name: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Spec:
+class WorkloadName:
     """A workload as its name says it."""
 
     family: str
@@ -67,10 +67,10 @@ class Spec:
     changes: dict[str, Any]
 
     @classmethod
-    def parse(cls, name: str) -> Spec:
+    def parse(cls, name: str) -> WorkloadName:
         """Raises ValueError, with what there is, for a family, a size, a key or a value that is none.
 
-        >>> Spec.parse("gpt,length=1024").name
+        >>> WorkloadName.parse("gpt,length=1024").name
         'gpt:medium,length=1024'
         """
         head, *changes = name.split(",")
@@ -101,10 +101,10 @@ class Spec:
         words = {key: "-".join(map(str, v)) if isinstance(v, list) else v for key, v in self.sizes.items()}
         return family(self.family)["title"].format(**words)
 
-    def changed(self, **changes: Any) -> Spec:
+    def changed(self, **changes: Any) -> WorkloadName:
         return replace(self, changes=self.changes | changes)
 
-    def sweep(self, key: str) -> list[Spec]:
+    def sweep(self, key: str) -> list[WorkloadName]:
         """This workload at each value that its family sweeps a key over; none where it does not."""
         return [self.changed(**{key: value}) for value in family(self.family)["sweep"].get(key, ())]
 
@@ -181,13 +181,13 @@ class Workload:
         theta = {key: parameters.pop(key) for key in self.theta}
         support, query = (tuple(a.numpy() for a in batch) for batch in (self.support, self.query))
         exact = {part: {key: g.numpy() for key, g in gradient.items()} for part, gradient in truth.items()}
-        spec = Spec.parse(name)
+        spec = WorkloadName.parse(name)
         settings = {"model": family(spec.family)["model"], "lr": self.lr, **spec.sizes, "K": self.steps}
         return Problem(spec.name, theta, parameters, support, query, **exact, settings=settings)
 
 
 def make(name: str) -> Workload:
-    spec = Spec.parse(name)
+    spec = WorkloadName.parse(name)
     about = family(spec.family)
     torch.manual_seed(0)
     model, support, query = KINDS[about["model"]].make(spec.sizes)

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from metakern.compat.references import PLAIN, References, refreshed
 from metakern.meta.batching import exact_kernels
-from metakern.meta.functions import Fused
+from metakern.meta.functions import FusedFunctions
 
 Change = Callable[[Tensor], Tensor]
 
@@ -318,7 +318,7 @@ def is_ours(module: nn.Module) -> bool:
 @contextmanager
 def fused() -> Iterator[None]:
     """Within it, what a model calls of torch.nn.functional runs by metakern's ops, or else twice differentiably."""
-    with exact_kernels(), Fused():
+    with exact_kernels(), FusedFunctions():
         yield
 
 

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.meta.batches import over_tasks, select, structure
 from metakern.meta.fold import Fold
-from metakern.meta.functions import Fused, Repaired
+from metakern.meta.functions import FusedFunctions, Repaired
 from metakern.meta.parameters import Parameters
 from metakern.ops.core.autocast import plain_operations
 
@@ -53,7 +53,7 @@ class Loop:
     def _operations(self) -> AbstractContextManager:
         """metakern's ops, or PyTorch's own operations where the loss takes derivatives itself."""
         if not self.plain:
-            return Fused()
+            return FusedFunctions()
         both = ExitStack()
         both.enter_context(plain_operations())
         both.enter_context(Repaired())

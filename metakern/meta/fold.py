@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metakern import ops
-from metakern.meta.functions import Fused
+from metakern.meta.functions import FusedFunctions
 from metakern.meta.parameters import Parameters, put
 from metakern.nn import Linear
 from metakern.nn.lora import LoraLinear
@@ -38,7 +38,9 @@ class FoldError(RuntimeError):
 class Fold:
     """A model with its units, and the record of which tensors carry the tasks."""
 
-    def __init__(self, parameters: Parameters, operations: Callable[[], AbstractContextManager] = Fused) -> None:
+    def __init__(
+        self, parameters: Parameters, operations: Callable[[], AbstractContextManager] = FusedFunctions
+    ) -> None:
         self.model, self.parameters, self.operations = parameters.model, parameters, operations
         self.units = _units(parameters)
         self.originals = {module: module.forward for module in self.units}

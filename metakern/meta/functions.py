@@ -24,7 +24,7 @@ class Repaired(TorchFunctionMode):
         return REPAIRED.get(func, func)(*args, **kwargs or {})
 
 
-class Fused(TorchFunctionMode):
+class FusedFunctions(TorchFunctionMode):
     """Within the block, functions of torch.nn.functional run by metakern's ops."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:

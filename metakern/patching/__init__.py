@@ -17,7 +17,7 @@ from metakern.nn.norm import LayerNorm, RMSNorm
 from metakern.nn.recurrent import GRU, LSTM, RNN
 from metakern.nn.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 from metakern.patching import huggingface
-from metakern.patching.huggingface import Fused
+from metakern.patching.huggingface import FusedModule
 from metakern.patching.report import Left, Replaced, Report
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
@@ -118,7 +118,8 @@ def _check(module: nn.Module) -> None:
 def _obstacle(module: nn.Module) -> str | None:
     """Why a module that is one of torch.nn's, or derives from one, can't be replaced; None for every other module."""
     kind = type(module)
-    ours = (*_CLASSES.values(), NonDynamicallyQuantizableLinear, Fused)  # the second: MultiheadAttention calls it never
+    # NonDynamicallyQuantizableLinear: MultiheadAttention calls it never.
+    ours = (*_CLASSES.values(), NonDynamicallyQuantizableLinear, FusedModule)
     if isinstance(module, ours) or not isinstance(module, tuple(_CLASSES)):
         return None
     if kind not in _CLASSES:
@@ -137,7 +138,7 @@ def _obstacle(module: nn.Module) -> str | None:
 
 def _name(kind: type) -> str:
     """The name that a class is known by, or the ops that it runs."""
-    if issubclass(kind, Fused):
+    if issubclass(kind, FusedModule):
         return kind.runs
     package = "torch.nn" if kind in _CLASSES else "metakern.nn" if kind in _CLASSES.values() else kind.__module__
     package = "transformers" if package.startswith("transformers.") else package

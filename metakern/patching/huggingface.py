@@ -52,7 +52,7 @@ Modules = Sequence[tuple[str, nn.Module]]
 Parameter = Callable[[str], Any]  # a parameter by name, with or without the tasks first
 
 
-class Fused(nn.Module):
+class FusedModule(nn.Module):
     """What the made classes share: they pickle as what they were made of, and say which ops they run."""
 
     runs = ""
@@ -63,7 +63,7 @@ class Fused(nn.Module):
         return _blank, (former, mixin, self.runs), *state
 
 
-class Elementary(Fused):
+class Elementary(FusedModule):
     """A module that is one op, of its input and its parameters `owns`."""
 
     owns: tuple[str, ...] = ()
@@ -124,7 +124,7 @@ class TanhGELU(GELU):
     approximate = "tanh"
 
 
-class GatedMLP(Fused):
+class GatedMLP(FusedModule):
     """Llama's, with SiLU as its gate."""
 
     runs = "metakern.ops.swiglu"
@@ -136,7 +136,7 @@ class GatedMLP(Fused):
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-class JointlyGatedMLP(Fused):
+class JointlyGatedMLP(FusedModule):
     """Phi-3's, with one matrix for the gate and what it gates."""
 
     runs = "metakern.ops.swiglu"
@@ -147,7 +147,7 @@ class JointlyGatedMLP(Fused):
         return self.down_proj(ops.swiglu(*self.gate_up_proj(hidden_states).chunk(2, -1)))
 
 
-class Attention(Fused):
+class Attention(FusedModule):
     """A module that calls transformers' attention interface, and what turns its queries and keys."""
 
 
@@ -207,7 +207,7 @@ def missing(modules: Modules) -> Iterator[Left]:
                 yield Left(path, f"{op} of {type(model).__name__}", why)
 
 
-def replacement(module: nn.Module) -> tuple[type[Fused] | None, str | None]:
+def replacement(module: nn.Module) -> tuple[type[FusedModule] | None, str | None]:
     """The class that computes what a module in a pretrained model computes, and why there is none where one is due."""
     kind: Any = type(module)
     mixin: Any = known(kind)
@@ -235,7 +235,7 @@ def replacement(module: nn.Module) -> tuple[type[Fused] | None, str | None]:
     return None, None
 
 
-def known(kind: Any) -> type[Fused] | None:
+def known(kind: Any) -> type[FusedModule] | None:
     """What computes the same as the modules of a class of transformers."""
     return _known(kind, kind.forward)
 
@@ -248,7 +248,7 @@ def _known(kind: Any, forward: Any) -> Any:
     from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
     from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
-    by_name: dict[str, type[Fused]] = {
+    by_name: dict[str, type[FusedModule]] = {
         "SiLUActivation": SiLU,
         "GELUActivation": GELU,
         **dict.fromkeys(("NewGELUActivation", "GELUTanh", "PytorchGELUTanh", "FastGELUActivation"), TanhGELU),
@@ -259,7 +259,7 @@ def _known(kind: Any, forward: Any) -> Any:
             return mixin
     if kind is pytorch_utils.Conv1D:
         return Conv1D
-    originals: tuple[tuple[type, type[Fused], tuple[str, ...]], ...] = (
+    originals: tuple[tuple[type, type[FusedModule], tuple[str, ...]], ...] = (
         (LlamaRMSNorm, RMSNorm, ("forward",)),
         (GemmaRMSNorm, CenteredRMSNorm, ("forward", "_norm")),
         (LlamaMLP, GatedMLP, ("forward",)),
@@ -274,7 +274,7 @@ def _known(kind: Any, forward: Any) -> Any:
 _BEHAVES: dict[Any, bool] = {}
 
 
-def _behaves(module: nn.Module, mixin: type[Fused]) -> bool:
+def _behaves(module: nn.Module, mixin: type[FusedModule]) -> bool:
     """Whether a class computes what `mixin` does: tried on one of its modules with random parameters of a tiny size."""
     key = type(module), mixin, type(module).forward
     if key not in _BEHAVES:
@@ -301,13 +301,13 @@ def _behaves(module: nn.Module, mixin: type[Fused]) -> bool:
     return _BEHAVES[key]
 
 
-def _made(former: Any, mixin: Any, runs: str) -> type[Fused]:
+def _made(former: Any, mixin: Any, runs: str) -> type[FusedModule]:
     """The class of the modules of `former` that run metakern's ops; its name is theirs, by which transformers asks."""
     return _made_of(former, mixin, runs, former.forward)
 
 
 @cache
-def _made_of(former: Any, mixin: Any, runs: str, forward: Any) -> type[Fused]:
+def _made_of(former: Any, mixin: Any, runs: str, forward: Any) -> type[FusedModule]:
     """`_made`, anew where the forward of `former` was replaced."""
     body: dict[str, Any] = {"runs": runs, "__module__": __name__, "__doc__": former.__doc__}
     if _ROPE in runs:
@@ -315,7 +315,7 @@ def _made_of(former: Any, mixin: Any, runs: str, forward: Any) -> type[Fused]:
     return type(former.__name__, (mixin, former), body)
 
 
-def _blank(former: Any, mixin: Any, runs: str) -> Fused:
+def _blank(former: Any, mixin: Any, runs: str) -> FusedModule:
     """A module for pickle to fill."""
     register()
     made: Any = _made(former, mixin, runs)

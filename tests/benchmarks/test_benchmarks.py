@@ -28,7 +28,7 @@ from benchmarks.problem import Problem
 from benchmarks.results import ROOT
 from benchmarks.runner import RefusedError, Runner, installed
 from benchmarks.truth import exact, with_truth
-from benchmarks.workloads import Spec, families, make, of
+from benchmarks.workloads import WorkloadName, families, make, of
 from metakern.ops import SPECS
 from metakern.ops.core.spec import Make
 
@@ -140,13 +140,13 @@ def test_a_problem_is_the_same_workload(tmp_path):
 
 
 def test_workloads_are_named():
-    assert Spec.parse("gpt").name == "gpt:medium"
-    long = Spec.parse("gpt:small,length=1024,tasks=1")
+    assert WorkloadName.parse("gpt").name == "gpt:medium"
+    long = WorkloadName.parse("gpt:small,length=1024,tasks=1")
     assert (long.sizes["length"], long.sizes["tasks"], long.sizes["width"]) == (1024, 1, 64)
-    assert Spec.parse(long.name) == long
-    assert Spec.parse(long.changed(tasks=2).name).sizes["tasks"] == 2
-    assert Spec.parse("mlp,widths=3+4").sizes["widths"] == [3, 4]
-    assert "MLP 3-4, 32 tasks" in Spec.parse("mlp,widths=3+4").title
+    assert WorkloadName.parse(long.name) == long
+    assert WorkloadName.parse(long.changed(tasks=2).name).sizes["tasks"] == 2
+    assert WorkloadName.parse("mlp,widths=3+4").sizes["widths"] == [3, 4]
+    assert "MLP 3-4, 32 tasks" in WorkloadName.parse("mlp,widths=3+4").title
     assert [spec.name for spec in parsed("mlp,gpt:large,K=2,tasks=1,lstm; rnn")] == [
         *("mlp:medium", "gpt:large,K=2,tasks=1", "lstm:medium", "rnn:medium")
     ]
@@ -167,7 +167,7 @@ def test_workloads_are_named():
 )
 def test_what_is_no_workload_says_what_is(name, said):
     with pytest.raises(ValueError) as error:
-        Spec.parse(name)
+        WorkloadName.parse(name)
     assert said in str(error.value)
 
 
@@ -195,16 +195,16 @@ def test_a_family_is_a_file(tmp_path, monkeypatch):
     ):
         (tmp_path / f"wrong{i}.toml").write_text(text.replace(old, new))
         with pytest.raises(ValueError, match=said):
-            Spec.parse(f"wrong{i}")
+            WorkloadName.parse(f"wrong{i}")
 
 
 def test_a_sweep_varies_one_size():
-    base = Spec.parse("gpt:small")
+    base = WorkloadName.parse("gpt:small")
     points = swept("K,length", [base])
     assert [point.sizes["K"] for _, point in points[:5]] == [1, 2, 4, 8, 16]
     assert [point.sizes["length"] for _, point in points[5:]] == [64, 128, 256, 512, 1024, 2048]
     assert points[0][1].sizes["length"] == base.sizes["length"]
-    assert swept("length", [Spec.parse("mlp")]) == []
+    assert swept("length", [WorkloadName.parse("mlp")]) == []
     with pytest.raises(ValueError, match="sweep must be of K, examples, length, sequences, tasks, got 'width'"):
         swept("width", [base])
     rows = {"JAX, vmap": {"peer": "jax", "median_ms": 1}, "JAX, task loop": {"peer": "jax", "median_ms": 2}}
@@ -459,7 +459,7 @@ def test_a_wrong_rule_a_reference_and_chance_are_no_good_check():
         return mk.ops.silu(x0) + (x - x0) * s * (1 + x0 * (1 - s))
 
     def good(op):
-        row = checks.compare("triton", [checks.Problem(op, plain, plain, [x])], "float32")
+        row = checks.compare("triton", [checks.Check(op, plain, plain, [x])], "float32")
         return row["good"], row["repeats"], row["backends"]
 
     assert good(mk.ops.silu) == (True, True, ["triton"])

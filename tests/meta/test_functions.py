@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import metakern as mk
-from metakern.meta.functions import Fused
+from metakern.meta.functions import FusedFunctions
 from metakern.ops.core.spec import Make
 
 SEEN = torch.tensor([[True, True, False], [True, False, False]])
@@ -77,7 +77,7 @@ def test_what_an_op_computes_it_computes(name: str, f: Callable, shapes: list, c
         f = cross_entropy(torch.tensor([2, 1, 0]), ignore_index=2)
     expected = orders(f, shapes)
     assert not called
-    with Fused():
+    with FusedFunctions():
         actual = orders(f, shapes)
     assert called == [name]
     for a, e in zip(actual, expected, strict=True):
@@ -102,13 +102,13 @@ def test_what_an_op_computes_it_computes(name: str, f: Callable, shapes: list, c
 )
 def test_what_no_op_computes_is_left_to_torch(f: Callable, shapes: list, called: list[str]) -> None:
     expected = orders(f, shapes)
-    with Fused():
+    with FusedFunctions():
         assert all(torch.equal(a, e) for a, e in zip(orders(f, shapes), expected, strict=True))
     assert not called
 
 
 def test_no_kept_target_is_nan_as_in_torch() -> None:
-    with Fused():
+    with FusedFunctions():
         assert F.cross_entropy(torch.randn(3, 5), torch.full((3,), -100)).isnan()
 
 

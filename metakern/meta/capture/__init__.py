@@ -96,7 +96,7 @@ class Captures:
         tasks = tasks_of(batches[0])
         self._late.clear()
         state = self._state()
-        whole = _Call(function, batches)
+        whole = _Application(function, batches)
         if state is None or whole.obstacle:
             if whole.obstacle:
                 self._note(whole.obstacle)
@@ -157,12 +157,12 @@ class Captures:
         _drop_oldest(self._calls)
         return left > 0
 
-    def _is_for_python(self, whole: _Call) -> bool:
+    def _is_for_python(self, whole: _Application) -> bool:
         """Whether a task's program was made and has no executable, while there is none for the whole batch yet."""
         captured = self._programs.get(whole.part(slice(1)).key)
         return captured is not None and captured.executable is None and whole.key not in self._programs
 
-    def _microbatch_of(self, whole: _Call, tasks: int, guards: Guards) -> tuple[int, Results | None]:
+    def _microbatch_of(self, whole: _Application, tasks: int, guards: Guards) -> tuple[int, Results | None]:
         """As many tasks as a cache holds, and one for each thread; all tasks where one task has no executable.
 
         With the results of the first microbatch, if finding out has made them.
@@ -187,14 +187,14 @@ class Captures:
         microbatch = -(-tasks // (threads * rounds))
         return microbatch, first if microbatch == 1 else None
 
-    def _run(self, calls: list[_Call], first: Results | None, guards: Guards) -> list[Results]:
+    def _run(self, calls: list[_Application], first: Results | None, guards: Guards) -> list[Results]:
         """The calls' results, `first` those of the first one: of new programs one is compared with an ordinary run.
 
         And one of the next batch: then a program is known to be right.
         """
         results: list[Results] = [] if first is None else [first]
         new = {call.key for call in calls[: len(results)]}
-        ready: list[tuple[_Captured, _Call]] = []
+        ready: list[tuple[_Captured, _Application]] = []
         sure = set()
         for call in calls[len(results) :]:
             captured = self._programs.get(call.key)
@@ -219,7 +219,7 @@ class Captures:
         found_ready = iter(self._played(ready))
         return [result or next(found_ready) for result in results]
 
-    def _played(self, ready: list[tuple[_Captured, _Call]]) -> list[Results]:
+    def _played(self, ready: list[tuple[_Captured, _Application]]) -> list[Results]:
         """The programs' results, audited where it is time."""
         due = {id(captured) for captured in {id(c): c for c, _ in ready}.values() if captured.is_due()}
         before = Random(ready[0][1].inputs[0].device) if due else None
@@ -233,7 +233,7 @@ class Captures:
                     self._audit(captured, call, found)
         return results
 
-    def _audit(self, captured: _Captured, call: _Call, found: Results) -> None:
+    def _audit(self, captured: _Captured, call: _Application, found: Results) -> None:
         truth = list(call())
         difference = _difference(found, truth, self._names)
         if not difference or self._would_be_recorded_again(captured, call, found):
@@ -246,7 +246,7 @@ class Captures:
             "part of the batch, or use capture=False"
         )
 
-    def _would_be_recorded_again(self, captured: _Captured, call: _Call, found: Results) -> bool:
+    def _would_be_recorded_again(self, captured: _Captured, call: _Application, found: Results) -> bool:
         """Whether a new recording computes the same to the last bits: then the difference is one of rounding.
 
         Rounding is amplified without bound where a derivative jumps (ReLU, max pooling), in ordinary runs too.
@@ -261,7 +261,7 @@ class Captures:
             return False
         return not _difference(found, results, self._names, exponent=0.95)
 
-    def _recorded(self, call: _Call, guards: Guards, is_all: bool = True) -> Results:
+    def _recorded(self, call: _Application, guards: Guards, is_all: bool = True) -> Results:
         """The call's results, and its program where there is one; no results where it fails and `is_all` is not set."""
         while len(self._programs) >= PROGRAMS:
             del self._programs[next(iter(self._programs))]
@@ -290,7 +290,7 @@ class Captures:
         give_back()
         return self._compared(captured, call, results)[0]
 
-    def _compared(self, captured: _Captured, call: _Call, truth: Results | None = None) -> tuple[Results, bool]:
+    def _compared(self, captured: _Captured, call: _Application, truth: Results | None = None) -> tuple[Results, bool]:
         """The program's results, if they are those of an ordinary run (`truth`), else these; and whether they are."""
         before, reason = Random(call.inputs[0].device), ""
         try:
@@ -339,7 +339,7 @@ class _State:
 class _Before:
     """What a recorded run may change beside tensors, to be put back where its results are not used."""
 
-    def __init__(self, call: _Call, guards: Guards) -> None:
+    def __init__(self, call: _Application, guards: Guards) -> None:
         self.random, self._guards = Random(call.inputs[0].device), guards
         self._python, self._numpy = random.getstate(), np.random.get_state()
 
@@ -357,7 +357,7 @@ class _Before:
         np.random.set_state(self._numpy)
 
 
-class _Call:
+class _Application:
     """A function and its batches, whose tensors are the inputs of a program."""
 
     def __init__(self, function: Callable[..., Sequence[Tensor | None]], batches: tuple) -> None:
@@ -397,7 +397,7 @@ class _Call:
             leaves[i] = tensor
         return self._function(*self._rebuild(leaves))
 
-    def part(self, tasks: slice) -> _Call:
+    def part(self, tasks: slice) -> _Application:
         part = copy(self)
         part._take([t[tasks] for t in self.inputs])
         return part

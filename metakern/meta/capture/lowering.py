@@ -40,7 +40,7 @@ def lower(program: Program, inputs: Sequence[Tensor]) -> Executable:
 
 
 @dataclass
-class _Call:
+class _Instruction:
     """An instruction: a method of the native executable, and its arguments, once it is known where the tensors lie."""
 
     method: str
@@ -52,7 +52,7 @@ class Lowering:
     """Follows a program with tensors of device "meta", each of which has a layout and no memory."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
-        self.calls: list[_Call] = []
+        self.calls: list[_Instruction] = []
         self.values: dict[Register, Tensor] = {}
         self.folded: dict[Register, Tensor] = {}  # known now: numbers of the recorded run
         self.bases: dict[int, int] = {}  # of the memory whose address is given at each run
@@ -168,7 +168,7 @@ class Lowering:
     def call(self, method: str, *tensors: Tensor | None, arguments: Callable[[list[Any]], tuple]) -> None:
         if any(t is not None and _memory(t) not in self.filled for t in tensors):
             raise LoweringError(f"{method} of a hidden copy")
-        self.calls.append(_Call(method, tensors, arguments))
+        self.calls.append(_Instruction(method, tensors, arguments))
 
     def map(self, name: str, out: Tensor, *inputs: Tensor, s: float = 0.0, t: float = 0.0) -> Tensor:
         """An elementwise instruction over `out` and what broadcasts to it."""

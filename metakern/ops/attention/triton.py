@@ -43,7 +43,7 @@ class Heads(NamedTuple):
     row: int
 
 
-class Problem(NamedTuple):
+class Sizes(NamedTuple):
     """The sizes of a call, and what its queries see."""
 
     H: int
@@ -407,7 +407,7 @@ class _Launcher:
         (B, H, L, D), (H_kv, L_k) = q.shape, k.shape[1:3]
         self.q, self.queries, self.keys = q, (L, B * H), (L_k, B * H_kv)
         mask = None if c.mask is None else c.mask.contiguous()
-        self.problem = Problem(H, H // H_kv, L, L_k, c.window, mask)
+        self.problem = Sizes(H, H // H_kv, L, L_k, c.window, mask)
         acc = tl.float64 if q.dtype == torch.float64 else tl.float32
         self.constants = Constants(c.scale, c.causal, D, max(16, triton.next_power_of_2(D)), acc, launch.precision())
 

@@ -162,7 +162,7 @@ def _sorted(outputs: Iterable[Node]) -> list[Node]:
 
 
 @dataclass(frozen=True)
-class Program:
+class Generated:
     """Python text of a function `f` of the inputs that it needs; `given` says which outputs it returns."""
 
     name: str
@@ -179,7 +179,7 @@ def program(
     present: frozenset[str],
     wanted: tuple[bool, ...] | None = None,
     merged: bool = True,
-) -> Program:
+) -> Generated:
     """A rule of y = formula(x0, x1, …) whose tangents are t0, …, and cotangents ct0, …, with tangents t_ct0, …
 
     Inputs that are not `present` are zero. `merged`: with fma and fms.
@@ -200,7 +200,7 @@ def program(
         outputs = tangents(outputs, dict(zip([*x, *ct], [*t_x, *t_ct], strict=True)))
     given = tuple(y is not ZERO and (wanted is None or wanted[i]) for i, y in enumerate(outputs))
     text, read = _text([y for y, g in zip(outputs, given, strict=True) if g], merged)
-    return Program(f"{formula.__name__.strip('_')}_{rule}", text, read, given)
+    return Generated(f"{formula.__name__.strip('_')}_{rule}", text, read, given)
 
 
 def _text(outputs: list[Node], merge: bool) -> tuple[str, tuple[str, ...]]:
@@ -268,7 +268,7 @@ def torch_over(a: Any, b: Tensor) -> Tensor:
 
 
 @cache
-def in_torch(made: Program) -> Callable[..., tuple[Any, ...]]:
+def in_torch(made: Generated) -> Callable[..., tuple[Any, ...]]:
     """The program as a function of tensors and numbers."""
     names: dict[str, Any] = {"fma": _fma, "fms": torch_fms, "root": torch_root, "over": torch_over}
     exec(made.text, names)

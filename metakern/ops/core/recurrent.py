@@ -176,7 +176,7 @@ def _rules(
     product: matrices.Product,
     dtypes: frozenset[torch.dtype] | None = None,
 ) -> Rules:
-    widen = wide if dtypes is None else tuple  # kernels that name their dtypes take half precision as it is
+    widen = all_wide if dtypes is None else tuple  # kernels that name their dtypes take half precision as it is
 
     def times(*pairs: tuple[Tensor | None, Tensor | None], add: Tensor | None = None) -> Any:
         """add + Σ x w, all steps at once: [T, B, L, in], [T, in, out] -> [T, B, L, out]; None for no terms."""
@@ -441,7 +441,7 @@ class _Kernels:
         return tuple(t[0].unflatten(0, (tasks, -1)) for t in found) if merge else found
 
 
-def wide(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+def all_wide(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
     """Half precision as float32; what is expanded over the tasks stays expanded."""
 
     def widened(t: Tensor | None) -> Tensor | None:

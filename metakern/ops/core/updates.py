@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metakern.ops.core import backend, checks, triton_kernels
 from metakern.ops.core.autograd import Op
-from metakern.ops.core.formula import Node, Program, in_torch, program, symbol
+from metakern.ops.core.formula import Generated, Node, in_torch, program, symbol
 from metakern.ops.core.matrices import wide
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Cost, Make, Sample
@@ -141,7 +141,7 @@ def _rate(op: str, name: str, rate: Rate, own: torch.Size | None, phi: Tensor, t
     return rate
 
 
-def rules(run: Callable[[Program, Mapping[str, Any], Tensors], list[Tensors]], merged: bool) -> Rules:
+def rules(run: Callable[[Generated, Mapping[str, Any], Tensors], list[Tensors]], merged: bool) -> Rules:
     """The four rules, by run(program, values, like): the outputs that the program gives, a tuple for each.
 
     A value is a tuple of a tensor for each parameter, of the shape of `like` or [T], or a number.
@@ -224,7 +224,7 @@ def _summed(c: SimpleNamespace, x: Tensors, terms: list[Tensors | None]) -> Tens
     return tuple(found)
 
 
-def run_torch(made: Program, values: Mapping[str, Any], like: Tensors) -> list[Tensors]:
+def run_torch(made: Generated, values: Mapping[str, Any], like: Tensors) -> list[Tensors]:
     """A parameter at a time: what a formula makes of it stays in the cache, and is freed."""
     function, results = in_torch(made), []
     spread = [values[name] if isinstance(values[name], float) else _spread(values[name], like) for name in made.inputs]

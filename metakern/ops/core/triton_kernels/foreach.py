@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from metakern.native import memory
-from metakern.ops.core.formula import Program
+from metakern.ops.core.formula import Generated
 from metakern.ops.core.rules import Tensors
 from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, wide
 from metakern.ops.core.updates import rules
@@ -96,7 +96,7 @@ def over(a, b):
 
 
 @cache
-def function(program: Program) -> Any:
+def function(program: Generated) -> Any:
     """The program as a function that kernels call; Triton reads its text where Python's tracebacks do."""
     file = f"<{program.name} {hash(program.text):x}>"
     linecache.cache[file] = (len(program.text), None, program.text.splitlines(keepends=True), file)
@@ -105,7 +105,7 @@ def function(program: Program) -> Any:
     return triton.jit(names["f"])
 
 
-def foreach(program: Program, values: Mapping[str, Input], like: Tensors) -> list[Tensors]:
+def foreach(program: Generated, values: Mapping[str, Input], like: Tensors) -> list[Tensors]:
     """The outputs that the program gives, each a tensor for every one of `like`."""
     device = like[0].device
     x = [contiguous(*a) if isinstance(a, tuple) else a for a in map(values.__getitem__, program.inputs)]
