@@ -26,7 +26,7 @@ from metakern.dialogue.readers import Dialogue, Turn, read
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import on_device_of
 from metakern.dialogue.tokenizer import IGNORE, bot_of
-from metakern.errors import UserError
+from metakern.errors import UserError, by_the_user
 from metakern.meta.parameters import twin
 
 __all__ = ["Chat", "adapt", "support_batch", "talk"]
@@ -132,14 +132,15 @@ class Chat:
         self.turns.append(Turn("user", line))
         length = self.run.config.max_length
         prompt = self.run.tokenizer.prompt(self.turns, length, "bot")
-        ids = generate(
-            self.model,
-            prompt,
-            max_new_tokens=min(length // 2, length - len(prompt)),
-            eos_id=self.run.tokenizer.eos_id,
-            generator=self.generator,
-            **self.sampling,
-        )
+        with by_the_user():
+            ids = generate(
+                self.model,
+                prompt,
+                max_new_tokens=min(length // 2, length - len(prompt)),
+                eos_id=self.run.tokenizer.eos_id,
+                generator=self.generator,
+                **self.sampling,
+            )
         self.turns.append(Turn("bot", self.run.tokenizer.decode(ids).strip()))
         return self.turns[-1].text
 

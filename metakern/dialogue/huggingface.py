@@ -199,11 +199,11 @@ def _smollm2() -> Path:
 
 def _convert(package: Path, folder: Path) -> None:
     with _quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2).float()
+        model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2)
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2)
         model.hf_quantizer, model.is_quantized = None, False  # its weights are plain numbers now, and may be saved
         model.config.__dict__.pop("quantization_config", None)
-        model.save_pretrained(folder)
+        model.float().save_pretrained(folder)
         _save(tokenizer, folder)
 
 

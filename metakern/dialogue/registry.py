@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import metakern as mk
 from metakern.dialogue.models import build_model
+from metakern.errors import by_the_user
 
 if TYPE_CHECKING:
     from metakern.dialogue.config import Config
@@ -51,6 +52,7 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
+@by_the_user()
 def build_algorithm(config: Config, model: nn.Module) -> Any:
     """The config's algorithm over ``model``: a module with ``(support, query) -> value``, `adapt` and `evaluate`."""
     options: dict[str, Any] = {"steps": config.inner_steps}
@@ -98,6 +100,7 @@ def _pretrained(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module
     return model, base
 
 
+@by_the_user()
 def build_model_of(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module, str]:
     """The config's model at its start, and the fingerprint of the pretrained one that it is, if any."""
     return _pretrained(config, tokenizer) if config.pretrained else (_new(config, tokenizer), "")

@@ -12,6 +12,7 @@ from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Episodes, Split, TaskData, split_tasks
 from metakern.dialogue.readers import read
 from metakern.dialogue.tokenizer import DialogueTokenizer
+from metakern.errors import by_the_user
 
 __all__ = ["curve", "episodes", "load_split", "on_device_of"]
 
@@ -24,6 +25,7 @@ def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {key: value.to(device) for key, value in batch.items()}
 
 
+@by_the_user()
 def load_split(config: Config) -> Split:
     """The tasks of the config's data, the same split every time and everywhere."""
     held_out = config.validation_part, config.test_part
@@ -36,6 +38,7 @@ def load_split(config: Config) -> Split:
     )
 
 
+@by_the_user()
 def episodes(config: Config, tasks: tuple[TaskData, ...], tokenizer: DialogueTokenizer, **changes: Any) -> Episodes:
     """Episodes of ``tasks`` as the config wants them, but for ``changes``."""
     names = ("support_size", "query_size", "max_length", "seed", "train_on", "windows")
