@@ -14,11 +14,21 @@ from metakern.patching import huggingface
 def causal_lm(model: nn.Module, batch: Any) -> Tensor:
     """Mean cross-entropy of the next token, in nats a token, over the labels that are not -100.
 
-    batch: dict(input_ids [B, L], attention_mask [B, L] (optional), labels [B, L] aligned with input_ids, -100 where a
-    token is not to be learned), shifted by one here as Hugging Face does; or (tokens, targets), each [B, L], where
-    targets[i] is what follows tokens[i]. `model(input_ids)` (or `model(input_ids=…, attention_mask=…)`) gives logits
-    [B, L, V], as a tensor or as `.logits`. Those of a Hugging Face model that `metakern.patch` knows, whose head is not
-    adapted, are never made: the head and the loss are one op of the hidden states.
+    The logits of a Hugging Face model that `metakern.patch` knows, whose head is not adapted, are never made: the head
+    and the loss are one op of the hidden states.
+
+    Args:
+        model: `model(input_ids)`, or `model(input_ids=…, attention_mask=…)`, gives logits [B, L, V], as a tensor or as
+            `.logits`.
+        batch: A dictionary with input_ids [B, L], attention_mask [B, L] (optional) and labels [B, L], which are aligned
+            with input_ids and shifted by one here as Hugging Face does, -100 where a token is not to be learned; or
+            (tokens, targets), each [B, L], where targets[i] is what follows tokens[i].
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: For a dictionary without input_ids or labels.
 
     >>> import metakern as mk, torch
     >>> tokens = torch.randint(50, (4, 9))
@@ -42,9 +52,18 @@ def causal_lm(model: nn.Module, batch: Any) -> Tensor:
 
 
 def classification(model: nn.Module, batch: Any) -> Tensor:
-    """Mean cross-entropy of `model(x)` [B, classes] against integer labels: batch is (x, y), y [B] (or [B, ...]).
+    """Mean cross-entropy of `model(x)`, [B, classes], against integer labels.
 
-    A third item, as `metakern.pad_tasks` makes it, is a mask [B] of the examples that count. Labels of -100 do not.
+    Args:
+        model: `model(x)` gives logits, [B, classes] or [B, ..., classes].
+        batch: (x, y) with y [B] or [B, ...], of which -100 does not count; or (x, y, mask), as `metakern.pad_tasks`
+            makes it, with a mask [B] of the examples that count.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: For a batch of another form.
 
     >>> import metakern as mk, torch
     >>> mk.losses.classification(torch.nn.Linear(3, 2), (torch.randn(5, 3), torch.ones(5, dtype=torch.long))).shape

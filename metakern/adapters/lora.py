@@ -43,17 +43,29 @@ def lora(
     seed: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Adapts linear layers of `model` by LoRA, in place, and freezes all other parameters. Returns the layers' names.
+    """Adapts linear layers of `model` by LoRA, in place, and freezes all other parameters.
 
-    targets: patterns with * and ? over the dotted names of layers, for some components in a row: "q_proj",
-    "layers.*.mlp", "h.0.attn.c_attn". None is every `torch.nn.Linear` and Hugging Face `Conv1D` that can be adapted,
-    but for output heads. alpha: the correction counts alpha / rank times; None is the rank, PEFT's default at its
-    default rank. trainable: such patterns over the names of other parameters that learn ("*norm*", "bias"). seed: that
-    of A; None draws from PyTorch's generator. dtype: that of A and B; None is that of each layer's weight.
+    What learns is what `metakern.MAML(model, ...)` adapts.
 
-    What learns is what `metakern.MAML(model, ...)` adapts. Raises ValueError where a pattern matches nothing, or what
-    can't be adapted (a weight that is tied or quantized, a subclass, a forward that was replaced); where the model is
-    adapted already; where rank, alpha or dropout is out of range.
+    Args:
+        model: Any module.
+        rank: Columns of B and rows of A.
+        targets: Patterns with * and ? over the dotted names of layers, for some components in a row: "q_proj",
+            "layers.*.mlp", "h.0.attn.c_attn". None is every `torch.nn.Linear` and Hugging Face `Conv1D` that can be
+            adapted, but for output heads.
+        alpha: The correction counts alpha / rank times; None is the rank, PEFT's default at its default rank.
+        dropout: Of the correction's input, in [0, 1).
+        trainable: Patterns over the names of other parameters that learn ("*norm*", "bias").
+        seed: That of A; None draws from PyTorch's generator.
+        dtype: That of A and B; None is that of each layer's weight.
+
+    Returns:
+        The names of the adapted layers.
+
+    Raises:
+        ValueError: Where a pattern matches nothing, or what can't be adapted (a weight that is tied or quantized, a
+            subclass, a forward that was replaced); where the model is adapted already; where rank, alpha or dropout is
+            out of range.
 
     >>> import metakern as mk, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))

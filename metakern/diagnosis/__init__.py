@@ -43,15 +43,27 @@ def doctor(
 ) -> Report:
     """Whether the meta-gradient of a model and a loss is exact; if not, where terms are lost, why, and what it costs.
 
-    The arguments are those of `mk.MAML` and of its call: batches with the tasks along dimension 0, of which the first
-    is looked at. Judged is the gradient that PyTorch gives with its twice differentiable kernels, as MAML runs them,
+    Judged is the gradient that PyTorch gives with its twice differentiable kernels, as MAML runs them,
     by differences: lost terms below a millionth of the second order can't be seen (in a model that runs in float32
     alone: below a few percent). Dropout is taken for the identity. Model, gradients, buffers and random states stay
     what they were. It takes some tens of gradients of one task where all is exact, and some hundreds of parts of the
     model, by itself, where it has to look for a place; modules that are alike are looked at once.
 
-    Raises ValueError where there is nothing to judge: a loss that is not a finite scalar, that does not depend on the
-    model's parameters, or that differs from call to call; no trainable parameters; tasks that do not match.
+    Args:
+        model: Any module, as `mk.MAML` takes it.
+        loss: `loss(model, batch)`, the loss of one task.
+        support: A batch with the tasks along dimension 0, of which the first is looked at.
+        query: Such a batch.
+        inner: The inner optimizer; by default SGD.
+        steps: Inner steps.
+        adapt: Which parameters the inner loop changes, as `mk.MAML` takes it.
+
+    Returns:
+        A report: `exact`, `problems`, `plan`; printed it is a page.
+
+    Raises:
+        ValueError: Where there is nothing to judge: a loss that is not a finite scalar, that does not depend on the
+            model's parameters, or that differs from call to call; no trainable parameters; tasks that do not match.
 
     >>> import torch, metakern as mk
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))

@@ -127,17 +127,23 @@ def _constant(tensor: Tensor) -> bool:
 def pad_tasks(tasks: Sequence[Any]) -> Any:
     """Tasks of unequal size as one batch: trees of one structure, padded to the largest, with a mask.
 
-    tasks: for each task a dictionary or a tuple of tensors [N, ...], whose sizes may differ between tasks. Returns the
-    same container with tensors [T, N, ...] and one more entry, a mask [T, N] that is True where a task has an example:
-    `batch["mask"]`, or the last item of the tuple. Integers are padded with 0, but those that are named "labels" or
-    "targets", and the last tensor of a tuple, with -100, which `metakern.losses` ignore; floats with 0.
+    Integers are padded with 0, but those that are named "labels" or "targets", and the last tensor of a tuple, with
+    -100, which `metakern.losses` ignore; floats with 0.
+
+    Args:
+        tasks: For each task a dictionary or a tuple of tensors [N, ...], whose sizes may differ between tasks.
+
+    Returns:
+        The same container with tensors [T, N, ...] and one more entry, a mask [T, N] that is True where a task has an
+        example: `batch["mask"]`, or the last item of the tuple.
+
+    Raises:
+        ValueError: Where there are no tasks, or they differ in structure, dimensions or dtypes.
 
     >>> import torch, metakern as mk
     >>> x, y, mask = mk.pad_tasks([(torch.ones(3, 2), torch.tensor([0, 1, 1])), (torch.ones(1, 2), torch.tensor([1]))])
     >>> x.shape, y.tolist(), mask.tolist()
     (torch.Size([2, 3, 2]), [[0, 1, 1], [1, -100, -100]], [[True, True, True], [True, False, False]])
-
-    Raises ValueError where there are no tasks, or they differ in structure, dimensions or dtypes.
     """
     if not tasks:
         raise ValueError("pad_tasks: tasks must hold at least one task, got none")

@@ -48,8 +48,17 @@ def patch(model: nn.Module) -> Report:
     no key, as at a padded place, gives zeros.
 
     Left alone, and reported with the reason, is what may compute something else: subclasses, modules whose `forward`
-    was replaced, LSTMs with projections, modules of transformers that no rule knows. Raises TypeError where `model` is
-    not a module, ValueError where it is compiled or quantized.
+    was replaced, LSTMs with projections, modules of transformers that no rule knows.
+
+    Args:
+        model: Any module; its parameters stay the same objects.
+
+    Returns:
+        What was replaced, and what was left and why.
+
+    Raises:
+        TypeError: Where `model` is not a module.
+        ValueError: Where it is compiled or quantized.
 
     >>> import metakern as mk, torch
     >>> layers = torch.nn.LayerNorm(4), torch.nn.LSTM(4, 8), torch.nn.LSTM(8, 8), torch.nn.LSTM(8, 8, proj_size=2)

@@ -27,20 +27,35 @@ from metakern.optim import SGD, InnerOptimizer
 class MAML(nn.Module):
     """Exact second-order MAML for any module.
 
-    model: any `nn.Module`. loss(model, batch) -> scalar: the loss of one task; it calls the model as usual.
-    inner: an inner optimizer. steps: K. adapt: which parameters the inner loop changes: None for all, name patterns, or
-    a predicate on names; the others are meta-learned all the same. strategy "store" | "recompute", batching "fold" |
-    "vmap" | "loop" and task_chunk (tasks at once) give the same numbers; "auto" chooses, and `maml.plan` says why.
-    capture (on a CPU): the kernels that a meta-gradient calls are recorded once for batches of a shape and run for the
-    next ones in C++, without Python or autograd, a few tasks on each thread: the same numbers in less time and memory.
-    What model and loss read beside tensors is guarded, what can't be guarded is not captured, and uses 4, 8, 16, … are
-    audited by an ordinary run (`metakern.meta.capture`). "auto" records at the third call with batches of one kind,
-    later where that takes longer, and never warns; True records at the first and warns where it can't; False never.
+    A call with support and query batches gives the mean query loss over their tasks after `steps` inner steps, a
+    scalar. Its `backward()` adds the meta-gradient to the parameters' `.grad`. Batches are trees of tensors with the
+    tasks along dimension 0: tuples, dictionaries, dataclasses; what is no tensor in them is the same for all tasks.
 
-    Calling it with support and query batches (trees of tensors, tasks along dimension 0) gives the mean query loss over
-    tasks, whose `backward()` accumulates the meta-gradient into the parameters' `.grad`.
+    Args:
+        model: Any `nn.Module`. It is left as it is.
+        loss: `loss(model, batch)` is the loss of one task, a scalar tensor; it calls the model as usual.
+        inner: The optimizer of the inner loop; by default `metakern.optim.SGD()`.
+        steps: The number of inner steps, K.
+        first_order: Take the inner gradients for constants.
+        adapt: Which parameters the inner loop changes: None for all, name patterns ("head.*"), or a predicate on names.
+            The others are meta-learned all the same.
+        strategy: "store" keeps the graph of all steps, "recompute" the parameters alone; "auto" chooses by what is
+            free.
+        batching: "fold" puts the tasks into the model's batch dimension, "vmap" maps the loss over them, "loop" takes
+            one at a time; "auto" takes the first that is exact.
+        task_chunk: So many tasks at once; "auto" chooses by the caches, or by a GPU's memory.
+        capture: On a CPU, whether to record the kernels of a meta-gradient and run them in C++ for batches of the same
+            shapes, without Python or autograd. "auto" records at the third call with batches of one kind, or later
+            where that takes longer, and never warns; True at the first, and warns where it can't; False never. What
+            model and loss read beside tensors is guarded, and audited now and then (`metakern.meta.capture`).
 
-    Raises ValueError for what can't be exact: a model that no batching reproduces, or that loses second derivatives.
+    Raises:
+        TypeError, ValueError: For arguments of another kind or out of range.
+        ValueError: At a call, where no batching is exact for this model and loss, or second derivatives are lost.
+        StaleCaptureError: At a call, where an audit finds that something changed which no guard sees.
+
+    `maml.plan` says what was chosen and why; `maml.query_losses` has the losses of the last call, [T]. All choices give
+    the same numbers.
 
     >>> import torch, metakern as mk
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
