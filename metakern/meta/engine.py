@@ -25,12 +25,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from metakern.meta.allocator import keep_freed_memory
 from metakern.meta.batches import select, structure, tasks_of, tensors
 from metakern.meta.batching import Folded, Loss, exact_kernels
 from metakern.meta.capture import Captures
 from metakern.meta.draws import Alike
 from metakern.meta.fold import FoldError
-from metakern.meta.memory import keep_freed_memory
 from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Found, Plan, Planner, Wishes
 from metakern.meta.state import INTERNAL, PLAIN, ModuleState, contents, undisturbed

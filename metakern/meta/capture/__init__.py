@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metakern.meta.allocator import give_back
 from metakern.meta.batches import containers, flatten, tasks_of
 from metakern.meta.capture import operations  # noqa: F401  (fills the table of lowering rules)
 from metakern.meta.capture.executable import Executable
@@ -37,7 +38,6 @@ from metakern.meta.capture.lowering import LoweringError, lower
 from metakern.meta.capture.program import Program
 from metakern.meta.capture.recorder import RecordError, record
 from metakern.meta.capture.rewrite import rewritten
-from metakern.meta.memory import give_back
 from metakern.meta.unroll import Random
 from metakern.native.memory import check
 
