@@ -8,6 +8,7 @@ What a command needs is imported when it runs, so that `metakern doctor` works w
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import re
@@ -50,6 +51,7 @@ BENCHMARKS = {
     "maml": "one exact meta-gradient: time and peak memory, against other libraries",
     "report": "the tables and pictures of the results, in a clone of metakern",
 }
+THE_MACHINE_S = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # full, or not allowed
 BENCH = {"rich", "matplotlib", "tomli"}
 
 
@@ -69,7 +71,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    traceback = "--traceback" in given and "bench" not in given  # whose arguments are another parser's
+    command = next((word for word in given if not word.startswith("-")), "")
+    traceback = "--traceback" in given and command != "bench"  # whose arguments are another parser's
     try:
         options = vars(_parser().parse_args([word for word in given if not traceback or word != "--traceback"]))
         del options["traceback"]
@@ -92,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _complain(f"the package {package} is missing: pip install {EXTRAS[package]}")
         if isinstance(error, ImportError) and "pip install" in str(error):
             return _complain(str(error))
+        if isinstance(error, OSError) and error.errno in THE_MACHINE_S:
+            return _complain(f"{error.filename or 'input or output'}: {error.strerror}")
         return _complain(f"{type(error).__name__}: {error}; a fault of metakern's: --traceback says where", 1)
 
 

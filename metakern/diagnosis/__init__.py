@@ -1,8 +1,8 @@
 """Is my meta-gradient exact? Every place where second-order terms are lost, why, and what it costs.
 
 Numbers decide whether: autograd's first and second order against slopes, in float64, at points near the model's own
-(`_slopes`). They also say where: the loss is judged first, then the modules of what fails, each by itself, down to the
-deepest (`_places`). What is seen in the code only chooses the words (`_causes`).
+(`metakern.meta.slopes`). They also say where: the loss is judged first, then the modules of what fails, each by itself,
+down to the deepest (`places`). What is seen in the code only chooses the words (`causes`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def doctor(
 ) -> Report:
     """Whether the meta-gradient of a model and a loss is exact; if not, where terms are lost, why, and what it costs.
 
-    Judged is the gradient that PyTorch gives with its twice differentiable kernels, as MAML runs them,
-    by differences: lost terms below a millionth of the second order can't be seen (in a model that runs in float32
+    The gradient that PyTorch gives with its twice differentiable kernels, as MAML runs them, is judged by differences:
+    lost terms below a millionth of the second order can't be seen (in a model that runs in float32
     alone: below a few percent). Dropout is taken for the identity. Model, gradients, buffers and random states stay
     what they were. It takes some tens of gradients of one task where all is exact, and some hundreds of parts of the
     model, by itself, where it has to look for a place; modules that are alike are looked at once.

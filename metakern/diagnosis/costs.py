@@ -96,9 +96,8 @@ class _ByDifferences(Unroll):
         def gradients(at: Tensors) -> list[Tensor]:
             with torch.enable_grad():
                 leaves = [p.detach().requires_grad_() for p in at]
-                return with_zeros(
-                    derivatives(self.batching.losses(leaves, batch).sum(), [*leaves, *shared]), [*leaves, *shared]
-                )
+                inputs = [*leaves, *shared]
+                return with_zeros(derivatives(self.batching.losses(leaves, batch).sum(), inputs), inputs)
 
         return gradients(phi)[: len(phi)], slope(gradients, phi, with_zeros(v, phi))
 

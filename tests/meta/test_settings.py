@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from campaign import default_dtype, deterministic
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -25,25 +26,6 @@ def default_device(device: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # which fills what `torch.empty` gives
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @contextmanager

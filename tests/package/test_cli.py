@@ -16,6 +16,7 @@ import metakern
 from metakern import cli
 from metakern.cli import main
 from metakern.dialogue.config import Config
+from metakern.errors import UserError
 from metakern.tested import TESTED
 
 
@@ -154,6 +155,20 @@ def test_a_fault_of_our_own_is_called_one(capsys, monkeypatch):
     for arguments in (["--traceback", "doctor"], ["doctor", "--traceback"]):
         with pytest.raises(ValueError, match="odd"):
             main(arguments)
+
+
+def test_a_run_may_be_called_as_a_command_is(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="bench: is not the folder of a run"):
+        main(["eval", "bench", "--traceback"])
+
+
+def test_a_full_disk_is_no_fault_of_ours(capsys, monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device", "runs/log.jsonl")
+
+    monkeypatch.setattr(cli, "_environment", full)
+    assert complaint(capsys, "doctor") == "runs/log.jsonl: No space left on device"
 
 
 def test_what_the_engine_refuses_is_the_user_s(capsys, monkeypatch):

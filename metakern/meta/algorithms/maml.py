@@ -120,7 +120,7 @@ class MAML(nn.Module):
         gradients: Gradients = [None] * len(prepared.outer)
         losses = []
         run = partial(self._meta_gradient, prepared, 1 / tasks)
-        if self.capture:
+        if self.capture is True or (self.capture and prepared.outer[0].device.type == "cpu"):
             run = partial(prepared.captures(self.capture), run, (tasks,))
         for found in prepared.by_chunks(run, support, query):
             losses.append(found[0])
