@@ -6,7 +6,6 @@
 #include <array>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -31,10 +30,17 @@ std::vector<std::string> isa_names() {
     return names;
 }
 
-std::vector<std::pair<std::string, std::string>> signatures() {
-    std::vector<std::pair<std::string, std::string>> all;
-    for (const Entry& entry : isas()[0].kernels) all.emplace_back(entry.kernel.name, entry.kernel.signature);
-    return all;
+// (name, inputs, outputs) of every kernel, in the order of their numbers.
+py::list signatures() {
+    const auto arguments = [](const std::vector<Argument>& all) {
+        py::list list;
+        for (const Argument& a : all) list.append(py::make_tuple(a.name, a.dims, a.indices, a.optional, a.with, a.memory));
+        return list;
+    };
+    py::list list;
+    for (const Entry& entry : isas()[0].kernels)
+        list.append(py::make_tuple(entry.kernel.name, arguments(entry.signature.inputs), arguments(entry.signature.outputs)));
+    return list;
 }
 
 void call(std::size_t index, bool is_double, const std::vector<std::uintptr_t>& tensors,
@@ -45,14 +51,14 @@ void call(std::size_t index, bool is_double, const std::vector<std::uintptr_t>& 
     const auto refuse = [&](const char* what, std::size_t got) {
         throw std::invalid_argument(std::string(entry.kernel.name) + ": " + what + ", got " + std::to_string(got));
     };
-    if (tensors.size() != entry.optional.size()) refuse("wrong number of tensors", tensors.size());
-    if (sizes.size() != entry.sizes) refuse("wrong number of sizes", sizes.size());
+    if (tensors.size() != entry.signature.tensors()) refuse("wrong number of tensors", tensors.size());
+    if (sizes.size() != entry.signature.sizes) refuse("wrong number of sizes", sizes.size());
     if (scalars.size() != static_cast<std::size_t>(entry.kernel.scalars)) refuse("wrong number of scalars", scalars.size());
     if (std::any_of(sizes.begin(), sizes.end(), [](std::int64_t size) { return size < 0; }))
         refuse("sizes must not be negative", 0);
     const bool empty = std::find(sizes.begin(), sizes.end(), 0) != sizes.end();
     for (std::size_t i = 0; i < tensors.size(); ++i)
-        if (!tensors[i] && !entry.optional[i] && !empty) refuse("a tensor has no memory, tensor number", i);
+        if (!tensors[i] && !entry.signature.optional(i) && !empty) refuse("a tensor has no memory, tensor number", i);
 
     std::vector<void*> addresses;
     for (const std::uintptr_t address : tensors) addresses.push_back(reinterpret_cast<void*>(address));
@@ -80,7 +86,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     module.def("is_intel", &metakern::is_intel, "Whether the CPU is Intel's.");
     module.def("isas", &metakern::isa_names, "The instruction sets of this machine, best first.");
     module.def("set_isa", &metakern::set_isa, py::arg("name"), "Use the kernels of another instruction set.");
-    module.def("signatures", &metakern::signatures, "(name, signature) of every kernel; its place is its number.");
+    module.def("signatures", &metakern::signatures, "(name, inputs, outputs) of every kernel; its place is its number. An argument is (name, dims, indices, optional, with, memory), as csrc/signature.h says.");
     module.def("call", &metakern::call, py::arg("index"), py::arg("is_double"), py::arg("tensors"), py::arg("sizes"),
                py::arg("scalars"), py::arg("threads"), "Run a kernel. metakern.native.call checks what it is given.");
     module.def("product", &metakern::product, py::arg("is_double"), py::arg("addresses"), py::arg("sizes"),

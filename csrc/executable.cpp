@@ -103,10 +103,11 @@ void Executable::known(const Place& place, bool may_be_absent) const {
 void Executable::kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
                   std::vector<double> scalars) {
     const Entry& entry = isa_in_use().kernels.at(index);
-    if (places.size() != entry.optional.size() || places.size() > kMostTensors || sizes.size() != entry.sizes ||
+    const Signature& signature = entry.signature;
+    if (places.size() != signature.tensors() || places.size() > kMostTensors || sizes.size() != signature.sizes ||
         scalars.size() != static_cast<std::size_t>(entry.kernel.scalars))
         throw std::invalid_argument(std::string("executable: wrong numbers of arguments for ") + entry.kernel.name);
-    for (std::size_t i = 0; i < places.size(); ++i) known(places[i], entry.optional[i]);
+    for (std::size_t i = 0; i < places.size(); ++i) known(places[i], signature.optional(i));
     steps_.push_back([=](const State& state) {
         void* tensors[kMostTensors];
         for (std::size_t i = 0; i < places.size(); ++i) tensors[i] = state.at(places[i]);

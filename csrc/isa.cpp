@@ -41,19 +41,6 @@ std::atomic<std::size_t> chosen{0};
 
 }  // namespace
 
-Entry::Entry(const Kernel& k) : kernel(k) {
-    std::string seen;
-    for (const char* c = k.signature; *c; ++c) {
-        if (*c != ':') continue;
-        while (*++c && *c != ' ' && *c != '?' && *c != 'i' && *c != '=')
-            if ((*c < '0' || *c > '9') && seen.find(*c) == std::string::npos) seen += *c;
-        if (*c == 'i') ++c;
-        optional.push_back(*c == '?');
-        if (!*c) break;
-    }
-    sizes = seen.size();
-}
-
 const std::vector<Isa>& isas() {
 #define METAKERN_FIND(isa) found->push_back(isa_of(#isa, isa::files, isa::product_kernels, isa::pass_kernels));
     static const auto* const list = [] {

@@ -1,23 +1,22 @@
 // The kernels of csrc/cpu, compiled once for every instruction set, and those that this machine runs.
 #pragma once
 
-#include <cstddef>
 #include <string>
 #include <vector>
 
 #include "kernel.h"
 #include "pass.h"
 #include "product.h"
+#include "signature.h"
 
 namespace metakern {
 
-// A kernel and what its signature says of its tensors.
+// A kernel, with its signature read.
 struct Entry {
     Kernel kernel;
-    std::vector<bool> optional;
-    std::size_t sizes = 0;
+    Signature signature;
 
-    explicit Entry(const Kernel& k);
+    explicit Entry(const Kernel& k) : kernel(k), signature(k.signature) {}
 };
 
 // The kernels of an instruction set.

@@ -18,9 +18,7 @@ struct Args {
     }
 };
 
-// `signature` reads "x:TND weight:TD? -> y:TND": a letter is a size, in the order of first appearance, `*` any one shape,
-// `4H` four times a size, `i` after the sizes int64 elements, `?` a tensor that may be absent, `?name` an output made only beside that input,
-// `=name` an output that takes the memory of that input.
+// A kernel: its name `<op>_<rule>`, its signature (signature.h), how many scalars it takes, and its code.
 struct Kernel {
     const char* name;
     const char* signature;

@@ -1,5 +1,5 @@
 // gru on a GPU: the kernels of csrc/cpu/gru.cpp.
-#include "recurrent.cuh"
+#include "recurrent/rules.cuh"
 
 namespace metakern::cuda {
 

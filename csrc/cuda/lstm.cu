@@ -1,5 +1,5 @@
 // lstm on a GPU: the kernels of csrc/cpu/lstm.cpp.
-#include "recurrent.cuh"
+#include "recurrent/rules.cuh"
 
 namespace metakern::cuda {
 

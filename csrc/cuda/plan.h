@@ -29,7 +29,7 @@ struct Plan {
     std::size_t shared;   // bytes of shared memory of a block
 };
 
-// The pieces of a product, for a dtype: see Tile in recurrent.cuh.
+// The pieces of a product, for a dtype: see Tile in recurrent/tiles.cuh.
 struct TileShape {
     int rows, columns, depth, vectors, lanes, left, granule;
 };

@@ -1,5 +1,5 @@
 // rnn on a GPU: the kernels of csrc/cpu/rnn.cpp.
-#include "recurrent.cuh"
+#include "recurrent/rules.cuh"
 
 namespace metakern::cuda {
 

@@ -1,22 +1,13 @@
 """The compiled kernels: whether this installation has them, and one checked call for all of them.
 
 Tensors on the CPU go to C++, in float32 or float64; those on a GPU to the CUDA kernel of the same name and signature,
-in float32 or bfloat16, on PyTorch's current stream. A kernel is named `<op>_<rule>` and described by its signature
-(csrc/kernel.h), from which `call` takes what it checks and what it allocates: "x:TND weight:TD? -> y:TND
-ct_weight:TD?weight" reads
-
-    x:TND           a tensor [T, N, D]; the first tensor with a size sets it, the others must agree
-    gates:TBL4H     a last dimension of four times the size H
-    x:*             any shape, the same for all tensors of the kernel
-    target:TNi      integers, passed on as int64; all other tensors share one dtype
-    weight:TD?      may be None
-    ct_weight:TD?weight    an output made only where the input `weight` is given
-    gates:TBLG=u    an output that takes the memory of the input `u`, which the call uses up
+in float32 or bfloat16, on PyTorch's current stream. A kernel is named `<op>_<rule>` and described by its signature, such
+as "x:TND weight:TD? -> y:TND ct_weight:TD?weight" (csrc/signature.h says how to read it), from which `call` takes what
+it checks and what it allocates.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from importlib import import_module
@@ -64,39 +55,36 @@ def cuda_obstacle() -> str | None:
     return obstacle()
 
 
-class _Argument(NamedTuple):
+class Argument(NamedTuple):
+    """A tensor of a kernel: a part of its signature, as csrc/signature.h reads it."""
+
     name: str
-    dims: tuple[tuple[int, str], ...]  # a multiple of a size for each dimension; empty for any shape
-    condition: str | None  # after the "?": "" for an input that may be None, or the input that an output goes with
+    dims: list[tuple[int, str]]  # a multiple of a size for each dimension; empty for any shape
     indices: bool
+    optional: bool
+    given_with: str  # the input without which an output is not made, or ""
     memory: str  # the input whose memory an output takes, or ""
 
 
-class _Signature(NamedTuple):
+class Signature(NamedTuple):
+    """The number of a kernel, its tensors, and their names."""
+
     number: int
-    inputs: list[_Argument]
-    outputs: list[_Argument]
-    names: list[str]  # of all of these
+    inputs: list[Argument]
+    outputs: list[Argument]
+    names: list[str]
 
 
 @cache
-def signatures() -> dict[str, _Signature]:
+def signatures() -> dict[str, Signature]:
+    """The signature of every kernel."""
     if C is None:
         raise RuntimeError(obstacle())
-
-    def parse(text: str) -> _Argument:
-        name, _, dims = text.partition(":")
-        dims, _, memory = dims.partition("=")
-        dims, optional, condition = dims.partition("?")
-        sizes = tuple((int(times or 1), size) for times, size in re.findall(r"(\d*)([A-Z])", dims))
-        return _Argument(name, sizes, condition if optional else None, dims.endswith("i"), memory)
-
-    signatures = {}
-    for number, (kernel, text) in enumerate(C.signatures()):
-        inputs, outputs = ([parse(part) for part in side.split()] for side in text.split("->"))
-        names = [argument.name for argument in (*inputs, *outputs)]
-        signatures[kernel] = _Signature(number, inputs, outputs, names)
-    return signatures
+    found = {}
+    for number, (kernel, *sides) in enumerate(C.signatures()):
+        inputs, outputs = ([Argument(*parts) for parts in side] for side in sides)
+        found[kernel] = Signature(number, inputs, outputs, [argument.name for argument in (*inputs, *outputs)])
+    return found
 
 
 def in_memory(tensor: Tensor) -> Tensor:
@@ -237,9 +225,9 @@ def _layout(kernel: str, inputs: tuple[tuple[torch.Size, torch.dtype, torch.devi
         raise TypeError(f"{kernel}: {name} must be {names}, got {dtype}")
     sizes: dict[str, int] = {}
     for argument, given in zip(signature.inputs, inputs, strict=True):
-        name, dims, condition, indices, _ = argument
+        name, dims, indices, optional, *_ = argument
         if given is None:
-            if condition is None:
+            if not optional:
                 raise TypeError(f"{kernel}: {name} must be a tensor, got None")
             continue
         shape, own_dtype, own_device = given
@@ -265,10 +253,10 @@ def _layout(kernel: str, inputs: tuple[tuple[torch.Size, torch.dtype, torch.devi
         raise ValueError(f"{kernel}: sizes must multiply to at most {LARGEST_EMPTY} beside a size of 0, got {sizes}")
     place = {argument.name: i for i, argument in enumerate(signature.inputs)}
 
-    def output(argument: _Argument) -> torch.Size | int | None:
+    def output(argument: Argument) -> torch.Size | int | None:
         if argument.memory:
             return place[argument.memory]
-        if argument.condition is not None and inputs[place[argument.condition]] is None:
+        if argument.given_with and inputs[place[argument.given_with]] is None:
             return None
         return torch.Size([times * sizes[dim] for times, dim in argument.dims]) if argument.dims else first
 

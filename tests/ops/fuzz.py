@@ -70,7 +70,7 @@ def kernels(chosen: tuple, kernel: str, data: st.DataObject) -> None:
     special, inputs = data.draw(st.booleans(), "special"), []
     for a in signature.inputs:
         shape = [times * sizes[size] for times, size in a.dims] or [sizes["*"]]
-        if a.condition is not None and data.draw(st.booleans(), f"no {a.name}"):
+        if a.optional and data.draw(st.booleans(), f"no {a.name}"):
             inputs.append(None)
         elif a.indices:
             high = 1 + max(sizes.get("L", 0), sizes.get("V", 0))

@@ -157,7 +157,7 @@ def call_kernel() -> None:
     inputs: list[Any] = []
     for a in native.signatures()[name].inputs:
         shape = [times * sizes[size] for times, size in a.dims] or [sizes["*"]]
-        if a.condition is not None and random.random() < 0.3:
+        if a.optional and random.random() < 0.3:
             inputs.append(None)
             continue
         if 0 in shape:
