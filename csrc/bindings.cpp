@@ -34,7 +34,7 @@ std::vector<std::string> isa_names() {
 py::list signatures() {
     const auto arguments = [](const std::vector<Argument>& all) {
         py::list list;
-        for (const Argument& a : all) list.append(py::make_tuple(a.name, a.dims, a.indices, a.optional, a.with, a.memory));
+        for (const Argument& a : all) list.append(py::make_tuple(a.name, a.dims, a.indices, a.optional, a.given_with, a.memory));
         return list;
     };
     py::list list;
@@ -86,7 +86,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     module.def("is_intel", &metakern::is_intel, "Whether the CPU is Intel's.");
     module.def("isas", &metakern::isa_names, "The instruction sets of this machine, best first.");
     module.def("set_isa", &metakern::set_isa, py::arg("name"), "Use the kernels of another instruction set.");
-    module.def("signatures", &metakern::signatures, "(name, inputs, outputs) of every kernel; its place is its number. An argument is (name, dims, indices, optional, with, memory), as csrc/signature.h says.");
+    module.def("signatures", &metakern::signatures, "(name, inputs, outputs) of every kernel; its place is its number. An argument is (name, dims, indices, optional, given_with, memory), as csrc/signature.h says.");
     module.def("call", &metakern::call, py::arg("index"), py::arg("is_double"), py::arg("tensors"), py::arg("sizes"),
                py::arg("scalars"), py::arg("threads"), "Run a kernel. metakern.native.call checks what it is given.");
     module.def("product", &metakern::product, py::arg("is_double"), py::arg("addresses"), py::arg("sizes"),

@@ -41,7 +41,7 @@ Argument argument(const std::string& text) {
     }
     read.indices = next_is('i');
     read.optional = next_is('?');
-    if (read.optional) read.with = take(text, at, name);
+    if (read.optional) read.given_with = take(text, at, name);
     if (next_is('=')) {
         read.memory = take(text, at, name);
         if (read.memory.empty()) refuse();
@@ -70,7 +70,7 @@ Signature::Signature(const std::string& text) {
         return std::any_of(inputs.begin(), inputs.end(), [&](const Argument& input) { return input.name == name; });
     };
     for (const Argument& output : outputs)
-        for (const std::string& name : {output.with, output.memory})
+        for (const std::string& name : {output.given_with, output.memory})
             if (!name.empty() && !known(name))
                 throw std::invalid_argument("a signature names the input '" + name + "', which it does not have");
 }

@@ -25,7 +25,7 @@ struct Argument {
     std::vector<std::pair<int, std::string>> dims;  // a multiple of a size for each dimension; none: any shape
     bool indices = false;
     bool optional = false;
-    std::string with;    // the input without which an output is not made
+    std::string given_with;    // the input without which an output is not made
     std::string memory;  // the input whose memory an output takes
 };
 

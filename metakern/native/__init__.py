@@ -1,9 +1,9 @@
 """The compiled kernels: whether this installation has them, and one checked call for all of them.
 
 Tensors on the CPU go to C++, in float32 or float64; those on a GPU to the CUDA kernel of the same name and signature,
-in float32 or bfloat16, on PyTorch's current stream. A kernel is named `<op>_<rule>` and described by its signature, such
-as "x:TND weight:TD? -> y:TND ct_weight:TD?weight" (csrc/signature.h says how to read it), from which `call` takes what
-it checks and what it allocates.
+in float32 or bfloat16, on PyTorch's current stream. A kernel is named `<op>_<rule>` and described by its signature,
+such as "x:TND weight:TD? -> y:TND ct_weight:TD?weight" (csrc/signature.h says how to read it), from which `call` takes
+what it checks and what it allocates.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ KERNELS = sorted(native.signatures()) if native.C else []
 def test_every_form_of_a_signature_is_read() -> None:
     lstm, norm, gelu = (native.signatures()[name] for name in ("lstm_forward", "layer_norm_vjp", "gelu_tanh_forward"))
     T, B, L, H, D = ((1, size) for size in "TBLHD")
-    assert lstm.names == "u w_hh h c lengths y h_n c_n gates h_before c_before".split()
+    assert lstm.names == ["u", "w_hh", "h", "c", "lengths", "y", "h_n", "c_n", "gates", "h_before", "c_before"]
     assert lstm.inputs[0] == ("u", [T, B, L, (4, "H")], False, False, "", "")
     assert lstm.inputs[1] == ("w_hh", [T, (4, "H"), H], False, False, "", "")
     assert lstm.inputs[2] == ("h", [T, B, H], False, True, "", "")
