@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files atomically: whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from metakern.errors import CheckpointError
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``, completely or not at all (`CheckpointError`: nothing has changed)."""
+    """Write `data` to `path`, and make its folder if need be.
+
+    The data goes to a temporary file first, which then takes the place of `path`. Raises CheckpointError if that fails;
+    a file that was there is unchanged.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
