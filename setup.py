@@ -40,7 +40,7 @@ NVCC_FLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,
 
 
 def nvcc() -> str | None:
-    """The path of CUDA's compiler: on PATH, else in CUDA_HOME, which is /usr/local/cuda if not set; None if there is none."""
+    """The path of CUDA's compiler: on PATH, else in CUDA_HOME (/usr/local/cuda if not set); None without one."""
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
     return shutil.which("nvcc") or (str(home) if home.exists() else None)
 

@@ -315,7 +315,7 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False
 
 
 class ArrangedProduct(NamedTuple):
-    """The checked arguments of `product`: (a, b, add, result), sizes (T, M, N, K), and the strides of csrc/product.h."""
+    """The checked arguments of `product`: (a, b, add, result), sizes (T, M, N, K), the strides of csrc/product.h."""
 
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor]
     sizes: tuple[int, int, int, int]
