@@ -1,4 +1,5 @@
-// Python's way in: kernels by number, tensors by address. Nothing is called before the counts, sizes and addresses agree.
+// The Python module of the C++ kernels. A kernel is called by its number, with tensors by address; the numbers of tensors,
+// sizes and scalars, and the addresses, are checked before it runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -90,7 +91,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
 #define METAKERN_ENTRY(name, inputs, formula) elementwise[#name] = inputs;
     METAKERN_ELEMENTWISE(METAKERN_ENTRY)
 #undef METAKERN_ENTRY
-    module.attr("elementwise") = elementwise;  // passes that an Executable knows, and their inputs
+    module.attr("elementwise") = elementwise;  // the elementwise passes of an Executable, with their numbers of inputs
 
     using metakern::Place;
     using metakern::Executable;

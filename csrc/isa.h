@@ -1,4 +1,4 @@
-// The kernels of csrc/cpu, compiled once for every instruction set, and those that this machine runs.
+// The kernels of csrc/cpu, compiled once for each instruction set, and the choice of the instruction set.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace metakern {
 
-// A kernel and what its signature says of its tensors.
+// A kernel, and what its signature says: for each tensor whether it is optional, and the number of sizes.
 struct Entry {
     Kernel kernel;
     std::vector<bool> optional;
@@ -20,7 +20,7 @@ struct Entry {
     explicit Entry(const Kernel& k);
 };
 
-// The kernels of an instruction set.
+// All kernels for one instruction set.
 struct Isa {
     std::string name;
     std::vector<Entry> kernels;
@@ -28,10 +28,11 @@ struct Isa {
     PassKernels pass;
 };
 
-// Those that this machine has, best first.
+// The instruction sets that this machine has, best first.
 const std::vector<Isa>& isas();
 
-// The one in use: the best, or what set_isa says, which raises std::invalid_argument for a name that is not among them.
+// The instruction set in use: the best one, or the one chosen by set_isa, which throws std::invalid_argument for a name that
+// is not in isas().
 const Isa& isa_in_use();
 void set_isa(const std::string& name);
 
