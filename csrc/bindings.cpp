@@ -1,5 +1,5 @@
-// The Python module of the C++ kernels. A kernel is called by its number, with tensors by address; the numbers of tensors,
-// sizes and scalars, and the addresses, are checked before it runs.
+// The Python module of the C++ kernels. A kernel is called by its number, with tensors by address; the numbers of
+// tensors, sizes and scalars, and the addresses, are checked before it runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

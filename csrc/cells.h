@@ -8,8 +8,8 @@
 //     forward   turns s into the state after the step, from u and p; and writes what is kept for the other rules
 //     jvp       turns t_s into that after the step, from t_u and t_p; and writes t_kept
 //     total     adds to the cotangent of c_t the path through h_t
-//     vjp       from a total ct: ct_a and ct_u, the cotangents of p and u, and ct_s, the part of the cotangent of the state
-//               before the step that does not pass through the product with W_hh
+//     vjp       from a total ct: ct_a and ct_u, the cotangents of p and u, and ct_s, the part of the cotangent of the
+//               state before the step that does not pass through the product with W_hh
 //     vjp_jvp   the tangents of `total` and `vjp` together
 #pragma once
 

@@ -82,8 +82,8 @@ std::int64_t element_bytes(int name, int type, int operand) {
     return (compares && operand == 0) || (chooses && operand == 1) ? 1 : kBytes[type];
 }
 
-// The dimension to divide among threads, in which the result's stride is not 0. -1 if there is none, or if the pass has too
-// few elements to be worth a thread.
+// The dimension to divide among threads, in which the result's stride is not 0. -1 if there is none, or if the pass has
+// too few elements to be worth a thread.
 int dimension_to_split(const Pass& pass) {
     std::int64_t elements = 1;
     for (int d = 0; d < pass.dims; ++d) elements *= pass.sizes[d];

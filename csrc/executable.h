@@ -13,8 +13,8 @@
 
 namespace metakern {
 
-// Where a tensor begins: `offset` bytes after the address of `base`. Base 0 is the arena, base -1 an absent tensor; each run
-// gives the addresses of the others.
+// Where a tensor begins: `offset` bytes after the address of `base`. Base 0 is the arena, base -1 an absent tensor;
+// each run gives the addresses of the others.
 struct Place {
     int base;
     std::int64_t offset;
@@ -24,7 +24,8 @@ class Executable {
 public:
     Executable(std::int64_t bytes, int bases);
 
-    // Each of these appends an instruction. The lowering has checked shapes and layouts; bases and counts are checked here.
+    // Each of these appends an instruction. The lowering has checked shapes and layouts; bases and counts are checked
+    // here.
     void kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
                 std::vector<double> scalars);
     void product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
@@ -40,8 +41,8 @@ public:
     // Stops the run if an integer is neither in [0, high) nor equal to `ignored`.
     void check(Place value, std::int64_t count, std::int64_t high, std::int64_t ignored);
 
-    // Runs the instructions once for each row of `bases`, in parallel; the first entry of a row is replaced by the arena.
-    // Returns whether all checks held. The results of a run that stopped are incomplete.
+    // Runs the instructions once for each row of `bases`, in parallel; the first entry of a row is replaced by the
+    // arena. Returns whether all checks held. The results of a run that stopped are incomplete.
     bool run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads);
 
     std::int64_t bytes() const { return bytes_; }

@@ -31,8 +31,8 @@ struct Isa {
 // The instruction sets that this machine has, best first.
 const std::vector<Isa>& isas();
 
-// The instruction set in use: the best one, or the one chosen by set_isa, which throws std::invalid_argument for a name that
-// is not in isas().
+// The instruction set in use: the best one, or the one chosen by set_isa, which throws std::invalid_argument for a name
+// that is not in isas().
 const Isa& isa_in_use();
 void set_isa(const std::string& name);
 

@@ -1,6 +1,7 @@
-// The threads of parallel.h are those of the OpenMP runtime that PyTorch has loaded, found by the name of its entry point.
-// They spin for a while after each of PyTorch's own parallel regions: so they are awake, and threads of our own would compete
-// with them for the cores. A pool of our own is used without that runtime, and in a forked child, where it does not work.
+// The threads of parallel.h are those of the OpenMP runtime that PyTorch has loaded, found by the name of its entry
+// point. They spin for a while after each of PyTorch's own parallel regions: so they are awake, and threads of our own
+// would compete with them for the cores. A pool of our own is used without that runtime, and in a forked child, where
+// it does not work.
 #include "parallel.h"
 
 #include <dlfcn.h>
@@ -17,8 +18,8 @@
 namespace metakern {
 namespace {
 
-// The units of one call, each taken by the first thread that is free. An exception, such as std::bad_alloc, must not leave a
-// worker thread: the first one is rethrown to the caller when all threads are done.
+// The units of one call, each taken by the first thread that is free. An exception, such as std::bad_alloc, must not
+// leave a worker thread: the first one is rethrown to the caller when all threads are done.
 class Units {
 public:
     Units(std::int64_t count, void (*unit)(void*, std::int64_t), void* context)
@@ -96,7 +97,8 @@ private:
 using OpenMP = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 OpenMP openmp = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
 
-// Never destroyed, as detached workers wait on it when the process exits. A forked child has no workers, so it makes a new one.
+// Never destroyed, as detached workers wait on it when the process exits. A forked child has no workers, so it makes a
+// new one.
 Pool* pool = [] {
     pthread_atfork(nullptr, nullptr, [] {
         openmp = nullptr;

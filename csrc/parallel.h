@@ -9,8 +9,8 @@ namespace metakern {
 // What a unit computes must not depend on `threads`; then the results do not either, bit for bit.
 void parallel(std::int64_t units, int threads, void (*unit)(void*, std::int64_t), void* context);
 
-// `parallel` for a lambda. It is in the namespace of an instruction set: of a template that they shared, the linker would
-// keep one copy for all, which might be the AVX-512 one.
+// `parallel` for a lambda. It is in the namespace of an instruction set: of a template that they shared, the linker
+// would keep one copy for all, which might be the AVX-512 one.
 #ifdef METAKERN_ISA
 namespace METAKERN_ISA {
 

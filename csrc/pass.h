@@ -9,9 +9,9 @@ constexpr int kMostDims = 6, kMostOperands = 4;
 
 enum PassType { kFloat32, kFloat64, kInt64, kBool, kPassTypes };
 
-// out = f(in[0], in[1], …), element by element. Tensors and strides begin with the result's; strides are in elements, sizes
-// from the outermost dimension on. `sum` reduces the last `reduced` dimensions or, if `reduced` is negative, the -`reduced`
-// dimensions before the last one.
+// out = f(in[0], in[1], …), element by element. Tensors and strides begin with the result's; strides are in elements,
+// sizes from the outermost dimension on. `sum` reduces the last `reduced` dimensions or, if `reduced` is negative, the
+// -`reduced` dimensions before the last one.
 struct Pass {
     int dims, reduced;
     std::int64_t sizes[kMostDims];
@@ -21,8 +21,8 @@ struct Pass {
 };
 
 // Elementwise passes of floats: name, number of inputs, and a formula of vectors x[0], x[1] of type V, with elements of
-// type F, and scalars s, t. An operation of PyTorch whose arguments are all tensors is lowered to the pass of its name, so
-// that one line here is enough to add it.
+// type F, and scalars s, t. An operation of PyTorch whose arguments are all tensors is lowered to the pass of its name,
+// so that one line here is enough to add it.
 #define METAKERN_ELEMENTWISE(X)                                          \
     X(copy, 1, x[0])                                                     \
     X(fill, 0, V{} + s)                                                  \
@@ -51,13 +51,13 @@ struct Pass {
 
 // All other passes: name, number of inputs.
 #define METAKERN_OTHER_PASSES(X)                                           \
-    X(from_float32, 1) /* converts x from that type to the result's */ \
+    X(from_float32, 1) /* x, from this type to the result's; likewise */   \
     X(from_float64, 1)                                                     \
     X(from_int64, 1)                                                       \
     X(from_bool, 1)                                                        \
     X(sum, 1)          /* times s */                                       \
     X(where, 3)        /* mask, x, y */                                    \
-    X(eq, 1)           /* the mask x == s, et cetera */                      \
+    X(eq, 1)           /* the mask x == s; likewise */                     \
     X(ne, 1)                                                               \
     X(lt, 1)                                                               \
     X(le, 1)                                                               \
