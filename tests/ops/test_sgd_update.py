@@ -42,7 +42,7 @@ def test_one_function_serves_all_parameters() -> None:
             [torch.ones(2)],
             [0.1, 0.2],
             ValueError,
-            "lr must have an entry for each of the 1 of phi, got 2",
+            "lr must have an entry for each of the 1 tensors of phi, got 2",
         ),
         (
             [torch.ones(2)],
