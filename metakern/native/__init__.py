@@ -288,7 +288,7 @@ def has_fast_products() -> bool:
 
 @recordable()
 def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False, scale: float = 1.0) -> Tensor:
-    """Returns add + scale a b for CPU tensors a [T, M, K] and b [T, K, N], [T, M, N].
+    """Returns add + scale a b, [T, M, N], for CPU tensors a [T, M, K] and b [T, K, N].
 
     `add` is expanded to [T, M, N]. With `reuse` the result overwrites it if it is contiguous.
 

@@ -32,13 +32,15 @@ _chosen: ContextVar[str | None] = ContextVar("metakern_backend", default=None)
 def backend(name: str) -> Iterator[None]:
     """Uses one backend for all ops inside a `with` block.
 
+    If the backend is not available here, each op called inside the block raises RuntimeError, whose text says how to
+    make it available.
+
     Args:
         name: "reference" for plain PyTorch on any device, "cpu" for C++ kernels, "triton" or "cuda" for a GPU's, or
             "auto" for the fastest that has kernels for the tensors at hand. It takes precedence over METAKERN_BACKEND.
 
     Raises:
-        ValueError: For another name. If the backend is not available here, an op that is called inside the block
-            raises RuntimeError, whose text says how to make it available.
+        ValueError: For another name.
 
     >>> import metakern as mk, torch
     >>> with mk.backend("reference"):

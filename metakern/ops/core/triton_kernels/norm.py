@@ -31,9 +31,7 @@ from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguou
 # The widest row that is one block. The tiles of a wider one would not all stay in registers.
 LARGEST = {"forward": 16384, "jvp": 8192, "vjp": 4096}
 TILE = 32 if INTERPRETED else 2048
-CHUNKS = (
-    1 if INTERPRETED else 128
-)  # aim for this many chunks of a task's rows, of at most MOST tiles; one program sums a chunk
+CHUNKS = 1 if INTERPRETED else 128  # of a task's rows, if they have at most MOST tiles each; a program sums one
 MOST = 2 if INTERPRETED else 32
 
 
