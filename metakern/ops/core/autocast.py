@@ -6,8 +6,8 @@
 | float32 | float32 | norms, cross-entropy |
 | widest | the widest dtype among the arguments | elementwise ops, embedding |
 
-A float64 tensor stays float64 under every policy. Sums over half-precision tensors are accumulated in float32. The rules
-of an op always run with autocast off, even if a derivative is taken inside an autocast region.
+A float64 tensor stays float64 under every policy. Sums over half precision are accumulated in float32. The rules of an
+op always run with autocast off, even if a derivative is taken inside an autocast region.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class Cell:
         forward(c, u, p, s)                           -> s, kept
         jvp(c, kept, s, t_u, t_p, t_s)                -> t_s, t_kept
         total(c, kept, s, ct)                         -> ct, to whose part for c_t (LSTM) the path through h_t is added
-        vjp(c, kept, s, ct)                           -> ct_a, ct_u, and ct_s of the states before, from a total ct
+        vjp(c, kept, s, ct)                           -> ct_a, ct_u, ct_s without the path through W_hh; from a total ct
         vjp_jvp(c, kept, s, t_kept, t_s, ct, t_ct)    -> t_ct_a, t_ct_u, t_ct_s: tangents of total and vjp together
 
     `c` holds the op's constants, s the states before the step, ct the cotangents of those after it. In vjp_jvp ct is
