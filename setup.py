@@ -1,8 +1,9 @@
 """Build the compiled kernels of metakern, which neither include nor link PyTorch.
 
-METAKERN_NATIVE says what is built: `cuda` the C++ and the CUDA kernels, failing without nvcc; `cpu` the C++ kernels,
-failing without a compiler; `none` pure Python; `auto` (the default) what the compilers at hand can build. Whether there
-is a GPU is never asked: the CUDA kernels bring the runtime library along, for sm_80, sm_90, and what comes after.
+METAKERN_NATIVE chooses what is built. `cuda`: the C++ and the CUDA kernels; the build fails without nvcc. `cpu`: the
+C++ kernels; the build fails without a compiler. `none`: pure Python. `auto` (the default): whatever the compilers found
+can build. The build does not look for a GPU. The CUDA kernels link CUDA's runtime statically, and are compiled for
+sm_80, sm_90, and as PTX for later GPUs.
 """
 
 import os
@@ -30,7 +31,7 @@ X86 = {
 }
 ISAS = X86 if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
 SANITIZERS = []
-if os.environ.get("METAKERN_SANITIZE") == "1":  # a build for the tests that dies of bad memory accesses
+if os.environ.get("METAKERN_SANITIZE") == "1":  # for tests: the kernels abort on a bad memory access
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     FLAGS += ["-O1", "-g1", *SANITIZERS]
     ISAS.pop("avx2", None)
@@ -39,13 +40,13 @@ NVCC_FLAGS += ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,
 
 
 def nvcc() -> str | None:
-    """CUDA's compiler: on the path, or where CUDA_HOME or custom has it."""
+    """The path of CUDA's compiler: on PATH, else in CUDA_HOME (/usr/local/cuda if not set); None without one."""
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc")
     return shutil.which("nvcc") or (str(home) if home.exists() else None)
 
 
 class BuildPackages(build_py):
-    """Leaves the benchmarks' tests out, which are for clones."""
+    """Leaves out the tests of the benchmarks, which need a clone."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         found = super().find_package_modules(package, package_dir)
@@ -63,7 +64,7 @@ class EditableWheel(editable_wheel):
 
 
 class BuildKernels(build_ext):
-    """Compile `csrc` in parallel, `csrc/cpu` once for each instruction set and what is CUDA by nvcc."""
+    """Compile `csrc` in parallel: `csrc/cpu` once for each instruction set, and CUDA files by nvcc."""
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         cuda = ext.name == "metakern._cuda"
@@ -71,7 +72,7 @@ class BuildKernels(build_ext):
         target = self.get_ext_fullpath(ext.name)
         used = ["setup.py", *ext.sources, *(header for header in ext.depends if "/cpu/" not in header)]
         if cuda and not self.force and not newer_group(used, target, "newer"):
-            return  # nvcc takes its time
+            return  # as nvcc is slow
         try:
             if self.compiler.compiler_type == "msvc":
                 raise PlatformError("they need GCC or Clang")
@@ -86,11 +87,11 @@ class BuildKernels(build_ext):
             self.compiler.link_shared_object(objects, target, extra_postargs=flags, target_lang="c++")
         except (CompileError, LinkError, PlatformError) as error:
             raise CompileError(
-                f"the {kind} kernels were not built ({error}); METAKERN_NATIVE={without} does without"
+                f"the {kind} kernels were not built ({error}); set METAKERN_NATIVE={without} to do without them"
             ) from error
 
     def units(self, ext: Pybind11Extension) -> list[tuple[str, str]]:
-        """The sources, each with the instruction set to compile it for ("" for those compiled once)."""
+        """Return each source with the instruction set to compile it for, or "" if it is compiled once."""
         many = [(source, isa) for source in ext.sources if "/cpu/" in source for isa in ISAS]
         return many + [(source, "") for source in ext.sources if "/cpu/" not in source]
 
@@ -137,10 +138,10 @@ def extensions() -> list[Pybind11Extension]:
     return found
 
 
-benchmarks = find_packages(include=["benchmarks", "benchmarks.*"], exclude=["benchmarks.gpu"])  # which wants a clone
+benchmarks = find_packages(include=["benchmarks", "benchmarks.*"], exclude=["benchmarks.gpu"])  # needs a clone
 setup(
     packages=find_packages(include=["metakern", "metakern.*"]) + [f"metakern._bench.{name}" for name in benchmarks],
-    # In a folder of their own, which `metakern bench` puts on the path: the name is too common for site-packages.
+    # In a folder of their own that `metakern bench` puts on the path, as the name is too common for site-packages.
     package_dir={"metakern._bench.benchmarks": "benchmarks"},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels, "build_py": BuildPackages, "editable_wheel": EditableWheel},

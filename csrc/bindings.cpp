@@ -1,4 +1,5 @@
-// Python's way in: kernels by number, tensors by address. Nothing is called before the counts, sizes and addresses agree.
+// The Python module of the C++ kernels. A kernel is called by its number, with tensors by address; the numbers of
+// tensors, sizes and scalars, and the addresses, are checked before it runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -55,10 +56,10 @@ void call(std::size_t index, bool is_double, const std::vector<std::uintptr_t>& 
     if (sizes.size() != entry.signature.sizes) refuse("wrong number of sizes", sizes.size());
     if (scalars.size() != static_cast<std::size_t>(entry.kernel.scalars)) refuse("wrong number of scalars", scalars.size());
     if (std::any_of(sizes.begin(), sizes.end(), [](std::int64_t size) { return size < 0; }))
-        refuse("sizes must not be negative", 0);
+        throw std::invalid_argument(std::string(entry.kernel.name) + ": sizes must not be negative");
     const bool empty = std::find(sizes.begin(), sizes.end(), 0) != sizes.end();
     for (std::size_t i = 0; i < tensors.size(); ++i)
-        if (!tensors[i] && !entry.signature.optional(i) && !empty) refuse("a tensor has no memory, tensor number", i);
+        if (!tensors[i] && !entry.signature.optional(i) && !empty) throw std::invalid_argument(std::string(entry.kernel.name) + ": tensor " + std::to_string(i) + " has no memory");
 
     std::vector<void*> addresses;
     for (const std::uintptr_t address : tensors) addresses.push_back(reinterpret_cast<void*>(address));
@@ -96,7 +97,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
 #define METAKERN_ENTRY(name, inputs, formula) elementwise[#name] = inputs;
     METAKERN_ELEMENTWISE(METAKERN_ENTRY)
 #undef METAKERN_ENTRY
-    module.attr("elementwise") = elementwise;  // passes that an Executable knows, and their inputs
+    module.attr("elementwise") = elementwise;  // the elementwise passes of an Executable, with their numbers of inputs
 
     using metakern::Place;
     using metakern::Executable;

@@ -1,14 +1,16 @@
-// The recurrent cells, an element at a time: what one hidden unit of one sequence does in one step, in all four rules.
+// The recurrent cells: the four rules of one step, for one hidden unit of one sequence.
 //
-// V is a vector of a CPU's registers or a single number of a GPU's thread, F the type of its elements; sigmoid(V) and
-// tanh(V) are found where the cell is used. Written for u = x W_ihᵀ + b_ih and p = h_{t-1} W_hhᵀ + b_hh, a row of each for
-// every gate; `s` is the state, h and what else a cell carries. Derivations stand in metakern/ops/<cell>.py.
+// V is a SIMD vector on a CPU, with a hidden unit in each lane, or one number of a GPU's thread; F is the type of its
+// elements. The file that includes this one defines sigmoid(V), tanh(V) and positive(V). With u = x W_ihᵀ + b_ih and
+// p = h_{t-1} W_hhᵀ + b_hh, u[g] and p[g] belong to gate g; s[0] is h, s[1] is c of an LSTM. The derivations are in
+// metakern/ops/<cell>/__init__.py.
 //
-//     forward   s from u, p, s; and what is kept for the other rules
-//     jvp       t_s from t_u, t_p, t_s; and t_kept
-//     total     adds to the cotangent of the state after the step what reaches it through h
-//     vjp       ct_a and ct_u (of p and u), and what goes straight back to the state before the step, from a total ct
-//     vjp_jvp   the tangents of `total` and `vjp` at once
+//     forward   turns s into the state after the step, from u and p; and writes what is kept for the other rules
+//     jvp       turns t_s into that after the step, from t_u and t_p; and writes t_kept
+//     total     adds to the cotangent of c_t the path through h_t
+//     vjp       from a total ct: ct_a and ct_u, the cotangents of p and u, and ct_s, the part of the cotangent of the
+//               state before the step that does not pass through the product with W_hh
+//     vjp_jvp   the tangents of `total` and `vjp` together
 #pragma once
 
 #ifdef __CUDACC__
@@ -17,8 +19,8 @@
 #define METAKERN_INLINE inline __attribute__((always_inline))
 #endif
 
-// kGates: rows of W for each hidden unit; kKept: numbers kept of a step; kStates: numbers that a unit carries.
-// kSplit: whether ct_u differs from ct_a.
+// kGates: rows of W for each hidden unit. kKept: numbers that a step keeps for each unit. kStates: numbers that a unit
+// carries from step to step. kSplit: whether ct_u differs from ct_a.
 template <class F>
 struct Lstm {
     static constexpr int kGates = 4, kKept = 4, kStates = 2;

@@ -16,7 +16,7 @@ struct CheckFailed {};
 
 }  // namespace
 
-// The memory of the runs side by side, one for all executables that there are: it goes with the last of them.
+// The arenas of parallel runs. All executables share them; they are freed with the last executable.
 class Executable::Memory {
 public:
     static std::shared_ptr<Memory> of_all() {
@@ -28,7 +28,7 @@ public:
         return memory;
     }
 
-    // Held while an executable runs; one of another Python thread makes do with memory of its own.
+    // Held while an executable runs. A run in another Python thread does not get the lock, and uses arenas of its own.
     std::unique_lock<std::mutex> lock() { return std::unique_lock<std::mutex>(mutex_, std::try_to_lock); }
 
     void* piece(std::size_t i, std::int64_t bytes) {
@@ -36,7 +36,7 @@ public:
         Piece& piece = pieces_[i];
         if (piece.bytes < bytes) {
             piece.bytes = 0;
-            piece.memory.reset();  // before the larger one is there
+            piece.memory.reset();  // before the larger one is allocated
             piece.memory = std::make_unique<Scratch>(bytes);
             piece.bytes = bytes;
         }
@@ -72,9 +72,9 @@ struct Executable::State {
 namespace {
 
 constexpr std::size_t kMostTensors = 32;
-constexpr std::int64_t kWorthAThread = 1 << 15;  // elements of a pass
+constexpr std::int64_t kWorthAThread = 1 << 15;  // a pass of fewer elements runs on one thread
 
-// Bytes of an element of one of a pass's tensors.
+// The bytes of an element of tensor number `operand` of a pass; the result is number 0.
 std::int64_t element_bytes(int name, int type, int operand) {
     constexpr std::int64_t kBytes[] = {4, 8, 8, 1};
     if (name >= k_from_float32 && name <= k_from_bool && operand == 1) return kBytes[name - k_from_float32];
@@ -82,7 +82,8 @@ std::int64_t element_bytes(int name, int type, int operand) {
     return (compares && operand == 0) || (chooses && operand == 1) ? 1 : kBytes[type];
 }
 
-// One along which the result's elements differ, and of which it has enough to be worth a thread; else -1.
+// The dimension to divide among threads, in which the result's stride is not 0. -1 if there is none, or if the pass has
+// too few elements to be worth a thread.
 int dimension_to_split(const Pass& pass) {
     std::int64_t elements = 1;
     for (int d = 0; d < pass.dims; ++d) elements *= pass.sizes[d];
@@ -229,7 +230,7 @@ bool Executable::run(const std::vector<std::vector<std::uintptr_t>>& bases, int 
         [](void* context, std::int64_t i) {
             auto& runs = *static_cast<Runs*>(context);
             const State state{runs.bases[static_cast<std::size_t>(i)].data(), runs.threads, isa_in_use()};
-            try {  // nothing may leave a thread of OpenMP
+            try {  // no exception may leave a thread of OpenMP
                 for (const auto& step : runs.executable.steps_) step(state);
             } catch (const CheckFailed&) {
                 runs.held = false;

@@ -1,4 +1,4 @@
-// An executable: instructions on memory that was laid out beforehand, run without Python.
+// An executable: a lowered program as a list of instructions, whose temporaries have fixed offsets in one arena.
 #pragma once
 
 #include <array>
@@ -13,8 +13,8 @@
 
 namespace metakern {
 
-// Where a tensor begins: so many bytes into a base. Base 0 is the arena, base -1 an absent tensor; the addresses of the others
-// are given at each run.
+// Where a tensor begins: `offset` bytes after the address of `base`. Base 0 is the arena, base -1 an absent tensor;
+// each run gives the addresses of the others.
 struct Place {
     int base;
     std::int64_t offset;
@@ -24,7 +24,8 @@ class Executable {
 public:
     Executable(std::int64_t bytes, int bases);
 
-    // The instructions, in their order. Whoever lowers a program has checked shapes and layouts; bases and counts are checked here.
+    // Each of these appends an instruction. The lowering has checked shapes and layouts; bases and counts are checked
+    // here.
     void kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
                 std::vector<double> scalars);
     void product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
@@ -32,20 +33,21 @@ public:
     void pass(const std::string& name, int type, int reduced, const std::vector<Place>& places,
               const std::vector<std::int64_t>& sizes, const std::vector<std::vector<std::int64_t>>& strides,
               const std::array<double, 2>& scalars);
-    // out[i] = table[index[i]], rows of so many bytes.
+    // out[i] = table[index[i]] for rows of `bytes` bytes. Stops the run if an index is not in [0, table_rows).
     void take_rows(const std::array<Place, 3>& out_table_index, std::int64_t rows, std::int64_t table_rows, std::int64_t bytes);
-    // to[index[i]] += scale from[i], rows of D elements.
+    // to[index[i]] += scale from[i] for rows of D elements. Stops the run if an index is not in [0, to_rows).
     void add_rows(bool is_double, const std::array<Place, 3>& to_from_index, std::int64_t rows, std::int64_t to_rows,
                   std::int64_t D, double scale);
-    // Stops the run where an integer is not in [0, high), nor `ignored`.
+    // Stops the run if an integer is neither in [0, high) nor equal to `ignored`.
     void check(Place value, std::int64_t count, std::int64_t high, std::int64_t ignored);
 
-    // One run for each row of bases, side by side; whether all checks held. Results of a run that stops are not complete.
+    // Runs the instructions once for each row of `bases`, in parallel; the first entry of a row is replaced by the
+    // arena. Returns whether all checks held. The results of a run that stopped are incomplete.
     bool run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads);
 
     std::int64_t bytes() const { return bytes_; }
 
-    // Gives back the memory of all executables, until one runs.
+    // Frees the arenas of all executables, unless one is running. The next run allocates again.
     void release();
 
 private:

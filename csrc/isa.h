@@ -1,4 +1,4 @@
-// The kernels of csrc/cpu, compiled once for every instruction set, and those that this machine runs.
+// The kernels of csrc/cpu, compiled once for each instruction set, and the choice of the instruction set.
 #pragma once
 
 #include <string>
@@ -19,7 +19,7 @@ struct Entry {
     explicit Entry(const Kernel& k) : kernel(k), signature(k.signature) {}
 };
 
-// The kernels of an instruction set.
+// All kernels for one instruction set.
 struct Isa {
     std::string name;
     std::vector<Entry> kernels;
@@ -27,10 +27,11 @@ struct Isa {
     PassKernels pass;
 };
 
-// Those that this machine has, best first.
+// The instruction sets that this machine has, best first.
 const std::vector<Isa>& isas();
 
-// The one in use: the best, or what set_isa says, which raises std::invalid_argument for a name that is not among them.
+// The instruction set in use: the best one, or the one chosen by set_isa, which throws std::invalid_argument for a name
+// that is not in isas().
 const Isa& isa_in_use();
 void set_isa(const std::string& name);
 

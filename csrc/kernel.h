@@ -1,11 +1,11 @@
-// What a kernel is, to the bindings and to the files of csrc/cpu: a row of a table, found by its name.
+// A kernel as the bindings and the files of csrc/cpu see it: a row of a table, found by its name.
 #pragma once
 
 #include <cstdint>
 
 namespace metakern {
 
-// One call: the tensors in the order of the signature (null where absent), its sizes and its scalars.
+// The arguments of a call: the tensors in the order of the signature (null if absent), the sizes and the scalars.
 struct Args {
     void* const* tensors;
     const std::int64_t* sizes;

@@ -1,6 +1,7 @@
-// The threads of parallel.h are those of the OpenMP runtime that PyTorch has loaded, found by the name of its entry point:
-// they are awake, and threads of our own would compete with them for the cores, since they spin for a while after each of
-// PyTorch's own parallel regions. Where there is none, and in a forked child, which it does not survive, a pool.
+// The threads of parallel.h are those of the OpenMP runtime that PyTorch has loaded, found by the name of its entry
+// point. They spin for a while after each of PyTorch's own parallel regions: so they are awake, and threads of our own
+// would compete with them for the cores. A pool of our own is used without that runtime, and in a forked child, where
+// it does not work.
 #include "parallel.h"
 
 #include <dlfcn.h>
@@ -17,8 +18,8 @@
 namespace metakern {
 namespace {
 
-// Units of one call, each taken by the first thread that is free. An exception, such as of memory that can't be had, must
-// not leave a thread that is not Python's: the first one is thrown to the caller when all threads are done.
+// The units of one call, each taken by the first thread that is free. An exception, such as std::bad_alloc, must not
+// leave a worker thread: the first one is rethrown to the caller when all threads are done.
 class Units {
 public:
     Units(std::int64_t count, void (*unit)(void*, std::int64_t), void* context)
@@ -50,7 +51,7 @@ class Pool {
 public:
     void run(Units& units, int threads) {
         std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
-        if (!alone) return units.work();  // another Python thread has the workers: this one works by itself
+        if (!alone) return units.work();  // another Python thread uses the workers: work on this one alone
         std::unique_lock<std::mutex> lock(mutex_);
         const int wanted = threads - 1;
         while (workers_ < wanted && start_worker()) ++workers_;
@@ -60,7 +61,7 @@ public:
         wake_.notify_all();
         units.work();
         lock.lock();
-        seats_ = 0;  // whoever has not come yet need not
+        seats_ = 0;  // workers that have not started yet need not
         done_.wait(lock, [this] { return working_ == 0; });
     }
 
@@ -68,7 +69,7 @@ private:
     bool start_worker() {
         try {
             std::thread([this] { serve(); }).detach();
-        } catch (const std::system_error&) {  // no more threads to be had: fewer will do
+        } catch (const std::system_error&) {  // the system gives no more threads: go on with fewer
             return false;
         }
         return true;
@@ -96,7 +97,8 @@ private:
 using OpenMP = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 OpenMP openmp = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
 
-// Never destroyed: detached workers wait on it when the process exits. A forked child, which has no workers, starts anew.
+// Never destroyed, as detached workers wait on it when the process exits. A forked child has no workers, so it makes a
+// new one.
 Pool* pool = [] {
     pthread_atfork(nullptr, nullptr, [] {
         openmp = nullptr;
@@ -126,7 +128,7 @@ void* thread_memory(std::int64_t bytes) {
     thread_local std::int64_t size = 0;
     if (size < bytes) {
         size = 0;
-        memory.reset();  // before the larger one is there
+        memory.reset();  // before the larger one is allocated
         memory = std::make_unique<Scratch>(bytes);
         size = bytes;
     }

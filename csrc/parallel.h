@@ -1,4 +1,4 @@
-// Threads, and memory from outside the kernels' own instruction sets.
+// Threads and scratch memory for the kernels. parallel.cpp is compiled once, not for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -6,11 +6,11 @@
 namespace metakern {
 
 // Calls unit(context, i) once for each i in [0, units), on at most `threads` threads, and returns when all are done.
-// What a unit is must not depend on `threads`: then results do not either, bit for bit.
+// What a unit computes must not depend on `threads`; then the results do not either, bit for bit.
 void parallel(std::int64_t units, int threads, void (*unit)(void*, std::int64_t), void* context);
 
-// The same for a lambda. Everything inline here lives in each kernel file's own namespace of one instruction set,
-// lest the linker keep the AVX-512 copy of a shared template for every machine.
+// `parallel` for a lambda. It is in the namespace of an instruction set: of a template that they shared, the linker
+// would keep one copy for all, which might be the AVX-512 one.
 #ifdef METAKERN_ISA
 namespace METAKERN_ISA {
 
@@ -39,7 +39,7 @@ private:
     void* memory_;
 };
 
-// Memory of the calling thread, at least so large and 64-byte aligned; good until the thread asks again.
+// Memory of the calling thread: at least `bytes` bytes, 64-byte aligned, valid until the thread's next call.
 void* thread_memory(std::int64_t bytes);
 
 }  // namespace metakern

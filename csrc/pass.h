@@ -1,4 +1,4 @@
-// A pass over tensors of any strides: the instruction of an elementwise operation, a sum, a copy.
+// A pass: an instruction that runs an elementwise operation, a sum or a copy over tensors of any strides.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,9 @@ constexpr int kMostDims = 6, kMostOperands = 4;
 
 enum PassType { kFloat32, kFloat64, kInt64, kBool, kPassTypes };
 
-// out = f(in[0], in[1], …) of each element. Tensors and their strides, in elements: the result's first. Sizes from the
-// outermost dimension. `sum` is over the last `reduced` dimensions or, where negative, over so many before the last one.
+// out = f(in[0], in[1], …), element by element. Tensors and strides begin with the result's; strides are in elements,
+// sizes from the outermost dimension on. `sum` reduces the last `reduced` dimensions or, if `reduced` is negative, the
+// -`reduced` dimensions before the last one.
 struct Pass {
     int dims, reduced;
     std::int64_t sizes[kMostDims];
@@ -19,8 +20,9 @@ struct Pass {
     double scalars[2];
 };
 
-// Elementwise passes of floats: name, number of inputs, and formula, of vectors x[0], x[1] of type V and scalars s, t.
-// To add one that is PyTorch's operation of the same name, a line here is all.
+// Elementwise passes of floats: name, number of inputs, and a formula of vectors x[0], x[1] of type V, with elements of
+// type F, and scalars s, t. An operation of PyTorch whose arguments are all tensors is lowered to the pass of its name,
+// so that one line here is enough to add it.
 #define METAKERN_ELEMENTWISE(X)                                          \
     X(copy, 1, x[0])                                                     \
     X(fill, 0, V{} + s)                                                  \
@@ -47,15 +49,15 @@ struct Pass {
     X(silu, 1, METAKERN_ISA::silu<F>(x[0]).value)                        \
     X(silu_backward, 2, x[0] * METAKERN_ISA::silu<F>(x[1]).first)
 
-// All others: name, number of inputs.
+// All other passes: name, number of inputs.
 #define METAKERN_OTHER_PASSES(X)                                           \
-    X(from_float32, 1) /* x, of another type than the result; and so on */ \
+    X(from_float32, 1) /* x, from this type to the result's; likewise */   \
     X(from_float64, 1)                                                     \
     X(from_int64, 1)                                                       \
     X(from_bool, 1)                                                        \
-    X(sum, 1)          /* s times it */                                    \
-    X(where, 3)        /* of a mask, x and y */                            \
-    X(eq, 1)           /* x = s, a mask; and so on */                      \
+    X(sum, 1)          /* times s */                                       \
+    X(where, 3)        /* mask, x, y */                                    \
+    X(eq, 1)           /* the mask x == s; likewise */                     \
     X(ne, 1)                                                               \
     X(lt, 1)                                                               \
     X(le, 1)                                                               \
@@ -73,7 +75,7 @@ enum PassName {
 };
 
 struct PassKernels {
-    void (*run[kPassNames][kPassTypes])(const Pass&);  // null where there is none for the type
+    void (*run[kPassNames][kPassTypes])(const Pass&);  // null if the pass does not take the type
     // to[index[i]] += scale from[i] of rows of D elements, float32 and float64
     void (*add_rows[2])(void* to, const void* from, const std::int64_t* index, std::int64_t rows, std::int64_t D,
                         double scale);

@@ -1,12 +1,13 @@
-// The batched matrix product, to the bindings and to csrc/cpu.
+// The batched matrix product as the bindings and csrc/cpu see it.
 #pragma once
 
 #include <cstdint>
 
 namespace metakern {
 
-// c [T, M, N] = add + scale a [T, M, K] b [T, K, N]. Strides are in elements; those of a and b are of T, rows and columns, one of
-// the last two being 1; those of `add`, which may be null, are of T and rows. c is contiguous.
+// c [T, M, N] = add + scale a [T, M, K] b [T, K, N]. Strides are in elements. Those of a and b are
+// over T, rows and columns, and one of the last two is 1. `add` may be null; its strides are over T and rows, and its
+// columns are contiguous. c is contiguous.
 struct Product {
     const void *a, *b, *add;
     void* c;

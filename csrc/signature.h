@@ -2,9 +2,10 @@
 //
 // "x:TND weight:TD? target:TNi -> y:TND ct_weight:TD?weight" reads
 //
-//     x:TND               a tensor [T, N, D]; the first tensor with a size sets it, the others must agree
+//     x:TND               a tensor [T, N, D]; the first tensor with a size sets it, the others must agree;
+//                         Args::sizes has the sizes in the order of first appearance
 //     gates:TBL4H         a last dimension of four times the size H
-//     x:*                 any shape, the same for all tensors of the kernel
+//     x:*                 any shape, the same for all tensors of the kernel; Args::sizes has the number of elements
 //     target:TNi          int64; all other tensors share one floating-point dtype
 //     weight:TD?          an input that may be absent
 //     ct_weight:TD?weight an output that is made only where the input `weight` is given

@@ -1,4 +1,4 @@
-"""Errors that the user can put right: one line, with the cure."""
+"""Errors that the user can fix. The message is one line and says how."""
 
 from __future__ import annotations
 
@@ -9,22 +9,32 @@ __all__ = ["CheckpointError", "DataError", "UserError", "by_the_user"]
 
 
 class UserError(Exception):
-    """Something that the user can put right: the command line prints it as one line and exits with ``code``."""
+    """An error that the user can fix. The command line prints it as one line and exits with status `code`.
+
+    >>> import metakern.errors
+    >>> metakern.errors.UserError("no such run: runs/a").code
+    2
+    """
 
     code = 2
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be read, written or used here."""
+    """A checkpoint that cannot be read or used here, or a file that cannot be written."""
 
 
 class DataError(UserError, ValueError):
-    """Input that cannot be used: one line that names the file, the line in it where there is one, and the cure."""
+    """Input that cannot be used. The message names the file, the line in it if there is one, and what to do."""
 
 
 @contextmanager
 def by_the_user() -> Iterator[None]:
-    """Within the block a ValueError is about what the user has set: a UserError of the same words.
+    """Turns a ValueError raised inside a `with` block, or in a decorated function, into a UserError of the same text.
+
+    Use it where every ValueError is about something that the user has set.
+
+    Raises:
+        UserError: For a ValueError inside. A UserError passes through unchanged.
 
     >>> with by_the_user():
     ...     raise ValueError("width must be at least 1, got 0")

@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Write files atomically: whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,19 +12,24 @@ from metakern.errors import CheckpointError
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``, completely or not at all (`CheckpointError`: nothing has changed)."""
+    """Write `data` to `path`, and make its folder if need be.
+
+    The data goes to a temporary file first, which then takes the place of `path`. Raises CheckpointError if that fails;
+    a file that was there is unchanged.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except OSError as error:
         if temporary:
             with suppress(OSError):
-                os.unlink(temporary)
+                temporary.unlink()
         raise CheckpointError(f"{path}: cannot write: {error.strerror}; nothing that was there is lost") from None

@@ -1,4 +1,4 @@
-"""The versions that metakern's tests have run with; docs/compatibility.md says how and when."""
+"""The versions of packages that metakern is tested with. docs/compatibility.md says how and when."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 __all__ = ["TESTED", "remark"]
 
-# The lowest and the highest release of each package that the tests which need it have passed with.
+# For each package, the lowest and the highest release with which the tests that need it have passed.
 TESTED: dict[str, tuple[str, str]] = {
     "python": ("3.10", "3.11"),
     "torch": ("2.10.0", "2.15.0"),
@@ -17,7 +17,14 @@ TESTED: dict[str, tuple[str, str]] = {
 
 
 def remark(package: str, version: str) -> str:
-    """What is to be said of a version that is outside of what was tested, else "".
+    """Returns a remark about a version outside the tested range.
+
+    Args:
+        package: "python" or the name of a package. One that is not in `TESTED` gets no remark.
+        version: Its version as `__version__` has it, such as "2.13.0+cpu".
+
+    Returns:
+        The remark, or "" for a version inside the range.
 
     >>> remark("torch", "1.0")
     'older than 2.10.0, the lowest that was tested'
@@ -37,5 +44,5 @@ def remark(package: str, version: str) -> str:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """2.13.0+cpu as (2, 13, 0)."""
+    """Returns "2.13.0+cpu" as (2, 13, 0)."""
     return tuple(int(part) for part in re.match(r"[\d.]*\d|", version)[0].split(".") if part)  # type: ignore[index]

@@ -1,6 +1,6 @@
-// attention: softmax attention by blocks of queries and keys that stay in the caches; the derivation is in
-// metakern/ops/attention. A unit of work is a head of k and v with the heads of q that share it, so that nothing is computed
-// twice and every sum has one order.
+// attention: softmax attention by blocks of queries and keys that stay in the caches. The derivation is in
+// metakern/ops/attention. A unit of work is one head of k and v with all heads of q that share it, so that nothing is
+// computed twice and each sum has a fixed order.
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -13,14 +13,14 @@ namespace metakern::METAKERN_ISA {
 
 namespace {
 
-// Rows and columns of a block. Columns are whole panels.
+// The queries (rows) and keys (columns) of a block. Its columns are a whole number of panels (matrix.h).
 constexpr int64_t kQueries = 48, kKeys = 128;
 
 struct Range {
     int64_t begin, end;
 };
 
-// v where a lane's column, that of the first being j, is in the range; zero or `other` elsewhere.
+// v in the lanes whose column is in the range, `other` (zero if not given) in the rest. Lane 0 is column j.
 template <class F>
 inline Vec<F> within(Range range, int64_t j, Vec<F> v, Vec<F> other = Vec<F>{}) {
     using Int = std::conditional_t<sizeof(F) == 4, std::int32_t, std::int64_t>;
@@ -29,7 +29,8 @@ inline Vec<F> within(Range range, int64_t j, Vec<F> v, Vec<F> other = Vec<F>{}) 
     return ((at >= static_cast<Int>(range.begin)) & (at < static_cast<Int>(range.end))) ? v : other;
 }
 
-// A call: q [B, H, L, D] and k, v [B, G, M, D].
+// The sizes and options of a call, for q [B, H, L, D] and k, v [B, G, M, D]. `group` heads of q share a head of k and
+// v; `wide` is D rounded up to whole panels.
 template <class F>
 struct Call {
     const Args& args;
@@ -44,7 +45,7 @@ struct Call {
           group(G ? H / G : 0), wide(panels<F>(D) * kPanel<F>), scale(static_cast<F>(a.scalars[0])),
           causal(a.scalars[1] != 0), window(static_cast<int64_t>(a.scalars[2])), seen(a.tensor<const int64_t>(3)) {}
 
-    // Which of the keys [j, j + width) query i sees by its position.
+    // The range of the keys [j, j + width) that query i sees by its position, counted from j.
     Range visible(int64_t i, int64_t j, int64_t width) const {
         const int64_t at = i + M - L - j;
         const auto clamped = [&](int64_t x) { return x < 0 ? 0 : x < width ? x : width; };
@@ -52,17 +53,18 @@ struct Call {
     }
 };
 
-// A block: queries [i, i + rows) of head h of q, keys [j, j + width), of which [begin, end) are seen by some of its queries.
-// `begin` is at a panel.
+// A block: queries [i, i + rows) of head h of the unit, and keys [j, j + width). Its queries see no keys outside of
+// [begin, end), which count from j; `begin` is the first column of a panel.
 struct Block {
     int64_t h, i, rows, j, width, begin, end;
 };
 
-// One unit of work: a head of k and v, and the thread's memory.
+// One unit of work: a head of k and v with its heads of q, and scratch memory of the thread.
 template <class F>
 class Unit {
 public:
-    // `tiles` [kQueries, kKeys]; `sides` packed blocks of keys and as many of queries; `vectors` of the unit's queries.
+    // Takes memory for `tiles` tiles [kQueries, kKeys], 2 * `sides` packed blocks of keys or queries, and `vectors`
+    // vectors of a number for each query of the unit.
     Unit(const Call<F>& call, int64_t b, int64_t g, int64_t tiles, int64_t sides, int64_t vectors)
         : c(call), b_(b), g_(g) {
         const int64_t tile = kQueries * kKeys, side = kKeys * c.wide, vector = (c.group * c.L + 15) / 16 * 16;
@@ -76,14 +78,16 @@ public:
     F* side() { return take(kKeys * c.wide); }
     F* vector() { return take((c.group * c.L + 15) / 16 * 16); }
 
-    // Tensor number n, at the unit's first query, row of sums over keys, or key; null where it is absent.
+    // The address in tensor number n of the unit's first query, of its first sum over keys, or of its first key; null
+    // if the tensor is absent.
     F* queries(int n) const { return at(n, (b_ * c.H + g_ * c.group) * c.L * c.D); }
     F* sums(int n) const { return at(n, (b_ * c.H + g_ * c.group) * c.L); }
     F* keys(int n) const { return at(n, (b_ * c.G + g_) * c.M * c.D); }
     void clear_queries(F* p) const { std::memset(p, 0, static_cast<std::size_t>(c.group * c.L * c.D) * sizeof(F)); }
     void clear_keys(F* p) const { std::memset(p, 0, static_cast<std::size_t>(c.M * c.D) * sizeof(F)); }
 
-    // For every block of keys keys(j, width), then for every block of queries that sees some of them queries(block).
+    // For each block of keys, calls keys(j, width), then queries(block) for each block of queries that sees some of
+    // them.
     template <class Keys, class Queries>
     void sweep(Keys keys, Queries queries) {
         const int64_t offset = c.M - c.L;
@@ -103,14 +107,15 @@ public:
         }
     }
 
-    // Packs a block of keys x, zeros where they are hidden: as the right factor of a product with rows of q, and with tiles.
+    // Packs a block of x [M, D] (keys or values), with zeros for keys that the mask hides, as the right factor of a
+    // product: transposed for products with rows of queries, and as it is for products with tiles.
     void pack_for_scores(F* to, const F* x, int64_t j, int64_t width) {
         pack<F>(to, {shown(x, j, width), 1, c.D}, c.D, width, 0, panels<F>(width));
     }
     void pack_for_sums(F* to, const F* x, int64_t j, int64_t width) {
         pack<F>(to, {shown(x, j, width), c.D, 1}, width, c.D, 0, panels<F>(c.D));
     }
-    // Packs a block of queries x, as the right factor of a product with a transposed tile.
+    // Packs a block of queries of x as the right factor of a product with a transposed tile.
     void pack_queries(F* to, const F* x, const Block& k) {
         pack<F>(to, {x + (k.h * c.L + k.i) * c.D, c.D, 1}, k.rows, c.D, 0, panels<F>(c.D));
     }
@@ -133,20 +138,21 @@ public:
         multiply<F>(k.end - k.begin, c.D, k.rows, {tile + k.begin, 1, kKeys}, queries, {to, c.D, to, c.D});
     }
 
-    // For every row of a block row(n, query, range of seen keys); n counts the block's rows, `query` the unit's.
+    // Calls row(n, query, range of seen keys) for each row of a block; n counts the rows of the block, `query` those of
+    // the unit.
     template <class Row>
     void rows(const Block& k, Row row) const {
         for (int64_t n = 0; n < k.rows; ++n)
             row(n, k.h * c.L + k.i + n, c.visible(k.i + n, k.j, k.width));
     }
 
-    // scale s plus the mask's -∞, from the products s of row n.
+    // Returns scale s from the products s of a row, plus the mask's -∞ for hidden keys.
     Vec<F> scaled(const F* s, int64_t j) const {
         const Vec<F> x = load(s + j) * c.scale;
         return c.seen ? x + load(bias_ + j) : x;
     }
 
-    // ⟨a_i, b_i⟩ for every query, added to `out` or in its place.
+    // out[i] = ⟨a_i, b_i⟩ for each query i, or out[i] += ⟨a_i, b_i⟩ with `more`.
     void inner_products(F* out, const F* a, const F* b, bool more = false) const {
         for (int64_t i = 0; i < c.group * c.L; ++i) {
             Vec<F> total{};
@@ -165,7 +171,7 @@ private:
         F* p = c.args.template tensor<F>(n);
         return p ? p + offset : p;
     }
-    // Reads the mask of a block of keys; whether one of them is seen.
+    // Reads the mask of a block of keys into bias_. Returns whether any of them is seen.
     bool look(int64_t j, int64_t width) {
         if (!c.seen) return true;
         bool any = false;

@@ -4,15 +4,15 @@
 //     y = sum of s (l - z[target])             t_l    = p . t_z,   t_y = sum of s (t_l - t_z[target])
 //     ct_z = s ct_y (p - e)                    t_ct_z = s ct_y p (t_z - t_l) + s t_ct_y (p - e)
 //
-// Nothing of the size of the logits is written but a cotangent of them. As l is rounded, exp(z - l) is divided by its own
-// sum: that is p to full precision, however large the logits.
+// The only tensor written of the size of the logits is a cotangent of them. As l is rounded, exp(z - l) is divided by
+// its own sum, which gives p to full precision, however large the logits.
 #include "rows.h"
 
 namespace metakern::METAKERN_ISA {
 namespace {
 
-// The targets of all tasks, and what each of a task's kept tokens counts. A target out of range is an ignored one: it
-// must never become an address.
+// The targets of all tasks, and the weight of each of a task's kept tokens in its mean. A target out of range counts as
+// ignored, as it must never become an address.
 template <class F>
 class Targets {
 public:
@@ -33,7 +33,7 @@ public:
     }
     F share(int64_t t) const { return share_.template as<F>()[t]; }
 
-    // out[t] = the mean of a task's rows, added up in order.
+    // out[t] = the mean over the kept rows of task t, added up in order.
     void mean(const F* rows, F* out) const {
         for (int64_t t = 0; t < blocks_.T; ++t) {
             double total = 0;
@@ -52,7 +52,7 @@ private:
 inline float log(float x) { return __builtin_logf(x); }
 inline double log(double x) { return __builtin_log(x); }
 
-// A row of V elements, past whose end is minus infinity.
+// Loads logits from p + i, with minus infinity in the lanes past the end of the row.
 template <class F, class... Lanes>
 inline Vec<F> logits(const F* p, int64_t i, Lanes... n) {
     Vec<F> v = Vec<F>{} - F(__builtin_inf());
@@ -60,7 +60,7 @@ inline Vec<F> logits(const F* p, int64_t i, Lanes... n) {
     return v;
 }
 
-// The largest logit of a row, and the logarithm of the sum of exp(z - top).
+// The largest logit `top` of a row, and the logarithm of the sum of exp(z - top).
 template <class F>
 struct LogSumExp {
     F top, log_sum;

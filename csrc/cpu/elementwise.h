@@ -25,7 +25,8 @@ inline void elementwise(const Args& args, Rule rule) {
     });
 }
 
-// f(x), f'(x) and f''(x). Whoever uses one of them pays for one: the functions that make them are inlined.
+// f(x), f'(x) and f''(x). The functions that return them are inlined, so that the compiler drops those that are not
+// used.
 template <class F>
 struct Derivatives {
     Vec<F> value, first, second;
@@ -40,10 +41,11 @@ void curvature(const Args& args) {
     });
 }
 
-// Beyond this size gates are open or shut to the last bit; products with their zero slopes must not meet an infinity.
+// Beyond this absolute value a gate is 0 or 1 to the last bit. x is clamped to it, as the product of an infinite x and
+// the gate's zero slope would be NaN.
 constexpr float kShut = 1e4f;
 
-// The derivatives of x s(w) for the sigmoid s and an inner function w of z, which is x bounded by kShut.
+// The derivatives of x s(w), for the sigmoid s and a function w of z, which is x clamped to [-kShut, kShut].
 template <class F>
 inline Derivatives<F> gated(Vec<F> x, Vec<F> z, Vec<F> w, Vec<F> w_first, Vec<F> w_second) {
     const Sigmoid<F> s = sigmoid<F>(w);

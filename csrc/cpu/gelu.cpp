@@ -1,5 +1,5 @@
 // gelu(x) = x Phi(x), and its tanh form x (1 + tanh(u)) / 2 = x s(2u) with u = sqrt(2/pi) (x + 0.044715 x^3).
-// Of the first form PyTorch's own kernels are the better ones at first order.
+// The first form has only the rule vjp_jvp here: its first-order rules are PyTorch's own kernels.
 #include "elementwise.h"
 
 namespace metakern::METAKERN_ISA {
@@ -16,7 +16,7 @@ void gelu_tanh_forward(const Args& args) {
     elementwise<F, 1, 1>(args, [](const Vec<F>* in, Vec<F>* out) { out[0] = gelu_tanh<F>(in[0]).value; });
 }
 
-// jvp and vjp: f' is diagonal, so they are one product.
+// Both jvp and vjp: the Jacobian is diagonal, so they are the same product.
 template <class F>
 void gelu_tanh_slope(const Args& args) {
     elementwise<F, 2, 1>(args, [](const Vec<F>* in, Vec<F>* out) { out[0] = in[1] * gelu_tanh<F>(in[0]).first; });

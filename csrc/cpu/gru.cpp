@@ -1,4 +1,4 @@
-// gru: whole sequences, residuals (r, z, n, p_n) [T, B, L, 4H] and the state that each step finds.
+// gru: whole sequences, residuals (r, z, n, p_n) [T, B, L, 4H] and the state before each step.
 #include "recurrent.h"
 
 namespace metakern::METAKERN_ISA {

@@ -1,4 +1,4 @@
-// layer_norm: rows with their own mean and variance.
+// layer_norm: each row is normalized by its own mean and variance.
 #include "norm.h"
 
 namespace metakern::METAKERN_ISA {

@@ -1,4 +1,4 @@
-// lstm: whole sequences, residuals gates [T, B, L, 4H] and the states that each step finds.
+// lstm: whole sequences, residuals gates [T, B, L, 4H] and the states before each step.
 #include "recurrent.h"
 
 namespace metakern::METAKERN_ISA {

@@ -1,5 +1,5 @@
-// The tiles of matrix.h, and products of a batch of matrices for CPUs on which the library behind torch.bmm stays far below
-// the machine's rate.
+// The tiles of matrix.h, and the batched product of product.h, for CPUs on which the library behind torch.bmm stays far
+// below the machine's peak rate.
 #include "matrix.h"
 
 #include <utility>
@@ -11,7 +11,8 @@ namespace metakern::METAKERN_ISA {
 
 namespace {
 
-// Rows of a tile, and the accumulators that the registers hold beside a panel's row and a broadcast element of A.
+// kRows: the rows of a tile. kAccumulators: the vectors of sums that fit into the registers beside a panel's row and a
+// broadcast element of A.
 #if defined(__AVX512F__)
 constexpr int kRows = 12;
 #else
@@ -35,7 +36,7 @@ inline void transpose(Vec<F> (&v)[kLanes<F>], std::index_sequence<i...>) {
     }
 }
 
-// One tile of R rows and P panels, which are `next` apart.
+// Computes a tile of R rows and P panels. A panel begins `next` elements after the one before.
 template <class F, int R, int P, bool a_is_row_major>
 inline void tile(const F* a, int64_t stride, const F* b, int64_t next, int64_t K, Output<F> c, int64_t width) {
     constexpr int V = P * kPanelVectors;
@@ -56,7 +57,7 @@ inline void tile(const F* a, int64_t stride, const F* b, int64_t next, int64_t K
             for (int v = 0; v < V; ++v) sum[r][v] += x * row[v];
         }
     }
-    // Of whole vectors, without a look at each: few sums of products are not worth more.
+    // A full tile is stored without a check of each vector: for a small K the checks would cost too much.
     const auto finish = [&](auto adds, auto whole) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
@@ -85,18 +86,18 @@ inline void tile(const F* a, int64_t stride, const F* b, int64_t next, int64_t K
         c.add ? finish(yes, no) : finish(no, no);
 }
 
-// Panels that a tile of R rows takes at once: enough sums in flight to hide the latency of one.
+// The panels of a tile of R rows: enough independent sums to hide the latency of an addition.
 constexpr int panels_at_once(int R) {
     int P = 1;
     while (P < 4 && 2 * P * R * kPanelVectors <= kAccumulators) P *= 2;
     return P;
 }
 
-// Blocks for the caches: kDepth rows of kWide panels of B stay in the second one while the rows of A pass by, a strip of A
-// in the first.
+// Cache blocking: kDepth rows of kWide panels of B stay in the L2 cache while all rows of A are multiplied with them,
+// and a strip of A stays in the L1 cache.
 constexpr int64_t kDepth = 256, kWide = 8;
 
-// R rows of C.
+// Computes R rows of C.
 template <class F, int R, bool a_is_row_major>
 void strip(const F* a, int64_t stride, const F* b, int64_t next, int64_t K, int64_t N, Output<F> c) {
     constexpr int P = panels_at_once(R);
@@ -106,13 +107,13 @@ void strip(const F* a, int64_t stride, const F* b, int64_t next, int64_t K, int6
     for (; j < N; j += kPanel<F>, b += next) tile<F, R, 1, a_is_row_major>(a, stride, b, next, K, c.at(0, j), N - j);
 }
 
-// R columns of A' that are far apart, brought together: [K, R].
+// Copies R columns of A' [K, M], whose rows lie `stride` elements apart, to a contiguous [K, R].
 template <class F, int R>
 void gather(F* to, const F* a, int64_t stride, int64_t K) {
     for (int64_t k = 0; k < K; ++k) std::memcpy(to + k * R, a + k * stride, R * sizeof(F));
 }
 
-// What there is for each number of rows.
+// The functions for one number of rows.
 template <class F>
 struct Rows {
     using Strip = void (*)(const F*, int64_t, const F*, int64_t, int64_t, int64_t, Output<F>);
@@ -198,8 +199,8 @@ template void multiply(int64_t, int64_t, int64_t, Matrix<double>, const double*,
 
 namespace {
 
-// Rows of a unit of work: at most so many, and at least enough to outweigh packing where threads have too few units. And the
-// multiplications that outweigh the waking of a thread.
+// A unit of work has at most kMostRows rows. To give every thread some units, it may have fewer, but at least
+// kLeastRows, so that packing B pays. A product of fewer than kSmall multiplications is not worth waking a thread.
 constexpr int64_t kMostRows = 1024, kLeastRows = 96, kSmall = 1 << 17;
 
 template <class F>

@@ -1,5 +1,5 @@
-// Matrix products from registers: a small tile of C, as many rows and columns as the registers hold, is summed in the order
-// of K, kDepth at a time. B is packed once in panels of two vectors of columns, [K][kPanel]; A is read where it lies.
+// Matrix products with register tiles: a tile of C, as large as the registers hold, is summed in the order of K, kDepth
+// terms at a time. B is packed once in panels of two vectors of columns, [K][kPanel]; A is read in place.
 //
 // An element of C is the same sum whatever tile it falls into: results depend neither on how the rows are split nor on what
 // else is computed.
@@ -18,7 +18,7 @@ inline int64_t panels(int64_t N) {
     return (N + kPanel<F> - 1) / kPanel<F>;
 }
 
-// A matrix where it lies: element (i, j) is at data[i * rows + j * columns], one of the strides being 1.
+// A matrix to read: element (i, j) is at data[i * rows + j * columns]. One of these strides is 1.
 template <class F>
 struct Matrix {
     const F* data;
@@ -43,7 +43,8 @@ struct Output {
 template <class F>
 void pack(F* to, Matrix<F> b, int64_t K, int64_t N, int64_t begin, int64_t end);
 
-// c [M, N] = add + scale a [M, K] b for K rows of a packed b, of `packed` rows where it has more.
+// c [M, N] = add + scale a [M, K] b, for K rows of a packed b. `packed` is the number of rows that b was packed with,
+// if it is more than K.
 template <class F>
 void multiply(int64_t M, int64_t N, int64_t K, Matrix<F> a, const F* b, Output<F> c, int64_t packed = 0);
 

@@ -9,7 +9,8 @@
 //     ct_x    = rstd (g - m(g) - n m(g n))                  ct_weight = sum of ct_y n,   ct_bias = sum of ct_y
 //     t_ct_x  = q ct_x + rstd (t_g - m(t_g) - t_n m(g n) - n m(t_g n + g t_n)),   t_g = weight t_ct_y + t_weight ct_y
 //
-// where rms_norm has neither m(g) nor m(t_g). A row is read from memory once: its second pass finds it in the cache.
+// where rms_norm has neither m(g) nor m(t_g). A row is read from memory once: the second loop over it finds it in the
+// cache.
 #pragma once
 
 #include "rows.h"

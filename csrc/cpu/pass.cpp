@@ -1,4 +1,4 @@
-// Passes: a walk over the outer dimensions, and vectors along the last one.
+// The passes of pass.h: loops over the outer dimensions, and vectors along the last one.
 #include "../pass.h"
 
 #include <utility>
@@ -9,7 +9,8 @@ namespace metakern::METAKERN_ISA {
 
 namespace {
 
-// body(pointers) at every index of the first `dims` dimensions, of the result and `inputs` inputs.
+// Calls body(pointers) at each index of the first `dims` dimensions, with the addresses in the result and `inputs`
+// inputs.
 template <int inputs, class Body>
 inline void walk(const Pass& p, int dims, const int64_t (&bytes)[inputs + 1], Body body) {
     int64_t index[kMostDims] = {};
@@ -30,7 +31,7 @@ inline void walk(const Pass& p, int dims, const int64_t (&bytes)[inputs + 1], Bo
     }
 }
 
-// Lanes at a stride: together, one for all, or apart.
+// Loads or stores the lanes of a vector, which are `stride` elements apart; stride 0 loads one element into all lanes.
 template <class F, class... Lanes>
 inline Vec<F> gathered(const F* p, int64_t stride, int64_t i, Lanes... n) {
     if (stride == 1) return load(p + i, n...);
@@ -81,7 +82,7 @@ void map(const Pass& p) {
     });
 }
 
-// Builtins, as what <cmath> defines inline would be one function for all instruction sets.
+// Builtins, as of inline functions in <cmath> the linker would keep one copy for all instruction sets.
 inline float raised(float x, float y) { return __builtin_powf(x, y); }
 inline double raised(double x, double y) { return __builtin_pow(x, y); }
 inline float sine(float x) { return __builtin_sinf(x); }
@@ -107,7 +108,8 @@ struct Formula {
 #undef METAKERN_FORMULA
 };
 
-// Along the last dimension where that is summed over, else down the others in columns of a few vectors.
+// Sums along the last dimension if that is reduced, else over the other reduced dimensions, for a few vectors of
+// columns at a time.
 template <class F>
 void sum_over(const Pass& p) {
     const int last = p.dims - 1;
@@ -116,7 +118,7 @@ void sum_over(const Pass& p) {
     const int64_t count = p.sizes[last], stride = p.strides[1][last];
     const F s = static_cast<F>(p.scalars[0]);
     constexpr int64_t bytes[] = {sizeof(F), sizeof(F)};
-    Pass inner = p;  // its outer dimensions are those summed over
+    Pass inner = p;  // of one element of the kept dimensions: the reduced dimensions, and the last one
     inner.dims = p.dims - kept;
     for (int d = 0; d < inner.dims; ++d) {
         inner.sizes[d] = p.sizes[kept + d];
@@ -164,7 +166,7 @@ void sum_over(const Pass& p) {
     });
 }
 
-// Passes of integers and masks, an element at a time.
+// Passes of integers and masks, one element at a time.
 template <class Out, class... In, class Rule, std::size_t... j>
 inline void by_element(const Pass& p, Rule rule, std::index_sequence<j...>) {
     const int64_t bytes[] = {sizeof(Out), sizeof(In)...};

@@ -1,8 +1,9 @@
-// The four rules of recurrent cells over whole sequences: what depends on time, the large products being elsewhere.
+// The four rules of recurrent cells over whole sequences: the part that depends on the step before. The large products
+// are in metakern/ops/core/recurrent.py.
 //
-// A step is a small matrix product with W_hh, packed once for a sequence, and one pass over the hidden units by the formulas
-// of cells.h. The product's left operand is the state h going forward, ct_a going back. A step beyond the length of its
-// sequence leaves the states alone and writes zeros.
+// A step is a small matrix product with W_hh, which is packed once for all steps, and a loop over the hidden units with
+// the formulas of cells.h. The left operand of the product is the state h forward in time, and ct_a backward. A step
+// beyond the length of its sequence leaves the states as they are and writes zeros.
 #pragma once
 
 #include "../kernel.h"
@@ -20,11 +21,12 @@ inline Vec<float> positive(Vec<float> x) { return x > 0 ? Vec<float>{} + 1 : Vec
 inline Vec<double> positive(Vec<double> x) { return x > 0 ? Vec<double>{} + 1 : Vec<double>{}; }
 #include "../cells.h"
 
-// Fewer multiplications than this do not outweigh the waking of a thread.
+// Fewer multiplications than this are not worth waking a thread.
 constexpr int64_t kStep = 1 << 13;
 
-// What a block of sequences holds of one of them between two steps: the left operand of the product, its result, and the
-// other states (going forward), or what goes straight back to the states (going back).
+// The memory of one sequence between two steps: the left operand of the product, its result, and `states`. Those are
+// the states other than h (forward), or the parts of the states' cotangents that do not pass through the product
+// (backward).
 template <class F>
 struct Sequence {
     F *left, *product, *states;
@@ -40,15 +42,16 @@ struct Sequences {
 
     bool active(int64_t row, int64_t l) const { return !lengths || l < lengths[row]; }
 
-    // Runs a rule over time, for blocks of sequences that share their task's weight w [G, H]: `from` numbers of each sequence
-    // are multiplied to `to` numbers a step. rule.begin(row, sequence), rule.step(row, at, sequence), rule.end(row, sequence).
+    // Runs a rule over time, for blocks of sequences of one task, with the weights w [T, G, H]. In each step a product
+    // turns `from` numbers of each sequence into `to` numbers. The rule has rule.begin(row, sequence), rule.step(row,
+    // l, sequence) and rule.end(row, sequence).
     template <class Rule>
     void run(const F* w, int64_t G, const Rule& rule) const {
         const int64_t from = Rule::kBack ? G : H, to = Rule::kBack ? H : G, weight = G * H;
         const int64_t packed_size = panels<F>(to) * kPanel<F> * from, carry = 2 * H;
-        // Rows of a power of two would meet in the same few places of the first cache.
+        // Padded, as rows of a power of two would compete for the same few sets of the L1 cache.
         const int64_t left_row = from + kLanes<F>, product_row = to + kLanes<F>;
-        // A task a unit; where there are fewer tasks than threads, their sequences are shared out.
+        // One unit for each task. If there are fewer tasks than threads, a task's sequences are split into parts.
         const int wanted = T * L * B * weight < kStep ? 1 : threads;
         const int64_t parts = T && B && T < wanted ? min((wanted + T - 1) / T, B) : 1;
         const bool together = parts > 1;
@@ -100,7 +103,7 @@ struct Recurrent {
     static constexpr int G = Cell::kGates, K = Cell::kKept, S = Cell::kStates;
     static constexpr bool keeps_gates = K > 1, reads_h = Cell::kSplit;
 
-    // Tensors [T, B, L, n H], read or written a vector of hidden units at a time; an absent one reads as zero.
+    // A tensor [T, B, L, n H], read or written a vector of hidden units at a time. An absent one reads as zero.
     template <int n, class P>
     struct Steps {
         P* data;
@@ -123,7 +126,8 @@ struct Recurrent {
     template <int n>
     using Out = Steps<n, F>;
 
-    // The states of a step [T, B, L, H] each: those of `In` that the cell's formulas read.
+    // A tensor for each state, [T, B, L, H], or [T, B, H] for the first and last ones. One that is absent, or that the
+    // cell's formulas do not read, reads as zero.
     template <class P>
     struct States {
         P* data[S];
@@ -270,7 +274,8 @@ struct Recurrent {
         q.run(w, G * H, Jvp{&q, t_u, t_p, kept, before, t_first, t_y, t_last, t_kept, states<F>(tensors, H)});
     }
 
-    // What the two rules that go back share: Rule::pull turns the cotangents of a step's states into those before it.
+    // What vjp and vjp_jvp share. Rule::pull turns the cotangents of the states after a step into those of the states
+    // before.
     template <class Rule>
     struct Back {
         static constexpr bool kBack = true;
@@ -368,7 +373,7 @@ struct Recurrent {
     struct VjpJvp {
         In<K> kept, t_kept;
         States<const F> before, t_before, cts;
-        In<1> source;  // what reaches the state before each step beside the recurrence: ct_a t_W_hh
+        In<1> source;  // ct_a t_W_hh, to be added to the tangent of the cotangent of h before each step
 
         template <class... Lanes>
         void pull(int64_t at, int64_t j, V* t_ct, V* t_ct_a, V* t_ct_u, Lanes... n) const {

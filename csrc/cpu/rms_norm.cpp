@@ -1,4 +1,4 @@
-// rms_norm: rows divided by their root mean square.
+// rms_norm: each row is divided by its root mean square.
 #include "norm.h"
 
 namespace metakern::METAKERN_ISA {

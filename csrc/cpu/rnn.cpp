@@ -1,4 +1,4 @@
-// rnn: whole sequences; what is kept of a step is its output, and the state that it finds.
+// rnn: whole sequences, residuals the output and the state before each step.
 #include "recurrent.h"
 
 namespace metakern::METAKERN_ISA {

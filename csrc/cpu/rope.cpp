@@ -3,7 +3,7 @@
 
 namespace metakern::METAKERN_ISA {
 
-// Rows [B, H, L, D] with the angles [B, L, D] of their places.
+// Rows x [B, H, L, D] with the cosines and sines [B, L, D] of their positions.
 template <class F, bool transposed>
 void rope(const Args& args) {
     const F *x = args.tensor<F>(0), *cosine = args.tensor<F>(1), *sine = args.tensor<F>(2);

@@ -1,4 +1,4 @@
-// Rules that work row by row on [T, N, D], with sums over a task's rows.
+// For rules that work row by row on tensors [T, N, D], with sums over each task's rows.
 #pragma once
 
 #include "../kernel.h"
@@ -7,10 +7,11 @@
 
 namespace metakern::METAKERN_ISA {
 
-// Elements of a unit of work: enough to outweigh the waking of a thread.
+// The elements of a unit of work: enough to be worth waking a thread.
 constexpr int64_t kUnit = 16384;
 
-// Hands out the tensors of a call in the order of the signature, but those that a variant of the kernel does not have.
+// Returns the tensors of a call one by one, in the order of the signature. next(false) returns null and skips nothing:
+// it stands for a tensor that this variant of the kernel does not have.
 template <class F>
 class Tensors {
 public:
@@ -21,7 +22,8 @@ private:
     void* const* next_;
 };
 
-// The N rows of each of T tasks, in blocks whose size depends on the length D of a row alone. A task has at least one.
+// The N rows of each of T tasks, in blocks whose size depends only on D, the length of a row. A task has at least one
+// block.
 struct Blocks {
     int64_t T, N, D, rows, per_task;
     int threads;
@@ -40,7 +42,7 @@ struct Blocks {
     }
 };
 
-// A sum over each task's rows, [T, D]: every block has its own, and they are added in order.
+// A sum over each task's rows, [T, D]. Each block has a partial sum, and `finish` adds these in order.
 template <class F>
 class TaskSums {
 public:
@@ -48,7 +50,7 @@ public:
         : out_(out), blocks_(blocks),
           rest_(out ? blocks.T * (blocks.per_task - 1) * blocks.D * static_cast<int64_t>(sizeof(F)) : 0) {}
 
-    // Where a block adds up its rows, set to zero; null where the sum is not wanted.
+    // The partial sum of a block, set to zero; null if the sum is not wanted.
     F* of(int64_t t, int64_t b) const {
         if (!out_) return nullptr;
         F* p = b ? block(t, b) : out_ + t * blocks_.D;

@@ -1,4 +1,4 @@
-// silu(x) = x s(x), with the sigmoid s. PyTorch's own kernels are the better ones at first order.
+// silu(x) = x s(x), with the sigmoid s. Its first-order rules are PyTorch's own kernels.
 #include "elementwise.h"
 
 namespace metakern::METAKERN_ISA {

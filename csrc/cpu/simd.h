@@ -1,5 +1,5 @@
-// Vectors of the widest registers of the instruction set at hand, and the functions of them that the kernels need.
-// Written with the vector types of GCC and Clang, so one text serves SSE2, AVX2, AVX-512 and NEON.
+// Vectors as wide as the registers of the instruction set that is compiled for, and the functions of them that kernels
+// need. Written with the vector types of GCC and Clang, so that one text serves SSE2, AVX2, AVX-512 and NEON.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ using Bits = typename Types<F>::Bits;
 template <class F>
 constexpr int64_t kLanes = METAKERN_BYTES / sizeof(F);
 
-// Loads and stores at any alignment, of the first n lanes where n is given; the other lanes are zero.
+// Loads and stores at any alignment. With n, only the first n lanes; a load sets the others to zero.
 template <class F>
 inline Vec<F> load(const F* p) {
     Vec<F> v;
@@ -61,7 +61,7 @@ inline void store(F* p, Vec<F> v, int64_t n) {
     std::memcpy(p, &v, static_cast<std::size_t>(n) * sizeof(F));
 }
 
-// What an absent tensor, or tangent, stands for.
+// Loads from p + i, or returns zero if p is null, which stands for an absent tensor or a zero tangent.
 template <class F, class... Lanes>
 inline Vec<F> maybe(const F* p, int64_t i, Lanes... n) {
     return p ? load(p + i, n...) : Vec<F>{};
@@ -85,7 +85,7 @@ inline Vec<F> first(Vec<F> v, int64_t n) {
     return load(lanes, n);
 }
 
-// step(i) at every whole vector of count elements, then step(i, n) for the n that remain.
+// Calls step(i) for each whole vector of `count` elements, then step(i, n) for the n elements that remain.
 template <class F, class Step>
 inline void each(int64_t count, Step step) {
     int64_t i = 0;
@@ -106,7 +106,7 @@ inline F sum(Vec<F> v) {
     return lanes[0];
 }
 
-// NaN stays NaN.
+// x limited to [low, high]. NaN stays NaN.
 template <class F>
 inline Vec<F> clamp(Vec<F> x, F low, F high) {
     x = x < low ? Vec<F>{} + low : x;
@@ -155,7 +155,8 @@ struct Exp<double> {
                                         1 / 6227020800.};
 };
 
-// Within 2 units in the last place, over the whole range: subnormal, zero and infinite results too; NaN stays NaN.
+// exp(x) within 2 units in the last place, over the whole range: also where it is subnormal, zero or infinite. NaN
+// stays NaN.
 template <class F>
 inline Vec<F> exp(Vec<F> x) {
     using E = Exp<F>;

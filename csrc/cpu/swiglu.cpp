@@ -1,4 +1,4 @@
-// swiglu(gate, up) = silu(gate) up. Two of PyTorch's own kernels are faster at the value.
+// swiglu(gate, up) = silu(gate) up. There is no forward: two of PyTorch's own kernels compute it faster.
 #include "elementwise.h"
 
 namespace metakern::METAKERN_ISA {

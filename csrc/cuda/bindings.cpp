@@ -1,4 +1,5 @@
-// Python's way to the CUDA kernels: by number, with tensors by address. metakern.native.call has checked them.
+// The Python module of the CUDA kernels. A kernel is called by its number, with tensors by address, which
+// metakern.native.call has checked.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -33,7 +34,8 @@ std::vector<std::string> names() {
     return all;
 }
 
-// The stream's order protects what `allocate` gives: nothing here waits for the GPU.
+// Nothing here waits for the GPU. Memory from `allocate` is safe all the same, as only later work of the stream reuses
+// it.
 py::dict call(std::size_t index, bool is_bf16, const std::vector<std::uintptr_t>& tensors, std::vector<std::int64_t> sizes,
           std::vector<double> scalars, std::uintptr_t stream, const std::function<std::uintptr_t(std::size_t)>& allocate) {
     std::vector<void*> addresses;

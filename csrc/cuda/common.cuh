@@ -1,7 +1,7 @@
-// What the kernels take from a GPU beside plain C++: barriers, loads past the first cache, bf16 and the tensor cores.
+// What the kernels use of a GPU beside plain C++: barriers, loads that bypass the L1 cache, bf16 and the tensor cores.
 //
-// Device code uses nothing of the GPU that is not declared here or named threadIdx, blockIdx, gridDim, __syncthreads:
-// tests/cuda_emulation has all of it for a CPU, where the same kernels run under the same names.
+// Device code uses nothing of a GPU but what is declared here and threadIdx, blockIdx, gridDim, __syncthreads.
+// tests/ops/cuda_emulation defines all of it under the same names for a CPU, where it runs the same kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,27 +28,29 @@ __device__ __forceinline__ Bf16 narrow<Bf16>(float x) {
     return rounded;
 }
 
-// The memory of a block, as large as the launch said.
+// The shared memory of a block, whose size the launch sets.
 __device__ __forceinline__ uint4* shared_memory() {
     extern __shared__ uint4 memory[];
     return memory;
 }
 
-// Reads what other blocks have written during this launch: not from the first cache, which would not know.
+// Reads what other blocks have written during this launch. It bypasses the L1 cache, which may hold old values.
 __device__ __forceinline__ uint4 load_written(const uint4* from) { return __ldcg(from); }
 
 __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 __device__ __forceinline__ void meet_warp() { __syncwarp(); }
 
-// All threads of a cluster meet; what they have written, to global memory too, all of them see.
+// A barrier of all threads of a cluster. After it each sees what the others have written before it, also to global
+// memory.
 __device__ __forceinline__ void meet_cluster() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
-// All threads of the blocks that share a counter meet; `arrived` is what it must come to, and all blocks are on the chip.
+// A barrier of all threads of the blocks that share a counter: they wait until it reaches `arrived`. All these blocks
+// must be on the GPU at the same time.
 __device__ __forceinline__ void meet_blocks(unsigned* counter, unsigned arrived) {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -63,7 +65,8 @@ __device__ __forceinline__ void meet_blocks(unsigned* counter, unsigned arrived)
     __syncthreads();
 }
 
-// sum [16, 8] += a [16, 16] b [16, 8] by a warp, in the fragments of PTX's mma.m16n8k16; bf16 products, float32 sums.
+// sum [16, 8] += a [16, 16] b [16, 8], computed by a warp on fragments as PTX's mma.m16n8k16 has them; bf16 products,
+// float32 sums.
 __device__ __forceinline__ void mma(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])

@@ -1,4 +1,4 @@
-// What a CUDA kernel is to the bindings: a row of a table, found by its name, which is that of a kernel of csrc/cpu.
+// A CUDA kernel as the bindings see it: a row of a table, found by its name, which is that of a kernel of csrc/cpu.
 #pragma once
 
 #include <cstddef>
@@ -11,21 +11,23 @@
 
 namespace metakern::cuda {
 
-// One call: the tensors in the order of the signature (null where absent), its sizes and scalars, and the stream.
+// The arguments of a call: the tensors in the order of the signature (null if absent), the sizes, the scalars, the
+// stream.
 struct Call {
     std::vector<void*> tensors;
     std::vector<std::int64_t> sizes;
     std::vector<double> scalars;
     void* stream;
-    std::function<void*(std::size_t)> allocate;  // memory that stays until what the stream now holds is done
+    std::function<void*(std::size_t)> allocate;  // memory that no one else uses until the work of this call is done
 };
 
 struct Kernel {
     const char* name;
-    Plan (*run[2])(const Call&);  // float32, bfloat16; what was launched
+    Plan (*run[2])(const Call&);  // float32, bfloat16; returns what was launched
 };
 
-// Hands out the tensors of a call in their order, but those that a variant of the kernel does not have.
+// Returns the tensors of a call one by one, in their order. next(false) returns null and skips nothing: it stands for a
+// tensor that this variant of the kernel does not have.
 template <class E>
 class Tensors {
 public:

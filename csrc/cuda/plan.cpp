@@ -8,8 +8,8 @@
 namespace metakern::cuda {
 namespace {
 
-// Clock cycles, roughly: what the choice turns on is their ratios.
-constexpr double kResidentBytes = 64, kStreamedBytes = 24, kExchangedBytes = 32;  // a cycle
+// Rough costs in clock cycles. The choice depends only on their ratios.
+constexpr double kResidentBytes = 64, kStreamedBytes = 24, kExchangedBytes = 32;  // bytes in a cycle
 constexpr double kMeeting[] = {200, 1500, 3000}, kTile = 1200;
 
 template <class I>
@@ -17,7 +17,7 @@ I up(I a, I b) {
     return (a + b - 1) / b;
 }
 
-// The layout for groups of `blocks` blocks and `parts` parts of each task, if it fits.
+// The plan with groups of `blocks` blocks, and each task's sequences in about `parts` parts; none if it does not fit.
 std::optional<Plan> layout(const Problem& p, const Device& device, int blocks, std::int64_t parts) {
     const TileShape& tile = p.tile;
     const std::int64_t units = up(up(p.H, std::int64_t{blocks}), std::int64_t{tile.granule}) * tile.granule;
@@ -38,7 +38,7 @@ std::optional<Plan> layout(const Problem& p, const Device& device, int blocks, s
     plan.depth = plan.iterations * left;
     plan.chunk = std::clamp(device.shared / 6 / (16 * tile.rows * left), 1, plan.iterations);
     plan.pitch = plan.chunk * left;
-    if (plan.pitch % 8 == 0) plan.pitch += 4;  // so that the rows that a warp reads at once lie in other banks
+    if (plan.pitch % 8 == 0) plan.pitch += 4;  // so that the rows that a warp reads at once lie in different banks
     plan.spread = plan.columns * tile.columns + 4;
     const std::int64_t fixed = 16 * std::int64_t{tile.rows} * plan.pitch +
                                4 * std::int64_t{plan.splits} * tile.rows * plan.spread;
@@ -51,7 +51,7 @@ std::optional<Plan> layout(const Problem& p, const Device& device, int blocks, s
     return plan;
 }
 
-// The expected cycles of a step of all sequences, when `resident` blocks are on the chip at once.
+// The expected cycles of one step of all sequences, if the GPU runs `resident` blocks at once.
 double cost(const Problem& p, const Plan& plan, std::int64_t resident) {
     const double tiles = up(plan.rows, p.tile.rows), waves = double(up(p.T * plan.parts, resident / plan.blocks));
     const double rows = double(std::min<std::int64_t>(p.tile.rows, p.B));

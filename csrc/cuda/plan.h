@@ -1,9 +1,10 @@
-// How a sequence's work is laid out on a GPU: which blocks work together, on what, and what they keep in shared memory.
+// How a recurrence is laid out on a GPU: which blocks work together, on what, and what they keep in shared memory.
 //
-// A group of `blocks` blocks runs `rows` sequences of one task from the first step to the last. Each block owns `units`
-// hidden units, all their gates, and with them the slice of W that gives them: `iterations` times `vectors` vectors of 16
-// bytes, of which the first `resident` iterations stay in shared memory and the others are read from L2 at each step. In an
-// iteration the `crew` workers of a block, `splits` for each of its `columns` groups of columns, multiply one piece each.
+// A group of `blocks` blocks runs `rows` sequences of one task from the first step to the last. Each block computes
+// `units` hidden units with all their gates, and multiplies with the slice of W for them: `iterations` times `vectors`
+// vectors of 16 bytes. The first `resident` iterations stay in shared memory; the others are read from L2 at each step.
+// In an iteration each of the `crew` workers of a block multiplies one piece; `splits` workers share each of the
+// `columns` groups of columns.
 #pragma once
 
 #include <cstddef>
@@ -24,8 +25,8 @@ struct Plan {
     int pitch;    // vectors from a row of the left operand to the next, in shared memory
     int depth;    // vectors of a row of the left operand in global memory
     int spread;   // numbers from a row of sums to the next
-    int rows, parts;  // sequences of a group, groups of a task
-    std::int64_t groups;  // that are launched; each takes every groups-th part
+    int rows, parts;  // sequences of a part, parts of a task
+    std::int64_t groups;  // groups that are launched; each runs every groups-th part of all tasks
     std::size_t shared;   // bytes of shared memory of a block
 };
 
@@ -36,7 +37,7 @@ struct TileShape {
 
 struct Problem {
     std::int64_t T, B, H;
-    int from, to;  // numbers of a unit that are multiplied, and that come out
+    int from, to;  // for each hidden unit, the numbers that a product takes and gives
     TileShape tile;
 };
 
@@ -44,10 +45,10 @@ struct Device {
     int arch, processors, shared;  // 80 or 90, multiprocessors, bytes of shared memory that a block may have
 };
 
-// Blocks of a plan that can be on the chip at once, as the runtime counts them; 0 if none.
+// The number of blocks of a plan that the GPU can run at once, as the CUDA runtime counts them; 0 if none.
 using Resident = std::function<std::int64_t(const Plan&)>;
 
-// The plan that is expected to take the least time; throws std::runtime_error where none fits the device.
+// The plan with the least expected time. Throws std::runtime_error if none fits the device.
 Plan choose(const Problem& problem, const Device& device, const Resident& resident);
 
 }  // namespace metakern::cuda

@@ -1,9 +1,8 @@
-"""The compiled kernels: whether this installation has them, and one checked call for all of them.
+"""Call the compiled kernels, with checked arguments. `obstacle` says whether this installation has them.
 
-Tensors on the CPU go to C++, in float32 or float64; those on a GPU to the CUDA kernel of the same name and signature,
-in float32 or bfloat16, on PyTorch's current stream. A kernel is named `<op>_<rule>` and described by its signature,
-such as "x:TND weight:TD? -> y:TND ct_weight:TD?weight" (csrc/signature.h says how to read it), from which `call` takes
-what it checks and what it allocates.
+Tensors on the CPU go to C++ kernels, in float32 or float64. Those on a GPU go to the CUDA kernel of the same name and
+signature, in float32 or bfloat16, on PyTorch's current stream. A kernel is named `<op>_<rule>`. Its signature, such as
+"x:TND weight:TD? -> y:TND ct_weight:TD?weight", says what `call` checks and allocates; csrc/signature.h explains it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from metakern.native.record import recordable
 
 
 def _module(name: str) -> tuple[Any, str]:
-    """A compiled module, or None and why not."""
+    """Returns a compiled module and "", or None and the reason why it can't be imported."""
     try:
         return import_module(name), ""
     except ImportError as error:
@@ -38,20 +37,20 @@ CUDA_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
 def obstacle() -> str | None:
-    """Why the C++ kernels can't be used, or None."""
+    """Returns why the C++ kernels can't be used, or None if they can."""
     if C is None:
         return (
-            f"the C++ kernels are missing ({_missing}): reinstall where a C++17 compiler is, with METAKERN_NATIVE=cpu"
+            f"the C++ kernels are missing ({_missing}): install a C++17 compiler and reinstall with METAKERN_NATIVE=cpu"
         )
     return None
 
 
 def cuda_obstacle() -> str | None:
-    """Why the CUDA kernels can't be used, or None. Only asks whether there is a device."""
+    """Returns why the CUDA kernels can't be used, or None if they can. Does not initialize the GPU."""
     if _cuda is None:
-        return f"the CUDA kernels are missing ({_cuda_missing}): reinstall where nvcc is, with METAKERN_NATIVE=cuda"
+        return f"the CUDA kernels are missing ({_cuda_missing}): install nvcc and reinstall with METAKERN_NATIVE=cuda"
     if not torch.cuda.is_available():
-        return "no GPU is present, or this PyTorch was built without CUDA: install one for your driver"
+        return "no GPU is present, or this PyTorch was built without CUDA: install one that fits your driver"
     return obstacle()
 
 
@@ -59,7 +58,7 @@ class Argument(NamedTuple):
     """A tensor of a kernel: a part of its signature, as csrc/signature.h reads it."""
 
     name: str
-    dims: list[tuple[int, str]]  # a multiple of a size for each dimension; empty for any shape
+    dims: list[tuple[int, str]]  # for each dimension a factor and a size's letter; empty for any shape
     indices: bool
     optional: bool
     given_with: str  # the input without which an output is not made, or ""
@@ -72,7 +71,7 @@ class Signature(NamedTuple):
     number: int
     inputs: list[Argument]
     outputs: list[Argument]
-    names: list[str]
+    names: list[str]  # of all inputs, then all outputs
 
 
 @cache
@@ -88,7 +87,7 @@ def signatures() -> dict[str, Signature]:
 
 
 def in_memory(tensor: Tensor) -> Tensor:
-    """The tensor in contiguous memory: forward mode has zeros without any, and a view may be lazily negated."""
+    """Returns the tensor in contiguous memory, also if it is a zero tensor of forward mode or a lazily negated view."""
     if tensor._is_zerotensor():
         tensor = tensor.clone()
     elif tensor.is_neg():
@@ -123,7 +122,7 @@ def _run_on_gpu(
     scalars: Sequence[float],
     device: torch.device,
 ) -> None:
-    memory = []  # PyTorch gives it to later work on this stream alone
+    memory = []  # freed at return: PyTorch reuses it only for later work on the same stream
 
     def allocate(size: int) -> int:
         memory.append(torch.empty(size, dtype=torch.uint8, device=device))
@@ -142,15 +141,15 @@ class _Device(NamedTuple):
 _DEVICES = {
     "cpu": _Device(DTYPES, _run_on_cpu),
     "cuda": _Device(CUDA_DTYPES, _run_on_gpu),
-    "meta": _Device(DTYPES, None),  # tensors without memory can be arranged
+    "meta": _Device(DTYPES, None),  # for `arrange` alone
 }
 
 
 @recordable()
 def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple[Tensor | None, ...]:
-    """Runs a kernel where its tensors are and returns its outputs.
+    """Runs a kernel on the device of its tensors and returns its outputs.
 
-    Raises ValueError or TypeError, before anything runs, where the inputs do not fit the signature.
+    Raises ValueError or TypeError, before anything runs, if the inputs do not fit the kernel's signature.
 
     >>> import pytest
     >>> _ = C or pytest.skip(obstacle())
@@ -171,7 +170,7 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
 
 
 class Arranged(NamedTuple):
-    """A call of a kernel: its tensors in contiguous memory, and the sizes of its signature."""
+    """The checked arguments of a kernel call: contiguous inputs, allocated outputs, and the signature's sizes."""
 
     inputs: list[Tensor | None]
     outputs: tuple[Tensor | None, ...]
@@ -181,25 +180,28 @@ class Arranged(NamedTuple):
 
 
 def arrange(kernel: str, *inputs: Tensor | None) -> Arranged:
-    """Checks the inputs against the kernel's signature and makes its outputs; tensors of device "meta" will do."""
+    """Checks the inputs against the kernel's signature and allocates its outputs. The device may be "meta"."""
     for name, tensor in zip(signatures()[kernel].names, inputs, strict=False):
         if tensor is not None:
             memory.check(kernel, name, tensor)
     layout = _layout(kernel, tuple(None if t is None else (t.shape, t.dtype, t.device) for t in inputs))
-    tensors: list[Tensor | None] = []  # kept, so that the addresses of contiguous copies stay good
+    tensors: list[Tensor | None] = []  # they keep the contiguous copies alive
     for indices, tensor in zip(layout.indices, inputs, strict=True):
         tensors.append(None if tensor is None else in_memory(tensor.long() if indices else tensor))
 
     def output(made: torch.Size | int | None) -> Tensor | None:
         if isinstance(made, int):
-            return cast(Tensor, tensors[made]).detach()  # else a view to forward mode
+            return cast(Tensor, tensors[made]).detach()  # not the input itself, which forward mode takes for a view
         return None if made is None else torch.empty(made, dtype=layout.dtype, device=layout.device)
 
     return Arranged(tensors, tuple(map(output, layout.outputs)), layout.sizes, layout.dtype, layout.device)
 
 
 class _Layout(NamedTuple):
-    """A call of a kernel without its tensors. An output is a shape, the input whose memory it takes, or None."""
+    """A checked kernel call without its tensors.
+
+    Each output is given by its shape, by the index of the input whose memory it takes, or by None if it is absent.
+    """
 
     indices: tuple[bool, ...]  # whether an input holds integers
     outputs: tuple[torch.Size | int | None, ...]
@@ -210,7 +212,7 @@ class _Layout(NamedTuple):
 
 @lru_cache(4096)
 def _layout(kernel: str, inputs: tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]) -> _Layout:
-    """Checks the shapes, dtypes and devices of a kernel's inputs; the same ones mostly come again."""
+    """Checks the shapes, dtypes and devices of a kernel's inputs. It is cached, as most calls repeat earlier ones."""
     signature = signatures()[kernel]
     if len(inputs) != len(signature.inputs):
         raise TypeError(f"{kernel}: inputs must number {len(signature.inputs)}, got {len(inputs)}")
@@ -248,7 +250,7 @@ def _layout(kernel: str, inputs: tuple[tuple[torch.Size, torch.dtype, torch.devi
             raise ValueError(f"{kernel}: {name} must have shape {expected}, got {list(shape)}")
     if not sizes:
         sizes["*"] = first.numel()
-    # Sizes of what has elements are bounded by memory; a tensor without any may claim to have a size of 2**62.
+    # Memory bounds the sizes of tensors with elements, but a tensor without any may have a size of 2**62 beside a 0.
     if 0 in sizes.values() and prod(max(size, 1) for size in sizes.values()) > LARGEST_EMPTY:
         raise ValueError(f"{kernel}: sizes must multiply to at most {LARGEST_EMPTY} beside a size of 0, got {sizes}")
     place = {argument.name: i for i, argument in enumerate(signature.inputs)}
@@ -265,13 +267,18 @@ def _layout(kernel: str, inputs: tuple[tuple[torch.Size, torch.dtype, torch.devi
 
 
 def has_fast_products() -> bool:
-    """Whether `product` is faster than torch.bmm here, whose library uses AVX-512 on Intel's CPUs only."""
+    """Whether `product` is faster than torch.bmm on this CPU: it has AVX-512 and is not Intel's.
+
+    The library behind torch.bmm uses AVX-512 on Intel's CPUs only.
+    """
     return C is not None and C.isa() == "avx512" and not C.is_intel()
 
 
 @recordable()
 def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False, scale: float = 1.0) -> Tensor:
-    """add + scale a b of CPU tensors [T, M, K] and [T, K, N]; `add` is expanded to [T, M, N], overwritten with `reuse`.
+    """Returns add + scale a b, [T, M, N], for CPU tensors a [T, M, K] and b [T, K, N].
+
+    `add` is expanded to [T, M, N]. With `reuse` the result overwrites it if it is contiguous.
 
     >>> import pytest
     >>> _ = C or pytest.skip(obstacle())
@@ -296,7 +303,7 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False
 
 
 class ArrangedProduct(NamedTuple):
-    """A product: a, b, what is added, and the result; the sizes T, M, N, K; the strides that csrc/product.h wants."""
+    """The checked arguments of `product`: (a, b, add, result), sizes (T, M, N, K), the strides of csrc/product.h."""
 
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor]
     sizes: tuple[int, int, int, int]
@@ -304,7 +311,7 @@ class ArrangedProduct(NamedTuple):
 
 
 def arrange_product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False) -> ArrangedProduct:
-    """Checks the operands of `product` and makes its result; tensors of device "meta" will do."""
+    """Checks the operands of `product` and allocates its result. The device may be "meta"."""
     memory.check("product", "a", a)
     memory.check("product", "b", b)
     if a.dim() != 3 or b.dim() != 3:

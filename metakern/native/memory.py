@@ -1,4 +1,4 @@
-"""Whether a tensor's elements lie in memory that can be read: what a kernel must know before it is given an address."""
+"""Check that a tensor's elements lie in memory that can be read, before a kernel gets its address."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The address of a tensor without elements: it is never read, and keeps the tensor apart from an absent one.
+# The address passed for a tensor without elements. It is never read, and differs from 0, which is an absent tensor.
 EMPTY = 64
-# What is no subclass has memory of its own, or the address 0.
+# Tensors of exactly these types have memory of their own, or the address 0. A subclass may wrap other tensors.
 _OWNERS = (Tensor, nn.Parameter)
 
 
 def check(op: str, name: str, value: Any) -> None:
-    """Raises TypeError unless `value` is a dense tensor, ValueError unless its storage holds all of its elements.
+    """Raises TypeError unless `value` is a dense tensor, and ValueError unless its storage holds all of its elements.
 
-    The storage of a tensor may be gone or cut short: `untyped_storage().resize_` is how sharded training frees
-    parameters. PyTorch's own operations crash on such a tensor.
+    Sharded training frees the memory of parameters with `untyped_storage().resize_`. PyTorch's own operations crash on
+    such a tensor.
 
     >>> freed = torch.ones(2)
     >>> _ = freed.untyped_storage().resize_(0)
@@ -44,7 +44,7 @@ def check(op: str, name: str, value: Any) -> None:
 
 
 def _check_wrapped(op: str, name: str, value: Any) -> None:
-    """The same for what has no storage or sizes of its own, such as a tensor inside of a `torch.func` transform."""
+    """`check` for a value without a storage or sizes of its own, such as a tensor inside a `torch.func` transform."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     if torch._C._functorch.is_functorch_wrapped_tensor(value):
@@ -56,7 +56,7 @@ def _check_wrapped(op: str, name: str, value: Any) -> None:
 
 
 def address(op: str, name: str, tensor: Tensor) -> int:
-    """The address of a tensor that `check` has passed. Raises ValueError where there is none, as for fake tensors."""
+    """Returns the address of a tensor that has passed `check`. Raises ValueError if it has none, like a fake tensor."""
     owner = type(tensor) in _OWNERS
     if owner and (found := tensor.data_ptr()):
         return found
@@ -67,10 +67,10 @@ def address(op: str, name: str, tensor: Tensor) -> int:
         try:
             base = (
                 0 if storage.device.type == "meta" else storage.data_ptr()
-            )  # fake tensors say that they are elsewhere
-        except RuntimeError:  # of a subclass that wraps other tensors
+            )  # fake tensors report another device, their storage's is "meta"
+        except RuntimeError:  # raised by a subclass that wraps other tensors
             base = 0
         if base:
             return tensor.data_ptr()
     kind = str(tensor.device) if owner else type(tensor).__name__
-    raise ValueError(f"{op}: {name} must have memory that a kernel can read, got a tensor without: {kind}")
+    raise ValueError(f"{op}: {name} must have memory that a kernel can read, got a tensor without any: {kind}")

@@ -1,6 +1,6 @@
-"""The hook by which a recorder sees calls that PyTorch's dispatcher doesn't, such as those of our own kernels.
+"""The hook that shows a recorder the calls that PyTorch's dispatcher does not see, such as those of our own kernels.
 
-It stands apart from the recorder (`metakern.meta.capture.recorder`), so that ops need not import the engine.
+It is separate from the recorder (`metakern.meta.capture.recorder`), so that ops need not import the engine.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Recording(TorchDispatchMode):
-    """A mode that is told of the calls of recordable functions."""
+    """A dispatch mode whose `run` is called in place of each recordable function."""
 
     def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], has_side_effects: bool) -> Any:
         raise NotImplementedError
 
 
 def recordable(has_side_effects: bool = False) -> Callable[[F], F]:
-    """A function that PyTorch's dispatcher does not see, such as the call of a kernel: recorded as one.
+    """Returns a decorator for a function that PyTorch's dispatcher does not see, such as a kernel call.
 
-    Set `has_side_effects` if it reads hidden state (such as the random generator) or writes to anything but its
-    results. One without results is a check: a program keeps it, though nothing reads it.
+    A recorder records each call of the function as one step. Set `has_side_effects` if it reads hidden state (such as
+    the random generator) or writes to anything but its results. A function that returns None is a check, and dead-code
+    elimination keeps it.
     """
 
     def decorated(function: F) -> F:
@@ -45,6 +46,9 @@ def recordable(has_side_effects: bool = False) -> Callable[[F], F]:
 
 
 def known(tensor: Tensor) -> Any:
-    """The number in a tensor that is the same in every run, such as a count of steps: no obstacle to recording."""
+    """Returns the number in a tensor without stopping a recorder, for numbers that are the same in every run.
+
+    An example is the count of an optimizer's steps.
+    """
     with torch._C.DisableTorchFunction():
         return tensor.tolist()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from metakern.dialogue import checkpoint
 from metakern.errors import CheckpointError
+from metakern.io import write
 
 
 @pytest.fixture
@@ -138,3 +140,16 @@ def test_a_module_of_another_shape_is_refused_and_left_alone(tmp_path):
     with pytest.raises(CheckpointError, match="more must be nothing for this config, got "):
         checkpoint.load_module(module, {**tensors, "head.bias": bias, "more": bias}, tmp_path)
     assert torch.equal(module.head.weight, before)
+
+
+def test_a_file_has_the_mode_that_the_user_chose(tmp_path):
+    path, before = tmp_path / "config.toml", os.umask(0o027)
+    try:
+        write(path, b"first")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640  # the umask's
+        path.chmod(0o600)
+        write(path, b"second")
+    finally:
+        os.umask(before)
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"second", 0o600)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.toml"]

@@ -25,7 +25,7 @@ def test_no_nan_where_gradients_and_moments_are_zero(backend: str) -> None:
     ("arguments", "options", "message"),
     [
         (ARGUMENTS, {"lr": 0.1, "step": 0}, "adam_update: step must be at least 1, got 0"),
-        ([*ARGUMENTS[:3], []], {"lr": 0.1, "step": 1}, "v must have an entry for each of phi's 1, got 0"),
+        ([*ARGUMENTS[:3], []], {"lr": 0.1, "step": 1}, "v must have an entry for each of the 1 tensors of phi, got 0"),
         (
             [*ARGUMENTS[:2], [torch.ones(2)], ARGUMENTS[3]],
             {"lr": 0.1, "step": 1},

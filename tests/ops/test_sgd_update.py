@@ -30,8 +30,20 @@ def test_one_function_serves_all_parameters() -> None:
 @pytest.mark.parametrize(
     ("phi", "grad", "lr", "error", "message"),
     [
-        ([torch.ones(2)], [], 0.1, ValueError, "sgd_update: grad must have an entry for each of phi's 1, got 0"),
-        ([torch.ones(2)], [torch.ones(2)], [0.1, 0.2], ValueError, "lr must have an entry for each of phi's 1, got 2"),
+        (
+            [torch.ones(2)],
+            [],
+            0.1,
+            ValueError,
+            "sgd_update: grad must have an entry for each of the 1 tensors of phi, got 0",
+        ),
+        (
+            [torch.ones(2)],
+            [torch.ones(2)],
+            [0.1, 0.2],
+            ValueError,
+            "lr must have an entry for each of the 1 tensors of phi, got 2",
+        ),
         (
             [torch.ones(2)],
             [torch.ones(3)],

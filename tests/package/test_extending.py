@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from installing import ROOT, run
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()

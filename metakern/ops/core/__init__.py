@@ -1,1 +1,1 @@
-"""What the ops are made of: the four rules, the autograd Functions that follow from them, backends, checks."""
+"""What all ops share: the interface of the four rules, the autograd Functions built from them, backends, and checks."""

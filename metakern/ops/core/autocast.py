@@ -1,10 +1,13 @@
-"""Within `torch.autocast` an op takes its tensors in the dtype that PyTorch's own function would.
+"""Inside `torch.autocast`, an op casts its floating-point tensors to the dtype that PyTorch's own function would use.
 
-    lower      the region's dtype, for products of matrices; sums are in float32 all the same
-    float32    for norms and losses
-    widest     that of the widest argument, for elementwise ops
+| policy | dtype | ops |
+|---|---|---|
+| lower | the autocast dtype of the device | products of matrices, recurrent layers |
+| float32 | float32 | norms, cross-entropy |
+| widest | the widest dtype among the arguments | elementwise ops, embedding |
 
-float64 stays float64. The ops themselves, and their derivatives wherever these are taken, run with autocast off.
+A float64 tensor stays float64 under every policy. Sums over half precision are accumulated in float32. The rules of an
+op always run with autocast off, even if a derivative is taken inside an autocast region.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ _plain: ContextVar[bool] = ContextVar("metakern_plain_operations", default=False
 
 @contextmanager
 def plain_operations() -> Iterator[None]:
-    """Within the block ops are made of PyTorch's own operations, which have derivatives of every order."""
+    """Makes public functions decorated with `autocast` run as plain PyTorch inside a `with` block.
+
+    They then call `plain` of their `Spec`, which has derivatives of every order.
+    """
     token = _plain.set(True)
     try:
         yield
@@ -38,7 +44,11 @@ def plain_operations() -> Iterator[None]:
 
 
 def autocast(policy: str) -> Callable[[F], F]:
-    """For public functions, differentiable through the casts, inside of which no mode of torch functions looks."""
+    """Returns a decorator that makes the public function of an op follow `torch.autocast`, by the table above.
+
+    The casts are differentiable. The decorated function also obeys `plain_operations`. `__torch_function__` modes do
+    not see inside it.
+    """
 
     def decorated(function: F) -> F:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -66,7 +76,7 @@ def autocast(policy: str) -> Callable[[F], F]:
                 return SPECS[function.__name__].plain(*args, **kwargs)
             if torch.compiler.is_dynamo_compiling() or not torch._C._len_torch_function_stack():
                 return run(*args, **kwargs)
-            with torch._C.DisableTorchFunction():  # a mode sees each attribute of a tensor, at the cost of a small op
+            with torch._C.DisableTorchFunction():  # else a mode is called for each attribute, at the cost of a small op
                 return run(*args, **kwargs)
 
         return call  # type: ignore[return-value]
@@ -82,7 +92,7 @@ def _dtype(policy: str, floats: list[Tensor]) -> torch.dtype:
 
 
 def plainly(rule: Callable[..., Any], *args: Any) -> Any:
-    """rule(*args), with autocast off."""
+    """Returns rule(*args), computed with autocast off."""
     if not torch._C._is_any_autocast_enabled():
         return rule(*args)
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):

@@ -1,6 +1,6 @@
-"""The factory: four kernels in, one twice differentiable autograd op out.
+"""Build a twice-differentiable autograd op from its four rules.
 
-An op y = f(x) is given by four rules (`rules.py`), and by nothing else. Every kind of second order follows from them:
+An op y = f(x) is defined by its four rules (`rules.py`). Every combination of reverse and forward mode follows:
 
     reverse               Op.backward   applies  Vjp            ct_x = vjp(ct_y)
     reverse over reverse  Vjp.backward  applies  VjpTransposed  ct_ct_y = jvp(g), ct_x = vjp_jvp(g, t_r, ct_y, None)
@@ -9,14 +9,14 @@ An op y = f(x) is given by four rules (`rules.py`), and by nothing else. Every k
     reverse over forward  Jvp.backward  applies  JvpTransposed  ct_t_x = vjp(ct), ct_x = vjp_jvp(t_x, t_r, ct, None)
     forward over forward  Jvp.jvp       differentiates the reference's jvp, plain PyTorch, once more
 
-The term ∂ₓ⟨ct_y, J t_x⟩ of `vjp_jvp` is symmetric in its two uses, so one kernel serves both directions. A backward
-never runs a kernel: it applies a Function, which is what keeps second order from silently becoming first order. The
-transposed Functions and the tangent are the end of the road: differentiating them raises NotImplementedError with the
-op's name.
+Here g are the cotangents of ct_x, and ct those of t_y. The term ∂ₓ⟨ct_y, J t_x⟩ of `vjp_jvp` is the same in all three
+rows that use it, so one kernel serves them. A backward never calls a rule itself. It applies another Function, which
+autograd can differentiate; otherwise second derivatives would silently be missing terms. Differentiating VjpTransposed,
+VjpTangent or JvpTransposed raises NotImplementedError with the op's name.
 
-Every tensor that reaches a rule has the tasks first, `[T, ...]`, with the same T; under `torch.func.vmap` the mapped
-dimension is folded into T. The residuals r that `forward` hands out are outputs of the Function as far as forward mode
-is concerned, so that their tangents t_r are at hand in `vjp_jvp` and nothing is computed twice.
+Every tensor that reaches a rule has the tasks first, `[T, ...]`, with the same T. `torch.func.vmap` folds the mapped
+dimension into T. The residuals r of `forward` are outputs of the Function, so that forward mode carries their tangents
+t_r to `vjp_jvp`, which need not compute them again.
 """
 
 from __future__ import annotations
@@ -39,12 +39,18 @@ from metakern.ops.core.rules import Rules, Tensors
 
 @dataclass(frozen=True)
 class Op:
-    """A twice differentiable op: its name, the names of its tensors, and its rules on each backend.
+    """A twice-differentiable op, defined by its rules on each backend. docs/add-an-op.md has an example.
 
-    inputs: differentiable inputs; constants: tensors without a derivative (targets, lengths); `saves_output` appends
-    the outputs to the residuals (r, then y), and their tangents to t_r; `zero_tangents=False` lets the rules receive
-    None for an input's zero tangent, where knowing it saves a product; `vjp_residuals`: tensors that `vjp` keeps for
-    `vjp_jvp`.
+    Args:
+        name: The op's name in error messages.
+        inputs: Names of the differentiable inputs, in the order in which the rules take them.
+        kernels: The rules of each backend that has some; "reference" must be among them.
+        constants: Names of the tensors that have no derivative, such as targets or lengths.
+        outputs: Number of outputs.
+        saves_output: Appends the outputs to the residuals, (*r, *y), and their tangents to t_r.
+        zero_tangents: Whether the rules receive zeros for an input's zero tangent; if False they receive None, which
+            lets them skip a product.
+        vjp_residuals: Number of tensors that `vjp` returns after ct_x, for `vjp_jvp` to read as `c.from_vjp`.
     """
 
     name: str
@@ -57,8 +63,17 @@ class Op:
     vjp_residuals: int = 0
 
     def __call__(self, *x: Tensor | None, **constants: Any) -> tuple[Tensor, ...]:
-        """Applies the op to `[T, ...]` tensors. Constants: the tensors of `self.constants`, and any other values."""
-        if torch.compiler.is_dynamo_compiling():  # one graph break; asked first, as the other loads the compiler
+        """Applies the op and returns its outputs.
+
+        Args:
+            x: The differentiable inputs, `[T, ...]` with the same T; None where one is absent.
+            constants: The tensors of `self.constants`, and any other values that the rules read, such as `eps`.
+
+        Raises:
+            ValueError: If a tensor of `self.constants` requires a gradient, or METAKERN_BACKEND names no backend.
+            RuntimeError: If the backend chosen by hand is not available here.
+        """
+        if torch.compiler.is_dynamo_compiling():  # only then, as _uncompiled imports the compiler; one graph break
             return _uncompiled(self, *x, **constants)
         tensors = tuple(constants.pop(name) for name in self.constants)
         for name, tensor in zip(self.constants, tensors, strict=True):
@@ -75,7 +90,10 @@ def _uncompiled(op: Op, *x: Tensor | None, **constants: Any) -> tuple[Tensor, ..
 
 @dataclass(slots=True, eq=False)  # not frozen: one is made at every call
 class _Call:
-    """What the Functions of one call share; `needs` are the wanted cotangents, `residuals` their number."""
+    """The state that the Functions of one call share.
+
+    needs: for each input, whether its cotangent is wanted. residuals: the number of residuals.
+    """
 
     op: Op
     rules: Rules
@@ -87,7 +105,7 @@ class _Call:
         return _Call(self.op, self.rules, self.options, needs, residuals)
 
     def split(self, values: tuple, *groups: str) -> list[tuple]:
-        """Cuts a flat tuple into groups like inputs "x", constants "c", residuals "r", outputs "y", vjp's own "q"."""
+        """Splits a flat tuple into groups: "x" as inputs, "c" constants, "r" residuals, "y" outputs, "q" vjp's own."""
         op = self.op
         sizes = {"x": len(op.inputs), "c": len(op.constants), "r": self.residuals, "y": op.outputs}
         sizes["q"] = op.vjp_residuals
@@ -98,7 +116,7 @@ class _Call:
         return parts
 
     def saved(self, ctx: Any, *groups: str) -> list[tuple]:
-        """What a forward kept, whose memory may have been freed since."""
+        """Returns the saved tensors, split into groups. Raises ValueError where one's memory was freed meanwhile."""
         tensors = ctx.saved_tensors
         for tensor in tensors:
             if tensor is not None:
@@ -125,12 +143,12 @@ class _Call:
 
 
 def _filled(values: Tensors, like: Tensors) -> Tensors:
-    """Zeros for what is None, shaped like its primal; None stays None where the primal itself is absent."""
+    """Replaces None by zeros of the primal's shape, except where the primal itself is None."""
     return tuple(torch.zeros_like(b) if a is None and b is not None else a for a, b in zip(values, like, strict=True))
 
 
 def _cotangents(ct: Tensors, shapes: tuple[torch.Size, ...]) -> Tensors:
-    """Zeros for the outputs that got no cotangent; at least one did."""
+    """Replaces None by zeros of the output's shape. At least one of `ct` is a tensor."""
     present = next(c for c in ct if c is not None)
     return tuple(present.new_zeros(shape) if c is None else c for c, shape in zip(ct, shapes, strict=True))
 
@@ -140,17 +158,17 @@ def _pruned(values: Tensors, keep: tuple[bool, ...]) -> tuple[Tensor, ...]:
 
 
 def _scattered(values: tuple[Tensor | None, ...], keep: tuple[bool, ...]) -> Tensors:
-    """The inverse of `_pruned`: None where nothing was kept."""
+    """The inverse of `_pruned`: None in the places that were not kept."""
     rest = iter(values)
     return tuple(next(rest) if kept else None for kept in keep)
 
 
 class _Rule(Function):
-    """What all Functions here share: no materialized zeros, and vmap by folding into the tasks."""
+    """The base of all Functions here: zero gradients arrive as None, and vmap folds into the tasks."""
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """Function.apply without binding defaults: inspecting `forward` at each call costs as much as a small op."""
+        """Function.apply without its inspection of `forward`'s signature, which costs as much as a small op."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
         return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
@@ -165,7 +183,10 @@ class _Rule(Function):
 
     @classmethod
     def folded(cls, info: Any, in_dims: tuple, call: _Call, *tensors: Tensor | None) -> tuple[tuple, tuple]:
-        """[V, T, ...] -> [V * T, ...], apply, and back. What is not mapped is expanded, not copied, while T is 1."""
+        """Folds [V, T, ...] into [V * T, ...], applies the Function and unfolds its outputs.
+
+        A tensor that is not mapped is expanded, which copies nothing if T = 1.
+        """
         size = info.batch_size
 
         def fold(tensor: Tensor | None, dim: int | None) -> Tensor | None:
@@ -181,7 +202,7 @@ class _Rule(Function):
 
 
 class _Op(_Rule):
-    """y and r."""
+    """y and r, from x, constants."""
 
     @staticmethod
     def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -227,7 +248,7 @@ class _Op(_Rule):
 
 
 class _Vjp(_Rule):
-    """The wanted ct_x, and the vjp's residuals, from x, constants, r, ct_y."""
+    """The wanted ct_x, then the residuals of vjp, from x, constants, r, ct_y."""
 
     @staticmethod
     def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -302,7 +323,7 @@ class _Jvp(_Rule):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *t: Tensor | None) -> tuple:
-        """Forward over forward: the reference's own jvp is plain PyTorch, and is differentiated once more."""
+        """Forward over forward: differentiates the reference's jvp, which is plain PyTorch."""
         call = ctx.call
         x, constants, _, t_x, _ = call.saved(ctx, "x", "c", "r", "x", "r")
         t_of_x, _, _, t_of_t = call.split(t, "x", "c", "r", "x")
@@ -329,7 +350,7 @@ class _Jvp(_Rule):
 
 
 class _Last(_Rule):
-    """A second-order result: nothing is saved, and every further derivative is refused."""
+    """The base of second-order Functions: it saves nothing, and a derivative of one raises NotImplementedError."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

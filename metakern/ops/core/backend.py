@@ -1,9 +1,9 @@
-"""Which kernels an op uses: the reference in plain PyTorch, C++ on the CPU, Triton, or CUDA.
+"""Choose the kernels that an op uses: the reference in plain PyTorch, C++ on the CPU, Triton, or CUDA.
 
-Automatic choice takes the fastest backend that has a kernel for the tensors' device and dtype, and the reference where
-none has. A backend chosen by hand (`metakern.backend("cpu")`, or the environment variable METAKERN_BACKEND) must be
-available here, or the call raises with the cure; an op that has no kernel of its own on that backend, or none for the
-dtype, uses the reference.
+Automatic choice takes the fastest backend that has a kernel for the tensors' device and dtype, or else the reference. A
+backend chosen by hand (`metakern.backend("cpu")`, or the environment variable METAKERN_BACKEND) must be available here;
+if not, a call of an op raises RuntimeError, whose text says how to make it available. An op that has no kernels on the
+chosen backend, or none for the dtype, uses the reference.
 """
 
 from __future__ import annotations
@@ -30,9 +30,17 @@ _chosen: ContextVar[str | None] = ContextVar("metakern_backend", default=None)
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Uses one backend inside a `with` block: "reference", "cpu", "triton", "cuda", or "auto".
+    """Uses one backend for all ops inside a `with` block.
 
-    Raises ValueError for an unknown name. A backend that is not available raises when an op is called, with the cure.
+    If the backend is not available here, each op called inside the block raises RuntimeError, whose text says how to
+    make it available.
+
+    Args:
+        name: "reference" for plain PyTorch on any device, "cpu" for C++ kernels, "triton" or "cuda" for a GPU's, or
+            "auto" for the fastest that has kernels for the tensors at hand. It takes precedence over METAKERN_BACKEND.
+
+    Raises:
+        ValueError: For another name.
 
     >>> import metakern as mk, torch
     >>> with mk.backend("reference"):
@@ -49,12 +57,20 @@ def backend(name: str) -> Iterator[None]:
 
 
 def backends() -> dict[str, str]:
-    """What is available on this machine: {name: "available" or the reason why it is not, with the cure}."""
+    """Returns which backends are available on this machine.
+
+    Returns:
+        A dictionary from each backend's name to "available", or to the reason why it is not and what to do about it.
+
+    >>> import metakern as mk
+    >>> mk.backends()["reference"]
+    'available'
+    """
     return {name: _obstacle(name) or "available" for name in NAMES}
 
 
 def _obstacle(name: str) -> str | None:
-    """Why a backend can't be used here, or None. Imports no Triton, and only asks whether there is a device."""
+    """Returns why a backend can't be used here, or None if it can. Neither imports Triton nor initializes the GPU."""
     if name == "cpu":
         return native.obstacle()
     if name == "triton":
@@ -68,12 +84,12 @@ def _obstacle(name: str) -> str | None:
 
 
 def chosen() -> str:
-    """The backend that was chosen by hand, or "auto"."""
+    """Returns the backend that was chosen by hand, or "auto"."""
     return _chosen.get() or os.environ.get("METAKERN_BACKEND") or "auto"
 
 
 def choose(op: str, kernels: Mapping[str, Rules], tensors: tuple[Tensor | None, ...]) -> Rules:
-    """The rules that a call of `op` on these tensors uses."""
+    """Returns the rules that a call of `op` uses, by the device and dtype of the first tensor that is not None."""
     name = chosen()
     if name not in (*NAMES, "auto"):
         raise ValueError(f"METAKERN_BACKEND must be one of {', '.join((*NAMES, 'auto'))}, got {name!r}")

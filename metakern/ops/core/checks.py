@@ -1,4 +1,8 @@
-"""Checks of arguments that the ops share. Every message reads `<op>: <argument> must <rule>, got <value>`."""
+"""Checks of arguments that all ops share.
+
+Each raises TypeError for a wrong kind or dtype and ValueError for anything else. Every message reads `<op>: <argument>
+must <rule>, got <value>`.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from metakern.native.record import recordable
 
 
 def tensor(op: str, name: str, value: Any) -> None:
-    """A dense tensor whose memory can be read."""
-    if torch.compiler.is_dynamo_compiling():  # whose tensors have no storage
+    """Requires a dense tensor whose storage holds all of its elements."""
+    if torch.compiler.is_dynamo_compiling():  # tensors have no storage while the compiler traces
         if not isinstance(value, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
     else:
@@ -21,7 +25,7 @@ def tensor(op: str, name: str, value: Any) -> None:
 
 
 def floating(op: str, **tensors: Tensor | None) -> None:
-    """All present tensors are floating point, of one dtype and on one device; the first one sets both."""
+    """Requires floating-point tensors of one dtype on one device, which the first sets; None is skipped."""
     first: Tensor | None = None
     for name, value in tensors.items():
         if value is None:
@@ -51,9 +55,10 @@ def shape(op: str, name: str, value: Tensor, expected: tuple[int, ...], meaning:
 
 
 def tasks(op: str, x: Tensor, features: str, **parameter: tuple[Tensor, str]) -> int | None:
-    """T where a parameter is a task's own, [T, *sizes] with x [T, ..., D]; None where it is shared, with x [..., D].
+    """Returns T if each task has its own parameter, [T, *sizes], or None if all share it, [*sizes].
 
-    `features` names the last dimension of x and of the parameter, `sizes` the parameter's dimensions without tasks.
+    Requires x to be [T, ..., D] or [..., D] accordingly, with the parameter's last size as D. `features` names D in
+    messages. `parameter` is one keyword argument: the parameter and the names of its `sizes`, such as "H, D".
     """
     ((name, (value, sizes)),) = parameter.items()
     own = value.dim() - sizes.count(",") - 1
@@ -66,8 +71,8 @@ def tasks(op: str, x: Tensor, features: str, **parameter: tuple[Tensor, str]) ->
 
 
 def below(op: str, name: str, value: Tensor, high: int, ignored: int | None = None) -> None:
-    """Indices lie in [0, high), but for the ignored one. Looks on the CPU only: a GPU would have to be waited for."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):  # as inside of vmap
+    """Requires indices in [0, high) or equal to `ignored`. Checks CPU tensors only: a GPU would be waited for."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):  # as inside torch.func.vmap
         value = torch._C._functorch.get_unwrapped(value)
     if value.device.type == "cpu":
         all_below(op, name, value, high, ignored)

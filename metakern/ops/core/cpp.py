@@ -1,4 +1,4 @@
-"""The rules of an op on the backend "cpu": calls of its C++ kernels, which are named `<op>_<rule>`."""
+"""Make the rules of an op on the backend "cpu", which call its C++ kernels, named `<op>_<rule>`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from metakern import native
 from metakern.ops.core import matrices
 from metakern.ops.core.rules import Rules, Tensors
 
-# Rows from which packing the right operand pays.
+# With fewer rows than this, packing the right operand costs more than it gains.
 _FEW = 4
 
 
 def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False) -> Tensor:
-    """add + a b of `[T, M, K]` and `[T, K, N]`, by the faster of torch.bmm and csrc/cpu/matrix.cpp."""
+    """Returns add + a b for a [T, M, K] and b [T, K, N], by the faster of torch.bmm and csrc/cpu/matrix.cpp.
+
+    With `reuse` the result may take the memory of `add`.
+    """
     tasks, rows = a.shape[:2]
     if not native.has_fast_products() or a.dtype not in native.DTYPES or a.device.type != "cpu":
         return matrices.product(a, b, add)
@@ -36,9 +39,11 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False
 def rules(
     op: str, constants: tuple[str, ...] = (), scalars: Callable[[SimpleNamespace], tuple[float, ...]] = lambda c: ()
 ) -> Rules:
-    """The four rules, by kernels that take x, the named constants, r, t_x, t_r, ct_y and t_ct_y in this order.
+    """Returns four rules that call `<op>_forward`, `<op>_jvp`, `<op>_vjp` and `<op>_vjp_jvp`.
 
-    `scalars` takes them from the op's constants. A kernel has one output y, with the residuals after it.
+    A kernel takes those of x, the named constants, r, t_x, t_r, ct_y and t_ct_y that its rule has, in this order.
+    `scalars` computes its scalars from the op's constants. The op has one output, after which `forward` returns the
+    residuals and `jvp` their tangents.
     """
 
     def call(rule: str, c: SimpleNamespace, x: Tensors, *rest: Tensors) -> Tensors:
@@ -65,7 +70,7 @@ def rules(
 
 
 def through_float32(rules: Rules) -> Rules:
-    """The same for half precision as well, in float32 inside; residuals are of that."""
+    """Returns the rules extended to half precision: they compute in float32, and their residuals are float32."""
 
     def wide(group: Tensors | None) -> Tensors | None:
         return group and tuple(None if t is None else matrices.wide(t) for t in group)
@@ -91,12 +96,15 @@ def through_float32(rules: Rules) -> Rules:
 
 
 def curvature(op: str, reference: Rules) -> Rules:
-    """The reference's first-order rules, where they are PyTorch's own kernels, with `<op>_vjp_jvp`."""
+    """Returns the reference rules with the kernel `<op>_vjp_jvp` as the fourth.
+
+    For ops whose first-order rules are PyTorch's own kernels.
+    """
     return replace(reference, vjp_jvp=rules(op).vjp_jvp, dtypes=native.DTYPES)
 
 
 def linear_rules(op: str, constants: tuple[str, ...]) -> Rules:
-    """The four rules of an op that is linear in its one input: `<op>_forward` and its transpose `<op>_vjp`."""
+    """Returns the rules of an op that is linear in its one input: `<op>_forward` and its transpose `<op>_vjp`."""
 
     def call(rule: str, c: SimpleNamespace, x: Tensors) -> Tensors:
         dtype = x[0].dtype

@@ -1,8 +1,10 @@
-"""Element-wise formulas, stated once: tangents and cotangents are derived, and one text runs in PyTorch and in Triton.
+"""Derive the four rules of an element-wise formula, as Python text that runs in PyTorch and in Triton.
+
+A formula is a graph of nodes. The rules are graphs that are derived from it:
 
     forward   y      = f(x)
-    jvp       t_y    = Σ ∂y/∂x t_x       node by node, from the inputs to the results
-    vjp       ct_x   = Σ ct_y ∂y/∂x      node by node, from the results to the inputs
+    jvp       t_y    = Σ ∂y/∂x t_x       node by node, from the inputs to the outputs
+    vjp       ct_x   = Σ ct_y ∂y/∂x      node by node, from the outputs to the inputs
     vjp_jvp   t_ct_x                     the tangent of the vjp
 
 | node | value | tangent |
@@ -10,10 +12,11 @@
 | a + b, a - b, a * b | | t_a + t_b, t_a - t_b, t_a b + a t_b |
 | y = a / b | | (t_a - y t_b) / b |
 | y = over(a, b) | a / b, and 0 where b = 0 | over(t_a - y t_b, b) |
-| y = root(a) | √a, and 0 where a <= 0 | over(t_a / 2, y): slope zero at zero |
-| fma(c, a, b), fms(c, a, b) | c + a b, c - a b, of a product that is used once | |
+| y = root(a) | √a, and 0 where a <= 0 | over(t_a / 2, y), which is 0 where a <= 0 |
+| fma(c, a, b), fms(c, a, b) | c + a b, c - a b, for a product that is used once | |
 
-Equal nodes are one node, and what is zero by its form is not computed: an input that is absent is such a zero.
+Equal nodes are one node (common-subexpression elimination). An absent input is the node ZERO, and every term that it
+makes zero is left out of the text.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A function of other nodes, an input of some name, or a number."""
+    """An operation on other nodes, a named input, or a number."""
 
     kind: str
     args: tuple[Any, ...]
@@ -50,7 +53,7 @@ class Node:
             return ZERO
         if self is ONE or other is ONE:
             return other if self is ONE else self
-        if self.kind == "*" and self.args[1].kind == "number":  # which is then a factor of what may be small
+        if self.kind == "*" and self.args[1].kind == "number":  # multiply it by the factor that may be a smaller tensor
             return self.args[0] * (other * self.args[1])
         return _made("*", self, other)
 
@@ -80,22 +83,22 @@ ZERO, ONE = _node(0), _node(1)
 
 
 def symbol(name: str) -> Node:
-    """An input."""
+    """Returns the input of this name."""
     return _made("input", name)
 
 
 def root(a: Node) -> Node:
-    """The square root, with slope zero at zero."""
+    """Returns √a, or 0 where a <= 0. Its derivative is 0 where a <= 0."""
     return a if a is ZERO else _made("root", a)
 
 
 def over(a: Node, b: Node) -> Node:
-    """a / b, and zero where b is."""
+    """Returns a / b, or 0 where b = 0."""
     return a if a is ZERO else _made("over", a, b)
 
 
 def tangents(outputs: Iterable[Node], t: Mapping[Node, Node]) -> tuple[Node, ...]:
-    """Those of nodes, from the tangents of inputs."""
+    """Returns the tangents of `outputs`, given the tangents `t` of the inputs; inputs that `t` lacks have none."""
     found = dict(t)
     outputs = tuple(outputs)
     for y in _sorted(outputs):
@@ -117,7 +120,7 @@ def tangents(outputs: Iterable[Node], t: Mapping[Node, Node]) -> tuple[Node, ...
 
 
 def cotangents(outputs: Iterable[Node], ct: Sequence[Node], inputs: Sequence[Node]) -> tuple[Node, ...]:
-    """Those of inputs, from the cotangents of the outputs."""
+    """Returns the cotangents of `inputs`, given the cotangents `ct` of the outputs."""
     found: dict[Node, Node] = {}
     outputs = tuple(outputs)
 
@@ -147,7 +150,7 @@ def cotangents(outputs: Iterable[Node], ct: Sequence[Node], inputs: Sequence[Nod
 
 
 def _sorted(outputs: Iterable[Node]) -> list[Node]:
-    """What the outputs consist of, each node after its arguments."""
+    """Returns all nodes that the outputs depend on, in topological order: each after its arguments."""
     seen: dict[Node, None] = {}
 
     def visit(node: Node) -> None:
@@ -163,12 +166,15 @@ def _sorted(outputs: Iterable[Node]) -> list[Node]:
 
 @dataclass(frozen=True)
 class Generated:
-    """Python text of a function `f` of the inputs that it needs; `given` says which outputs it returns."""
+    """The Python text of a function `f`.
+
+    inputs: The names of its parameters. given: for each output of the rule, whether `f` returns it.
+    """
 
     name: str
     text: str
     inputs: tuple[str, ...]
-    given: tuple[bool, ...]  # the others are zero, or not wanted
+    given: tuple[bool, ...]  # False for an output that is zero or not wanted
 
 
 @cache
@@ -180,9 +186,11 @@ def program(
     wanted: tuple[bool, ...] | None = None,
     merged: bool = True,
 ) -> Generated:
-    """A rule of y = formula(x0, x1, …) whose tangents are t0, …, and cotangents ct0, …, with tangents t_ct0, …
+    """Returns the text of one rule of y = formula(x0, x1, …), with `inputs` as the number of the formula's inputs.
 
-    Inputs that are not `present` are zero. `merged`: with fma and fms.
+    Parameters are named x0, … for inputs, t0, … for their tangents, ct0, … for the cotangents of outputs, and t_ct0, …
+    for the tangents of these. Those that are not in `present` are zero. `wanted` marks the outputs to compute, all if
+    None. `merged` allows fma and fms in the text.
     """
 
     def symbols(letters: str, number: int) -> list[Node]:
@@ -204,11 +212,14 @@ def program(
 
 
 def _text(outputs: list[Node], merge: bool) -> tuple[str, tuple[str, ...]]:
-    """A line for each node; to `merge` is to make a product that is used once, in a sum, a part of it."""
+    """Returns the text, a line for each node, and the inputs that it reads.
+
+    `merge` fuses a product into a sum by fma or fms, if that sum is its only use.
+    """
     nodes = _sorted(outputs)
     uses = Counter(a for node in nodes if node.kind not in ("input", "number") for a in node.args)
     uses.update(outputs)
-    merged: dict[Node, Node] = {}  # product -> the sum that it is a part of
+    merged: dict[Node, Node] = {}  # product -> the sum that it is fused into
     for node in nodes:
         if merge and node.kind in ("+", "-"):
             for a in node.args[::-1] if node.kind == "+" else node.args[1:]:
@@ -240,7 +251,7 @@ def _text(outputs: list[Node], merge: bool) -> tuple[str, tuple[str, ...]]:
 
 
 def _fma(c: Any, a: Any, b: Any, sign: int = 1) -> Any:
-    """c + sign a b, in one pass."""
+    """Returns c + sign a b, as one operation of PyTorch if c is a tensor."""
     if not isinstance(a, Tensor):
         a, b = b, a
     if not isinstance(c, Tensor) or not isinstance(a, Tensor):
@@ -249,27 +260,27 @@ def _fma(c: Any, a: Any, b: Any, sign: int = 1) -> Any:
 
 
 def torch_fms(c: Any, a: Any, b: Any) -> Any:
-    """c - a b, in one pass."""
+    """Returns c - a b, as one operation of PyTorch if c is a tensor."""
     return _fma(c, a, b, -1)
 
 
 def torch_root(a: Tensor) -> Tensor:
-    """`root`, of a tensor."""
-    if torch._C._are_functorch_transforms_active():  # forward over forward differentiates it once more
+    """Computes `root` for a tensor."""
+    if torch._C._are_functorch_transforms_active():  # forward over forward differentiates it: no inf or NaN slope
         none = a <= 0
         return torch.where(none, 0.0, torch.where(none, 1.0, a).sqrt())
     return a.relu().sqrt()
 
 
 def torch_over(a: Any, b: Tensor) -> Tensor:
-    """`over`, of tensors."""
+    """Computes `over` for tensors."""
     zero = b == 0
     return torch.where(zero, 0.0, a / (torch.where(zero, 1.0, b) if torch._C._are_functorch_transforms_active() else b))
 
 
 @cache
 def in_torch(made: Generated) -> Callable[..., tuple[Any, ...]]:
-    """The program as a function of tensors and numbers."""
+    """Compiles the text to a Python function of tensors and numbers."""
     names: dict[str, Any] = {"fma": _fma, "fms": torch_fms, "root": torch_root, "over": torch_over}
     exec(made.text, names)
     return names["f"]

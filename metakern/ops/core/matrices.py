@@ -1,4 +1,4 @@
-"""What the rooms share: folding into tasks and rows, precision, and products with a weight that tasks may share."""
+"""Helpers of the ops: reshaping to tasks and rows, the dtype of accumulation, and products with a shared weight."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from math import prod
 import torch
 from torch import Tensor
 
-# product(a, b, add=None, reuse=False) = add + a b, which may take the memory of add with `reuse`
+# product(a, b, add=None, reuse=False) returns add + a b; with `reuse` the result may take the memory of add
 Product = Callable[..., Tensor]
 
 
 def rows(x: Tensor, tasks: int | None) -> Tensor:
-    """[T, ..., D] -> [T, N, D], or [..., D] -> [1, N, D] where there are no tasks (None)."""
+    """Reshapes x [T, ..., D] to [T, N, D], or x [..., D] to [1, N, D] if `tasks` is None."""
     shape = (1, prod(x.shape[:-1]), x.shape[-1]) if tasks is None else (tasks, prod(x.shape[1:-1]), x.shape[-1])
     return x if x.shape == shape else x.reshape(shape)
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in the dtype that accumulates it: float32 for half precision."""
+    """Returns x in the dtype of its accumulation: float32 for half precision, its own for others."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def per_row(parameter: Tensor) -> Tensor:
-    """[T, D] -> [T, 1, D], in the dtype that accumulates it."""
+    """Returns a parameter [T, D] as [T, 1, D], in the dtype of its accumulation."""
     return wide(parameter).unsqueeze(1)
 
 
 def shared(weight: Tensor) -> bool:
-    """Whether a `[T, ...]` tensor is the same for all tasks: T = 1, or expanded."""
+    """Whether a tensor [T, ...] is the same for all tasks: T = 1, or T has stride 0."""
     return weight.shape[0] == 1 or (weight.stride(0) == 0 and weight.shape[0] > 0)
 
 
 def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False) -> Tensor:
-    """add + a b of `[T, N, K]` and `[T, K, M]`; one large product where b is shared."""
+    """Returns add + a b for a [T, N, K] and b [T, K, M]; one large product if tasks share b."""
     if not shared(b):
         return torch.bmm(a, b) if add is None else torch.baddbmm(add, a, b)
     flat = a.flatten(0, 1)
@@ -44,7 +44,7 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False
 
 
 def products(product: Product, *pairs: tuple[Tensor | None, Tensor | None], add: Tensor | None = None) -> Tensor | None:
-    """add and the sum of the products of the pairs that are complete; None where there is nothing."""
+    """Returns `add` plus the products of all pairs without a None. Returns None if there is no term at all."""
     total = add
     for a, b in pairs:
         if a is not None and b is not None:

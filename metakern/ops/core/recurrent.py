@@ -1,11 +1,11 @@
-"""What `rnn`, `gru` and `lstm` share: their arguments, the four rules of any cell, and the recurrence in plain PyTorch.
+"""What `rnn`, `gru` and `lstm` share: checks of arguments, the four rules of any cell, and the recurrence in PyTorch.
 
 With u = x W_ihᵀ + b_ih, p_t = h_{t-1} W_hhᵀ + b_hh and the state s (h, and c of an LSTM), a cell is the function
 
     s_t, kept_t = cell(u_t, p_t, s_{t-1})
 
-of one hidden unit at a time, given with its derivatives by `Cell`; kept_t are its gates. Inside the recurrence runs
-what depends on time. Everything else is one large product over all steps, before or after it:
+of one hidden unit at a time; `Cell` has its formula and derivatives. kept_t are its gates. The recurrence computes only
+what depends on the step before. Everything else is one large product over all steps, before or after it:
 
     forward   u                                            then s_t, step by step
     jvp       t_u = t_x W_ihᵀ + x t_W_ihᵀ + t_b_ih
@@ -16,14 +16,15 @@ what depends on time. Everything else is one large product over all steps, befor
     vjp_jvp   the same recurrence for the tangents, from sources t_ct_y and, to h_{t-1}, ct_a_t t_W_hh; then the
               tangents of the products above by the product rule
 
-Residuals are what each step finds and decides, so that every rule is local in time: the gates, h_{t-1}, and c_{t-1} of
-an LSTM. The vjp hands ct_s_t to vjp_jvp, where ct_u and ct_a follow from it without a second recurrence.
+Residuals are, for each step, the gates and the state before it: h_{t-1}, and c_{t-1} of an LSTM. No rule has to
+repeat the forward recurrence. vjp passes ct_s_t to vjp_jvp, which computes ct_u and ct_a from it without a second
+backward recurrence.
 
 Sequences are [T, B, L, ...], states [T, B, H], weights [T, out, in], biases [T, out], lengths [T, B]. A weight that is
-expanded over T (stride 0) is one matrix for all tasks: products with it are one large product, its cotangent is still a
-task's own. A step beyond the length of its sequence changes no state, and its output is zero: results are those of
-torch.nn.utils.rnn.pack_padded_sequence. Half precision is computed in float32; the CUDA kernels store bfloat16, and
-carry the states of a step in float32.
+expanded over T (stride 0) is one matrix for all tasks: products with it are one large product, but each task has its
+own cotangent of it. A step beyond the length of its sequence leaves the states as they are, and its output is zero:
+results are those of torch.nn.utils.rnn.pack_padded_sequence. Half precision is computed in float32; the CUDA kernels
+store bfloat16, and carry the states from step to step in float32.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def apply(
     lengths: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    """Checks the arguments, brings the tasks first, gives output [..., B, L, H] and final states [..., B, H]."""
+    """Checks the arguments, reshapes them to tasks first, and applies the op.
+
+    Returns the output [..., B, L, H], then the final states [..., B, H].
+    """
     for key, value in {"x": x, **weights}.items():
         checks.tensor(op.name, key, value)
     checks.floating(op.name, x=x, **states, **weights, **biases)
@@ -103,16 +107,18 @@ def apply(
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell's formulas on tensors [T, B, H], the same as in csrc/cells.h; `c` holds the op's constants.
+    """The formulas of one step of a cell on tensors [T, B, H], the same as in csrc/cells.h.
 
         forward(c, u, p, s)                           -> s, kept
         jvp(c, kept, s, t_u, t_p, t_s)                -> t_s, t_kept
-        total(c, kept, s, ct)                         -> ct of the states, with what reaches c through h
-        vjp(c, kept, s, ct)                           -> ct_a, ct_u, ct_s of the states before, from a total ct
-        vjp_jvp(c, kept, s, t_kept, t_s, ct, t_ct)    -> t_ct_a, t_ct_u, t_ct_s of the two together, from a total ct
+        total(c, kept, s, ct)                         -> ct, to whose part for c_t (LSTM) the path through h_t is added
+        vjp(c, kept, s, ct)                           -> ct_a, ct_u, ct_s without the path through W_hh; from a total ct
+        vjp_jvp(c, kept, s, t_kept, t_s, ct, t_ct)    -> t_ct_a, t_ct_u, t_ct_s: tangents of total and vjp together
 
-    name: that of the kernels. gates: rows of W for each unit. kept: numbers kept of each unit and step; they are the
-    output where not keeps_gates. split: ct_u differs from ct_a.
+    `c` holds the op's constants, s the states before the step, ct the cotangents of those after it. In vjp_jvp ct is
+    total and t_ct is not. name: The prefix of the kernels' names. gates: Rows of W for each hidden unit. kept: Tensors
+    that a step keeps. keeps_gates: Whether they are residuals of their own; if not, they are the output. states: Number
+    of states. split: Whether ct_u differs from ct_a.
     """
 
     name: Callable[[SimpleNamespace], str]
@@ -128,12 +134,12 @@ class Cell:
     keeps_gates: bool = True
 
     def residuals(self, r: Tensors) -> tuple[Tensor, Tensors]:
-        """The gates, and the states that each step finds, of an op's residuals."""
+        """Splits an op's residuals into the gates and the states before each step."""
         return (r[0], r[1 : 1 + self.states]) if self.keeps_gates else (r[self.states], r[: self.states])
 
 
 def kernels(cell: Cell) -> dict[str, Rules]:
-    """The rules on every backend: only the recurrence and the products differ."""
+    """Returns the cell's rules on every backend; only the recurrence and the products differ."""
     return {
         "reference": _rules(cell, _Loops(cell), matrices.product),
         "cpu": _rules(cell, _Kernels(cell), cpp.product),
@@ -142,9 +148,10 @@ def kernels(cell: Cell) -> dict[str, Rules]:
 
 
 def plain(layer: Callable[..., Tensors], states: int) -> Callable[..., Tensors]:
-    """The truth for tests: `layer`, a loop over the steps of x [..., L, I] with `states` states, as a room's function.
+    """Returns `Spec.plain` of a recurrent op, made of `layer`, a loop over the steps of x [..., L, I].
 
-    With lengths, each sequence by itself, cut to its own; reverse turns sequences around before and after.
+    `states` is the number of initial states that `layer` takes. With lengths, `layer` runs on one sequence at a time,
+    cut to its length. reverse flips sequences before the loop and outputs after it.
     """
 
     def whole(x: Tensor, *rest: Tensor | None, reverse: bool = False, **options: Any) -> Tensors:
@@ -176,16 +183,16 @@ def _rules(
     product: matrices.Product,
     dtypes: frozenset[torch.dtype] | None = None,
 ) -> Rules:
-    widen = all_wide if dtypes is None else tuple  # kernels that name their dtypes take half precision as it is
+    widen = all_wide if dtypes is None else tuple  # kernels that list their dtypes take half precision
 
     def times(*pairs: tuple[Tensor | None, Tensor | None], add: Tensor | None = None) -> Any:
-        """add + Σ x w, all steps at once: [T, B, L, in], [T, in, out] -> [T, B, L, out]; None for no terms."""
+        """Returns add + Σ x w for x [T, B, L, in] and w [T, in, out], as [T, B, L, out]; None if there is no term."""
         flat = ((None if x is None else x.flatten(1, 2), w) for x, w in pairs)
         y = products(product, *flat, add=None if add is None else add.flatten(1, 2))
         return None if y is None else y.unflatten(1, next(x for x, _ in pairs if x is not None).shape[1:3])
 
     def outer(*pairs: tuple[Tensor, Tensor | None]) -> Any:
-        """Σ ctᵀ x over a task's tokens: [T, B, L, out], [T, B, L, in] -> [T, out, in]."""
+        """Returns Σ ctᵀ x over each task's tokens, [T, out, in], for ct [T, B, L, out] and x [T, B, L, in]."""
         return products(product, *((ct.flatten(1, 2).mT, None if x is None else x.flatten(1, 2)) for ct, x in pairs))
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
@@ -209,7 +216,7 @@ def _rules(
         if t_u is None:
             t_u = x.new_zeros(*x.shape[:3], w_hh.shape[1])
         elif t_x is None and t_w_ih is None and (cell.split or t_w_hh is None):
-            t_u = t_u.clone()  # the user's bias, while a kernel may write into what it is given
+            t_u = t_u.clone()  # it is the user's bias, and a kernel may overwrite its first input
         t_y, t_r = recurrence.jvp(c, t_u, t_p, w_hh, gates, before, t_states)
         return _narrow(inputs, t_y), _narrow(inputs, t_r)
 
@@ -250,7 +257,7 @@ def _rules(
         return _narrow(inputs, (t_ct_x, *t_ct_states, t_ct_w_ih, t_ct_w_hh, *sums(needs, t_ct_u, t_ct_a)))
 
     def sums(needs: Sequence[bool], ct_u: Tensor, ct_a: Tensor) -> Tensors:
-        """ct_b_ih and ct_b_hh, which are one where ct_u and ct_a are."""
+        """Returns ct_b_ih and ct_b_hh, which are equal unless the cell is `split`."""
         of_u = ct_u.sum((1, 2)) if needs[-2] else None
         if not needs[-1]:
             return of_u, None
@@ -260,7 +267,7 @@ def _rules(
 
 
 class _Loops:
-    """The recurrence in plain PyTorch, on any device: a product and a cell at each step."""
+    """The recurrence in plain PyTorch, on any device: at each step a product, then the cell's formulas."""
 
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
@@ -348,10 +355,13 @@ class _Loops:
     def _back(
         self, c: SimpleNamespace, w_hh: Tensor, ct_outputs: Tensors, pull: Callable[..., Any], totals: int
     ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
-        """ct_a, ct_u, the cotangents of the initial states, and the total ones that `pull` gives."""
+        """Runs a recurrence backward in time, with `pull` as the formulas of one step.
+
+        Returns ct_a, ct_u, the cotangents of the initial states, and the `totals` total cotangents from `pull`.
+        """
         ct_y, *last = ct_outputs
         rows, hidden = w_hh.shape[1:]
-        steps, ct_s = [], tuple(ct.clone() for ct in last)  # without steps they are handed out
+        steps, ct_s = [], tuple(ct.clone() for ct in last)  # as without steps they are returned
         for l, inside in _times(c, ct_y, back=True):
             ct_a, ct_u, ct_new, total = pull(l, (ct_s[0] + ct_y[:, :, l], *ct_s[1:]))
             ct_a, ct_u, *total = inside((torch.cat(ct_a, -1), torch.cat(ct_u, -1), *total))
@@ -363,7 +373,7 @@ class _Loops:
 
 
 class _Kernels:
-    """The recurrence in C++ or CUDA: `<cell>_<rule>` of csrc/cpu and csrc/cuda."""
+    """The recurrence in C++ or CUDA, by the kernels `<cell>_<rule>` of csrc/cpu and csrc/cuda."""
 
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
@@ -418,7 +428,7 @@ class _Kernels:
         return ct_a, ct_u, tuple(ct_states)
 
     def _read(self, before: Tensors) -> Tensors:
-        """The states that the cell's formulas read: c of an LSTM, h of a GRU."""
+        """Returns the states that the cell's formulas read: c of an LSTM, h of a GRU, none of an RNN."""
         return before if self.cell.split else before[1:]
 
     def _outputs(self, found: Tensors) -> tuple[Tensors, Tensors]:
@@ -426,11 +436,11 @@ class _Kernels:
         return found[:n], found[n:]
 
     def _cotangents(self, found: Tensors) -> Tensors:
-        """With ct_u, which is ct_a unless they are two."""
+        """Inserts ct_u where the kernel has left it out because it equals ct_a."""
         return found if self.cell.split else (found[0], *found)
 
     def _call(self, c: SimpleNamespace, rule: str, first: Tensors, weights: Tensors, rest: Tensors) -> Tensors:
-        """Runs a kernel; tasks that share their weights are to it one task of more sequences."""
+        """Runs a kernel. If all tasks share their weights, they are passed as one task with T * B sequences."""
         tasks = first[0].shape[0]
         merge = tasks > 1 and all(w is None or shared(w) for w in weights)
         if merge:
@@ -442,7 +452,7 @@ class _Kernels:
 
 
 def all_wide(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-    """Half precision as float32; what is expanded over the tasks stays expanded."""
+    """Converts half precision to float32; a tensor that is expanded over the tasks stays expanded."""
 
     def widened(t: Tensor | None) -> Tensor | None:
         if t is None or t.dtype not in (torch.float16, torch.bfloat16):
@@ -453,7 +463,7 @@ def all_wide(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
 
 
 def _narrow(inputs: Sequence[Any], tensors: Iterable[Any]) -> tuple[Any, ...]:
-    """Back to the dtype of the op's inputs."""
+    """Converts tensors to the dtype of the op's inputs."""
     return tuple(t if t is None else t.to(inputs[0].dtype) for t in tensors)
 
 
@@ -462,17 +472,20 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def _steps(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    """A bias [T, out] for every step of x, [T, B, L, out]."""
+    """Expands a bias [T, out] to [T, B, L, out] for all steps of x [T, B, L, in]."""
     return None if bias is None else bias[:, None, None].expand(-1, *x.shape[1:3], -1)
 
 
 def _started(states: Sequence[Tensor | None], like: Tensor, hidden: int) -> Gates:
-    """The initial states, zeros where None."""
+    """Returns copies of the initial states, zeros for None."""
     return tuple(like.new_zeros(*like.shape[:2], hidden) if s is None else s.clone() for s in states)
 
 
 def _times(c: SimpleNamespace, x: Tensor, back: bool = False) -> Iterator[tuple[int, Callable[..., Gates]]]:
-    """The steps in their order, or back; with inside(new, old), which is `old` or zero in sequences that have ended."""
+    """Yields the steps in order, or backward if `back`, each with a function inside(new, old).
+
+    inside replaces `new` by `old`, or by zero if there is no `old`, in sequences that end before the step.
+    """
     length = x.shape[2]
     for l in range(length) if c.reverse == back else reversed(range(length)):
         mask = None if c.lengths is None else (l < c.lengths).unsqueeze(-1)
@@ -486,7 +499,7 @@ def _times(c: SimpleNamespace, x: Tensor, back: bool = False) -> Iterator[tuple[
 
 
 def _stacked(latest_first: bool, steps: list[Gates], like: Tensor, sizes: Sequence[int]) -> Tensors:
-    """[T, B, size] of each step -> [T, B, L, size], for a tensor `like` of the op's tokens."""
+    """Stacks tensors [T, B, size] of each step to [T, B, L, size]; zeros shaped by `like`, [T, B, L, ...], if L = 0."""
     if not steps:
         return tuple(like.new_zeros(*like.shape[:3], size) for size in sizes)
     return tuple(torch.stack(column, 2) for column in zip(*steps[:: -1 if latest_first else 1], strict=True))

@@ -1,4 +1,4 @@
-"""What the shared tests and benchmarks know of an op."""
+"""The description of an op that the shared tests and benchmarks use."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from metakern.ops.core.autograd import Op
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of one call. Floating-point tensors among `args` are its differentiable inputs.
+    """Arguments of one call.
 
-    per_task: every tensor among `args` has the tasks first, so that results must not mix them. frozen: the places in
-    `args` of tensors that are neither, because the op holds them constant and all tasks share them.
+    args: Positional arguments. Floating-point tensors among them are differentiable inputs.
+    per_task: Whether every tensor in `args` has the tasks first, so that no task's result may depend on another.
+    frozen: Positions in `args` of tensors to which neither applies: they have no derivative, and all tasks share them.
     """
 
     name: str
@@ -29,7 +30,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call must spend at least: operations, and bytes (each input read once, each output written once)."""
+    """Lower bounds of the work of a call: floating-point operations, and bytes moved.
+
+    The bytes read each input once and write each output once.
+    """
 
     flop: float
     bytes: float
@@ -37,12 +41,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Spec:
-    """An op as tests and benchmarks see it.
+    """What shared tests and benchmarks need of an op.
 
-    call: the public function. plain: the same function of ordinary PyTorch operations, differentiable by PyTorch to any
-    order: the independent truth. samples(make): small arguments of many kinds, odd and empty sizes included;
-    `make(*shape)` draws a tensor. benchmark(make): arguments of the sizes that users have. cost(sample, order): order 0
-    is `forward`, 1 `vjp`, 2 `vjp_jvp`.
+    call: The public function.
+    plain: The same function in ordinary PyTorch operations, which autograd differentiates to any order. Tests compare
+        `call` and all its derivatives with it.
+    samples(make): Small arguments of many kinds, odd and empty sizes included; `make(*shape)` draws a tensor.
+    benchmark(make): Arguments of realistic sizes.
+    cost(sample, order): The cost of `forward` (order 0), `vjp` (1) or `vjp_jvp` (2).
     """
 
     op: Op
@@ -54,7 +60,7 @@ class Spec:
 
 
 class Make:
-    """Draws the tensors of samples: one seed, one dtype, one device."""
+    """Draws the tensors of samples, with one seed, dtype and device."""
 
     def __init__(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self.dtype, self.device = dtype, torch.device(device)
@@ -69,5 +75,5 @@ class Make:
         return torch.randint(high, shape, generator=self.generator).to(self.device)
 
     def lengths(self, *tasks: list[int]) -> Tensor:
-        """Those of sequences, a list for each task."""
+        """The lengths of sequences, a list for each task, as an integer tensor [T, B]."""
         return torch.tensor(tasks, device=self.device)

@@ -1,7 +1,7 @@
-"""Updates: element-wise formulas over the tensors of all parameters and tasks, with hyper-parameters of every kind.
+"""Optimizer updates as ops: an element-wise formula over all parameters and tasks, differentiable in everything.
 
-An update is stated once (`Update.formula`); `formula.py` derives its four rules. The sums over all that a
-hyper-parameter is shared by are PyTorch's, on every backend.
+`formula.py` derives the four rules from `Update.formula`. The cotangent of a hyper-parameter is a sum over all elements
+that share it; PyTorch computes that sum on every backend.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ Hyper = Rate | Sequence[Rate]
 
 @dataclass(frozen=True)
 class Update:
-    """y = formula(*lists, *hyper), element by element: `lists` of a tensor for each parameter, and `hyper`-parameters.
+    """An op y = formula(*lists, *hyper), computed element by element.
 
-    A hyper-parameter is a number, a tensor [] or [T], or a list of one for each parameter: a number, a tensor [], [T]
-    or of the parameter's shape. The first list sets the shapes.
+    name: The op's name in error messages.
+    lists: Names of the arguments that are lists of a tensor for each parameter. The first one sets the shapes.
+    hyper: Names of the hyper-parameters. Each is a number, a tensor [] or [T], or a list with an entry for each
+        parameter: a number, a tensor [] or [T], or a tensor of the parameter's shape.
+    formula: A function of a `Node` for each list and each hyper-parameter, which returns a node for each output.
     """
 
     name: str
@@ -44,7 +47,10 @@ class Update:
         return _outputs(self)
 
     def __call__(self, lists: Sequence[Sequence[Tensor]], hyper: Sequence[Hyper]) -> tuple[list[Tensor], ...]:
-        """The results, each a list like the first one."""
+        """Applies the update and returns its outputs, each a list of tensors shaped like those of the first list.
+
+        Raises TypeError or ValueError, naming the argument, if kinds, dtypes, devices, shapes or lengths do not fit.
+        """
         named = dict(zip(self.lists, map(list, lists), strict=True))
         if not any(named.values()):
             return tuple([] for _ in range(self.outputs))
@@ -59,7 +65,7 @@ class Update:
         return tuple(list(y[i * count : (i + 1) * count]) for i in range(self.outputs))
 
     def plain(self, lists: Sequence[Sequence[Tensor]], hyper: Sequence[Hyper]) -> tuple[list[Tensor], ...]:
-        """The same by ordinary operations, without checks: what PyTorch differentiates, and programs may rewrite."""
+        """Computes the same in ordinary PyTorch operations, without checks, for autograd and for captured programs."""
         values = [*lists, *(h if isinstance(h, Sequence) else [h] * len(lists[0]) for h in hyper)]
         absent = {len(lists) + i for i, h in enumerate(hyper) if isinstance(h, float) and not h}
         inputs = frozenset(f"x{i}" for i in range(len(values)) if i not in absent)
@@ -68,7 +74,7 @@ class Update:
         return tuple(map(list, zip(*(in_torch(made)(*x) for x in of_each), strict=True)))
 
     def op(self, count: int, rates: tuple[int, ...]) -> Op:
-        """The op on `count` parameters, with none, one or `count` tensors for each hyper-parameter."""
+        """Returns the op for `count` parameters, with 0, 1 or `count` tensors for each hyper-parameter: `rates`."""
         return _op(self, count, rates)
 
 
@@ -85,12 +91,12 @@ def _op(update: Update, count: int, rates: tuple[int, ...]) -> Op:
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Whether an update of such tensors is a kernel's, and not the reference's."""
+    """Whether an update of tensors like this one runs in a kernel, not in the reference."""
     return backend.choose("update", KERNELS, (tensor,)) is not KERNELS["reference"]
 
 
 def checked(op: str, lists: dict[str, list[Tensor]]) -> tuple[list[Tensor], torch.Size | None]:
-    """The first list, and [T] where all of its tensors have the tasks first."""
+    """Checks the lists; returns the first, and [T] if all of its tensors have the same first size, T, else None."""
     first, *others = lists
     phi = lists[first]
     for name in others:
@@ -105,11 +111,13 @@ def checked(op: str, lists: dict[str, list[Tensor]]) -> tuple[list[Tensor], torc
 
 def _same_number(op: str, name: str, values: Sequence[Any], first: str, phi: list[Tensor]) -> None:
     if len(values) != len(phi):
-        raise ValueError(f"{op}: {name} must have an entry for each of {first}'s {len(phi)}, got {len(values)}")
+        raise ValueError(
+            f"{op}: {name} must have an entry for each of the {len(phi)} tensors of {first}, got {len(values)}"
+        )
 
 
 def _hyper(op: str, name: str, value: Hyper, phi: list[Tensor], tasks: torch.Size | None) -> float | Tensors:
-    """A number, a tensor [T] for all parameters, or one for each, [T] or [T, ...]."""
+    """Returns a hyper-parameter as a number, a tensor [T] for all parameters, or one for each, [T] or [T, ...]."""
     if isinstance(value, float | int):
         return float(value)
     if isinstance(value, Tensor):
@@ -123,7 +131,7 @@ def _hyper(op: str, name: str, value: Hyper, phi: list[Tensor], tasks: torch.Siz
 
 
 def _rate(op: str, name: str, rate: Rate, own: torch.Size | None, phi: Tensor, tasks: torch.Size | None) -> Tensor:
-    """A rate as the rules want it: [T], or [T, ...] where it has its own value for each element of phi."""
+    """Returns a rate as a tensor [T], or [T, ...] if it has a value of its own for each element of phi."""
     if not isinstance(rate, Tensor):
         return phi.new_full(tasks or (1,), rate)
     checks.floating(op, phi=phi, **{name: rate})
@@ -142,9 +150,10 @@ def _rate(op: str, name: str, rate: Rate, own: torch.Size | None, phi: Tensor, t
 
 
 def rules(run: Callable[[Generated, Mapping[str, Any], Tensors], list[Tensors]], merged: bool) -> Rules:
-    """The four rules, by run(program, values, like): the outputs that the program gives, a tuple for each.
+    """Returns the four rules of all updates, by a function that runs programs of `formula.py`.
 
-    A value is a tuple of a tensor for each parameter, of the shape of `like` or [T], or a number.
+    run(program, values, like) returns the program's outputs, each a tuple of a tensor for each parameter. `values` has
+    the program's inputs by name: a number, or a tuple of a tensor for each parameter, of the shape of `like` or [T].
     """
 
     def ran(
@@ -181,7 +190,7 @@ def rules(run: Callable[[Generated, Mapping[str, Any], Tensors], list[Tensors]],
 
 
 def _inputs(c: SimpleNamespace, letters: str, flat: Tensors) -> dict[str, Any]:
-    """Values by their names in programs, those that are zero by their form left out."""
+    """Returns values by their names in programs, without those that are known to be zero."""
     named: dict[str, Any] = {}
     lists = len(flat) // c.count if letters in ("ct", "t_ct") else len(c.update.lists)
     for i, group in enumerate(_groups(c, flat, lists)):
@@ -193,7 +202,7 @@ def _inputs(c: SimpleNamespace, letters: str, flat: Tensors) -> dict[str, Any]:
 
 
 def _groups(c: SimpleNamespace, flat: Sequence[Any], lists: int) -> list[tuple]:
-    """What belongs to each list and hyper-parameter."""
+    """Splits a flat sequence into a tuple for each list, then one for each hyper-parameter."""
     parts, start = [], 0
     for size in ((c.count,) * lists + c.rates) if flat else ():
         parts.append(tuple(flat[start : start + size]))
@@ -210,7 +219,7 @@ def _flat(outputs: list[Tensors | None], like: Tensors) -> Tensors:
 
 
 def _summed(c: SimpleNamespace, x: Tensors, terms: list[Tensors | None]) -> Tensors:
-    """Cotangents of the lists as they are; those of a hyper-parameter added up over all that it is shared by."""
+    """Returns the cotangents of the lists, and those of each hyper-parameter summed over all elements that share it."""
     n = len(c.update.lists)
     found: list[Any] = [t for ts in terms[:n] for t in (ts or (None,) * c.count)]
     for rates, ts in zip(_groups(c, x, n)[n:], terms[n:], strict=True):
@@ -225,7 +234,7 @@ def _summed(c: SimpleNamespace, x: Tensors, terms: list[Tensors | None]) -> Tens
 
 
 def run_torch(made: Generated, values: Mapping[str, Any], like: Tensors) -> list[Tensors]:
-    """A parameter at a time: what a formula makes of it stays in the cache, and is freed."""
+    """Runs a program in PyTorch, one parameter after another, so that temporaries stay in the cache and are freed."""
     function, results = in_torch(made), []
     spread = [values[name] if isinstance(values[name], float) else _spread(values[name], like) for name in made.inputs]
     for i, p in enumerate(like):
@@ -238,7 +247,7 @@ def run_torch(made: Generated, values: Mapping[str, Any], like: Tensors) -> list
 
 
 def _spread(values: Tensors, like: Tensors) -> Tensors:
-    """Values that broadcast over their parameters."""
+    """Reshapes values to broadcast over their parameters."""
     return tuple(h.view(*h.shape, *(1,) * (p.dim() - h.dim())) for h, p in zip(values, like, strict=True))
 
 
@@ -249,7 +258,10 @@ KERNELS = {
 
 
 def flat(f: Callable[..., Any], lists: int) -> Callable[..., Any]:
-    """`f` for tensors in a row, as shared tests draw them: `count` of each list, then the rates, then the `learned`."""
+    """Returns `f` as a function of flat tensors, as in `Sample.args`.
+
+    They are `count` tensors of each list, then the learning rates, then the hyper-parameters named in `learned`.
+    """
 
     def call(*tensors: Tensor, count: int, learned: tuple[str, ...] = (), **options: Any) -> Any:
         given = [tensors[i * count : (i + 1) * count] for i in range(lists)]
@@ -263,7 +275,7 @@ def flat(f: Callable[..., Any], lists: int) -> Callable[..., Any]:
 
 
 def plain_rates(phi: Sequence[Tensor], lr: Hyper) -> list[Rate]:
-    """A rate that broadcasts over each parameter."""
+    """Returns the rate of each parameter, reshaped to broadcast over it."""
 
     def spread(h: Rate, p: Tensor) -> Rate:
         return h.view(-1, *(1,) * (p.dim() - 1)) if isinstance(h, Tensor) and h.dim() == 1 and p.dim() > 1 else h
@@ -272,13 +284,13 @@ def plain_rates(phi: Sequence[Tensor], lr: Hyper) -> list[Rate]:
 
 
 def plain_root(v: Tensor) -> Tensor:
-    """The square root, with slope zero at zero."""
+    """Returns √v, or 0 where v <= 0. Its derivative is 0 where v <= 0."""
     positive = v > 0
     return torch.where(positive, torch.where(positive, v, 1).sqrt(), 0)
 
 
 def samples(make: Make, lists: int, learned: tuple[str, ...] = (), **options: Any) -> list[Sample]:
-    """Parameters of several shapes, with rates of every kind, and other learned hyper-parameters for each task."""
+    """Returns samples: parameters of several shapes, rates of every kind, and other hyper-parameters for each task."""
 
     def tensors(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
         return tuple(make(*shape) for _ in range(lists) for shape in shapes)
@@ -319,7 +331,7 @@ def benchmark(make: Make, lists: int, **options: Any) -> list[Sample]:
 
 
 def squared(samples: list[Sample], lists: int) -> list[Sample]:
-    """Samples whose list of that place is of squares, as second moments are."""
+    """Returns the samples with the list at position `lists` squared, as second moments are not negative."""
 
     def changed(sample: Sample) -> Sample:
         count = sample.kwargs["count"]
@@ -330,7 +342,7 @@ def squared(samples: list[Sample], lists: int) -> list[Sample]:
 
 
 def cost(flop: tuple[float, ...], tensors: tuple[float, ...]) -> Callable[[Sample, int], Cost]:
-    """So many operations, and tensors read and written, for an element at each order."""
+    """Returns `Spec.cost` from the operations, and the tensors read and written, for each element at each order."""
 
     def of(sample: Sample, order: int) -> Cost:
         n = sum(t.numel() for t in sample.args[: sample.kwargs["count"]])
@@ -340,7 +352,7 @@ def cost(flop: tuple[float, ...], tensors: tuple[float, ...]) -> Callable[[Sampl
 
 
 def some(samples: list[Sample], *names: str, prefix: str = "") -> list[Sample]:
-    """The samples of these names, under longer ones."""
+    """Returns the samples of these names, with `prefix` put before their names."""
     return [replace(sample, name=f"{prefix}{sample.name}") for sample in samples if sample.name in names]
 
 
@@ -350,4 +362,4 @@ SOME = (
     "no-tasks-in-common",
     "empty",
     "learned",
-)  # all kinds of rates are sgd_update's to try
+)  # the samples of sgd_update have rates of all kinds

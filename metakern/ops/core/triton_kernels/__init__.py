@@ -1,6 +1,6 @@
-"""The backend "triton": an op's kernels are in `metakern/ops/<op>/triton.py`, which is imported when first called.
+"""The backend "triton". An op's kernels are in `metakern/ops/<op>/triton.py`, which is imported at the first call.
 
-Those of all updates are in `foreach.py`.
+The kernel of all updates is in `foreach.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}
 
 
 def rules(op: str, module: str = "") -> Rules:
-    """The rules of `metakern.ops.<op>.triton`, its RULES, or of another module of `metakern.ops`."""
+    """Returns rules that import and call `RULES` of `metakern.ops.<op>.triton`, or of `metakern.ops.<module>`."""
 
     def rule(name: str) -> Any:
         return lambda *args: getattr(import_module(f"metakern.ops.{module or f'{op}.triton'}").RULES, name)(*args)

@@ -1,14 +1,14 @@
-"""Formulas of the tensors of many parameters, element by element, in one launch, as apex's multi-tensor kernels do it.
+"""Run an element-wise formula over the tensors of many parameters in one launch, like apex's multi-tensor kernels.
 
-| table | of | shape |
+| table | entry | shape |
 |---|---|---|
-| addresses | an input's or an output's tensors | [count], int64 |
-| inner | the elements of a parameter that share a value of an input: those of a task | [count], int64 |
-| sizes, starts | the elements of a parameter, and the first of its blocks | [count], int64 |
-| owners | the parameter that a block is of | [blocks], int32 |
+| addresses | the address of an input's or an output's tensor, for each parameter | [count], int64 |
+| inner | how many elements of a parameter share one value of an input, such as those of a task | [count], int64 |
+| sizes, starts | the number of elements of a parameter, and the index of its first block | [count], int64 |
+| owners | the parameter that a block belongs to | [blocks], int32 |
 
-Tables are kept for the tensors that they were made of: a training loop gets the same memory again and again, and then
-nothing is copied to the device.
+Tables are cached by their values. A training loop mostly gets the same memory at each step, and then nothing is copied
+to the device.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from metakern.ops.core.rules import Tensors
 from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, wide
 from metakern.ops.core.updates import rules
 
-BLOCKS = (8, 8) if INTERPRETED else (2048, 1024)  # the second where so many inputs would not fit into registers
+BLOCKS = (8, 8) if INTERPRETED else (2048, 1024)  # the second for more than MANY inputs, which need more registers
 MANY = 12
 TYPES = {
     torch.float32: tl.float32,
@@ -38,14 +38,14 @@ TYPES = {
     torch.float16: tl.float16,
 }
 
-Input = tuple[Tensor, ...] | float  # a tensor [T, ...] for each parameter, or its values [T] for tasks; a number
+Input = tuple[Tensor, ...] | float  # for each parameter a tensor [T, ...] or [T]; or a number
 
 
 @triton.jit
 def _values(entry, i, at, inside, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Of an input: a table of addresses, with or without one of `inner`, or of one number.
+    """Loads a block of an input. `entry` is (addresses,), (addresses, inner), or (number,), a table of one float64.
 
-    Beyond the end values are 1, so that no formula divides by zero there.
+    Values beyond the end are 1, so that no formula divides by zero there.
     """
     if entry[0].dtype.element_ty == tl.float64:
         x = tl.load(entry[0]) if TYPE is tl.float64 else tl.load(entry[0]).to(tl.float32)
@@ -71,9 +71,9 @@ def _kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """y = F(*x).
+    """Computes y = F(*x) for one block of one parameter.
 
-    ALIGNED divides all addresses and sizes: 16 lets a thread load and store 16 bytes at once.
+    ALIGNED divides all addresses and sizes; 16 lets a thread load and store 16 bytes at once.
     """
     program = tl.program_id(0)
     i = tl.load(owner_ptr + program)
@@ -97,7 +97,7 @@ def over(a, b):
 
 @cache
 def function(program: Generated) -> Any:
-    """The program as a function that kernels call; Triton reads its text where Python's tracebacks do."""
+    """Compiles the program to a Triton function. Triton reads the source of a function from `linecache`."""
     file = f"<{program.name} {hash(program.text):x}>"
     linecache.cache[file] = (len(program.text), None, program.text.splitlines(keepends=True), file)
     names = {"__name__": __name__, "root": root, "over": over}
@@ -106,7 +106,7 @@ def function(program: Generated) -> Any:
 
 
 def foreach(program: Generated, values: Mapping[str, Input], like: Tensors) -> list[Tensors]:
-    """The outputs that the program gives, each a tensor for every one of `like`."""
+    """Runs the program and returns its outputs, each a tuple of a tensor like each of `like`."""
     device = like[0].device
     x = [contiguous(*a) if isinstance(a, tuple) else a for a in map(values.__getitem__, program.inputs)]
     y = [tuple(torch.empty(p.shape, dtype=p.dtype, device=device) for p in like) for _ in range(sum(program.given))]
@@ -147,7 +147,7 @@ def foreach(program: Generated, values: Mapping[str, Input], like: Tensors) -> l
 
 @lru_cache(maxsize=1024)
 def table(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
-    """The values on a device, copied there without waiting for it."""
+    """Returns the values as a tensor on a device, copied there without synchronizing with it."""
     dtype = torch.float64 if isinstance(values[0], float) else torch.int64
     table = torch.tensor(values, dtype=dtype, device="cpu")
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
@@ -155,7 +155,7 @@ def table(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> 
 
 @lru_cache(maxsize=64)
 def blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """starts and owners."""
+    """Returns the tables `starts` and `owners`."""
     counts = torch.tensor([cdiv(size, block) for size in sizes], device="cpu")
     owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), counts)
     return (counts.cumsum(0) - counts).to(device), owners.to(device)

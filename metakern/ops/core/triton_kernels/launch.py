@@ -1,4 +1,4 @@
-"""What kernels and their launchers share: the launch, the block sizes, and the dtype that accumulates."""
+"""What the Triton kernels share: the checked launch, helpers of launchers, and the dtype of accumulation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from metakern.native import in_memory, memory
 from metakern.ops.core.rules import Tensors
 
-# In the interpreter blocks are so small that the tensors of tests have several, and a tail.
+# In the interpreter, blocks are so small that the tensors of tests have several blocks, the last one partly filled.
 INTERPRETED = triton.knobs.runtime.interpret
 
 if INTERPRETED:
@@ -21,14 +21,14 @@ if INTERPRETED:
     _patch = interpreter._patch_lang_tensor
 
     def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
-        """As in Triton 3.6, whose scalars are arrays of one element; NumPy 2.4 makes no index of these."""
+        """Patches tensors for Triton 3.6, whose scalars are arrays of one element; NumPy 2.4 takes none as an index."""
         _patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     def _call(self: Any, *args: Any, **options: Any) -> Any:
-        """A function called by a kernel. Patching the language again for each call takes most of the kernel's time."""
+        """Calls a function from a kernel. Patching the language at each call would take most of the kernel's time."""
         if tl.core.is_builtin(tl.core.full):
-            interpreter._patch_lang(tl.zeros.fn)  # whose module has tl.core
+            interpreter._patch_lang(tl.zeros.fn)  # the module of this function has tl.core
         return self.rewrite()(*args, **options)
 
     interpreter._patch_lang_tensor = _patch_lang_tensor
@@ -36,7 +36,7 @@ if INTERPRETED:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
-    """kernel[grid](*args, **options) on the tensors' device; nothing where the grid is empty."""
+    """Checks the arguments and runs kernel[grid](*args, **options) on the device; does nothing for an empty grid."""
     if all(grid):
         check(kernel, device, *args)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -44,7 +44,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 def check(kernel: Any, device: torch.device, *args: Any) -> None:
-    """Raises ValueError for a tensor whose memory is gone, and for one elsewhere, whose address means nothing here."""
+    """Raises ValueError for a tensor whose memory was freed, or whose device is not `device`."""
 
     def look(name: str, value: Any) -> None:
         if isinstance(value, tuple):
@@ -62,7 +62,7 @@ def check(kernel: Any, device: torch.device, *args: Any) -> None:
 
 
 def shared_memory(device: torch.device) -> int:
-    """The bytes of shared memory that a program may have on a GPU; 0 elsewhere."""
+    """Returns the bytes of shared memory that a program may use on a GPU; 0 on another device."""
     if device.type != "cuda":
         return 0
     properties = torch.cuda.get_device_properties(device)
@@ -70,7 +70,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 def precision() -> str:
-    """How products of float32 are taken: to full precision, unless PyTorch is told that less will do."""
+    """Returns the `input_precision` of float32 products: full precision, unless PyTorch's settings allow TF32."""
     if torch.version.hip:
         return "ieee"
     matmul = torch.backends.cuda.matmul
@@ -79,7 +79,7 @@ def precision() -> str:
 
 
 def contiguous(*tensors: torch.Tensor | None) -> Tensors:
-    """The tensors as kernels want them: None stays None."""
+    """Checks the tensors and returns them contiguous; None stays None."""
     for tensor in tensors:
         if tensor is not None:
             memory.check("triton", "every tensor of a kernel", tensor)
@@ -87,11 +87,11 @@ def contiguous(*tensors: torch.Tensor | None) -> Tensors:
 
 
 def cdiv(a: int, b: int) -> int:
-    """The number of blocks of b that cover a."""
+    """Returns a / b, rounded up."""
     return -(-a // b)
 
 
 @triton.jit
 def wide(x):
-    """x in the dtype that accumulates it."""
+    """Returns x in the dtype of its accumulation: float64 for float64, else float32."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)

@@ -1,17 +1,18 @@
-"""The kernels of layer norm, and of RMS norm, which is layer norm with a mean of 0: it has no mean_ptr.
+"""The kernels of layer norm and RMS norm. RMS norm is layer norm with a mean of 0, and has no mean_ptr.
 
-Formulas and names are those of the two rooms. vjp is what `vjp_jvp` has of t_ct_y alone, so one kernel serves both: v
-is ct_y, without tangents, or t_ct_y.
+Formulas and names are those of metakern/ops/layer_norm and rms_norm. vjp applied to t_ct_y is a term of vjp_jvp, so one
+kernel serves both. Its argument v is ct_y for vjp, which has no tangents, and t_ct_y for vjp_jvp.
 
-| tile | of | shape |
+| tile | tensor | shape |
 |---|---|---|
 | x, y, v, ct_y, t_x | [T, N, D] | [BLOCK_N, BLOCK_D] |
 | weight, bias | [T, D], a pointer and its stride over T | [1, BLOCK_D] |
 | mean, ρ | [T, N] | [BLOCK_N, 1] |
 
-A row that fits into a block is read once: the second pass loads what the first one has loaded, with no store between
-them, and the compiler drops that. The sums over rows, ct_w and ct_b, have no atomics: a program sums some rows, and
-PyTorch adds these up. Where rows take several blocks, a launch of its own does it, a block of columns to a program.
+A row that fits into a block is read from memory once: the second loop loads the same values with no store in between,
+and the compiler removes these loads. The sums over rows, ct_w and ct_b, use no atomics: each program sums a chunk of
+rows, and PyTorch adds up the chunks. If a row takes several blocks, a second launch computes these sums, with one block
+of columns for each program.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from metakern.ops.core import matrices
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, wide
 
-# The widest row that is one block: the tiles of a wider one would not all stay in registers.
+# The widest row that is one block. The tiles of a wider one would not all stay in registers.
 LARGEST = {"forward": 16384, "jvp": 8192, "vjp": 4096}
 TILE = 32 if INTERPRETED else 2048
-CHUNKS = 1 if INTERPRETED else 128  # of a task's rows, each summed by a program, until chunks have MOST tiles
+CHUNKS = 1 if INTERPRETED else 128  # of a task's rows, if they have at most MOST tiles each; a program sums one
 MOST = 2 if INTERPRETED else 32
 
 
@@ -54,7 +55,7 @@ def _centered(x_ptr, mean_ptr, n, d, D: tl.constexpr, some, inside):
 
 @triton.jit
 def _normal(x_ptr, mean_ptr, rstd_ptr, n, d, D: tl.constexpr, some, inside):
-    """x̂ and ρ."""
+    """Returns x̂ and ρ."""
     rstd = tl.load(rstd_ptr + n, some, other=1.0)
     return _centered(x_ptr, mean_ptr, n, d, D, some, inside) * rstd, rstd
 
@@ -66,13 +67,13 @@ def _mean(a, D: tl.constexpr):
 
 @triton.jit
 def _projected(a, x_hat, mean_a, mean_x_hat_a):
-    """P a = a - mean(a) - x̂ mean(x̂ a)."""
+    """Returns P a = a - mean(a) - x̂ mean(x̂ a)."""
     return a - mean_a - x_hat * mean_x_hat_a
 
 
 @triton.jit
 def _rows(chunk, tile, N, TILES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The task of a chunk of TILES * BLOCK_N rows, the rows of a tile of it, and which of these there are."""
+    """Returns the task of a chunk of TILES * BLOCK_N rows, one tile's rows among all T * N, and a mask: which exist."""
     chunks = tl.cdiv(N, TILES * BLOCK_N)
     row = (chunk % chunks * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     t = chunk // chunks
@@ -105,7 +106,7 @@ def _forward_kernel(
     for block in range((D + BLOCK_D - 1) // BLOCK_D):
         d, inside = _columns(block, some, D, BLOCK_D)
         x = _load(x_ptr, n, d, D, inside)
-        if mean_ptr is not None:  # the moments of the block are joined to those before (Chan, Golub, LeVeque 1983)
+        if mean_ptr is not None:  # add the block's moments to those so far (Chan, Golub, LeVeque 1983)
             size = tl.sum((d < D).to(zero.dtype), 1)[:, None]
             own_mean = tl.sum(x, 1)[:, None] / size
             x = tl.where(inside, x - own_mean, 0.0)
@@ -143,7 +144,7 @@ def _jvp_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """x: the pointers of x, mean and ρ."""
+    """t_y, t_mean and t_ρ. `x` holds the pointers of x, mean and ρ."""
     t, n, some = _rows(tl.program_id(0).to(tl.int64), 0, N, 1, BLOCK_N)
     zero = tl.zeros([BLOCK_N, 1], x[2].dtype.element_ty)
     t_mean, slope = zero, zero  # mean(t_x) and mean(x̂ t_x)
@@ -171,7 +172,7 @@ def _jvp_kernel(
 
 @triton.jit
 def _cotangents(v_ptr, ct_y_ptr, weight, t_weight, t, n, d, D: tl.constexpr, inside, zero):
-    """v, ct_y, t_g = t_w ct_y + w v and g = w ct_y, of which v and ct_y may be 0."""
+    """Returns v, ct_y, t_g = t_w ct_y + w v and g = w ct_y; an absent v or ct_y is zero."""
     v, ct_y = zero, zero
     if v_ptr is not None:
         v = _load(v_ptr, n, d, D, inside)
@@ -188,7 +189,7 @@ def _cotangents(v_ptr, ct_y_ptr, weight, t_weight, t, n, d, D: tl.constexpr, ins
 
 @triton.jit
 def _t_normal(x_hat, rstd, t_x, n, d, D: tl.constexpr, some, inside):
-    """t_x̂ and t_ρ, by the pointers of t_x, t_mean and t_ρ."""
+    """Returns t_x̂ and t_ρ. `t_x` holds the pointers of t_x, t_mean and t_ρ."""
     t_rstd = tl.load(t_x[2] + n, some, other=0.0)
     return _centered(t_x[0], t_x[1], n, d, D, some, inside) * rstd + x_hat * (t_rstd / rstd), t_rstd
 
@@ -210,9 +211,9 @@ def _vjp_kernel(
     BLOCK_D: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """out: ct_x or t_ct_x; and, for each chunk of rows, its share of the cotangents of weight and bias, [chunks, D].
+    """out: ct_x or t_ct_x; and for each chunk of rows its part of the cotangents of weight and bias, [chunks, D].
 
-    Without ct_y there is no t_x. Programs (chunk, block) have that block of columns alone, where out is not wanted.
+    Without ct_y there is no t_x. If out is not wanted, program (chunk, block) computes only that block of columns.
     """
     chunk = tl.program_id(0).to(tl.int64)
     first = 0 if out_ptr is not None else tl.program_id(1)
@@ -258,7 +259,7 @@ def _vjp_kernel(
 
 
 def _blocks(T: int, N: int, D: int, largest: int) -> tuple[tuple[int, ...], dict[str, int]]:
-    """The grid of one program for each block of rows, and the blocks."""
+    """Returns a grid with a program for each block of rows, and the sizes of blocks."""
     block_d = min(triton.next_power_of_2(D), largest)
     block_n = max(min(TILE // block_d, triton.next_power_of_2(N)), 1)
     warps = min(max(block_n * block_d // 256, 4), 32)
@@ -266,7 +267,7 @@ def _blocks(T: int, N: int, D: int, largest: int) -> tuple[tuple[int, ...], dict
 
 
 def _strided(parameter: Tensor | None) -> tuple[Tensor, int] | None:
-    """A parameter [T, D] and its stride over T, which is 0 where tasks share it."""
+    """Returns a parameter [T, D] with unit stride over D, and its stride over T, which is 0 if tasks share it."""
     if parameter is None:
         return None
     if parameter.stride(1) != 1 or parameter._is_zerotensor() or parameter.is_neg():
@@ -275,7 +276,7 @@ def _strided(parameter: Tensor | None) -> tuple[Tensor, int] | None:
 
 
 def rules(centered: bool) -> Rules:
-    """Those of layer norm (centered), with weight and bias and the residuals mean and ρ, or of RMS norm."""
+    """Returns the rules of layer norm if `centered`, else those of RMS norm, which has no bias and no mean."""
 
     def of_rows(residuals: Tensors) -> Tensors:
         return contiguous(*(residuals if centered else (None, *residuals)))

@@ -1,10 +1,10 @@
-"""Functions of tensors of one shape, element by element: one kernel that takes the function.
+"""Apply an element-wise function to tensors of one shape: one kernel, which takes the function as an argument.
 
 | tensor | shape |
 |---|---|
 | x, y | any, all the same |
 
-Half precision is computed in float32. Each input is read once, and what no wanted output needs is not read at all.
+Half precision is computed in float32. Each input is read once, or not at all if no wanted output needs it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCK = 64 if INTERPRETED else 1024
 
 @triton.jit
 def _kernel(x_ptrs, y_ptrs, size, F: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr):
-    """y = F(*x) for tuples of pointers, in which None stands for an absent input or an output that is not wanted."""
+    """Computes y = F(*x) for tuples of pointers. None is an absent input, or an output that is not wanted."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     y = F(*[None if x_ptr is None else wide(tl.load(x_ptr + at, inside, other=0.0)) for x_ptr in x_ptrs])
@@ -34,7 +34,7 @@ def _kernel(x_ptrs, y_ptrs, size, F: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK:
 
 
 def pointwise(function: Any, x: Tensors, wanted: tuple[bool, ...] = (True,)) -> Tensors:
-    """The wanted ones of the tensors function(*x), None for the others; a tensor of x but the first may be None."""
+    """Returns the outputs of function(*x), with None for those not wanted. All of `x` but the first may be None."""
     x = contiguous(*x)
     y = tuple(torch.empty_like(x[0]) if want else None for want in wanted)
     size = x[0].numel()
@@ -54,7 +54,7 @@ def pointwise(function: Any, x: Tensors, wanted: tuple[bool, ...] = (True,)) -> 
 
 
 def unary(value: Any, slope: Any, curvature: Any) -> Rules:
-    """The rules of y = f(x), from the functions f(x), f'(x) v and f''(x) ct_y t_x + f'(x) t_ct_y."""
+    """Returns the rules of y = f(x), from Triton functions of f(x), f'(x) v and f''(x) ct_y t_x + f'(x) t_ct_y."""
 
     def forward(c: SimpleNamespace, x: Tensors) -> tuple[Tensors, Tensors]:
         return pointwise(value, x), ()
