@@ -307,6 +307,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def lock_of(model: nn.Module) -> Any:
+    """Return the lock of a model, the same for all engines."""
     with _GUARD:
         return _LOCKS.setdefault(model, threading.RLock())
 

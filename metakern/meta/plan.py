@@ -74,7 +74,7 @@ class Found:
 
 
 class Planner:
-    """Makes the plan for one model, loss and inner loop, and batches of one structure."""
+    """Makes plans for one model and loss, as far as the options of the user (`wishes`) leave a choice."""
 
     def __init__(self, parameters: Parameters, loss: Loss, wishes: Wishes) -> None:
         self.parameters, self.loss, self.wishes = parameters, loss, wishes

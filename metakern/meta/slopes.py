@@ -103,12 +103,14 @@ def judge(s: Scalar, z: Tensors, active: Sequence[bool], precision: torch.dtype)
 
 
 def gradient(s: Scalar, z: Tensors) -> tuple[Tensor, list[Tensor]]:
+    """Return s(z) and autograd's gradient."""
     leaves = [t.detach().requires_grad_() for t in z]
     with s(leaves) as value:
         return value.detach(), [g.detach() for g in with_zeros(derivatives(value, leaves), leaves)]
 
 
 def reverse_over_reverse(s: Scalar, z: Tensors, v: Tensors) -> list[Tensor]:
+    """Return autograd's Hessian-vector product with v, by reverse mode over reverse mode."""
     leaves = [t.detach().requires_grad_() for t in z]
     with s(leaves) as value:
         grads = derivatives(value, leaves, create_graph=True)
@@ -117,6 +119,7 @@ def reverse_over_reverse(s: Scalar, z: Tensors, v: Tensors) -> list[Tensor]:
 
 
 def forward_over_reverse(s: Scalar, z: Tensors, u: Tensors, active: Sequence[bool]) -> list[Tensor]:
+    """Return autograd's Hessian-vector product with the `active` part of u, by forward mode over reverse mode."""
     with forward_ad.dual_level():
         leaves = [t.detach().contiguous().requires_grad_() for t in z]
         duals = [forward_ad.make_dual(x, t) if on else x for x, t, on in zip(leaves, u, active, strict=True)]

@@ -233,10 +233,12 @@ def derivatives(
 
 
 def with_zeros(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the values, with zeros shaped as in `like` in place of None."""
     return [torch.zeros_like(b) if a is None else a for a, b in zip(values, like, strict=True)]
 
 
 def added(a: Gradients, b: Gradients) -> Gradients:
+    """Return the sums of gradients, in which None counts as zero."""
     return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
 
 

@@ -249,7 +249,7 @@ class Trial:
         self.shared += leaves
 
     def _check_slopes(self, batch: Any, grads: Gradients, products: Gradients) -> None:
-        """Whether the Hessian-vector product of task 0 is a slope of its gradient: `lost` says what is amiss."""
+        """Check that the Hessian-vector product of task 0 is the slope of its gradient; set `lost` where it is not."""
         phi, u, n = [p[0] for p in self.phi], [v[0] for v in self.v], len(self.phi)
 
         def gradient(z: Sequence[Tensor]) -> Gradients:

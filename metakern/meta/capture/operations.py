@@ -196,7 +196,7 @@ def _reduced(
 
 @_lowers(_aten.all.default, _aten.all.dim, _aten.all.dims)
 def _all(w: Lowering, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
-    """Lower `all` to an elementwise and into the result, which has stride 0 along `dim`."""
+    """Lower `all` to a logical and of x with the result, which has stride 0 along the reduced dimensions."""
     if x.dtype != torch.bool:
         raise LoweringError(f"all of {x.dtype} has no instruction")
     _, wide, out = _reduced(w, x, dim, keepdim)
