@@ -139,6 +139,8 @@ class MAML(nn.Module):
             ValueError: A batch is not a tree of tensors with one number of tasks; the loss is not a scalar, is not
                 finite when the plan is verified, or depends on no adapted parameter; no batching is exact for this
                 model and loss; or second derivatives are lost (`metakern.doctor` finds the place).
+            RuntimeError: A later batch can't be folded like the first one, and `batching` is "fold", or earlier chunks
+                of the batch are computed already: use "vmap" or "loop".
             StaleCaptureError: A captured program no longer equals an ordinary run, because something changed that no
                 guard sees.
         """
