@@ -1,4 +1,4 @@
-"""metakern: exact second-order meta-learning, fused, batched over tasks, flat in memory and never silently wrong."""
+"""Exact, batched second-order MAML: fused PyTorch ops with second derivatives, and an engine for meta-gradients."""
 
 from metakern import losses, nn, ops, optim
 from metakern.adapters.lora import lora, merge_lora, remove_lora

@@ -1,4 +1,4 @@
-"""The process that `metakern` and ``python -m metakern`` start."""
+"""Entry point of the command `metakern` and of `python -m metakern`."""
 
 import sys
 import warnings
@@ -7,7 +7,11 @@ DEPRECATIONS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 
 def main() -> int:
-    """Run the command line; a warning never ends a run, and what other packages deprecate is not for its user."""
+    """Run the command line and return its exit code.
+
+    A warning never ends a run, whatever `PYTHONWARNINGS` says. Deprecations, import warnings and resource warnings are
+    hidden, since the user of a command can do nothing about them.
+    """
     warnings.simplefilter("default")
     for category in (*DEPRECATIONS, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)

@@ -1,1 +1,1 @@
-"""The meta-gradient: one engine (batching, unrolling, planning), and the algorithms over it, one file each."""
+"""Meta-gradients: the engine (planning, batching, unrolling, capture) and the algorithms that use it."""

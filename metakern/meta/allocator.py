@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: an inner loop frees and takes the same tensors at every step."""
+"""Keeps freed memory in the process, as an inner loop frees and allocates the same tensors at every step."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import os
 from functools import cache
 
 KEPT_BYTES = 512 * 2**20
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names for them (malloc.h)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 
 
 @cache
 def keep_freed_memory() -> None:
-    """Has glibc keep up to KEPT_BYTES of freed memory, once for the process; elsewhere nothing.
+    """Have glibc keep up to KEPT_BYTES of freed memory, for the whole process. Without glibc it does nothing.
 
-    By default it hands memory back at once and takes it anew, zeroed page by page, which takes much of a meta-step's
-    time. The threshold from which a tensor has pages of its own is set to the 32 MiB that glibc itself arrives at. Who
-    has set these thresholds in the environment is left alone.
+    By default glibc returns memory to the system at once and takes it again, zeroed page by page, which is much of the
+    time of a meta-step. The size from which an allocation gets pages of its own is set to 32 MiB, the value that
+    glibc's own adaptation ends at. Nothing is done if the environment configures malloc.
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
@@ -28,7 +28,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back() -> None:
-    """Hands what is free now back to the system, for who is about to take memory of another kind (glibc)."""
+    """Return free memory to the system (glibc only), before memory is allocated in another way."""
     trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
         trim(0)

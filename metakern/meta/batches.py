@@ -1,8 +1,8 @@
-"""Batches: trees of tensors with the tasks along dimension 0, in the containers that people use.
+"""Batches: trees of tensors with the tasks along dimension 0.
 
-A tree is made of lists, tuples, named tuples, dictionaries of any kind (transformers' BatchEncoding too), dataclasses
-and `types.SimpleNamespace`. Its tensors carry the tasks. Everything else in it (None, strings, numbers, NumPy arrays)
-is the same for all tasks, and reaches the loss as it is.
+A tree is made of lists, tuples, named tuples, dictionaries of any kind (also transformers' BatchEncoding), dataclasses
+and `types.SimpleNamespace`. All its tensors have the tasks along dimension 0. Everything else in it (None, strings,
+numbers, NumPy arrays) is the same for all tasks and is passed to the loss as it is.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 
 
 def flatten(tree: Any) -> tuple[list[Any], Rebuild]:
-    """The leaves of a tree, and the function that makes such a tree of other leaves."""
+    """Return the leaves of a tree, and a function that builds such a tree from other leaves."""
     leaves: list[Any] = []
     build = _opened(tree, leaves)
     return leaves, lambda values: build(iter(values))
 
 
 def structure(tree: Any) -> tuple:
-    """What two trees have in common that differ in the sizes and the values of their tensors alone; hashable."""
+    """Return a hashable value that is equal for trees which differ only in the sizes and values of their tensors."""
     leaves, _ = flatten(tree)
     return (containers(tree), *map(_kind, leaves))
 
 
 def select(tree: Any, index: int | slice | Tensor) -> Any:
-    """One task, or some tasks, of a tree of tensors."""
+    """Return the tree with each tensor indexed along dimension 0: one task, or some tasks."""
     return mapped(lambda t: t[index], tree)
 
 
 def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """The tree with function(tensor) in the place of each tensor."""
+    """Return the tree with `function(tensor)` in place of each tensor."""
     leaves, rebuild = flatten(tree)
     return rebuild([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
@@ -51,12 +51,12 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def ordinary(tree: Any) -> Any:
-    """A batch that autograd takes: tensors made in inference mode, as by Lightning's validation loop, are copied."""
+    """Return the batch with ordinary copies of its inference tensors (as of Lightning's validation), for autograd."""
     return mapped(lambda t: t.clone() if t.is_inference() else t, tree)
 
 
 def over_tasks(function: Callable[..., Tensor], tree: Any, *more: Any) -> Tensor:
-    """`torch.func.vmap` of function(tree, *more) over the tasks; what is no tensor in the tree is the same for all."""
+    """Return `torch.func.vmap` of `function(tree, *more)` over the tasks of the tree's tensors and of `more`."""
     leaves, rebuild = flatten(tree)
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
@@ -70,7 +70,11 @@ def over_tasks(function: Callable[..., Tensor], tree: Any, *more: Any) -> Tensor
 
 
 def tasks_of(tree: Any, what: str = "batch") -> int:
-    """The number of tasks in a tree of tensors; raises ValueError where they disagree."""
+    """Return the number of tasks in a batch.
+
+    Raises ValueError if it has no tensors or no tasks, if its tensors disagree, or if a tensor is a scalar, is nested
+    or requires a gradient. `what` is the name of the batch in messages.
+    """
     leaves = tensors(tree)
     if not leaves:
         raise ValueError(f"MAML: {what} must hold tensors, got {type(tree).__name__}")
@@ -90,11 +94,11 @@ def tasks_of(tree: Any, what: str = "batch") -> int:
 
 
 def two_tasks(tree: Any, again: int = 0) -> Any:
-    """Two tasks of a batch that differ in every tensor, as far as its values allow.
+    """Return two tasks of a batch, changed so that they differ in every tensor, as far as its values allow.
 
-    Floating-point tensors are moved by a tenth of their spread. Those that hold whole numbers only (tokens, labels,
-    masks, counts), and more than one, are permuted within a task instead, if both tasks have the same. `again` asks for
-    milder changes: 1 permutes whole rows, 2 changes nothing.
+    Noise of a tenth of their spread is added to floating-point tensors. A tensor of different whole numbers (tokens,
+    labels, masks, counts) is permuted in the second task instead, if both tasks have the same one. `again` asks for
+    milder changes: 1 only shifts rows where the tasks are equal, 2 changes nothing.
     """
     random = torch.Generator().manual_seed(0)
     index = torch.arange(2, device="cpu") % tasks_of(tree)
@@ -120,25 +124,27 @@ def two_tasks(tree: Any, again: int = 0) -> Any:
 
 
 def _constant(tensor: Tensor) -> bool:
-    """Whether no order of its elements tells two tasks apart."""
+    """Whether all elements are equal, so that permuting them changes nothing."""
     return bool(tensor.min() == tensor.max())
 
 
 def pad_tasks(tasks: Sequence[Any]) -> Any:
-    """Tasks of unequal size as one batch: trees of one structure, padded to the largest, with a mask.
+    """Stack tasks of unequal size into one batch, padded to the largest task, with a mask.
 
-    Integers are padded with 0, but those that are named "labels" or "targets", and the last tensor of a tuple, with
-    -100, which `metakern.losses` ignore; floats with 0.
+    Tensors are padded with 0 in every dimension, except integer targets, which are padded with -100, the label that
+    `metakern.losses` ignore. In a dictionary of tensors, the targets are the entries "labels" and "targets"; in a tuple
+    or a list, the last tensor.
 
     Args:
-        tasks: For each task a dictionary or a tuple of tensors [N, ...], whose sizes may differ between tasks.
+        tasks: For each task a dictionary, tuple or list of tensors `[N, ...]`. Sizes may differ between tasks.
 
     Returns:
-        The same container with tensors [T, N, ...] and one more entry, a mask [T, N] that is True where a task has an
-        example: `batch["mask"]`, or the last item of the tuple.
+        A container of the same type with tensors `[T, N, ...]`, N the greatest size, and one more entry: a boolean mask
+        `[T, N]` that is True where a task has an example. It is `batch["mask"]`, or the last item of the tuple or list.
 
     Raises:
-        ValueError: Where there are no tasks, or they differ in structure, dimensions or dtypes.
+        ValueError: There are no tasks; a task is no dictionary, tuple or list; or tasks differ in structure, in the
+            number of dimensions of a tensor, or in dtype or device.
 
     >>> import torch, metakern as mk
     >>> x, y, mask = mk.pad_tasks([(torch.ones(3, 2), torch.tensor([0, 1, 1])), (torch.ones(1, 2), torch.tensor([1]))])
@@ -177,7 +183,7 @@ def pad_tasks(tasks: Sequence[Any]) -> Any:
 
 
 def _opened(value: Any, leaves: list[Any]) -> Callable[[Iterator[Any]], Any]:
-    """Appends the leaves of a value; the function that makes a value like it of the leaves that an iterator gives."""
+    """Append the leaves of a value to `leaves`; return a function that builds such a value from other leaves."""
     kind = type(value)
     if isinstance(value, Tensor) or kind in _PLAIN:
         leaves.append(value)
@@ -201,7 +207,10 @@ def _opened(value: Any, leaves: list[Any]) -> Callable[[Iterator[Any]], Any]:
 
 
 def _fields(value: Any) -> tuple[dict[Any, Any], Callable[[dict], Any] | None]:
-    """The named parts of a container, and what makes one like it with other parts; None for what is no container."""
+    """Return the named parts of a container and a function that builds one like it from other parts.
+
+    For a value that is no container they are {} and None.
+    """
     if type(value) is dict:
         return value, lambda parts: parts
     if isinstance(value, dict):
@@ -237,7 +246,7 @@ def _fields(value: Any) -> tuple[dict[Any, Any], Callable[[dict], Any] | None]:
 
 
 def containers(value: Any) -> Any:
-    """The containers of a tree, with their keys; hashable."""
+    """Return the types and keys of the containers of a tree, hashable."""
     if isinstance(value, Tensor) or type(value) in _PLAIN:
         return None
     if isinstance(value, list | tuple):
@@ -247,7 +256,7 @@ def containers(value: Any) -> Any:
 
 
 def _kind(leaf: Any) -> Any:
-    """What of a leaf belongs to the structure: all of it, but for a tensor's sizes and values."""
+    """Return the part of a leaf that belongs to the structure: all but the sizes and values of a tensor."""
     if isinstance(leaf, Tensor):
         return (leaf.dim(), leaf.dtype, leaf.device)
     if isinstance(leaf, np.ndarray):

@@ -1,13 +1,12 @@
-"""Three ways to get the losses of many tasks, each with parameters of its own, from a loss of one task.
+"""Three batchings: ways to compute the losses of many tasks, each with its own parameters, from a loss of one task.
 
     losses(phi, batch) -> [T]        phi: a tensor [T, *shape] for each adapted parameter; batch: a tree, tasks first
 
-fold   the model runs once, natively, with the tasks in its batch dimension and its parameter-owning modules given a
-       weight for each task (`fold.py`); only the loss around it is mapped over tasks.
-vmap   `torch.func.vmap` of the whole loss over ordinary autograd. (Derivatives are taken outside of vmap, so only the
-       batching rules of forward ops are used: torch 2.13's rule for the double backward of an affine layer_norm is
-       wrong.)
-loop   a task at a time.
+fold   The model runs once with the tasks in its batch dimension; the modules that own adapted parameters use a weight
+       for each task (`fold.py`). Only the loss around the model is mapped over the tasks.
+vmap   `torch.func.vmap` of the whole loss. Derivatives are taken outside of vmap, so that only the batching rules of
+       forward operations are used: PyTorch 2.13's rule for the double backward of an affine layer_norm is wrong.
+loop   One task at a time.
 """
 
 from __future__ import annotations
@@ -30,13 +29,15 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class Batching(Protocol):
+    """A way to compute the losses of all tasks of a batch, `[T]`, for parameters `phi` `[T, *shape]`."""
+
     name: str
 
     def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor: ...
 
 
 class Loop:
-    """A task at a time."""
+    """Run the loss for one task at a time."""
 
     name = "loop"
 
@@ -51,7 +52,7 @@ class Loop:
             return scalar(self.loss(self.parameters.model, batch))
 
     def _operations(self) -> AbstractContextManager:
-        """metakern's ops, or PyTorch's own operations where the loss takes derivatives itself."""
+        """Return the mode in which the loss runs: metakern's ops, or PyTorch's own operations (`plain`)."""
         if not self.plain:
             return FusedFunctions()
         both = ExitStack()
@@ -61,7 +62,7 @@ class Loop:
 
 
 class Vmap(Loop):
-    """`torch.func.vmap` over the tasks."""
+    """Map the loss over the tasks by `torch.func.vmap`."""
 
     name = "vmap"
 
@@ -70,7 +71,7 @@ class Vmap(Loop):
 
 
 class Folded(Loop):
-    """The tasks in the model's batch dimension."""
+    """Run the model once with all tasks in its batch dimension; map only the loss around it over the tasks."""
 
     name = "fold"
 
@@ -90,7 +91,7 @@ WAYS: dict[str, Callable[..., Batching]] = {"fold": Folded, "vmap": Vmap, "loop"
 
 
 def scalar(value: Any) -> Tensor:
-    """Checks what the user's loss returned."""
+    """Return the value of the user's loss. Raises ValueError unless it is a scalar tensor."""
     if not isinstance(value, Tensor) or value.dim() != 0:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"MAML: loss must return a scalar tensor for one task, got {got}")
@@ -99,11 +100,11 @@ def scalar(value: Any) -> Tensor:
 
 @contextmanager
 def exact_kernels(model: nn.Module | None = None) -> Iterator[None]:
-    """PyTorch's own kernels that have second derivatives: math attention, no cuDNN or oneDNN recurrence, no fused
-    encoder.
+    """Within the block PyTorch uses kernels that have second derivatives.
 
-    And no running statistics of a model's norms in training mode: their output does not depend on these, and they stay
-    what they are.
+    These are math attention, and neither cuDNN's nor oneDNN's recurrent layers nor the fused transformer encoder.
+    Batch norms in training mode get no running statistics: their output does not depend on them, and they stay what
+    they are.
     """
     fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     modules = () if model is None else model.modules()
@@ -111,10 +112,10 @@ def exact_kernels(model: nn.Module | None = None) -> Iterator[None]:
     with ExitStack() as undo:
         undo.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)
-        if recurrent and cudnn:  # the switch alone: `cudnn.flags` reads settings that may not be read
+        if recurrent and cudnn:  # sets only the switch: `cudnn.flags` reads other settings, which may raise
             undo.callback(setattr, torch.backends.cudnn, "enabled", cudnn)
             torch.backends.cudnn.enabled = False
-        if recurrent and torch._C._get_mkldnn_enabled():  # its LSTM, of float32 alone, has no second derivatives
+        if recurrent and torch._C._get_mkldnn_enabled():  # oneDNN's LSTM (float32 only) has no second derivatives
             undo.callback(torch._C._set_mkldnn_enabled, True)
             torch._C._set_mkldnn_enabled(False)
         for module in modules:

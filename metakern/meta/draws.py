@@ -1,9 +1,9 @@
-"""Random numbers in trials: every task draws the same ones, whichever way the tasks are batched.
+"""Random numbers in trials: each task draws the same ones, whatever the batching.
 
-A model that adds noise, drops units or samples is exact if it would be with the same random numbers in all ways. So
-within `Alike` each call of a random operation starts from a seed of its own, its number; where the tensors of T tasks
-come along at once, first things first, it is called for each task. What one task draws alone is kept, so that a way in
-which the tasks share their numbers is found out.
+A batching of a model that adds noise, drops units or samples can only be compared with plain autograd on the same
+random numbers. So within `Alike` the n-th random operation is seeded with n. Where it gets the tensors of T tasks at
+once, along dimension 0, it is called for each task separately. What one task draws alone is recorded, so that a
+batching whose tasks would share random numbers is found.
 """
 
 from __future__ import annotations
@@ -19,17 +19,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 _RANDOM = torch.Tag.nondeterministic_seeded
-ZEROS = torch.ops.aten._efficientzerotensor.default  # without memory: under a dispatch mode PyTorch reads it, and dies
+ZEROS = torch.ops.aten._efficientzerotensor.default  # has no memory; PyTorch crashes on it under a dispatch mode
 
 
 class DrawsError(RuntimeError):
-    """Tasks that are batched so would not draw numbers of their own."""
+    """Under this batching, tasks would share random numbers or draw other ones than alone."""
 
 
 class Alike(TorchDispatchMode):
-    """Within the block, random operations draw for each of `tasks` tasks what one task alone draws.
+    """Within the block, random operations draw for each of `tasks` tasks what one task draws alone.
 
-    taken: of each call so far how many numbers a task drew; expected: the same of one task alone.
+    Args:
+        tasks: The number of tasks that each random operation gets at once.
+        expected: `taken` of one task alone, to be compared.
+
+    Attributes:
+        taken: For each random operation so far its name and how many numbers each task drew.
+
+    Raises:
+        DrawsError: Within the block, where the tasks would share random numbers or draw other ones than alone.
     """
 
     def __init__(self, tasks: int = 1, expected: list[tuple[str, int]] | None = None) -> None:
@@ -57,7 +65,7 @@ class Alike(TorchDispatchMode):
         if self.expected is not None and (
             number >= len(self.expected) or self.taken[number][1] != self.expected[number][1]
         ):
-            raise DrawsError("its tasks would not draw random numbers of their own")
+            raise DrawsError("its tasks would not draw the random numbers that each draws alone")
         return result
 
     def _for_each_task(self, func: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -84,6 +92,6 @@ class Alike(TorchDispatchMode):
 
 
 def python_states() -> tuple[Any, Any]:
-    """Those of `random` and of NumPy, which a model's Python may draw from."""
+    """Return the states of the generators of `random` and NumPy, to be compared."""
     numpy = np.random.get_state()
     return random.getstate(), str([np.asarray(part).tolist() for part in numpy])

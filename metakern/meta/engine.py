@@ -1,13 +1,13 @@
-"""The engine: for each kind of batch a plan that was verified on it, and what the plan needs at hand.
+"""The engine: it makes, verifies and keeps a plan for each kind of batch, and runs a batch by its plan.
 
-A plan belongs to all that it was verified on: the loss and the inner optimizer, the structure of support and query,
-sizes to a factor of two, the number of inner steps, and the model as it is: its modules with their classes, training
-flags, forwards and plain attributes, its parameters and which of them are trained. Where one of these is another, there
-is another plan; a few are kept, so that what comes back finds its own. Folded tasks are compared with a task by itself
-once for each new size of a batch, too.
+A plan holds for what it was verified on: the loss and the inner optimizer, the structure of support and query, their
+sizes to a factor of two, the number of inner steps, PyTorch's settings, and the state of the model (its modules with
+their classes, training flags, forwards and plain attributes; its parameters and which of them are trained). When one
+of these changes, another plan is made. The plans that were used last are kept. Under fold, the losses are also compared
+with those of single tasks, once for each new size of a batch.
 
-One thread at a time runs a model, since parameters for each task stand in the places of its own meanwhile; the others
-wait, also those that call the model itself.
+One thread at a time may run a model, because the parameters of each task replace its own meanwhile. Other threads that
+adapt it wait; other threads that call it get an error.
 """
 
 from __future__ import annotations
@@ -38,27 +38,30 @@ from metakern.meta.unroll import Unroll
 from metakern.meta.verify import comparable, modules_of
 from metakern.optim import InnerOptimizer
 
-PLANS = 16  # kept at once: those used last
-SIZES = 256  # of batches, that a plan has confirmed
+PLANS = 16  # plans kept; the one unused for longest is dropped
+SIZES = 256  # batch sizes for which a plan remembers that its folded losses were confirmed
 
 
 class Engine:
-    """Plans for one model. Loss, inner optimizer and number of steps are given at each call, as they may change."""
+    """The plans of one model. Loss, inner optimizer and number of steps are passed at each call, as they may change."""
 
     def __init__(self, model: nn.Module, adapt: Adapt, wishes: Wishes) -> None:
         self.model, self.adapt, self.wishes = model, adapt, wishes
         self.last: Prepared | None = None
         self._plans: OrderedDict[Any, Prepared] = OrderedDict()
-        self._volatile: set[tuple[int, str]] = set()  # attributes that a forward changes
+        self._volatile: set[tuple[int, str]] = set()  # (id of a module, attribute): those that a forward pass changes
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy makes plans of its own: a plan's functions are of this model's parameters."""
+        """Leave out the plans: they hold functions of this model's parameters, and a copy has its own."""
         return {**self.__dict__, "last": None, "_plans": OrderedDict(), "_volatile": set()}
 
     def prepared(
         self, loss: Loss, inner: InnerOptimizer, steps: int, first_order: bool, outer: bool, batches: Sequence[Any]
     ) -> Prepared:
-        """The plan for such batches, support first, made when the first ones are seen; `outer`: for a meta-gradient."""
+        """Return the plan for these batches, support first; make it if there is none.
+
+        `outer`: the plan is used for meta-gradients, so that second derivatives are verified too.
+        """
         for batch, what in zip(batches, ("support", "query"), strict=False):
             tasks_of(batch, what)
         kinds = frozenset(map(_sizes, batches))
@@ -68,13 +71,13 @@ class Engine:
             self._plans[self._base(loss, inner, steps, first_order), kinds, outer] = found
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
-        inner.prepare(found.parameters.adapted)  # another model may have had it since
+        inner.prepare(found.parameters.adapted)  # another model may have used this optimizer meanwhile
         found.numbers = tuple(self._attributes(loss, numbers=True).items())
         self.last = found
         return found
 
     def _kept(self, base: tuple, kinds: frozenset, outer: bool) -> Prepared | None:
-        """A plan that was verified on such batches, and for meta-gradients if it is for one."""
+        """Return a plan that was verified on batches of these kinds, and for meta-gradients if `outer`; or None."""
         for key, found in self._plans.items():
             if key[0] == base and kinds <= key[1] and outer <= key[2]:
                 self._plans.move_to_end(key)
@@ -95,9 +98,9 @@ class Engine:
         inner.prepare(roles.adapted)
         before = {**self._attributes(loss), **self._attributes(loss, numbers=True)}
         kinds: dict[Any, Any] = {}
-        for batch in sorted(batches, key=_largest):  # of those of one structure the largest is tried
+        for batch in sorted(batches, key=_largest):  # of batches of one structure, only the largest is tried
             kinds[structure(batch)] = batch
-        first = structure(batches[0])  # the support, whose second derivatives are taken
+        first = structure(batches[0])  # the support comes first: its second derivatives are verified
         tried = [kinds.pop(first), *kinds.values()]
         planner = Planner(roles, loss, self.wishes)
         found = planner.plan(tried, steps, first_order or not outer, without)
@@ -112,7 +115,7 @@ class Engine:
         return Prepared(roles, found, unroll, loss, again, self.wishes.batching == "auto")
 
     def _base(self, loss: Loss, inner: InnerOptimizer, steps: int, first_order: bool) -> tuple:
-        """All that a plan depends on beside its batches."""
+        """Return everything that a plan depends on besides the batches, to be compared."""
         parameters = tuple((id(p), p.requires_grad, p.dtype, p.device) for p in self.model.parameters())
         attributes = tuple(self._attributes(loss).items())
         switches = (_autocast(), torch.get_default_dtype())
@@ -120,10 +123,11 @@ class Engine:
         return of_loop, parameters, attributes, switches, torch.are_deterministic_algorithms_enabled()
 
     def _attributes(self, loss: Loss, numbers: bool = False) -> dict[tuple[int, str], Any]:
-        """The plain attributes of the modules of model and loss, within containers and objects of settings too, and
-        what these compute by; or the numbers among them.
+        """Return the plain attributes of all modules of model and loss, their classes, children and hooks.
 
-        Another number may change with each step, as a temperature does: it has folded losses compared again.
+        Containers and configuration objects are looked into. The values of numbers are left out, since they may change
+        at each step, as an annealed temperature does. With `numbers`, return these values alone: when one changes,
+        folded losses are compared again.
         """
         found: dict[tuple[int, str], Any] = {}
         seen: dict[int, Any] = {}
@@ -136,7 +140,7 @@ class Engine:
                     if numbers == (type(value) in (int, float)):
                         found[place, name] = value
                 elif name not in INTERNAL:
-                    if id(value) not in seen:  # many modules may hold one object of settings
+                    if id(value) not in seen:  # many modules may share one configuration object
                         seen[id(value)] = contents(value, numbers)
                     found[place, name] = seen[id(value)]
             if not numbers:
@@ -148,7 +152,7 @@ class Engine:
 
 
 class Prepared:
-    """A plan and what it needs at hand: the parameters by role, and the inner loop."""
+    """A verified plan with the parameters by role and the inner loop, ready to run batches."""
 
     def __init__(
         self,
@@ -172,12 +176,12 @@ class Prepared:
 
     @property
     def explained(self) -> Plan:
-        """The plan, with why some of its meta-gradients aren't captured, or are without an executable."""
+        """The plan; its reasons also say which meta-gradients aren't captured, or have no executable, and why."""
         reasons = [reason for captures in self._captures.values() for reason in captures.explained]
         return replace(self.plan, reasons=(*self.plan.reasons, *reasons))
 
     def captures(self, capture: bool | str) -> Captures:
-        """The captured programs of this plan, made as `capture` says."""
+        """Return the captured programs of this plan for a value of the option `capture`."""
         if capture not in self._captures:
             roots = self.parameters.model, self.unroll.inner, self.loss
             names = ["the query losses", *self.parameters.adapted, *self.parameters.shared]
@@ -185,11 +189,14 @@ class Prepared:
         return self._captures[capture]
 
     def theta(self, tasks: int) -> list[Tensor]:
-        """phi_0: the shared initialisation, seen once for each task."""
+        """Return phi_0: the shared initialisation, expanded to `[tasks, *shape]`."""
         return [p.detach().expand(tasks, *p.shape) for p in self.parameters.adapted.values()]
 
     def by_chunks(self, compute: Callable[..., Any], *batches: Any) -> Iterator[Any]:
-        """compute(*batches) over chunks of equal size, at most the plan's; where memory runs out, over half as many."""
+        """Yield `compute(*chunk)` for chunks of about equal size, at most the plan's.
+
+        Where memory runs out, the chunk size is halved from there on.
+        """
         keep_freed_memory()
         start, tasks = 0, tasks_of(batches[0])
         while start < tasks:
@@ -216,7 +223,7 @@ class Prepared:
 
     @contextmanager
     def _kept_tensors(self) -> Iterator[None]:
-        """Tensors that a forward pass keeps in its modules are not left there: they are of many tasks, or of none."""
+        """Remove tensors that a forward pass stores in its modules within the block, as they hold many tasks."""
         state = ModuleState(self.parameters.model.modules()) if self._keeps else None
         try:
             yield
@@ -225,13 +232,16 @@ class Prepared:
                 state.restore_tensors()
 
     def _replan(self, why: str, batches: Sequence[Any]) -> None:
-        """Takes the next batching, where this one can't serve batches that it was made for."""
+        """Replace this plan by one with the next batching, after this batching failed on a later batch."""
         name, other = self.unroll.batching.name, self._again(self.unroll.batching.name, batches)
         self.__dict__.update(other.__dict__)
-        self.plan = replace(self.plan, reasons=(*self.plan.reasons, f"{name} could not serve a later batch: {why}"))
+        self.plan = replace(self.plan, reasons=(*self.plan.reasons, f"{name} failed on a later batch: {why}"))
 
     def _confirm(self, batches: Sequence[Any]) -> None:
-        """Compares folded losses with those of the first and the last task alone, once for each size of a batch."""
+        """Compare folded losses with those of the first and the last task alone, once for each size of a batch.
+
+        Raises FoldError where they differ.
+        """
         batching = self.unroll.batching
         if not isinstance(batching, Folded):
             return
@@ -240,12 +250,12 @@ class Prepared:
             if size in self._confirmed:
                 continue
             tasks = tasks_of(batch)
-            apart = 1 + 0.1 * torch.arange(tasks) / tasks  # parameters differ where data may not
+            apart = 1 + 0.1 * torch.arange(tasks) / tasks  # the parameters differ, even if the data of tasks are equal
             theta = [p * apart.to(p).view(-1, *(1,) * (p.dim() - 1)) for p in self.theta(tasks)]
             state = ModuleState(self.parameters.model.modules())
             tolerance = 1e-3 if theta[0].dtype in (torch.float32, torch.float64) and not _autocast() else 5e-2
             with undisturbed(theta[0].device), torch.set_grad_enabled(self.unroll.graph), comparable():
-                batching.fold.within = comparable  # a mode does not reach through the step out of vmap
+                batching.fold.within = comparable  # the mode set here has no effect once the fold steps out of vmap
                 try:
                     with Alike(tasks) if self._draws else nullcontext():
                         found = batching.losses(theta, batch)
@@ -257,7 +267,7 @@ class Prepared:
                         alone = batching.one(select(batch, t), [p[t] for p in theta])
                     state.restore()
                     if not torch.allclose(found[t], alone, rtol=tolerance, atol=tolerance / 100, equal_nan=True):
-                        raise FoldError("its losses differ from those of a task alone for a batch of this size")
+                        raise FoldError("the losses of folded tasks differ from those of a task alone at this size")
             self._confirmed[size] = None
             if len(self._confirmed) > SIZES:
                 self._confirmed.popitem(last=False)
@@ -268,12 +278,12 @@ def _autocast() -> bool:
 
 
 def _sizes(batch: Any) -> Any:
-    """The structure of a batch, and how large a task of it is, to a factor of two."""
+    """Return the structure of a batch and the size of one task, to a factor of two."""
     return structure(batch), _largest(batch).bit_length()
 
 
 def _largest(batch: Any) -> int:
-    """The numbers in the largest tensor of a task."""
+    """Return the number of elements in the largest tensor of one task."""
     return max((t[0].numel() for t in tensors(batch)), default=0)
 
 
@@ -286,7 +296,7 @@ _GUARD = threading.Lock()
 
 
 def _renewed() -> None:
-    """In a forked child no other thread is there to release a lock."""
+    """Drop all locks in a forked child: the threads that held them do not exist there."""
     global _GUARD
     _GUARD = threading.Lock()
     _LOCKS.clear()
@@ -297,12 +307,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def lock_of(model: nn.Module) -> Any:
+    """Return the lock of a model, the same for all engines."""
     with _GUARD:
         return _LOCKS.setdefault(model, threading.RLock())
 
 
 class _Refusal:
-    """A hook: calls of the model by another thread than its owner are an error."""
+    """A forward pre-hook that raises RuntimeError where another thread than the owner calls the model."""
 
     def __init__(self, owner: int) -> None:
         self.owner = owner
@@ -315,17 +326,20 @@ class _Refusal:
             )
 
 
-# One for a thread, under one key: a captured program compares hooks, and their keys, by identity first.
+# One hook object per thread and one key for all: the guards of a captured program compare both by identity first.
 _REFUSALS: dict[int, _Refusal] = {}
 _KEY = id(threading)
 
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is this thread's: others that adapt it wait, and who calls it is told why not."""
+    """Reserve the model for this thread within the block.
+
+    Other threads that adapt it wait; in other threads that call it, the call raises RuntimeError.
+    """
     refuse = _REFUSALS.setdefault(threading.get_ident(), _Refusal(threading.get_ident()))
     with lock_of(model):
-        hooked = _KEY in model._forward_pre_hooks  # by this thread, a step further out
+        hooked = _KEY in model._forward_pre_hooks  # by an outer block of this thread
         if not hooked:
             model._forward_pre_hooks[_KEY] = refuse
         try:

@@ -1,13 +1,13 @@
-"""Folding: the tasks ride in the model's batch dimension, and modules that own parameters get weights for each task.
+"""Folding: the model runs once with all tasks in its batch dimension, and its layers use a weight for each task.
 
-A model called on `[B, ...]` for one task is called once on `[T·B, ...]` for all of them. Everything without parameters
-(attention, activations, dropout, reshapes) is native code on a larger batch. A module that owns adapted parameters is a
-unit, and runs by the rule of its type: products with per-task weights for linear layers and embeddings, metakern's ops
-for norms and recurrent layers, and for every other type `torch.func.vmap` of the unit alone.
+A model that is called on `[B, ...]` for one task is called once on `[T·B, ...]` for all tasks. Everything without
+parameters (attention, activations, dropout, reshapes) runs unchanged on the larger batch. A module that owns adapted
+parameters is a unit. It runs by the rule of its type: products with a weight per task for linear layers, metakern's ops
+for embeddings, norms and recurrent layers, and `torch.func.vmap` of the unit alone for every other type.
 
-Which tensors carry the tasks is not guessed from a size that could coincide: the model is traced once with 2 tasks and
-once with 3, and a tensor is folded if its first dimension, T·B or a multiple (as after a reshape to [T·B·L, D]),
-followed. Later calls replay what was recorded.
+Which tensors carry the tasks is not guessed from their size, which could coincide. The model is traced once with 2
+tasks and once with 3; a tensor is folded if its first dimension is T·B, or a multiple of it (as after a reshape to
+[T·B·L, D]), in both traces. Later calls replay this record.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from metakern.patching import huggingface
 
 
 class FoldError(RuntimeError):
-    """This model or loss can't be folded; another batching can still be exact."""
+    """The model or loss can't be folded; another batching can still be exact."""
 
 
 class Fold:
-    """A model with its units, and the record of which tensors carry the tasks."""
+    """A model's units with their rules, and the record of which tensors carry the tasks."""
 
     def __init__(
         self, parameters: Parameters, operations: Callable[[], AbstractContextManager] = FusedFunctions
@@ -45,15 +45,15 @@ class Fold:
         self.units = _units(parameters)
         self.originals = {module: module.forward for module in self.units}
         self.tasks = self.size = 0  # T, and T·B while the model runs
-        self.within: Callable[[], AbstractContextManager] = nullcontext  # what the model runs in
+        self.within: Callable[[], AbstractContextManager] = nullcontext  # a context that the model runs in
         self.recording = False
-        self.records: dict[Any, list[int]] = {}  # by the structure of a batch
-        self.record: list[int] = []
+        self.records: dict[Any, list[int]] = {}  # structure of a batch -> its record
+        self.record: list[int] = []  # for each question to `folded`: the tensor's size over T·B, or 0 if not folded
         self._position = 0
 
     @contextmanager
     def active(self, phi: Sequence[Tensor], structure: Any) -> Iterator[None]:
-        """Within the block the model takes BatchedTensors of a vmap over tasks, and runs folded with parameters phi."""
+        """Within the block the model accepts the batched tensors of a vmap over tasks, and runs folded with `phi`."""
         patched: dict[nn.Module, Callable] = {
             module: partial(unit, self, module) for module, unit in self.units.items()
         }
@@ -62,7 +62,7 @@ class Fold:
         kept = {module: module.__dict__.get("forward") for module in patched}
         self.tasks, self._position = phi[0].shape[0], 0
         if not self.recording and structure not in self.records:
-            raise FoldError("a batch must have a structure that was verified, got another one")
+            raise FoldError("the batch must have a structure that was verified, got another one")
         self.record = [] if self.recording else self.records[structure]
         with self.parameters.bound(phi):
             try:
@@ -75,23 +75,25 @@ class Fold:
                     if before is not None:
                         module.__dict__["forward"] = before
         if self._position != len(self.record):
-            raise FoldError("the model made fewer calls than when it was traced: give MAML batching='vmap' or 'loop'")
+            raise FoldError("the model made fewer calls than when it was traced: use batching='vmap' or 'loop'")
 
     def folded(self, tensor: Tensor, dim: int = 0) -> bool:
-        """Whether a tensor carries the tasks in a dimension; recorded in order, by its multiple, then replayed."""
+        """Whether a tensor carries the tasks in `dim`: recorded while tracing, replayed in the same order later."""
         now = tensor.dim() > dim and tensor.shape[dim] % self.size == 0
         if self.recording:
             self.record.append(tensor.shape[dim] // self.size if now else 0)
         elif self._position >= len(self.record):
-            raise FoldError("the model made more calls than when it was traced: give MAML batching='vmap' or 'loop'")
+            raise FoldError("the model made more calls than when it was traced: use batching='vmap' or 'loop'")
         answer = self.record[self._position] > 0
         self._position += 1
         if answer and not now:
-            raise FoldError(f"a tensor that carries the tasks must have size {self.size}, got {list(tensor.shape)}")
+            raise FoldError(
+                f"a folded tensor must have a multiple of {self.size} in dimension {dim}, got {list(tensor.shape)}"
+            )
         return answer
 
     def keep(self, structure: Any, one: list[int], other: list[int]) -> None:
-        """Keeps for batches of a structure what two records, of two numbers of tasks, agree upon."""
+        """Keep, for batches of this structure, the tensors that are folded in both of two records."""
         if len(one) != len(other):
             raise FoldError("the model's calls depend on the number of tasks")
         self.records[structure] = [a if a == b else 0 for a, b in zip(one, other, strict=True)]
@@ -107,18 +109,18 @@ class Fold:
         return tensor.flatten(0, 1)
 
     def spread(self, tensor: Tensor) -> Tensor:
-        """[T, ...] -> [T·B, ...]: what all sequences of a task share, repeated; a batch of 1 is one of B."""
+        """[T, ...] -> [T·B, ...]: repeat what all examples of a task share; a batch dimension of 1 is expanded."""
         if tensor.dim() > 3 and tensor.shape[1] == 1:
             tensor = tensor.squeeze(1)
         return tensor.unsqueeze(1).expand(-1, self.size // self.tasks, *tensor.shape[1:]).flatten(0, 1)
 
     def weight(self, module: nn.Module, name: str) -> Any:
-        """A unit's parameter for each task, [T, *shape], or None; one that is not adapted is expanded."""
+        """Return a unit's parameter for each task, [T, *shape], or None. One that is not adapted is expanded."""
         value = module._parameters.get(name)
         return value.expand(self.tasks, *value.shape) if isinstance(value, nn.Parameter) else value
 
     def _enter(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        """The model's call, seen from inside the vmap over tasks of the user's loss."""
+        """Run the model folded; called in place of its forward, inside the vmap over tasks of the user's loss."""
         leaves, spec = tree_flatten((args, kwargs))
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         result: list[tuple[list, TreeSpec, list[int]]] = []
@@ -132,7 +134,7 @@ class Fold:
             for i, tensor, dim in zip(where, tensors, in_dims, strict=True):
                 inner[i] = tensor if dim is None else tensor.movedim(dim, 0).flatten(0, 1)
             inner_args, inner_kwargs = tree_unflatten(inner, spec)
-            with self.within(), self.operations():  # modes of the caller do not reach through the step out of vmap
+            with self.within(), self.operations():  # the caller's modes have no effect once _Enter steps out of vmap
                 outputs, out_spec = tree_flatten(forward(*inner_args, **inner_kwargs))
             out_where = [i for i, o in enumerate(outputs) if isinstance(o, Tensor)]
             result.append((outputs, out_spec, out_where))
@@ -148,7 +150,7 @@ class Fold:
 
 
 class _Enter(torch.autograd.Function):
-    """Steps out of the vmap over tasks: its vmap rule sees the tensors of all tasks, and runs the model on them."""
+    """Steps out of the vmap over tasks: its vmap rule gets the tensors of all tasks and runs the model on them."""
 
     @staticmethod
     def forward(run: Callable, *tensors: Tensor) -> Any:
@@ -163,11 +165,11 @@ class _Enter(torch.autograd.Function):
         return run(in_dims[1:], tensors)
 
 
-Unit = Callable[..., Any]  # unit(fold, module, *args, **kwargs): the module's forward, folded
+Unit = Callable[..., Any]  # unit(fold, module, *args, **kwargs) computes the module's forward, folded
 
 
 def _units(parameters: Parameters) -> dict[nn.Module, Unit]:
-    """The outermost modules that own an adapted parameter, each with the rule of its type; and batch norms."""
+    """Return the rules of the units: the outermost modules that own an adapted parameter, and other batch norms."""
     owners = {id(module) for module, _, _ in parameters.places}
     units: dict[nn.Module, Unit] = {}
 
@@ -184,7 +186,7 @@ def _units(parameters: Parameters) -> dict[nn.Module, Unit]:
 
 def _rule(module: Any) -> Unit:
     kind: Any = type(module)
-    if "forward" in module.__dict__:  # somebody has wrapped this module's forward
+    if "forward" in module.__dict__:  # this module's forward has been replaced, so the rule of its type may not hold
         return _mapped
     if kind in (nn.Linear, Linear):
         return _linear
@@ -210,13 +212,13 @@ def _rule(module: Any) -> Unit:
 
 
 def _per_task(fold: Fold, x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
-    """An op of metakern's of [T, ..., D] on a tensor of the model; unseen by modes, which cost time."""
+    """Apply one of metakern's ops on [T, ..., D] to a tensor of the model, without the overhead of function modes."""
     with torch._C.DisableTorchFunction():
         return _split(fold, x, op)
 
 
 def _split(fold: Fold, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """A function of [T, ..., D] on a tensor of the model, folded or the same for all."""
+    """Apply a function on [T, ..., D] to a tensor of the model, which is folded or the same for all tasks."""
     if fold.folded(x):
         return function(fold.split(x)).flatten(0, 1)
     return fold.spread(function(x.expand(fold.tasks, *x.shape)))
@@ -228,8 +230,8 @@ def _linear(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _lora(fold: Fold, module: LoraLinear, x: Tensor) -> Tensor:
-    """The frozen base once over all tasks' rows, the factors a task."""
-    apply = _split if module.training and module.dropout else _per_task  # the probe has to see a dropout
+    """Apply the frozen base once to the rows of all tasks, and the factors to each task's rows."""
+    apply = _split if module.training and module.dropout else _per_task  # `comparable` must see a dropout
     return apply(fold, x, lambda x: run_lora(module, x, partial(fold.weight, module)))
 
 
@@ -239,14 +241,14 @@ def _layer_norm(fold: Fold, module: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def _batch_norm(fold: Fold, module: Any, x: Tensor) -> Tensor:
-    """A task is a group of channels: [T·B, C, ...] becomes [B, T·C, ...], whose statistics are those of each task."""
+    """Make each task a group of channels: [T·B, C, ...] becomes [B, T·C, ...], with the statistics of each task."""
     module._check_input_dim(x)
     C, T = x.shape[1], fold.tasks
     statistics = [module._buffers.get(name) for name in ("running_mean", "running_var")]
     weights = [fold.weight(module, name) for name in ("weight", "bias")]
     training = module.training or statistics[0] is None
     if not fold.folded(x):
-        raise FoldError(f"{type(module).__name__} must be given the batch")
+        raise FoldError(f"{type(module).__name__} must be given the batch, got a tensor that is the same for all tasks")
     flat = fold.split(x).transpose(0, 1).flatten(1, 2)
     mean, var = (None if s is None else s.repeat(T) for s in statistics)
     weight, bias = (None if w is None else w.reshape(T * C) for w in weights)
@@ -267,18 +269,18 @@ def _embedding(fold: Fold, module: Any, tokens: Tensor) -> Tensor:
         rows = ops.embedding(tokens, weight)
         if module.padding_idx is None:
             return rows
-        return torch.where((tokens == module.padding_idx).unsqueeze(-1), rows.detach(), rows)  # a row not learned
+        return torch.where((tokens == module.padding_idx).unsqueeze(-1), rows.detach(), rows)  # has no gradient
 
     return _per_task(fold, tokens, look_up)
 
 
 def _elementary(fold: Fold, module: Any, x: Tensor, kind: Any = None) -> Tensor:
-    """One op of the input and the parameters, as `metakern.patch` puts them into Hugging Face's models."""
+    """A module that is one op of its input and parameters, as `metakern.patch` puts them into Hugging Face models."""
     return _per_task(fold, x, lambda x: (kind or type(module)).compute(module, x, partial(fold.weight, module)))
 
 
 def _broadcast(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
-    """A norm of Hugging Face's, as it is: elementwise in its weight, which becomes [T, 1, ..., D]."""
+    """A norm of Hugging Face, run by its own forward: it is elementwise in its weight, which becomes [T, 1, ..., D]."""
 
     def norm(x: Tensor) -> Tensor:
         mine = module._parameters["weight"]
@@ -293,7 +295,7 @@ def _broadcast(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _recurrent(fold: Fold, module: nn.RNNBase, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-    """torch.nn's and metakern.nn's recurrent layers; states have the batch in dimension 1."""
+    """A recurrent layer of torch.nn or metakern.nn. Its states have the batch in dimension 1."""
     batch_dim = 0 if module.batch_first else 1
     states = None if hx is None else tuple(hx) if module.mode == "LSTM" else (hx,)
     if not isinstance(x, Tensor) or x.dim() != 3 or not fold.folded(x, batch_dim):
@@ -302,7 +304,7 @@ def _recurrent(fold: Fold, module: nn.RNNBase, x: Tensor, hx: Any = None) -> tup
     if states is not None:
         carries = [fold.folded(state, 1) for state in states]  # every one is recorded
         if not all(carries):
-            raise FoldError(f"{type(module).__name__} takes a state for each sequence")
+            raise FoldError(f"{type(module).__name__} must be given a state for each sequence, got one for all tasks")
         states = tuple(state.unflatten(1, (fold.tasks, -1)) for state in states)
     per_task = fold.split(x.transpose(0, batch_dim))
     y, states = run(module, per_task, states, partial(fold.weight, module))
@@ -311,7 +313,7 @@ def _recurrent(fold: Fold, module: nn.RNNBase, x: Tensor, hx: Any = None) -> tup
 
 
 def _mapped(fold: Fold, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Any module: vmap of the unit alone, over the tasks, with all parameters in it."""
+    """Any other module: `torch.func.vmap` of its forward over the tasks and its adapted parameters."""
     leaves, spec = tree_flatten((args, kwargs))
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     carries = [fold.folded(leaves[i]) for i in where]

@@ -1,7 +1,8 @@
-"""PyTorch's functions that a model or a loss calls, by metakern's ops where these compute the same.
+"""Replaces functions of PyTorch that a model or a loss calls by metakern's ops that compute the same.
 
-Attention of PyTorch that has a second derivative holds L x L matrices and is a dozen kernels a call; its cross-entropy,
-GELU and SiLU are three to eight kernels at second order. A call that an op can't take is left to PyTorch.
+PyTorch's attention with second derivatives stores L x L matrices and runs a dozen kernels per call; its cross-entropy,
+GELU and SiLU run three to eight kernels at second order. A call with arguments that an op doesn't support is left to
+PyTorch.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from metakern import ops
 
 
 class Repaired(TorchFunctionMode):
-    """Within the block, functions of PyTorch whose second derivatives are wrong run by right ones."""
+    """Within the block, functions of PyTorch with wrong second derivatives are replaced by correct ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         return REPAIRED.get(func, func)(*args, **kwargs or {})
 
 
 class FusedFunctions(TorchFunctionMode):
-    """Within the block, functions of torch.nn.functional run by metakern's ops."""
+    """Within the block, functions of torch.nn.functional run as metakern's ops where these support the arguments."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -44,7 +45,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """A mask must be boolean and the same for all heads and queries of a sequence; PyTorch aligns a causal one left."""
+    """Attention; NotImplemented unless a mask is boolean and the same for all heads and queries of a sequence.
+
+    PyTorch aligns a causal mask to the upper left, the op to the lower right, so causal attention needs as many keys
+    as queries.
+    """
     shapes = query.dim() == key.dim() == value.dim() == 4 and key.shape == value.shape
     if not shapes or dropout_p or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         return NotImplemented
@@ -68,7 +73,7 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    """NaN where every target is ignored, as in PyTorch."""
+    """Mean cross-entropy; NaN where every target is ignored, as in PyTorch."""
     plain = weight is None and size_average is None and reduce is None and reduction == "mean" and not label_smoothing
     if not plain or input.dim() != 2 or target.dim() != 1 or target.dtype not in (torch.int64, torch.int32):
         return NotImplemented
@@ -85,13 +90,13 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    """Under vmap PyTorch's own reads the next task's table where a token is out of range."""
+    """Embedding. Unlike PyTorch's under vmap, it never reads the next task's table where a token is out of range."""
     if max_norm is not None or scale_grad_by_freq or sparse or weight.dim() != 2 or not weight.is_floating_point():
         return NotImplemented
     rows = ops.embedding(input, weight)
     if padding_idx is None or padding_idx < 0:
         return rows if padding_idx is None else NotImplemented
-    return torch.where((input == padding_idx).unsqueeze(-1), rows.detach(), rows)  # a row not learned
+    return torch.where((input == padding_idx).unsqueeze(-1), rows.detach(), rows)  # the padding row has no gradient
 
 
 def _gelu(input: Tensor, approximate: str = "none") -> Any:
@@ -103,12 +108,12 @@ def _silu(input: Tensor, inplace: bool = False) -> Any:
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """g v / |v| (Salimans, Kingma 2016, section 2); the second derivatives of PyTorch's kernel for CPUs are wrong."""
+    """Return g v / |v| (Salimans, Kingma 2016, section 2). PyTorch's CPU kernel has wrong second derivatives."""
     axes = [i for i in range(v.dim()) if i != dim % v.dim()] if dim != -1 else list(range(v.dim()))
     return v * (g / v.square().sum(axes, keepdim=True).sqrt())
 
 
-# PyTorch's functions whose second derivatives are wrong, by right ones.
+# Functions of PyTorch whose second derivatives are wrong -> correct ones.
 REPAIRED: dict[Any, Callable[..., Any]] = {torch._weight_norm: _weight_norm}
 _FUSED: dict[Any, Callable[..., Any]] = {
     F.scaled_dot_product_attention: _attention,

@@ -1,4 +1,4 @@
-"""A model's parameters by role: adapted (one for each task), shared (meta-learned, the same for all), frozen."""
+"""The roles of a model's parameters: adapted (one for each task), shared (meta-learned, the same for all), frozen."""
 
 from __future__ import annotations
 
@@ -15,9 +15,21 @@ Adapt = Sequence[str] | Callable[[str], bool] | None
 
 
 class Parameters:
-    """Names, tensors and places of a model's parameters; tied ones are one parameter with several places.
+    """The trainable parameters of a model by role. Tied parameters are one parameter with several places.
 
-    adapted: {name: parameter} that the inner loop changes; shared: those that only the outer loop learns.
+    Args:
+        adapt: Which parameters are adapted: None for all, name patterns, or a predicate on names. A pattern is
+            shell-style over the whole dotted name, and a prefix of it selects everything below: "head" selects
+            "head.weight".
+
+    Attributes:
+        adapted: {name: parameter}, those that the inner loop changes.
+        shared: {name: parameter}, those that only the outer loop learns.
+        places: (module, attribute, name) for each place of an adapted parameter.
+
+    Raises:
+        TypeError: A pattern is not a string.
+        ValueError: There is no trainable parameter, `adapt` matches none, or it matches one without a gradient.
     """
 
     def __init__(self, model: nn.Module, adapt: Adapt = None) -> None:
@@ -36,7 +48,7 @@ class Parameters:
             rule = "model must have trainable parameters" if adapt is None else "adapt must match a parameter's name"
             raise ValueError(f"MAML: {rule}, got {'none' if adapt is None else repr(adapt)}")
         names = {id(p): name for name, p in self.adapted.items()}
-        self.places: list[tuple[nn.Module, str, str]] = [  # module, attribute, name of the parameter
+        self.places: list[tuple[nn.Module, str, str]] = [
             (module, attribute, names[id(parameter)])
             for module in model.modules()
             for attribute, parameter in module._parameters.items()
@@ -44,14 +56,14 @@ class Parameters:
         ]
 
     def holding(self, adapted: dict[str, nn.Parameter], shared: dict[str, nn.Parameter]) -> Parameters:
-        """The same roles of other parameters, which stand in the same places."""
+        """Return the same roles and places with other parameters in them."""
         other = copy.copy(self)
         other.adapted, other.shared = adapted, shared
         return other
 
     @contextmanager
     def bound(self, phi: Sequence[Tensor]) -> Iterator[None]:
-        """Puts phi (in the order of `adapted`) in the parameters' places for the duration of the block."""
+        """Within the block, `phi` (in the order of `adapted`) replaces the adapted parameters in the model."""
         values = dict(zip(self.adapted, phi, strict=True))
         try:
             put((module, attribute, values[name]) for module, attribute, name in self.places)
@@ -61,7 +73,7 @@ class Parameters:
 
 
 def put(tensors: Iterable[tuple[nn.Module, str, Any]]) -> None:
-    """Puts each tensor (or None) in the place of a module's parameter: (module, attribute, tensor)."""
+    """Set parameters of modules to tensors (or None), given as (module, attribute, tensor)."""
     recurrent = {}
     for module, attribute, tensor in tensors:
         module._parameters[attribute] = tensor
@@ -72,8 +84,10 @@ def put(tensors: Iterable[tuple[nn.Module, str, Any]]) -> None:
 
 
 def twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of a model, in `dtype` if one is given, whose frozen parameters are not copied but shared where they can
-    be: a base under LoRA, most of a model, is needed once."""
+    """Return a copy of a model, in `dtype` if one is given, that shares its frozen parameters where their dtype allows.
+
+    Under LoRA most parameters are frozen, so they are held once.
+    """
     frozen = {
         id(p): p if dtype is None else nn.Parameter(p.detach().to(dtype), requires_grad=False)
         for p in model.parameters()
@@ -82,7 +96,7 @@ def twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     kept = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
     memo: dict[int, Any] = {**frozen, **{id(t): t.detach().clone() for t in kept}}
     copied = copy.deepcopy(model, memo)
-    # By the class's own method: an attribute `to` of the instance, as accelerate sets one, is the original's.
+    # The method of the class: an attribute `to` of the instance (accelerate sets one) still belongs to the original.
     return copied if dtype is None else nn.Module.to(copied, dtype)
 
 
@@ -98,7 +112,7 @@ def _selector(adapt: Adapt) -> Callable[[str], bool]:
 
 
 def _as_regex(pattern: str) -> str:
-    """A shell-style pattern over dotted names; a prefix selects all under it: "head", "layers.*.bias"."""
+    """Return the regular expression of a shell-style pattern over dotted names, such as "head" or "layers.*.bias"."""
     if not isinstance(pattern, str):
         raise TypeError(f"MAML: adapt must hold name patterns (strings), got {type(pattern).__name__}")
     escaped = "".join({"*": ".*", "?": "."}.get(ch, re.escape(ch)) for ch in pattern)

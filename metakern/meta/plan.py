@@ -1,8 +1,8 @@
-"""Which batching, strategy and chunk of tasks a meta-gradient uses here, and why.
+"""The planner: it chooses the batching, the strategy and the chunk of tasks of a meta-gradient, and records why.
 
-Nothing is taken on trust. Every candidate is tried on two tasks before it is used (`verify`): its losses, gradients and
-Hessian-vector products must equal those of plain autograd, and these must be slopes. `auto` takes the first candidate
-that is exact, and the plan says why the others are not.
+Every batching is tried on two tasks before it is used (`verify`): its losses, gradients and Hessian-vector products
+must equal those of plain autograd, and the latter must be slopes. `auto` takes the first batching that is exact; the
+plan's reasons say why the ones before it are not.
 """
 
 from __future__ import annotations
@@ -23,12 +23,21 @@ from metakern.meta.parameters import Parameters
 from metakern.meta.verify import Trial, one_line, opened
 
 FLOAT64_PARAMETERS = 200_000_000
-TRIAL_COPIES = 10  # of all parameters, that a trial holds at once
+TRIAL_COPIES = 10  # estimate of how many copies of all trainable parameters a trial holds at once
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen. `reasons` explains each choice; `print(plan)` shows all of it."""
+    """The choices for one kind of batch, and their reasons. `print(plan)` shows all of it.
+
+    Attributes:
+        batching: "fold", "vmap" or "loop".
+        strategy: "store" or "recompute".
+        hvp: The mode of the outer derivative of Hessian-vector products, "forward" or "reverse". Used by "recompute".
+        task_chunk: The greatest number of tasks computed at once.
+        activation_bytes: An estimate of what one task's loss saves for its backward pass, in bytes.
+        reasons: One line for each choice.
+    """
 
     batching: str
     strategy: str
@@ -38,10 +47,10 @@ class Plan:
     reasons: tuple[str, ...] = field(repr=False)
 
     def halved(self, tried: int) -> Plan:
-        """The plan after memory ran out with so many tasks at once."""
+        """Return the plan to use after memory ran out with `tried` tasks at once."""
         chunk = tried // 2
         return replace(
-            self, task_chunk=chunk, reasons=(*self.reasons, f"memory ran out: {chunk} tasks at once from now")
+            self, task_chunk=chunk, reasons=(*self.reasons, f"memory ran out: {chunk} tasks at once from now on")
         )
 
     def __str__(self) -> str:
@@ -53,19 +62,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Found:
-    """A plan, the batching that it is for, and the trained leaves that the loss reaches beside the model's."""
+    """A plan, its batching, and what the trial found out about model and loss."""
 
     plan: Plan
     batching: Batching
-    outside: list[Tensor]
-    draws: bool  # whether the model draws random numbers
-    python: bool  # whether of Python's or NumPy's generators
-    changed: set[tuple[int, str]]  # attributes of modules, (id, name), that a forward pass changes
+    outside: list[Tensor]  # leaves with gradients that the loss reaches and that are no parameters of the model
+    draws: bool  # whether model or loss draw random numbers from PyTorch
+    python: bool  # whether they draw from Python's or NumPy's generators
+    changed: set[tuple[int, str]]  # attributes that a forward pass changes: (id of the module, name)
     graph: bool = False  # whether the loss takes derivatives itself
 
 
 class Planner:
-    """Makes the plan for one model, loss and inner loop, and batches of one structure."""
+    """Makes plans for one model and loss, as far as the options of the user (`wishes`) leave a choice."""
 
     def __init__(self, parameters: Parameters, loss: Loss, wishes: Wishes) -> None:
         self.parameters, self.loss, self.wishes = parameters, loss, wishes
@@ -78,15 +87,22 @@ class Planner:
         without: Sequence[str] = (),
         slopes: bool = True,
     ) -> Found:
-        """Tries the candidates on two tasks of each of `batches`, support first.
+        """Try the batchings on two tasks of each of `batches` and return the first that is exact, with its plan.
 
-        without: batchings that are not to be tried. slopes: whether second derivatives are compared with slopes.
-        Raises ValueError where no batching is exact, or where second-order terms are lost.
+        Args:
+            batches: One batch for each structure, the support first; second derivatives are verified on it alone.
+            inner_steps: The number of inner steps.
+            first_order: Whether to leave out the verification of second derivatives.
+            without: Batchings that are not to be tried.
+            slopes: Whether second derivatives are compared with slopes.
+
+        Raises:
+            ValueError: No batching is exact, or second-order terms are lost.
         """
         double = self._affordable()
         names = list(WAYS) if self.wishes.batching == "auto" else [self.wishes.batching]
         names = [name for name in names if name not in without]
-        reasons = [f"{name} is not possible: it did not do for other batches" for name in without]
+        reasons = [f"{name} is not possible: it failed on a later batch" for name in without]
         with opened(self.parameters, self.loss, batches, first_order, double, slopes) as trial:
             found = self._tried(trial, names, trial.plain, batches, inner_steps, reasons)
             if found is None and not trial.plain and any("third derivatives" in reason for reason in reasons):
@@ -96,13 +112,17 @@ class Planner:
         words = "MAML: no batching is exact for this model and loss:\n  " + "\n  ".join(reasons)
         if "heckpoint" in words:
             words += (
-                "\n  (where the model checkpoints its activations: gradient_checkpointing_disable(), and"
-                ' strategy="recompute" saves the memory)'
+                "\n  (if the model checkpoints its activations, call its gradient_checkpointing_disable();"
+                ' strategy="recompute" saves the memory instead)'
             )
         raise ValueError(words)
 
     def _judged(self, found: Found, lost: str, batches: Sequence[Any]) -> Found:
-        """Raises ValueError where second-order terms are lost; a gradient that is a surrogate on purpose is its own."""
+        """Return `found`; raise ValueError where second-order terms are lost.
+
+        A surrogate gradient (one that is not the slope of the loss, as of a straight-through estimator) is taken as it
+        is, with a note among the reasons.
+        """
         if not lost:
             return found
         from metakern.diagnosis import doctor
@@ -111,13 +131,13 @@ class Planner:
         try:
             report = doctor(self.parameters.model, self.loss, batches[0], batches[-1], adapt=self._is_adapted)
             places = [f"{p.path or 'the model'}: {p.op}, {p.kind}" for p in report.problems if p.order == 2]
-        except Exception:  # what the doctor can't look at may be lost all the same
+        except Exception:  # the doctor can't examine this model, but second-order terms are lost all the same
             places = []
         if lost == "surrogate" and not places:
-            note = "the gradient is a surrogate, no slope of the loss, in first order: metakern.doctor says where"
+            note = "the gradient is a surrogate, not the slope of the loss: metakern.doctor finds the place"
             return replace(found, plan=replace(found.plan, reasons=(*found.plan.reasons, note)))
-        where = "; ".join(places) or "metakern.doctor looks for the place"
-        raise ValueError(f"MAML: second derivatives must not be lost, and are by this model and loss: {where}")
+        where = "; ".join(places) or "call metakern.doctor to find the place"
+        raise ValueError(f"MAML: second derivatives must not be lost, but this model and loss lose them: {where}")
 
     def _is_adapted(self, name: str) -> bool:
         return name in self.parameters.adapted
@@ -129,12 +149,12 @@ class Planner:
             batching: Any = WAYS[name](trial.roles, self.loss, plain)
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # a candidate is judged by its numbers
+                    warnings.simplefilter("ignore")  # a batching is judged by its numbers alone
                     hvp, saved = trial.verify(batching)
-            except Exception as error:  # whatever a model raises under a batching, that batching is not for it
+            except Exception as error:  # a model may raise anything under a batching that does not suit it
                 reasons.append(f"{name} is not possible: {one_line(error)}")
                 continue
-            how = ", by PyTorch's own operations" if plain else ""
+            how = ", with PyTorch's own operations in place of metakern's" if plain else ""
             reasons.append(f"{name} equals plain autograd on two tasks, {trial.measure()}: taken{how}")
             reasons += [trial.note] * bool(trial.note)
             chosen: Any = WAYS[name](self.parameters, self.loss, plain)
@@ -145,7 +165,7 @@ class Planner:
         return None
 
     def _affordable(self) -> bool:
-        """Whether a trial in float64 fits what is free."""
+        """Whether a trial in float64 needs at most half of the free memory."""
         parameters = list(self.parameters.model.parameters())
         numbers = sum(p.numel() for p in parameters if p.requires_grad)
         frozen = sum(p.numel() for p in parameters if not p.requires_grad)
@@ -170,24 +190,24 @@ class Planner:
             strategy = "store" if stored <= free // 4 else "recompute"
             fits = "fits" if strategy == "store" else "does not fit"
             reasons.append(
-                f"{strategy}: the graph of {inner_steps} steps, {mib(stored)}, {fits} a quarter of what is free"
+                f"{strategy}: the graph of {inner_steps} steps, {mib(stored)}, {fits} a quarter of the free memory"
             )
-        if strategy == "recompute":  # which keeps the parameters of every step
+        if strategy == "recompute":  # it keeps the parameters of every step
             working += inner_steps * copy_bytes
         chunk = fitting(working)
         if not isinstance(wish, int):
             reasons.append(
-                f"{min(chunk, tasks)} of {tasks} tasks at once: {mib(working)} a task, {mib(room)} of {where}"
+                f"{min(chunk, tasks)} of {tasks} tasks at once: {mib(working)} a task, within {mib(room)} of {where}"
             )
         return Plan(name, strategy, hvp, chunk, saved, tuple(reasons))
 
 
-WORKING_BYTES = 192 * 2**20  # a CPU's working set of one chunk of tasks: more is slower, less is more calls
+WORKING_BYTES = 192 * 2**20  # a CPU's working set of one chunk: a larger one is slower, a smaller one takes more calls
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user asked for: a choice, or "auto"."""
+    """The options of the user, each a value or "auto". Raises ValueError for other values."""
 
     batching: str = "auto"
     strategy: str = "auto"
@@ -200,19 +220,22 @@ class Wishes:
             raise ValueError(f"MAML: strategy must be auto, store or recompute, got {self.strategy!r}")
         chunk = self.task_chunk
         if chunk != "auto" and not (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1):
-            raise ValueError(f'MAML: task_chunk must be "auto" or at least 1, got {chunk!r}')
+            raise ValueError(f'MAML: task_chunk must be "auto" or an integer of at least 1, got {chunk!r}')
 
 
 def free_bytes(device: torch.device) -> int:
-    """The memory that a process may still take: on a CPU with what the page cache would give back, within the limits of
-    its container."""
+    """Return how many bytes this process may still allocate on a device.
+
+    On a CPU this includes the page cache that can be reclaimed, and respects the memory limit of the container. Where
+    the system does not report its memory, it is 4 GiB.
+    """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):  # not every system tells
+    except (OSError, StopIteration, ValueError):  # only Linux has this file
         try:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (ValueError, OSError, AttributeError):

@@ -1,15 +1,16 @@
-"""Whether autograd's derivatives of a function are its slopes: both by numbers, with the error of the numbers.
+"""Checks whether autograd's derivatives of a function are its slopes, by central differences with error estimates.
 
     s: R^n -> R        g = autograd's gradient of s        along a direction u:
 
     first order     <g, u>                  against   (s(z + h u) - s(z - h u)) / 2h
     second order    autograd's product      against   (g(z + h u) - g(z - h u)) / 2h
 
-The truth of the second order is thus the slope of what autograd gives for the first. Autograd's product is taken
-reverse over reverse and forward over reverse. Steps h are tried in turn until autograd agrees; where it never does,
-neighboring steps are extrapolated (Richardson), and each element keeps the value that its neighbor confirms best, with
-their difference as its error. A kink, of ReLU or a maximum, within one step is not within a smaller one, and does not
-lie at every point: who disagrees must do so at two points, by more than the differences' own error.
+The reference of the second order is thus the slope of what autograd gives for the first. Autograd's product is taken
+both reverse over reverse and forward over reverse. Step sizes h are tried in turn until autograd agrees. Where it never
+does, neighboring step sizes are extrapolated (Richardson); each element takes the extrapolation of the pair of steps
+that agree best, and their difference is its estimated error. A kink (of ReLU, of a maximum) may lie within a large step
+but not within a smaller one, and not near every point. So autograd counts as wrong only if it disagrees at two points,
+by more than the estimated error of the differences.
 """
 
 from __future__ import annotations
@@ -28,23 +29,24 @@ from torch import Tensor
 from metakern.meta.unroll import derivatives, with_zeros
 
 Tensors = Sequence[Tensor]
-Scalar = Callable[[Tensors], AbstractContextManager[Tensor]]  # s(z) with its graph, within which it is differentiated
+Scalar = Callable[[Tensors], AbstractContextManager[Tensor]]  # gives s(z) with its graph; differentiate in the block
 
 STEPS = {
     torch.float64: (1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-4, 1e-3),
     torch.float32: (1e-2, 3e-2, 3e-3),
-}  # relative to the size of z
+}  # step sizes, relative to the norm of z, in the order in which they are tried
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 3e-2}
-SAFETY = 20  # times the estimated error of the differences
-NOISE = 0.02  # of the size of z: the points at which it is judged lie so far from the model's own
+SAFETY = 20  # the estimated error of the differences is multiplied by this
+NOISE = 0.02  # relative distance of the points of comparison from the model's own parameters
 
 
 @dataclass
 class Verdict:
-    """For each order and mode how far autograd is from the truth, in units of what is allowed: more than 1 is wrong.
+    """The error of autograd for the first order and for both modes of the second.
 
-    Or what it raised; None where there is nothing to compare. The second order is that of autograd's own gradient, so
-    that it is looked at where that gradient is a slope: the transposed product of any other field is another vector.
+    Each value is the error over the allowed error (more than 1 is wrong), the exception that autograd raised, or None
+    where there is nothing to compare. The second order is compared only where the first is right: the Jacobian of a
+    gradient that is no slope need not be symmetric, so reverse mode would give another product.
     """
 
     first: float | Exception | None = None
@@ -63,16 +65,16 @@ class Verdict:
 
     @property
     def exact(self) -> bool:
-        """Nothing is wrong, and one mode of the second order is there."""
+        """Nothing is wrong, and at least one mode of the second order works."""
         return not self.impossible and not any(map(self.wrong, ("first", "reverse", "forward")))
 
     @property
     def hopeless(self) -> bool:
-        """No smaller step will make it right."""
+        """An error is so large that no other step size will make it right."""
         return any(isinstance(found, float) and found > 100 for found in (self.first, self.reverse, self.forward))
 
     def better(self, other: Verdict) -> Verdict:
-        """Of two points, for each order the one at which autograd does better."""
+        """Return the smaller error of two points, for each order and mode."""
 
         def least(a: Any, b: Any) -> Any:
             return b if not isinstance(a, float) or (isinstance(b, float) and b < a) else a
@@ -81,10 +83,17 @@ class Verdict:
 
 
 def judge(s: Scalar, z: Tensors, active: Sequence[bool], precision: torch.dtype) -> Verdict:
-    """Autograd's first order along a random direction, and its second along the part of it that is `active`."""
+    """Compare autograd's first order along a random direction, and its second along the `active` part of it.
+
+    Args:
+        s: The function.
+        z: Its arguments; the comparison takes place at points near it.
+        active: For each tensor of z, whether the direction of the second order has a part in it.
+        precision: The precision in which s computes, float64 or float32.
+    """
     verdict = None
     for point in range(2):
-        enough = 1 if verdict and verdict.hopeless else 3  # steps; a second point need not be looked at as closely
+        enough = 1 if verdict and verdict.hopeless else 3  # step sizes after which a hopeless error ends the search
         here = _judge_at(s, z, point, active, precision, enough)
         verdict = here if verdict is None else verdict.better(here)
         if verdict.exact or isinstance(verdict.first, Exception):
@@ -94,12 +103,14 @@ def judge(s: Scalar, z: Tensors, active: Sequence[bool], precision: torch.dtype)
 
 
 def gradient(s: Scalar, z: Tensors) -> tuple[Tensor, list[Tensor]]:
+    """Return s(z) and autograd's gradient."""
     leaves = [t.detach().requires_grad_() for t in z]
     with s(leaves) as value:
         return value.detach(), [g.detach() for g in with_zeros(derivatives(value, leaves), leaves)]
 
 
 def reverse_over_reverse(s: Scalar, z: Tensors, v: Tensors) -> list[Tensor]:
+    """Return autograd's Hessian-vector product with v, by reverse mode over reverse mode."""
     leaves = [t.detach().requires_grad_() for t in z]
     with s(leaves) as value:
         grads = derivatives(value, leaves, create_graph=True)
@@ -108,6 +119,7 @@ def reverse_over_reverse(s: Scalar, z: Tensors, v: Tensors) -> list[Tensor]:
 
 
 def forward_over_reverse(s: Scalar, z: Tensors, u: Tensors, active: Sequence[bool]) -> list[Tensor]:
+    """Return autograd's Hessian-vector product with the `active` part of u, by forward mode over reverse mode."""
     with forward_ad.dual_level():
         leaves = [t.detach().contiguous().requires_grad_() for t in z]
         duals = [forward_ad.make_dual(x, t) if on else x for x, t, on in zip(leaves, u, active, strict=True)]
@@ -118,14 +130,14 @@ def forward_over_reverse(s: Scalar, z: Tensors, u: Tensors, active: Sequence[boo
 
 
 class Differences:
-    """The slopes at z along u of tensors that depend on z, in more and more steps."""
+    """Central differences at z along u of a function that returns tensors, for a growing number of step sizes."""
 
     def __init__(self, function: Callable[[Tensors], Tensors], z: Tensors, u: Tensors, precision: torch.dtype) -> None:
         self.function, self.z, self.u, self.steps = function, z, u, STEPS[precision]
         self.found: dict[float, list[Tensor]] = {}
 
     def more(self) -> bool:
-        """Takes another step; False where all are taken."""
+        """Compute the differences of the next step size. Returns False if there is none left."""
         todo = self.steps[len(self.found) :]
         for h in todo[:1]:
             up, down = (self._at(sign * h) for sign in (1, -1))
@@ -136,7 +148,7 @@ class Differences:
         return self.function([z + h * u for z, u in zip(self.z, self.u, strict=True)])
 
     def best(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The truths and their errors, which are unknown (zero) as long as there is one step."""
+        """Return the best estimates of the slopes and of their errors, which are zero while there is one step size."""
         steps = sorted(self.found)
         truths, errors = list(self.found[steps[0]]), [torch.zeros_like(t) for t in self.found[steps[0]]]
         for n, (fine, coarse) in enumerate(pairwise(steps)):
@@ -150,7 +162,7 @@ class Differences:
 
 
 def slope(function: Callable[[Tensors], Tensors], z: Tensors, u: Tensors) -> list[Tensor]:
-    """The slopes at z along a u of any size, by two steps that agree, or more."""
+    """Return the slopes at z along u, of any norm, from the first two or more step sizes that agree."""
     scale = norm(z) / norm(u) if norm(u) else 1.0
     differences = Differences(function, z, [t * scale for t in u], z[0].dtype)
     while differences.more():
@@ -163,7 +175,7 @@ def slope(function: Callable[[Tensors], Tensors], z: Tensors, u: Tensors) -> lis
 def _judge_at(s: Scalar, z: Tensors, seed: int, active: Sequence[bool], precision: torch.dtype, enough: int) -> Verdict:
     try:
         z, value, g = _point(s, z, seed)
-    except Exception as error:  # whatever a model raises is what there is to report
+    except Exception as error:  # a model may raise anything; it is reported
         return Verdict(first=error)
     u = direction(z, 10 + seed)
     partial = [t if on else torch.zeros_like(t) for t, on in zip(u, active, strict=True)]
@@ -178,7 +190,7 @@ def _judge_at(s: Scalar, z: Tensors, seed: int, active: Sequence[bool], precisio
     if any(active):
         claims["reverse"] = _attempt(lambda: reverse_over_reverse(s, z, partial))
         claims["forward"] = _attempt(lambda: forward_over_reverse(s, z, partial, active))
-    sizes = [norm([t]) / max(t.numel(), 1) ** 0.5 for t in u]  # all is counted in units of z's sizes
+    sizes = [norm([t]) / max(t.numel(), 1) ** 0.5 for t in u]  # derivatives count in proportion to the size of z
     whole = sum((size * norm([t])) ** 2 for t, size in zip(g, sizes, strict=True)) ** 0.5
     slope = sum((a * b).sum() for a, b in zip(g, u, strict=True))
 
@@ -217,7 +229,7 @@ def _attempt(product: Callable[[], list[Tensor]]) -> list[Tensor] | Exception:
 def _excess(
     claims: Tensors, truths: Tensors, errors: Tensors, sizes: Sequence[float], whole: float, tolerance: float
 ) -> float:
-    """The distance of the worst tensor from its truth, in units of what is allowed."""
+    """Return the greatest error of a tensor over its allowed error."""
     norms = [size * norm([t]) for t, size in zip(truths, sizes, strict=True)]
     floor = 1e-2 * max(*norms, whole)
     worst = 0.0
@@ -236,7 +248,7 @@ def norm(tensors: Tensors) -> float:
 
 
 def direction(z: Tensors, seed: int) -> list[Tensor]:
-    """Random, each tensor as large as its part of z."""
+    """Return a random direction in which each tensor has about the norm of its tensor in z."""
     generator = torch.Generator().manual_seed(seed)
     typical = max((norm([t]) / max(t.numel(), 1) ** 0.5 for t in z), default=0.0) or 1.0
     direction = []
@@ -247,14 +259,16 @@ def direction(z: Tensors, seed: int) -> list[Tensor]:
 
 
 def _point(s: Scalar, z: Tensors, seed: int) -> tuple[Tensors, Tensor, list[Tensor]]:
-    """A point near z with s and its gradient, where they are finite: all elements moved, or if that leaves the domain
-    those alone that are not zero, or none."""
+    """Return a point near z where s and its gradient are finite, with both.
+
+    All elements are moved; if that leaves the domain of s, only those that are not zero; else z itself is taken.
+    """
     noise = [NOISE * n for n in direction(z, seed)]
     for at in (
         [t + n for t, n in zip(z, noise, strict=True)],
         [t * (1 + NOISE / 2 * n.sign()) for t, n in zip(z, noise, strict=True)],
     ):
-        with suppress(Exception):  # the last one raises
+        with suppress(Exception):  # if z itself raises too, that is not suppressed
             value, g = gradient(s, at)
             if all(t.isfinite().all() for t in (value, *g)):
                 return at, value, g

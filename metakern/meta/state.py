@@ -1,4 +1,4 @@
-"""What a forward pass can change beside its results: attributes and buffers of modules, and generators of numbers."""
+"""Saves and restores what a forward pass can change: attributes and buffers of modules, and random generators."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_DEPTH = 6  # of containers within containers that are looked into
+_DEPTH = 6  # levels of nested containers that are looked into
 
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
-_MOST = 256  # parts of a container that is looked into
+_MOST = 256  # of a container with more items, only the number of items is compared
 
 
 def contents(value: Any, numbers: bool, depth: int = 3) -> Any:
-    """What a container, an object of settings or a function is, to be compared: its plain values and its functions.
+    """Return a hashable summary of a container, a configuration object or a function, to be compared.
 
-    Without its numbers, or with numbers alone. Tensors and modules in it are left out.
+    Without `numbers` it consists of plain values, identities of functions, and the types of everything else. With
+    `numbers` it has the values of the numbers instead. Of tensors and modules it has only the type.
     """
     kind = type(value)
     if kind in (int, float):
@@ -51,9 +52,9 @@ def contents(value: Any, numbers: bool, depth: int = 3) -> Any:
 
 
 class ModuleState:
-    """The attributes and buffers of modules, to be put back: their containers and their generators' states too.
+    """A snapshot of the attributes and buffers of modules, including nested containers and random generators.
 
-    Tensors among the attributes are put back by identity, buffers by value.
+    `restore` puts it back: buffers by value, all other tensors by identity.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -70,7 +71,7 @@ class ModuleState:
         self._generators: list[tuple[Callable[[Any], Any], Any]] = []
         seen: set[int] = set()
         for _, attributes in self._modules:
-            for value in attributes.values():  # parameters, buffers and submodules are dictionaries among them
+            for value in attributes.values():  # these include the dictionaries of parameters, buffers and submodules
                 self._look(value, seen, _DEPTH)
 
     def _look(self, value: Any, seen: set[int], depth: int) -> None:
@@ -106,19 +107,22 @@ class ModuleState:
                 self._look(part, seen, depth - 1)
 
     def changed(self) -> set[tuple[int, str]]:
-        """Which attributes are others now: (id of the module, name)."""
+        """Return the attributes that differ from the snapshot: (id of the module, name).
+
+        A container outside of a module's own attributes is given as (id of the container, "").
+        """
         attributes = {
             (id(module), name)
             for module, before in self._modules
             for name, value in vars(module).items()
             if before.get(name, self) is not value or self._changed_within(id(module), name, value)
         }
-        own = {id(module._parameters) for module, _ in self._modules}  # in which the engine puts those of each task
+        own = {id(module._parameters) for module, _ in self._modules}  # the engine puts each task's parameters there
         others = {id(held) for held, copied in self._containers if _parts(held) != _parts(copied)} - own
         return attributes | {(place, "") for place in others}
 
     def restore_tensors(self) -> None:
-        """Puts back the attributes and containers in which there are tensors that were not there before."""
+        """Restore only the attributes and containers that now hold tensors which they did not hold before."""
         for module, attributes in self._modules:
             for name, value in list(vars(module).items()):
                 if isinstance(value, Tensor) and attributes.get(name) is not value:
@@ -155,7 +159,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _parts(container: Any) -> list[int]:
-    """The identities of what a container holds, in order."""
+    """Return the ids of a container's items (of a dictionary's values), in order."""
     return list(map(id, container.values() if isinstance(container, dict) else container))
 
 
@@ -172,7 +176,7 @@ def _refill(container: Any, copied: Any) -> None:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """The random states of PyTorch, Python and NumPy are afterwards what they were."""
+    """Restore the random states of PyTorch (CPU, and `device`), Python and NumPy at the end of the block."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
@@ -186,7 +190,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def seeded() -> None:
-    """All generators as at every evaluation of a trial."""
+    """Set the global generators of PyTorch, Python and NumPy to the seed at which each evaluation of a trial starts."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)

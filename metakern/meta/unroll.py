@@ -1,14 +1,15 @@
-"""The inner loop and its exact meta-gradient, in two strategies that give the same numbers.
+"""The inner loop and its exact meta-gradient, by two strategies that give the same numbers.
 
     phi_0 = theta        phi_{k+1}, s_{k+1} = U(phi_k, grad S(phi_k), s_k; h)        L = sum_t Q_t(phi_K) weight
 
-store      keeps the graph of all K steps and differentiates it once: least arithmetic, memory of K steps.
-recompute  keeps phi_k (and s_k where U needs it) and pulls the cotangent back a step at a time: through U, which gives
-           ct_g, and then by one Hessian-vector product, H(phi_k) ct_g, at the memory of one step.
+store      Keeps the graph of all K steps and differentiates it once: the least arithmetic, and the memory of K steps.
+recompute  Keeps phi_k and s_k of each step (and its gradients, where U needs them) and pulls the cotangent back one
+           step at a time: through U, which gives ct_g, and then by one Hessian-vector product, H(phi_k) ct_g. Besides
+           what it keeps, it takes the memory of one step.
 
 The Hessian-vector product is taken forward over reverse (dual tensors through an ordinary `autograd.grad`), or reverse
-over reverse where a model has an op without forward mode; both are exact. Parameters that the inner loop doesn't adapt
-(`shared`) get their part from the same products: the mixed second derivative times ct_g.
+over reverse where a model has an operation without forward mode; both are exact. Parameters that the inner loop doesn't
+adapt (`shared`) get their cotangents from the same products: the mixed second derivative times ct_g.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ class Result:
 
 @dataclass(frozen=True)
 class Unroll:
-    """What an inner loop consists of."""
+    """An inner loop: its batching, optimizer and number of steps, and how it is differentiated."""
 
     batching: Batching
     inner: InnerOptimizer
     steps: int
     first_order: bool = False
-    hvp: str = "forward"  # or "reverse": the mode of recompute's outer derivative
-    python: bool = False  # whether the model draws from Python's or NumPy's generators too
-    graph: bool = False  # whether the loss takes derivatives itself, and has no value without a graph
+    hvp: str = "forward"  # or "reverse": the mode of the outer derivative of Hessian-vector products
+    python: bool = False  # whether model or loss draw from Python's or NumPy's generators too
+    graph: bool = False  # whether the loss takes derivatives itself, and so needs gradients enabled
 
     def trajectory(self, theta: Sequence[Tensor], support: Any, steps: int) -> Iterator[list[Tensor]]:
-        """phi_0, …, phi_steps, without a graph."""
+        """Yield phi_0, …, phi_steps, without a graph."""
         yield list(theta)
         for step in self._forward(theta, support, steps):
             yield step.after
@@ -73,14 +74,14 @@ class Unroll:
             return with_zeros(derivatives(self.batching.losses(leaves, batch).sum(), leaves), phi)
 
     def query(self, phi: Sequence[Tensor], query: Any) -> Tensor:
-        """Q_t(phi) for each task, [T], without a graph."""
+        """Return Q_t(phi) for each task, [T], without a graph."""
         with torch.set_grad_enabled(self.graph):
             return self.batching.losses(phi, query).detach()
 
     def store(
         self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, query: Any, weight: float
     ) -> Result:
-        """The meta-gradient by reverse over reverse over the whole inner loop."""
+        """Return the meta-gradient by one reverse pass through the graph of the whole inner loop."""
         hyper = self.inner.hyper_parameters()
         with torch.enable_grad():
             theta = [p.detach().requires_grad_() for p in theta]
@@ -96,7 +97,7 @@ class Unroll:
     def recompute(
         self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, query: Any, weight: float
     ) -> Result:
-        """The meta-gradient a step at a time, from the last to the first."""
+        """Return the meta-gradient by pulling the cotangent back one step at a time, from the last to the first."""
         n, hyper = len(theta), self.inner.hyper_parameters()
         keeps_grads = not self.inner.affine or (self.first_order and bool(hyper))
         history: list[_Step] = []
@@ -129,7 +130,7 @@ class Unroll:
     def _pullback(
         self, step: _Step, grads: Sequence[Tensor], ct_phi: Gradients, ct_state: Gradients
     ) -> tuple[Gradients, Gradients, Gradients, Gradients]:
-        """The cotangents of phi, grads, state and hyper-parameters, from those of the inner optimizer's results."""
+        """Return the cotangents of phi, grads, state and hyper-parameters, given those of the update's results."""
         before = [[t.detach().requires_grad_() for t in group] for group in (step.phi, grads, step.state)]
         groups: list[list[Tensor]] = [*before, [*self.inner.hyper_parameters()]]
         with torch.enable_grad():
@@ -143,7 +144,7 @@ class Unroll:
     def hessian_vector_product(
         self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients
     ) -> tuple[list[Tensor], Gradients]:
-        """The gradient of S with respect to phi, and the products of [∂²S/∂phi², ∂²S/∂shared∂phi] with v."""
+        """Return the gradient of S with respect to phi, and the products of [∂²S/∂phi², ∂²S/∂shared∂phi] with v."""
         product = self._forward_over_reverse if self.hvp == "forward" else self._reverse_over_reverse
         grads, products = product(phi, shared, batch, v)
         return with_zeros(grads, phi), products
@@ -172,7 +173,7 @@ class Unroll:
 
 @dataclass(frozen=True)
 class _Step:
-    """An inner step: parameters and state before it, its gradients and random state, and the parameters after it."""
+    """One inner step: parameters and state before it, its gradients and random state, and the parameters after it."""
 
     phi: list[Tensor]
     state: tuple[Tensor, ...]
@@ -182,7 +183,10 @@ class _Step:
 
 
 class Random:
-    """A state of the random generators, so that a step that is computed again draws the same dropout masks."""
+    """The state of the random generators, so that a step that is computed again draws the same dropout masks.
+
+    With `python`, it holds the states of Python's and NumPy's generators too.
+    """
 
     def __init__(self, device: torch.device, python: bool = False) -> None:
         self.device, self.states = device, random_states(device)
@@ -213,7 +217,7 @@ def derivatives(
     ct: list[Tensor] | None = None,
     create_graph: bool = False,
 ) -> Gradients:
-    """`torch.autograd.grad`; None where an input has no part in the outputs, or the outputs have no graph at all."""
+    """Return `torch.autograd.grad`, with None for inputs that no output depends on or that require no gradient."""
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     cts: list[Tensor | None] = list(ct) if ct is not None else [None] * len(outputs)
     live = [(y, c) for y, c in zip(outputs, cts, strict=True) if y.requires_grad]
@@ -229,14 +233,16 @@ def derivatives(
 
 
 def with_zeros(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the values, with zeros shaped as in `like` in place of None."""
     return [torch.zeros_like(b) if a is None else a for a, b in zip(values, like, strict=True)]
 
 
 def added(a: Gradients, b: Gradients) -> Gradients:
+    """Return the sums of gradients, in which None counts as zero."""
     return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
 
 
 def _result(losses: Tensor, ct: Gradients, n: int, shared: int) -> Result:
-    """A task's part of theta's gradient is summed over the tasks of the chunk."""
+    """Return the result; theta's gradients, one for each task of the chunk, are summed over the tasks."""
     theta = [None if c is None else c.sum(0) for c in ct[:n]]
     return Result(losses.detach(), theta, ct[n : n + shared], ct[n + shared :])

@@ -1,12 +1,12 @@
-"""Trials: what plain autograd gives for two tasks, and whether a way to batch tasks gives the same.
+"""Trials: plain autograd on two tasks, and whether a batching gives the same losses and derivatives.
 
-A trial runs the user's own model and loss, on tensors of the trial's own: for its time they stand in the places of the
-model's parameters, buffers and other tensors, in float64 where model and loss allow it. Afterwards every module is what
-it was. The two tasks differ in data and parameters, whatever the batch holds; random numbers are the same in all ways
-(`draws`).
+A trial runs the user's own model and loss on copies of its tensors: while it is open, they replace the parameters,
+buffers and other tensors of the modules, in float64 where model and loss allow it. Afterwards every module is what it
+was. The two tasks differ in parameters, and in data as far as the batch allows; a task draws the same random numbers
+under every batching (`draws`).
 
-The truth are the derivatives of autograd, a task at a time, if their second order is the slope of the first: the
-Hessian-vector product is compared with differences of gradients. Where it is not, `metakern.doctor` says why.
+The reference is plain autograd, one task at a time. Its Hessian-vector product must be the slope of its gradient, which
+is checked by differences of gradients. Where it is not, `metakern.doctor` says why.
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ from metakern.meta.unroll import Gradients, Unroll, derivatives
 from metakern.ops.core.autocast import plain_operations
 from metakern.optim import SGD
 
-TOLERANCE = 1e-6  # relative, of every tensor, in float64: models that compute in float32 reach 1e-7
-STEPS = (1e-6, 1e-7, 1e-5)  # of differences of gradients, before `slopes.judge` looks closer
+TOLERANCE = 1e-6  # relative error of each tensor in float64; a model that computes in float32 inside has about 1e-7
+STEPS = (1e-6, 1e-7, 1e-5)  # step sizes of the quick comparison; `slopes.judge` decides where all of them disagree
 
 
 class MismatchError(RuntimeError):
-    """A candidate's numbers are not plain autograd's."""
+    """The losses or derivatives of a batching differ from those of plain autograd."""
 
 
 class Trial:
-    """Two tasks of a model and a loss; made by `opened`, within which it may be asked."""
+    """Two tasks of each batch, with their losses and derivatives by plain autograd.
+
+    `opened` makes it; it may be used only within that block.
+    """
 
     def __init__(
         self,
@@ -59,7 +62,7 @@ class Trial:
         self.loss, self.first_order, self.plain, self.note, self.worst = loss, first_order, plain, "", 0.0
         self._modules = list(dict.fromkeys(m for root in (roles.model, *modules_of(loss)) for m in root.modules()))
         self._default = torch.get_default_dtype()
-        self._own: dict[int, Tensor] = {}  # the trial's tensor for one of the user's, by its id
+        self._own: dict[int, Tensor] = {}  # id of a tensor of the user -> the trial's copy of it
         self.roles = self._placed(roles, dtype)
         self.state = ModuleState(self._modules)
         random = torch.Generator().manual_seed(0)
@@ -72,23 +75,23 @@ class Trial:
         along = [direction([p[t] for p in self.phi], t) for t in range(2)]
         self.v = [torch.stack(pair) for pair in zip(*along, strict=True)]
         self.shared: list[Tensor] = list(self.roles.shared.values())
-        self.outside: list[Tensor] = []  # leaves that the loss reaches, which are parameters of neither
-        self.draws: list[list[tuple[str, int]]] = []  # of each batch, what a task draws
-        self.python = False  # whether Python's or NumPy's generators are drawn from
-        self.graph = False  # whether the loss takes derivatives itself, so that it has none under `no_grad`
+        self.outside: list[Tensor] = []  # leaves with gradients that the loss reaches and that are no model parameters
+        self.draws: list[list[tuple[str, int]]] = []  # for each batch, the random operations of one task (`Alike`)
+        self.python = False  # whether model or loss draw from Python's or NumPy's generators
+        self.graph = False  # whether the loss takes derivatives itself, and so fails under `no_grad`
         self.batches: list[Any] = []
-        self.changed: set[tuple[int, str]] = set()  # attributes of modules, (id, name), that a forward pass changes
-        self.lost = ""  # "surrogate" where the gradient is no slope, "lost" where the second order alone is none
+        self.changed: set[tuple[int, str]] = set()  # attributes that a forward pass changes: (id of the module, name)
+        self.lost = ""  # "surrogate": the gradient is not the loss's slope; "lost": only the second order is wrong
         self.kinds = [structure(batch) for batch in batches]
-        self.apart: list[bool] = []  # whether its two tasks differ
-        self.truths: list[list[list[Tensor | None]]] = []
+        self.apart: list[bool] = []  # for each batch, whether its two tasks differ
+        self.truths: list[list[list[Tensor | None]]] = []  # for each batch, what `_truth` returns
         for batch in batches:
             self._look_at(mapped(lambda t: t.to(dtype) if dtype and t.is_floating_point() else t, batch))
-        wide = len(self.phi) + len(self.shared)  # leaves that one batch alone reaches have no part in the other's
+        wide = len(self.phi) + len(self.shared)  # a leaf that only a later batch reaches has no row in an earlier one
         self.truths = [[losses, *(row + [None] * (wide - len(row)) for row in rows)] for losses, *rows in self.truths]
 
     def _placed(self, roles: Parameters, dtype: torch.dtype | None) -> Parameters:
-        """Puts tensors of the trial's own into the modules."""
+        """Replace the tensors of the modules by copies in `dtype`, and return the roles of the copied parameters."""
 
         def converted(t: Tensor) -> Tensor:
             return t.detach().to(dtype or t.dtype, copy=True) if t.is_floating_point() else t.detach().clone()
@@ -100,7 +103,7 @@ class Trial:
                 made = converted(t).requires_grad_(t.requires_grad and t.is_leaf)
             elif t.requires_grad or (t.is_floating_point() and dtype not in (None, t.dtype)):
                 made = nn.Parameter(converted(t), requires_grad=t.requires_grad)
-            else:  # frozen, and most of a model under LoRA
+            else:  # a frozen parameter is shared, not copied: under LoRA, they are most of the model
                 made = t
             self._own[id(t)] = made
             return made
@@ -113,13 +116,13 @@ class Trial:
                         cast(Any, held)[name] = own(value)
             if isinstance(module, nn.RNNBase):
                 module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
-            if isinstance(module, nn.RNNBase | nn.MultiheadAttention):  # they drop units inside of their kernels
+            if isinstance(module, nn.RNNBase | nn.MultiheadAttention):  # their dropout happens inside their kernels
                 module.dropout = 0.0
         adapted, shared = ({n: own(p) for n, p in d.items()} for d in (roles.adapted, roles.shared))
         return roles.holding(cast(Any, adapted), cast(Any, shared))
 
     def _look_at(self, batch: Any) -> None:
-        """Two tasks of a batch that the loss takes and is finite on, and the truth about them."""
+        """Take two tasks of a batch on which the loss is finite, and append their reference values to `truths`."""
         for again in range(3):
             pair = two_tasks(batch, again)
             try:
@@ -145,13 +148,13 @@ class Trial:
         try:
             with self.steady(), torch.no_grad(), self.roles.bound([p[0] for p in self.phi]):
                 self.loss(self.roles.model, select(batch, 0))
-        except Exception:  # which it did not raise with a graph
+        except Exception:  # with a graph, the same call did not raise
             return True
         return False
 
     @contextmanager
     def steady(self) -> Iterator[None]:
-        """Within the block all is as at every evaluation: attributes, buffers, random states, exact kernels."""
+        """Make evaluations within the block repeatable: same attributes, buffers, random states and exact kernels."""
         self.state.restore()
         seeded()
         if self.roles.adapted and next(iter(self.phi)).dtype == torch.float64:
@@ -165,7 +168,7 @@ class Trial:
             self.state.restore()
 
     def _task(self, t: int, batch: Any, phi: Sequence[Tensor], draws: Alike) -> Any:
-        """A task's loss, with its graph, within the context that it is to be differentiated in."""
+        """Return a context manager that gives one task's loss with its graph; differentiate it within the block."""
 
         @contextmanager
         def value() -> Iterator[Tensor]:
@@ -178,7 +181,7 @@ class Trial:
         return value()
 
     def _truth(self, batch: Any, second_order: bool) -> list[list[Tensor | None]]:
-        """[losses, gradients of each parameter, and Hessian-vector products] of plain autograd."""
+        """Return the losses, gradients and (with `second_order`) Hessian-vector products of both tasks by autograd."""
         rows: list[tuple] = []
         second_order = second_order and not self.first_order
         buffers = {name: (b, b.detach().clone()) for name, b in self.roles.model.named_buffers()}
@@ -192,14 +195,14 @@ class Trial:
                 self.python |= python_states() != python
                 _unchanged(buffers)
                 reached = self._reached(value, adapted, before) if t == 0 else []
-                if reached:  # what the loss makes anew at each call is no parameter of it
+                if reached:  # a leaf that the loss makes anew at each call is not a parameter of it
                     with self._task(t, batch, adapted, Alike()) as value_again:
                         again = {id(leaf) for leaf in self._reached(value_again, adapted, before)}
                     self._take_in([leaf for leaf in reached if id(leaf) in again])
                 grads = derivatives(value, [*adapted, *self.shared], create_graph=second_order)
                 if all(g is None for g in grads[: len(adapted)]):
                     raise ValueError("MAML: loss must depend on an adapted parameter, got one with no gradient for any")
-                if second_order:  # rows that are not learned, as an embedding's for padding, do not move
+                if second_order:  # elements without a gradient, such as an embedding's padding row, do not move
                     for g, v in zip(grads, self.v, strict=False):
                         v[t].mul_(0 if g is None else g.detach() != 0)
                 pairs = [(g, v[t]) for g, v in zip(grads, self.v, strict=False) if g is not None]
@@ -216,7 +219,10 @@ class Trial:
         return [*truth, _both(rows[0][2], rows[1][2], n)] if second_order else truth
 
     def _reached(self, value: Tensor, adapted: Sequence[Tensor], before: int) -> list[Tensor]:
-        """The trained leaves of a graph that are not the model's parameters."""
+        """Return the leaves of a graph that require a gradient and are no parameters of the model.
+
+        `before`: a sequence number; ValueError is raised for a node that was made earlier.
+        """
         known = {id(t) for t in (*adapted, *self.shared, *self.roles.adapted.values())}
         stack, seen, found = [value.grad_fn], set(), []
         while stack:
@@ -228,7 +234,7 @@ class Trial:
             if leaf is None and node._sequence_nr() < before:
                 raise ValueError(
                     "MAML: loss must compute anew what requires a gradient, got a tensor whose graph was made before"
-                    f" the call ({node.name()}): compute it inside of the loss"
+                    f" the call ({node.name()}): compute it inside the loss, or detach it"
                 )
             if leaf is not None and leaf.requires_grad and id(leaf) not in known:
                 known.add(id(leaf))
@@ -237,13 +243,13 @@ class Trial:
         return found
 
     def _take_in(self, leaves: Sequence[Tensor]) -> None:
-        """Has leaves that the loss reaches learned with the model: a temperature, the parameters of a criterion."""
+        """Meta-learn these leaves of the loss with the model, such as a temperature or a criterion's parameters."""
         users = {id(own): self._users[key] for key, own in self._own.items() if key in self._users}
         self.outside += [users.get(id(leaf), leaf) for leaf in leaves]
         self.shared += leaves
 
     def _check_slopes(self, batch: Any, grads: Gradients, products: Gradients) -> None:
-        """Whether the Hessian-vector product of task 0 is a slope of its gradient: `lost` says what is amiss."""
+        """Check that the Hessian-vector product of task 0 is the slope of its gradient; set `lost` where it is not."""
         phi, u, n = [p[0] for p in self.phi], [v[0] for v in self.v], len(self.phi)
 
         def gradient(z: Sequence[Tensor]) -> Gradients:
@@ -271,16 +277,17 @@ class Trial:
         return f"worst relative error {self.worst:.0e} in {str(self.phi[0].dtype).removeprefix('torch.')}"
 
     def verify(self, batching: Batching) -> tuple[str, int]:
-        """The mode of its Hessian-vector products ("forward" or "reverse"), and the bytes a task saves for backward.
+        """Verify a batching against plain autograd.
 
-        Raises MismatchError, or what the model raises, where it does not do what plain autograd does.
+        Returns the mode of its Hessian-vector products ("forward" or "reverse") and the bytes that one task saves for
+        its backward pass. Raises MismatchError where it differs from plain autograd, or whatever the model raises.
         """
         if self.python and batching.name != "loop":
-            raise MismatchError("the model draws from Python's or NumPy's generators, which a loop alone does a task")
+            raise MismatchError("only 'loop' draws from Python's or NumPy's generators for each task")
         if isinstance(batching, Folded):
             if not all(self.apart):
-                raise MismatchError("the batch does not tell two tasks apart")
-            batching.fold.within = comparable  # a mode does not reach through the step out of vmap
+                raise MismatchError("two tasks of the batch can't be made to differ, so folding can't be verified")
+            batching.fold.within = comparable  # a mode set here has no effect once the fold steps out of vmap
             for batch, kind in zip(self.batches, self.kinds, strict=True):
                 self._trace(batching, batch, kind)
         bytes_a_task = max(self._first_order(batching, i) for i in range(len(self.batches)))
@@ -295,7 +302,7 @@ class Trial:
         return "forward", bytes_a_task
 
     def _drawn(self, i: int) -> list[tuple[str, int]] | None:
-        """What a task draws for a batch; None where nothing is drawn."""
+        """Return the random operations of one task of batch i, or None where nothing is drawn."""
         return self.draws[i] if self.draws[i] or self.python else None
 
     def _first_order(self, batching: Batching, i: int) -> int:
@@ -311,7 +318,7 @@ class Trial:
         except RuntimeError as error:
             if "hooks" not in str(error):
                 raise
-            self._losses(batching, i, nullcontext())  # torch.func in the loss: what it saves is not counted
+            self._losses(batching, i, nullcontext())  # torch.func in the loss forbids hooks: nothing is counted
         for p in (*self.phi, *self.roles.model.parameters()):
             saved.pop(p.untyped_storage().data_ptr(), None)
         element = next(iter(self.roles.adapted.values())).element_size()
@@ -332,8 +339,10 @@ class Trial:
             return unroll.hessian_vector_product(self.phi, self.shared, self.batches[0], self.v)[1]
 
     def _trace(self, batching: Folded, batch: Any, kind: Any) -> None:
-        """Records which tensors carry the tasks: those whose first dimension follows their number. `kind` is the
-        structure of the user's batch, whose tensors may be of another dtype than the trial's."""
+        """Record which tensors carry the tasks: those whose first dimension grows with their number.
+
+        `kind` is the structure of the user's batch, whose dtypes may differ from those of the trial's.
+        """
         records = []
         for tasks in (2, 3):
             index = torch.arange(tasks, device=self.phi[0].device) % 2
@@ -351,7 +360,7 @@ class Trial:
         low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.roles.model.parameters())
         tolerance = TOLERANCE if self.phi[0].dtype == torch.float64 else 5e-2 if low else 1e-3
         norms = [0.0 if t is None else t.norm().item() for t in truth]
-        # Derivatives that are zero but for rounding, as of a centered batch of one, have no relative error.
+        # A derivative that is zero up to rounding (as of a batch norm over one example) has no relative error.
         size = norm([cast(Tensor, self.truths[0][0][0])]) if self.truths else 0.0
         rounding = 100 * torch.finfo(self.phi[0].dtype).eps * size / max(norm(self.phi), 1.0)
         floor = max(1e-3 * max(norms), rounding / tolerance, 1e-30)
@@ -366,7 +375,7 @@ class Trial:
 
 
 class _Drawing:
-    """A batching whose tasks draw the random numbers that each draws alone."""
+    """A batching under which each of two tasks draws the random numbers that it draws alone."""
 
     def __init__(self, batching: Batching, draws: list[tuple[str, int]] | None) -> None:
         self.name, self._batching, self._draws = batching.name, batching, draws
@@ -389,9 +398,10 @@ class _Drawing:
 def opened(
     roles: Parameters, loss: Loss, batches: Sequence[Any], first_order: bool, double: bool, slopes: bool = True
 ) -> Iterator[Trial]:
-    """A trial in float64, if that is affordable (`double`) and model and loss allow it, else in the model's own dtype.
+    """Open a trial: in float64 if `double` is set and model and loss allow it, else in the model's own dtype.
 
-    At the end model, loss and random states are what they were. Raises ValueError for what is no loss.
+    After the block, model, loss and random states are what they were. Raises ValueError where the loss is not a finite
+    scalar, depends on no adapted parameter, or changes buffers.
     """
     device = next(iter(roles.adapted.values())).device
     users = ModuleState(dict.fromkeys(m for root in (roles.model, *modules_of(loss)) for m in root.modules()))
@@ -411,7 +421,10 @@ def _first(
     double: bool,
     users: ModuleState,
 ) -> Trial:
-    """The first trial that model and loss allow: in float64 by ops, by plain operations, in their own dtype."""
+    """Return the first trial that does not raise: in float64, then in the model's own dtype.
+
+    In each dtype metakern's ops are tried first, then PyTorch's own operations if an op has no third derivatives.
+    """
     ways = [(dtype, plain) for dtype in ((torch.float64, None) if double else (None,)) for plain in (False, True)]
     raised: list[Exception] = []
     for dtype, plain in ways:
@@ -432,7 +445,7 @@ def _wants_plain(error: Exception) -> bool:
 
 
 def modules_of(loss: Any, depth: int = 3) -> list[nn.Module]:
-    """The modules that a loss is, is bound to, or closes over."""
+    """Return the modules that a loss is, holds, is bound to, closes over, or names as globals."""
     if isinstance(loss, nn.Module):
         return [loss]
     if not depth:
@@ -468,13 +481,16 @@ def _unchanged(buffers: dict[str, tuple[Tensor, Tensor]]) -> None:
 
 
 def _leaf_number() -> int:
-    """A number below those of all nodes of autograd's graph that are still to be made."""
-    with torch.enable_grad():  # `no_grad` may be the caller's
+    """Return a sequence number that is smaller than those of all autograd nodes made from now on."""
+    with torch.enable_grad():  # the caller may be under `no_grad`
         return (torch.ones((), requires_grad=True) * 1).grad_fn._sequence_nr()  # type: ignore[union-attr]
 
 
 class Roundings(TorchDispatchMode):
-    """Whether what has derivatives is rounded to less than float64 on the way: its differences are those of less."""
+    """Sets `seen` where a differentiated float64 tensor is cast to a lower precision.
+
+    Differences of such a function are accurate to the lower precision only.
+    """
 
     seen = False
 
@@ -487,7 +503,7 @@ class Roundings(TorchDispatchMode):
 
 
 def _rounds(gradient: Callable[[], Any]) -> bool:
-    """Whether a gradient rounds what is differentiated to less than float64 on the way."""
+    """Whether computing a gradient casts a differentiated float64 tensor to a lower precision."""
     with Roundings() as roundings:
         gradient()
     return roundings.seen
@@ -513,7 +529,11 @@ def _close(products: Gradients, slopes: Gradients, whole: float) -> bool:
 
 
 class comparable(TorchFunctionMode):  # noqa: N801, a context manager
-    """Dropout is the identity, and what has derivatives stays float64: two ways to a loss can only be compared so."""
+    """Within the block dropout is the identity, and casts of float64 tensors to float32 are skipped.
+
+    Otherwise two ways to compute a loss would differ by their dropout masks or by rounding. The casts are skipped where
+    gradients are enabled.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -525,7 +545,7 @@ class comparable(TorchFunctionMode):  # noqa: N801, a context manager
             kwargs = {**kwargs, "dropout_p": 0.0}
         if torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float or (func is Tensor.to and any(a is torch.float32 for a in args)):
-                return args[0]  # as in transformers' norms, which are float32 in every model
+                return args[0]  # for example in transformers' norms, which compute in float32 in every model
             if func in _SOFTMAXES and kwargs.get("dtype") == torch.float32:
                 kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
@@ -536,13 +556,13 @@ _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, 
 
 
 def _aligned(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Zeros for the one that is None; not both are."""
+    """Return both tensors detached, with zeros in place of one that is None; at most one may be."""
     some = cast(Tensor, b if a is None else a)
     return (torch.zeros_like(some) if a is None else a.detach(), torch.zeros_like(some) if b is None else b.detach())
 
 
 def _both(a: Sequence[Tensor | None], b: Sequence[Tensor | None], n: int) -> list[Tensor | None]:
-    """The results of two tasks: stacked for the first n (per task), summed for the rest (shared)."""
+    """Return the results of two tasks together: the first n (per task) stacked, the others (shared) summed."""
     out: list[Tensor | None] = []
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         if x is None and y is None:

@@ -296,7 +296,7 @@ def test_refusals() -> None:
     for steps in (-1, True, 1.0):
         with pytest.raises(ValueError, match=f"steps must be an integer of at least 0, got {steps}"):
             mk.MAML(model, loss, steps=steps)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match='task_chunk must be "auto" or at least 1, got True'):
+    with pytest.raises(ValueError, match='task_chunk must be "auto" or an integer of at least 1, got True'):
         mk.MAML(model, loss, task_chunk=True)
     with pytest.raises(TypeError, match="first_order must be True or False, got 'no'"):
         mk.MAML(model, loss, first_order="no")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Algorithms over the engine, one file each; all are called as value = algorithm(support, query)."""
+"""Meta-learning algorithms, one file each; a call `algorithm(support, query)` returns the mean query loss."""
 
 from metakern.meta.algorithms.anil import ANIL
 from metakern.meta.algorithms.fomaml import FOMAML

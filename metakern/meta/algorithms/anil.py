@@ -15,9 +15,18 @@ from metakern.meta.parameters import Adapt
 
 
 class ANIL(MAML):
-    """MAML whose inner loop adapts the head alone: by default the last module that owns trainable parameters.
+    """MAML whose inner loop adapts only the head of the model; all other parameters are meta-learned without adapting.
 
-    adapt: name patterns or a predicate, to name another head. Other arguments as MAML's.
+    Args:
+        model: The model, as `metakern.MAML` takes it.
+        loss: `loss(model, batch)` returns the loss of one task, a scalar tensor.
+        adapt: Name patterns or a predicate that select the head. The default head is the last module, in the order of
+            `model.modules()`, that owns trainable parameters itself.
+        **options: The other arguments of `metakern.MAML`.
+
+    Raises:
+        TypeError: As `metakern.MAML` raises it.
+        ValueError: As `metakern.MAML` raises it; `adapt` must match a trainable parameter.
 
     >>> import torch, metakern as mk
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -32,7 +41,10 @@ class ANIL(MAML):
 
 
 def _head(model: nn.Module) -> list[str]:
-    """The names of the last module's own trainable parameters; a tied one has the name of its first place."""
+    """Return the names of the trainable parameters of the last module that owns any.
+
+    A tied parameter has the name of its first place in `model.named_parameters()`.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     owned = [[names[id(p)] for p in m.parameters(recurse=False) if p.requires_grad] for m in model.modules()]
     return next((names for names in reversed(owned) if names), [])

@@ -1,4 +1,4 @@
-"""Model-agnostic meta-learning, with the exact second-order meta-gradient.
+"""Model-agnostic meta-learning (MAML) with the exact second-order meta-gradient.
 
     phi_0 = theta        phi_{k+1} = U(phi_k, grad S_t(phi_k))        L(theta) = mean_t Q_t(phi_K)
 
@@ -25,37 +25,49 @@ from metakern.optim import SGD, InnerOptimizer
 
 
 class MAML(nn.Module):
-    """Exact second-order MAML for any module.
+    """Exact second-order MAML for any `nn.Module`.
 
-    A call with support and query batches gives the mean query loss over their tasks after `steps` inner steps, a
-    scalar. Its `backward()` adds the meta-gradient to the parameters' `.grad`. Batches are trees of tensors with the
-    tasks along dimension 0: tuples, dictionaries, dataclasses; what is no tensor in them is the same for all tasks.
+    `maml(support, query)` adapts the parameters to each task by `steps` inner steps on its support batch, and returns
+    the mean query loss over the tasks, a scalar. Its `backward()` adds the meta-gradient to the parameters' `.grad`.
+
+    A batch is a tree of tensors (tuples, lists, dictionaries, dataclasses) with the tasks along dimension 0 of every
+    tensor, `[T, ...]`. Anything in it that is not a tensor is the same for all tasks.
+
+    `strategy`, `batching`, `task_chunk` and `capture` change time and memory, not the numbers (up to rounding).
+    `maml.plan` shows what was chosen, and why.
 
     Args:
-        model: Any `nn.Module`. It is left as it is.
-        loss: `loss(model, batch)` is the loss of one task, a scalar tensor; it calls the model as usual.
+        model: The model; its parameters are the shared initialisation theta. MAML does not modify it.
+        loss: `loss(model, batch)` returns the loss of one task, a scalar tensor. It calls the model as usual, on a
+            batch without the task dimension.
         inner: The optimizer of the inner loop; by default `metakern.optim.SGD()`.
-        steps: The number of inner steps, K.
-        first_order: Take the inner gradients for constants.
-        adapt: Which parameters the inner loop changes: None for all, name patterns ("head.*"), or a predicate on names.
-            The others are meta-learned all the same.
-        strategy: "store" keeps the graph of all steps, "recompute" the parameters alone; "auto" chooses by what is
-            free.
-        batching: "fold" puts the tasks into the model's batch dimension, "vmap" maps the loss over them, "loop" takes
-            one at a time; "auto" takes the first that is exact.
-        task_chunk: So many tasks at once; "auto" chooses by the caches, or by a GPU's memory.
-        capture: On a CPU, whether to record the kernels of a meta-gradient and run them in C++ for batches of the same
-            shapes, without Python or autograd. "auto" records at the third call with batches of one kind, or later
-            where that takes longer, and never warns; True at the first, and warns where it can't; False never. What
-            model and loss read beside tensors is guarded, and audited now and then (`metakern.meta.capture`).
+        steps: The number of inner steps, K, at least 0.
+        first_order: Treat the inner gradients as constants. The meta-gradient is then cheaper, and biased.
+        adapt: Which parameters the inner loop changes: None for all that require a gradient, a list of name patterns
+            (`["head.*"]`), or a predicate on names. The others are meta-learned, but not adapted.
+        strategy: "store" keeps the graph of all inner steps. "recompute" keeps only the parameters of each step and
+            computes the step again in the backward pass. "auto" stores where the graph fits a quarter of the free
+            memory.
+        batching: "fold" puts the tasks into the model's batch dimension, "vmap" maps the loss over the tasks by
+            `torch.func.vmap`, and "loop" runs one task at a time. "auto" takes the first of them that equals plain
+            autograd on two tasks of the batch.
+        task_chunk: How many tasks are computed at once. "auto" takes as many as need 192 MiB of memory on a CPU, or
+            half of a GPU's free memory.
+        capture: On a CPU, whether to record the kernel calls of a meta-gradient and run them in C++ for later batches
+            of the same shapes, without Python or autograd. True records at the first call, and warns if it can't.
+            "auto" records at the third call with such batches (at the twelfth, if an operation has no instruction in
+            C++), and never warns. False never records. What the model and the loss read besides tensors is guarded,
+            and some calls are compared with an ordinary run (see `metakern.meta.capture`).
+
+    Attributes:
+        query_losses: The query loss of each task at the last call, `[T]`, detached; None before the first call.
 
     Raises:
-        TypeError, ValueError: For arguments of another kind or out of range.
-        ValueError: At a call, where no batching is exact for this model and loss, or second derivatives are lost.
-        StaleCaptureError: At a call, where an audit finds that something changed which no guard sees.
-
-    `maml.plan` says what was chosen and why; `maml.query_losses` has the losses of the last call, [T]. All choices give
-    the same numbers.
+        TypeError: `model` is not an `nn.Module`, `loss` is not callable, `inner` is not an optimizer of
+            `metakern.optim`, `first_order` is not a bool, or `adapt` is not None, a predicate or strings.
+        ValueError: Another argument has a value that is not named above; the model has no trainable parameters;
+            `adapt` matches no parameter, or one that does not require a gradient; or `inner` has learned values for
+            parameters of other shapes.
 
     >>> import torch, metakern as mk
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
@@ -95,22 +107,43 @@ class MAML(nn.Module):
         self._engine = Engine(model, adapt, Wishes(batching, strategy, task_chunk))
         with running(model):
             self.inner.prepare(Parameters(model, adapt).adapted)
-        self.query_losses: Tensor | None = None  # of the last call, for each task, [T]
+        self.query_losses: Tensor | None = None  # [T]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "loss" and not isinstance(value, nn.Module):
-            self._modules.pop("loss", None)  # one that is a module may be followed by a function
+            self._modules.pop("loss", None)  # nn.Module refuses to replace a submodule by a plain function
         super().__setattr__(name, value)
 
     @property
     def plan(self) -> Plan:
-        """What was chosen for the last batch, and why."""
+        """The plan of the last batch: its batching, strategy and chunk of tasks, and the reasons for each.
+
+        Raises:
+            RuntimeError: No batch was seen yet.
+        """
         if self._engine.last is None:
             raise RuntimeError("MAML: plan must be read after a batch was seen, got none: call maml(support, query)")
         return self._engine.last.explained
 
     def forward(self, support: Any, query: Any) -> Tensor:
-        """The mean query loss over tasks, a scalar; with gradients enabled, its backward() is the meta-gradient."""
+        """Return the mean query loss over the tasks after adaptation, a scalar.
+
+        Its `backward()` adds the meta-gradient to `.grad`; derivatives of the meta-gradient raise NotImplementedError.
+        Where gradients are disabled (`torch.no_grad`), only the loss is computed.
+
+        Args:
+            support: The batch of the inner steps, a tree of tensors `[T, ...]`.
+            query: The batch of the outer loss, a tree of tensors `[T, ...]`, with the same tasks.
+
+        Raises:
+            ValueError: A batch is not a tree of tensors with one number of tasks; the loss is not a scalar, is not
+                finite when the plan is verified, or depends on no adapted parameter; no batching is exact for this
+                model and loss; or second derivatives are lost (`metakern.doctor` finds the place).
+            RuntimeError: A later batch can't be folded like the first one, and `batching` is "fold", or earlier chunks
+                of the batch are computed already: use "vmap" or "loop".
+            StaleCaptureError: A captured program no longer equals an ordinary run, because something changed that no
+                guard sees.
+        """
         tasks = _count(support, query)
         if not torch.is_grad_enabled():
             self.query_losses = self.evaluate(support, query, (self.steps,))[0]
@@ -129,9 +162,23 @@ class MAML(nn.Module):
         return _MetaGradient.apply(self.query_losses.mean(), gradients, *prepared.outer)
 
     def adapt(self, support: Any, steps: int | None = None) -> dict[str, Tensor]:
-        """The parameters of each task after `steps` inner steps (by default as many as in training), detached.
+        """Return the adapted parameters of each task.
 
-        Returns {name: [T, *shape]}, for the adapted parameters.
+        Args:
+            support: The batch of the inner steps, a tree of tensors `[T, ...]`.
+            steps: The number of inner steps; by default that of the constructor.
+
+        Returns:
+            A dictionary from the name of each adapted parameter to a detached tensor `[T, *shape]`.
+
+        Raises:
+            ValueError: `steps` is not an integer of at least 0, or as for a call.
+
+        >>> import torch, metakern as mk
+        >>> maml = mk.MAML(torch.nn.Linear(8, 4), mk.losses.classification, steps=3)
+        >>> phi = maml.adapt((torch.randn(5, 10, 8), torch.randint(4, (5, 10))))
+        >>> phi["weight"].shape
+        torch.Size([5, 4, 8])
         """
         steps = self.steps if steps is None else _non_negative(steps)
         if torch.is_inference_mode_enabled():
@@ -148,7 +195,25 @@ class MAML(nn.Module):
         return dict(zip(prepared.parameters.adapted, phi, strict=True))
 
     def evaluate(self, support: Any, query: Any, steps: Sequence[int] = (0, 1, 3, 5, 10)) -> Tensor:
-        """The adaptation curve: query losses after each number of inner steps, [len(steps), T], detached."""
+        """Return the query losses after several numbers of inner steps (the adaptation curve).
+
+        Args:
+            support: The batch of the inner steps, a tree of tensors `[T, ...]`.
+            query: The batch of the losses, a tree of tensors `[T, ...]`, with the same tasks.
+            steps: The numbers of inner steps after which the query loss is computed.
+
+        Returns:
+            A detached tensor `[len(steps), T]`.
+
+        Raises:
+            ValueError: `steps` is empty or holds something other than integers of at least 0, or as for a call.
+
+        >>> import torch, metakern as mk
+        >>> maml = mk.MAML(torch.nn.Linear(8, 4), mk.losses.classification)
+        >>> x, y = torch.randn(5, 10, 8), torch.randint(4, (5, 10))
+        >>> maml.evaluate((x, y), (x, y), steps=(0, 1)).shape
+        torch.Size([2, 5])
+        """
         _count(support, query)
         if not len(steps):
             raise ValueError("MAML: steps must name at least one number of inner steps, got none")
@@ -167,20 +232,23 @@ class MAML(nn.Module):
         return torch.cat(list(prepared.by_chunks(compute, support, query)), dim=1)
 
     def _meta_gradient(self, prepared: Prepared, weight: float, support: Any, query: Any) -> list[Tensor | None]:
-        """The part of one chunk of tasks, whose query losses count `weight` each: losses [T], then the gradients."""
+        """Return the query losses `[T]` of one chunk of tasks, then the gradients of `weight` times their sum.
+
+        The gradients are in the order of `prepared.outer`.
+        """
         unroll, plan = prepared.unroll, prepared.plan
         compute = unroll.store if plan.strategy == "store" else unroll.recompute
         found = compute(prepared.theta(tasks_of(support)), prepared.shared, support, query, weight)
         return [found.losses, *found.theta, *found.shared, *found.hyper]
 
     def _prepare(self, *batches: Any, outer: bool = False) -> Prepared:
-        """The plan for such batches, support first; `outer`: for a meta-gradient too."""
+        """Return the verified plan for these batches, support first. `outer`: also for meta-gradients."""
         with running(self.model):
             return self._engine.prepared(self.loss, self.inner, self.steps, self.first_order, outer, batches)
 
 
 class _MetaGradient(Function):
-    """The one autograd node of a meta-step: its inputs are the parameters, their gradients are known already."""
+    """The one autograd node of a meta-step. Its inputs are the parameters, whose gradients are already computed."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Gradients, *parameters: Tensor) -> Tensor:
@@ -193,7 +261,7 @@ class _MetaGradient(Function):
 
 
 class _Known(Function):
-    """The meta-gradient depends on the parameters, so that a derivative of it is refused, not taken for zero."""
+    """The meta-gradient as a function of the parameters, so that its derivative is an error and not zero."""
 
     @staticmethod
     def forward(ctx: Any, gradients: Gradients, ct: Tensor, *parameters: Tensor) -> tuple:

@@ -15,9 +15,19 @@ from metakern.meta.batching import Loss
 
 
 class MetaSGD(MAML):
-    """MAML with metakern.optim.MetaSGD inside; lr is where the rates start. Other arguments as MAML's.
+    """MAML with `metakern.optim.MetaSGD` as the inner optimizer: one learned rate for each element of each parameter.
 
-    Give the outer optimizer `metasgd.parameters()`, which holds the model's parameters and the rates.
+    Pass `metasgd.parameters()` to the outer optimizer: it holds the model's parameters and the rates.
+
+    Args:
+        model: The model, as `metakern.MAML` takes it.
+        loss: `loss(model, batch)` returns the loss of one task, a scalar tensor.
+        lr: The initial value of all rates.
+        **options: The other arguments of `metakern.MAML`, except `inner`.
+
+    Raises:
+        TypeError: As `metakern.MAML` raises it; also if `inner` is passed.
+        ValueError: As `metakern.MAML` raises it.
 
     >>> import torch, metakern as mk
     >>> metasgd = mk.MetaSGD(torch.nn.Linear(8, 4), mk.losses.classification, lr=0.05)

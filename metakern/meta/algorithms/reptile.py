@@ -1,9 +1,9 @@
-"""Reptile: move the initialisation toward the parameters that each task ends with.
+"""Reptile: move the initialisation toward the adapted parameters of each task.
 
     dL/dtheta := mean_t (theta - phi_K)        (Nichol, Achiam, Schulman 2018, algorithm 2, the batched version)
 
-With one task a step it is the serial version, algorithm 1. No second derivative and no query batch take part in the
-gradient; the query loss after adaptation is what the call returns, to be watched.
+With one task per batch it is the serial version, algorithm 1. The gradient uses neither second derivatives nor the
+query batch. A call still returns the query loss after adaptation, to monitor training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from metakern.meta.engine import Prepared
 
 
 class Reptile(MAML):
-    """MAML's interface with Reptile's gradient. Arguments as MAML's; `first_order` and `strategy` have no effect.
+    """Reptile's gradient with MAML's interface.
+
+    The arguments are those of `metakern.MAML`. `strategy` has no effect. `first_order` does not change the gradient;
+    pass True for a model whose second derivatives are not exact, which is refused otherwise. Parameters that are not
+    adapted, and learned hyper-parameters of the inner optimizer, get no gradient.
+
+    Raises:
+        TypeError: As `metakern.MAML` raises it.
+        ValueError: As `metakern.MAML` raises it.
 
     >>> import torch, metakern as mk
     >>> model = torch.nn.Linear(8, 4)

@@ -1,16 +1,18 @@
-"""Captured meta-gradients: a chunk's kernel calls, recorded once and made again for the chunks that follow.
+"""Captured meta-gradients: the kernel calls of a chunk are recorded once and replayed for later chunks.
 
-What a recording can't see is what Python does with anything but tensors, so no program is taken on trust. Three things
-keep it right:
+A recording does not see what Python does with anything but tensors. Three things make sure that a program still
+computes what an ordinary run (one by Python and autograd) would compute:
 
-guards   A program is used only while everything else that it depends on is what it was (`guards.py`): the model's,
-         the inner optimizer's and the loss's attributes, globals, closures, hooks, and PyTorch's settings. When they
+guards   A program is used only while everything else that it depends on is unchanged (`guards.py`): attributes,
+         globals, closures and hooks of the model, the inner optimizer and the loss, and PyTorch's settings. When these
          change, another program is recorded; when they change back, the first one is used again.
-checks   The results of a new program, and those of its next batch, must be those of an ordinary run.
-audits   So must those of its uses 4, 8, 16, … 1024, and of every 1024th one from there on; else StaleCaptureError.
+checks   The results of a new program, and those for its next batch, must equal those of an ordinary run. Otherwise the
+         program is dropped.
+audits   The results of its uses 4, 8, 16, …, 1024, and of every 1024th one after that, must equal those of an ordinary
+         run. Otherwise StaleCaptureError is raised.
 
 Each check and each audit costs an ordinary run: with the recorded one, eleven in the first thousand calls, then one in
-a thousand (1,024).
+1,024.
 
 A function that can't be recorded, or fails the checks, runs ordinarily from then on; `Captures.reasons` says why.
 """
@@ -41,58 +43,62 @@ from metakern.meta.capture.rewrite import rewritten
 from metakern.meta.unroll import Random
 from metakern.native.memory import check
 
-PROGRAMS = 32  # kept at once: those used last
-STATES = 8  # of the surroundings, kept at once: those seen last
-MOST_NEW_STATES = 16  # one after the other, none of which was seen twice
-MOST_CHANGED = 2  # recorded runs that change what guards see
-MICROBATCH_BYTES = 4 * 2**20  # of a core's part of the caches
-AUTO_CALLS = 3  # with batches of one kind, of which "auto" captures the last
-PYTHON_CALLS = 12  # where a program would be run by Python: recording takes the time that ten calls of it save
-FIRST_AUDIT, AUDIT_EVERY = 4, 1024
+PROGRAMS = 32  # programs kept; the one unused for longest is dropped
+STATES = 8  # guarded states kept; the one unseen for longest is dropped
+MOST_NEW_STATES = 16  # after more new states in a row, nothing more is recorded
+MOST_CHANGED = 2  # recorded runs that may change guarded values before recording is given up
+MICROBATCH_BYTES = 4 * 2**20  # a core's share of the caches
+AUTO_CALLS = 3  # "auto" captures at this call with batches of one kind
+PYTHON_CALLS = 12  # the same for programs that Python runs: recording one takes the time that ten calls of it save
+FIRST_AUDIT, AUDIT_EVERY = 4, 1024  # uses of a program
 _ROOTS = ("model", "inner", "loss")
 Results = list[Tensor | None]
 
 
 class StaleCaptureError(RuntimeError):
-    """A captured program gives other results than an ordinary run: something that no guard sees has changed."""
+    """A captured program gave other results than an ordinary run: something that no guard sees has changed."""
 
 
 class Captures:
-    """The programs of a function of batches, one for each kind of batch and state of what the function depends on.
+    """The captured programs of a function of batches, one for each kind of batch and state of its surroundings.
 
-    roots: (model, inner optimizer, loss), whose reach is guarded. capture: True records at the first call and warns
-    where it can't; "auto" records at the third call with batches of one kind, or at the twelfth where there is no
-    executable, and never warns.
-    names: what the function returns, for messages.
+    The function returns the losses of the batch's tasks, `[T]`, and gradients (or None), which are sums over the tasks.
+    A program that has an executable runs a batch in microbatches.
 
-    The function returns losses of the batch's tasks, [T], and gradients (or None), which are sums over the tasks. Where
-    a program has an executable, a batch goes through it in microbatches.
+    Args:
+        roots: Model, inner optimizer and loss. Everything that they can reach is guarded.
+        capture: True records at the first call, and warns if it can't. "auto" records at the third call with batches
+            of one kind (at the twelfth, if the program has no executable), and never warns.
+        names: Names of the function's results, for messages.
     """
 
     def __init__(self, roots: tuple[Any, Any, Any], capture: bool | str = True, names: Sequence[str] = ()) -> None:
         self._roots, self._auto, self._names = roots, capture == "auto", names
-        self._states: list[_State] = []  # the last one seen first
+        self._states: list[_State] = []  # in the order of last use, the latest first
         self._numbered = self._new_states = self._changed = 0
-        self._programs: dict[Any, _Captured | None] = {}  # None: runs ordinarily
-        self._microbatch: dict[Any, int] = {}  # tasks of a microbatch
-        self._calls: dict[Any, int] = {}  # left until "auto" captures, by kind of batch
+        self._programs: dict[Any, _Captured | None] = {}  # None: calls of this key run ordinarily
+        self._microbatch: dict[Any, int] = {}  # key of a batch -> tasks in each microbatch
+        self._calls: dict[Any, int] = {}  # key of a batch -> calls left until "auto" captures
         self._reasons: dict[str, None] = {}
-        self._run_by_python: dict[str, None] = {}
-        self._late: list[str] = []  # reasons that hold if an ordinary run succeeds
+        self._run_by_python: dict[str, None] = {}  # reasons why programs have no executable
+        self._late: list[str] = []  # reasons to be noted at the end of the call, if an ordinary run succeeds
 
     @property
     def reasons(self) -> list[str]:
-        """Why some calls run ordinarily, a line each."""
+        """Why some calls run ordinarily, one line for each reason."""
         return [*self._reasons]
 
     @property
     def explained(self) -> list[str]:
-        """Those, and why some programs have no executable, as `Plan.reasons` has them."""
+        """Lines for `Plan.reasons`: why some calls are not captured, and why some programs have no executable."""
         slow = (f"captured without an executable, as {reason}" for reason in self._run_by_python)
         return [*(f"not captured: {reason}" for reason in self._reasons), *slow]
 
     def __call__(self, function: Callable[..., Sequence[Tensor | None]], key: tuple, *batches: Any) -> Results:
-        """function(*batches), by the program for the key, the batches' structure and the state of the surroundings."""
+        """Return `function(*batches)`, by a captured program where there is one.
+
+        Programs are kept by `key`, by the structure, shapes and other values of the batches, and by the guarded state.
+        """
         tasks = tasks_of(batches[0])
         self._late.clear()
         state = self._state()
@@ -114,7 +120,7 @@ class Captures:
             self._calls[whole.key] = PYTHON_CALLS - AUTO_CALLS
             return list(function(*batches))
         number = -(-tasks // microbatch)
-        sizes = sorted((len(range(i, tasks, number)) for i in range(number)), reverse=True)  # equal ones side by side
+        sizes = sorted((len(range(i, tasks, number)) for i in range(number)), reverse=True)  # equal sizes are adjacent
         ends = accumulate(sizes)
         parts = [whole.part(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
         losses, *gradients = zip(*self._run(parts, first, state.guards), strict=True)
@@ -123,7 +129,7 @@ class Captures:
         return [torch.cat(losses), *(None if g[0] is None else reduce(torch.add, g) for g in gradients)]
 
     def _state(self) -> _State | None:
-        """The state that everything beside the batches is in; None where nothing is captured in it."""
+        """Return the current guarded state, or None if nothing is captured in it."""
         for i, state in enumerate(self._states):
             if state.guards.hold():
                 self._states.insert(0, self._states.pop(i))
@@ -133,7 +139,7 @@ class Captures:
             return None
         guards = Guards(dict(zip(_ROOTS, self._roots, strict=True)))
         for i, state in enumerate(self._states):
-            if state.guards.signature == guards.signature:  # equal containers that are other objects
+            if state.guards.signature == guards.signature:  # equal values in other objects
                 state.guards = guards
                 self._states.insert(0, self._states.pop(i))
                 return state if state.number >= 0 else None
@@ -158,14 +164,15 @@ class Captures:
         return left > 0
 
     def _is_for_python(self, whole: _Application) -> bool:
-        """Whether a task's program was made and has no executable, while there is none for the whole batch yet."""
+        """Whether the program of one task has no executable, and the whole batch was not recorded yet."""
         captured = self._programs.get(whole.part(slice(1)).key)
         return captured is not None and captured.executable is None and whole.key not in self._programs
 
     def _microbatch_of(self, whole: _Application, tasks: int, guards: Guards) -> tuple[int, Results | None]:
-        """As many tasks as a cache holds, and one for each thread; all tasks where one task has no executable.
+        """Return the number of tasks in a microbatch, and the results of the first one if they are known already.
 
-        With the results of the first microbatch, if finding out has made them.
+        A microbatch has as many tasks as fit a core's cache, at most a thread's share of the batch. It is the whole
+        batch where that has fewer tasks than there are threads, or where one task's program has no executable.
         """
         threads, one, first = torch.get_num_threads(), whole.part(slice(1)), None
         if tasks < threads:
@@ -188,9 +195,9 @@ class Captures:
         return microbatch, first if microbatch == 1 else None
 
     def _run(self, calls: list[_Application], first: Results | None, guards: Guards) -> list[Results]:
-        """The calls' results, `first` those of the first one: of new programs one is compared with an ordinary run.
+        """Return the results of the calls; `first` are those of the first call, if known.
 
-        And one of the next batch: then a program is known to be right.
+        A new program is compared with an ordinary run once when it is recorded and once in the next batch.
         """
         results: list[Results] = [] if first is None else [first]
         new = {call.key for call in calls[: len(results)]}
@@ -220,16 +227,16 @@ class Captures:
         return [result or next(found_ready) for result in results]
 
     def _played(self, ready: list[tuple[_Captured, _Application]]) -> list[Results]:
-        """The programs' results, audited where it is time."""
+        """Return the results of the programs, after the audits that are due."""
         due = {id(captured) for captured in {id(c): c for c, _ in ready}.values() if captured.is_due()}
         before = Random(ready[0][1].inputs[0].device) if due else None
         results = list(_played([(captured, call.inputs) for captured, call in ready]))
         if before is not None:
             before.restore()
             for (captured, call), found in zip(ready, results, strict=True):
-                if (
-                    id(captured) in due or captured.executable is None
-                ):  # one that Python runs draws what the others drew before
+                # Only programs that Python runs draw random numbers. All of them are audited, in order, so that each
+                # ordinary run draws what its program drew.
+                if id(captured) in due or captured.executable is None:
                     self._audit(captured, call, found)
         return results
 
@@ -247,7 +254,7 @@ class Captures:
         )
 
     def _would_be_recorded_again(self, captured: _Captured, call: _Application, found: Results) -> bool:
-        """Whether a new recording computes the same to the last bits: then the difference is one of rounding.
+        """Whether a new recording gives nearly the same bits: then the difference to an ordinary run is rounding.
 
         Rounding is amplified without bound where a derivative jumps (ReLU, max pooling), in ordinary runs too.
         """
@@ -262,27 +269,30 @@ class Captures:
         return not _difference(found, results, self._names, exponent=0.95)
 
     def _recorded(self, call: _Application, guards: Guards, is_all: bool = True) -> Results:
-        """The call's results, and its program where there is one; no results where it fails and `is_all` is not set."""
+        """Record the call and return its results.
+
+        Where recording fails, the call runs ordinarily; unless `is_all` is set, an empty list is returned instead.
+        """
         while len(self._programs) >= PROGRAMS:
             del self._programs[next(iter(self._programs))]
         before = _Before(call, guards)
         try:
             if call.inputs[0].device.type != "cpu":
-                raise RecordError("programs are for CPUs")
+                raise RecordError("programs run on CPUs only")
             program, results = record(call, call.inputs, rewritten)
             changed = [*guards.changes(), *before.drawn()]
             if not changed:
                 pinned = _pinned(program, guards, call.arrays)
                 executable = self._lowered(program, call.inputs)
                 captured = self._programs[call.key] = _Captured(program, executable, pinned)
-        except Exception as error:  # an ordinary run may do what a recorded one can't; if it can't, it says why
+        except Exception as error:  # an ordinary run may succeed; if not, its own error is raised
             before.restore()
-            results = list(call()) if is_all else []  # what an ordinary run changes, it must change once
+            results = list(call()) if is_all else []  # not for a part: what an ordinary run changes must change once
             self._programs[call.key] = None
             self._note(str(error)) if is_all else self._late.append(str(error))
             return results
         if changed:
-            self._changed += 1  # the first time it may be what is filled once, such as a cache
+            self._changed += 1  # the first runs may fill a cache, which later ones leave alone
             if self._changed > MOST_CHANGED:
                 self._give_up(call.key, f"a run changes {', '.join(changed[:3])}")
             return results
@@ -291,7 +301,10 @@ class Captures:
         return self._compared(captured, call, results)[0]
 
     def _compared(self, captured: _Captured, call: _Application, truth: Results | None = None) -> tuple[Results, bool]:
-        """The program's results, if they are those of an ordinary run (`truth`), else these; and whether they are."""
+        """Compare the program with an ordinary run (`truth`, made here if None).
+
+        Returns the program's results and True if they agree, else those of the ordinary run and False.
+        """
         before, reason = Random(call.inputs[0].device), ""
         try:
             (found,) = captured([call.inputs], 1)
@@ -299,14 +312,14 @@ class Captures:
             found, reason = [], str(error)
         if truth is None:
             if captured.executable is not None:
-                captured.executable.release()  # an ordinary run wants as much
+                captured.executable.release()  # frees the arenas, as an ordinary run needs as much memory
             before.restore()
             truth = list(call())
             give_back()
         difference = _difference(found, truth, self._names) if found else ""
         if found and not difference:
             return found, True
-        if not found or all(t is None or t.isfinite().all() for t in truth):  # others confirm nothing
+        if not found or all(t is None or t.isfinite().all() for t in truth):  # infinite results decide nothing
             self._give_up(call.key, reason or f"it would give other results than an ordinary run: {difference}")
         return truth, False
 
@@ -330,21 +343,21 @@ class Captures:
 
 
 class _State:
-    """A state of everything that programs depend on beside their inputs; its number is negative where none is used."""
+    """A state of everything that programs depend on besides their inputs. With a negative number, none are used."""
 
     def __init__(self, guards: Guards, number: int) -> None:
         self.guards, self.number = guards, number
 
 
 class _Before:
-    """What a recorded run may change beside tensors, to be put back where its results are not used."""
+    """A snapshot of what a recorded run may change besides tensors, restored where its results are not used."""
 
     def __init__(self, call: _Application, guards: Guards) -> None:
         self.random, self._guards = Random(call.inputs[0].device), guards
         self._python, self._numpy = random.getstate(), np.random.get_state()
 
     def drawn(self) -> list[str]:
-        """Random generators outside of PyTorch which were used since."""
+        """Return the names of the generators of Python and NumPy that were used since."""
         numpy = zip(np.random.get_state(), self._numpy, strict=True)
         used = {"random's state": random.getstate() != self._python}
         used["numpy.random's state"] = not all(np.array_equal(a, b) for a, b in numpy)
@@ -358,13 +371,13 @@ class _Before:
 
 
 class _Application:
-    """A function and its batches, whose tensors are the inputs of a program."""
+    """A function with its batches. Their tensors are the inputs of a program; `obstacle` says why there can be none."""
 
     def __init__(self, function: Callable[..., Sequence[Tensor | None]], batches: tuple) -> None:
         self._function = function
         self._leaves, self._rebuild = flatten(batches)
         self._where = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-        self.arrays: list[np.ndarray] = []  # their values are a part of the kind, so they are kept as they are now
+        self.arrays: list[np.ndarray] = []  # copies, since `kind` holds the values that the arrays have now
         self.kind: tuple = ()
         self.obstacle = ""
         for i, leaf in enumerate(self._leaves):
@@ -404,7 +417,7 @@ class _Application:
 
 
 def _value(leaf: Any) -> Any:
-    """A hashable stand-in for what a batch holds beside tensors, by value; raises TypeError where there is none."""
+    """Return a hashable stand-in for a leaf that is no tensor. Raises TypeError if it can't be compared by value."""
     if is_frozen(leaf):
         return frozen(leaf)
     if isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject and leaf.nbytes <= MOST_BYTES:
@@ -415,7 +428,7 @@ def _value(leaf: Any) -> Any:
 
 
 class _Captured:
-    """A program, and its executable where it has one. `pinned`: tensors whose memory must stay where it was."""
+    """A program with its executable (or None) and its count of uses. The memory of `pinned` tensors must not move."""
 
     def __init__(self, program: Program, executable: Executable | None, pinned: Sequence[Tensor] = ()) -> None:
         self.program, self.executable, self.checked, self.uses = program, executable, False, 0
@@ -426,7 +439,7 @@ class _Captured:
         return any(_address(t) != address for t, address in self._pinned)
 
     def is_due(self) -> bool:
-        """Counts a use, and says whether it is one to be audited."""
+        """Count a use, and return whether it is to be audited."""
         self.uses += 1
         doubled = self.uses >= FIRST_AUDIT and self.uses & (self.uses - 1) == 0
         return doubled if self.uses <= AUDIT_EVERY else self.uses % AUDIT_EVERY == 0
@@ -435,9 +448,8 @@ class _Captured:
         for t in (*self._constants, *(t for inputs in microbatches for t in inputs)):
             check("MAML", "a tensor of a captured program", t)
         results = self.executable(microbatches, threads) if self.executable is not None else None
-        return (
-            [self.program(inputs) for inputs in microbatches] if results is None else results
-        )  # which says what is wrong
+        # None: there is no executable, or a check failed in C++; run by Python, the same check raises its error.
+        return [self.program(inputs) for inputs in microbatches] if results is None else results
 
 
 def _address(t: Tensor) -> int:
@@ -445,7 +457,10 @@ def _address(t: Tensor) -> int:
 
 
 def _pinned(program: Program, guards: Guards, arrays: Sequence[np.ndarray]) -> list[Tensor]:
-    """Tensors that the program reads by another name; raises RecordError where it reads one that no guard sees."""
+    """Return the guarded tensors whose memory the program reads through another tensor.
+
+    Raises RecordError where the program reads memory that no guard sees.
+    """
     made = {id(t) for t in program.made}
     memory = {_address(t): t for t, _ in guards.tensors.values() if t.layout is torch.strided}
     spans = [_span_of(array) for array in (*arrays, *(array for array, _, _ in guards.arrays))]
@@ -474,7 +489,7 @@ def _drop_oldest(kept: dict[Any, Any]) -> None:
 
 
 def _played(microbatches: Sequence[tuple[_Captured, list[Tensor]]]) -> Iterator[Results]:
-    """The microbatches' programs, as many at a time as there are threads."""
+    """Yield the results of the microbatches, running as many of one program at a time as there are threads."""
     threads = torch.get_num_threads()
     for _, alike in groupby(microbatches, key=lambda microbatch: id(microbatch[0])):
         captured, inputs = zip(*alike, strict=True)
@@ -483,10 +498,11 @@ def _played(microbatches: Sequence[tuple[_Captured, list[Tensor]]]) -> Iterator[
 
 
 def _difference(found: Results, truth: Results, names: Sequence[str], exponent: float = 0.6) -> str:
-    """Which results differ by more than rounding, which differs where an operation is composed otherwise; or "".
+    """Describe the first result that differs by more than rounding, or return "".
 
-    A small gradient may be what is left of large ones, so that a result counts relative to the largest one too. Where
-    the truth is infinite or not a number, so must be what was found; the rest is compared.
+    The tolerance is eps**exponent, relative to the norm of the result, or to a thousandth of the largest norm if that
+    is more: a small gradient may be the rest of large terms that cancel. Elements that are infinite or NaN on both
+    sides are not compared.
     """
     finite = [None if t is None else t.where(t.isfinite(), 0) for t in truth]
     norms = [0.0 if t is None else t.norm().item() for t in finite]

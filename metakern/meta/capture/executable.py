@@ -1,7 +1,7 @@
-"""Executables: lowered programs, which C++ runs in memory that was laid out beforehand, without Python in between.
+"""Executables: lowered programs, which C++ runs in one arena whose layout was computed beforehand.
 
-An executable runs for several microbatches side by side, a thread and an arena each: microbatches so small that what
-they need stays in a core's cache.
+An executable runs several microbatches in parallel, each on its own thread and in its own arena. A microbatch is small
+enough for its arena to stay in a core's cache.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from metakern.native.memory import address
 
-ALIGNMENT = 64  # of what an arena holds, in bytes
+ALIGNMENT = 64  # of tensors in an arena, in bytes
 
 
 class Executable:
-    """executable([inputs, …], threads): the program's outputs for each list of inputs, or None where a check fails."""
+    """A lowered program: `executable([inputs, …], threads)` returns the outputs for each list of inputs.
+
+    It returns None where a check fails, or where a constant has another layout than when the program was lowered.
+    """
 
     def __init__(self, native: Any, constants: list[Tensor], outputs: list[Tensor | None]) -> None:
         self._native, self._constants, self._outputs = native, constants, outputs
@@ -26,11 +29,11 @@ class Executable:
 
     @property
     def bytes(self) -> int:
-        """Memory of a run beside inputs, outputs, and what it only reads."""
+        """The size of the arena: the memory of a run besides inputs, outputs and constants."""
         return self._native.bytes
 
     def release(self) -> None:
-        """Gives back the memory that all executables run in, until one runs again."""
+        """Free the memory of the arenas of all executables until one runs again."""
         self._native.release()
 
     def __call__(self, microbatches: Sequence[Sequence[Tensor]], threads: int) -> list[list[Tensor | None]] | None:

@@ -1,22 +1,22 @@
-"""Guards: everything beside its tensors that a captured program depends on, and whether it is still what it was.
+"""Guards: they notice when something besides its tensors changes that a captured program depends on.
 
-A program replays kernel calls without running Python, so whatever Python could have read while they were recorded must
-be the same at each use. `Guards` walks once over all that the model, the inner optimizer and the loss can reach:
+A program replays kernel calls without running Python. So whatever Python could have read while they were recorded must
+be the same at each use. `Guards` walks once over everything that the model, the inner optimizer and the loss can reach:
 
     containers      dict, list, tuple, set, deque, and what they hold
     objects         attributes (config objects, dataclasses, modules with their training flags, hooks and children)
     functions       code, defaults, closures, and the globals and helpers that the code names
-    tensors         identity, dtype, layout; values may change in place, since a program reads tensors at each use
-    arrays          NumPy arrays and numbers, by value
+    tensors         identity, dtype and layout; values may change in place, since a program reads tensors at each use
+    arrays          NumPy arrays and NumPy numbers, by value
     settings        PyTorch's modes and defaults, such as autocast
 
-The walk leaves flat lists, so that `Guards.hold` is a few loops in C: microseconds for a small model, about 0.2 ms for
-twelve layers of a transformer. Attributes and methods of a user's class count only where reached code names them, so a
-counter that only the training loop reads invalidates nothing. The functions of PyTorch, NumPy and other libraries are
-constants; the attributes of their objects are not.
+The walk builds flat lists, so that `Guards.hold` is a few loops in C: microseconds for a small model, about 0.2 ms for
+twelve layers of a transformer. Attributes and methods of a user's class are guarded only if reached code names them, so
+a counter that only the training loop reads invalidates nothing. Functions of PyTorch, NumPy and other libraries count
+as constants; the attributes of their objects are guarded.
 
 Some state can't be compared: iterators, the clock, random numbers outside of PyTorch, the environment, files. Where
-reached code names one, `Guards.obstacles` says so, and nothing is captured.
+reached code names such state, `Guards.obstacles` says so, and nothing is captured.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from metakern.ops.core import backend
 
-MOST_OBJECTS = 200_000  # that a walk visits
-MOST_BYTES = 2**20  # of NumPy arrays, which are compared at each use
+MOST_OBJECTS = 200_000  # objects that a walk visits; with more, nothing is captured
+MOST_BYTES = 2**20  # bytes of NumPy arrays, which are compared at each use; with more, nothing is captured
 _MISSING = object()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _CONSTANT = (Enum, torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, range, slice)
@@ -70,7 +70,7 @@ _MODULE_STATE = (
     "_backward_pre_hooks",
 )
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
-# What can't be compared: {module: its names, or None for all of them}.
+# State that can't be compared: module -> names in it, or None for all of them.
 _UNSEEN: dict[str, set[str] | None] = {
     **dict.fromkeys(("random", "_random", "time", "secrets", "uuid", "io", "_io", "socket", "tempfile", "subprocess")),
     **dict.fromkeys(("numpy.random", "glob", "fileinput", "posix", "nt", "genericpath", "ctypes", "_ctypes", "mmap")),
@@ -86,10 +86,12 @@ _UNSEEN: dict[str, set[str] | None] = {
     "inspect": {"stack", "currentframe"},
 }
 _UNSEEN_BUILTINS = {"open", "input", "eval", "exec", "globals", "__import__"}
-_BY_NAME = {"getattr", "vars", "dir", "__dict__", "attrgetter", "methodcaller"}  # attributes chosen while running
+# Names by which code can choose attributes while running: where one occurs, any attribute may be read.
+_BY_NAME = {"getattr", "vars", "dir", "__dict__", "attrgetter", "methodcaller"}
+# Methods of a user's class that do not run within a call of its instance.
 _NOT_RUN = {"__init__", "__new__", "__init_subclass__", "__post_init__", "__repr__", "__str__", "__del__", "__copy__"}
 _NOT_RUN |= {"__getstate__", "__setstate__", "__reduce__", "__reduce_ex__", "__deepcopy__", "__replace__"}
-# Objects of C that never change, by the modules of their classes; of others the state can't be seen.
+# Modules whose classes in C have no state that changes. Objects of other classes in C are an obstacle.
 _UNCHANGING = {"builtins", "re", "torch", "numpy", "operator", "functools", "decimal", "datetime", "types", "typing"}
 _UNCHANGING |= {"_thread", "threading", "abc", "_abc", "weakref", "logging", "collections", "_collections"}
 _OF_FUNCTION = attrgetter("__code__", "__defaults__", "__kwdefaults__")
@@ -99,7 +101,7 @@ _PRECISIONS = [("generic", "all"), *(("mkldnn", op) for op in ("all", "matmul", 
 
 
 def settings() -> tuple:
-    """The backend, and PyTorch's modes and defaults on a CPU: what any code depends on, whatever it names."""
+    """Return the backend and PyTorch's modes and defaults on a CPU, which all code depends on."""
     return (
         backend.chosen(),
         torch.get_default_dtype(),
@@ -121,14 +123,20 @@ def settings() -> tuple:
 
 
 class Guards:
-    """What `roots`, by name, can reach, as it is now."""
+    """A snapshot of everything that `roots` (by name) can reach, to be compared later.
+
+    Attributes:
+        obstacles: Why nothing may be captured, one line each: reachable state that can't be compared.
+        signature: A value that is equal for equal states, whatever objects they consist of.
+    """
 
     def __init__(self, roots: Mapping[str, Any]) -> None:
         self.obstacles: list[str] = []
-        self.tensors: dict[int, tuple[Tensor, str]] = {}  # by identity, with the path to it
-        self.containers: list[tuple[Any, str]] = []  # of which every item counts
-        self.entries: list[tuple[dict, Any, str]] = []  # dictionaries of which one key counts
-        self.objects: list[tuple[Any, str]] = []  # of which the class counts
+        # What is compared, each with its path from a root:
+        self.tensors: dict[int, tuple[Tensor, str]] = {}  # by id
+        self.containers: list[tuple[Any, str]] = []  # all their items
+        self.entries: list[tuple[dict, Any, str]] = []  # one key of a dictionary
+        self.objects: list[tuple[Any, str]] = []  # their classes
         self.functions: list[tuple[FunctionType, str]] = []
         self.cells: list[tuple[CellType, str]] = []
         self.getters: list[tuple[Callable[[], Any], str]] = []
@@ -137,7 +145,7 @@ class Guards:
         walk = _Walk(self)
         walk.run(roots)
         self._kept = walk.kept
-        self.signature = (self._settings, *walk.signature)  # equal for equal states
+        self.signature = (self._settings, *walk.signature)
         self._views = [view for container, _ in self.containers for view in _views(container)]
         self._dicts, self._keys = [d for d, _, _ in self.entries], [key for _, key, _ in self.entries]
         self._each = {
@@ -162,22 +170,22 @@ class Guards:
         )
 
     def hold(self) -> bool:
-        """Whether everything is what it was."""
+        """Whether nothing has changed."""
         if settings() != self._settings or list(map(len, self._views)) != self._lengths:
             return False
         try:
             if not all(map(is_, self._now(), self._values)):
                 if self.changes():
                     return False
-                self._remember()  # equal numbers that are other objects
-        except ValueError:  # a variable of a closure is unset
+                self._remember()  # equal values in other objects
+        except ValueError:  # a variable of a closure is unset now
             return False
         return list(map(_layout, self._tensors)) == self._layouts and all(
             _contents(array) == contents for array, contents, _ in self.arrays
         )
 
     def changes(self) -> list[str]:
-        """The paths to what isn't what it was."""
+        """Return the paths to what has changed."""
         found = ["PyTorch's settings"] * (settings() != self._settings)
         if list(map(len, self._views)) == self._lengths:
             pairs = zip(self._paths(), self._now(), self._values, strict=True)
@@ -202,7 +210,7 @@ class Guards:
         yield from (path for _, path in (*self.cells, *self.getters))
 
     def restore(self) -> None:
-        """Puts back what a run whose results are not used has changed: numbers and containers, not tensors' values."""
+        """Undo what a run changed whose results are not used: items, attributes and variables, but no tensor values."""
         start = 0
         lengths = iter(self._lengths)
         for container, _ in self.containers:
@@ -229,7 +237,10 @@ class Guards:
 
 
 class _Walk:
-    """Visits what is reached, breadth first; attributes and methods of users' classes when some code names them."""
+    """Visits everything reachable, breadth first. Attributes and methods of a user's class wait until code names them.
+
+    It fills the lists of `guards` and the signature. `kept` holds the visited objects, so that their ids stay valid.
+    """
 
     def __init__(self, guards: Guards) -> None:
         self.guards, self.signature, self.kept = guards, list[Any](), list[Any]()
@@ -238,8 +249,8 @@ class _Walk:
         self._named = {"forward", "__call__", "training"}
         self._everything = False
         self._waiting: dict[str, list[Callable[[], None]]] = {}
-        self._unseen: dict[str, list[str]] = {}  # paths to what is an obstacle where its name is named
-        self._stored: set[str] = set()  # attributes that some code sets
+        self._unseen: dict[str, list[str]] = {}  # name -> paths that become obstacles once code has that name
+        self._stored: set[str] = set()  # attributes that reached code sets
         self._entered: set[tuple[int, Any]] = set()
         self._bytes = 0
 
@@ -256,14 +267,14 @@ class _Walk:
         self.guards.obstacles.append(f"{path} {why}")
 
     def _name(self, names: Iterable[str]) -> None:
-        """Some code names these."""
+        """Note names that occur in reached code; visit what waited for them."""
         for name in names:
             if name not in self._named:
                 self._named.add(name)
                 for act in self._waiting.pop(name, ()):
                     act()
                 for path in self._unseen.pop(name, ()):
-                    self._obstacle(path, f"({name}) is nothing that a guard can see")
+                    self._obstacle(path, f"({name}) is state that no guard can see")
         if not self._everything and _BY_NAME & self._named:
             self._everything = True
             for acts in [*self._waiting.values()]:
@@ -278,19 +289,23 @@ class _Walk:
             self._waiting.setdefault(name, []).append(act)
 
     def _check_unseen(self, module: str, path: str, own: str | None = None, names: Iterable[str] | None = None) -> bool:
-        """An obstacle where this module's, or the function `own` of it, can't be seen; else where its name is named."""
+        """Add obstacles for state of a module that no guard can see.
+
+        `own` is a function or class of the module that was reached, `names` the names that reached code uses. Returns
+        True if the module or `own` is not to be visited further.
+        """
         module = "numpy.random" if module.startswith("numpy.random") else module
         unseen = _UNSEEN[module] if module in _UNSEEN else _UNSEEN.get(module.partition(".")[0], set()) and set()
         if unseen is None or own in unseen:
-            self._obstacle(path, f"({module}) is nothing that a guard can see")
+            self._obstacle(path, f"({module}) is state that no guard can see")
             return True
         if names is not None:
             for name in unseen.intersection(names):
-                self._obstacle(f"{path}.{name}", "is nothing that a guard can see")
+                self._obstacle(f"{path}.{name}", "is state that no guard can see")
         elif module in ("datetime", "pathlib"):
             for name in unseen:
                 if name in self._named:
-                    self._obstacle(path, f"({name}) is nothing that a guard can see")
+                    self._obstacle(path, f"({name}) is state that no guard can see")
                 else:
                     self._unseen.setdefault(name, []).append(path)
             return own is not None
@@ -314,7 +329,7 @@ class _Walk:
         elif isinstance(value, bytearray | array):
             identity = self._array(np.frombuffer(value, np.uint8), path)
         elif kind.__module__.startswith("metakern.meta") and not isinstance(value, nn.Module):
-            identity = id(value)  # plans and programs, which nothing reads
+            identity = id(value)  # plans and programs, which no recorded code reads
         elif isinstance(value, Tensor):
             if kind not in (Tensor, nn.Parameter):
                 self._class(kind, instance=True)
@@ -364,11 +379,11 @@ class _Walk:
         elif isinstance(value, logging.Logger):
             identity = id(value)
         elif hasattr(kind, "__next__") and _is_library(kind):
-            self._obstacle(path, f"(a {kind.__name__}) is an iterator: no guard can see where it stands")
+            self._obstacle(path, f"(a {kind.__name__}) is an iterator: no guard can see its position")
         elif _attributes(value) is not None or any(vars(c).get("__slots__") for c in kind.__mro__):
             self._object(value, path)
         elif kind.__module__.partition(".")[0] in _UNCHANGING and not isinstance(value, memoryview):
-            identity = id(value)  # such as a compiled regular expression
+            identity = id(value)  # for example a compiled regular expression
         else:
             self._obstacle(path, f"(a {kind.__name__}) keeps its state where no guard can see it")
         self.signature.append((path, identity))
@@ -406,7 +421,10 @@ class _Walk:
                 self.signature.append((path, None))
 
     def _object(self, value: Any, path: str) -> None:
-        """Attributes and class. A library's code may read any of its objects' attributes; a user's, those it names."""
+        """Visit the class and attributes of an object.
+
+        A library's code may read any attribute of its objects; a user's code reads those that it names.
+        """
         kind, attributes = type(value), _attributes(value)
         self.guards.objects.append((value, path))
         self.signature.append((path, id(kind)))
@@ -435,7 +453,7 @@ class _Walk:
                     self._queue.append((get(), f"{path}.{name}"))
 
     def _class(self, kind: type, instance: bool) -> None:
-        """The user's classes that a value's class derives from: their methods and attributes that some code names."""
+        """Visit the user's classes among the bases of a class: the methods and attributes that reached code names."""
         by_name = _is_by_name(kind)
         for c in kind.__mro__:
             if (id(c), instance) in self._entered:
@@ -447,7 +465,7 @@ class _Walk:
                     self.guards.getters.append((partial(vars(c).get, "forward"), f"{c.__qualname__}.forward"))
                     self.signature.append((c.__qualname__, id(vars(c)["forward"])))
                 continue
-            copyreg._slotnames(c)  # type: ignore[attr-defined]  # kept in the class, by the first copy of an instance
+            copyreg._slotnames(c)  # type: ignore[attr-defined]  # the first copy of an instance would add it to the class
             self.guards.containers.append((vars(c), f"{c.__qualname__}."))
             for name, value in vars(c).items():
                 visit = partial(self._queue.append, (value, f"{c.__qualname__}.{name}"))
@@ -459,7 +477,7 @@ class _Walk:
                     self._when_named(name, visit) if by_name else visit()
 
     def _module(self, module: ModuleType, path: str, names: frozenset[str] | None) -> None:
-        """A module's attributes that the code which names the module names too."""
+        """Visit the attributes of a module that occur among the names of the code which uses the module."""
         if self._check_unseen(module.__name__, path, names=names):
             return
         attributes, library = vars(module), _is_library_name(module.__name__)
@@ -489,7 +507,7 @@ class _Walk:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 contents = cell.cell_contents
-            except ValueError:  # a variable that isn't set yet
+            except ValueError:  # a variable that is not set yet
                 continue
             self.guards.cells.append((cell, name))
             self._queue.append((contents, name))
@@ -523,7 +541,7 @@ class _Walk:
 
 
 class _View:
-    """The keys of an object's attributes: which there are, not what they are."""
+    """The keys of an object's attributes, guarded without their values."""
 
     def __init__(self, keys: Collection[str]) -> None:
         self.keys = keys
@@ -531,8 +549,11 @@ class _View:
 
 @lru_cache(maxsize=4096)
 def _names_of(code: CodeType) -> tuple[frozenset[str], ...]:
-    """Names of attributes and globals, and texts that may be such; of globals; of modules it imports; of attributes it
-    sets."""
+    """Return the names in a function's code, including the functions within it, as four sets.
+
+    These are all names (with strings that could be names), the globals, the imported modules, and the attributes that
+    it sets.
+    """
     names, loaded, imported, stored = set(code.co_names), set[str](), set[str](), set[str]()
     by_operation = {"LOAD_GLOBAL": loaded, "LOAD_NAME": loaded, "STORE_GLOBAL": loaded, "IMPORT_NAME": imported}
     by_operation["STORE_ATTR"] = stored
@@ -553,7 +574,7 @@ def is_frozen(value: Any) -> bool:
 
 
 def frozen(value: Any) -> Any:
-    """A hashable stand-in that is equal for the same value of the same type: 0.0 is not -0.0, NaN is NaN."""
+    """Return a hashable stand-in that is equal for the same value of the same type; 0.0 is not -0.0, and NaN is NaN."""
     if isinstance(value, float):
         return type(value), value.hex()
     if isinstance(value, np.generic):
@@ -606,7 +627,10 @@ def _attributes(value: Any) -> dict[str, Any] | None:
 
 
 def _stored(holder: dict[str, Any], key: str) -> Any:
-    """What a run may set. Whatever tensor it is: a program that reads it before it sets it is refused."""
+    """Return the value of an attribute that a run may set, or Tensor for any tensor.
+
+    Which tensor it is need not be guarded: a program that reads it before it sets it is refused.
+    """
     value = holder.get(key, _MISSING)
     return Tensor if isinstance(value, Tensor) else value
 
@@ -619,7 +643,10 @@ def _slot(slot: Any, value: Any) -> Any:
 
 
 def _is_by_name(kind: type) -> bool:
-    """Whether only the user's own code reads its attributes and calls its methods: a library goes by other rules."""
+    """Whether a class derives from users' classes and nn.Module alone: then only code that names an attribute reads it.
+
+    A class that derives from another class of a library may have any attribute read by that library.
+    """
     known = (object, nn.Module)
     return all(not _is_library(c) or c in known or c.__module__ in ("abc", "typing") for c in kind.__mro__)
 
@@ -636,5 +663,5 @@ def _is_library_name(module: str) -> bool:
     return module.partition(".")[0] in _LIBRARIES
 
 
-# What each module has, but for what is guarded by itself, and a recurrent layer's second list of its parameters.
+# Attributes of every module, visited separately or not at all, and a recurrent layer's second list of its parameters.
 _REST_OF_MODULES = frozenset({*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"})

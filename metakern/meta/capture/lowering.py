@@ -1,8 +1,8 @@
-"""Lowering: a program becomes an executable.
+"""Lowering: turns a program into a C++ executable.
 
-The program is traced once on meta tensors, which gives layouts and lifetimes; each temporary gets an offset in one
-arena, whose memory is used again after its last use. `operations.py` has the rules, one for each operation of PyTorch
-and for our own kernels. A program with an operation that no rule lowers has no executable; Python runs it.
+The program is traced once on meta tensors, which gives layouts and lifetimes. Each temporary gets an offset in one
+arena; its memory is reused after its last use. `operations.py` has the rules, one for each operation of PyTorch and for
+our own kernels. A program with an operation that has no rule has no executable; Python runs it.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ MOST_DIMS = 6
 TYPES = {torch.float32: 0, torch.float64: 1, torch.int64: 2, torch.bool: 3}  # as csrc/pass.h numbers them
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 RANDOM_STATES: Any = (random_states.__wrapped__, set_random_states.__wrapped__)  # type: ignore[attr-defined]
-RULES: dict[Any, Callable[..., Any]] = {}  # of an operation: (lowering, its arguments as layouts) -> its results
-FACTORIES: set[Any] = set()  # operations that make memory which others may write to
+RULES: dict[Any, Callable[..., Any]] = {}  # operation -> rule(lowering, *arguments as layouts) -> results as layouts
+FACTORIES: set[Any] = set()  # operations whose result is new memory, which later steps may write to
 
 
 class LoweringError(Exception):
-    """What an executable can't do, or not as the program does it."""
+    """A program can't be lowered; the message says why, as a clause."""
 
 
 def lower(program: Program, inputs: Sequence[Tensor]) -> Executable:
-    """The program's executable. Raises LoweringError where it has none."""
+    """Return the executable of a program for inputs laid out as `inputs`. Raises LoweringError if there is none."""
     if obstacle := native.obstacle():
         raise LoweringError(obstacle)
     return Lowering(inputs).executable(program)
@@ -41,7 +41,7 @@ def lower(program: Program, inputs: Sequence[Tensor]) -> Executable:
 
 @dataclass
 class _Instruction:
-    """An instruction: a method of the native executable, and its arguments, once it is known where the tensors lie."""
+    """A call of a method of the native executable. `arguments` makes its arguments from the places of the tensors."""
 
     method: str
     tensors: tuple[Tensor | None, ...]
@@ -49,22 +49,22 @@ class _Instruction:
 
 
 class Lowering:
-    """Follows a program with tensors of device "meta", each of which has a layout and no memory."""
+    """Traces a program on meta tensors, which have a layout but no memory, and collects the instructions."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.calls: list[_Instruction] = []
         self.values: dict[Register, Tensor] = {}
-        self.folded: dict[Register, Tensor] = {}  # known now: numbers of the recorded run
-        self.bases: dict[int, int] = {}  # of the memory whose address is given at each run
-        self.constants: dict[int, tuple[Tensor, Tensor]] = {}
-        self.filled: set[int] = set()  # memory that is meant: not a copy that PyTorch made on the way
+        self.folded: dict[Register, Tensor] = {}  # values known at lowering (constant folding)
+        self.bases: dict[int, int] = {}  # memory whose address is passed at each run -> its index among the addresses
+        self.constants: dict[int, tuple[Tensor, Tensor]] = {}  # id -> the tensor and its layout
+        self.filled: set[int] = set()  # memory with defined contents, unlike a copy that PyTorch makes on meta tensors
         self.inputs = [self.addressed(t) for t in inputs]
 
     def executable(self, program: Program) -> Executable:
         self.values.update(zip(program.inputs, self.inputs, strict=True))
         if any(torch.Tag.nondeterministic_seeded in getattr(step.function, "tags", ()) for step in program.steps):
-            raise LoweringError("random numbers")
-        steps = [step for step in program.steps if step.function not in RANDOM_STATES]  # which nobody reads
+            raise LoweringError("random numbers have no instruction")
+        steps = [step for step in program.steps if step.function not in RANDOM_STATES]  # no step reads the states
         for step in steps:
             self.step(step)
         results = [None if value is None else self.value(value) for value in program.outputs]
@@ -78,7 +78,7 @@ class Lowering:
         return Executable(self.placed(), [t for t, _ in self.constants.values()], outputs)
 
     def placed(self) -> Any:
-        """The native executable, with a place for every tensor: memory is given out again after its last use."""
+        """Return the native executable, with a place for every tensor. Memory is reused after its last use."""
         C = native.C
         last: dict[int, int] = {}
         for i, call in enumerate(self.calls):
@@ -108,15 +108,15 @@ class Lowering:
         return executable
 
     def addressed(self, t: Tensor) -> Tensor:
-        """The layout of a tensor whose address is given at each run."""
+        """Return the layout of a tensor whose address is passed at each run."""
         if t.device.type != "cpu" or t.layout != torch.strided or t.is_neg() or t.dtype not in TYPES:
-            raise LoweringError(f"a tensor of {t.dtype} on {t.device}")
+            raise LoweringError(f"a tensor of {t.dtype} on {t.device} can't be read by instructions")
         meta = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
         self.bases[_memory(meta)] = -1
         return self.new(meta)
 
     def new(self, t: Tensor) -> Tensor:
-        """A tensor in memory of its own, which an instruction fills."""
+        """Return t, marked as memory of its own that is filled by an instruction."""
         self.filled.add(_memory(t))
         return t
 
@@ -148,7 +148,7 @@ class Lowering:
             return
         for register in step.writes:
             if register not in self.values or _memory(self.values[register]) in self.bases:
-                raise LoweringError("writes to memory of others")
+                raise LoweringError("it writes to an input or a constant")
         args, kwargs = self.value(step.args), self.value(step.kwargs)
         if rule is not None:
             results = rule(self, *args, **kwargs)
@@ -159,7 +159,7 @@ class Lowering:
         self.values.update(_pairs(step.results, results))
 
     def made(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns, as a layout."""
+        """Return the results of a function of PyTorch on layouts."""
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
@@ -167,11 +167,11 @@ class Lowering:
 
     def call(self, method: str, *tensors: Tensor | None, arguments: Callable[[list[Any]], tuple]) -> None:
         if any(t is not None and _memory(t) not in self.filled for t in tensors):
-            raise LoweringError(f"{method} of a hidden copy")
+            raise LoweringError(f"an operand of {method} is a copy that PyTorch made while tracing")
         self.calls.append(_Instruction(method, tensors, arguments))
 
     def map(self, name: str, out: Tensor, *inputs: Tensor, s: float = 0.0, t: float = 0.0) -> Tensor:
-        """An elementwise instruction over `out` and what broadcasts to it."""
+        """Add an elementwise instruction on `out` and inputs that broadcast to its shape; return `out`."""
         types = {x.dtype for x in (out, *inputs)}
         if name == "copy" and len(types) > 1 and out.dtype == torch.bool:
             name, s = "ne", 0.0
@@ -180,22 +180,22 @@ class Lowering:
         elif name in ("where", *COMPARISONS):
             types = {inputs[-1].dtype}
         if len(types) > 1 or not types <= set(TYPES):  # C++ refuses a type that it has no kernel for
-            raise LoweringError(f"{name} of {types}")
+            raise LoweringError(f"{name} of {' and '.join(sorted(map(str, types)))} has no instruction")
         tensors = (out, *(x.expand(out.shape) for x in inputs))
         dims = sorted(zip(out.shape, *(x.stride() for x in tensors), strict=True), key=lambda d: -d[1])
         self.walk(name, tensors, _merged(dims), TYPES[types.pop()], 0, s, t)
         return out
 
     def affine(self, out: Tensor, x: Tensor, s: float, t: float) -> Tensor:
-        """out = s x + t."""
+        """Add the instruction out = s x + t; return `out`."""
         if not (x.is_floating_point() or all(isinstance(number, int) for number in (s, t))):
-            raise LoweringError(f"{x.dtype} and numbers of another kind")
+            raise LoweringError(f"arithmetic of {x.dtype} with floats has no instruction")
         return self.map("affine", out, x, s=s, t=t)
 
     def sum(self, out: Tensor, x: Tensor, dims: Sequence[int], scale: float, dtype: torch.dtype | None) -> None:
-        """out = scale times the sum of x over the dimensions, which have size one in `out`."""
+        """Add the instruction out = scale times the sum of x over `dims`, which have size one in `out`."""
         if not x.is_floating_point() or dtype not in (None, x.dtype):
-            raise LoweringError(f"a sum of {x.dtype} in {dtype}")
+            raise LoweringError(f"a sum of {x.dtype} in {dtype or x.dtype} has no instruction")
         dims_of: dict[bool, list[tuple[int, ...]]] = {True: [], False: []}
         for d, size in enumerate(x.shape):
             if size != 1:
@@ -213,24 +213,24 @@ class Lowering:
     def walk(self, name: str, tensors: tuple, dims: list, type_: int, reduced: int, s: float, t: float) -> None:
         dims = dims or [(1, *(0 for _ in tensors))]
         if len(dims) > MOST_DIMS:
-            raise LoweringError(f"{len(dims)} dimensions")
+            raise LoweringError(f"{name} over {len(dims)} dimensions has no instruction (at most {MOST_DIMS})")
         sizes, *strides = (list(column) for column in zip(*dims, strict=True))
         self.call("pass_", *tensors, arguments=lambda places: (name, type_, reduced, places, sizes, strides, (s, t)))
 
     def in_rows(self, t: Tensor) -> Tensor:
-        """t in contiguous memory."""
+        """Return t, or a contiguous copy of it."""
         if t.is_contiguous():
             return t
         return self.map("copy", self.new(torch.empty_like(t, memory_format=torch.contiguous_format)), t)
 
     def copied(self, t: Tensor | None, arranged: Tensor | None) -> None:
-        """Fills what the arranging of a call has made anew."""
+        """Add the copy of t to `arranged`, where arranging a call's arguments has made new memory for it."""
         if t is not None and arranged is not None and _memory(t) != _memory(arranged):
             self.map("copy", self.new(arranged), t)
 
 
 class Arena:
-    """Memory given out and back: the smallest gap that is large enough, else more of it."""
+    """An allocator of offsets: it takes the smallest free gap that is large enough, else grows the arena."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -270,7 +270,7 @@ def _pairs(names: Any, results: Any) -> Iterator[tuple[Register, Tensor]]:
 
 
 def _merged(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Sizes and strides with the dimensions that every tensor walks through as if they were one."""
+    """Merge dimensions that are contiguous in every tensor; each is (size, stride of each tensor)."""
     merged: list[tuple[int, ...]] = []
     for size, *strides in dims:
         if size == 1:

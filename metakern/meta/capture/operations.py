@@ -1,4 +1,8 @@
-"""How each of PyTorch's operations, and our kernels, is lowered to instructions."""
+"""The lowering rules: how each operation of PyTorch, and each call of our kernels, becomes instructions.
+
+A rule is called with the `Lowering` and the operation's arguments, with meta tensors as layouts, and returns the
+results in the same way.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,8 @@ _aten: Any = torch.ops.aten
 
 
 def _lowers(*operations: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the rule of these operations."""
+
     def decorated(rule: Callable[..., Any]) -> Callable[..., Any]:
         RULES.update(dict.fromkeys(operations, rule))
         return rule
@@ -25,12 +31,13 @@ def _lowers(*operations: Any) -> Callable[[Callable[..., Any]], Callable[..., An
 
 
 def _makes(operation: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the rule of an operation whose result is new memory, which later steps may write to."""
     FACTORIES.add(operation)
     return _lowers(operation)
 
 
 def _alike(w: Lowering, x: Tensor, *others: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An elementwise result, of x's dtype, laid out as the first tensor of its shape."""
+    """Return the layout of an elementwise result: that of the first tensor of its shape, in x's dtype or `dtype`."""
     shape = torch.broadcast_shapes(x.shape, *(other.shape for other in others))
     like = next((t for t in (x, *others) if t.shape == shape), None)
     return w.new(x.new_empty(shape, dtype=dtype) if like is None else torch.empty_like(like, dtype=dtype or x.dtype))
@@ -41,7 +48,7 @@ def _is_of_tensors(operation: Any, inputs: int) -> bool:
     return len(arguments) == inputs and all(str(argument.type) == "Tensor" for argument in arguments)
 
 
-# PyTorch's operations that are one instruction of the same name (csrc/pass.h) and have no other arguments.
+# Operations of PyTorch that have an instruction of the same name (csrc/pass.h) and take only tensors.
 for _name, _inputs in getattr(native.C, "elementwise", {}).items():
     for _spelling in (_name, f"{_name}_"):
         _op = getattr(getattr(_aten, _spelling, None), "default", None)
@@ -58,14 +65,14 @@ for _name in COMPARISONS:
 @_lowers(_aten.gelu.default)
 def _gelu(w: Lowering, x: Tensor, approximate: str = "none") -> Tensor:
     if approximate != "none":
-        raise LoweringError("gelu's tanh form")
+        raise LoweringError("gelu's tanh approximation has no instruction")
     return w.map("gelu", _alike(w, x), x)
 
 
 @_lowers(_aten.gelu_backward.default)
 def _gelu_backward(w: Lowering, ct: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
     if approximate != "none":
-        raise LoweringError("gelu's tanh form")
+        raise LoweringError("gelu's tanh approximation has no instruction")
     return w.map("gelu_backward", _alike(w, ct, x), ct, x)
 
 
@@ -75,7 +82,7 @@ def _threshold_backward(w: Lowering, ct: Tensor, x: Tensor, threshold: float) ->
 
 
 def _sum_of(w: Lowering, out: Tensor, x: Tensor, y: Tensor | float, scale: float) -> Tensor:
-    """out = x + scale y."""
+    """Lower out = x + scale y."""
     return w.map("add", out, x, y, s=scale) if isinstance(y, Tensor) else w.affine(out, x, 1, scale * y)
 
 
@@ -85,12 +92,15 @@ def _product_of(w: Lowering, out: Tensor, x: Tensor, y: Tensor | float) -> Tenso
 
 def _quotient_of(w: Lowering, out: Tensor, x: Tensor, y: Tensor | float) -> Tensor:
     if not isinstance(y, Tensor) and not y:
-        raise LoweringError("a division by zero")
+        raise LoweringError("a division by the number zero has no instruction")
     return w.map("div", out, x, y) if isinstance(y, Tensor) else w.affine(out, x, 1 / y, 0.0)
 
 
 def _binary(name: str, of: Callable[..., Tensor], *more: float) -> None:
-    """x + alpha y and so on, new and in place, of a tensor or a number."""
+    """Register the rules of a binary operation: of a tensor or a number y, with a new result and in place.
+
+    `of` lowers the operation to instructions; `more` are factors of its argument alpha.
+    """
     op, in_place = getattr(_aten, name), getattr(_aten, f"{name}_")
 
     def write(w: Lowering, x: Tensor, y: Any, alpha: float = 1) -> Tensor:
@@ -141,14 +151,14 @@ def _pow(w: Lowering, x: Tensor, exponent: float) -> Tensor:
 @_lowers(_aten.where.self)
 def _where(w: Lowering, mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
     if mask.dtype != torch.bool or x.dtype != y.dtype:
-        raise LoweringError("where of several dtypes")
+        raise LoweringError("where has no instruction for a mask that is not boolean, or operands of different dtypes")
     return w.map("where", _alike(w, x, y, mask), mask, x, y)
 
 
 @_lowers(_aten.masked_fill.Scalar)
 def _masked_fill(w: Lowering, x: Tensor, mask: Tensor, value: float) -> Tensor:
     if not x.is_floating_point() and not isinstance(value, int):
-        raise LoweringError("a fill of another kind")
+        raise LoweringError("filling integers with a float has no instruction")
     filled = w.map("fill", w.new(x.new_empty(())), s=value)
     return _where(w, mask, filled, x)
 
@@ -156,28 +166,28 @@ def _masked_fill(w: Lowering, x: Tensor, mask: Tensor, value: float) -> Tensor:
 @_lowers(_aten.bitwise_and.Tensor, _aten.logical_and.default)
 def _and(w: Lowering, x: Tensor, y: Tensor) -> Tensor:
     if x.dtype != torch.bool:
-        raise LoweringError("bits")
+        raise LoweringError(f"bitwise and logical operations on {x.dtype} have no instruction")
     return w.map("logical_and", _alike(w, x, y), x, y)
 
 
 @_lowers(_aten.bitwise_or.Tensor, _aten.logical_or.default)
 def _or(w: Lowering, x: Tensor, y: Tensor) -> Tensor:
     if x.dtype != torch.bool:
-        raise LoweringError("bits")
+        raise LoweringError(f"bitwise and logical operations on {x.dtype} have no instruction")
     return w.map("logical_or", _alike(w, x, y), x, y)
 
 
 @_lowers(_aten.bitwise_not.default, _aten.logical_not.default)
 def _not(w: Lowering, x: Tensor) -> Tensor:
     if x.dtype != torch.bool:
-        raise LoweringError("bits")
+        raise LoweringError(f"bitwise and logical operations on {x.dtype} have no instruction")
     return w.map("logical_not", _alike(w, x), x)
 
 
 def _reduced(
     w: Lowering, x: Tensor, dim: int | Sequence[int] | None, keepdim: bool
 ) -> tuple[list[int], Tensor, Tensor]:
-    """The dimensions (all, where none is named), the result with ones in their places, and the result."""
+    """Return the reduced dimensions (all, if none are named), the result with these kept as size 1, and the result."""
     named = [dim] if isinstance(dim, int) else dim or range(x.dim())
     dims = [d % x.dim() for d in named] if x.dim() else []
     wide = w.new(x.new_empty([1 if d in dims else size for d, size in enumerate(x.shape)]))
@@ -186,9 +196,9 @@ def _reduced(
 
 @_lowers(_aten.all.default, _aten.all.dim, _aten.all.dims)
 def _all(w: Lowering, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
-    """A mask that is taken with each element in turn: along `dim` it has no stride."""
+    """Lower `all` to a logical and of x with the result, which has stride 0 along the reduced dimensions."""
     if x.dtype != torch.bool:
-        raise LoweringError("all of numbers")
+        raise LoweringError(f"all of {x.dtype} has no instruction")
     _, wide, out = _reduced(w, x, dim, keepdim)
     w.map("fill", wide, s=1.0)
     w.map("logical_and", wide.expand(x.shape), wide.expand(x.shape), x)
@@ -280,7 +290,7 @@ def _copy(w: Lowering, x: Tensor, y: Tensor, non_blocking: bool = False) -> Tens
 
 @_lowers(_aten.cat.default)
 def _cat(w: Lowering, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    tensors, start = [t for t in tensors if t.shape != (0,)] or tensors[:1], 0  # PyTorch skips empty vectors
+    tensors, start = [t for t in tensors if t.shape != (0,)] or tensors[:1], 0  # as PyTorch does, skip empty vectors
     shape = list(tensors[0].shape)
     shape[dim] = sum(t.shape[dim] for t in tensors)
     out = w.new(tensors[0].new_empty(shape))
@@ -293,8 +303,9 @@ def _cat(w: Lowering, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 @_lowers(_aten.constant_pad_nd.default)
 def _constant_pad(w: Lowering, x: Tensor, pad: Sequence[int], value: float = 0) -> Tensor:
     if min(pad) < 0:
-        raise LoweringError("padding that cuts")
-    pairs = [(0, 0)] * (x.dim() - len(pad) // 2) + list(zip(pad[-2::-2], pad[::-2], strict=True))  # the last dim first
+        raise LoweringError("padding by a negative size has no instruction")
+    # PyTorch names the padding of the last dimension first.
+    pairs = [(0, 0)] * (x.dim() - len(pad) // 2) + list(zip(pad[-2::-2], pad[::-2], strict=True))
     out = w.new(x.new_empty([before + size + after for size, (before, after) in zip(x.shape, pairs, strict=True)]))
     w.map("fill", out, s=float(value))
     inner = out
@@ -335,13 +346,13 @@ def _embedding(w: Lowering, table: Tensor, index: Tensor, *_: Any) -> Tensor:
 @_lowers(_aten.index_select.default)
 def _index_select(w: Lowering, table: Tensor, dim: int, index: Tensor) -> Tensor:
     if dim % max(table.dim(), 1):
-        raise LoweringError("index_select within rows")
+        raise LoweringError("index_select along another dimension than 0 has no instruction")
     return _rows(w, table, index)
 
 
 def _rows(w: Lowering, table: Tensor, index: Tensor) -> Tensor:
     if index.dtype != torch.int64:
-        raise LoweringError("rows by other than int64")
+        raise LoweringError(f"selecting rows by {index.dtype} has no instruction")
     out = w.new(table.new_empty((*index.shape, *table.shape[1:])))
     row = prod(table.shape[1:]) * table.element_size()
     tensors = out, w.in_rows(table), w.in_rows(index)
@@ -353,7 +364,9 @@ def _rows(w: Lowering, table: Tensor, index: Tensor) -> Tensor:
 def _index_add(w: Lowering, to: Tensor, dim: int, index: Tensor, source: Tensor, alpha: float = 1) -> Tensor:
     floats = to.is_floating_point() and to.dtype == source.dtype
     if dim % max(to.dim(), 1) or index.dtype != torch.int64 or not to.is_contiguous() or not floats:
-        raise LoweringError("index_add_ within rows")
+        raise LoweringError(
+            f"index_add_ along dimension {dim} of {to.dtype}, indexed by {index.dtype}, has no instruction"
+        )
     is_double, sizes = to.dtype == torch.float64, (index.numel(), to.shape[0], prod(to.shape[1:]))
     tensors = to, w.in_rows(source), w.in_rows(index)
     w.call("add_rows", *tensors, arguments=lambda places: (is_double, places, *sizes, alpha))
@@ -363,7 +376,7 @@ def _index_add(w: Lowering, to: Tensor, dim: int, index: Tensor, source: Tensor,
 @_lowers(_aten.embedding_dense_backward.default)
 def _embedding_backward(w: Lowering, ct: Tensor, index: Tensor, rows: int, padding: int, by_frequency: bool) -> Tensor:
     if by_frequency or padding >= 0:
-        raise LoweringError("embedding's padding and frequencies")
+        raise LoweringError("an embedding's padding_idx or scale_grad_by_freq has no instruction")
     out = w.map("fill", w.new(ct.new_empty(rows, ct.shape[-1])))
     return _index_add(w, out, 0, w.in_rows(index).view(-1), w.in_rows(ct).view(-1, ct.shape[-1]))
 
@@ -384,7 +397,7 @@ def _product(
 @_lowers(_aten.bmm.default)
 def _bmm(w: Lowering, a: Tensor, b: Tensor) -> Tensor:
     if a.dtype not in native.DTYPES:
-        raise LoweringError(f"products of {a.dtype}")
+        raise LoweringError(f"a matrix product of {a.dtype} has no instruction")
     return _product(w, a, b)
 
 
@@ -396,7 +409,7 @@ def _mm(w: Lowering, a: Tensor, b: Tensor) -> Tensor:
 @_lowers(_aten.baddbmm.default)
 def _baddbmm(w: Lowering, add: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
     if a.dtype not in native.DTYPES:
-        raise LoweringError(f"products of {a.dtype}")
+        raise LoweringError(f"a matrix product of {a.dtype} has no instruction")
     add = add if beta == 1 else w.affine(_alike(w, add), add, beta, 0)
     return _product(w, a, b, add.expand(*a.shape[:2], b.shape[2]), scale=alpha)
 
@@ -435,6 +448,6 @@ def _kernel(w: Lowering, kernel: str, *inputs: Tensor | None, scalars: Sequence[
 @_lowers(checks.all_below.__wrapped__)  # type: ignore[attr-defined]
 def _all_below(w: Lowering, op: str, name: str, value: Tensor, high: int, ignored: int | None) -> None:
     if value.dtype != torch.int64:
-        raise LoweringError("indices other than int64")
+        raise LoweringError(f"checking indices of {value.dtype} has no instruction")
     count = value.numel()
     w.call("check", w.in_rows(value), arguments=lambda places: (places[0], count, high, ignored or 0))

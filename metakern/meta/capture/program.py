@@ -1,9 +1,9 @@
-"""Programs: the graph that a recorder makes, steps over registers, and the Python function that runs it.
+"""Programs: the graph that a recorder makes (steps over registers), and a Python function that runs it.
 
-A program makes the recorded calls again, in their order, on other inputs of the same shapes: without the function's
-Python, without autograd, and each tensor is freed after its last use. Tensors that the function only reads (parameters,
-buffers) are read where they are, at each call. Everything else that it looked at (numbers, shapes, flags) is as it was
-in the recorded run.
+A program repeats the recorded calls in their order, on other inputs of the same shapes, without the function's Python
+and without autograd. It frees each tensor after its last use. Tensors that are no inputs, such as parameters and
+buffers, are constants: the program holds the tensor and reads its memory at each call. Numbers, shapes and flags are
+those of the recorded run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 _SECOND_NAME = {_aten.detach.default, _aten.alias.default}
-# PyTorch's bindings of methods are faster than its operators' objects.
+# Calls of Tensor's methods are faster than calls of the operators they stand for.
 _BINDINGS: dict[Any, Callable[..., Any]] = {
     _aten.view.default: Tensor.view,
     _aten.transpose.int: Tensor.transpose,
@@ -35,7 +35,7 @@ _BINDINGS: dict[Any, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Register:
-    """A tensor of a program."""
+    """A tensor of a program: an input, or a result of a step."""
 
     number: int
     shape: torch.Size = field(compare=False)
@@ -44,10 +44,13 @@ class Register:
 
 @dataclass(frozen=True)
 class Step:
-    """A call with registers in the places of tensors.
+    """A recorded call, with registers in place of tensors.
 
-    One that has side effects does more than make its results out of what it reads: it writes to that, or has to do with
-    random numbers.
+    A step with side effects writes to its arguments or uses random numbers. It keeps its place in the program.
+
+    Attributes:
+        writes: The registers that it writes to.
+        checks: Whether it has no result and is one of our functions: it raises where its arguments are wrong.
     """
 
     function: Callable[..., Any]
@@ -62,14 +65,14 @@ class Step:
         return self.results is None and not isinstance(self.function, OpOverload)
 
 
-Rewrite = Callable[[list[Step], list[Any]], list[Step]]  # of steps, given the outputs
+Rewrite = Callable[[list[Step], list[Any]], list[Step]]  # (steps, outputs) -> steps
 
 
 class Program:
-    """What was recorded: tensors in, tensors (or None) out."""
+    """A recorded function: `program(inputs)` returns a list of tensors (or None)."""
 
     def __init__(self, inputs: list[Register], steps: list[Step], outputs: list[Any], rewrite: Rewrite) -> None:
-        self.made: list[Tensor] = []  # of numbers, in the recorded run
+        self.made: list[Tensor] = []  # tensors that the recorded run made from Python numbers
         steps, self.outputs = _with_one_name(steps, outputs)
         self.inputs = inputs
         self.steps = dce(rewrite(dce(steps, self.outputs), self.outputs), self.outputs)
@@ -77,7 +80,7 @@ class Program:
 
     @property
     def constants(self) -> list[Tensor]:
-        """The tensors that the program reads at each call beside its inputs."""
+        """The tensors that the program reads at each call besides its inputs."""
         found = [t for step in self.steps for t in tree_leaves((step.args, step.kwargs)) if isinstance(t, Tensor)]
         return list({id(t): t for t in [*found, *(t for t in self.outputs if isinstance(t, Tensor))]}.values())
 
@@ -87,6 +90,7 @@ class Program:
 
 
 def registers(value: Any) -> Iterator[Register]:
+    """Yield the registers in nested lists, tuples and dictionaries."""
     if isinstance(value, Register):
         yield value
     elif isinstance(value, list | tuple | dict):
@@ -95,6 +99,7 @@ def registers(value: Any) -> Iterator[Register]:
 
 
 def renamed(value: Any, names: dict[Register, Any]) -> Any:
+    """Return the value with each register replaced by its entry in `names`, if it has one."""
     if isinstance(value, Register):
         return names.get(value, value)
     if isinstance(value, dict):
@@ -103,7 +108,10 @@ def renamed(value: Any, names: dict[Register, Any]) -> Any:
 
 
 def _with_one_name(steps: list[Step], outputs: Any) -> tuple[list[Step], Any]:
-    """Without the calls that give a tensor a second name; its shape is changed under none of them."""
+    """Remove `detach` and `alias`, whose result is the same tensor, and use one register for both.
+
+    Nothing is removed if a step changes the shape of a tensor in place, which the other tensor would not see.
+    """
     if any(torch.Tag.inplace_view in getattr(step.function, "tags", ()) for step in steps):
         return steps, outputs
     names: dict[Register, Any] = {}
@@ -118,6 +126,7 @@ def _with_one_name(steps: list[Step], outputs: Any) -> tuple[list[Step], Any]:
 
 
 def dce(steps: list[Step], outputs: Any) -> list[Step]:
+    """Dead-code elimination: return the steps that the outputs depend on, side effects and checks."""
     used, kept = set(registers(outputs)), []
     for step in reversed(steps):
         if step.has_side_effects or step.checks or used.intersection(registers(step.results)):
@@ -127,7 +136,7 @@ def dce(steps: list[Step], outputs: Any) -> list[Step]:
 
 
 def _compiled(inputs: Sequence[Register], steps: Sequence[Step], outputs: Any) -> Callable[..., list[Tensor | None]]:
-    """The steps as one Python function, a line each, which forgets a tensor after the last line that reads it."""
+    """Return the steps as one Python function, one line for each, which drops each tensor after its last use."""
     constants: dict[str, Any] = {}
 
     def constant(value: Any) -> str:

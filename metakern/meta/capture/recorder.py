@@ -1,11 +1,11 @@
-"""Recording: one run of a function of tensors becomes the sequence of kernel calls that it made.
+"""The recorder: runs a function of tensors once and makes a program of the kernel calls in this run.
 
     program, outputs = record(function, inputs)          outputs = program(other_inputs)
 
-Recorded are PyTorch's operations below autograd and the calls of our own kernels (`metakern.native.record.recordable`).
+It records PyTorch's operations below autograd and the calls of our own kernels (`metakern.native.record.recordable`).
 
-An operation whose result Python looks at (`.item()`, `.tolist()`, `.numpy()`, a mask's nonzero elements) can't be
-recorded, nor can one that writes to a tensor that outlives the run: RecordError.
+RecordError is raised where Python reads values of a tensor (`.item()`, `.tolist()`, `.numpy()`, the indices of a mask),
+and where an operation writes to a tensor that outlives the run.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MAKES_TENSORS = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_ten
 
 
 class RecordError(RuntimeError):
-    """What a function did that no program can do again."""
+    """The function did something that no program can repeat."""
 
 
 def record(
@@ -50,12 +50,15 @@ def record(
     inputs: Sequence[Tensor],
     rewrite: Rewrite = lambda steps, outputs: steps,
 ) -> tuple[Program, list[Tensor | None]]:
-    """Runs the function, which reads `inputs`; its program, rewritten, and its results. Raises RecordError."""
+    """Run `function`, which reads `inputs`; return its rewritten program and its results.
+
+    Raises RecordError, after undoing what the run wrote to tensors that it did not make.
+    """
     recorder, watcher = Recorder(inputs), _Watcher()
     try:
         with watcher, recorder:
             results = list(function())
-        for error in (recorder.error, watcher.error):  # which the function may have caught
+        for error in (recorder.error, watcher.error):  # the function itself may have caught it
             if error is not None:
                 raise error
     except BaseException:
@@ -67,7 +70,7 @@ def record(
 
 
 class _Watcher(TorchFunctionMode):
-    """Sees what the dispatcher doesn't: tensors that are made of numbers, and numbers that are made of tensors."""
+    """Sees what the dispatcher doesn't: tensors made from Python numbers, and tensor values that leave PyTorch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,14 +88,17 @@ class _Watcher(TorchFunctionMode):
 
 
 class Recorder(Recording):
-    """Numbers every tensor that a call makes. It holds none: the run takes the memory that it takes without."""
+    """Records calls as steps, and gives a register to every tensor that a call makes.
+
+    It holds the results of calls only weakly, so that a recorded run needs no more memory than an ordinary one.
+    """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.steps: list[Step] = []
         self.lifted: list[Tensor] = []
-        self._overwritten: list[tuple[Tensor, Tensor]] = []  # with what they were
-        self._own = {_storage(t) for t in inputs}  # memory that the run has made, or was given
+        self._overwritten: list[tuple[Tensor, Tensor]] = []  # tensors, with copies of their former values
+        self._own = {_storage(t) for t in inputs}  # memory that the run may write to: inputs, and what it made
         self.error: RecordError | None = None
         self._numbers, self._next = WeakTensorKeyDictionary(), count()
         self._made(tuple(inputs))
@@ -113,7 +119,7 @@ class Recorder(Recording):
         return self.run(func, args, kwargs or {}, func._schema.is_mutable or _RANDOM in func.tags)
 
     def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], has_side_effects: bool) -> Any:
-        """Calls the function and notes it; what it calls in turn is its own business."""
+        """Call the function and record it as one step; calls within it are not recorded."""
         named_args, named_kwargs = self.named(args), self.named(kwargs)
         before = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         with _disable_current_modes():
@@ -137,7 +143,7 @@ class Recorder(Recording):
         return result
 
     def _keep(self, function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
-        """What the operation is about to overwrite, where that was there before the run: an error, at its end."""
+        """Copy what the operation is about to overwrite, if it is older than the run; the run then ends in an error."""
         for i, argument in enumerate(function._schema.arguments):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -152,7 +158,7 @@ class Recorder(Recording):
                 t.copy_(was)
 
     def named(self, value: Any) -> Any:
-        """The value with registers for the tensors that are known; the others are read where they are."""
+        """Return the value with registers in place of known tensors; the others stay, as constants."""
         if isinstance(value, Tensor):
             return self._numbers.get(value, value)
         if isinstance(value, list | tuple):

@@ -1,11 +1,11 @@
-"""Rewrites of a program, which then makes fewer calls and reads memory less often: cse, and two fusions.
+"""Rewrites of a program to fewer calls and less memory traffic: common-subexpression elimination and two fusions.
 
-    y = f(x),  z = f(x)          ->   y = z = f(x)          small tensors, views and checks; a view of a view
-    y = s x,   c = a y           ->   c = s (a x)           a number is a factor of the product of matrices
-    c = a b,   d = p + s c       ->   d = p + s (a b)       the product adds to what is there
+    y = f(x),  z = f(x)          ->   y = z = f(x)          of small tensors, views and checks; also a view of a view
+    y = s x,   c = a y           ->   c = s (a x)           a number becomes a factor of the matrix product
+    c = a b,   d = p + s c       ->   d = p + s (a b)       the matrix product adds to p
 
-The last two are an inner loop's updates and the sums of its cotangents: each was a pass over three tensors. Large
-tensors are not shared: to compute one again may be what a function does to save memory.
+The last two occur in the updates of an inner loop and in the sums of its cotangents. Each fusion saves a loop over
+three tensors. Large tensors are not shared, since a function may compute one again to save memory.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ SMALL = 4096  # elements
 
 
 def rewritten(steps: list[Step], outputs: list[Any]) -> list[Step]:
-    """The same program in fewer passes over memory."""
+    """Return the steps after `cse` and both fusions."""
     return fuse_sums(fuse_scales(cse(steps, outputs), outputs), outputs)
 
 
 def cse(steps: list[Step], outputs: list[Any]) -> list[Step]:
+    """Common-subexpression elimination: return the steps without repeated calls whose results are small or views."""
     fixed = _written(steps) | set(registers(outputs))
     names: dict[Register, Register] = {}
     first: dict[Any, Step] = {}
-    bases: dict[Register, Register] = {}  # of views
+    bases: dict[Register, Register] = {}  # result of a view -> the tensor that it views
     kept = []
     for step in steps:
         step = replace(step, args=renamed(step.args, names), kwargs=renamed(step.kwargs, names))
@@ -58,7 +59,7 @@ def cse(steps: list[Step], outputs: list[Any]) -> list[Step]:
 
 
 def _hashable(value: Any) -> Any:
-    """Equal for equal arguments: numbers of another type are others, and a tensor equals itself."""
+    """Return a hashable value that is equal for equal arguments; 1 is not 1.0, and a tensor equals only itself."""
     if isinstance(value, dict):
         return tuple((key, _hashable(v)) for key, v in value.items())
     if isinstance(value, list | tuple):
@@ -67,6 +68,7 @@ def _hashable(value: Any) -> Any:
 
 
 def fuse_scales(steps: list[Step], outputs: list[Any]) -> list[Step]:
+    """Return the steps with multiplications by a number moved into the matrix products that read them."""
     users, fixed = _users(steps), _written(steps) | set(registers(outputs))
     names: dict[Register, Register] = {}
     factors: dict[int, float] = defaultdict(lambda: 1.0)
@@ -86,14 +88,14 @@ def fuse_scales(steps: list[Step], outputs: list[Any]) -> list[Step]:
 
 
 def _is_multiple(step: Step) -> bool:
-    """s x for a number s, of x's dtype."""
+    """Whether a step is s x for a number s, with a result of x's dtype."""
     if step.function not in (_aten.mul.Scalar, _aten.mul.Tensor) or not isinstance(step.args[1], int | float):
         return False
     return isinstance(step.args[0], Register) and step.args[0].dtype == step.results.dtype
 
 
 def _products_of(y: Register, steps: list[Step], users: dict[Register, list[int]], fixed: set[Register]) -> list[int]:
-    """The products that y, or a view of it, is an operand of, if it is used for nothing else."""
+    """Return the matrix products that y or a view of it is an operand of; none if y has any other use."""
     found, names = [], [y]
     for name in names:
         if name in fixed:
@@ -110,6 +112,7 @@ def _products_of(y: Register, steps: list[Step], users: dict[Register, list[int]
 
 
 def fuse_sums(steps: list[Step], outputs: list[Any]) -> list[Step]:
+    """Return the steps with sums moved into the matrix products whose results they add."""
     users, fixed = _users(steps), _written(steps) | set(registers(outputs))
     products = {step.results: i for i, step in enumerate(steps) if _can_add(step, users, fixed)}
     kept: list[Step | None] = []
@@ -129,7 +132,7 @@ def fuse_sums(steps: list[Step], outputs: list[Any]) -> list[Step]:
 
 
 def _can_add(step: Step, users: dict[Register, list[int]], fixed: set[Register]) -> bool:
-    """A product without a summand, whose one use is at hand and whose operands stay what they are."""
+    """Whether a step is a matrix product without a summand, with one use, and operands that are not written to."""
     if (
         step.function is not _PRODUCT
         or step.has_side_effects
@@ -156,7 +159,7 @@ def _users(steps: Sequence[Step]) -> dict[Register, list[int]]:
 
 
 def _is_view(step: Step) -> bool:
-    """Its result is its first argument's memory."""
+    """Whether the result of a step shares the memory of its first argument."""
     if step.function is _aten._unsafe_view.default:
         return True
     schema = getattr(step.function, "_schema", None)
@@ -164,7 +167,7 @@ def _is_view(step: Step) -> bool:
 
 
 def _written(steps: Sequence[Step]) -> set[Register]:
-    """Registers that share memory with one that some step writes to."""
+    """Return the registers that share memory with a register which some step writes to."""
     origin: dict[Register, Register] = {}
     for step in steps:
         if _is_view(step) and isinstance(step.args[0], Register):
