@@ -68,7 +68,7 @@ class WorkloadName:
 
     @classmethod
     def parse(cls, name: str) -> WorkloadName:
-        """Parse a name; raise ValueError, which lists the known ones, for an unknown family, size, key or a wrong value.
+        """Parse a name; raise ValueError, which lists the known ones, for a wrong family, size, key or value.
 
         >>> WorkloadName.parse("gpt,length=1024").name
         'gpt:medium,length=1024'
