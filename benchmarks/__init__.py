@@ -1,1 +1,1 @@
-"""Benchmarks of metakern: times as ratios within one run, memory over the idle process, results as JSON."""
+"""Benchmarks of metakern. Times are compared within one run, memory with the idle process; results are JSON."""

@@ -1,9 +1,9 @@
-"""Another commit of metakern beside the present tree: built in a folder of its own, run in a process of its own.
+"""Build another commit of metakern in a folder of its own, and run it in a process of its own beside the present tree.
 
     python -m benchmarks.ops --against REV        python -m benchmarks.maml --against REV
 
-`checkout(rev)` gives a folder that holds metakern as of that commit, its C++ kernels built, and nothing of benchmarks:
-a process that starts there, with HOME on its PYTHONPATH, runs the present benchmarks on that metakern.
+`checkout(rev)` returns a folder with metakern as of that commit and its built C++ kernels, but without `benchmarks`. A
+process that starts there, with HOME on its PYTHONPATH, runs the present benchmarks on that metakern.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SOURCES = ("metakern", "csrc", "setup.py", "pyproject.toml", "README.md", "LICEN
 
 
 def commit(rev: str) -> str:
-    """The full name of a commit; ValueError where there is none, or no git."""
+    """Return the full hash of a commit; raise ValueError if there is no such commit, or no git or clone."""
     if not (HOME / ".git").exists() or not shutil.which("git"):
         raise ValueError("--against needs git and a clone of metakern")
     name = ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}^{{commit}}"]
@@ -34,16 +34,16 @@ def commit(rev: str) -> str:
 
 
 def checkout(rev: str) -> Path:
-    """The folder of a commit, built at its first use, under ~/.cache/metakern/against.
+    """Return the folder of a commit, under ~/.cache/metakern/against; it is built at the first use.
 
-    Raises ValueError where `rev` names no commit, RuntimeError where it can't be built.
+    Raises ValueError if `rev` names no commit, RuntimeError if the commit can't be built.
     """
     name = commit(rev)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakern" / "against"
     if (cache / name).exists():
         return cache / name
     cache.mkdir(parents=True, exist_ok=True)
-    print(f"metakern {name[:7]}: its kernels are built", file=sys.stderr)
+    print(f"metakern {name[:7]}: building its kernels", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=cache) as made:
         folder = Path(made) / name
         folder.mkdir()
@@ -65,15 +65,15 @@ def last_line(text: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """That of a process which starts in a checkout's folder and finds the present benchmarks."""
+    """Return the environment variables of a process that starts in a checkout and imports the present benchmarks."""
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 class Process:
-    """An object made by `module:name(*arguments)` in a process that imports metakern from `folder`.
+    """A process that imports metakern from `folder` and holds the object `module:name(*arguments)`.
 
-    `process(method, *arguments)` calls one of its methods; all that goes there and back is JSON. RuntimeError says what
-    went wrong there.
+    `process(method, *arguments)` calls a method of that object. Arguments and results are JSON. An exception in the
+    process becomes a RuntimeError with its message.
     """
 
     def __init__(self, folder: Path, made: str, *arguments: Any) -> None:
@@ -111,8 +111,8 @@ class Process:
 
 
 def serve(made: str, arguments: str) -> None:
-    """The other end of a `Process`."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries may talk
+    """Run the loop of a `Process`: read a call from stdin, write its result to stdout."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # so that what libraries print stays out of the answers
     module, _, name = made.partition(":")
     target = getattr(import_module(module), name)(*json.loads(arguments))
     for line in sys.stdin:

@@ -1,17 +1,19 @@
-"""Time of every rule of attention: against PyTorch's kernels, first and second order, and against the matrix rate.
+"""Time every rule of attention, beside PyTorch's kernels at first and second order, and beside torch.mm.
 
     python -m benchmarks.attention [--rounds 7] [--threads 2] [--quick]
 
-Sizes are B x H / H_kv x L x D: sequences, heads of q and of k and v, length, head dimension; causal, float32.
+Attention is causal, in float32. A size is B x H/H_kv x L x D: sequences, heads of q and of k and v, length, head
+dimension. The columns are
 
-    rules         milliseconds of forward, jvp, vjp and vjp_jvp with all inputs differentiated
-    rate          the operations of the products that a causal mask leaves, 2, 5, 5 and 12 for each pair of a query and
-                  a key that it sees, over the time, as a part of torch.mm's rate at 1024 x 1024 in the same rounds
-    first order   forward and backward of PyTorch's flash attention for CPUs, over our forward + vjp
-    second order  a Hessian-vector product, reverse over reverse, by PyTorch's attention of ordinary products, which
-                  holds L x L matrices, over ours
+    forward, jvp, vjp, vjp_jvp    milliseconds of a rule with all inputs differentiated
+    rate of each   the rate of the products that a causal mask leaves (2, 5, 5 and 12 of them for each pair of a query
+                   and a key that it sees), over the rate of torch.mm at 1024 x 1024 in the same rounds
+    flash/         the time of forward and backward of PyTorch's flash attention for CPUs, over that of our forward and
+                   vjp
+    ordinary/      the time of a Hessian-vector product, reverse over reverse, by PyTorch's twice differentiable
+                   attention, which holds L x L matrices, over the time of ours
 
-Rounds interleave everything; ratios are medians of ratios within a round, with their quartiles. Results go to the
+Every round runs everything once; ratios are medians of ratios within a round, with their quartiles. Results go to the
 part "attention" of the machine's file in benchmarks/results.
 """
 
@@ -45,7 +47,7 @@ Sizes = tuple[int, int, int, int, int]
 
 
 class Size:
-    """Everything that the rules are called with."""
+    """One size of attention: the tensors of its rules, and the calls that are timed."""
 
     def __init__(self, B: int, H: int, H_kv: int, L: int, D: int) -> None:
         torch.manual_seed(0)
@@ -58,7 +60,7 @@ class Size:
         (t_y,), t_r = self.jvp()
         self.t_r = (*t_r, t_y)
         self.ct, self.t_ct = torch.randn(2, *self.y.shape).unbind()
-        self.pair = B * H * L * (L + 1) * D  # operations of one product
+        self.pair = B * H * L * (L + 1) * D  # operations of one product under a causal mask
 
     def forward(self) -> Any:
         return self.rules.forward(self.c, self.inputs)
@@ -73,7 +75,7 @@ class Size:
         return self.rules.vjp_jvp(self.c, self.inputs, self.r, self.t_inputs, self.t_r, (self.ct,), (self.t_ct,))
 
     def flash(self) -> Any:
-        """Forward and backward of PyTorch's kernel, which wants a head of k and v for each of q."""
+        """Run forward and backward of PyTorch's flash attention, which needs as many heads of k and v as of q."""
         q, k, v = self.inputs
         group = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(group, 1) for t in (k, v))
@@ -131,8 +133,8 @@ def main() -> None:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--threads", type=positive, default=2, help="threads (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="two sizes, printed only")
-    parser.add_argument("--out", type=kept, help="where the JSON goes (default: the machine's file)")
+    parser.add_argument("--quick", action="store_true", help="run two sizes, and only print")
+    parser.add_argument("--out", type=kept, help="file for the results (default: the machine's file)")
     args = parser.parse_args()
     if native.obstacle():
         parser.error(str(native.obstacle()))

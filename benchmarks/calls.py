@@ -1,4 +1,4 @@
-"""The rules of an op's kernels and the op itself, ready to be called again: what benchmarks time."""
+"""Functions without arguments that run an op's rules or the op itself, for benchmarks to time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from metakern.ops.core import backend
 from metakern.ops.core.rules import Rules
 from metakern.ops.core.spec import Make, Sample
 
-ORDERS = {"forward": 0, "jvp": 1, "vjp": 1, "vjp_jvp": 2}  # a jvp reads, writes and multiplies as much as a vjp
+# Rule -> order, as `Spec.cost` has it: a jvp costs as much as a vjp.
+ORDERS = {"forward": 0, "jvp": 1, "vjp": 1, "vjp_jvp": 2}
 RULES = tuple(ORDERS)
 Call = Callable[[], Any]
 
 
 class Shapes(Make):
-    """A Make of tensors without memory."""
+    """Makes tensors without memory, for what needs only their shapes."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(dtype, "meta")
@@ -37,7 +38,7 @@ class Shapes(Make):
 
 
 def function(f: Callable[..., Any], sample: Sample) -> tuple[Callable[..., Any], list[Tensor]]:
-    """f as a function of the sample's differentiable inputs alone, and those inputs."""
+    """Return f as a function of only the sample's differentiable inputs, and these inputs."""
     at = [i for i, a in enumerate(sample.args) if isinstance(a, Tensor) and a.is_floating_point()]
     at = [i for i in at if i not in sample.frozen]
 
@@ -51,9 +52,9 @@ def function(f: Callable[..., Any], sample: Sample) -> tuple[Callable[..., Any],
 
 
 def recorded(op: str, sample: Sample, name: str) -> dict[str, Call]:
-    """The rules of one call at both orders, each with the tensors that it was called with.
+    """Call an op at both orders; return {rule: a function that calls it again with the tensors of that call}.
 
-    Everything has a tangent, cotangents included, which is the most that a rule is asked for.
+    All inputs and cotangents have tangents, so each rule does the most work that it can be asked for.
     """
     calls: dict[str, Call] = {}
     choose = backend.choose
@@ -80,19 +81,20 @@ def recorded(op: str, sample: Sample, name: str) -> dict[str, Call]:
 
 @torch.no_grad()
 def without_graph(rule: Callable[..., Any], *args: Any) -> Any:
-    """As a Function calls its rule."""
+    """Call a rule without recording a graph, as an autograd Function does."""
     return rule(*args)
 
 
 def dual(x: Tensor) -> Tensor:
-    """x with a random tangent."""
+    """Return x with a random tangent."""
     return fwd.make_dual(x, torch.randn_like(x))
 
 
 def orders(f: Callable[..., Any], sample: Sample) -> tuple[Call, Call, Call]:
-    """What a user calls: forward; forward and backward; and the derivative of that backward along a direction.
+    """Return three functions: forward, forward and backward, and a Hessian-vector product.
 
-    The last one is reverse over reverse, with respect to the inputs and to the cotangents, as inside a model.
+    The last one differentiates the backward along a random direction, reverse over reverse, with respect to inputs and
+    cotangents, as it happens inside a model.
     """
     f, x = function(f, sample)
     forward = torch.no_grad()(lambda: f(*x))

@@ -1,13 +1,14 @@
-"""metakern.compat beside learn2learn and higher themselves: the same numbers, then time and peak memory.
+"""Compare metakern.compat with learn2learn and higher: first the numbers, then time and peak memory.
 
     python -m benchmarks.compat [--libraries learn2learn,higher] [--workloads gpt:medium,lstm] [--rounds 7]
 
-Each library is installed into an environment of its own, made at the first use. There both run 20 outer steps in
-float64 from the same start, in every case of `CASES`; what counts is the greatest difference of a loss, or of a
-parameter at the end, beside the greatest of those numbers. Then both are timed at the workloads, as `benchmarks.maml`
-times its peers: the library's own loop, the same loop on metakern.compat, that on a patched model, and MAML.batch in
-the loop's place. Ratios are medians of ratios within a round, with their quartiles. All goes to
-benchmarks/results/compat.json.
+Each library is installed into an environment of its own at the first use. There, for every case of `CASES`, the library
+and metakern.compat run 20 outer steps in float64 from the same start. The largest difference of any loss, or of any
+parameter at the end, is divided by the largest of these numbers, and must be at most 1e-6.
+
+Then both are timed at the workloads, as `benchmarks.maml` times its peers: the library's own loop, the same loop on
+metakern.compat, that loop on a patched model, and `MAML.batch` instead of the loop. Ratios are medians of ratios within
+a round, with their quartiles. All results go to benchmarks/results/compat.json.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from benchmarks.workloads import make
 WORKLOADS = "mlp:small;mlp;lstm:small,tasks=8;lstm;gpt:small;gpt;gpt:large,tasks=1"
 OUTER_STEPS, INNER_STEPS, TASKS, TOLERANCE = 20, 3, 2, 1e-6
 
-# A step of the inner loop, and what it starts from: with the library's classes, from a model.
+# The inner loop of one task, by the library's classes.
 Loop = Callable[[Any, nn.Module, Callable[[Any, int], Tensor]], Tensor]
 
 
 class Tied(nn.Module):
-    """A weight in two places, and one that is frozen."""
+    """A model with one weight in two places, and a frozen bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class Tied(nn.Module):
 
 
 class Learn2Learn:
-    """MAML and MetaSGD, of the original or of metakern."""
+    """MAML and MetaSGD of learn2learn, or of metakern.compat."""
 
     def __init__(self, original: bool) -> None:
         if original:
@@ -68,7 +69,10 @@ class Learn2Learn:
             self.classes = {"MAML": learn2learn.MAML, "MetaSGD": learn2learn.MetaSGD}
 
     def learner(self, model: nn.Module, kind: str = "MAML", **options: Any) -> tuple[list[Tensor], Callable]:
-        """What is learned, and the query loss of a task as a function of its losses."""
+        """Return the learned tensors, and a function that adapts to a task and returns its query loss.
+
+        The function takes `loss(learner, k)`, the loss at inner step k; k = INNER_STEPS is the query loss.
+        """
         outer = self.classes[kind](model, lr=0.1, **options)
 
         def task(loss: Callable[[Any, int], Tensor]) -> Tensor:
@@ -81,7 +85,7 @@ class Learn2Learn:
 
 
 class Higher:
-    """innerloop_ctx, of the original or of metakern."""
+    """`innerloop_ctx` of higher, or of metakern.compat."""
 
     def __init__(self, original: bool) -> None:
         if original:
@@ -93,7 +97,10 @@ class Higher:
     def learner(
         self, model: nn.Module, kind: str = "SGD", warm: int = 0, learned: tuple[str, ...] = (), **options: Any
     ) -> tuple[list[Tensor], Callable]:
-        """As Learn2Learn's; `warm`: steps that the optimizer takes before; `learned`: settings that are."""
+        """Return what `Learn2Learn.learner` returns, for the torch optimizer `kind`.
+
+        warm: the steps that the optimizer takes beforehand. learned: the hyper-parameters that are learned.
+        """
         half = [p for p in model.parameters() if p.requires_grad]
         groups = [{"params": half[::2]}, {"params": half[1::2], "lr": 0.07}]
         opt = getattr(torch.optim, kind)(groups, **({"lr": 0.05} | options))
@@ -117,9 +124,10 @@ class Higher:
 
 LIBRARIES: dict[str, type[Learn2Learn] | type[Higher]] = {"learn2learn": Learn2Learn, "higher": Higher}
 CASES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
-    # A model or a workload, and the learner's options. What the release of higher has otherwise than PyTorch today, the
-    # tests hold to torch.optim: AdamW, which it lacks, Adam's eps, which it adds before the bias correction, the bias
-    # correction of a carried-over step, in float32, and a centered RMSprop without a gradient, where it has NaN.
+    # Case -> a model, and options of the learner. Where the release of higher differs from today's PyTorch there is no
+    # case here; the tests compare these with torch.optim: AdamW, which higher lacks; Adam's eps, which it adds before
+    # the bias correction; the bias correction of a carried-over step, which it computes in float32; and a
+    # centered RMSprop without a gradient, where it has NaN.
     "learn2learn": {
         "MLP": ("mlp", {}),
         "MLP, first order": ("mlp", {"first_order": True}),
@@ -150,7 +158,7 @@ CASES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 
 
 def trajectory(library: str, case: str, original: bool) -> list[Tensor]:
-    """Losses of the outer steps, [OUTER_STEPS, TASKS], then what was learned."""
+    """Run one case; return the losses of the outer steps, [OUTER_STEPS, TASKS], then the learned tensors."""
     name, options = CASES[library][case]
     torch.manual_seed(0)
     if name == "tied":
@@ -179,7 +187,7 @@ def trajectory(library: str, case: str, original: bool) -> list[Tensor]:
 
 
 def differences(library: str) -> dict[str, float]:
-    """By case, the greatest difference to the original's trajectory; in an environment that has it."""
+    """Return {case: the largest relative difference from the original}; the environment must have the library."""
     found = {}
     for case in CASES[library]:
         ours, theirs = trajectory(library, case, original=False), trajectory(library, case, original=True)
@@ -189,7 +197,7 @@ def differences(library: str) -> dict[str, float]:
 
 
 def check(library: str) -> dict[str, float]:
-    """`differences`, in the library's own environment; RuntimeError where it has none or a case differs."""
+    """Call `differences` in the library's environment; raise RuntimeError if there is none, or if a case differs."""
     command = [peers.environment(library), "-W", "ignore", "-m", "benchmarks.compat", "--differences", library]
     done = subprocess.run(command, cwd=ROOT, env=against.environment(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -204,7 +212,7 @@ def check(library: str) -> dict[str, float]:
 
 
 def measure(library: str, name: str, args: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """Milliseconds and MiB of one workload, and the original over each of ours."""
+    """Return the results of one workload: times, memory, and the original's time over that of each method."""
     (spec,) = maml.parsed(name)
     ours = {method: "compat" for method in peers.load("compat").methods if f".{library}" in method}
     seconds, ready, refused = maml.timed(spec, make(spec.name), {library: library} | ours, args, progress)
@@ -234,11 +242,20 @@ def show(library: str, name: str, found: dict[str, Any]) -> None:
 def main() -> None:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--libraries", default=",".join(LIBRARIES), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--workloads", default=WORKLOADS, help="as of benchmarks.maml (default: %(default)s); none: ''")
+    parser.add_argument(
+        "--workloads", default=WORKLOADS, help="as for benchmarks.maml (default: %(default)s); '' for none"
+    )
     parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--threads", type=positive, default=2, help="threads of each process (default: %(default)s)")
-    parser.add_argument("--limit", type=seconds, default=600, help="seconds to be warm (default: %(default)s)")
-    parser.add_argument("--out", type=kept, default=FOLDER / "compat.json", help="where the JSON goes")
+    parser.add_argument(
+        "--limit", type=seconds, default=600, help="seconds that a method may take to get ready (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=kept,
+        default=FOLDER / "compat.json",
+        help="file for the results (default: benchmarks/results/compat.json)",
+    )
     parser.add_argument("--differences", metavar="LIBRARY", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.differences:

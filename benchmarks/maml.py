@@ -1,20 +1,21 @@
-"""Time and peak memory of one exact second-order meta-gradient: metakern against its peers and the machine's limit.
+"""Time one exact second-order meta-gradient, and measure its peak memory: metakern, its peers, the machine's limit.
 
     python -m benchmarks.maml [--workloads gpt:medium,lstm] [--methods metakern,jax] [--rounds 9] [--threads 2]
-    python -m benchmarks.maml --quick                    two minutes, printed only
+    python -m benchmarks.maml --quick                    takes two minutes, and only prints
     python -m benchmarks.maml --sweep K,length [--workloads gpt;llama-lora]
-    python -m benchmarks.maml --against REV              metakern beside another of its commits, printed only
+    python -m benchmarks.maml --against REV              metakern beside another commit of it; only prints
 
 Every method runs in a process of its own, in an environment that the first run makes under ~/.cache/metakern, on the
-same weights and data. Its meta-gradient must agree with one in float64 to 1e-4, or it is not timed. It is compiled and
-warm before the first of the rounds, which interleave the methods; what counts are ratios within a round. Memory is the
-peak of one meta-gradient over the idle process with libraries, model and data loaded; "kept" is what stays between two
-of them (gradients, plans, compiled code). The limit is the counted FLOP of the products at the rate of a large product,
-measured in the same rounds. First-order methods are rows of their own kind, checked against the first-order gradient.
+same weights and data. A method is timed only if its meta-gradient agrees with one in float64 to 1e-4. It is compiled
+and warm before the rounds begin. Each round runs every method once, and ratios are taken within a round. Memory is the
+peak of one meta-gradient, less the memory of the idle process with libraries, model and data loaded; "kept" is what
+stays between two meta-gradients (gradients, plans, compiled code). The limit is the time of the matrix products alone:
+their counted FLOP at the rate of a large product, measured in the same rounds. First-order methods are separate rows,
+checked against the first-order gradient.
 
-Each finished workload goes to the machine's file in benchmarks/results at once, under "maml", points of a sweep under
-"sweep". A run can be interrupted and started again: what the same code and versions have measured is skipped. A run
-with `--methods` is printed, and kept only where `--out` says.
+Each finished workload goes to the machine's file in benchmarks/results at once: to its part "maml", or in a sweep to
+"sweep". A run can be interrupted and started again; it skips what the same code and versions have measured. A run with
+`--methods` only prints, unless `--out` names a file.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ from benchmarks.truth import with_truth
 from benchmarks.workloads import Workload, WorkloadName, families, family, make
 
 PLAIN, AUTO, FIRST, PRODUCTS = "plain PyTorch", "metakern auto", "metakern, first order", "products"
-JAX = "JAX, task loop, forward over reverse"  # in a sweep, where the workload itself was not measured
+JAX = "JAX, task loop, forward over reverse"  # JAX's method in a sweep of a workload that was not measured itself
 QUICK = "mlp:small;gru:small;gpt:small"
-OTHER = " @ "  # what follows it in a method's name is the commit that it is of
+OTHER = " @ "  # in a method's name, stands before the commit whose metakern it runs
 ROUNDS = 9
 
 
 def measure(
     spec: WorkloadName, methods: dict[str, str], args: argparse.Namespace, progress: Progress
 ) -> dict[str, Any]:
-    """Everything about one workload, as it goes into the results; RuntimeError says why there is nothing."""
+    """Measure one workload; return its entry in the results, or raise RuntimeError with the reason."""
     work = make(spec.name)
     seconds, ready, refused = timed(spec, work, methods, args, progress)
     return {**conditions(args), **summary(seconds, ready, methods, work), "refused": refused}
@@ -61,14 +62,18 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
 def timed(
     spec: WorkloadName, work: Workload, methods: dict[str, str], args: argparse.Namespace, progress: Progress
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]], dict[str, str]]:
-    """Seconds by method and round, those of products among them; what each said when ready; why others were not."""
+    """Time all methods, and the product that gives the limit.
+
+    Returns seconds by method and round; the first call, memory and error of each method; the reasons of methods that
+    were not timed.
+    """
     runners: dict[str, Runner] = {}
     refused: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         problem, tiny = Path(folder) / "problem.npz", Path(folder) / "tiny.npz"
         progress.say(f"{spec.name}: the meta-gradient in float64")
         with_truth(work.problem(spec.name)).save(problem)
-        small = WorkloadName(spec.family, "tiny", {"K": 1}).name  # one step: it is compiled too
+        small = WorkloadName(spec.family, "tiny", {"K": 1}).name  # one inner step, which is quick to compile
         make(small).problem(small).save(tiny)
         try:
             for method, peer in (methods | {PRODUCTS: "products"}).items():
@@ -92,9 +97,9 @@ def timed(
 def rounds(
     name: str, runners: dict[str, Runner], count: int, refused: dict[str, str], progress: Progress
 ) -> dict[str, list[float]]:
-    """Seconds by method and round; the order within a round is a new one each time, the same in every run.
+    """Return seconds by method and round. Each round has another order of the methods, the same in every run.
 
-    A method that fails in one goes to `refused`.
+    A method that fails in a round is moved to `refused`.
     """
     order, shuffle = list(runners), random.Random(0).shuffle
     seconds: dict[str, list[float]] = {method: [] for method in order}
@@ -115,7 +120,7 @@ def rounds(
 def summary(
     seconds: dict[str, list[float]], ready: dict[str, dict[str, float]], methods: dict[str, str], work: Workload
 ) -> dict[str, Any]:
-    """Medians and spreads; ratios are medians of ratios within a round."""
+    """Return medians, spreads and ratios; a ratio is the median of the ratios within a round."""
 
     def ratio(above: list[float], below: list[float]) -> float:
         return statistics.median(a / b for a, b in zip(above, below, strict=True))
@@ -154,7 +159,7 @@ def summary(
 
 
 def chosen(wanted: str) -> dict[str, str]:
-    """Peers by method, where the method's name or its peer's holds one of the comma-separated words."""
+    """Return {method: peer} for methods whose name, or whose peer's name, contains one of the comma-separated words."""
     known = {method: peer for peer in peers.PEERS for method in peers.load(peer).methods}
     words = [word.strip().lower() for word in wanted.split(",")]
     for word in words:
@@ -164,13 +169,13 @@ def chosen(wanted: str) -> dict[str, str]:
 
 
 def beside(methods: dict[str, str], rev: str) -> dict[str, str]:
-    """The exact ones of metakern, each followed by that of another commit."""
+    """Return the methods, with each exact method of metakern also as of commit `rev`."""
     ours = [method for method, peer in methods.items() if peer == "metakern" and peers.order(method) == 2]
     return methods | {f"{method}{OTHER}{rev}": "metakern" for method in ours}
 
 
 def of_sweep(spec: WorkloadName, found: dict[str, Any]) -> dict[str, str]:
-    """What a sweep compares: metakern, plain PyTorch, and the form of JAX's that was fastest at the workload itself."""
+    """Return a sweep's methods: metakern, plain PyTorch, and the JAX form that was fastest at the workload itself."""
     rows = found.get("maml", {}).get(spec.name, {}).get("methods", {})
     forms = {method: row["median_ms"] for method, row in rows.items() if row["peer"] == "jax"}
     jax = min(forms, key=lambda method: forms[method]) if forms else JAX
@@ -178,7 +183,7 @@ def of_sweep(spec: WorkloadName, found: dict[str, Any]) -> dict[str, str]:
 
 
 def finished(entry: dict[str, Any] | None, methods: dict[str, str], args: argparse.Namespace) -> bool:
-    """Whether the same code and versions have measured it here, all methods, in as many rounds."""
+    """Whether the same code and versions have measured all these methods on this machine, in as many rounds."""
     if entry is None:
         return False
 
@@ -192,7 +197,7 @@ def finished(entry: dict[str, Any] | None, methods: dict[str, str], args: argpar
 
 
 def parsed(text: str) -> list[WorkloadName]:
-    """Workloads, one after the other: with ; in between, or with , where what follows is no change of a size."""
+    """Parse workloads that are separated by ; or by a comma, unless key=value follows the comma."""
     names: list[str] = []
     for part in text.split(";"):
         for i, word in enumerate(part.split(",")):
@@ -204,7 +209,7 @@ def parsed(text: str) -> list[WorkloadName]:
 
 
 def swept(text: str, specs: Sequence[WorkloadName]) -> list[tuple[WorkloadName, WorkloadName]]:
-    """Workloads at each value that a family sweeps, each with the one that it varies."""
+    """Return (workload, the workload at one value of a key) for each value that its family sweeps."""
     keys = {key for name in families() for key in family(name)["sweep"]}
     for key in text.split(","):
         if key not in keys:
@@ -237,21 +242,23 @@ def main() -> None:
         "(the default), large; keys: those of the family's file in benchmarks/workloads. For example "
         "gpt:large or gpt,length=1024,tasks=1.",
     )
-    parser.add_argument("--workloads", help="with , or ; in between (default: every family in every size; see below)")
-    parser.add_argument("--methods", help="comma-separated words that names hold, e.g. jax,metakern (default: all)")
-    parser.add_argument("--sweep", help="comma-separated keys: each workload at all of the family's values for them")
+    parser.add_argument("--workloads", help="separated by , or ; (default: every family in every size; see below)")
+    parser.add_argument("--methods", help="comma-separated words in their names, e.g. jax,metakern (default: all)")
+    parser.add_argument(
+        "--sweep", help="comma-separated keys: run each workload at all values that its family has for a key"
+    )
     parser.add_argument("--rounds", type=positive, help=f"interleaved rounds (default: {ROUNDS}; 7 with --quick)")
     parser.add_argument("--threads", type=positive, default=2, help="threads of each process (default: %(default)s)")
     parser.add_argument(
-        "--limit", type=seconds, default=600, help="seconds for a method to be warm (default: %(default)s)"
+        "--limit", type=seconds, default=600, help="seconds that a method may take to get ready (default: %(default)s)"
     )
-    parser.add_argument("--against", metavar="REV", help="metakern as of another commit too; printed only")
-    parser.add_argument("--again", action="store_true", help="measure also what is measured")
+    parser.add_argument("--against", metavar="REV", help="also time metakern as of another commit; only prints")
+    parser.add_argument("--again", action="store_true", help="repeat workloads that are measured")
     parser.add_argument(
-        "--out", type=kept, help="where the JSON goes (default: the machine's file in benchmarks/results)"
+        "--out", type=kept, help="file for the results (default: the machine's file in benchmarks/results)"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="plain PyTorch and metakern on small workloads; printed only"
+        "--quick", action="store_true", help="plain PyTorch and metakern on small workloads; only prints"
     )
     args = parser.parse_args()
     args.rounds = args.rounds or (7 if args.quick else ROUNDS)

@@ -1,17 +1,17 @@
-"""Time of every rule of every op on every backend: against the machine's limit, and against plain PyTorch.
+"""Time every rule of every op on every backend, beside the machine's limit and plain PyTorch.
 
     metakern bench ops [--ops silu,lstm] [--backends cpu] [--dtype float32] [--threads 2] [--rounds 9] [--quick]
-    metakern bench ops --against REV      (from a clone of metakern: beside another of its commits; printed only)
+    metakern bench ops --against REV      (in a clone of metakern: beside another commit of it; only prints)
 
     forward, jvp, vjp, vjp_jvp   milliseconds of a rule with all of its inputs differentiated, at the sizes of SPECS
     GB/s, GFLOP/s    the bytes and operations that the op's SPEC counts, over the time
-    of limit         the longer of a copy of as many bytes and torch.mm of as many operations, over the time; above
-                     100% is what products of our own gain
-    plain / ours     through the public op, plain PyTorch over ours: forward; forward and backward (beside vjp); a
-                     Hessian-vector product, reverse over reverse (beside vjp_jvp)
+    of limit         the limit over the time. The limit is the time of a copy of as many bytes, or of a torch.mm of as
+                     many operations, whichever is longer. Above 100%, our own products are faster than torch.mm
+    plain / ours     the time of plain PyTorch over that of the public op, of forward (in the row forward), of forward
+                     and backward (vjp), and of a Hessian-vector product, reverse over reverse (vjp_jvp)
 
-Rounds interleave everything in an order of their own; ratios are medians of ratios within a round, spreads are half
-the distance of the quartiles. Each finished op goes to results/<machine>.json at once, so that a run can be stopped.
+Each round runs everything once, in another order. Ratios are medians of ratios within a round; a spread is half the
+distance between the quartiles. Each finished op goes to results/<machine>.json at once, so that a run can be stopped.
 `pytest benchmarks/test_ops.py` runs the rules under pytest-benchmark, which compares saved runs.
 """
 
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 
 BACKENDS = {"cpu": ("reference", "cpu"), "cuda": ("reference", "triton", "cuda")}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-SQUARE = {"cpu": 1024, "cuda": 4096}  # of the product that says how fast matrices multiply
+SQUARE = {"cpu": 1024, "cuda": 4096}  # size of the matrices whose product gives the machine's rate
 PUBLIC = {"forward": 0, "vjp": 1, "vjp_jvp": 2}  # rule -> the order at which the public op is compared
 Times = dict[str, list[float]]
-Timed = Callable[..., Any]  # a method of a Timer and its arguments: here, or in another process
+Timed = Callable[..., Any]  # calls a method of a Timer, by its name, in this process or in another one
 
 
 def names(op: str) -> list[str]:
@@ -60,7 +60,7 @@ def draw(op: str, name: str, dtype: torch.dtype, device: str = "cpu") -> Sample:
 
 
 def available(device: str) -> dict[str, str]:
-    """Backends of a device, and why each can't be timed ("" where it can): an interpreter tells nothing of time."""
+    """Return {backend of the device: why it can't be timed, or ""}; times in Triton's interpreter mean nothing."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     why = mk.backends() | ({"triton": "TRITON_INTERPRET is set"} if interpreted else {})
     return {name: "" if why[name] == "available" else why[name] for name in BACKENDS[device]}
@@ -72,7 +72,7 @@ def has_kernels(op: str, backend: str, dtype: torch.dtype) -> bool:
 
 
 class Timer:
-    """Times of one sample after the other, by name: rules, the public op, plain PyTorch, copies, and a product."""
+    """Times the rules, the public op, plain PyTorch, copies and a product, for one sample after the other."""
 
     def __init__(self, dtype: str, device: str, threads: int, least: float) -> None:
         torch.set_num_threads(threads)
@@ -80,7 +80,7 @@ class Timer:
         self.runs: dict[str, tuple[Call, int]] = {}
 
     def prepare(self, op: str, name: str, backends: list[str], alone: bool) -> list[str]:
-        """Warms up everything that `seconds` can be asked for, and names it; alone: what is metakern's only."""
+        """Warm up all that `seconds` can time for a sample, and return its names; alone: only what metakern runs."""
         self.runs = {}
         torch.manual_seed(0)
         spec, sample = SPECS[op], draw(op, name, self.dtype, self.device)
@@ -93,7 +93,7 @@ class Timer:
             for order, call in enumerate(orders(spec.plain, sample)):
                 try:
                     self._add(f"plain order {order}", call)
-                except RuntimeError:  # where PyTorch has no second derivative
+                except RuntimeError:  # PyTorch has no second derivative for it
                     continue
             for order in range(3):
                 self._add(f"copy {order}", self._copy(spec.cost(sample, order)))
@@ -123,12 +123,12 @@ class Timer:
             torch.cuda.synchronize()
 
     def seconds(self, name: str) -> float:
-        """Of one call, the mean of as many as last long enough."""
+        """Return the seconds of one call: the mean over as many calls as take `least` seconds."""
         return self._time(*self.runs[name])
 
 
 def on(backend: str, f: Callable[..., Any]) -> Callable[..., Any]:
-    """f with a backend chosen."""
+    """Return f, called with this backend."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with mk.backend(backend):
@@ -140,7 +140,7 @@ def on(backend: str, f: Callable[..., Any]) -> Callable[..., Any]:
 def measure(
     op: str, name: str, backends: list[str], ours: Timed, other: Timed | None, rounds: int, say: Callable[[str], None]
 ) -> Times:
-    """Seconds by name and round, those of the other commit with " @" behind; every round has an order of its own."""
+    """Return seconds by name and round; names of the other commit end with " @". Each round has another order."""
     runs = {run: (ours, run) for run in ours("prepare", op, name, backends, False)}
     if other:
         try:
@@ -163,7 +163,7 @@ def ratio(above: list[float], below: list[float]) -> list[float]:
 
 
 def row(times: Times, backend: str, rule: str, cost: Cost, square: int) -> dict[str, Any]:
-    """What is known of a rule on a backend."""
+    """Return the results of a rule on a backend."""
     own = times[f"{backend} {rule}"]
     median = statistics.median(own)
     copy = times[f"copy {ORDERS[rule]}"]
@@ -185,7 +185,7 @@ def row(times: Times, backend: str, rule: str, cost: Cost, square: int) -> dict[
 
 
 def entry(op: str, name: str, dtype: torch.dtype, device: str, backends: list[str], times: Times) -> dict[str, Any]:
-    """Everything about a sample, as it goes into the results."""
+    """Return a sample's entry in the results."""
     sample, square = next(s for s in SPECS[op].benchmark(Shapes(dtype)) if s.name == name), SQUARE[device]
     costs = {rule: SPECS[op].cost(sample, order) for rule, order in ORDERS.items()}
     rows = {b: {rule: row(times, b, rule, cost, square) for rule, cost in costs.items()} for b in backends}
@@ -193,12 +193,12 @@ def entry(op: str, name: str, dtype: torch.dtype, device: str, backends: list[st
 
 
 def number(value: float) -> str:
-    """Three digits, where there are so many."""
+    """Format a number with three significant digits, and at most three decimals."""
     return f"{value:.{max(0, min(3, 2 - math.floor(math.log10(value)))) if value > 0 else 0}f}"
 
 
 def shown(op: str, samples: dict[str, Any], rev: str | None) -> Table:
-    """An op's samples as a table of at most 100 columns."""
+    """Return the table of an op's samples, at most 100 characters wide."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -230,7 +230,7 @@ def cells(found: dict[str, Any], rev: bool) -> list[str]:
 
 
 def colored(median: float, low: float, high: float, spread: bool = False) -> str:
-    """A ratio, green where its quartiles are above 1, red where they are below."""
+    """Format a ratio: green if both quartiles are above 1, red if both are below."""
     text = f"{median:.2f} ({low:.2f}-{high:.2f})" if spread else f"{median:.2f} x"
     return f"[green]{text}[/]" if low > 1 else f"[red]{text}[/]" if high < 1 else text
 
@@ -238,14 +238,18 @@ def colored(median: float, low: float, high: float, spread: bool = False) -> str
 def parsed() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", metavar="NAMES", help="comma-separated (default: all)")
-    parser.add_argument("--backends", metavar="NAMES", help="comma-separated (default: those that the device has)")
+    parser.add_argument("--backends", metavar="NAMES", help="comma-separated (default: all of the device)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
-    parser.add_argument("--device", choices=tuple(BACKENDS), help="(default: cuda where there is one)")
-    parser.add_argument("--threads", type=positive, default=2, metavar="N", help="of the CPU (default: %(default)s)")
-    parser.add_argument("--rounds", type=positive, metavar="N", help="interleaved rounds (default: 9, or 3)")
-    parser.add_argument("--quick", action="store_true", help="a sample of each op on one backend; printed only")
-    parser.add_argument("--against", metavar="REV", help="another commit beside this one; printed only")
-    parser.add_argument("--out", type=kept, metavar="FILE", help="where the JSON goes (results/<machine>.json)")
+    parser.add_argument("--device", choices=tuple(BACKENDS), help="(default: cuda if PyTorch finds a GPU)")
+    parser.add_argument(
+        "--threads", type=positive, default=2, metavar="N", help="threads of the CPU (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=positive, metavar="N", help="interleaved rounds (default: 9; 3 with --quick)")
+    parser.add_argument("--quick", action="store_true", help="one sample of each op on one backend; only prints")
+    parser.add_argument("--against", metavar="REV", help="also time another commit; only prints")
+    parser.add_argument(
+        "--out", type=kept, metavar="FILE", help="file for the results (default: results/<machine>.json)"
+    )
     args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -256,7 +260,7 @@ def parsed() -> argparse.Namespace:
         parser.error(f"--ops must be among {', '.join(SPECS)}, got {unknown[0]!r}")
     why = available(args.device)
     here = [name for name in why if not why[name]]
-    last = -1 if args.quick and not args.backends else None  # of BACKENDS, the fastest
+    last = -1 if args.quick and not args.backends else None  # the fastest, as BACKENDS is in the order of speed
     args.backends = args.backends.split(",") if args.backends else here
     if unknown := [name for name in args.backends if name not in here]:
         reason = f" ({why[unknown[0]]})" if unknown[0] in why else ""
@@ -275,7 +279,7 @@ def parsed() -> argparse.Namespace:
 
 @contextmanager
 def timers(args: argparse.Namespace) -> Iterator[tuple[Timed, Timed | None]]:
-    """Of this tree, and of the other commit where there is one: both in processes of their own then."""
+    """Yield the Timer of this tree and, with --against, that of the other commit; each has then its own process."""
     settings = args.dtype, args.device, args.threads, 0.005 if args.quick else 0.02
     if not args.folder:
         timer = Timer(*settings)

@@ -1,4 +1,4 @@
-"""What the commands are told: a wrong option is one line, before anything is measured."""
+"""Options of the commands. A wrong option is an error of one line, before anything is measured."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def seconds(text: str) -> float:
 
 
 def kept(text: str) -> Path:
-    """A file of results, there already or not."""
+    """Parse the path of a file of results, which may exist or be a new one."""
     path = Path(text)
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     try:

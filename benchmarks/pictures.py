@@ -1,4 +1,4 @@
-"""The pictures of what was measured on one kind of machine, each as PNG and SVG, for light and for dark pages."""
+"""Pictures of the results of one kind of machine, each as PNG and as SVG, for light and for dark pages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINES = {"metakern auto": "-", "metakern store": "--", "metakern recompute": ":"
 
 
 def bases() -> dict[str, dict[str, dict[Any, dict[str, Any]]]]:
-    """The sweeps of each workload, by the size that they vary."""
+    """The sweeps: {workload: {key that is varied: {value of the key: results}}}."""
     found: dict[str, dict[str, dict[Any, dict[str, Any]]]] = {}
     for (base, key), points in sweeps().items():
         found.setdefault(base, {})[key] = points
@@ -28,12 +28,12 @@ def bases() -> dict[str, dict[str, dict[Any, dict[str, Any]]]]:
 
 
 def stem(base: str) -> str:
-    """What the pictures of a workload's sweeps are called."""
+    """Return the first part of the file names of a workload's sweeps."""
     return "sweep-" + re.sub("[^a-z0-9]+", "-", base.lower())
 
 
 def markup(name: str, alt: str) -> str:
-    """A picture in Markdown, for a light or a dark page; the paths are those of the README."""
+    """Return the HTML of a picture for light and dark pages; its paths start at the repository's root."""
     source = f"benchmarks/results/{name}"
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{source}-dark.svg">'
@@ -42,7 +42,7 @@ def markup(name: str, alt: str) -> str:
 
 
 def draw() -> None:
-    """All of them."""
+    """Draw the picture of the README and those of all sweeps."""
     save("maml", bars)
     for base, keys in bases().items():
         save(stem(base), partial(lines, base, keys))
@@ -71,7 +71,7 @@ def save(name: str, make: Callable[[str], Any]) -> None:
 
 
 def bars(theme: str) -> Any:
-    """metakern beside JAX and the fastest of PyTorch, for each workload of medium size, as multiples of its time."""
+    """Bars for each medium workload: the times of the fastest JAX form and PyTorch peer, as multiples of metakern's."""
     from matplotlib.figure import Figure
 
     data = {name: found for name, found in measured().items() if name.endswith(":medium")}
@@ -103,11 +103,11 @@ def bars(theme: str) -> Any:
 
 
 def lines(base: str, keys: dict[str, dict[Any, dict[str, Any]]], theme: str) -> Any:
-    """Time above, peak memory below, over each size that was varied."""
+    """Lines of time (above) and peak memory (below), a column for each key that was varied."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
-    width = max(2, len(keys))  # panels, which the legend and the title have room in
+    width = max(2, len(keys))  # in panels: the legend and the title need two
     figure = Figure(figsize=(3.2 * width, 4.8), layout="constrained")
     grid = figure.subplots(2, len(keys), squeeze=False, sharex="col")
     for column, (key, points) in enumerate(keys.items()):

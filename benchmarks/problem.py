@@ -1,4 +1,4 @@
-"""A workload as arrays in one file, for methods that have no PyTorch: its weights, data, settings and exact answers."""
+"""A workload as NumPy arrays in one file, for methods that have no PyTorch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Problem:
-    """A workload's weights by the state dict's names, its data, and its meta-gradients as float64 has them.
+    """A workload's weights, data, settings, and its meta-gradients in float64.
 
-    theta learns, and frozen does not. truth is exact, first is of first order; both are empty where nobody asked.
-    settings: the model, the inner rate lr, and all sizes, K inner steps among them.
+    theta: the weights that learn, by their names in the state dict. frozen: the others. truth: the exact meta-gradient.
+    first: the first-order one; both are empty if they were not computed. settings: the model, the inner rate lr, and
+    all sizes, such as the number of inner steps K.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Problem:
         return cls(name=name, settings=settings, **parts)
 
     def error(self, gradient: Arrays, order: int = 2) -> float:
-        """The relative error of a meta-gradient, exact or of first order, over all parameters."""
+        """Return the relative error of a meta-gradient of this order, over all parameters."""
         truth = self.truth if order == 2 else self.first
         if set(gradient) != set(truth):
             raise ValueError(f"a meta-gradient must name {sorted(truth)}, got {sorted(gradient)}")

@@ -1,4 +1,4 @@
-"""How far a long run is: a bar with its rate and the remaining time on a terminal, lines elsewhere."""
+"""Show the progress of a long run: on a terminal a bar with rate and remaining time, elsewhere lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SILENCE = 10  # seconds between lines
 
 
 class Progress:
-    """`say(what)` begins the next of `total` steps, and `skip(count)` leaves some out."""
+    """The progress over `total` steps: `say(what)` begins the next step, `skip(count)` leaves steps out."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
@@ -42,7 +42,7 @@ class Progress:
 
 
 def _bar() -> Any:
-    """A bar of rich's, where it is installed."""
+    """Return a progress bar of rich, or None if rich is not installed."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn

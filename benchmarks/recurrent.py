@@ -1,16 +1,20 @@
-"""Time of every rule of every recurrent cell: against torch.nn, against a loop over cells, and against the matrix rate.
+"""Time every rule of every recurrent cell, beside torch.nn, a loop over cells, and torch.mm.
 
     python -m benchmarks.recurrent [--cells lstm,gru,rnn] [--rounds 7] [--threads 2] [--quick]
 
-Sizes are T x B x L x H: tasks with weights of their own, sequences of a task, steps, hidden units (and as many inputs).
+A size is T x B x L x H: tasks with weights of their own, sequences of a task, steps, hidden units (and as many inputs).
+The columns are
 
-    rules         milliseconds of forward, jvp, vjp and vjp_jvp with all inputs differentiated
-    first order   forward and backward of torch.nn's layer, a call for each task, over our forward + vjp
-    second order  a Hessian-vector product, reverse over reverse, by a loop over torch.nn's cells, over ours
-    recurrence    the operations of the products inside the recurrence alone, forward and back, over its time, as a
-                  part of the rate at which torch.mm multiplies matrices of 1024 x 1024 in the same rounds
+    forward, jvp, vjp, vjp_jvp    milliseconds of a rule with all inputs differentiated
+    /vjp          the time of vjp_jvp over that of vjp
+    torch/        the time of forward and backward of torch.nn's layer, one call for each task, over that of our forward
+                  and vjp
+    loop/         the time of a Hessian-vector product, reverse over reverse, by a loop over torch.nn's cells, over that
+                  of ours
+    recurrence    the rate of the products inside the recurrence, forward and back, over the rate of torch.mm at
+                  1024 x 1024 in the same rounds
 
-Rounds interleave everything; ratios are medians of ratios within a round, with their quartiles. Results go to the
+Every round runs everything once; ratios are medians of ratios within a round, with their quartiles. Results go to the
 part "recurrent" of the machine's file in benchmarks/results.
 """
 
@@ -42,7 +46,7 @@ SQUARE = 1024
 
 
 class Size:
-    """A layer of `T` tasks and everything that its rules are called with."""
+    """One size of a layer with T tasks: the tensors of its rules, and the calls that are timed."""
 
     def __init__(self, cell: str, T: int, B: int, L: int, H: int) -> None:
         self.cell, self.sizes, rows = cell, (T, B, L, H), CELLS[cell] * H
@@ -80,7 +84,7 @@ class Size:
         return self.rules.vjp_jvp(constants, self.inputs, self._residuals(), *tangents, self.ct, self.t_ct)
 
     def recurrence(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """The kernels that run over time, forward and back."""
+        """Return calls of the kernels that run over time, of forward and of vjp."""
         T, B, L, H = self.sizes
         name, u = ("rnn_tanh" if self.cell == "rnn" else self.cell), torch.randn(T, B, L, CELLS[self.cell] * H)
         w_hh, b_hh, residuals = self.inputs[-3], self.inputs[-1], self._residuals()
@@ -93,7 +97,7 @@ class Size:
         )
 
     def first_order_of_torch(self) -> Callable[[], Any]:
-        """Forward and backward of torch.nn's layer, for each task."""
+        """Return a call of forward and backward of torch.nn's layer for every task."""
         T, _, _, H = self.sizes
         layers = [getattr(nn, self.cell.upper())(H, H, batch_first=True) for _ in range(T)]
         x = self.inputs[0].clone().requires_grad_()
@@ -109,7 +113,7 @@ class Size:
         return run
 
     def second_order(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        """Hessian-vector products with respect to the weights: by a loop over torch.nn's cells, and by the op."""
+        """Return calls of a Hessian-vector product in the weights, by a loop over torch.nn's cells and by the op."""
         T, _, L, H = self.sizes
         cell = getattr(nn, ("RNN" if self.cell == "rnn" else self.cell.upper()) + "Cell")
         cells = [cell(H, H) for _ in range(T)]
@@ -138,7 +142,7 @@ class Size:
 
 
 def seconds(f: Callable[[], Any], least: float = 0.02) -> float:
-    """Of one call, repeated until the sample lasts long enough."""
+    """Return the seconds of one call, the mean over as many calls as take `least` seconds."""
     count, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < least or not count:
         f()
@@ -147,7 +151,7 @@ def seconds(f: Callable[[], Any], least: float = 0.02) -> float:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """The median first; of one value, itself."""
+    """Return [median, lower quartile, upper quartile]."""
     low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return [middle, low, high]
 
@@ -197,8 +201,8 @@ def main() -> None:
     parser.add_argument("--cells", default=",".join(CELLS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--threads", type=positive, default=2, help="threads (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="two sizes, printed only")
-    parser.add_argument("--out", type=kept, help="where the JSON goes (default: the machine's file)")
+    parser.add_argument("--quick", action="store_true", help="run two sizes, and only print")
+    parser.add_argument("--out", type=kept, help="file for the results (default: the machine's file)")
     args = parser.parse_args()
     if unknown := set(args.cells.split(",")) - set(CELLS):
         parser.error(f"cells must be among {', '.join(CELLS)}, got {', '.join(sorted(unknown))}")

@@ -1,6 +1,6 @@
-"""The tables of the pages, RESULTS.md and the pictures, from the results: `python -m benchmarks.report`.
+"""Write RESULTS.md, the tables of README.md and of the docs, and the pictures, from the files in benchmarks/results.
 
-On a page each table stands between `<!-- name -->` and `<!-- /name -->`; a test fails where the results disagree.
+On a page each table stands between `<!-- name -->` and `<!-- /name -->`. A test fails if a page and the results differ.
 """
 
 from __future__ import annotations
@@ -30,50 +30,70 @@ from benchmarks.workloads import WorkloadName
 
 FULL = Path(__file__).parent / "RESULTS.md"
 ABOUT = """\
-Written by `python -m benchmarks.report` from the files in `results`. `metakern bench maml` measures all of it again,
-from a fresh clone or an installed wheel (`pip install metakern[bench]`), which takes hours, and goes on where it was
-interrupted; `--quick` takes small workloads and no peer but plain PyTorch, `--workloads gpt:large,length=512` one
-workload, `--sweep K,tasks` every workload over sizes. A workload is a family of `workloads`, a file that anybody can
-add.
+This page is written by `python -m benchmarks.report` from the files in `results`. `metakern bench maml` repeats the
+measurements of the meta-gradient, from a clone or an installed wheel (`pip install metakern[bench]`). That takes
+hours, and an interrupted run goes on where it stopped. `--quick` takes small workloads and no peer but plain PyTorch,
+`--workloads gpt:large,length=512` takes one workload, and `--sweep K,tasks` takes every workload at several sizes. A
+workload is a size of a family (`gpt:large`); a family is a TOML file in `workloads`, and anybody can add one.
 
-Measured is one exact second-order meta-gradient, by metakern and its peers: plain PyTorch (autograd over a loop of
-tasks), learn2learn, higher, TorchOpt, parallel-metalearn, torch.func, torch.compile and JAX in its best forms, each
-in a process and an environment of its own, on the same weights and data, and in agreement with float64. Times are
-medians of interleaved rounds: 5 for large workloads, the sweeps of the GPT, the ops and compat, 7 for the others;
-memory is the peak over the idle process. "Of the limit": the counted operations of the products at the rate of
-torch.mm, measured in the same rounds, over the time; above 100% is what products of our own gain. "Kept" stays in
-memory between two meta-gradients. Ours is "metakern auto", told by `capture=True` to record at the first call, so
-that this call holds all that comes before the measured speed."""
-TARGETS = "What we set out to reach on this machine, and what it came to:"
+What is measured is one exact second-order meta-gradient, by metakern ("ours") and by its peers: plain PyTorch
+(autograd over a loop of tasks), learn2learn, higher, TorchOpt, parallel-metalearn, torch.func, torch.compile, and JAX
+in its best forms. Each method runs in a process and an environment of its own, on the same weights and data, and must
+agree with a meta-gradient in float64.
+
+- Times are medians of interleaved rounds: 5 rounds for the large workloads except mlp:large, for the sweeps of the GPT
+  and for the ops, 7 rounds for the others. Ratios are medians of ratios within a round, so they can differ from the
+  ratio of two medians.
+- Memory is the peak of one meta-gradient, less the memory of the idle process. "Kept" is what stays in memory between
+  two meta-gradients.
+- The limit is the time that torch.mm needs for the matrix products alone: their counted operations, at the rate of
+  torch.mm in the same rounds. "Of the limit" is the limit over the measured time. It exceeds 100% where our own
+  products are faster than torch.mm.
+- Ours is `metakern auto` with `capture=True`, which records at the first call. So the time of the first call holds
+  everything that comes before the measured speed."""
+TARGETS = "The targets that we set for this machine, and what was measured:"
 WHY_NOT = """\
-Why not: a loop over tasks in plain PyTorch, or JAX's for the large perceptron and RNN, holds one task and no copy of
-it, which two threads with a task each can't undercut, at a multiple of our time (the perceptrons, the RNNs, the small
-GPT). `recompute` keeps the adapted weights of every step, of each of the two tasks in flight, beside one step's
-activations: where an executable leaves little else, that is what grows with K, and what a first-order step does not
-hold. Under LoRA those weights are small, but the base's activations at second order are more than a first-order
-step's. The first call is the verification of the plan in float64, by plain autograd with its L x L matrices at length
-1024, the recording, and the ordinary runs that confirm it; large models take seconds for each. `store` keeps the
-graph of three steps, and `recompute` is what there is for length; its peak varies from process to process, as that of
-the ordinary run that confirms a recording does."""
+Why some targets are missed:
+
+- *As lean as any peer* (the perceptrons, the RNNs, the small GPT): a loop over tasks in plain PyTorch, or in JAX for
+  the large perceptron and the large RNN, holds one task at a time and no copy of it. We run one task on each of two
+  threads, and hold two. The loop takes a multiple of our time.
+- *Memory with recompute*, over first order and over K: `recompute` keeps the adapted weights after every step, for
+  each of the two tasks that run at once, beside the activations of one step. A program that runs in C++ holds little
+  else, so these weights are what grows with K, and a first-order step does not keep them. With LoRA they are small,
+  but the activations of the frozen base are more at second order than in a first-order step.
+- *First call*: it verifies the plan in float64 by plain autograd, which holds L x L matrices at length 1024; it
+  records the program; and it confirms the program by ordinary runs. For large models each of these takes seconds.
+- *Memory with store at length 1024*: `store` keeps the graph of all three steps; `recompute` is the strategy for long
+  sequences. The peak varies from process to process, as does that of the ordinary run that confirms a program."""
 RECURRENT = """\
-The LSTM by tasks T, sequences B, steps L and hidden units H (`python -m benchmarks.recurrent`; GRU and RNN are in the
-file). "torch.nn / ours": forward and backward of `torch.nn.LSTM`, a call a task, over our forward and vjp; "cells /
-ours": a Hessian-vector product by a loop over `nn.LSTMCell`, over ours; "rate": of the recurrence's products, as a
-part of torch.mm's."""
+The LSTM by tasks T, sequences B, steps L and hidden units H (`python -m benchmarks.recurrent`; the results of GRU and
+RNN are in the file).
+
+- "torch.nn / ours": the time of forward and backward of `torch.nn.LSTM`, one call for each task, over the time of our
+  forward and vjp.
+- "cells / ours": the time of a Hessian-vector product by a loop over `nn.LSTMCell`, over that of ours.
+- "rate": the rate of the matrix products inside the recurrence, over the rate of torch.mm."""
 BATCH_1 = """\
-At batch 1 every step reads all recurrent weights, so that the rate is that of the caches, and beyond them of memory:"""
+The targets for the LSTM. At batch 1 every step reads all recurrent weights, so the rate is limited by the caches, and
+by memory where the weights exceed the caches:"""
 ATTENTION = """\
-By sequences B, heads of q and of k and v, length L and head dimension D, causal, in float32 (`python -m
-benchmarks.attention`). "Rate": of the products that a causal mask leaves, as a part of torch.mm's; "flash / ours":
-forward and backward of PyTorch's flash attention, which has no second derivative, over our forward and vjp; "ordinary
-/ ours": a Hessian-vector product by PyTorch's twice differentiable attention, over ours."""
+Causal attention in float32, by sequences B, heads H of q and H_kv of k and v, length L and head dimension D (`python
+-m benchmarks.attention`).
 
-
+- "rate of vjp_jvp": the rate of the matrix products that a causal mask leaves, over the rate of torch.mm.
+- "flash / ours": the time of forward and backward of PyTorch's flash attention, which has no second derivative, over
+  the time of our forward and vjp.
+- "ordinary / ours": the time of a Hessian-vector product by PyTorch's twice differentiable attention, over that of
+  ours."""
 OPS = """\
-Every rule of every op, of the CPU's kernels where it has some (`metakern bench ops`; GB/s and GFLOP/s are in the file).
-"Of the limit", of the four rules: the longer of a copy of as many bytes and torch.mm of as many operations, over the
-time. "Plain / ours": plain PyTorch's time over that of the public op, forward, forward and backward, and a
-Hessian-vector product."""
+The rules of every op (`metakern bench ops`): those of the C++ kernels if the op has some, else of the reference. GB/s
+and GFLOP/s are in the file.
+
+- "of the limit", for each of the four rules: the limit over the time. The limit is the time of a copy of as many
+  bytes, or of a torch.mm of as many operations, whichever is longer.
+- "plain / ours": the time of plain PyTorch over that of the public op, for forward, for forward and backward, and for
+  a Hessian-vector product (HVP)."""
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
@@ -88,7 +108,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def with_tables(page: str, text: str) -> str:
-    """The page with its tables made anew."""
+    """Return the page's text with its tables made anew."""
     for name, made in PAGES[page].items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, found = re.subn(pattern, lambda m, made=made: f"{m[1]}{made()}\n{m[2]}", text, flags=re.DOTALL)
@@ -98,7 +118,7 @@ def with_tables(page: str, text: str) -> str:
 
 
 def full() -> str:
-    """RESULTS.md: all workloads, each by method, every sweep, the recurrent cells, attention, every op."""
+    """Return the text of RESULTS.md."""
     parts = ["# Results", ABOUT, "## All workloads", summary_table(), TARGETS, targets_table(), WHY_NOT]
     parts.append("## One meta-gradient by method")
     for name, found in measured().items():
@@ -119,7 +139,7 @@ def limit(found: dict) -> str:
 
 
 def keep_curve(name: str, run: Path) -> None:
-    """The curve of `make name`, with the machine it was measured on, and the losses on validation tasks on the way."""
+    """Copy the adaptation curve of a run of `make name` to the results, with this machine and the validation losses."""
     report = json.loads((run / "eval.json").read_text())
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     validation = [
@@ -133,9 +153,10 @@ def keep_curve(name: str, run: Path) -> None:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     for name in ("demo", "smollm2"):
-        parser.add_argument(f"--{name}", type=Path, metavar="RUN", help=f"first keep this run's curve as {name}'s")
+        text = f"first copy the adaptation curve of this run to results/{name}.json"
+        parser.add_argument(f"--{name}", type=Path, metavar="RUN", help=text)
     for name, folder in vars(parser.parse_args()).items():
         if not folder:
             continue

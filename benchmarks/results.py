@@ -1,8 +1,8 @@
-"""Where measurements are kept: a JSON file for each kind of machine, `results/<slug>.json`, made of parts.
+"""Read and write the results: a JSON file for each kind of machine, `results/<slug>.json`, which has parts.
 
     {"maml": {workload: entry}, "sweep": {workload: entry}, "attention": entry, "recurrent": entry, "ops": entry}
 
-An entry names its machine, versions, commit and date; parts are written one by one, by whichever benchmark ran.
+An entry names its machine, versions, commit and date. Each benchmark writes only its own part.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "results"
-TOLD = ("results", "*.md", "report.py", "tables.py", "targets.py", "pictures.py")  # what no measurement depends on
+TOLD = (
+    "results",
+    "*.md",
+    "report.py",
+    "tables.py",
+    "targets.py",
+    "pictures.py",
+)  # files of benchmarks that no measurement depends on
 CODE = ("metakern", "csrc", "benchmarks", *(f":!benchmarks/{name}" for name in TOLD))
 
 
 def machine() -> dict[str, str | int]:
-    """This machine, the versions, the last commit that changed code (with a + where more is changed) and the date."""
+    """Return this machine, versions, date, and the last commit that changed code, with a + if code is uncommitted."""
     import torch
 
     import metakern as mk
@@ -44,7 +51,7 @@ def machine() -> dict[str, str | int]:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of the clone that this file is in; nothing where it is in none."""
+    """Return git's output in the clone that this file is in, or "" if it is in none."""
     if not (ROOT / ".git").exists():
         return ""
     said = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False)
@@ -52,7 +59,7 @@ def _git(*arguments: str) -> str:
 
 
 def slug(where: dict[str, Any]) -> str:
-    """The name of a kind of machine.
+    """Return the name of a kind of machine.
 
     >>> slug({"cpu": "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "cores": 8})
     'intel-xeon-platinum-8481c-8c'
@@ -62,7 +69,7 @@ def slug(where: dict[str, Any]) -> str:
 
 
 def file(where: dict[str, Any]) -> Path:
-    """The machine's file: in the clone, or in the present folder where the benchmarks were installed."""
+    """Return the machine's file: in the clone, or in the current folder if the benchmarks were installed."""
     folder = FOLDER if FOLDER.is_dir() else Path("results")
     return folder / f"{slug(where)}.json"
 
@@ -72,7 +79,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def keep(path: Path, part: str, entry: dict[str, Any], name: str | None = None) -> None:
-    """Puts an entry into a part, or in its place; all else stays, whoever else writes or interrupts at that time."""
+    """Write an entry as a part, or as `name` into a part. The rest of the file stays, even if others write to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

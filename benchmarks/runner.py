@@ -1,4 +1,4 @@
-"""A method in a process of its own, as the benchmark sees it; a method that fails, hangs or is wrong says why."""
+"""Run a method in a process of its own; if it fails, hangs or is wrong, report why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RefusedError(Exception):
 
 @cache
 def attempt(peer: str) -> Path | str:
-    """A peer's interpreter, or why there is none: it is tried once."""
+    """Return a peer's Python interpreter, or the reason why it can't be installed. It is tried only once."""
     try:
         return peers.environment(peer)
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
@@ -36,9 +36,9 @@ def installed(peer: str) -> Path:
 
 
 class Runner:
-    """A worker: warm, with what it said of its first call, memory and error; `sample()` is the seconds of one call.
+    """A warm process with one method (`benchmarks.worker`), which runs in `folder` and imports metakern from there.
 
-    It runs in `folder`, and imports metakern from there.
+    `ready` has the time of its first call, its memory and its error; `sample()` returns the seconds of one call.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Runner:
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.worker", peer, method, problem, tiny, str(threads)],
             cwd=folder,
-            # A compiler's cache on disk would hide what compiling costs.
+            # A compiler's cache on disk would hide the time of compiling.
             env=against.environment()
             | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
             | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
@@ -68,7 +68,7 @@ class Runner:
             raise
 
     def _answer(self, late: str) -> Any:
-        """The worker's next line; RefusedError where it ends without one, or is late and is ended."""
+        """Return the worker's next line; raise RefusedError if it ends without one, or takes longer than the limit."""
         over = threading.Event()
 
         def end() -> None:
@@ -89,7 +89,7 @@ class Runner:
             raise RefusedError("out of memory")
         self._errors.seek(0)
         said = [text.strip() for text in self._errors if text.strip()]
-        # An exception's own line, where there is one; what follows it is advice.
+        # The line of an exception, if there is one; the lines after it are advice.
         found = [text for text in said if text.partition(":")[0].rpartition(".")[2].endswith(("Error", "Exception"))]
         raise RefusedError((found or said or [f"ended with {self._process.returncode}"])[-1])
 
@@ -98,7 +98,7 @@ class Runner:
             self._process.stdin.write("\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # its last words say why
+            pass  # `_answer` reads its errors
         return self._answer("no result")
 
     def close(self) -> None:

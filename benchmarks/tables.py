@@ -1,4 +1,4 @@
-"""The tables of what was measured on one kind of machine, as Markdown."""
+"""Markdown tables of the results of one kind of machine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from benchmarks import peers, results
 from benchmarks.results import FOLDER
 from benchmarks.workloads import SIZES, WorkloadName, families, family
 
-MACHINE = "amd-epyc-2c"  # whose CPU the README is about
+MACHINE = "amd-epyc-2c"  # the machine whose results README.md and RESULTS.md show
 AUTO = "metakern auto"
 Rows = dict[str, dict[str, Any]]
-CELLS = {  # heading of a column: key and form; blank where it, or what a ratio is to, was not measured
+CELLS = {  # heading of a column -> key of a row and format; the cell is blank if the row lacks the key
     "GFLOP/s": ("gflop_per_s", "{:.0f}"),
     "of the limit": ("of_limit", "{:.0%}"),
-    "it / metakern auto": ("over_auto", "{:.2f} x"),
+    "time / metakern auto": ("over_auto", "{:.2f} x"),
     "peak, MiB": ("peak_mib", "{:.0f}"),
     "kept, MiB": ("kept_mib", "{:.0f}"),
     "first call, s": ("first_s", "{:.1f}"),
@@ -27,7 +27,7 @@ def load(part: str) -> dict[str, Any]:
 
 
 def measured() -> dict[str, Any]:
-    """The workloads of the meta-gradient, by family and size."""
+    """The results of the meta-gradient by workload, in the order of families and sizes."""
     data = load("maml")
     return {name: data[name] for name in sorted(data, key=_place)}
 
@@ -38,7 +38,7 @@ def _place(name: str) -> tuple[int, int, str]:
 
 
 def exact(found: dict[str, Any], of: Callable[[str], bool] = lambda peer: peer != "metakern") -> Rows:
-    """The methods of exact second order whose peer is wanted, by time."""
+    """The exact second-order methods whose peer satisfies `of`, fastest first."""
     rows = {method: row for method, row in found["methods"].items() if of(row["peer"]) and peers.order(method) == 2}
     return dict(sorted(rows.items(), key=lambda item: item[1]["median_ms"]))
 
@@ -48,7 +48,7 @@ def is_torch(peer: str) -> bool:
 
 
 def best(rows: Rows) -> tuple[str, dict[str, Any]]:
-    """The fastest: by its ratio to metakern within a round, where there is one."""
+    """The fastest method and its row: by its ratio to metakern within a round if there is one, else by its median."""
     return min(rows.items(), key=lambda item: item[1].get("over_auto", item[1]["median_ms"]))
 
 
@@ -68,7 +68,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def summary_table(sizes: Sequence[str] = SIZES) -> str:
-    """A row for each workload: metakern's own choice beside the fastest peer, and the fastest that is no JAX."""
+    """A row for each workload: `metakern auto` beside the fastest peer and the fastest PyTorch peer."""
     rows, where = [], {}
     for name, found in measured().items():
         spec = WorkloadName.parse(name)
@@ -87,13 +87,13 @@ def summary_table(sizes: Sequence[str] = SIZES) -> str:
             ]
         )
         where.setdefault(described(found), []).append(name)
-    head = "workload", "ours, ms", "fastest peer, ms", "it / ours", "fastest of PyTorch / ours", "MiB: ours / its"
+    head = "workload", "ours, ms", "fastest peer, ms", "peer / ours", "fastest PyTorch peer / ours", "MiB: ours / peer"
     notes = (f"{', '.join(names)}: {text}  " for text, names in where.items())
-    return "\n".join([table([*head, "of the limit", "first call, s: ours / its"], rows), "", *notes])
+    return "\n".join([table([*head, "of the limit", "first call, s: ours / peer"], rows), "", *notes])
 
 
 def methods_table(found: dict[str, Any]) -> str:
-    """All methods of a workload; those of first order at the end."""
+    """All methods of a workload, fastest first; first-order methods stand at the end."""
 
     def cells(method: str, row: dict[str, Any]) -> list[str]:
         spread = f"{ms(row['median_ms'])} ({ms(row['min_ms'])}-{ms(row['max_ms'])})"
@@ -107,7 +107,7 @@ def methods_table(found: dict[str, Any]) -> str:
 
 
 def sweeps() -> dict[tuple[str, str], dict[Any, dict[str, Any]]]:
-    """What was measured over a size: by the workload and the size's name, then by its value."""
+    """The results of sweeps: {(workload, key that is varied): {value of the key: results}}."""
     found: dict[tuple[str, str], dict[Any, dict[str, Any]]] = {}
     for name, entry in load("sweep").items():
         spec = WorkloadName.parse(name)
@@ -123,7 +123,7 @@ def sweeps() -> dict[tuple[str, str], dict[Any, dict[str, Any]]]:
 
 
 def sweep_table(key: str, points: dict[Any, dict[str, Any]]) -> str:
-    """Time and peak memory of each method over a size, and the machines and commits of its points."""
+    """Time and peak memory of each method for each value of `key`, then the machines and commits of the points."""
 
     def cell(point: dict[str, Any], method: str) -> str:
         row = point["methods"].get(method)
@@ -141,7 +141,8 @@ def curve_table(name: str) -> str:
     own, base = data["curves"]["maml"], data["curves"]["finetune"]
     ratio = data["ratios"]["finetune"]
     lines = [
-        f"Perplexity on {len(data['tasks'])} unseen subjects [95% interval over them]; the ratio is paired by subject.",
+        f"Perplexity on {len(data['tasks'])} unseen subjects [95% interval over the subjects]. "
+        "The ratio compares both models within each subject.",
         "",
         "| inner steps | meta-trained | fine-tuned baseline | baseline / meta-trained |",
         "|---|---|---|---|",
@@ -159,12 +160,13 @@ def curve_table(name: str) -> str:
 
 
 def recurrent_table() -> str:
-    """The LSTM's rules by size; the other cells are in the file."""
+    """The times and ratios of the LSTM's rules, a row for each size."""
     data = load("recurrent")
-    head = "T x B x L x H", "forward", "jvp", "vjp", "vjp_jvp, ms", "vjp_jvp / vjp", "torch.nn / ours", "cells / ours"
+    rules = ("forward", "jvp", "vjp", "vjp_jvp")
+    head = ["T x B x L x H", *(f"{rule}, ms" for rule in rules), "vjp_jvp / vjp", "torch.nn / ours", "cells / ours"]
     rows = []
     for size, row in data["results"]["lstm"].items():
-        times = (f"{row['ms'][rule][0]:.2f}" for rule in ("forward", "jvp", "vjp", "vjp_jvp"))
+        times = (f"{row['ms'][rule][0]:.2f}" for rule in rules)
         ratios = (f"{row[key][0]:.2f}" for key in ("vjp_jvp_over_vjp", "torch_over_ours"))
         loop, rate = f"{row['cell_loop_over_ours'][0]:.1f}", f"{row['recurrence_of_rate'][0]:.0%}"
         rows.append([size.replace("x", " x "), *times, *ratios, loop, rate])
@@ -172,19 +174,20 @@ def recurrent_table() -> str:
 
 
 def attention_table() -> str:
-    """Attention's rules by size."""
+    """The times and ratios of attention's rules, a row for each size."""
     data = load("attention")
-    head = "B x H/H_kv x L x D", "forward", "jvp", "vjp", "vjp_jvp, ms", "rate of vjp_jvp", "flash / ours"
+    rules = ("forward", "jvp", "vjp", "vjp_jvp")
+    head = ["B x H/H_kv x L x D", *(f"{rule}, ms" for rule in rules), "rate of vjp_jvp", "flash / ours"]
     rows = []
     for size, row in data["results"].items():
-        times = (f"{row['ms'][rule][0]:.2f}" for rule in ("forward", "jvp", "vjp", "vjp_jvp"))
+        times = (f"{row['ms'][rule][0]:.2f}" for rule in rules)
         ratios = (f"{row[key][0]:.2f}" for key in ("flash_over_ours", "ordinary_over_ours"))
         rows.append([size, *times, f"{row['of_rate']['vjp_jvp'][0]:.0%}", *ratios])
     return "\n".join([table([*head, "ordinary / ours"], rows), "", described(data)])
 
 
 def ops_table() -> str:
-    """Each op on the CPU's kernels, or the reference where it has none; other backends are in the file."""
+    """The times of each op's rules by its C++ kernels, or by the reference if it has none."""
     data = {name.split()[-1]: entry for name, entry in load("ops").items() if name.startswith("cpu float32 ")}
     rules, ratios = ("forward", "jvp", "vjp", "vjp_jvp"), ("forward", "vjp", "vjp_jvp")
     rows = []
@@ -196,6 +199,6 @@ def ops_table() -> str:
             limits = "".join(f"{of[rule]['of_limit'][0]:.0%} " for rule in rules)
             plain = (f"{of[rule]['plain_over_ours'][0]:.2f}" for rule in ratios)
             rows.append([f"`{op}`" if i == 0 else "", sample, backend, *times, limits.strip(), *plain])
-    head = "op", "sample", "backend", *rules[:3], "vjp_jvp, ms", "of the limit", "forward", "and backward"
-    lines = [table([*head, "HVP: plain / ours"], rows), ""]
+    head = ["op", "sample", "backend", *(f"{rule}, ms" for rule in rules), "of the limit"]
+    lines = [table([*head, "plain / ours: forward", "forward + backward", "HVP"], rows), ""]
     return "\n".join([*lines, *(f"{line}  " for line in dict.fromkeys(map(described, data.values())))])

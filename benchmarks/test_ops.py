@@ -1,9 +1,9 @@
-"""Every rule of every op on every backend of the CPU under pytest-benchmark, which saves runs and compares them.
+"""Time every rule of every op on every backend of the CPU by pytest-benchmark, which saves and compares runs.
 
     pytest benchmarks/test_ops.py -k "lstm and cpu" --benchmark-autosave
     pytest benchmarks/test_ops.py -k "lstm and cpu" --benchmark-compare
 
-GB/s and GFLOP/s, by the counts of the op's SPEC, stand in `extra_info`. The tests of metakern do not collect this file.
+`extra_info` has GB/s and GFLOP/s, by the counts of the op's SPEC. The tests of metakern do not collect this file.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Meta-gradients in float64, exact and of first order, that every method must agree with before it is timed.
+"""Compute meta-gradients in float64, exact and first-order ones, with which every method must agree to be timed.
 
     v_K = grad Q(phi_K), the first-order one        v_k = v_{k+1} - lr H(phi_k) v_{k+1}        mean over tasks of v_0
 
-PyTorch's own operations alone compute it, a task at a time and a few sequences of it at a time: losses are means over
-sequences, and so are their gradients and Hessian-vector products. So long sequences take neither the memory of K steps
-nor that of a whole batch. It is kept, in float32 (3e-8, far below any tolerance), in ~/.cache/metakern/benchmarks/truth
-by a digest of the problem and of the models' code.
+Only PyTorch's own operations are used, on one task and a few sequences at a time: losses are means over sequences, and
+so are their gradients and Hessian-vector products. So long sequences need neither the memory of K steps nor that of a
+whole batch. The result is stored in float32 (a relative error of 3e-8, far below any tolerance), in
+~/.cache/metakern/benchmarks/truth, under a digest of the problem and of the models' code.
 
     python -m benchmarks.truth WORKLOAD FILE.npz
 """
@@ -33,17 +33,17 @@ from benchmarks.problem import Problem
 from benchmarks.results import ROOT
 from benchmarks.workloads import Workload, make, models
 
-TOKENS = 1024  # at once
+TOKENS = 1024  # computed at once
 
 
 def exact(work: Workload) -> tuple[Gradient, Gradient]:
-    """The meta-gradient, and the first-order one."""
+    """Return the exact meta-gradient and the first-order one."""
     work = work.double()
     model = _modules.differentiable(work.model)
     theta = {name: p.detach() for name, p in work.theta.items()}
 
     def mean(f: Callable[[tuple[Tensor, ...]], Gradient], batch: tuple[Tensor, ...]) -> Gradient:
-        """Of f over the sequences of a batch."""
+        """Return the mean of f over the sequences of a batch."""
         total: Gradient = {}
         B = len(batch[0])
         for part in zip(*(a.split(max(1, TOKENS * B // batch[1].numel())) for a in batch), strict=True):
@@ -85,7 +85,7 @@ def add(total: Gradient, gradient: Gradient, times: float) -> Gradient:
 
 
 def with_truth(problem: Problem) -> Problem:
-    """The problem with both meta-gradients; RuntimeError says why there are none."""
+    """Return the problem with both meta-gradients; raise RuntimeError if they can't be computed."""
     file = peers.cache() / "truth" / f"{digest(problem)}.npz"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)

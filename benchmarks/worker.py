@@ -1,9 +1,10 @@
-"""One method in a process of its own: a line of JSON once it is warm, then the seconds of one call for each line read.
+"""Run one method: print a line of JSON when it is warm, then the seconds of one call for each line of input.
 
     python -m benchmarks.worker PEER METHOD PROBLEM.npz TINY.npz THREADS
 
-Before memory is called idle, the method has run on a tiny instance of the same workload: what a library loads at its
-first use, and torch.func and XLA load a lot, is no one's working memory. Nothing here needs PyTorch: JAX's has none.
+The memory of the idle process is taken after the method has run on a tiny instance of the workload, because what a
+library loads at its first use (torch.func and XLA load a lot) is not the memory of a meta-gradient. Nothing here needs
+PyTorch, which is absent from JAX's environment.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ from typing import Any
 from benchmarks import peers
 from benchmarks.problem import Problem
 
-SAMPLE = 0.2  # seconds: a faster call is repeated, and the mean counts
+SAMPLE = 0.2  # seconds; a faster call is repeated, and its mean is taken
 
 
 def resident(field: str) -> int:
-    """Kilobytes from /proc/self/status: VmRSS now, VmHWM at its peak."""
+    """Return kilobytes from /proc/self/status: VmRSS is the present memory, VmHWM its peak."""
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if field in line)
 
 
 def settle() -> None:
-    """Gives back what is free, and has the peak of memory count from here."""
+    """Give free memory back to the system, and reset the peak."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def wanted(module: ModuleType, problem: Problem) -> Any:
-    """The problem in the form that the peer asks for."""
+    """Return the problem as a `Workload` of tensors if the peer has PyTorch, else as it is."""
     if not module.shares_torch:
         return problem
     from benchmarks.workloads import of
@@ -47,9 +48,9 @@ def wanted(module: ModuleType, problem: Problem) -> Any:
 
 
 def main(peer: str, name: str, file: str, tiny: str, threads: str) -> None:
-    answer, sys.stdout = sys.stdout, sys.stderr  # libraries may talk
-    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, it is this process that ends
-    # Every library takes what the process may use; a variable or a call that all of them know does not exist.
+    answer, sys.stdout = sys.stdout, sys.stderr  # so that what libraries print stays out of the answers
+    Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, the system ends this process
+    # Every library uses the cores that the process may use; no variable or call works for all of them.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(threads)])
     module = peers.load(peer)
     method = module.methods[name]
@@ -70,7 +71,7 @@ def main(peer: str, name: str, file: str, tiny: str, threads: str) -> None:
     del gradient
     settle()
     kept = resident("VmRSS")
-    step()  # a captured one is checked here
+    step()  # a captured program is checked here
     start = time.perf_counter()
     step()
     repeats = max(1, math.ceil(SAMPLE / (time.perf_counter() - start)))
@@ -78,7 +79,7 @@ def main(peer: str, name: str, file: str, tiny: str, threads: str) -> None:
     hello = {"error": error, "first_s": first, "peak_mib": (peak - idle) / 1024, "kept_mib": (kept - idle) / 1024}
     print(json.dumps(hello), file=answer, flush=True)
     for _ in sys.stdin:
-        if repeats > 1:  # what the processes in between took from the caches is no part of a short call
+        if repeats > 1:  # fills the caches again, which other processes have used
             step()
         start = time.perf_counter()
         for _ in range(repeats):

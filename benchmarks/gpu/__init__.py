@@ -1,1 +1,1 @@
-"""The kernels on a real GPU, built, checked and timed: `python -m benchmarks.gpu`, which is `__main__.py`."""
+"""Build, check and time the kernels on a GPU: `python -m benchmarks.gpu` runs `__main__.py`."""

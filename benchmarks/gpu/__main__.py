@@ -1,21 +1,21 @@
-"""The kernels on a real GPU: built, checked, and timed.
+"""Build, check and time the kernels on a GPU.
 
     python -m benchmarks.gpu [--only checks,attention] [--budget 480] [--tiny]
 
-    checks      every op that has Triton kernels, every recurrent cell, a Llama's meta-gradient: all orders against
-                float64; the error must be at most twice that of plain PyTorch in the same dtype
-    attention   every rule beside PyTorch's flash attention, lengths 512 to 8192
-    memory      attention's at both orders, lengths 4096 to 32,768
-    meta        the second-order meta-step of a Llama at length 2048, against plain PyTorch with eager attention
-    ops         every rule of every other op, beside a copy's bandwidth and a large product's rate
-    recurrent   the recurrent cells, beside cuDNN and plain PyTorch
-    sanitizer   compute-sanitizer, where it is: bad accesses and races at small sizes
+    checks      compare all orders of every op with Triton kernels, of every recurrent cell, and the meta-gradient of a
+                Llama with float64; the error must be at most twice that of plain PyTorch in the same dtype
+    attention   time every rule beside PyTorch's flash attention, lengths 512 to 8192
+    memory      the memory of attention at both orders, lengths 4096 to 32,768
+    meta        time the second-order meta-gradient of a Llama at length 2048, beside plain PyTorch with eager attention
+    ops         time every rule of every other op, beside a copy's bandwidth and the rate of a large product
+    recurrent   time the recurrent cells, beside cuDNN and plain PyTorch
+    sanitizer   look for bad accesses and races at small sizes by compute-sanitizer, if it is installed
 
-Times are of CUDA graphs that hold several calls, medians of replays. What is timed is first run by several processes at
-once, so that Triton compiles in parallel. A row that fails says why, and the others go on; what the budget of seconds
-does not cover says so. Rows go to benchmarks/results/<GPU>.json as they come, and at the end the targets, met or not.
-Without a GPU it says so, with exit code 2; a failed check exits with 1. --tiny tries the program itself, on the CPU
-under TRITON_INTERPRET=1, at sizes of which times mean nothing.
+A time is the median over replays of a CUDA graph with several calls. Kernels that are timed first run in several
+processes at once, so that Triton compiles them in parallel. A row that fails, or that the budget of seconds does not
+cover, has an error; the other rows go on. Rows go to benchmarks/results/<GPU>.json as they come, and at
+the end the targets, met or not. The exit code is 2 without a GPU and 1 if a check fails. --tiny tries the program
+itself, on the CPU under TRITON_INTERPRET=1; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -45,10 +45,14 @@ from metakern import native
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-AT_ONCE = 12  # processes that share the GPU where nothing is timed
-SMALL = {"recurrent": ("metakern", recurrent.small), "ops": ("_kernel", checks.small)}  # parts of kernels' names
+AT_ONCE = 12  # processes that share the GPU while nothing is timed
+SMALL = {
+    "recurrent": ("metakern", recurrent.small),
+    "ops": ("_kernel", checks.small),
+}  # -> a part of its kernels' names, its checks
 Jobs = Iterable[Job]
-# Part -> its jobs, and how they run: by all processes at once, by one after all have compiled its kernels, or by one.
+# Part -> its jobs, and how they run: "at once", in all processes; "compiled", in one, after all processes have run them
+# once to compile the kernels; or "alone", in one.
 PARTS: dict[str, tuple[Callable[[Row, bool], Jobs], str]] = {
     "checks": (lambda limits, tiny: chain(checks.jobs(tiny), llama.checks(tiny), recurrent.checks(tiny)), "at once"),
     "attention": (lambda limits, tiny: attention.jobs(tiny), "compiled"),
@@ -68,7 +72,7 @@ def rows(pool: Pool, jobs: Jobs, how: str, at_once: int) -> Iterator[Row]:
 
 
 def sanitized(tool: str, part: str, seconds: float) -> Row:
-    """What compute-sanitizer says of a part's small checks."""
+    """Run a part's small checks under a tool of compute-sanitizer; return a row with its result."""
     label = {"tool": tool, "part": part}
     program = shutil.which("compute-sanitizer")
     if program is None:
@@ -90,7 +94,7 @@ def sanitized(tool: str, part: str, seconds: float) -> Row:
 
 
 def sanitizer(seconds: float) -> Iterator[Row]:
-    """All tools at once: nothing is timed."""
+    """Run all tools on all parts; they run at the same time, because nothing is timed."""
     cases = [(tool, part, seconds) for part in SMALL for tool in ("memcheck", "racecheck")]
     with ThreadPoolExecutor(len(cases)) as threads:
         yield from threads.map(lambda case: sanitized(*case), cases)
@@ -109,7 +113,7 @@ def compilers() -> dict[str, str]:
 
 
 def build() -> None:
-    """Compiles the kernels where this checkout has none, and starts anew with them."""
+    """If this checkout has no compiled kernels, build them and restart this program."""
     if native._cuda is None or native.C is None:
         env = os.environ | {"METAKERN_NATIVE": "cuda"}
         subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, env=env, check=True)
@@ -127,10 +131,10 @@ def table(found: list[Row]) -> str:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=(__doc__ or "").split("\n", 1)[0])
     names = (*PARTS, "sanitizer")
-    parser.add_argument("--only", help="parts, by commas; the file keeps the others (default: all)")
-    parser.add_argument("--budget", type=float, default=480, help="seconds for all of it (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="where the JSON goes (default: benchmarks/results/<GPU>.json)")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, on the CPU too, where Triton interprets")
+    parser.add_argument("--only", help="comma-separated parts; the file keeps its other parts (default: all)")
+    parser.add_argument("--budget", type=float, default=480, help="seconds for the whole run (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="file for the results (default: benchmarks/results/<GPU>.json)")
+    parser.add_argument("--tiny", action="store_true", help="take tiny sizes, on the CPU too if TRITON_INTERPRET=1")
     parser.add_argument("--small", choices=SMALL, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.parts = args.only.split(",") if args.only else names

@@ -1,4 +1,4 @@
-"""Times of attention's rules beside PyTorch's flash attention, by counted operations, and memory over the length."""
+"""Time attention's rules beside PyTorch's flash attention, and measure its memory over the length."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def draw(B: int, H: int, L: int, D: int, dtype: torch.dtype) -> Sample:
 
 
 def flash(sample: Sample, where: torch.device) -> dict[str, Callable[[], Any]]:
-    """PyTorch's kernel and its backward, themselves: autograd would not stay on the stream of a CUDA graph."""
+    """Return calls of PyTorch's kernel and of its backward; they avoid autograd, which leaves a CUDA graph's stream."""
     q, k, v = (t.to(where) for t in sample.args)
     scale, aten = q.shape[-1] ** -0.5, torch.ops.aten
 
@@ -43,10 +43,10 @@ def flash(sample: Sample, where: torch.device) -> dict[str, Callable[[], Any]]:
 
 
 def times(L: int, D: int, tiny: bool) -> Row:
-    """Causal, bfloat16, so many sequences that there are as many tokens at every length."""
+    """Time causal attention in bfloat16; the number of tokens is the same at every length."""
     B, H = (1, 2) if tiny else (TOKENS // L, WIDTH // D)
     sample = draw(B, H, L, D, torch.float32 if tiny else torch.bfloat16)
-    # PyTorch's kernel is for GPUs alone; elsewhere its arguments are tried on tensors without memory.
+    # PyTorch's kernel runs only on GPUs; elsewhere its arguments are tried on tensors without memory.
     calls = recorded("attention", sample, "triton")
     calls |= flash(sample, device() if torch.cuda.is_available() else torch.device("meta"))
     rows: Row = {}
@@ -60,7 +60,7 @@ def times(L: int, D: int, tiny: bool) -> Row:
 
 
 def memory(L: int, tiny: bool) -> Row:
-    """The most that a call of one head takes, at both orders, over q, k and v."""
+    """Measure the peak memory of one sequence at both orders, beyond that of q, k and v."""
     sample = draw(1, 1 if tiny else 4, L, 8 if tiny else 64, torch.float32 if tiny else torch.bfloat16)
     peak = peak_mib(lambda: recorded("attention", sample, "triton"))
     return {"peak_mib": peak, "kib_per_token": 1024 * peak / L}

@@ -1,4 +1,4 @@
-"""Every order of an op against float64: its error is at most twice that of plain PyTorch in the same dtype."""
+"""Check all orders of an op against float64: the error is at most twice that of plain PyTorch in the same dtype."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from metakern.ops.core.spec import Sample
 
 DTYPES = ("bfloat16", "float32")
 BEYOND = "more than 2^31 elements"
-HALF = ("causal-1024x64", "grouped-1000x128", "lengths-900x64")  # of attention's samples, those in float16 too
+HALF = ("causal-1024x64", "grouped-1000x128", "lengths-900x64")  # samples of attention that are checked in float16 too
 
 
 class Check(NamedTuple):
-    """An op and plain PyTorch in one dtype, plain PyTorch in float64, and arguments of all three, in float64."""
+    """An op, plain PyTorch in the same dtype, plain PyTorch in float64, and the float64 arguments of all three."""
 
     op: Callable[..., Any]
     plain: Callable[..., Any]
@@ -36,11 +36,11 @@ class Check(NamedTuple):
 
 
 def results(f: Callable[..., Any], arguments: list[Tensor], dtype: torch.dtype, forward: bool = True) -> list[Tensor]:
-    """Outputs, first derivatives, second ones by reverse over reverse and by forward over reverse.
+    """Return outputs, first derivatives, and second derivatives by reverse over reverse and by forward over reverse.
 
-    The last ones are tangents of the outputs and of the first derivatives, whose cotangents have tangents too. Plain
-    PyTorch has no forward mode everywhere: without `forward` they are put together from what reverse mode gives. Random
-    tensors have the digits of bfloat16, so that they are the same in every dtype.
+    Those by forward over reverse are tangents of the outputs and of the first derivatives; inputs and cotangents have
+    tangents. PyTorch has no forward mode for some operations: without `forward` these tangents are computed from
+    reverse mode. Random tensors are rounded to bfloat16, so that they are the same in every dtype.
     """
     x = [a.to(dtype).requires_grad_() for a in arguments]
     draw, options = Random(torch.bfloat16, seed=9), {"allow_unused": True, "materialize_grads": True}
@@ -69,14 +69,14 @@ def results(f: Callable[..., Any], arguments: list[Tensor], dtype: torch.dtype, 
 
 
 def errors(found: list[Tensor], truth: list[Tensor]) -> Tensor:
-    """The relative error of each result."""
+    """Return the relative error of each result, [results]."""
     return torch.stack([(a - t).norm() / (t.norm() + 1e-30) for a, t in zip(found, truth, strict=True)])
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Memory starts as NaN, and PyTorch's own kernels give the same bits every time."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # what can't repeat is seen
+    """Fill new memory with NaN, and make PyTorch's own kernels deterministic."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # `compare` finds what does not repeat
     try:
         yield
     finally:
@@ -85,7 +85,7 @@ def deterministic() -> Iterator[None]:
 
 @contextmanager
 def chosen() -> Iterator[set[str]]:
-    """The backends whose rules ran: a kernel that fell back to the reference was not checked."""
+    """Collect the backends whose rules run, to notice an op that falls back to the reference."""
     names: set[str] = set()
     choose = backend.choose
 
@@ -99,7 +99,10 @@ def chosen() -> Iterator[set[str]]:
 
 
 def compare(backend: str, problems: list[Check], dtype: str) -> Row:
-    """The errors at all orders, geometric means over the problems: that of a single one may be luck."""
+    """Compare an op with plain PyTorch at all orders, on a backend; return a row with the errors.
+
+    Errors are geometric means over the problems, because the error of a single one may be small or large by chance.
+    """
     low, means, names, repeats = getattr(torch, dtype), [], set(), True
     eps = torch.finfo(low).eps
     for op, plain, exact, arguments in problems:
@@ -124,7 +127,7 @@ def compare(backend: str, problems: list[Check], dtype: str) -> Row:
 
 
 def check(op: str, sample: str, dtype: str, tiny: bool) -> Row:
-    """Small samples are drawn four times."""
+    """Check one sample of an op; small samples are drawn four times."""
     spec, draw, problems = SPECS[op], samples(op, tiny)[sample], []
     for seed in range(4 if tiny else 1):
         low = cast(draw(Random(getattr(torch, dtype), seed)), getattr(torch, dtype))
@@ -134,7 +137,7 @@ def check(op: str, sample: str, dtype: str, tiny: bool) -> Row:
 
 
 def far(op: str, tiny: bool) -> Row:
-    """The last task of a large tensor, to the bit what it is alone: offsets are of 64 bits."""
+    """Check that the last task of a tensor with more than 2^31 elements gives the same bits as that task alone."""
 
     def found(sample: Sample) -> list[Tensor]:
         f, x = function(SPECS[op].call, sample)
@@ -150,7 +153,7 @@ def far(op: str, tiny: bool) -> Row:
 
 
 def jobs(tiny: bool) -> Iterator[Job]:
-    """Every op at small sizes of all kinds, which compute-sanitizer's run takes some of, and at real ones."""
+    """Every op at small samples of many kinds, and at the sizes of real models."""
     for op in OPS:
         for small in (True,) if tiny else (True, False):
             for sample in samples(op, small):
@@ -162,5 +165,5 @@ def jobs(tiny: bool) -> Iterator[Job]:
 
 
 def small() -> bool:
-    """What compute-sanitizer looks at: two samples of each op."""
+    """Check two small samples of each op, for compute-sanitizer; return whether all are good."""
     return all(check(op, sample, "float32", True)["good"] for op in OPS for sample in list(samples(op, True))[:2])

@@ -1,4 +1,4 @@
-"""The second-order meta-step of a Llama in bfloat16: patched, by metakern, and plain PyTorch's with eager attention."""
+"""The second-order meta-gradient of a Llama in bfloat16, by metakern on a patched model and by plain PyTorch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES = ((1, 1), (4, 1), (4, 4))  # tasks, and sequences of each
 
 
 def config(V: int, D: int, F: int, layers: int, H: int, H_kv: int) -> dict[str, int]:
-    """Vocabulary, widths of the model and of its MLP, layers, heads of q and of k and v."""
+    """Return options of a LlamaConfig; D and F are the widths of the model and of its MLP."""
     names = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
     return dict(zip((*names, "num_key_value_heads"), (V, D, F, layers, H, H_kv), strict=True))
 
@@ -35,7 +35,7 @@ TIMED, CHECKED, TINY = config(32000, 1024, 2816, 8, 16, 4), config(500, 256, 512
 
 
 def work(shape: dict[str, int], T: int, B: int, L: int, dtype: torch.dtype) -> Workload:
-    """The same weights and tokens in every dtype: they have the digits of bfloat16."""
+    """Return the workload, with the same weights and tokens in every dtype: the weights are rounded to bfloat16."""
     import transformers
 
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def work(shape: dict[str, int], T: int, B: int, L: int, dtype: torch.dtype) -> W
 
 
 def causal_lm(model: Any, batch: Any) -> Tensor:
-    """The loss of ordinary operations."""
+    """The loss of plain PyTorch: cross-entropy over all logits, in float32."""
     tokens, targets = batch
     return F.cross_entropy(model(tokens).logits.flatten(0, 1).float(), targets.flatten())
 
@@ -61,7 +61,7 @@ def step(peer: str, work: Workload) -> Any:
 
 
 def check(L: int, dtype: str, tiny: bool) -> Row:
-    """The meta-gradient of all parameters against plain PyTorch's in float64."""
+    """Compare the meta-gradient with that of plain PyTorch in float64."""
     kind = getattr(torch, dtype)
 
     def found(peer: str, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Times, memory, and the two limits of a GPU: the bandwidth of a large copy and the rate of a large matrix product."""
+"""Measure times, peak memory, and the two limits of a GPU: a copy's bandwidth and the rate of a matrix product."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.gpu.problems import device
 
 
 def milliseconds(f: Callable[[], Any], calls: int = 4, replays: int = 15) -> float:
-    """Of a call: the median over replays of a CUDA graph that holds several."""
+    """Return the time of a call: the median over replays of a CUDA graph that holds several calls."""
     if not torch.cuda.is_available():
         return eager_milliseconds(f, 1)
     side = torch.cuda.Stream()
@@ -32,7 +32,7 @@ def milliseconds(f: Callable[[], Any], calls: int = 4, replays: int = 15) -> flo
 
 
 def eager_milliseconds(f: Callable[[], Any], calls: int = 7) -> float:
-    """Of a call as Python makes it."""
+    """Return the median time of a call without a CUDA graph."""
     f(), f()
     return statistics.median((_events if torch.cuda.is_available() else _seconds)(f, calls))
 
@@ -55,7 +55,7 @@ def _seconds(f: Callable[[], Any], calls: int) -> Iterator[float]:
 
 
 def peak_mib(f: Callable[[], Any]) -> float:
-    """The most memory that a call takes over what is there before; 0 where there is no GPU to ask."""
+    """Return the peak memory of a call beyond what was allocated before; 0 without a GPU."""
     if not torch.cuda.is_available():
         f()
         return 0.0
@@ -67,7 +67,7 @@ def peak_mib(f: Callable[[], Any]) -> float:
 
 
 def limits(tiny: bool) -> Row:
-    """GB/s of a copy, reads and writes counted, and TFLOP/s of bf16 products of random numbers."""
+    """Return the GB/s of a copy (reads and writes count) and the TFLOP/s of a bfloat16 product of random matrices."""
     size, square = (1 << 10, 16) if tiny else (1 << 30, 8192)
     source = torch.empty(size, dtype=torch.uint8, device=device()).random_()
     target = torch.empty_like(source)

@@ -1,4 +1,4 @@
-"""Times of every rule of every op but attention, as parts of the limits of the GPU."""
+"""Time every rule of every op but attention, beside the limits of the GPU."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from benchmarks.gpu.pool import Job, Row
 from benchmarks.gpu.problems import OPS, Random, cast, enlarged, samples
 from metakern.ops import SPECS
 
-BYTES = 1 << 28  # of arguments, several times what caches hold
+BYTES = 1 << 28  # size of the arguments: several times that of the caches
 
 
 def times(op: str, name: str, dtype: str, limits: Row, tiny: bool) -> Row:
-    """Milliseconds of each rule, and what its counted bytes and operations come to beside a copy and a product."""
+    """Return each rule's milliseconds, and its GB/s and FLOP/s as shares of the limits."""
     kind = getattr(torch, dtype)
     sample = cast(samples(op, tiny)[name](Random(kind, seed=1)), kind)
     sample = enlarged(sample, 0 if tiny else BYTES)

@@ -1,4 +1,4 @@
-"""Processes that make the rows of results: a kernel that crashes or hangs costs its own row and no other."""
+"""Processes that compute the rows of results, so that a kernel that crashes or hangs loses only its own row."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ import torch
 
 Row = dict[str, Any]
 MEMORY = "out of memory"
-LIMIT = 120  # seconds that a row may take
+LIMIT = 120  # seconds for one row
 
 
 class Job(NamedTuple):
-    """A row to be made: what names it, and the function, to be pickled, that finds the rest of it."""
+    """A row to compute: its label, and a function that returns its other entries and can be pickled."""
 
     label: Row
     make: Callable[[], Row]
 
 
 def run(job: Job) -> tuple[Row, bool]:
-    """The row, with an "error" where there was one, and whether this process can go on."""
+    """Return the row, with an "error" if the job failed, and whether this process can run another job."""
     try:
         found = job.make()
         _finish()
     except torch.OutOfMemoryError:
         found = {"error": MEMORY}
-    except Exception as error:  # whatever it is, it is this row's result
+    except Exception as error:  # any failure is this row's result
         found = {"error": f"{type(error).__name__}: {error}"[-1000:]}
     try:
         _finish()
@@ -42,7 +42,7 @@ def run(job: Job) -> tuple[Row, bool]:
 
 
 def prepare() -> None:
-    """Products of float32 in float32, and memory for cuBLAS to be deterministic with."""
+    """Switch TF32 off, and give cuBLAS the workspace that it needs to be deterministic."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
@@ -63,7 +63,7 @@ def _serve(connection: Connection) -> None:
 
 
 class _Worker:
-    """A process that makes a row at a time."""
+    """A process that computes one row at a time."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -89,7 +89,7 @@ class _Worker:
 
 
 class Pool:
-    """Rows by processes, until a time of `time.monotonic`; the rest get an error that says so."""
+    """Computes rows in processes until `deadline`, in seconds of `time.monotonic`; later rows get an error."""
 
     def __init__(self, deadline: float = float("inf")) -> None:
         self.deadline = deadline
@@ -102,7 +102,7 @@ class Pool:
         self._keep(0)
 
     def rows(self, jobs: Iterable[Job], at_once: int = 1) -> Iterator[Row]:
-        """As they come. What ran out of memory beside others is tried again alone."""
+        """Yield rows as they are finished; a job that runs out of memory beside others is run again alone."""
         jobs = list(jobs)
         self._keep(at_once)
         again = []
@@ -133,6 +133,6 @@ class Pool:
         return row
 
     def _keep(self, number: int) -> None:
-        """Ends all idle processes but so many: they hold memory."""
+        """End all idle processes except `number` of them, because idle processes hold memory."""
         while self._idle.qsize() > number:
             self._idle.get().close()

@@ -1,4 +1,4 @@
-"""The arguments that an op is checked and timed with: its own benchmark's, and those that its kernels find hard."""
+"""Samples that an op is checked and timed with: those of its SPEC, and sizes that are hard for its kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def device() -> torch.device:
 
 
 class Random(Make):
-    """A Make that draws on the device itself: large tensors at once."""
+    """Draws tensors on the device itself, which is fast for large ones."""
 
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
         super().__init__(dtype, device())
@@ -66,7 +66,7 @@ def _attention(
     return draw
 
 
-# What real models have and the benchmarks of SPECS do not: odd, wide and long rows, and all that attention can do.
+# Samples beside those of SPECS: odd, wide and long rows, as real models have them, and all options of attention.
 LARGE: dict[str, dict[str, Draw]] = {
     "silu": {"3x1001x4099": _matrix(3, 1001, 4099)},
     "gelu": {"3x1001x4099": _matrix(3, 1001, 4099)},
@@ -96,17 +96,19 @@ LARGE: dict[str, dict[str, Draw]] = {
     },
 }  # fmt: skip
 
-# More elements than 32 bits count.
+# Samples with more elements than a 32-bit integer can count.
 FAR: dict[str, Draw] = {
     "silu": _matrix(3, 30000, 24001),
     "rms_norm": _norm(3, 30000, 24001, 2),
     "cross_entropy": _logits(3, 30000, 24001),
 }
-EXTREME = ("large",)  # second derivatives vanish there, and what is left of them is rounding: the battery has these
+EXTREME = (
+    "large",
+)  # left out: second derivatives vanish there, so that an error is only rounding. Other tests have it
 
 
 def samples(op: str, tiny: bool) -> dict[str, Draw]:
-    """By name: small ones of many kinds, or those of the sizes that users have. None is empty."""
+    """Return an op's samples by name, without empty ones: small ones of many kinds, or those of real sizes."""
     spec = SPECS[op]
     draw = spec.samples if tiny else spec.benchmark
     drawn = [s for s in draw(Shapes()) if s.name not in EXTREME]
@@ -119,7 +121,7 @@ def _named(draw: Callable[[Make], Iterable[Sample]], name: str, make: Make) -> S
 
 
 def cast(sample: Sample, dtype: torch.dtype) -> Sample:
-    """The sample in another floating-point dtype, on the device."""
+    """Return the sample on the device, with its floating-point tensors in `dtype`."""
 
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -134,7 +136,7 @@ def last_task(sample: Sample) -> Sample:
 
 
 def enlarged(sample: Sample, size: int) -> Sample:
-    """The sample with its tasks repeated until its arguments have `size` bytes, where it has tasks."""
+    """Return the sample with its tasks repeated until its arguments have `size` bytes, if it has tasks."""
     tensors = [t for t in tree_leaves((sample.args, dict(sample.kwargs))) if isinstance(t, Tensor)]
     times = ceil(size / sum(t.numel() * t.element_size() for t in tensors))
     if times < 2 or not sample.per_task:

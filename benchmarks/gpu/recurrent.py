@@ -1,4 +1,4 @@
-"""The recurrent CUDA kernels: every cell against float64, times of its rules, cuDNN, and plain PyTorch's meta-step."""
+"""Check the recurrent CUDA kernels against float64, and time them beside cuDNN and plain PyTorch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from metakern import native
 from metakern.ops import SPECS
 from metakern.ops.core.spec import Make
 
-CELLS = {"rnn_tanh": (1, 1), "rnn_relu": (1, 1), "gru": (3, 1), "lstm": (4, 2)}  # gates and states
+CELLS = {"rnn_tanh": (1, 1), "rnn_relu": (1, 1), "gru": (3, 1), "lstm": (4, 2)}  # numbers of gates and of states
 CHECKED = [(4, 8, 12, 64), (3, 5, 7, 100), (2, 20, 8, 256), (8, 8, 6, 512), (2, 8, 6, 1024), (1, 64, 6, 512)]
 TIMED = [(32, 2, 32, 64), (8, 8, 20, 256), (8, 8, 128, 512), (8, 8, 64, 1024), (32, 16, 64, 256), (8, 1, 64, 256)]
 BESIDE_CUDNN = [(16, 64, 64), (64, 64, 256), (64, 128, 512), (64, 64, 1024)]  # B, L, H
 Sizes = tuple[int, int, int, int]  # T, B, L, H
-D = 16  # features of the inputs
+D = 16  # features of the inputs of checks
 
 
 def problem(
@@ -41,7 +41,7 @@ def problem(
     reverse: bool = False,
     shared: bool = False,
 ) -> tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]:
-    """The op, plain PyTorch, and the arguments to differentiate both by: in float64, with the digits of dtype."""
+    """Return the op, plain PyTorch, and their differentiable arguments: in float64, rounded to `dtype`."""
     (T, B, L, H), (gates, states), draw = sizes, CELLS[cell], Make(seed=seed)
     scale, tasks = max(H, 1) ** -0.5, () if shared else (T,)
     arguments = [draw(T, B, L, D), *(draw(T, B, H) for _ in range(states)), draw(*tasks, gates * H, D)]
@@ -62,7 +62,7 @@ def problem(
 
 
 def check(cell: str, sizes: Sizes, dtype: str, options: dict[str, bool]) -> Row:
-    """On a GPU by its kernels; elsewhere, to try this program, by those of the CPU."""
+    """Check a cell by the CUDA kernels, or without a GPU, to try this program, by the reference."""
     problems = []
     for seed in (1, 2):
         op, plain, x = problem(cell, sizes, getattr(torch, dtype), seed, device=device(), **options)
@@ -71,7 +71,7 @@ def check(cell: str, sizes: Sizes, dtype: str, options: dict[str, bool]) -> Row:
 
 
 def checks(tiny: bool) -> Iterator[Job]:
-    """A rule that bends (relu) is checked in float32 alone: where bf16 rounds over the bend, errors are luck."""
+    """The checks of all cells. ReLU is checked only in float32: in bfloat16 rounding across its kink is chance."""
     cases: list[tuple[str, Sizes, dict[str, bool]]] = [(c, s, {}) for c in CELLS for s in CHECKED]
     cases.append(("lstm", (3, 9, 6, 96), {"lengths": True, "reverse": True}))
     cases.append(("gru", (6, 11, 6, 160), {"shared": True, "lengths": True}))
@@ -85,13 +85,13 @@ def checks(tiny: bool) -> Iterator[Job]:
 
 
 def small() -> bool:
-    """What compute-sanitizer looks at: single blocks, groups of blocks, several tiles, streamed weights."""
+    """Check sizes with single blocks, groups of blocks, several tiles and streamed weights, for compute-sanitizer."""
     sizes = (2, 3, 3, 20), (1, 9, 2, 130), (1, 17, 2, 520)
     return all(check(cell, s, dtype, {})["good"] for s in sizes for cell in ("gru", "lstm") for dtype in DTYPES)
 
 
 def rule_times(cell: str, sizes: Sizes, dtype: str) -> Row:
-    """Milliseconds of each rule's recurrence, on random tensors, and the rate of its products."""
+    """Time the recurrence of each rule on random tensors; return milliseconds and the rate of its products."""
     row: Row = {}
     T, B, L, H = sizes
     of = dict(zip("TBLH", sizes, strict=True))
@@ -112,7 +112,7 @@ def rule_times(cell: str, sizes: Sizes, dtype: str) -> Row:
 
 
 def beside_cudnn(B: int, L: int, H: int, name: str) -> Row:
-    """An LSTM layer with one weight: forward, and forward with its vjp."""
+    """Time an LSTM layer with one task beside cuDNN: forward, and forward with vjp."""
     options: dict[str, Any] = {"device": device(), "dtype": getattr(torch, name)}
     layer = nn.LSTM(H, H, batch_first=True, **options)
     x, ct = torch.randn(B, L, H, **options, requires_grad=True), torch.randn(B, L, H, **options)
@@ -133,7 +133,7 @@ def beside_cudnn(B: int, L: int, H: int, name: str) -> Row:
 
 
 def meta_steps(name: str) -> Row:
-    """One meta-gradient, eager: metakern's and plain PyTorch's, which cuDNN has no second derivative for."""
+    """Time one meta-gradient of metakern, and of plain PyTorch without cuDNN, which has no second derivative."""
     row: Row = {}
     gradients = {}
     for peer, method in (("metakern", "metakern auto"), ("plain", "plain PyTorch")):

@@ -1,4 +1,4 @@
-"""What we set out to reach on a GPU, beside what was measured."""
+"""The targets for a GPU, and whether the measurements meet them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Found = dict[str, Any]
 
 
 def targets(found: Found) -> list[Row]:
-    """A row for each target: what it asks for, the worst value that was measured, where, and whether that meets it.
+    """Return a row for each target: its bound, the worst measured value, where it was measured, and whether it is met.
 
-    What was not measured, in whole or because a row failed, has the value None and is not met.
+    A target that was not measured, or of which a row failed, has the value None and is not met.
     """
     return [*_attention(found), *_memory(found), *_meta(found), *_streamed(found)]
 
 
 def failures(found: Found) -> list[Row]:
-    """Rows that failed, and checks with an error too large. Plain PyTorch may run out of memory: that is a result."""
+    """Return the rows that failed and the checks that are not good; plain PyTorch may run out of memory."""
     rows = [row for part, rows in found.items() if part not in ("machine", "targets") for row in rows]
     expected = {"peer": "plain", "error": MEMORY}.items()
     return [
@@ -41,7 +41,7 @@ def _rows(found: Found, part: str) -> list[Row]:
 
 
 def _worst(cases: Iterable[tuple[float | None, str]]) -> tuple[float | None, str]:
-    """The least value; None where one is missing, or all are."""
+    """Return the smallest value and its place; None if a value is missing or there is none."""
     cases = list(cases)
     missing = [where for value, where in cases if value is None]
     return (None, ", ".join(missing)) if missing or not cases else min(cases)  # type: ignore[type-var]
@@ -54,7 +54,7 @@ def _attention(found: Found) -> Iterator[Row]:
 
 
 def _memory(found: Found) -> Iterator[Row]:
-    """Bytes a token at the longest over those at the shortest."""
+    """The target for memory: KiB for each token at the greatest length, over those at the smallest."""
     rows = {row["length"]: row.get("kib_per_token") for row in _rows(found, "memory")}
     value = None
     if len(rows) > 1 and all(rows.values()):

@@ -1,13 +1,15 @@
-"""The methods that are compared, a file for each library, and the environments that they live in.
+"""The methods that are compared, a file for each library, and the environments that they run in.
 
-A peer's file says
+A peer's file defines
 
-    requirements    what pip installs for it, a tuple of argument lists; empty: it runs in the present environment
-    shares_torch    False where it needs no PyTorch: it then gets a `Problem` of arrays instead of a `Workload`
-    methods         name -> step(workload), which prepares and gives a function of nothing: one meta-gradient, by name,
-                    of what learns; exact, unless the method's name ends with "first order"
+    requirements    a tuple of arguments of `pip install`, each installed by itself; if empty, the peer runs in the
+                    present environment
+    shares_torch    whether it uses PyTorch; if not, it gets a `Problem` of arrays instead of a `Workload`
+    methods         {name: prepare}; prepare(workload) returns a function without arguments that computes one
+                    meta-gradient, {name of a parameter: array}. It is exact, unless the method's name ends with
+                    "first order"
 
-and imports its library inside its functions only, so that anybody can read the first three.
+It imports its library only inside functions, so that these three can be read without the library.
 """
 
 from __future__ import annotations
@@ -36,12 +38,12 @@ PEERS = (
 
 
 def cache() -> Path:
-    """Where environments and exact answers are kept."""
+    """Return the folder of the peers' environments and of the meta-gradients in float64."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakern" / "benchmarks"
 
 
 def order(method: str) -> int:
-    """2 for an exact meta-gradient, 1 for one without second derivatives: a row of its own kind, no peer."""
+    """Return 2 for a method whose meta-gradient is exact, 1 for a first-order method."""
     return 1 if method.endswith("first order") else 2
 
 
@@ -50,9 +52,10 @@ def load(peer: str) -> ModuleType:
 
 
 def environment(peer: str) -> Path:
-    """The interpreter of a peer's own environment, made at the first use; RuntimeError says why there is none.
+    """Return the interpreter of a peer's environment, made at the first use; raise RuntimeError if it can't be made.
 
-    PyTorch is not installed twice: an environment that needs it sees the present one's packages behind its own.
+    PyTorch is not installed twice: an environment that needs it also finds the packages of the present one, after its
+    own.
     """
     module = load(peer)
     if not module.requirements:

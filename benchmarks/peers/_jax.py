@@ -1,6 +1,7 @@
-"""The workloads' models and the meta-gradient in JAX, over torch.nn's weights by their names.
+"""The workloads' models and the meta-gradient in JAX. Weights have the names and shapes of torch.nn.
 
-`theta` in a model's function is all of its weights; the meta-gradient's is what learns, and `frozen` the rest.
+In a model's function `theta` holds all of its weights; in the meta-gradient it holds those that learn, and `frozen` the
+others.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def mlp(theta: Theta, x: Array) -> Array:
 
 
 def recurrent(theta: Theta, tokens: Array) -> Array:
-    """torch.nn's RNN, GRU or LSTM: the input's products for all time steps at once, then a scan over time."""
+    """Run torch.nn's RNN, GRU or LSTM: the products of the input for all time steps, then a scan over time."""
     w_hh, b_hh = theta["rnn.weight_hh_l0"], theta["rnn.bias_hh_l0"]
     H = w_hh.shape[1]
     x = theta["embedding.weight"][tokens.T]  # [L, B, E]
@@ -113,7 +114,7 @@ def llama(theta: Theta, tokens: Array, heads: int) -> Array:
         of = partial(lora_linear, theta)
         block, normed = f"blocks.{i}", rms_norm(theta, f"blocks.{i}.norm1", x)
         q, k, v = (of(f"{block}.{name}", normed).reshape(B, L, -1, head_dim).swapaxes(1, 2) for name in "qkv")
-        # [B, H_kv, H / H_kv, L, head_dim]: the heads of q in the groups that share one of k and v
+        # [B, H_kv, H / H_kv, L, head_dim]: groups of heads of q that share a head of k and v
         q, k, v = rotate(q).reshape(B, k.shape[1], -1, L, head_dim), rotate(k)[:, :, None], v[:, :, None]
         scores = q @ k.swapaxes(-1, -2) / math.sqrt(head_dim)
         attended = (jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)) @ v).reshape(B, heads, L, head_dim)
@@ -141,8 +142,12 @@ def arguments(problem: Problem) -> tuple[Theta, Theta, Batch, Batch]:
 
 
 def meta_gradient(problem: Problem, tasks: str, mode: str) -> Callable[[Theta, Theta, Batch, Batch], Theta]:
-    """tasks "vmap" | "loop" | "chunks", four at most; mode "reverse", the inner steps unrolled, "scan" over them or
-    "checkpoint", which recomputes them, all over reverse | "forward" over reverse."""
+    """Return the function that computes the meta-gradient.
+
+    tasks: "vmap" runs all tasks at once, "loop" one at a time, "chunks" in at most four chunks. mode: "forward" is
+    forward over reverse; the others are reverse over reverse, with inner steps that are unrolled ("reverse"), scanned
+    ("scan") or recomputed ("checkpoint").
+    """
     run, lr, K = model(problem.settings), problem.settings["lr"], problem.settings["K"]
     T = len(problem.support[0])
 
@@ -176,7 +181,7 @@ def meta_gradient(problem: Problem, tasks: str, mode: str) -> Callable[[Theta, T
         return v
 
     def together(theta: Theta, frozen: Theta, support: Batch, query: Batch) -> Theta:
-        """The sum over tasks at once."""
+        """Return the sum of the meta-gradients of some tasks, which are computed at once."""
         over = None, None, 0, 0
         if mode == "forward":
             each = jax.vmap(forward_over_reverse, over)(theta, frozen, support, query)

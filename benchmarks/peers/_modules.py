@@ -1,4 +1,4 @@
-"""torch.nn's layers in a form that `torch.func.vmap` differentiates twice, under the same parameters' names.
+"""torch.nn's layers in a form that `torch.func.vmap` can differentiate twice, with the same names of parameters.
 
 vmap has no rule for torch.nn's recurrent layers, and through it the second derivatives of an affine layer norm are
 wrong (torch 2.13), while those of a plain one are right.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Cells(nn.Module):
-    """One recurrent layer: the input's products for all time steps at once, then a loop over time."""
+    """A recurrent layer: the products of the input for all time steps, then a loop over time."""
 
     def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Cells(nn.Module):
 
 
 class Affine(nn.Module):
-    """A layer norm as a plain one, times weight, plus bias."""
+    """A layer norm as one without weight and bias, times the weight, plus the bias."""
 
     def __init__(self, layer: nn.LayerNorm) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Affine(nn.Module):
 
 
 def differentiable(model: nn.Module) -> nn.Module:
-    """The model with such layers in it, on the very same parameters."""
+    """Return a copy of the model with these layers, on the same parameters."""
     model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -1,4 +1,4 @@
-"""metakern.compat: learn2learn's and higher's loops, letter by letter; on patched models; all tasks at once."""
+"""metakern.compat: the loops of learn2learn and higher, also on patched models, and `MAML.batch`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def patched(library: str) -> Callable[[Workload], Callable[[], Gradient]]:
 
 
 def with_loss(library: str) -> Callable[[Workload], Callable[[], Gradient]]:
-    """On a patched model, with a loss by metakern's op too, which no patch of a model can see to."""
+    """The loop on a patched model, with metakern's op for the loss, which `mk.patch` does not replace."""
 
     def loss(model: Callable[[Tensor], Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
         import metakern as mk
@@ -54,7 +54,7 @@ def with_loss(library: str) -> Callable[[Workload], Callable[[], Gradient]]:
 
 
 def batch(work: Workload) -> Callable[[], Gradient]:
-    """MAML.batch, captured as metakern's own methods are."""
+    """`MAML.batch`, captured like metakern's own methods."""
     from metakern.compat.learn2learn import MAML
 
     maml = MAML(work.model, lr=work.lr, allow_nograd=True)

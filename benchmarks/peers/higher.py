@@ -1,4 +1,4 @@
-"""higher: `innerloop_ctx`, a task at a time."""
+"""higher: `innerloop_ctx`, one task at a time."""
 
 from __future__ import annotations
 

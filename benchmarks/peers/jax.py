@@ -1,4 +1,4 @@
-"""JAX: jit over vmap, over a loop of tasks or of chunks of them; reverse over reverse in three forms, or forward."""
+"""JAX: a jitted meta-gradient, over tasks by vmap, a loop or chunks, in the modes of `_jax.meta_gradient`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""learn2learn: `MAML.clone` and `adapt`, a task at a time.
+"""learn2learn: `MAML.clone` and `adapt`, one task at a time.
 
-Its source package holds C files that no longer compile; `build_ext` has them made anew by Cython. Its `__init__`
-imports gym, qpth and torchvision, which MAML never uses, so that only the modules of MAML are imported.
+Its source package has C files that no longer compile; `build_ext` makes Cython write them anew. Its `__init__` imports
+gym, qpth and torchvision, which MAML does not use, so only the modules of MAML are imported.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ shares_torch = True
 
 
 def original(name: str) -> Any:
-    """A class of learn2learn's, from the module of its own."""
+    """Return a class of learn2learn from its own module, without running the package's `__init__`."""
     for package in ("learn2learn", "learn2learn.algorithms"):
-        sys.modules.setdefault(package, module_from_spec(find_spec(package)))  # there, and never run
+        sys.modules.setdefault(package, module_from_spec(find_spec(package)))  # present, but never run
     return getattr(import_module(f"learn2learn.algorithms.{'maml' if name == 'MAML' else 'meta_sgd'}"), name)
 
 

@@ -1,4 +1,4 @@
-"""metakern, captured: keeping the graph of the inner loop, recomputing it, choosing by itself; and otherwise."""
+"""metakern with each strategy, captured; `auto` also not captured; and the first-order meta-gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ shares_torch = True
 
 
 def adapted(work: Workload) -> Workload:
-    """LoRA as metakern's users have it: by `metakern.lora` on a patched model, and ops for positions and SwiGLU."""
+    """Return the workload with metakern's LoRA on a patched model, and its ops for rotary positions and SwiGLU."""
     import metakern as mk
 
     if not isinstance(work.model, Llama):

@@ -1,6 +1,6 @@
-"""parallel-metalearn: its MAML trainer, vmapped over all tasks, over chunks of them, and a task at a time.
+"""parallel-metalearn: its MAML trainer, over tasks by vmap, in chunks, or one at a time.
 
-The model's outputs come in the dictionary that it wants; its outer optimizer stands still.
+The model is wrapped to return the dictionary that the trainer expects. The outer optimizer does not change the weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Wrapped(nn.Module):
 
 
 class CrossEntropy(nn.Module):
-    """The loss of a task, and the metric that goes with it there."""
+    """The loss of a task, twice: the trainer expects a metric beside it."""
 
     def forward(self, out_dict: dict[str, Tensor], targets: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         loss = F.cross_entropy(out_dict["logits"].flatten(0, -2), targets.flatten())
@@ -44,7 +44,7 @@ class CrossEntropy(nn.Module):
 
 class Still(torch.optim.SGD):
     def step(self, closure: Any = None) -> None:
-        """Leaves the weights as they are: what is measured is the meta-gradient."""
+        """Do nothing: only the meta-gradient is measured."""
 
 
 def method(backend: str, chunks: int = 1) -> Callable[[Workload], Callable[[], Gradient]]:

@@ -1,4 +1,4 @@
-"""Plain PyTorch: ordinary autograd, a task at a time; attention in its twice differentiable form."""
+"""Plain PyTorch: ordinary autograd, one task at a time, with PyTorch's twice differentiable attention."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from benchmarks.workloads import Workload
 
 requirements: tuple[str, ...] = ()
 shares_torch = True
-Gradient = dict[str, Any]  # tensors by the names of parameters
+Gradient = dict[str, Any]  # {name of a parameter: tensor}
 
 
 def bound(model: nn.Module, phi: Gradient) -> Callable[..., Tensor]:
-    """The model with weights phi, to be called as the model is."""
+    """Return a function that calls the model with the weights phi."""
     return lambda *args: functional_call(model, phi, args)
 
 
 def by_backward(
     work: Workload, one: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], Tensor]
 ) -> Callable[[], Gradient]:
-    """A step out of `one(support, query)`, the query loss of a task as a function of the model's parameters."""
+    """Return a function that computes the meta-gradient by backward. `one(support, query)` is a task's query loss."""
 
     def step() -> Gradient:
         work.model.zero_grad()

@@ -1,4 +1,4 @@
-"""The machine's rate at large matrix products: torch.mm of 1024 x 1024 float32."""
+"""A large matrix product, torch.mm of 1024 x 1024 float32 matrices, which gives the machine's rate."""
 
 from __future__ import annotations
 

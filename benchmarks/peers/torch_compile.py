@@ -1,4 +1,4 @@
-"""torch.compile: of the loss under ordinary autograd (it refuses second order), and of torch.func's whole step."""
+"""torch.compile of the loss under autograd (it refuses second order), and of the whole meta-gradient of torch.func."""
 
 from __future__ import annotations
 

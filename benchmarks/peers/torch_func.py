@@ -1,4 +1,4 @@
-"""torch.func: vmap over tasks, with torch.nn's layers rewritten by hand where vmap has no rule or a wrong one."""
+"""torch.func: vmap over tasks. Layers of torch.nn for which vmap has no rule or a wrong one are rewritten by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Step = Callable[[], Gradient]
 
 
 def reverse(work: Workload, model: nn.Module) -> Callable[..., Gradient]:
-    """The meta-gradient of a batch of tasks, reverse over reverse; theta's own sum over tasks inside."""
+    """Return the meta-gradient as a function of theta, support and query, reverse over reverse."""
 
     def support_loss(phi: Gradient, support: tuple[Tensor, ...]) -> Tensor:
         return work.loss(bound(model, phi), support)
@@ -33,7 +33,7 @@ def reverse(work: Workload, model: nn.Module) -> Callable[..., Gradient]:
 
 
 def forward(work: Workload, model: nn.Module) -> Callable[..., Gradient]:
-    """The same, forward over reverse: from the last step to the first, v -= lr * H(phi_k) v."""
+    """Return the same function, forward over reverse: from the last step to the first, v -= lr * H(phi_k) v."""
 
     def one(theta: Gradient, support: tuple[Tensor, ...], query: tuple[Tensor, ...]) -> Gradient:
         support_grad = grad(lambda phi: work.loss(bound(model, phi), support))

@@ -1,4 +1,4 @@
-"""TorchOpt: its functional SGD, a task at a time."""
+"""TorchOpt: its functional SGD, one task at a time."""
 
 from __future__ import annotations
 

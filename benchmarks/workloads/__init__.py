@@ -1,8 +1,8 @@
 """The workloads of the meta-gradient benchmarks, each a name: `family[:size][,key=value...]`.
 
-A family is a TOML file of this folder; mlp.toml says what one holds. `gpt:large` is its size large, `gpt` its size
-medium, and `gpt,length=1024,tasks=1` has sizes of its own. One seed gives weights and data, the same to every method,
-through a `Problem`.
+A family is a TOML file of this folder; mlp.toml explains its keys. `gpt:large` is the size large of the family gpt,
+`gpt` is its size medium, and `gpt,length=1024,tasks=1` changes some keys of that size. Weights and data are drawn from
+one seed, and every method gets the same ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.workloads.models import KINDS, cross_entropy
 
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 FOLDER = Path(__file__).parent
-FAMILIES = ("mlp", "rnn", "gru", "lstm", "gpt", "llama-lora")  # as the tables have them; then all others
+FAMILIES = ("mlp", "rnn", "gru", "lstm", "gpt", "llama-lora")  # the order of the tables; other families follow
 SIZES = ("small", "medium", "large", "tiny")
 ABOUT = {"title", "model", "lr"}
 
@@ -38,7 +38,7 @@ def families() -> list[str]:
 
 @cache
 def family(name: str) -> dict[str, Any]:
-    """A family's file, checked; raises ValueError."""
+    """Return the content of a family's file; raise ValueError if it is unknown, or its keys are wrong."""
     if name not in families():
         raise ValueError(f"workloads: family must be one of {', '.join(families())}, got {name!r}")
     found = tomllib.loads((FOLDER / f"{name}.toml").read_text())
@@ -60,7 +60,7 @@ def family(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class WorkloadName:
-    """A workload as its name says it."""
+    """The name of a workload, in parts."""
 
     family: str
     size: str
@@ -68,7 +68,7 @@ class WorkloadName:
 
     @classmethod
     def parse(cls, name: str) -> WorkloadName:
-        """Raises ValueError, with what there is, for a family, a size, a key or a value that is none.
+        """Parse a name; raise ValueError, which lists the known ones, for a wrong family, size, key or value.
 
         >>> WorkloadName.parse("gpt,length=1024").name
         'gpt:medium,length=1024'
@@ -105,12 +105,12 @@ class WorkloadName:
         return replace(self, changes=self.changes | changes)
 
     def sweep(self, key: str) -> list[WorkloadName]:
-        """This workload at each value that its family sweeps a key over; none where it does not."""
+        """Return this workload at each value of `key` that its family has for sweeps; empty if it has none."""
         return [self.changed(**{key: value}) for value in family(self.family)["sweep"].get(key, ())]
 
 
 def _value(key: str, text: str, like: Any) -> Any:
-    """A size as the file has it: a positive integer, a word, or a list of these with + in between."""
+    """Parse a value of the kind that the file has: a positive integer, a word, or a list of these separated by +."""
     if isinstance(like, list):
         return [_value(key, part, like[0]) for part in text.split("+")]
     if isinstance(like, str) and text:
@@ -122,9 +122,10 @@ def _value(key: str, text: str, like: Any) -> Any:
 
 @dataclass(frozen=True)
 class Workload:
-    """One exact second-order meta-gradient: `loss(model, batch)` of one task, K inner SGD steps at `lr`.
+    """What is measured: one exact second-order meta-gradient, through `steps` inner steps of SGD with the rate `lr`.
 
-    The parameters of the model that require a gradient are adapted and learn; the others are frozen.
+    `loss(model, batch)` is the loss of one task. The model's parameters that require a gradient are adapted and
+    meta-learned; the others are frozen.
     """
 
     model: nn.Module
@@ -143,21 +144,23 @@ class Workload:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def double(self) -> Workload:
-        """The same in float64."""
+        """Return the workload in float64."""
         support, query = (
             tuple(a.double() if a.is_floating_point() else a for a in batch) for batch in (self.support, self.query)
         )
         return replace(self, model=copy.deepcopy(self.model).double(), support=support, query=query)
 
     def flop(self, order: int = 2) -> float:
-        """What the products of one meta-gradient cost, for all tasks, in products of a forward pass.
+        """Return the FLOP of the matrix products of one meta-gradient, for all tasks.
 
-        | | all learn | a frozen weight |
+        They are counted in one forward pass, and multiplied by
+
+        | | product with a learned weight | product with a frozen weight |
         |---|---|---|
         | exact second order | 9K + 3 | 4K + 2 |
         | first order | 3K + 3 | 2K + 2 |
 
-        Attention counts in full. float64 keeps recurrent layers in products that PyTorch's counter sees.
+        Attention counts as without a causal mask. In float64 PyTorch's counter sees the products of recurrent layers.
         """
         exact, frozen = self.double(), 0.0
 
@@ -176,7 +179,7 @@ class Workload:
         return (passes[0] * learning + passes[1] * frozen) * self.tasks
 
     def problem(self, name: str, **truth: dict[str, Tensor]) -> Problem:
-        """As arrays; truth: what `Problem` calls truth and first."""
+        """Return the workload as arrays; `truth` gives the fields truth and first of `Problem`."""
         parameters = {key: p.detach().numpy() for key, p in self.model.named_parameters()}
         theta = {key: parameters.pop(key) for key in self.theta}
         support, query = (tuple(a.numpy() for a in batch) for batch in (self.support, self.query))
@@ -195,7 +198,7 @@ def make(name: str) -> Workload:
 
 
 def of(problem: Problem) -> Workload:
-    """The workload in PyTorch, with the problem's own weights and data."""
+    """Return the workload of a problem, with the problem's weights and data."""
     work = make(problem.name)
     stored = problem.theta | problem.frozen
     work.model.load_state_dict({name: torch.from_numpy(p) for name, p in stored.items()})

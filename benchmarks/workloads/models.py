@@ -1,4 +1,4 @@
-"""The models of the workloads: plain torch.nn, as a user brings them, and the data that they are given."""
+"""The models of the workloads, in plain torch.nn, and their random data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mlp(widths: Sequence[int]) -> nn.Module:
 
 
 class RecurrentLM(nn.Module):
-    """Embedding, one recurrent layer, output layer."""
+    """A language model of an embedding, one recurrent layer and an output layer."""
 
     def __init__(self, cell: type[nn.RNNBase], vocabulary: int, embedding: int, hidden: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class RecurrentLM(nn.Module):
 
 
 class GPT(nn.Module):
-    """Learned positions, pre-norm blocks with scaled dot-product attention and GELU, output layer of its own."""
+    """A GPT: learned positions, pre-norm blocks of causal attention and GELU, an output layer with its own weight."""
 
     def __init__(self, vocabulary: int, width: int, heads: int, layers: int, length: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class LoraLinear(nn.Linear):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x [B, H, L, D] turned by the angles of cos and sin [L, D], by halves."""
+    """Return x [B, H, L, D] with rotary positions: dimension i turns with i + D/2, by the angles of cos, sin [L, D]."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat((-b, a), -1) * sin
 
@@ -92,9 +92,9 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class Llama(nn.Module):
-    """Pre-norm blocks of RMS norms, rotary positions, grouped-query attention and SwiGLU; only LoRA's factors learn.
+    """A Llama: pre-norm blocks of RMS norms, rotary positions, grouped-query attention and SwiGLU.
 
-    targets: the linear layers of a block that have such factors; without a rank none has, and all parameters learn.
+    Only LoRA's factors learn. targets: the linear layers of a block that have them.
     """
 
     rotate, gated = staticmethod(rotate), staticmethod(gated)
@@ -131,7 +131,7 @@ class Llama(nn.Module):
             p.requires_grad_("lora_" in name)
 
     def angles(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions of x [B, L, D], [L, head_dim]."""
+        """Return cosines and sines, [L, head_dim], for the positions of x [B, L, D]."""
         like = {"device": x.device, "dtype": x.dtype}
         speed = ROPE_BASE ** -(torch.arange(0, self.head_dim, 2, **like) / self.head_dim)
         angles = torch.outer(torch.arange(x.shape[1], **like), speed).repeat(1, 2)
@@ -157,7 +157,7 @@ def vectors(tasks: int, examples: int, widths: Sequence[int]) -> Batch:
 
 
 def tokens(tasks: int, sequences: int, length: int, vocabulary: int) -> Batch:
-    """Each token's target is the next one."""
+    """Draw tokens; the target of each token is the next one."""
     drawn = torch.randint(vocabulary, (tasks, sequences, length + 1))
     return drawn[..., :-1].contiguous(), drawn[..., 1:].contiguous()
 
@@ -169,14 +169,14 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """An architecture, and what draws the support, then the query, of all tasks."""
+    """An architecture, and the function that draws its support and query sets, one call for each."""
 
     model: Callable[..., nn.Module]
     data: Callable[..., Batch]
 
     @property
     def sizes(self) -> set[str]:
-        """What a workload has to say: the arguments of both, and K inner steps."""
+        """Return the keys that a workload must have: the arguments of both functions, and K."""
         return {"K", *signature(self.model).parameters, *signature(self.data).parameters}
 
     def make(self, sizes: dict[str, Any]) -> tuple[nn.Module, Batch, Batch]:

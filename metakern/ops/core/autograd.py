@@ -39,7 +39,7 @@ from metakern.ops.core.rules import Rules, Tensors
 
 @dataclass(frozen=True)
 class Op:
-    """A twice-differentiable op, defined by its rules on each backend. docs/add-an-op.md has an example.
+    """A twice-differentiable op, defined by its rules on each backend. docs/extending.md has an example.
 
     Args:
         name: The op's name in error messages.
