@@ -23,8 +23,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     memory. A query that sees no key gives zeros before the output projection, where torch.nn gives NaN.
 
     Args:
-        *args: Those of torch.nn.MultiheadAttention, of which add_bias_kv and add_zero_attn must be False.
-        **kwargs: The same.
+        *args, **kwargs: The arguments of torch.nn.MultiheadAttention; add_bias_kv and add_zero_attn must be False.
 
     Raises:
         ValueError: For add_bias_kv or add_zero_attn; when called, for shapes that do not fit.

@@ -27,8 +27,8 @@ def run(
 
     `parameter` gives the parameters by name. x is [B, L, I], the outputs are [B, L, directions · H]. The states, before
     and after, are (h,) or (h, c), each [layers · directions, B, H]. `lengths` [B] has the number of steps of each
-    sequence. Where the parameters have the tasks first, x is [T, B, L, I], the states are [layers · directions, T, B, H]
-    and `lengths` is [T, B].
+    sequence. Where the parameters have the tasks first, so have x, [T, B, L, I], and `lengths`, [T, B]; states are then
+    [layers · directions, T, B, H].
     """
     directions = ("", "_reverse") if module.bidirectional else ("",)
     finals: list[States] = []
@@ -124,8 +124,7 @@ class RNN(_Recurrent, nn.RNN):
     [layers · directions, B, H], without B if the input has no batch, or None for zeros.
 
     Args:
-        *args: Those of torch.nn.RNN.
-        **kwargs: The same.
+        *args, **kwargs: The arguments of torch.nn.RNN.
 
     Raises:
         TypeError: When called, for an input that is not a floating-point tensor or PackedSequence, for a dtype other
@@ -146,8 +145,7 @@ class GRU(_Recurrent, nn.GRU):
     [layers · directions, B, H], without B if the input has no batch, or None for zeros.
 
     Args:
-        *args: Those of torch.nn.GRU.
-        **kwargs: The same.
+        *args, **kwargs: The arguments of torch.nn.GRU.
 
     Raises:
         TypeError: When called, for an input that is not a floating-point tensor or PackedSequence, for a dtype other
@@ -168,8 +166,7 @@ class LSTM(_Recurrent, nn.LSTM):
     (h, c), each [layers · directions, B, H], without B if the input has no batch, or None for zeros.
 
     Args:
-        *args: Those of torch.nn.LSTM, of which proj_size must be 0.
-        **kwargs: The same.
+        *args, **kwargs: The arguments of torch.nn.LSTM, of which proj_size must be 0.
 
     Raises:
         TypeError: When called, for an input that is not a floating-point tensor or PackedSequence, for a dtype other

@@ -1,8 +1,8 @@
 """torch.nn's Transformer layers without their fast path, which has no second derivatives.
 
 Attention, norms and linear layers are submodules. The constructors make torch.nn's, whose attention has no second
-derivatives on a CPU; `metakern.patch` replaces them by metakern's. The classes here pass a boolean padding mask on as it
-is, so that the fused attention can use it, and run GELU by metakern's op.
+derivatives on a CPU; `metakern.patch` replaces them by metakern's. The classes here pass a boolean padding mask on
+unchanged, so that the fused attention can use it, and run GELU by metakern's op.
 """
 
 from __future__ import annotations
