@@ -371,7 +371,7 @@ def fraction(optimizer: str, **values: float) -> None:
 
 
 def numbers(optimizer: str, name: str, values: Any, count: int) -> tuple[float, ...]:
-    """Returns `values` as a tuple. Raises TypeError unless they are `count` numbers, ValueError if one is not finite."""
+    """Returns a tuple of `values`. Raises TypeError unless they are `count` numbers, ValueError if any isn't finite."""
     if isinstance(values, str | Tensor) or not isinstance(values, Sequence) or len(values) != count:
         raise TypeError(f"{optimizer}: {name} must be {count} numbers, got {values!r}")
     for value in values:
