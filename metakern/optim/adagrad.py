@@ -26,7 +26,8 @@ class Adagrad(Stepwise):
         weight_decay: weight_decay phi is added to the gradient.
         initial_accumulator_value: The initial sum of squared gradients.
         eps: Added to the root of the sum of squared gradients.
-        learn, learn_lr, per, steps: As for `SGD`; what can be learned is lr, eps and weight_decay.
+        learn: Any of lr, eps and weight_decay; as for `SGD`.
+        learn_lr, per, steps: As for `SGD`.
 
     Raises:
         ValueError: For a negative rate, decay or initial value, an eps that is not positive, a number that is not

@@ -27,7 +27,8 @@ class Adam(Stepwise):
         betas: (beta1, beta2), the decay rates of the first and the second moment.
         eps: Added to the root of the second moment.
         weight_decay: weight_decay phi is added to the gradient.
-        learn, learn_lr, per, steps: As for `SGD`; what can be learned is lr, beta1, beta2, eps and weight_decay.
+        learn: Any of lr, beta1, beta2, eps and weight_decay; as for `SGD`.
+        learn_lr, per, steps: As for `SGD`.
 
     Raises:
         ValueError: For a negative rate or decay, an eps that is not positive, betas outside [0, 1), a number that is
@@ -79,7 +80,8 @@ class AdamW(Adam):
         betas: (beta1, beta2), the decay rates of the first and the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Each step first multiplies phi by 1 - lr weight_decay.
-        learn, learn_lr, per, steps: As for `SGD`; what can be learned is lr, beta1, beta2, eps and weight_decay.
+        learn: Any of lr, beta1, beta2, eps and weight_decay; as for `SGD`.
+        learn_lr, per, steps: As for `SGD`.
 
     Raises:
         ValueError: As `Adam` does.

@@ -19,8 +19,8 @@ from metakern.optim.base import InnerOptimizer, State, Tensors, norms, positive,
 class Clipped(InnerOptimizer):
     """An inner optimizer that clips the gradients of each task before another optimizer's update.
 
-    The clipped norm is over all adapted parameters of a task. The factor is that of torch.nn.utils.clip_grad_norm_, and
-    the meta-gradient goes through it (Pascanu et al. 2013, algorithm 1).
+    The clipped norm is over all adapted parameters of a task. The factor is that of `torch.nn.utils.clip_grad_norm_`,
+    and the meta-gradient goes through it (Pascanu et al. 2013, algorithm 1).
 
     Args:
         inner: The optimizer that gets the clipped gradients.

@@ -56,7 +56,8 @@ class Muon(Stepwise):
             "match_rms_adamw" for 0.2 √max(M, N).
         others: The optimizer of the parameters that are no matrices; None for AdamW with the same lr and weight_decay,
             learned where those of Muon are.
-        learn, learn_lr, per, steps: As for `SGD`; what can be learned is lr, weight_decay and momentum.
+        learn: Any of lr, weight_decay and momentum; as for `SGD`.
+        learn_lr, per, steps: As for `SGD`.
 
     Raises:
         ValueError: For a negative rate, decay or ns_steps, a momentum outside [0, 1), an eps that is not positive,

@@ -20,10 +20,11 @@ class NormalizedSGD(SGD):
     """SGD as an inner optimizer, on gradients divided by their norm (Hazan, Levy, Shalev-Shwartz 2015, algorithm 1).
 
     Args:
-        lr, momentum, nesterov, weight_decay: Those of `SGD`.
+        lr, momentum, nesterov, weight_decay: As for `SGD`.
         eps: Added to the norm.
         norm: "all" for one norm over all adapted parameters of a task, "parameter" for one norm for each parameter.
-        learn, learn_lr, per, steps: As for `SGD`; what can be learned is lr, momentum and weight_decay.
+        learn: Any of lr, momentum and weight_decay; as for `SGD`.
+        learn_lr, per, steps: As for `SGD`.
 
     Raises:
         ValueError: As `SGD` does, for an eps that is not positive, or for any other `norm`.

@@ -30,7 +30,8 @@ class RMSprop(Stepwise):
         momentum: The factor of the momentum buffers.
         centered: Whether gradients are divided by their standard deviation instead of their root mean square (Graves
             2013, equations 38 to 45).
-        learn, learn_lr, per, steps: As for `SGD`; what can be learned is lr, alpha, eps, weight_decay and momentum.
+        learn: Any of lr, alpha, eps, weight_decay and momentum; as for `SGD`.
+        learn_lr, per, steps: As for `SGD`.
 
     Raises:
         ValueError: For a negative rate or decay, an eps that is not positive, an alpha or momentum outside [0, 1), a
