@@ -102,8 +102,8 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         like: Any = {"device": self.weight.device, "dtype": dtype or self.weight.dtype}
         self.lora_A, self.lora_B = nn.Parameter(A.to(**like)), nn.Parameter(torch.zeros(out, settings.rank, **like))
-        # This hook does nothing, but with one nn.TransformerEncoderLayer does not take its fast path, which reads the
-        # weight and never calls this layer.
+        # The hook does nothing. Its presence keeps nn.TransformerEncoderLayer off its fast path, which would read the
+        # weight and never call this layer.
         self._present = self.register_forward_pre_hook(_nothing)
 
     def _give_back(self) -> None:
