@@ -1,4 +1,4 @@
-"""Losses of one task: `loss(model, batch) -> scalar`."""
+"""Losses of one task: functions loss(model, batch) that return a scalar."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from metakern.patching import huggingface
 
 
 def causal_lm(model: nn.Module, batch: Any) -> Tensor:
-    """Mean cross-entropy of the next token, in nats a token, over the labels that are not -100.
+    """Returns the mean cross-entropy of the next token, in nats per token, over the labels that are not -100.
 
-    The logits of a Hugging Face model that `metakern.patch` knows, whose head is not adapted, are never made: the head
-    and the loss are one op of the hidden states.
+    In a Hugging Face model that `metakern.patch` knows and has patched, a head that is linear, without a bias and not
+    adapted is computed with the loss by `metakern.ops.linear_cross_entropy`, which never holds all logits.
 
     Args:
-        model: `model(input_ids)`, or `model(input_ids=…, attention_mask=…)`, gives logits [B, L, V], as a tensor or as
-            `.logits`.
+        model: `model(tokens)` for a pair, `model(input_ids=…, attention_mask=…)` for a dictionary; it returns logits
+            [B, L, V], as a tensor, as `.logits`, or as the first entry of a tuple.
         batch: A dictionary with input_ids [B, L], attention_mask [B, L] (optional) and labels [B, L], which are aligned
             with input_ids and shifted by one here as Hugging Face does, -100 where a token is not to be learned; or
-            (tokens, targets), each [B, L], where targets[i] is what follows tokens[i].
+            (tokens, targets), each [B, L], where targets[:, i] is the token that follows tokens[:, i].
 
     Returns:
-        A scalar.
+        A scalar; 0 if all labels are -100.
 
     Raises:
-        ValueError: For a dictionary without input_ids or labels.
+        ValueError: For a dictionary without input_ids or labels, or, on the CPU, labels outside [0, V).
 
     >>> import metakern as mk, torch
     >>> tokens = torch.randint(50, (4, 9))
@@ -52,18 +52,19 @@ def causal_lm(model: nn.Module, batch: Any) -> Tensor:
 
 
 def classification(model: nn.Module, batch: Any) -> Tensor:
-    """Mean cross-entropy of `model(x)`, [B, classes], against integer labels.
+    """Returns the mean cross-entropy of `model(x)` against integer labels, in nats.
 
     Args:
-        model: `model(x)` gives logits, [B, classes] or [B, ..., classes].
-        batch: (x, y) with y [B] or [B, ...], of which -100 does not count; or (x, y, mask), as `metakern.pad_tasks`
-            makes it, with a mask [B] of the examples that count.
+        model: `model(x)` returns logits, [B, classes] or [B, ..., classes], as a tensor, as `.logits`, or as the first
+            entry of a tuple.
+        batch: (x, y) with labels y, [B] or [B, ...], of which those that are -100 do not count; or (x, y, mask), as
+            `metakern.pad_tasks` returns it, with a bool mask [B], True for the examples that count.
 
     Returns:
-        A scalar.
+        A scalar; 0 if no label counts.
 
     Raises:
-        ValueError: For a batch of another form.
+        ValueError: For a batch of another form, or, on the CPU, labels outside [0, classes).
 
     >>> import metakern as mk, torch
     >>> mk.losses.classification(torch.nn.Linear(3, 2), (torch.randn(5, 3), torch.ones(5, dtype=torch.long))).shape

@@ -1,4 +1,8 @@
-"""Modules over metakern's ops, with torch.nn's constructors, calls and state dicts, exact to second order."""
+"""Modules that run metakern's ops, with exact first and second derivatives.
+
+All but `LoraLinear` derive from the modules of the same names in torch.nn and have their constructors, calls and state
+dicts. The Transformer layers are exact to second order after `metakern.patch`.
+"""
 
 from metakern.nn.activation import GELU, SiLU
 from metakern.nn.attention import MultiheadAttention

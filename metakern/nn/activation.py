@@ -1,4 +1,4 @@
-"""torch.nn's smooth activations over metakern's ops: second derivatives in closed form, in both modes."""
+"""torch.nn's smooth activations by metakern's ops, with second derivatives in closed form, in both modes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from metakern import ops
 
 
 class GELU(nn.GELU):
-    """torch.nn.GELU by `metakern.ops.gelu`, for a tensor of any shape.
+    """torch.nn.GELU, computed by `metakern.ops.gelu`, for a tensor of any shape.
+
+    Args:
+        approximate: "none" or "tanh".
+
+    Raises:
+        TypeError: When called, for an input that is not floating point.
+        ValueError: When called, for any other `approximate`.
 
     >>> import metakern as mk, torch
     >>> mk.nn.GELU()(torch.tensor([0.0, 1.0]))
@@ -20,7 +27,13 @@ class GELU(nn.GELU):
 
 
 class SiLU(nn.SiLU):
-    """torch.nn.SiLU by `metakern.ops.silu`, for a tensor of any shape; in place where torch.nn's is.
+    """torch.nn.SiLU, computed by `metakern.ops.silu`, for a tensor of any shape.
+
+    Args:
+        inplace: Whether to overwrite the input, which takes torch.nn's own implementation.
+
+    Raises:
+        TypeError: When called without `inplace`, for an input that is not floating point.
 
     >>> import metakern as mk, torch
     >>> mk.nn.SiLU()(torch.tensor([0.0, 1.0]))

@@ -1,4 +1,4 @@
-"""torch.nn's multi-head attention over metakern's ops."""
+"""torch.nn's multi-head attention by metakern's ops."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from metakern.nn.linear import linear, mixed
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """torch.nn.MultiheadAttention: the same arguments, state dict and outputs, exact to second order.
+    """torch.nn.MultiheadAttention with the same arguments, state dict and outputs, exact to second order.
 
-    query is [L, B, E], [B, L, E] with batch_first, or [L, E] without a batch; key and value alike. The fused
-    `metakern.ops.attention` runs for need_weights=False without a mask, with a key_padding_mask of booleans, and with
-    is_causal=True, which says that attn_mask is the causal mask. Any other mask, active dropout, autocast, and
-    need_weights=True (torch.nn's default) take ordinary PyTorch operations, which hold all weights at once. A query
-    that sees no key gives zeros before the output projection, where torch.nn gives NaN. Raises ValueError for
-    add_bias_kv and add_zero_attn, and for shapes that do not fit.
+    query, key and value are [L, B, E]; [B, L, E] with `batch_first`; or [L, E] without a batch.
+
+    The fused `metakern.ops.attention` runs for need_weights=False (not torch.nn's default) without a mask, with a
+    key_padding_mask of booleans, and with is_causal=True, which says that attn_mask is the causal mask. Other masks,
+    active dropout, autocast and need_weights=True take ordinary PyTorch operations, which hold all attention weights in
+    memory. A query that sees no key gives zeros before the output projection, where torch.nn gives NaN.
+
+    Args:
+        *args, **kwargs: The arguments of torch.nn.MultiheadAttention; add_bias_kv and add_zero_attn must be False.
+
+    Raises:
+        ValueError: For add_bias_kv or add_zero_attn; when called, for shapes that do not fit.
 
     >>> import metakern as mk, torch
     >>> attention, x = mk.nn.MultiheadAttention(4, num_heads=2, batch_first=True), torch.zeros(1, 3, 4)
@@ -68,7 +74,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return linear(y, self.out_proj.weight, self.out_proj.bias), weights if need_weights else None
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether there is a batch dimension."""
+        """Checks the shapes of the inputs, and returns whether there is a batch dimension."""
         for name, x, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != size:
                 raise ValueError(
@@ -88,7 +94,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return tuple(linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
 
     def _batch_first(self, x: Tensor, batched: bool) -> Tensor:
-        """To [B, H, L, D]."""
+        """Returns x as [B, H, L, D]."""
         if not batched:
             x = x.unsqueeze(0)
         elif not self.batch_first:
@@ -96,7 +102,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _padding(self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None) -> Tensor | None:
-        """key_padding_mask as [B, L_k]."""
+        """Returns key_padding_mask as [B, L_k], or None."""
         if key_padding_mask is None:
             return None
         if key_padding_mask.dim() == 1:
@@ -106,7 +112,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     def _masks(
         self, q: Tensor, k: Tensor, padding: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> list[Tensor]:
-        """The masks as torch.nn reads them, True for what is not seen or a number to add, as [B, H, L, L_k]."""
+        """Returns the masks in torch.nn's convention, to broadcast to [B, H, L, L_k]: True hides, numbers are added."""
         (B, H, L, _), L_k = q.shape, k.shape[2]
         masks = []
         if attn_mask is not None:
@@ -123,7 +129,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 
 def extra_keys(module: nn.MultiheadAttention) -> str | None:
-    """What says that a module sees keys that are in no input; None where it does not."""
+    """Returns which option of a module adds keys that are not in its input, as an error's text, or None."""
     for name, present in (("add_bias_kv", module.bias_k is not None), ("add_zero_attn", module.add_zero_attn)):
         if present:
             return f"{name} must be False, got True"
@@ -137,7 +143,7 @@ def _shaped(name: str, mask: Tensor, expected: tuple[int, ...]) -> Tensor:
 
 
 def _composed(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], dropout: float) -> tuple[Tensor, Tensor]:
-    """Attention of ordinary PyTorch operations, and its weights [B, H, L, L_k]."""
+    """Returns attention by ordinary PyTorch operations, and its weights [B, H, L, L_k]."""
     s = q * q.shape[-1] ** -0.5 @ k.mT
     for mask in masks:
         s = s.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else s + mask

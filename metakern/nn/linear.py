@@ -1,4 +1,4 @@
-"""torch.nn's linear layer over metakern's op."""
+"""torch.nn's linear layer by metakern's op."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from metakern import ops
 
 
 class Linear(nn.Linear):
-    """torch.nn.Linear by `metakern.ops.linear`: the same arguments, state dict and outputs.
+    """torch.nn.Linear, computed by `metakern.ops.linear`, with the same arguments, state dict and outputs.
 
-    input is [..., in_features] and the output [..., out_features]; another shape raises ValueError. Under autocast it
-    is torch.nn's.
+    The input is [..., in_features], the output [..., out_features]. Under autocast, and where the input and the weight
+    have different dtypes, PyTorch's own function runs.
+
+    Raises:
+        ValueError: When called, for an input of another shape or on another device than the parameters.
 
     >>> import metakern as mk, torch
     >>> mk.nn.Linear(3, 5)(torch.zeros(2, 7, 3)).shape
@@ -25,10 +28,10 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + b by metakern's op, or by PyTorch where it must choose the dtypes."""
+    """Returns x Wᵀ + b, by metakern's op, or by PyTorch's function where PyTorch must choose the dtype."""
     return F.linear(x, weight, bias) if mixed(x, weight) else ops.linear(x, weight, bias)
 
 
 def mixed(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether PyTorch must choose the dtypes: under autocast, or where there are several."""
+    """Returns whether PyTorch must choose the dtype: under autocast, or if a parameter's dtype is not that of x."""
     return torch.is_autocast_enabled(x.device.type) or any(p is not None and p.dtype != x.dtype for p in parameters)

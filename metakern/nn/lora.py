@@ -1,9 +1,9 @@
-"""The linear layer under LoRA.
+"""The linear layer with LoRA.
 
     y = x Wᵀ + b + (alpha / rank) (x Aᵀ) Bᵀ
 
-Hu et al. 2021, "LoRA: low-rank adaptation of large language models", section 4.1. `metakern.lora` makes such layers of
-those of a model.
+Hu et al. 2021, "LoRA: low-rank adaptation of large language models", section 4.1. `metakern.lora` turns the linear
+layers of a model into such layers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from metakern import ops
 
-FORMER = "_metakern_former_class"  # an attribute of a module that `metakern.patch` gave another class: what it had
+FORMER = "_metakern_former_class"  # the attribute with the class that a module had before `metakern.patch`
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Those of one layer, checked; an alpha of None is the rank."""
+    """The LoRA settings of one layer, checked; alpha=None means the rank."""
 
     rank: int = 8
     alpha: float | None = None
@@ -41,12 +41,27 @@ class Settings:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a low-rank correction, by `metakern.ops.lora_linear`.
+    """A frozen linear layer with a low-rank correction, computed by `metakern.ops.lora_linear`.
 
-    A new one is a `torch.nn.Linear(in_features, out_features, bias)` that is adapted at once; `metakern.lora` makes
-    them of the layers of a model. Input is [..., in], output [..., out]; dropout is that of the correction's input. The
-    factors may have another dtype than the weight, and are brought to the weight's for the products. Raises ValueError
-    for a rank below 1, an alpha that is not positive, or a dropout outside of [0, 1).
+    The constructor makes a frozen `torch.nn.Linear(in_features, out_features, bias)` with trainable factors `lora_A`
+    [rank, in], random, and `lora_B` [out, rank], zero. `metakern.lora` adapts the layers of an existing model instead.
+    The input is [..., in], the output [..., out]. Factors whose dtype differs from the weight's are cast to it for the
+    products. Hu et al. 2021, "LoRA", section 4.1.
+
+    Args:
+        in_features: The size of the input.
+        out_features: The size of the output.
+        bias: Whether the frozen layer has a bias.
+        rank: The rank of the correction.
+        alpha: The correction is multiplied by alpha / rank; None for alpha = rank.
+        dropout: The probability of dropout on the input of the correction, in training.
+        device: The device of the parameters.
+        dtype: The dtype of the parameters.
+
+    Raises:
+        ValueError: For a rank that is no integer of at least 1, an alpha that is not positive, or a dropout outside
+            [0, 1); when called, for an input of another shape.
+        TypeError: When called without autocast, for an input of another dtype than the weight's.
 
     >>> import metakern as mk, torch
     >>> layer = mk.nn.LoraLinear(4, 3, rank=2)
@@ -79,7 +94,7 @@ class LoraLinear(nn.Module):
     def _adapt(
         self, base: type[nn.Module], settings: Settings, dtype: torch.dtype | None = None, generator: Any = None
     ) -> None:
-        """Adds the factors to what is a layer of the class `base` in all else."""
+        """Adds the factors to this module, which is a layer of the class `base` in everything else."""
         self.base, self.dropout = base, settings.dropout
         self.alpha = float(settings.rank if settings.alpha is None else settings.alpha)
         out, size = matrix(self).shape
@@ -87,12 +102,12 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         like: Any = {"device": self.weight.device, "dtype": dtype or self.weight.dtype}
         self.lora_A, self.lora_B = nn.Parameter(A.to(**like)), nn.Parameter(torch.zeros(out, settings.rank, **like))
-        # A hook, though it does nothing, keeps nn.TransformerEncoderLayer off its fast path, which would read the
+        # The hook does nothing. Its presence keeps nn.TransformerEncoderLayer off its fast path, which would read the
         # weight and never call this layer.
         self._present = self.register_forward_pre_hook(_nothing)
 
     def _give_back(self) -> None:
-        """The layer as it was, but frozen."""
+        """Turns this module back into the layer that it was, which stays frozen."""
         self._present.remove()
         base = self.base
         for name in ("lora_A", "lora_B", "base", "alpha", "dropout", "_present"):
@@ -117,9 +132,9 @@ class LoraLinear(nn.Module):
 
 
 def run(module: LoraLinear, x: Tensor, parameter: Callable[[str], Tensor]) -> Tensor:
-    """The layer's output for x [..., in], with the factors that `parameter` finds.
+    """Returns the output of the layer for x [..., in], with the factors that `parameter` gives by name.
 
-    With the tasks first in these, and in a bias that learns for each, x is [T, ..., in].
+    x is [T, ..., in] where the factors have the tasks first; so does a bias that is adapted.
     """
     weight = matrix(module)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
@@ -140,17 +155,17 @@ def run(module: LoraLinear, x: Tensor, parameter: Callable[[str], Tensor]) -> Te
 
 
 def former_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, or the one that it had before `metakern.lora` or `metakern.patch`."""
+    """Returns the class of a module, or the class that it had before `metakern.lora` or `metakern.patch`."""
     return module.base if isinstance(module, LoraLinear) else module.__dict__.get(FORMER, type(module))
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is, under LoRA or not, Hugging Face's linear layer of GPT-2, whose weight is [in, out]."""
+    """Returns whether a module is, with or without LoRA, GPT-2's linear layer, whose weight is [in, out]."""
     return (former_class(module).__module__, former_class(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def matrix(layer: nn.Module) -> Tensor:
-    """W of a linear layer, [out, in]."""
+    """Returns the weight of a linear layer as [out, in]."""
     weight: Any = layer.weight
     return weight.mT if is_conv1d(layer) else weight
 

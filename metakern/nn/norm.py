@@ -1,4 +1,4 @@
-"""torch.nn's layer norm and RMS norm over metakern's ops: first and second derivatives in closed form."""
+"""torch.nn's layer norm and RMS norm by metakern's ops, with first and second derivatives in closed form."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from metakern.nn.linear import mixed
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch.nn.LayerNorm by `metakern.ops.layer_norm`: the same arguments, state dict and outputs.
+    """torch.nn.LayerNorm, computed by `metakern.ops.layer_norm`, with the same arguments, state dict and outputs.
 
-    Input and output are [..., *normalized_shape]; another shape raises ValueError. Under autocast it is torch.nn's.
+    The input and the output are [..., *normalized_shape]. Under autocast, and where the input and the parameters have
+    different dtypes, torch.nn's own implementation runs.
+
+    Raises:
+        ValueError: When called, for an input of another shape or on another device than the parameters.
 
     >>> import metakern as mk, torch
     >>> mk.nn.LayerNorm(2)(torch.tensor([[1.0, 3.0]]))
@@ -26,9 +30,13 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch.nn.RMSNorm by `metakern.ops.rms_norm`: the same arguments, state dict and outputs.
+    """torch.nn.RMSNorm, computed by `metakern.ops.rms_norm`, with the same arguments, state dict and outputs.
 
-    Input and output are [..., *normalized_shape]; another shape raises ValueError. Under autocast it is torch.nn's.
+    The input and the output are [..., *normalized_shape]. Under autocast, and where the input and the weight have
+    different dtypes, torch.nn's own implementation runs.
+
+    Raises:
+        ValueError: When called, for an input of another shape or on another device than the parameters.
 
     >>> import metakern as mk, torch
     >>> mk.nn.RMSNorm(2, elementwise_affine=False)(torch.tensor([[1.0, 7.0]]))
@@ -43,7 +51,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def _flat(module: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
-    """[..., *normalized_shape] -> [..., D]"""
+    """Flattens the normalized dimensions: [..., *normalized_shape] -> [..., D]."""
     sizes = tuple(module.normalized_shape)
     if tuple(x.shape[-len(sizes) :]) != sizes:
         name = type(module).__name__

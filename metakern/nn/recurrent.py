@@ -1,4 +1,4 @@
-"""torch.nn's recurrent layers over metakern's ops: layers, directions and dropout around one op for each layer."""
+"""torch.nn's recurrent modules by metakern's ops: one op for each layer and direction, with dropout between layers."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def run(
     parameter: Callable[[str], Tensor],
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, States]:
-    """All layers and directions of a torch.nn or metakern.nn module, with the parameters that `parameter` finds.
+    """Runs all layers and directions of a torch.nn or metakern.nn module; returns the outputs and the final states.
 
-    x [B, L, I] gives [B, L, directions · H]; states, (h,) or (h, c), are [layers · directions, B, H], given and
-    returned; lengths, [B], are those of sequences that end before L. With the tasks first in each parameter, x is
-    [T, B, L, I], states are [layers · directions, T, B, H] and lengths [T, B].
+    `parameter` gives the parameters by name. x is [B, L, I], the outputs are [B, L, directions · H]. The states, before
+    and after, are (h,) or (h, c), each [layers · directions, B, H]. `lengths` [B] has the number of steps of each
+    sequence. Where the parameters have the tasks first, so have x, [T, B, L, I], and `lengths`, [T, B]; states are then
+    [layers · directions, T, B, H].
     """
     directions = ("", "_reverse") if module.bidirectional else ("",)
     finals: list[States] = []
@@ -47,7 +48,7 @@ def run(
 
 
 def _layer(mode: str, x: Tensor, start: States | None, weights: list[Tensor], **options: Any) -> tuple[Tensor, States]:
-    """One direction of one layer."""
+    """Runs one direction of one layer."""
     if mode == "LSTM":
         return ops.lstm(x, None if start is None else (start[0], start[1]), *weights, **options)
     h = None if start is None else start[0]
@@ -59,7 +60,7 @@ def _layer(mode: str, x: Tensor, start: States | None, weights: list[Tensor], **
 
 
 class _Recurrent(nn.RNNBase):
-    """What the three layers share: torch.nn's arguments brought to `run`, and its results back."""
+    """The base of RNN, GRU and LSTM: checks torch.nn's arguments, calls `run`, and returns torch.nn's results."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -93,7 +94,7 @@ class _Recurrent(nn.RNNBase):
         return output, states if self.mode == "LSTM" else states[0]
 
     def _states(self, hx: Any, batch: Sequence[int]) -> States | None:
-        """hx, checked, as (h,) or (h, c), each [layers · directions, *batch, H]."""
+        """Checks hx, and returns it as (h,) or (h, c), each [layers · directions, *batch, H], or as None."""
         if hx is None:
             return None
         name, is_lstm = self._get_name(), self.mode == "LSTM"
@@ -109,7 +110,7 @@ class _Recurrent(nn.RNNBase):
 
 
 def _packed(y: Tensor, like: PackedSequence) -> PackedSequence:
-    """y [B, L, D] with the lengths and the order of another PackedSequence."""
+    """Packs y [B, L, D] with the lengths and the order of another PackedSequence."""
     if like.sorted_indices is not None:
         y = y.index_select(0, like.sorted_indices)
     steps = zip(y.unbind(1), like.batch_sizes.tolist(), strict=True)
@@ -117,10 +118,18 @@ def _packed(y: Tensor, like: PackedSequence) -> PackedSequence:
 
 
 class RNN(_Recurrent, nn.RNN):
-    """torch.nn.RNN by `metakern.ops.rnn`: the same arguments, state dict and outputs.
+    """torch.nn.RNN, computed by `metakern.ops.rnn`, with the same arguments, state dict and outputs.
 
-    input is [L, B, I], [B, L, I] with batch_first, [L, I] without a batch, or a PackedSequence; hx, None or
-    [layers · directions, B, H]. Raises TypeError or ValueError for what does not fit.
+    The input is [L, B, I]; [B, L, I] with `batch_first`; [L, I] without a batch; or a PackedSequence. hx is
+    [layers · directions, B, H], without B if the input has no batch, or None for zeros.
+
+    Args:
+        *args, **kwargs: The arguments of torch.nn.RNN.
+
+    Raises:
+        TypeError: When called, for an input that is not a floating-point tensor or PackedSequence, for a dtype other
+            than the parameters', or for an hx of another kind.
+        ValueError: When called, for shapes that do not fit.
 
     >>> import metakern as mk, torch
     >>> y, h = mk.nn.RNN(3, 5, num_layers=2, batch_first=True)(torch.zeros(2, 7, 3))
@@ -130,10 +139,18 @@ class RNN(_Recurrent, nn.RNN):
 
 
 class GRU(_Recurrent, nn.GRU):
-    """torch.nn.GRU by `metakern.ops.gru`: the same arguments, state dict and outputs.
+    """torch.nn.GRU, computed by `metakern.ops.gru`, with the same arguments, state dict and outputs.
 
-    input is [L, B, I], [B, L, I] with batch_first, [L, I] without a batch, or a PackedSequence; hx, None or
-    [layers · directions, B, H]. Raises TypeError or ValueError for what does not fit.
+    The input is [L, B, I]; [B, L, I] with `batch_first`; [L, I] without a batch; or a PackedSequence. hx is
+    [layers · directions, B, H], without B if the input has no batch, or None for zeros.
+
+    Args:
+        *args, **kwargs: The arguments of torch.nn.GRU.
+
+    Raises:
+        TypeError: When called, for an input that is not a floating-point tensor or PackedSequence, for a dtype other
+            than the parameters', or for an hx of another kind.
+        ValueError: When called, for shapes that do not fit.
 
     >>> import metakern as mk, torch
     >>> y, h = mk.nn.GRU(3, 5, bidirectional=True)(torch.zeros(7, 2, 3))
@@ -143,10 +160,18 @@ class GRU(_Recurrent, nn.GRU):
 
 
 class LSTM(_Recurrent, nn.LSTM):
-    """torch.nn.LSTM by `metakern.ops.lstm`: the same arguments, state dict and outputs; proj_size must be 0.
+    """torch.nn.LSTM, computed by `metakern.ops.lstm`, with the same arguments, state dict and outputs.
 
-    input is [L, B, I], [B, L, I] with batch_first, [L, I] without a batch, or a PackedSequence; hx is (h, c), each
-    [layers · directions, B, H], or None. Raises TypeError or ValueError for what does not fit.
+    The input is [L, B, I]; [B, L, I] with `batch_first`; [L, I] without a batch; or a PackedSequence. hx is
+    (h, c), each [layers · directions, B, H], without B if the input has no batch, or None for zeros.
+
+    Args:
+        *args, **kwargs: The arguments of torch.nn.LSTM, of which proj_size must be 0.
+
+    Raises:
+        TypeError: When called, for an input that is not a floating-point tensor or PackedSequence, for a dtype other
+            than the parameters', or for an hx of another kind.
+        ValueError: For proj_size; when called, for shapes that do not fit.
 
     >>> import metakern as mk, torch
     >>> y, (h, c) = mk.nn.LSTM(3, 5, batch_first=True)(torch.zeros(2, 7, 3))

@@ -1,8 +1,8 @@
-"""torch.nn's Transformer layers without their fast path, which has no second derivatives, and over metakern's ops.
+"""torch.nn's Transformer layers without their fast path, which has no second derivatives.
 
-Their attention, norms and linear layers are modules of their own: one that is constructed has torch.nn's, and
-`metakern.patch` puts metakern's there. What these classes add is that a padding mask reaches the fused attention as it
-was given, a boolean for each key.
+Attention, norms and linear layers are submodules. The constructors make torch.nn's, whose attention has no second
+derivatives on a CPU; `metakern.patch` replaces them by metakern's. The classes here pass a boolean padding mask on
+unchanged, so that the fused attention can use it, and run GELU by metakern's op.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from metakern import ops
 
 
 class _Layer(nn.Module):
-    """What an encoder's and a decoder's layer share."""
+    """The base of the encoder's and the decoder's layer: their activation."""
 
     activation: Any
 
@@ -26,10 +26,12 @@ class _Layer(nn.Module):
 
 
 class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
-    """torch.nn.TransformerEncoderLayer: the same arguments, state dict and outputs, exact to second order.
+    """torch.nn.TransformerEncoderLayer with the same arguments, state dict and outputs, without its fast path.
 
-    The fused attention runs for masks as in `metakern.nn.MultiheadAttention`: src_key_padding_mask of booleans, and
-    src_mask with is_causal.
+    A new layer has torch.nn's attention, norms and linear layers, which `metakern.patch` replaces by metakern's. From
+    then on it is exact to second order, and the fused attention runs without a mask, with a src_key_padding_mask of
+    booleans, and with is_causal=True, which says that src_mask is the causal mask (see
+    `metakern.nn.MultiheadAttention`).
 
     >>> import metakern as mk, torch
     >>> layer = torch.nn.TransformerEncoderLayer(4, nhead=2, batch_first=True)
@@ -58,7 +60,10 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
 
 
 class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
-    """torch.nn.TransformerDecoderLayer: the same arguments, state dict and outputs, exact to second order.
+    """torch.nn.TransformerDecoderLayer with the same arguments, state dict and outputs.
+
+    A new layer has torch.nn's attention, norms and linear layers, which `metakern.patch` replaces by metakern's. From
+    then on it is exact to second order.
 
     >>> import metakern as mk, torch
     >>> x = torch.zeros(1, 3, 4)
@@ -71,9 +76,9 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
 
 
 class TransformerEncoder(nn.TransformerEncoder):
-    """torch.nn.TransformerEncoder: the same arguments, state dict and outputs, without its fast path.
+    """torch.nn.TransformerEncoder with the same arguments, state dict and outputs, but without its fast path.
 
-    What stands at padded places is as in training, also where torch.nn's fast path would have made it zeros.
+    Outputs at padded positions are therefore those of training; torch.nn's fast path may set them to zero.
 
     >>> import metakern as mk, torch
     >>> layer = mk.nn.TransformerEncoderLayer(4, nhead=2, batch_first=True)

@@ -1,4 +1,8 @@
-"""Ops that are exact to second order, in both modes, batched over tasks: one folder each, `metakern/ops/<op>/`."""
+"""Ops with exact first and second derivatives, in forward and reverse mode, batched over tasks.
+
+Each op is a folder of this package. `SPECS` maps its name to what the shared tests and benchmarks need to know of it. A
+tensor that each task has for itself is [T, ...], with the T tasks first. A third derivative raises NotImplementedError.
+"""
 
 import sys
 

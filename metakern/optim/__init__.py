@@ -1,4 +1,4 @@
-"""Inner optimizers: differentiable, batched over tasks, with hyper-parameters that the outer loop may learn."""
+"""Inner optimizers: differentiable updates, batched over tasks, with hyper-parameters that the outer loop can learn."""
 
 from metakern.optim.adagrad import Adagrad
 from metakern.optim.adam import Adam, AdamW

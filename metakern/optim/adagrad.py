@@ -18,9 +18,21 @@ from metakern.optim.base import Stepwise, non_negative, positive
 
 
 class Adagrad(Stepwise):
-    """Inner Adagrad; arguments as torch.optim.Adagrad's, and as SGD's what is learned of lr, eps, weight_decay.
+    """Adagrad as an inner optimizer, with the equations of torch.optim.Adagrad (Duchi, Hazan, Singer 2011, figure 1).
 
-    Raises ValueError for a negative rate, decay or initial value, or an eps that is not positive.
+    Args:
+        lr: The learning rate.
+        lr_decay: Step number k has the rate lr / (1 + (k - 1) lr_decay).
+        weight_decay: weight_decay phi is added to the gradient.
+        initial_accumulator_value: The initial sum of squared gradients.
+        eps: Added to the root of the sum of squared gradients.
+        learn: Any of lr, eps and weight_decay; as for `SGD`.
+        learn_lr, per, steps: As for `SGD`.
+
+    Raises:
+        ValueError: For a negative rate, decay or initial value, an eps that is not positive, a number that is not
+            finite, or as `SGD` does for `learn`, `per` and `steps`.
+        TypeError: For a value that is no number, or as `SGD` does for `learn` and `learn_lr`.
 
     >>> import metakern as mk, torch
     >>> mk.optim.Adagrad(initial_accumulator_value=0.5).init([torch.ones(2)])

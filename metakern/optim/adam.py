@@ -3,9 +3,9 @@
     m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g²        step <- step + 1
     phi <- phi - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
 
-with g + weight_decay phi for g in Adam, and phi scaled by 1 - lr weight_decay first in AdamW, as torch.optim does
-(Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2). Where v = 0, the root's slope is taken as zero:
-exact, and no NaN (`metakern.ops.adam_update` says why).
+Adam takes g + weight_decay phi for g; AdamW first multiplies phi by 1 - lr weight_decay. These are the equations of
+torch.optim (Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2). Where v = 0, the slope of the root
+is taken as zero, which is exact and gives no NaN (`metakern/ops/adam_update` says why).
 """
 
 from __future__ import annotations
@@ -20,9 +20,20 @@ from metakern.optim.base import Stepwise, fraction, non_negative, numbers, posit
 
 
 class Adam(Stepwise):
-    """Inner Adam; arguments as torch.optim.Adam's, and as SGD's what is learned of lr, beta1, beta2, eps, weight_decay.
+    """Adam as an inner optimizer, with the equations of torch.optim.Adam (Kingma, Ba 2015, algorithm 1).
 
-    Raises ValueError for a negative rate or decay, an eps that is not positive, or betas outside [0, 1).
+    Args:
+        lr: The learning rate.
+        betas: (beta1, beta2), the decay rates of the first and the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: weight_decay phi is added to the gradient.
+        learn: Any of lr, beta1, beta2, eps and weight_decay; as for `SGD`.
+        learn_lr, per, steps: As for `SGD`.
+
+    Raises:
+        ValueError: For a negative rate or decay, an eps that is not positive, betas outside [0, 1), a number that is
+            not finite, or as `SGD` does for `learn`, `per` and `steps`.
+        TypeError: For a value that is no number, or as `SGD` does for `learn` and `learn_lr`.
 
     >>> import metakern as mk
     >>> mk.optim.Adam(lr=1e-3, learn_lr=True).lr.value
@@ -62,7 +73,19 @@ class Adam(Stepwise):
 
 
 class AdamW(Adam):
-    """Inner Adam with decoupled weight decay; arguments as torch.optim.AdamW's.
+    """AdamW as an inner optimizer, with the equations of torch.optim.AdamW (Loshchilov, Hutter 2019, algorithm 2).
+
+    Args:
+        lr: The learning rate.
+        betas: (beta1, beta2), the decay rates of the first and the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Each step first multiplies phi by 1 - lr weight_decay.
+        learn: Any of lr, beta1, beta2, eps and weight_decay; as for `SGD`.
+        learn_lr, per, steps: As for `SGD`.
+
+    Raises:
+        ValueError: As `Adam` does.
+        TypeError: As `Adam` does.
 
     >>> import metakern as mk
     >>> mk.optim.AdamW(lr=1e-3).weight_decay.initial

@@ -1,4 +1,4 @@
-"""What an inner optimizer is: a differentiable map from parameters, gradients and state to the next ones."""
+"""The base classes of inner optimizers: differentiable maps from parameters, gradients and state to the next ones."""
 
 from __future__ import annotations
 
@@ -19,21 +19,33 @@ from metakern.ops.core.matrices import wide
 
 Tensors = Sequence[Tensor]
 State = tuple[Tensor, ...]
-Values = float | Tensor | list[Tensor]  # a number, a tensor for all parameters, or one for each
+Values = float | Tensor | list[Tensor]  # a number, a tensor for all parameters, or a tensor for each parameter
 PER = ("all", "parameter", "element")
 
 
 class InnerOptimizer(nn.Module):
-    """phi_{k+1}, s_{k+1} = update(phi_k, g_k, s_k), with every tensor `[T, *shape]`: a parameter for each task.
+    """The base of inner optimizers: phi_{k+1}, s_{k+1} = update(phi_k, g_k, s_k).
 
-    A module, because its hyper-parameters may be learned in the outer loop: what is an `nn.Parameter` of it gets its
-    exact gradient. `affine` says that the update is affine in (phi, g, state), so that its pullback needs none of them.
+    Every tensor of phi and g is `[T, *shape]`, a parameter of T tasks. An optimizer is a module, so that the outer loop
+    can learn its hyper-parameters: each `nn.Parameter` of it gets its exact gradient. A subclass defines `update`, and
+    `init` if it has a state. It sets `affine` if its update is affine in (phi, g, state), so that the VJP of the update
+    depends on none of them.
+
+    Raises:
+        TypeError: For an option that the class does not have; the error names the most similar one.
+
+    >>> import metakern as mk, torch
+    >>> class Descent(mk.optim.InnerOptimizer):
+    ...     def update(self, phi, grads, state):
+    ...         return [p - 0.1 * g for p, g in zip(phi, grads)], state
+    >>> Descent().update([torch.zeros(2)], [torch.ones(2)], ())
+    ([tensor([-0.1000, -0.1000])], ())
     """
 
     affine = False
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
-        """Refuses an option that the optimizer has not, and says which one may be meant."""
+        """Raises TypeError for an option that the class does not have, and names the most similar one."""
         parameters = inspect.signature(cls.__init__).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             for name in options.keys() - parameters.keys():
@@ -43,34 +55,69 @@ class InnerOptimizer(nn.Module):
         return super().__new__(cls)
 
     def prepare(self, adapted: Mapping[str, nn.Parameter]) -> None:
-        """Says which parameters the next updates are of, in the order of phi; for hyper-parameters of their own.
+        """Prepares the next updates for these parameters, for optimizers with values for each parameter.
 
-        Called before every unroll, with other parameters after some were frozen or unfrozen: what was learned for a
-        name must be kept.
+        MAML calls it when it is constructed and for every batch. The parameters are others after layers were frozen or
+        unfrozen; values that were learned for a name must be kept.
+
+        Args:
+            adapted: The adapted parameters by name, in the order of phi, without the tasks.
         """
 
     def init(self, phi: Tensors) -> State:
-        """The state before the first step, a flat tuple of tensors."""
+        """Returns the state before the first step.
+
+        Args:
+            phi: The parameters of all tasks, [T, ...] each.
+
+        Returns:
+            A flat tuple of tensors; empty for an optimizer without a state.
+        """
         return ()
 
     def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
-        """One step, of differentiable operations."""
+        """Takes one step, with differentiable operations.
+
+        Args:
+            phi: The parameters of all tasks, [T, ...] each.
+            grads: The gradients of the support losses, shaped like `phi`.
+            state: The state after the last step, or of `init`.
+
+        Returns:
+            (parameters, state) after the step, in the same forms.
+
+        Raises:
+            NotImplementedError: In the base class.
+        """
         raise NotImplementedError
 
     def hyper_parameters(self) -> list[nn.Parameter]:
-        """Those that the outer loop learns, without those of parameters that are not adapted at present."""
+        """Returns the hyper-parameters that the outer loop learns.
+
+        Values of model parameters that are not adapted at present are left out.
+        """
         idle = {id(p) for module in self.modules() if isinstance(module, Hyper) for p in module.idle()}
         return [p for p in self.parameters() if p.requires_grad and id(p) not in idle]
 
 
 class Stepwise(InnerOptimizer):
-    """An optimizer of named hyper-parameters, which keeps tensors like the parameters and may count its steps.
+    """An inner optimizer with named hyper-parameters, state tensors shaped like the parameters, and a count of steps.
 
-    A subclass says what these tensors begin as (`fills`) and makes one `step` of parameters of one dtype and device.
+    A subclass defines the initial values of its state tensors (`fills`), whether it counts its steps (`counts`), and a
+    `step` for parameters of one dtype and device.
 
-    learn: the names of learned hyper-parameters; learn_lr: "lr" is one. per: each has one value for "all" parameters,
-    for each "parameter" (tensor), or for each "element". steps: it has such values for each of the first so many inner
-    steps, of which the last ones stay (Antoniou et al. 2019, "How to train your MAML", section 4).
+    Args:
+        hyper: The hyper-parameters by name, with their values or initial values.
+        learn: The name, or names, of the hyper-parameters that the outer loop learns.
+        learn_lr: Whether to learn lr, as with "lr" in `learn`.
+        per: Whether a learned hyper-parameter has one value for "all" parameters, one for each "parameter" (tensor), or
+            one for each "element".
+        steps: K for separate learned values in each of the first K inner steps, the last of which also serve all later
+            steps (Antoniou et al. 2019, "How to train your MAML", section 4); None for the same values in all steps.
+
+    Raises:
+        ValueError: For an unknown name in `learn`, another `per`, or `steps` that is no integer of at least 1.
+        TypeError: For a `learn` that holds no names, or a learn_lr that is no bool.
     """
 
     counts = False
@@ -87,13 +134,13 @@ class Stepwise(InnerOptimizer):
         super().__init__()
         own = type(self).__name__
         if not isinstance(learn_lr, bool):
-            raise TypeError(f"{own}: learn_lr must be True or False, got {learn_lr!r}: lr is where it starts")
+            raise TypeError(f"{own}: learn_lr must be True or False, got {learn_lr!r}: give the initial rate as lr")
         if not isinstance(learn, Iterable):
             raise TypeError(f"{own}: learn must hold names of hyper-parameters, got {learn!r}")
         if per not in PER:
             raise ValueError(f"{own}: per must be 'all', 'parameter' or 'element', got {per!r}")
         if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-            raise ValueError(f"{own}: steps must be None or at least 1, got {steps!r}")
+            raise ValueError(f"{own}: steps must be None or an integer of at least 1, got {steps!r}")
         learned = {learn} if isinstance(learn, str) else set(learn)
         for name in sorted(learned - hyper.keys(), key=repr):
             raise ValueError(f"{own}: learn must name some of {', '.join(hyper)}, got {name!r}")
@@ -105,11 +152,11 @@ class Stepwise(InnerOptimizer):
 
     @property
     def fills(self) -> tuple[float, ...]:
-        """What its tensors for a parameter are filled with at first."""
+        """The initial value of each state tensor that a parameter has."""
         return ()
 
     def step(self, count: int, phi: list[Tensor], grads: list[Tensor], *state: list[Tensor], **hyper: Values) -> Any:
-        """Step number `count` (the first is 1): the parameters, and the next one of each tensor of the state."""
+        """Takes step number `count` (the first is 1); returns the parameters and each list of the state after it."""
         raise NotImplementedError
 
     def prepare(self, adapted: Mapping[str, nn.Parameter]) -> None:
@@ -117,7 +164,10 @@ class Stepwise(InnerOptimizer):
             getattr(self, name).prepare(adapted)
 
     def init(self, phi: Tensors) -> State:
-        """The tensors, each for all parameters, and the number of steps taken, in float64, where it is counted."""
+        """Returns the state tensors, for all parameters in turn, then the number of steps taken if it is counted.
+
+        The number is a float64 scalar on the CPU.
+        """
         tensors = tuple(torch.full_like(p, fill) for fill in self.fills for p in phi)
         return (*tensors, torch.zeros((), dtype=torch.float64, device="cpu")) if self.counts else tensors
 
@@ -136,7 +186,7 @@ class Stepwise(InnerOptimizer):
 
 
 def _alike(phi: Tensors) -> list[list[int]]:
-    """The places of tensors of one dtype and device."""
+    """Returns the indices in phi, grouped by dtype and device."""
     groups: dict[Any, list[int]] = {}
     for i, p in enumerate(phi):
         groups.setdefault((p.dtype, p.device), []).append(i)
@@ -144,13 +194,13 @@ def _alike(phi: Tensors) -> list[list[int]]:
 
 
 def norms(x: Tensors) -> Tensor:
-    """Of each task over all tensors, [T], on the first one's device."""
+    """Returns the norm over all tensors x for each task, [T], on the device of the first tensor."""
     parts = [ops.global_norm([x[i] for i in places]) for places in _alike(x)]
     return parts[0] if len(parts) == 1 else ops.global_norm([part.to(wide(x[0])) for part in parts])
 
 
 def scaled(x: Tensors, s: Tensor) -> list[Tensor]:
-    """Each tensor times its task's value of s [T]."""
+    """Returns each tensor of x times s [T], task by task."""
     found: list[Any] = [None] * len(x)
     for places in _alike(x):
         for i, y in zip(places, ops.scale([x[i] for i in places], s.to(x[places[0]])), strict=True):
@@ -159,17 +209,17 @@ def scaled(x: Tensors, s: Tensor) -> list[Tensor]:
 
 
 class Hyper(nn.Module):
-    """A hyper-parameter: one fixed number, or learned, as `Stepwise` says; `title` names it in errors.
+    """A hyper-parameter: one fixed number, or learned in one of the ways of `Stepwise`.
 
-    Learned ones are plain numbers, not logarithms, so that the outer loop may turn a direction off or around
-    (Li et al. 2017, "Meta-SGD", section 3). Those of parameters are kept by the parameters' names: freezing a layer, or
-    another order of layers, gives no parameter what its neighbour has learned.
+    Learned values are plain numbers, not logarithms, so that the outer loop can make a rate zero or negative (Li et al.
+    2017, "Meta-SGD", section 3). Values of model parameters are kept by the names of these, so that each keeps its own
+    when layers are frozen or reordered. `title` names the hyper-parameter in errors.
     """
 
     def __init__(self, title: str, value: float, learn: bool = False, per: str = "all", steps: int | None = None):
         super().__init__()
         self.title, self.initial, self.learn, self.per, self.steps = title, float(value), learn, per, steps
-        self.bound: tuple[str, ...] = ()  # the names of the parameters that phi is of
+        self.bound: tuple[str, ...] = ()  # the names of the parameters in phi, in order
         if learn and per == "all":
             self.value = nn.Parameter(torch.full(self._steps, self.initial))
         elif learn:
@@ -181,11 +231,11 @@ class Hyper(nn.Module):
 
     @property
     def absent(self) -> bool:
-        """Whether it is zero, and stays so."""
+        """Whether it is zero and not learned."""
         return not self.learn and not self.initial
 
     def prepare(self, adapted: Mapping[str, nn.Parameter]) -> None:
-        """Makes values for parameters that have none yet. Raises ValueError where a name now has another shape."""
+        """Creates values for parameters that have none yet. Raises ValueError if a name now has another shape."""
         if not self.learn or self.per == "all":
             return
         for name, p in adapted.items():
@@ -201,13 +251,13 @@ class Hyper(nn.Module):
         self.bound = tuple(adapted)
 
     def idle(self) -> list[nn.Parameter]:
-        """The values of parameters that are not adapted at present."""
+        """Returns the values of parameters that are not adapted at present."""
         if not self.learn or self.per == "all" or len(self.bound) == len(self.values):
             return []
         return [value for name, value in self.values.items() if name not in self.bound]
 
     def of(self, phi: Tensors, places: Sequence[int], count: int) -> Values:
-        """What it is in step `count` for the parameters in these places, as `metakern.ops`' updates take it."""
+        """Returns its value in step `count` for the parameters phi[i], i in `places`, as the update ops take it."""
         if not self.learn:
             return self.initial
         now = -1 if self.steps is None else min(count, self.steps) - 1
@@ -216,7 +266,7 @@ class Hyper(nn.Module):
         if len(phi) != len(self.bound):
             raise ValueError(
                 f"{self.title} must have values for the {len(phi)} parameters of phi, got {len(self.bound)}: call "
-                "prepare({name: parameter}) with them before"
+                "prepare({name: parameter}) with them before update()"
             )
         own = [self.values[self.bound[i]] for i in places]
         values = own if self.steps is None else [value[now] for value in own]
@@ -224,9 +274,10 @@ class Hyper(nn.Module):
 
 
 class ByName(nn.Module):
-    """Parameters by names that may hold dots, which PyTorch keeps for modules: "0.weight" is registered as "0:weight".
+    """A mapping from names to parameters.
 
-    Loads a state dict in the form of a list, as version 0.1 wrote it, where numbers and shapes are the same.
+    PyTorch does not allow dots in the names of parameters, so that "0.weight" is registered as "0:weight". A state dict
+    with a list of values instead of names, as version 0.1 wrote it, is loaded if number and shapes agree.
     """
 
     def __init__(self, title: str) -> None:
@@ -239,7 +290,7 @@ class ByName(nn.Module):
     def __getitem__(self, name: str) -> nn.Parameter:
         found = self._parameters.get(_registered(name))
         if found is None:
-            raise KeyError(f"{self.title} must be asked for one of {', '.join(self)}, got {name!r}")
+            raise KeyError(f"{self.title} must be indexed by one of {', '.join(self)}, got {name!r}")
         return found
 
     def __contains__(self, name: str) -> bool:
@@ -255,7 +306,7 @@ class ByName(nn.Module):
         return ((name, self[name]) for name in self)
 
     def name_list(self, tensors: dict[str, Tensor], prefix: str) -> None:
-        """Gives the values of a list, "0", "1", …, the names of the parameters here, which have the same order."""
+        """Renames listed values "0", "1", … in a state dict to the names of the parameters here, in the same order."""
         listed = [key for key in tensors if key.startswith(prefix) and key[len(prefix) :].isdecimal()]
         if not listed or any(key.removeprefix(prefix) in self._parameters for key in listed):
             return
@@ -284,10 +335,13 @@ def _name(registered: str) -> str:
 
 
 def number(optimizer: str, name: str, value: Any) -> None:
-    """A finite number, and no tensor, of which nothing would be learned."""
+    """Raises TypeError unless `value` is a real number, ValueError unless it is finite.
+
+    A tensor is refused because it would not be learned, which a user may expect.
+    """
     if isinstance(value, Tensor):
         raise TypeError(
-            f"{optimizer}: {name} must be a number, got a tensor: learn={name!r} learns it from a number on"
+            f"{optimizer}: {name} must be a number, got a tensor: to learn it, give a number and a learn option"
         )
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{optimizer}: {name} must be a number, got {value!r}")
@@ -317,7 +371,7 @@ def fraction(optimizer: str, **values: float) -> None:
 
 
 def numbers(optimizer: str, name: str, values: Any, count: int) -> tuple[float, ...]:
-    """So many numbers, as a tuple."""
+    """Returns a tuple of `values`. Raises TypeError unless they are `count` numbers, ValueError if any isn't finite."""
     if isinstance(values, str | Tensor) or not isinstance(values, Sequence) or len(values) != count:
         raise TypeError(f"{optimizer}: {name} must be {count} numbers, got {values!r}")
     for value in values:

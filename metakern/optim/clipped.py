@@ -1,4 +1,4 @@
-"""Gradient clipping inside the loop, around any inner optimizer.
+"""Gradient clipping in the inner loop, around any inner optimizer.
 
     n = |g| over all adapted parameters of a task        g <- min(1, norm / (n + 1e-6)) g
 
@@ -17,10 +17,20 @@ from metakern.optim.base import InnerOptimizer, State, Tensors, norms, positive,
 
 
 class Clipped(InnerOptimizer):
-    """`inner` with gradients whose norm, a task's over all adapted parameters, is at most `norm`.
+    """An inner optimizer that clips the gradients of each task before another optimizer's update.
 
-    `learn_norm` makes the largest norm a parameter of the outer loop. Raises ValueError for a norm that is not
-    positive, TypeError for an inner that is not an optimizer.
+    The clipped norm is over all adapted parameters of a task. The factor is that of `torch.nn.utils.clip_grad_norm_`,
+    and the meta-gradient goes through it (Pascanu et al. 2013, algorithm 1).
+
+    Args:
+        inner: The optimizer that gets the clipped gradients.
+        norm: The largest norm, or its initial value.
+        learn_norm: Whether the outer loop learns `norm`.
+
+    Raises:
+        ValueError: For a norm that is not positive and finite.
+        TypeError: For an `inner` that is not an inner optimizer, a norm that is no number, or a learn_norm that is no
+            bool.
 
     >>> import metakern as mk, torch
     >>> inner = mk.optim.Clipped(mk.optim.SGD(lr=1.0), norm=1.0)

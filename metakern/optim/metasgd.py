@@ -9,7 +9,14 @@ from metakern.optim.sgd import SGD
 
 
 class MetaSGD(SGD):
-    """Inner SGD with a learned rate for each element, all of which start at `lr`.
+    """SGD as an inner optimizer with a learned rate for each element of each parameter (Li et al. 2017, "Meta-SGD").
+
+    Args:
+        lr: The initial value of all rates.
+
+    Raises:
+        ValueError: For a rate that is negative or not finite.
+        TypeError: For a rate that is no number.
 
     >>> import metakern as mk
     >>> mk.optim.MetaSGD(lr=0.1).lr.per

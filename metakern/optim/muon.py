@@ -3,10 +3,10 @@
     b <- momentum b + g        d = g + momentum b (Nesterov), or b        o = newton_schulz(d)
     phi <- phi - lr (f o + weight_decay phi)        f = √max(1, M / N), or 0.2 √max(M, N)
 
-for parameters that are matrices, [M, N], embeddings included. All others are another optimizer's, AdamW's unless said
-otherwise. The equations of torch.optim.Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural
-networks"; f: "original", or "match_rms_adamw" by Liu et al. 2025, "Muon is scalable for LLM training", section 2.2), in
-the parameters' own dtype, where that rounds d to bfloat16.
+for parameters that are matrices, [M, N], embeddings included. Another optimizer updates all other parameters, AdamW
+by default. The equations are those of torch.optim.Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in
+neural networks"). The two factors f are "original" and "match_rms_adamw" (Liu et al. 2025, "Muon is scalable for LLM
+training", section 2.2). torch.optim.Muon rounds d to bfloat16; here everything is in the parameters' own dtype.
 """
 
 from __future__ import annotations
@@ -39,12 +39,31 @@ FACTORS = {
 
 
 class Muon(Stepwise):
-    """Inner Muon; arguments as torch.optim.Muon's, and as SGD's what is learned of lr, weight_decay, momentum.
+    """Muon as an inner optimizer, for matrices, with another optimizer for all other parameters.
 
-    others: the optimizer of parameters that are no matrices; None: AdamW of the same rate, weight decay and learning.
+    The equations are those of torch.optim.Muon (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural
+    networks"), in the parameters' own dtype.
 
-    Raises ValueError for a negative rate or decay, a momentum outside [0, 1), an eps that is not positive, negative
-    ns_steps, or an unknown adjust_lr_fn; TypeError for `others` that is not an optimizer.
+    Args:
+        lr: The learning rate.
+        weight_decay: Each step subtracts lr weight_decay phi.
+        momentum: The factor of the momentum buffers.
+        nesterov: Whether the momentum is Nesterov's.
+        ns_coefficients: The coefficients (a, b, c) of `metakern.ops.newton_schulz`.
+        eps: The least norm by which Newton-Schulz divides a matrix.
+        ns_steps: The number of Newton-Schulz steps.
+        adjust_lr_fn: The factor of the rate for a matrix [M, N]: "original" (the default, None) for √max(1, M / N), or
+            "match_rms_adamw" for 0.2 √max(M, N).
+        others: The optimizer of the parameters that are no matrices; None for AdamW with the same lr and weight_decay,
+            learned where those of Muon are.
+        learn: Any of lr, weight_decay and momentum; as for `SGD`.
+        learn_lr, per, steps: As for `SGD`.
+
+    Raises:
+        ValueError: For a negative rate, decay or ns_steps, a momentum outside [0, 1), an eps that is not positive,
+            another adjust_lr_fn, a number that is not finite, or as `SGD` does for `learn`, `per` and `steps`.
+        TypeError: For a value that is no number, ns_coefficients that are not three numbers, ns_steps that is no
+            integer, `others` that is no inner optimizer, or as `SGD` does for `learn` and `learn_lr`.
 
     >>> import metakern as mk, torch
     >>> model = torch.nn.Linear(3, 2)
@@ -77,7 +96,7 @@ class Muon(Stepwise):
         fraction("Muon", momentum=momentum)
         positive("Muon", eps=eps)
         if adjust_lr_fn not in (None, *FACTORS):
-            raise ValueError(f"Muon: adjust_lr_fn must be one of {', '.join(FACTORS)}, got {adjust_lr_fn!r}")
+            raise ValueError(f"Muon: adjust_lr_fn must be None or one of {', '.join(FACTORS)}, got {adjust_lr_fn!r}")
         if others is not None and not isinstance(others, InnerOptimizer):
             raise TypeError(f"Muon: others must be one of metakern.optim's optimizers, got {type(others).__name__}")
         super().__init__({"lr": lr, "weight_decay": weight_decay, "momentum": momentum}, learn, learn_lr, per, steps)
@@ -117,7 +136,7 @@ class Muon(Stepwise):
         return ops.sgd_update(phi, directions, rates, weight_decay=decays), b
 
     def _orthogonalized(self, x: list[Tensor]) -> list[Tensor]:
-        """Matrices of one shape at once."""
+        """Orthogonalizes all matrices, those of one shape in one call."""
         found: dict[int, Tensor] = {}
         for shape in dict.fromkeys(m.shape for m in x):
             places = [i for i, m in enumerate(x) if m.shape == shape]
@@ -128,7 +147,7 @@ class Muon(Stepwise):
 
 
 def _split(phi: Tensors, values: Tensors) -> tuple[list[Tensor], list[Tensor]]:
-    """Those of matrices, and the others."""
+    """Splits `values` into those of the parameters that are matrices, and the others."""
     pairs = list(zip(phi, values, strict=True))
     return [v for p, v in pairs if p.dim() == 3], [v for p, v in pairs if p.dim() != 3]
 

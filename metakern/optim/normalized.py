@@ -1,9 +1,9 @@
 """Normalized gradient descent: steps of a length that does not depend on that of the gradient.
 
-    n = |g| over all adapted parameters of a task, or over each        g <- g / (n + eps)        and on as SGD
+    n = |g| over all adapted parameters of a task, or of each parameter        g <- g / (n + eps)        then as SGD
 
-At g = 0 a normalized gradient has the slope 1 / eps, and that of n is taken as zero: exact, and no NaN (Hazan, Levy,
-Shalev-Shwartz 2015, "Beyond convexity: stochastic quasi-convex optimization", algorithm 1).
+At g = 0 the slope of n is taken as zero, which gives no NaN and is exact: the normalized gradient has the slope 1 / eps
+there (Hazan, Levy, Shalev-Shwartz 2015, "Beyond convexity: stochastic quasi-convex optimization", algorithm 1).
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ from metakern.optim.sgd import SGD
 
 
 class NormalizedSGD(SGD):
-    """Inner SGD of normalized gradients; arguments as SGD's. norm: that of the gradients of "all" parameters of a task,
-    or of each "parameter".
+    """SGD as an inner optimizer, on gradients divided by their norm (Hazan, Levy, Shalev-Shwartz 2015, algorithm 1).
 
-    Raises ValueError as SGD does, for another norm, or for an eps that is not positive.
+    Args:
+        lr, momentum, nesterov, weight_decay: As for `SGD`.
+        eps: Added to the norm.
+        norm: "all" for one norm over all adapted parameters of a task, "parameter" for one norm for each parameter.
+        learn: Any of lr, momentum and weight_decay; as for `SGD`.
+        learn_lr, per, steps: As for `SGD`.
+
+    Raises:
+        ValueError: As `SGD` does, for an eps that is not positive, or for any other `norm`.
+        TypeError: As `SGD` does, or for an eps that is no number.
 
     >>> import metakern as mk, torch
     >>> inner = mk.optim.NormalizedSGD(lr=1.0)

@@ -1,7 +1,9 @@
 """RMSprop as an inner optimizer.
 
     g <- g + weight_decay phi        v <- alpha v + (1 - alpha) g²        a <- alpha a + (1 - alpha) g (centered)
-    d = g / (sqrt(v - a²) + eps)     b <- momentum b + d (with momentum)   phi <- phi - lr b, or d without momentum
+    d = g / (sqrt(v - a²) + eps)     b <- momentum b + d (with momentum)   phi <- phi - lr b (or lr d)
+
+Without centering, a is zero.
 
 The equations of torch.optim.RMSprop (Tieleman & Hinton 2012, lecture 6.5; Graves 2013, equations 38 to 45).
 """
@@ -18,10 +20,23 @@ from metakern.optim.base import Hyper, Stepwise, fraction, non_negative, positiv
 
 
 class RMSprop(Stepwise):
-    """Inner RMSprop; arguments as torch.optim.RMSprop's, and as SGD's what is learned of lr, alpha, eps, weight_decay,
-    momentum.
+    """RMSprop as an inner optimizer, with the equations of torch.optim.RMSprop (Tieleman, Hinton 2012, lecture 6.5).
 
-    Raises ValueError for a negative rate or decay, an eps that is not positive, alpha or momentum outside [0, 1).
+    Args:
+        lr: The learning rate.
+        alpha: The decay rate of the averages.
+        eps: Added to the root.
+        weight_decay: weight_decay phi is added to the gradient.
+        momentum: The factor of the momentum buffers.
+        centered: Whether gradients are divided by their standard deviation instead of their root mean square (Graves
+            2013, equations 38 to 45).
+        learn: Any of lr, alpha, eps, weight_decay and momentum; as for `SGD`.
+        learn_lr, per, steps: As for `SGD`.
+
+    Raises:
+        ValueError: For a negative rate or decay, an eps that is not positive, an alpha or momentum outside [0, 1), a
+            number that is not finite, or as `SGD` does for `learn`, `per` and `steps`.
+        TypeError: For a value that is no number, or as `SGD` does for `learn` and `learn_lr`.
 
     >>> import metakern as mk
     >>> [name for name, _ in mk.optim.RMSprop(learn=("alpha", "eps")).named_parameters()]

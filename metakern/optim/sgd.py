@@ -1,6 +1,6 @@
 """Stochastic gradient descent with momentum, Nesterov's momentum and weight decay, as an inner optimizer.
 
-    g <- g + weight_decay phi        b <- momentum b + g        d = g + momentum b (Nesterov), b, or g
+    g <- g + weight_decay phi        b <- momentum b + g        d = g + momentum b (Nesterov), b (momentum), or g
     phi <- phi - lr d
 
 The equations of torch.optim.SGD (Sutskever et al. 2013, section 2), which start from b = 0.
@@ -18,13 +18,25 @@ from metakern.optim.base import Hyper, Stepwise, Values, fraction, non_negative
 
 
 class SGD(Stepwise):
-    """Inner SGD; lr, momentum and weight_decay may be learned.
+    """SGD as an inner optimizer, with the equations of torch.optim.SGD (Sutskever et al. 2013, section 2).
 
-    learn_lr makes the learning rate a parameter of the outer loop, `learn` any of the three by their names. per: one
-    value for "all" parameters, for each "parameter" (tensor), or for each "element" (Meta-SGD). steps: values of their
-    own for each of the first so many inner steps, of which the last ones stay (MAML++).
+    Args:
+        lr: The learning rate.
+        momentum: The factor of the momentum buffers.
+        nesterov: Whether the momentum is Nesterov's.
+        weight_decay: weight_decay phi is added to the gradient.
+        learn: The name, or names, of the hyper-parameters that the outer loop learns: "lr", "momentum",
+            "weight_decay". Their arguments are the initial values.
+        learn_lr: Whether to learn lr, as with "lr" in `learn`.
+        per: Whether a learned hyper-parameter has one value for "all" parameters, one for each "parameter" (tensor),
+            or one for each "element" (Meta-SGD, Li et al. 2017).
+        steps: K for separate learned values in each of the first K inner steps, the last of which also serve all later
+            steps (MAML++, Antoniou et al. 2019, section 4); None for the same values in all steps.
 
-    Raises ValueError for a negative rate or decay, a momentum outside [0, 1), or Nesterov without momentum.
+    Raises:
+        ValueError: For a negative rate or decay, a momentum outside [0, 1), Nesterov without momentum, a number that is
+            not finite, an unknown name in `learn`, another `per`, or `steps` below 1.
+        TypeError: For a value that is no number, a `learn` that holds no names, or a learn_lr that is no bool.
 
     >>> import metakern as mk
     >>> [name for name, _ in mk.optim.SGD(lr=0.1, momentum=0.9, learn=("lr", "momentum")).named_parameters()]
@@ -63,7 +75,7 @@ class SGD(Stepwise):
     def step(
         self, count: int, phi: list[Tensor], grads: list[Tensor], *state: list[Tensor], **hyper: Values
     ) -> tuple[list[Tensor], ...]:
-        """By a kernel where there is one, else by operations that a captured program fuses with the gradients'."""
+        """Runs a kernel where there is one; otherwise operations that a captured program can fuse with others."""
         rates = (hyper["lr"], hyper["weight_decay"], *([hyper["momentum"]] if state else []))
         update = (NESTEROV if self.nesterov else MOMENTUM) if state else DESCENT
         call = update if has_kernels(phi[0]) else update.plain

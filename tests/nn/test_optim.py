@@ -496,7 +496,7 @@ def test_names_with_dots_and_colons_are_kept_apart() -> None:
         other[name] = nn.Parameter(torch.zeros(()))
     other.load_state_dict(values.state_dict())
     assert all(torch.equal(other[name], values[name]) for name in names)
-    with pytest.raises(KeyError, match=r"SGD: lr must be asked for one of a.b, .*, got 'b'"):
+    with pytest.raises(KeyError, match=r"SGD: lr must be indexed by one of a.b, .*, got 'b'"):
         values["b"]
 
 
@@ -544,10 +544,10 @@ def test_wrong_options_of_optimizers() -> None:
             with pytest.raises(TypeError, match=f"{name}: learn must hold names of hyper-parameters, got True"):
                 make(learn=True)
             with pytest.raises(
-                TypeError, match=f"{name}: learn_lr must be True or False, got 0.1: lr is where it starts"
+                TypeError, match=f"{name}: learn_lr must be True or False, got 0.1: give the initial rate as lr"
             ):
                 make(learn_lr=0.1)
-            with pytest.raises(ValueError, match=f"{name}: steps must be None or at least 1, got True"):
+            with pytest.raises(ValueError, match=f"{name}: steps must be None or an integer of at least 1, got True"):
                 make(learn_lr=True, steps=True)
         with pytest.raises(TypeError, match=f"{name}: zzz is not one of its arguments: it has lr"):
             make(zzz=1)
@@ -558,7 +558,7 @@ def test_wrong_options_of_optimizers() -> None:
             ("0.1", TypeError, "a number, got '0.1'"),
             (True, TypeError, "a number, got True"),
             (None, TypeError, "a number, got None"),
-            (torch.tensor(0.1), TypeError, "a number, got a tensor: learn='lr' learns it"),
+            (torch.tensor(0.1), TypeError, "a number, got a tensor: to learn it, give a number"),
         ):
             with pytest.raises(error, match=f"^{name}: lr must be {message}"):
                 make(lr=value)
@@ -591,7 +591,7 @@ def test_refusals() -> None:
             lambda: mk.optim.SGD(learn=("lr", "beta1")),
             "SGD: learn must name some of lr, weight_decay, momentum, got 'b",
         ),
-        (lambda: mk.optim.SGD(learn_lr=True, steps=0), "steps must be None or at least 1, got 0"),
+        (lambda: mk.optim.SGD(learn_lr=True, steps=0), "steps must be None or an integer of at least 1, got 0"),
         (lambda: mk.optim.RMSprop(alpha=1.0), r"RMSprop: alpha must be in \[0, 1\), got 1.0"),
         (lambda: mk.optim.RMSprop(eps=0), "RMSprop: eps must be positive, got 0"),
         (lambda: mk.optim.Adagrad(lr_decay=-1), "Adagrad: lr_decay must be at least 0, got -1"),
@@ -599,7 +599,10 @@ def test_refusals() -> None:
         (lambda: mk.optim.NormalizedSGD(norm="each"), "norm must be 'all' or 'parameter', got 'each'"),
         (lambda: mk.optim.Clipped(mk.optim.SGD(), 0), "Clipped: norm must be positive, got 0"),
         (lambda: mk.optim.Muon(ns_steps=-1), "Muon: ns_steps must be at least 0, got -1"),
-        (lambda: mk.optim.Muon(adjust_lr_fn="rms"), "adjust_lr_fn must be one of original, match_rms_adamw, got 'rms'"),
+        (
+            lambda: mk.optim.Muon(adjust_lr_fn="rms"),
+            "adjust_lr_fn must be None or one of original, match_rms_adamw, got 'rms'",
+        ),
         (lambda: mk.optim.SGD(nesterov=True), "SGD: momentum must be positive with nesterov"),
         (lambda: mk.optim.Adam(eps=0), "Adam: eps must be positive, got 0"),
         (lambda: mk.optim.AdamW(betas=(0.9, 1.0)), r"AdamW: beta2 must be in \[0, 1\), got 1.0"),

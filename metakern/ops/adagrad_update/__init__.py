@@ -1,15 +1,15 @@
-"""The inner update of Adagrad, over all parameters and tasks of a model in one call.
+"""One step of Adagrad for all parameters and tasks of a model in one call.
 
     g = grad + λ phi        v' = v + g²        phi' = phi - h g / (√v' + eps)
 
 | tensor | shape |
 |---|---|
-| phi_i, grad_i, sums of squares v_i and the results | [T, ...], each parameter its own |
-| rate h, eps, decay λ | each a number; one [T] for all; or for each parameter [T] or [T, ...] |
+| phi_i, grad_i, sums of squares v_i and the results | [T, ...], a shape for each parameter |
+| rate h, eps, decay λ | a number; one tensor [T]; or for each parameter a tensor [T] or [T, ...] |
 
-The root's slope at zero is taken as zero, as in `adam_update` and for its reason. The four rules are derived
-(`formula.py`). Half precision is computed in float32. Residuals: none. Duchi, Hazan, Singer 2011, "Adaptive
-subgradient methods", figure 1; as torch.optim.Adagrad.
+The slope of the root at zero is taken as zero, for the reason that `adam_update` gives. The four rules are derived from
+the formula (`formula.py`). Half precision is computed in float32. Residuals: none. Duchi, Hazan, Singer 2011,
+"Adaptive subgradient methods", figure 1, with the equations of torch.optim.Adagrad.
 """
 
 from __future__ import annotations
@@ -33,10 +33,25 @@ def adagrad_update(
     eps: Hyper = 1e-10,
     weight_decay: Hyper = 0.0,
 ) -> tuple[list[Tensor], ...]:
-    """The parameters and the sums of squares after a step, differentiable in everything.
+    """Returns the parameters and the sums of squares after one step of Adagrad; differentiable twice in all arguments.
 
-    lr, eps and weight_decay as lr in `sgd_update`. Raises TypeError for tensors that are not of one floating-point
-    dtype, ValueError where lengths, shapes or devices differ.
+    The equations are those of torch.optim.Adagrad without lr_decay (Duchi, Hazan, Singer 2011, figure 1). Half
+    precision is computed in float32.
+
+    Args:
+        phi: A tensor for each parameter, [T, ...] for T tasks, or of any shape.
+        grad: The gradients, shaped like `phi`.
+        v: The sums of squared gradients before the step, shaped like `phi`.
+        lr: The learning rate, in any form that `sgd_update` takes.
+        eps: Added to the root of `v`; the same forms.
+        weight_decay: weight_decay phi is added to the gradient; the same forms.
+
+    Returns:
+        (parameters, sums of squares), a list each.
+
+    Raises:
+        TypeError: For tensors that are not floating point, or not of one dtype.
+        ValueError: Where lengths, shapes or devices do not fit.
 
     >>> import metakern as mk, torch
     >>> mk.ops.adagrad_update([torch.ones(1)], [torch.full((1,), 3.0)], [torch.full((1,), 16.0)], 0.5)

@@ -1,4 +1,4 @@
-"""The inner update of Adam and AdamW, over all parameters and tasks of a model in one call.
+"""One step of Adam or AdamW for all parameters and tasks of a model in one call.
 
     g    = grad + λ phi                    b₁ = 1 - β₁^step        b₂ = 1 - β₂^step
     m'   = β₁ m + (1 - β₁) g               v' = β₂ v + (1 - β₂) g²
@@ -6,13 +6,14 @@
 
 | tensor | shape |
 |---|---|
-| phi_i, grad_i, m_i, v_i and the results | [T, ...], each parameter its own |
-| rate h, β₁, β₂, eps, decay λ or ω | each a number; one [T] for all; or for each parameter [T] or [T, ...] |
+| phi_i, grad_i, m_i, v_i and the results | [T, ...], a shape for each parameter |
+| rate h, β₁, β₂, eps, decay λ or ω | a number; one tensor [T]; or for each parameter a tensor [T] or [T, ...] |
 
-λ is the weight decay of Adam, ω that of AdamW. Where v' = 0, g and its history are zero, dv'/dg = 0 too, and the update
-as a function of g has the slope that m' gives it; so the root's slope is taken as zero there: exact, and no NaN. The
-four rules are derived (`formula.py`). Half precision is computed in float32. Residuals: none. Kingma, Ba 2015,
-algorithm 1; Loshchilov, Hutter 2019, algorithm 2.
+λ is the weight decay of Adam, ω that of AdamW. The slope of the root at zero is taken as zero, which gives no NaN and
+is exact as a function of g: where v' = 0, g and its history are zero, so dv'/dg = 0 and the update has the slope that
+m' gives it. The four rules are derived from the formula (`formula.py`). Half precision is computed in float32.
+Residuals: none. Kingma, Ba 2015, "Adam", algorithm 1; Loshchilov, Hutter 2019, "Decoupled weight decay
+regularization", algorithm 2.
 """
 
 from __future__ import annotations
@@ -41,11 +42,29 @@ def adam_update(
     weight_decay: Hyper = 0.0,
     decoupled: bool = False,
 ) -> tuple[list[Tensor], ...]:
-    """The parameters and both moments after step number `step` (the first is 1), differentiable in everything else.
+    """Returns the parameters and both moments after one step of Adam; differentiable twice in all arguments but `step`.
 
-    lr, betas, eps and weight_decay as lr in `sgd_update`. `decoupled` takes the weight decay as AdamW does. Raises
-    TypeError for tensors that are not of one floating-point dtype, ValueError where lengths, shapes or devices differ
-    or step is below 1.
+    The equations are those of torch.optim.Adam and AdamW (Kingma, Ba 2015, algorithm 1; Loshchilov, Hutter 2019,
+    algorithm 2). Half precision is computed in float32.
+
+    Args:
+        phi: A tensor for each parameter, [T, ...] for T tasks, or of any shape.
+        grad: The gradients, shaped like `phi`.
+        m: The first moments before the step, shaped like `phi`.
+        v: The second moments before the step, shaped like `phi`.
+        lr: The learning rate, in any form that `sgd_update` takes.
+        step: The number of this step, for the bias corrections; the first step is 1.
+        betas: The decay rates of m and v; each in the forms of `lr`.
+        eps: Added to the root of the corrected `v`; the same forms.
+        weight_decay: Adam's, added to the gradient as weight_decay phi, or AdamW's; the same forms.
+        decoupled: Whether the weight decay is AdamW's, which shrinks phi by the factor 1 - lr weight_decay.
+
+    Returns:
+        (parameters, first moments, second moments), a list each.
+
+    Raises:
+        TypeError: For tensors that are not floating point, or not of one dtype.
+        ValueError: Where lengths, shapes or devices do not fit, or `step` is below 1.
 
     >>> import metakern as mk, torch
     >>> zero = torch.zeros(2, 1)

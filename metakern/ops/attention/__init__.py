@@ -1,4 +1,4 @@
-"""Softmax attention: causal, in a window, or full; grouped-query; with a mask over the keys.
+"""Softmax attention: causal, in a sliding window or full, with grouped queries and a mask over the keys.
 
     S = scale Q Kᵀ, masked     lse = log Σ_j exp S     P = exp(S - lse)     O = P V
 
@@ -10,26 +10,28 @@
               t_ct_Q = scale (t_ct_S K + ct_S t_K)     t_ct_K = scale (t_ct_Sᵀ Q + ct_Sᵀ t_Q)
               t_ct_V = t_Pᵀ ct_O + Pᵀ t_ct_O
 
-In blocks no L x L_k matrix is ever in memory. Given the log-sum-exp of its rows, a block of P is computed again from
-the blocks of Q and K, and everything else is a sum over blocks. Only sums over a whole row, lse, t_lse, δ and t_δ, must
-be known before a block of t_P, ct_S or t_ct_S is. The last two need no pass over the keys, for P enters them by way of
-O alone (Σ_j P_ij ⟨ct_O_i, V_j⟩ = ⟨ct_O_i, O_i⟩):
+The kernels work in blocks and hold no L x L_k matrix. Given the log-sum-exp of its rows, a block of P is computed again
+from the blocks of Q and K; everything else is a sum over blocks. Only four sums over a whole row must be known before a
+block of t_P, ct_S or t_ct_S is computed: lse, t_lse, δ and t_δ. The last two need no pass over the keys, because P
+enters them only through O (Σ_j P_ij ⟨ct_O_i, V_j⟩ = ⟨ct_O_i, O_i⟩):
 
     δ_i = ⟨ct_O_i, O_i⟩        t_δ_i = ⟨t_ct_O_i, O_i⟩ + ⟨ct_O_i, t_O_i⟩
 
-and in jvp t_lse is a factor of O alone, so that one pass gives both: t_O = Σ_j P (t_S V + t_V) - t_lse O. So lse and O
-are residuals, t_lse and t_O their tangents, and every rule is one pass over the blocks, 2, 5, 5 and 12 products each.
+In jvp, t_lse only multiplies O, so one pass gives both: t_O = Σ_j P (t_S V + t_V) - t_lse O. The residuals are
+therefore lse and O, with the tangents t_lse and t_O, and each rule needs one pass over the blocks, with 2, 5, 5 and 12
+products for a block. (The Triton kernels make two passes in vjp and vjp_jvp, see `triton.py`.)
 
 | tensor | shape |
 |---|---|
 | q, y | [B, H, L, D] |
 | k, v | [B, H_kv, L_k, D] |
-| mask | [B, L_k], True for what is seen |
+| mask | [B, L_k], True for the keys that are seen |
 | lse | [B, H, L], in float32 for half precision |
 
-Sequences are independent, so B takes the place of the tasks. The H / H_kv query heads that share a head of k and v are
-stacked along L. A row that sees no key has lse = ∞: its P, its output and all its derivatives are zeros. Half precision
-is computed in float32. The reference rules hold L x L_k matrices. Dao et al. 2022, "FlashAttention", appendix B.
+Sequences are independent, so B is the dimension of the tasks. The H / H_kv query heads that share a head of k and v are
+stacked along L. A row that sees no key has lse = ∞: its P, its output and all its derivatives are zero. Half precision
+is computed in float32, but Triton's products take half-precision factors and accumulate in float32. The reference rules
+hold L x L_k matrices. Dao et al. 2022, "FlashAttention", appendix B.
 """
 
 from __future__ import annotations
@@ -61,14 +63,32 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale q kᵀ) v for q [B, H, L, D] and k, v [B, H_kv, L_k, D]; H is a multiple of H_kv.
+    """Returns softmax(scale q kᵀ) v, which is differentiable twice in q, k and v.
 
-    causal: query i sees keys up to its own position, i + L_k - L, as in decoding. window: only so many of them, its own
-    included. lengths [B]: the number of a sequence's valid keys; the others are the last ones, or the first ones with
-    padding "left". mask [B, L_k] of booleans: which keys are seen. What is not seen by way of lengths or mask, NaN
-    included, reaches no result. A query that sees no key gives zeros, with zero derivatives. scale: 1 / √D where None.
+    The C++ and Triton kernels hold no L x L_k matrix, at any order. Half precision accumulates in float32, and
+    `torch.autocast` lowers float32 to the region's dtype. A query that sees no key gives zeros, with zero derivatives.
+    A key that `lengths` or `mask` hides reaches no result, even if it is NaN. Dao et al. 2022, "FlashAttention",
+    appendix B.
 
-    Raises TypeError or ValueError, naming the argument, where kinds, dtypes, devices or shapes do not fit.
+    Args:
+        q: [B, H, L, D].
+        k: [B, H_kv, L_k, D]; H is a multiple of H_kv, and H / H_kv query heads share each head of k and v.
+        v: [B, H_kv, L_k, D].
+        causal: Whether query i sees no key after its own position, i + L_k - L, as in decoding.
+        lengths: [B], int64 or int32: the number of valid keys of each sequence, from 0 to L_k; None for all.
+        padding: Where the keys that `lengths` hides are: "right" for the last ones, "left" for the first ones.
+        mask: [B, L_k], bool, True for the keys that are seen; None for all.
+        window: The number of keys that a query sees at most, counted back from its own position, which is one of them;
+            None for no limit. Needs `causal`.
+        scale: The factor of the scores; None for 1 / √D.
+
+    Returns:
+        [B, H, L, D], in the dtype of q.
+
+    Raises:
+        TypeError: For tensors of a wrong dtype, or a mask on another device, or a scale that is no number.
+        ValueError: Where shapes or devices do not fit, H is no multiple of H_kv, `window` is below 1 or given without
+            `causal`, or `padding` is neither "left" nor "right"; on the CPU also where `lengths` is out of range.
 
     >>> import metakern as mk, torch
     >>> q, k = torch.zeros(1, 2, 2, 1), torch.zeros(1, 1, 2, 1)
@@ -86,9 +106,11 @@ def attention(
     checks.shape("attention", "k", k, (B, H_kv, L_k, D), "[B, H_kv, L_k, D]")
     checks.shape("attention", "v", v, (B, H_kv, L_k, D), "[B, H_kv, L_k, D]")
     if H_kv == 0 or H % H_kv:
-        raise ValueError(f"attention: q must have a multiple of the {H_kv} heads of k and v, got {H}")
+        raise ValueError(f"attention: q must have a multiple of the {H_kv} heads of k and v, got {H} heads")
     if window is not None and (not isinstance(window, int) or window < 1 or not causal):
-        raise ValueError(f"attention: window must be a positive integer, and causal, got {window!r}, causal={causal}")
+        raise ValueError(
+            f"attention: window must be a positive integer with causal=True, got {window!r} with causal={causal}"
+        )
     if scale is None:
         scale = D**-0.5 if D else 1.0
     elif not isinstance(scale, float | int):
@@ -98,7 +120,7 @@ def attention(
 
 
 def _seen(k: Tensor, lengths: Tensor | None, padding: str, mask: Tensor | None) -> Tensor | None:
-    """The mask that lengths and mask come to."""
+    """Returns one mask [B, L_k] for `lengths` and `mask` together, or None if both are None."""
     B, _, L_k, _ = k.shape
     if padding not in ("left", "right"):
         raise ValueError(f"attention: padding must be left or right, got {padding!r}")
@@ -118,7 +140,10 @@ def _seen(k: Tensor, lengths: Tensor | None, padding: str, mask: Tensor | None) 
 
 
 def _check_range(lengths: Tensor, L_k: int) -> None:
-    """On the CPU alone: elsewhere it would wait for the device, and lengths out of range act as 0 or L_k."""
+    """Raises ValueError for lengths outside [0, L_k], on the CPU only.
+
+    Elsewhere the check would wait for the device. There, lengths out of range act as 0 or L_k.
+    """
     while torch._C._functorch.is_functorch_wrapped_tensor(lengths):
         lengths = torch._C._functorch.get_unwrapped(lengths)
     if lengths.device.type == "cpu" and ((lengths < 0) | (lengths > L_k)).any():
@@ -181,7 +206,7 @@ def _vjp_jvp(
 
 
 def _rows(x: Tensor, k: Tensor) -> Tensor:
-    """The query heads that share a head of k, stacked: [B, H, L, D] -> [B, H_kv, H / H_kv · L, D]."""
+    """Stacks the query heads that share a head of k: [B, H, L, D] -> [B, H_kv, H / H_kv · L, D]."""
     B, H, L, D = x.shape
     return wide(x).reshape(B, k.shape[1], H // k.shape[1] * L, D)
 
@@ -192,7 +217,7 @@ def _unstacked(rows: Tensor, q: Tensor) -> Tensor:
 
 
 def _stacked(c: SimpleNamespace, inputs: Tensors, q: Tensor, k: Tensor, v: Tensor) -> Tensors:
-    """scale q as rows, and k, v with zeros where the mask hides them: 0 · NaN must not reach a sum."""
+    """Returns scale q in rows, and k and v with zeros at hidden keys, so that 0 · NaN reaches no sum."""
     k, v = wide(k), wide(v)
     if c.mask is not None:
         hidden = ~c.mask[:, None, :, None]
@@ -201,7 +226,7 @@ def _stacked(c: SimpleNamespace, inputs: Tensors, q: Tensor, k: Tensor, v: Tenso
 
 
 def _scores(c: SimpleNamespace, inputs: Tensors, q: Tensor, k: Tensor) -> Tensor:
-    """S, with -∞ where a query does not see a key."""
+    """Returns S, with -∞ where a query does not see a key."""
     (H, L), (H_kv, L_k) = inputs[0].shape[1:3], k.shape[1:3]
     s = q @ k.mT
     if c.causal:
@@ -210,7 +235,7 @@ def _scores(c: SimpleNamespace, inputs: Tensors, q: Tensor, k: Tensor) -> Tensor
 
 
 def _band(L: int, L_k: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys a query sees by their positions, [L, L_k]."""
+    """Returns which keys each query sees by position, [L, L_k]."""
     band = torch.ones(L, L_k, dtype=torch.bool, device=device).tril(L_k - L)
     return band if window is None else band.triu(1 - window + L_k - L)
 

@@ -1,16 +1,17 @@
-"""Attention's rules in Triton: one pass over the keys or over the queries, and no L x L_k matrix in memory.
+"""The rules of attention in Triton, without an L x L_k matrix in memory.
 
-A program of `_forward_kernel`, `_jvp_kernel` or `_queries_kernel` owns a block of queries and walks over the keys that
-they see; one of `_keys_kernel` owns a block of keys and walks over the queries that see them, in all heads of a group.
-The last two give the vjp and, where they are handed tangents, its tangent. With g = ct_P - δ and t = t_S - t_lse
+A program of `_forward_kernel`, `_jvp_kernel` or `_queries_kernel` has a block of queries and loops over the keys that
+they see. A program of `_keys_kernel` has a block of keys and loops over the queries that see them, in all heads of a
+group. `_queries_kernel` and `_keys_kernel` give the vjp or, if they get tangents, the vjp_jvp. With g = ct_P - δ and
+t = t_S - t_lse
 
     ct_S = P g      t_P = P t      t_ct_S = P u      u = t g - t_δ + t_ct_P
 
-so that the products of t_ct_P are added onto t g - t_δ. S is in units of log 2, for exp2. The first two kernels compare
-positions only in blocks on the diagonal or at the end of the keys; in the last two, whose products are many more, a
-second loop would cost registers that they lack.
+so that the products of t_ct_P are added to t g - t_δ. S is in units of log 2, for exp2. `_forward_kernel` and
+`_jvp_kernel` compare positions only in blocks on the diagonal or at the end of the keys, which takes a second loop. The
+other two have no registers to spare for a second loop, and always compare.
 
-Where PyTorch's own flash kernels take a call, they are its forward and its vjp (`by_library`).
+Where PyTorch's own flash kernels support a call, they compute its forward and its vjp (`by_library`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 class Heads(NamedTuple):
-    """A tensor [B, H, L, D] as kernels take it: where it begins, and its strides; that of D is 1."""
+    """A tensor [B, H, L, D] as an argument of kernels: its pointer and strides; the stride of D is 1."""
 
     ptr: Any
     batch: int
@@ -44,7 +45,7 @@ class Heads(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The sizes of a call, and what its queries see."""
+    """The sizes of a call, its window and its mask."""
 
     H: int
     group: int
@@ -56,7 +57,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Constants:
-    """What a kernel is compiled for, its block sizes aside."""
+    """The constants that a kernel is compiled for, besides its block sizes."""
 
     scale: float
     causal: bool
@@ -68,15 +69,15 @@ class Constants:
 
 @triton.jit
 def _dot(a, b, total, C: tl.constexpr):
-    """total + a b; total may be None."""
-    if INTERPRETED:  # which would take the bits of bfloat16 for integers
+    """Returns total + a b; total may be None."""
+    if INTERPRETED:  # the interpreter would read the bits of bfloat16 as integers
         a, b = a.to(C.ACC), b.to(C.ACC)
     return tl.dot(a, b, total, input_precision=C.precision, out_dtype=C.ACC)
 
 
 @triton.jit
 def _tile(x, batch, head, row, inside, C: tl.constexpr, WHOLE: tl.constexpr = False):
-    """The given rows of a head, [ROWS, BLOCK_D]; zeros beyond D, and where not inside unless the WHOLE is."""
+    """Loads rows of a head, [ROWS, BLOCK_D], with zeros beyond D and in rows outside; WHOLE: all rows are inside."""
     column = tl.arange(0, C.BLOCK_D)
     ptrs = x.ptr + batch * x.batch + head * x.head + row.to(tl.int64)[:, None] * x.row + column[None, :]
     if WHOLE:
@@ -87,7 +88,7 @@ def _tile(x, batch, head, row, inside, C: tl.constexpr, WHOLE: tl.constexpr = Fa
 
 @triton.jit
 def _put(x, batch, head, row, inside, tile, C: tl.constexpr):
-    """Stores a tile [ROWS, BLOCK_D] as the given rows of a head."""
+    """Stores a tile [ROWS, BLOCK_D] in rows of a head."""
     column = tl.arange(0, C.BLOCK_D)
     ptrs = x.ptr + batch * x.batch + head * x.head + row.to(tl.int64)[:, None] * x.row + column[None, :]
     tl.store(ptrs, tile.to(x.ptr.dtype.element_ty), mask=inside[:, None] & (column < C.D)[None, :])
@@ -95,7 +96,10 @@ def _put(x, batch, head, row, inside, tile, C: tl.constexpr):
 
 @triton.jit
 def _place(rows, heads, BLOCK: tl.constexpr):
-    """This program's sequence, head and first row. The last rows come first, for they may see the most keys."""
+    """Returns this program's sequence, head and first row.
+
+    Programs of the last rows start first, because these may see the most keys.
+    """
     blocks = tl.cdiv(rows, BLOCK)
     at = tl.program_id(0)
     head = (at // blocks).to(tl.int64)
@@ -104,13 +108,13 @@ def _place(rows, heads, BLOCK: tl.constexpr):
 
 @triton.jit
 def _shown(p, batch, key):
-    """Whether the mask shows these keys; what lies beyond the last one is hidden."""
+    """Returns which of these keys the mask shows; keys beyond the last one are hidden."""
     return tl.load(p.mask_ptr + batch * p.L_k + key, mask=key < p.L_k, other=0) != 0
 
 
 @triton.jit
 def _ends_shown(p, batch, BLOCK: tl.constexpr):
-    """The first key that the mask of a sequence shows, and the one after the last."""
+    """Returns the first key that the mask of a sequence shows, and the key after the last one that it shows."""
     first, last = p.L_k, 0
     for start in range(0, p.L_k, BLOCK):
         key = start + tl.arange(0, BLOCK)
@@ -122,7 +126,10 @@ def _ends_shown(p, batch, BLOCK: tl.constexpr):
 
 @triton.jit
 def _keys_seen(p, batch, query, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """Two spans of the keys that M queries from `query` see: blocks seen whole, and others: begin, whole_end, end."""
+    """Returns begin, whole_end, end for the keys that M queries from `query` on see.
+
+    All queries see, by position, all keys of the blocks in [begin, whole_end). Keys in [whole_end, end) need comparing.
+    """
     low, high = query + p.L_k - p.L, tl.minimum(query + M, p.L) - 1 + p.L_k - p.L  # their positions among the keys
     begin, whole_end, end = 0, p.L_k, p.L_k
     if C.causal:
@@ -140,7 +147,7 @@ def _keys_seen(p, batch, query, C: tl.constexpr, M: tl.constexpr, N: tl.constexp
 
 @triton.jit
 def _queries_seeing(p, key, there, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
-    """The span of the queries that see any of the N keys from `key`: begin, end."""
+    """Returns begin, end for the queries that see any of the N keys from `key` on."""
     low, high = key + p.L - p.L_k, tl.minimum(key + N, p.L_k) - 1 + p.L - p.L_k  # their positions among the queries
     begin, end = 0, p.L
     if C.causal:
@@ -154,13 +161,16 @@ def _queries_seeing(p, key, there, C: tl.constexpr, M: tl.constexpr, N: tl.const
 
 @triton.jit
 def _keys_inside(p, batch, key):
-    """Which of these keys are there, and shown."""
+    """Returns which of these keys exist and are shown by the mask."""
     return key < p.L_k if p.mask_ptr is None else _shown(p, batch, key)
 
 
 @triton.jit
 def _scores(s, query, key, inside, p, C: tl.constexpr, EDGE: tl.constexpr, KEYS: tl.constexpr):
-    """S of a tile of products q k, whose dimension KEYS is that of the keys; -∞ where a query does not see a key."""
+    """Returns S for a tile s of products q kᵀ or k qᵀ, with -∞ where a query does not see a key.
+
+    KEYS is the dimension of the keys in s. EDGE: positions must be compared.
+    """
     query, key = tl.expand_dims(query, KEYS) + p.L_k - p.L, tl.expand_dims(key, 1 - KEYS)
     s = s * (C.scale * LOG2E)
     if EDGE or p.mask_ptr is not None:
@@ -226,7 +236,7 @@ def _jvp_kernel(
             s = _scores(_dot(q_tile, k_tile.T, None, C), query, key, there, p, C, span == 1, 1)
             prob = tl.exp2(s - lse[:, None])  # [M, N]
             t_s = _dot(q_tile, t_k_tile.T, _dot(t_q_tile, k_tile.T, None, C), C)
-            t_prob = prob * t_s * C.scale  # t_P, but for the part of t_lse
+            t_prob = prob * t_s * C.scale  # t_P without its term -P t_lse, which is subtracted at the end
             t_lse += tl.sum(t_prob, 1)
             t_y_tile = _dot(t_prob.to(v_tile.dtype), v_tile, t_y_tile, C)
             t_y_tile = _dot(prob.to(v_tile.dtype), t_v_tile, t_y_tile, C)
@@ -237,7 +247,7 @@ def _jvp_kernel(
 
 @triton.jit
 def _delta_kernel(y, ct_y, t_y, t_ct_y, delta_ptr, t_delta_ptr, p, C: tl.constexpr, M: tl.constexpr):
-    """δ, and t_δ where there is t_y."""
+    """Stores δ, and t_δ if there is t_y."""
     batch, head, first = _place(p.L, p.H, M)
     query = first + tl.arange(0, M)
     inside = query < p.L
@@ -257,7 +267,7 @@ def _queries_kernel(
     q, k, v, ct_y, t_q, t_k, t_v, t_ct_y, ct_q, lse_ptr, delta_ptr, t_lse_ptr, t_delta_ptr, p,
     C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """ct_q, or t_ct_q where there are tangents."""
+    """Stores ct_q, or t_ct_q if there are tangents."""
     batch, head, first = _place(p.L, p.H, M)
     kv_head = head // p.group
     query = first + tl.arange(0, M)
@@ -303,7 +313,7 @@ def _keys_kernel(
     q, k, v, ct_y, t_q, t_k, t_v, t_ct_y, ct_k, ct_v, lse_ptr, delta_ptr, t_lse_ptr, t_delta_ptr, p,
     C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """ct_k and ct_v, or their tangents where there are tangents; either may be None, unwanted."""
+    """Stores ct_k and ct_v, or their tangents if there are tangents; either is None if it is not wanted."""
     batch, kv_head, first = _place(p.L_k, p.H // p.group, N)
     key = first + tl.arange(0, N)
     inside = key < p.L_k
@@ -354,7 +364,7 @@ def _keys_kernel(
 
 
 class Blocks(NamedTuple):
-    """How many queries and keys a block has, and what runs it."""
+    """The numbers of queries (M) and keys (N) of a block, and of warps and pipeline stages of its program."""
 
     M: int
     N: int
@@ -362,9 +372,9 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# M, N, warps and stages for half precision, by kernel and BLOCK_D, on GPUs whose programs have 200 KiB of shared memory
-# (sm_90, sm_100), and on the others. The first ones are the largest that leave loops without spilled registers; a warp
-# group of sm_90 multiplies 64 rows at a time.
+# M, N, warps and stages for half precision, by kernel and BLOCK_D. _LARGE is for GPUs whose programs have 200 KiB of
+# shared memory (sm_90, sm_100), _SMALL for others. The first entry is the largest whose loops spill no registers. A
+# warp group of sm_90 multiplies 64 rows at a time.
 _LARGE = {
     "forward": {64: ((128, 64, 8, 2), (64, 64, 4, 3)), 128: ((128, 64, 8, 2), (64, 64, 4, 2)), 256: ((64, 64, 8, 2),)},
     "jvp": {64: ((128, 64, 8, 2), (64, 64, 4, 2)), 128: ((64, 64, 4, 2), (64, 32, 4, 2)), 256: ((64, 32, 4, 2),)},
@@ -388,7 +398,7 @@ _SMALL = {
 
 
 def blocks(kernel: str, dtype: torch.dtype, BLOCK_D: int, shared: int) -> tuple[Blocks, ...]:
-    """The block sizes to choose from, the best guess first, where a program has `shared` bytes of shared memory."""
+    """Returns the block sizes to choose from, the best guess first; `shared`: bytes of shared memory for a program."""
     if launch.INTERPRETED:
         return (Blocks(4, 4, 4, 1),)
     if kernel == "delta":
@@ -401,7 +411,7 @@ def blocks(kernel: str, dtype: torch.dtype, BLOCK_D: int, shared: int) -> tuple[
 
 
 class _Launcher:
-    """What the launches of one call have in common."""
+    """Launches the kernels of one call, which share its sizes and constants."""
 
     def __init__(self, c: SimpleNamespace, q: Tensor, k: Tensor) -> None:
         (B, H, L, D), (H_kv, L_k) = q.shape, k.shape[1:3]
@@ -417,7 +427,7 @@ class _Launcher:
         choice = blocks(name, self.q.dtype, self.constants.BLOCK_D, launch.shared_memory(device))
         own, (rows, heads) = ("N", self.keys) if kernel is _keys_kernel else ("M", self.queries)
         args = (*(_heads(a) if isinstance(a, Tensor) and a.dim() == 4 else a for a in args), self.problem)
-        # What is timed may differ from run to run, and with it the rounding.
+        # Timing may choose other blocks in another run, and with them another rounding: never in deterministic mode.
         if len(choice) > 1 and device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
             tuned = _tuned(kernel, choice, self.problem.L.bit_length())
             if rows * heads:
@@ -433,7 +443,10 @@ class _Launcher:
 
 @cache
 def _tuned(kernel: Any, choice: tuple[Blocks, ...], bits: int) -> Any:
-    """The kernel with the fastest of these blocks, found at its first call for lengths of so many bits."""
+    """Returns the kernel, autotuned over `choice` at its first call.
+
+    The cache tunes anew for each `bits`, the bit length of L.
+    """
     configs = [triton.Config({"M": M, "N": N}, num_warps=warps, num_stages=stages) for M, N, warps, stages in choice]
     return triton.autotune(configs, key=["C"])(kernel)
 
@@ -444,12 +457,15 @@ def _heads(x: Tensor) -> Heads:
 
 
 def _per_query(q: Tensor) -> Tensor:
-    """An empty tensor with a number for each query, [B, H, L]."""
+    """Returns an uninitialized tensor with a number for each query, [B, H, L]."""
     return q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
 def by_library(c: SimpleNamespace, q: Tensor, k: Tensor, capability: tuple[int, int] | None) -> bool:
-    """Whether PyTorch's flash kernels take a call, on a GPU of this capability; None where it has no such kernels."""
+    """Returns whether PyTorch's flash kernels support a call on a GPU of this capability.
+
+    The capability is None where PyTorch has no such kernels.
+    """
     if capability is None or capability < (8, 0) or c.mask is not None or c.window is not None or c.scale <= 0:
         return False
     widest = 256 if capability in ((8, 0), (9, 0), (10, 0)) else 192
@@ -467,7 +483,7 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x as the library's kernels read it, 16 bytes at a time."""
+    """Returns x, copied unless it is aligned for PyTorch's flash kernels, which read 16 bytes at a time."""
     fits = x.stride(-1) == 1 and not any(stride % 8 for stride in x.stride()[:3]) and x.data_ptr() % 16 == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
@@ -495,7 +511,7 @@ def _vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -
     if by_library(c, q, k, _capability(q.device)):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
         tensors = (_aligned(x) for x in (ct_y, q, k, v, y))
-        seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # of a dropout that there is not
+        seed = torch.zeros(2, dtype=torch.int64, device=q.device)  # the random state of a dropout that is not used
         sizes = (q.shape[2], k.shape[2])
         return flash(*tensors, lse.contiguous(), None, None, *sizes, 0.0, c.causal, seed, seed, scale=c.scale)
     return _cotangents(c, inputs, r, ct_y, (None, None, None), (None, None), None)
@@ -522,7 +538,7 @@ def _cotangents(
     t_r: Tensors,
     t_ct_y: Tensor | None,
 ) -> Tensors:
-    """ct_q, ct_k and ct_v, or their tangents where there are tangents."""
+    """Returns ct_q, ct_k and ct_v, or their tangents if there are tangents."""
     (q, k, _), (lse, y), (t_lse, t_y) = inputs, r, t_r
     run, delta, tangents = _Launcher(c, q, k), _per_query(q), t_y is not None
     t_delta = _per_query(q) if tangents else None
@@ -532,7 +548,7 @@ def _cotangents(
     ct_q, ct_k, ct_v = (torch.empty_like(x) if need else None for x, need in zip(inputs, c.needs, strict=True))
     if ct_q is not None:
         run(_queries_kernel, *tensors, ct_q, *rows, tangents=tangents)
-    # Two sums of wide heads have no room in the registers of one program.
+    # The sums of ct_k and ct_v for wide heads do not both fit into the registers of one program.
     together = run.constants.BLOCK_D <= 128
     for pair in ((ct_k, ct_v),) if together else ((ct_k, None), (None, ct_v)):
         if any(x is not None for x in pair):
@@ -544,7 +560,7 @@ RULES = Rules(_forward, _jvp, _vjp, _vjp_jvp)
 
 
 def compiled(make: Make) -> list[Sample]:
-    """Wide heads in half precision; in float32 heads that do not fill a block, in a window, with a mask."""
+    """Returns wide heads for half precision; for float32, heads that fill no block, with a window and a mask."""
 
     def sample(name: str, D: int, **options: Any) -> Sample:
         return Sample(name, (make(2, 4, 512, D), make(2, 2, 512, D), make(2, 2, 512, D)), options)

@@ -1,7 +1,7 @@
-"""Cross-entropy: the mean over a task's kept tokens of the negative log-likelihood of their targets.
+"""Cross-entropy: the mean of the negative log-likelihood of the targets, over the kept tokens of each task.
 
     ℓ_n = log Σ_v exp(z_nv)          p_nv = exp(z_nv - ℓ_n)          e_n = one-hot(target_n)
-    s_n = 1 / |kept tokens of the task| where n is kept, 0 where its target is ignored
+    s_n = 1 / (number of kept tokens of the task) where n is kept, 0 where its target is ignored
 
     forward   y      = Σ_n s_n (ℓ_n - z_n[target_n])
     jvp       t_ℓ_n  = Σ_v p_nv t_z_nv               t_y = Σ_n s_n (t_ℓ_n - t_z_n[target_n])
@@ -15,7 +15,7 @@
 | y | [T] |
 | residual ℓ | [T, N], float32 for half precision |
 
-A task without a kept token gives 0 and has zero derivatives. Half precision is computed in float32.
+A task without a kept token gives 0, with zero derivatives. Half precision is computed in float32.
 """
 
 from __future__ import annotations
@@ -36,11 +36,22 @@ from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 @autocast("float32")
 def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
-    """The mean negative log-likelihood of each task's targets but for `ignore_index`; 0 for a task without any.
+    """Returns the mean cross-entropy of each task in nats, over the targets that are not `ignore_index`.
 
-    logits [T, N, V] with target [T, N] -> [T], or logits [N, V] with target [N] -> a scalar. Raises TypeError for
-    targets that are no integers, ValueError where shapes or devices differ or, on the CPU, where a target is not
-    in [0, V).
+    It is differentiable twice in the logits. Half precision is computed in float32, to which `torch.autocast` casts the
+    logits.
+
+    Args:
+        logits: [T, N, V], unnormalized log-probabilities of V classes for N tokens of each of T tasks; or [N, V].
+        target: [T, N] or [N], int64 or int32, in [0, V).
+        ignore_index: The target of tokens that do not count in the mean.
+
+    Returns:
+        [T], or a scalar for [N, V]; 0 for a task in which no token counts.
+
+    Raises:
+        TypeError: For logits that are not floating point, or a target that is not int64 or int32.
+        ValueError: Where shapes or devices do not fit; on the CPU also for a target outside [0, V).
 
     >>> import metakern as mk, torch
     >>> mk.ops.cross_entropy(torch.zeros(2, 3, 4), torch.tensor([[0, 1, -100], [-100, -100, -100]]))
@@ -58,18 +69,21 @@ def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int = -100) -> T
 
 
 def kept(target: Tensor, ignore_index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What a token counts in the mean, s [T, N], and the place of its target, [T, N, 1]; ignored ones count 0."""
+    """Returns the weight s [T, N] of each token in its task's mean, and the index of its target, [T, N, 1].
+
+    Both are 0 for ignored tokens.
+    """
     keep = target != ignore_index
     share = keep.to(dtype) / keep.sum(-1, keepdim=True).clamp(min=1)
     return share, target.where(keep, 0).long().unsqueeze(-1)
 
 
 def lower(p: Tensor, place: Tensor, by: Tensor) -> Tensor:
-    """p - by e, in place: unlike an atomic addition deterministic on every device."""
+    """Subtracts `by` e from p, in place; it is deterministic on every device, which an atomic addition is not."""
     return p.scatter_(-1, place, p.gather(-1, place) - by)
 
 
-# The softmax is computed from the logits, in one fused pass: exp(z - ℓ) would be three. The kernels use ℓ.
+# The reference computes the softmax from the logits, in one pass; exp(z - ℓ) would take three. The kernels use ℓ.
 def _forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
     logits = wide(inputs[0])
     share, place = kept(c.target, c.ignore_index, logits.dtype)
@@ -133,7 +147,7 @@ def _plain(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
 
 
 def ragged(make: Make, V: int, T: int, N: int, ignore_index: int = -100) -> Tensor:
-    """Targets of which task t ignores the last t."""
+    """Draws targets [T, N] below V; task t ignores the last t of its tokens."""
     target = make.integers(V, T, N)
     ignored = torch.arange(N).flip(0) < torch.arange(T).unsqueeze(1)
     return target.where(~ignored.to(target.device), ignore_index)

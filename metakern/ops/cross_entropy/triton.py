@@ -1,9 +1,9 @@
-"""Cross-entropy in Triton: a program has a row of logits, or a block of one, and vocabularies of any size.
+"""The rules of cross-entropy in Triton: a program has a row of logits, or a block of a row; V may have any size.
 
-The formulas are the room's, of rows [N, V]: `scale` is s ct_y of each row, `t_scale` s t_ct_y. vjp is what `vjp_jvp`
-has of t_scale alone, so one kernel serves both. Every rule reads each logit once: `forward` finds ℓ in one pass
-(Milakov, Gimelshein 2018, "Online normalizer calculation for softmax"), the others are given it: their p has the
-relative rounding error of ℓ's last bit, |ℓ| 2^-24 in float32. A row that counts nothing is not read at all.
+The formulas are those of `__init__.py`, for rows [N, V]: `scale` is s ct_y of each row, `t_scale` is s t_ct_y. The vjp
+is the term of vjp_jvp in t_scale, so one kernel computes both. Every rule reads each logit once. `forward` finds ℓ in
+one pass (Milakov, Gimelshein 2018, "Online normalizer calculation for softmax"). The other rules get ℓ, so that their p
+has its rounding error, relatively |ℓ| 2^-24 in float32. A row of weight 0 is not read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _forward_kernel(z_ptr, target_ptr, share_ptr, loss_ptr, lse_ptr, V, BLOCK_V:
     target = tl.load(target_ptr + n)
     z = wide(tl.load(z_ptr + n * V + target, (target >= 0) & (target < V) & counts, other=float("nan")))
     tl.store(lse_ptr + n, tl.where(counts, log_total + high, 0.0))
-    tl.store(loss_ptr + n, tl.where(counts, log_total + (high - z), 0.0))  # ℓ - z would lose what ℓ is rounded by
+    tl.store(loss_ptr + n, tl.where(counts, log_total + (high - z), 0.0))  # ℓ - z would add the rounding error of ℓ
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _jvp_kernel(z_ptr, lse_ptr, target_ptr, share_ptr, t_z_ptr, t_loss_ptr, t_ls
 def _vjp_kernel(
     z_ptr, lse_ptr, target_ptr, t_scale_ptr, scale_ptr, t_z_ptr, t_lse_ptr, out_ptr, g_ptr, V, BLOCK_V: tl.constexpr
 ):
-    """out = scale p (t_z - t_ℓ) + t_scale (p - e), either part of which may be absent, and g = scale (p - e)."""
+    """Stores out = scale p (t_z - t_ℓ) + t_scale (p - e), where either scale may be None, and g = scale (p - e)."""
     n = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     zero = tl.zeros([1], lse_ptr.dtype.element_ty)
@@ -90,7 +90,7 @@ def _block(V: int) -> dict[str, int]:
 
 
 def losses(z: Tensor, target: Tensor, share: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """ℓ - z[target] and ℓ of rows z [..., V]: 0 both where the row's share is 0."""
+    """Returns ℓ - z[target] and ℓ for rows z [..., V]; both are 0 where the row's share is 0."""
     z, target, share = contiguous(z, target, share)
     loss = matrices.wide(z[:0]).new_empty(target.shape)
     lse = torch.empty_like(loss)
@@ -99,7 +99,7 @@ def losses(z: Tensor, target: Tensor, share: Tensor | None = None) -> tuple[Tens
 
 
 def t_losses(z: Tensor, lse: Tensor, target: Tensor, t_z: Tensor, share: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The tangents of both."""
+    """Returns the tangents of both results of `losses`."""
     z, lse, target, t_z, share = contiguous(z, lse, target, t_z, share)
     t_loss, t_lse = torch.empty_like(lse), torch.empty_like(lse)
     arguments = z, lse, target, share, t_z, t_loss, t_lse
@@ -118,7 +118,7 @@ def cotangents(
     out: Tensor | None = None,
     g: Tensor | None = None,
 ) -> Tensor:
-    """scale p (t_z - t_ℓ) + t_scale (p - e), in `out`, which may be z or t_z; and in g scale (p - e)."""
+    """Returns scale p (t_z - t_ℓ) + t_scale (p - e) in `out`, which may be z or t_z; stores scale (p - e) in `g`."""
     z, lse, target, t_scale, scale, t_z, t_lse = contiguous(z, lse, target, t_scale, scale, t_z, t_lse)
     out, block = torch.empty_like(z) if out is None else out, _block(z.shape[-1])
     arguments = z, lse, target, t_scale, scale, t_z, t_lse, out, g

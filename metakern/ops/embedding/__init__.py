@@ -1,4 +1,4 @@
-"""Embedding: the rows of a table that all tasks share or that each task has for itself.
+"""Embedding: rows of a table that all tasks share, or of a table for each task.
 
     y_n = W[token_n]
 
@@ -33,10 +33,21 @@ from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 @autocast("widest")
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-    """The rows of `weight` at `tokens`: tokens [...] with weight [V, D], or tokens [T, ...] with weight [T, V, D].
+    """Returns the rows of `weight` at `tokens`, differentiable twice in `weight`.
 
-    Raises TypeError for tokens that are no integers, ValueError where shapes or devices differ or, on the
-    CPU, where a token is not in [0, V); on a GPU that is a device-side assertion.
+    Sums over the occurrences of a token accumulate in float32 for half precision.
+
+    Args:
+        tokens: [...], int64 or int32, in [0, V); or [T, ...] for T tasks with tables of their own.
+        weight: The table, [V, D], or [T, V, D] with one for each task.
+
+    Returns:
+        [..., D] or [T, ..., D].
+
+    Raises:
+        TypeError: For a weight that is not floating point, or tokens that are not int64 or int32.
+        ValueError: Where shapes or devices do not fit; on the CPU also for a token outside [0, V), which on a GPU
+            triggers a device-side assertion.
 
     >>> import metakern as mk, torch
     >>> weight = torch.arange(6.0).view(3, 2)
@@ -93,7 +104,10 @@ def _rows(weight: Tensor, tokens: Tensor) -> Tensor:
 
 
 def places(tokens: Tensor, V: int) -> Tensor:
-    """The rows of the tokens in [T * V, D]. A token out of range gets none, lest it reads a neighbor's table."""
+    """Returns the row of each token in the tables of all tasks, [T * V, D].
+
+    A token out of range gets T * V, which is no row, so that it cannot read the table of another task.
+    """
     T = tokens.shape[0]
     places = tokens + V * torch.arange(T, device=tokens.device).unsqueeze(1)
     return places.where((tokens >= 0) & (tokens < V), T * V).flatten()

@@ -1,8 +1,8 @@
-"""Embedding in Triton: the sums over a token's occurrences. The rows themselves are gathered by PyTorch's kernels.
+"""The vjp and vjp_jvp of embedding in Triton: sums over the occurrences of a token. PyTorch's kernels gather the rows.
 
-Occurrences are sorted by their row of the table. The program at the first one of a row adds all of them up, in their
-order, and writes the row: no atomics, nothing wider than the table, and rows that no token saw stay the zeros they are.
-The time is that of the most frequent token.
+Occurrences are sorted by their row of the table. The program at the first occurrence of a row adds up all of them, in
+order, and writes the row. This takes no atomic additions and no float32 copy of the table. Rows without an occurrence
+stay zero. The time is that of the most frequent token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGEST = 2 if INTERPRETED else 1024
 
 @triton.jit
 def _sum_kernel(place_ptr, order_ptr, end_ptr, ct_y_ptr, out_ptr, rows, D, BLOCK_D: tl.constexpr):
-    """out[place] = Σ ct_y[order[i]] over the i of that place; places from `rows` on are of tokens that have no row."""
+    """Stores out[place] = Σ ct_y[order[i]], over all i of that place; places from `rows` on are of invalid tokens."""
     first = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     place = tl.load(place_ptr + first)

@@ -41,9 +41,20 @@ _K, _A = sqrt(2 / pi), 0.044715
 
 @autocast("widest")
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """x Φ(x), element by element, for a tensor of any shape; approximate="tanh" for the tanh approximation.
+    """Returns x Φ(x), element by element, differentiable twice; Φ is the standard normal distribution function.
 
-    Raises TypeError where x is not a floating-point tensor, ValueError for another approximation.
+    Half precision is computed in float32. Hendrycks, Gimpel 2016, "Gaussian error linear units", section 2.
+
+    Args:
+        x: A floating-point tensor of any shape.
+        approximate: "none" for the exact function, or "tanh" for its tanh approximation.
+
+    Returns:
+        A tensor of the shape and dtype of x.
+
+    Raises:
+        TypeError: For an x that is not floating point.
+        ValueError: For any other `approximate`.
 
     >>> import metakern as mk, torch
     >>> mk.ops.gelu(torch.tensor([0.0, 1.0]))
@@ -90,7 +101,7 @@ def _second(x: Tensor, approximate: str) -> Tensor:
 
 
 def by_approximation(**rules: Rules) -> Rules:
-    """The rules that choose by `c.approximate`."""
+    """Returns rules that run those given for `c.approximate`; all support the dtypes of those for "tanh"."""
 
     def rule(name: str) -> Callable[..., Any]:
         return lambda c, *tensors: getattr(rules[c.approximate], name)(c, *tensors)

@@ -1,4 +1,4 @@
-"""GELU in Triton: the room's formulas, element by element, with s = sigmoid(2u) for (1 + tanh(u)) / 2."""
+"""The rules of GELU in Triton, by the formulas of `__init__.py`, with s = sigmoid(2u) for (1 + tanh(u)) / 2."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _A = tl.constexpr(0.044715)
 
 @triton.jit
 def _cumulative(x):
-    """Φ."""
+    """Returns Φ(x)."""
     return 0.5 * (1 + tl.erf(x * _ROOT_HALF))
 
 
 @triton.jit
 def _density(x):
-    """φ."""
+    """Returns φ(x)."""
     return _DENSITY * tl.exp(-0.5 * x * x)
 
 
@@ -50,7 +50,7 @@ def _curvature(x, t_x, ct_y, t_ct_y):
 
 @triton.jit
 def _tanh_parts(x):
-    """s, 1 - s without cancellation, and u'."""
+    """Returns s, 1 - s (without cancellation), and u'."""
     square = x * x
     twice = 2 * _K * x * (1 + _A * square)
     return tl.sigmoid(twice), tl.sigmoid(-twice), _K * (1 + 3 * _A * square)

@@ -1,17 +1,17 @@
-"""The norm of each task over all tensors of a model.
+"""The Euclidean norm of each task, over all tensors of a model.
 
-    forward   n    = √Σ x_i²              over the elements of a task, and over i
+    forward   n    = √Σ x_i²              summed over the elements of a task, and over i
     jvp       t_n  = Σ x_i t_x_i / n
     vjp       ct_x_i   = k x_i            k = ct_n / n
     vjp_jvp   t_ct_x_i = t_k x_i + k t_x_i            t_k = (t_ct_n - k t_n) / n
 
 | tensor | shape |
 |---|---|
-| x_i | [T, ...], each tensor its own |
+| x_i | [T, ...], a shape for each tensor |
 | n, k | [T] |
 
-Where n = 0 a quotient by n is taken as zero, and so are slope and curvature: no NaN. Half precision accumulates in
-float32. Residuals: n.
+Where n = 0, quotients by n are taken as zero, and so are the first and second derivatives: no NaN. Half precision
+accumulates in float32. Residuals: n.
 """
 
 from __future__ import annotations
@@ -34,9 +34,19 @@ from metakern.ops.scale import SCALE
 
 
 def global_norm(x: Sequence[Tensor]) -> Tensor:
-    """√Σ x_i², [T] for tensors x_i [T, ...], differentiable; one number, [], where they do not share a first dimension.
+    """Returns the Euclidean norm √Σ x_i² over all tensors, for each task; differentiable twice.
 
-    Raises TypeError for tensors that are not of one floating-point dtype, ValueError for several devices or no tensor.
+    Where the norm is zero, so are its derivatives. Half precision accumulates in float32.
+
+    Args:
+        x: Tensors [T, ...] for T tasks, or of any shapes.
+
+    Returns:
+        [T] if all tensors have the same first dimension T; otherwise one norm over everything, a scalar.
+
+    Raises:
+        TypeError: For tensors that are not floating point, or not of one dtype.
+        ValueError: For tensors on several devices, or no tensor.
 
     >>> import metakern as mk, torch
     >>> mk.ops.global_norm([torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([4.0, 1.0])])
@@ -50,7 +60,10 @@ def global_norm(x: Sequence[Tensor]) -> Tensor:
 
 
 def rules(dot: Callable[[Tensors, Tensors], Tensor], run: Callable[..., Any], merged: bool) -> Rules:
-    """The four rules, by dot(x, y) = Σ x_i y_i, [T], and by running `scale`'s formula, as `updates.rules` does."""
+    """Returns the four rules.
+
+    dot(x, y) gives Σ x_i y_i, [T]; `run` and `merged` are those of `updates.rules`, here for the formula of `scale`.
+    """
 
     def scaled(rule: str, x: Tensors, **values: Tensors | Tensor) -> Tensors:
         each = {name: v if isinstance(v, tuple) else (v.to(x[0].dtype),) * len(x) for name, v in values.items()}

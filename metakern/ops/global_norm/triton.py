@@ -1,11 +1,11 @@
-"""The norm of each task in Triton: a sum is one launch over all tensors, of which each block leaves its part.
+"""The rules of global_norm in Triton: one launch over all tensors, in which each block stores a partial sum.
 
-| table | of | shape |
+| table | contents | shape |
 |---|---|---|
-| addresses | the tensors of x, of y | [count], int64 |
-| size | the elements of a task | [count], int64 |
-| start, owner | the first block of a tensor, and the tensor of a block | [count], [blocks of a task] |
-| parts | what is added up by PyTorch, in one order | [T, blocks of a task] |
+| x_ptrs, y_ptrs | the address of each tensor | [count], int64 |
+| size | the number of elements of a task in each tensor | [count], int64 |
+| start, owner | the first block of each tensor, and the tensor of each block | [count], [blocks of a task] |
+| parts | the partial sums, which PyTorch adds up in a fixed order | [T, blocks of a task] |
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GRU over whole sequences: one layer, one direction, with a weight for each task.
+"""GRU over whole sequences: one layer in one direction, with weights that all tasks share or of each task.
 
     u = x_t W_ihᵀ + b_ih     p = h_{t-1} W_hhᵀ + b_hh
     r, z = σ(u_r + p_r), σ(u_z + p_z)     n = tanh(u_n + r p_n)     h_t = n + z (h_{t-1} - n)
@@ -13,8 +13,8 @@ its cotangents, with m = (1 - z) n' ct_h_t,
     ct_p = (m p_n r',  (h_{t-1} - n) z' ct_h_t,  m r)     ct_u = (ct_p_r, ct_p_z, m)
     ct_h_{t-1} = z ct_h_t + ct_p W_hh
 
-and their tangents by the product rule, with t_r' = (1 - 2 r) t_r and t_n' = -2 n t_n. The large products before and
-after the recurrence stand in `recurrent.py`.
+and their tangents follow by the product rule, with t_r' = (1 - 2 r) t_r and t_n' = -2 n t_n. The large products before
+and after the recurrence are in `recurrent.py`.
 
 | tensor | shape |
 |---|---|
@@ -24,7 +24,7 @@ after the recurrence stand in `recurrent.py`.
 | b_ih, b_hh | [T, 3H] |
 | y | [T, B, L, H] |
 
-Residuals: (r, z, n, p_n) [T, B, L, 4H] and h_{t-1} [T, B, L, H]; of the vjp, the cotangent of h_t. Half precision is
+Residuals: (r, z, n, p_n) [T, B, L, 4H] and h_{t-1} [T, B, L, H]; the vjp keeps the cotangent of h_t. Half precision is
 computed in float32. Cho et al. 2014, "Learning phrase representations using RNN encoder-decoder", section 2.3;
 equations and order of the gates as in torch.nn.GRU.
 """
@@ -54,17 +54,30 @@ def gru(
     *,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The outputs of a GRU at every step, and its final state.
+    """Returns the outputs of one GRU layer at every step, and its final state.
 
-    x [B, L, I] with weights [3H, I], [3H, H] and biases [3H], or x [T, B, L, I] with weights and biases that are shared
-    or have the tasks first, [T, 3H, I]. h is [B, H] or [T, B, H], or None for zeros. Returns the output, [B, L, H] or
-    [T, B, L, H], and the final h. The gates stand in torch.nn's order: reset, update, new.
+    It is differentiable twice in all floating-point arguments. The equations, and the order of the gates in the rows of
+    the weights (reset, update, new), are those of torch.nn.GRU (Cho et al. 2014, section 2.3). Half precision is
+    computed in float32; `torch.autocast` lowers float32 to the region's dtype.
 
-    lengths, integers [B] or [T, B], are those of sequences that end before L: their outputs are zero from there on, and
-    their final state is that of their last step, as torch.nn.utils.rnn.pack_padded_sequence has it. reverse runs from
-    the last step of each sequence to the first.
+    Args:
+        x: [B, L, I], sequences of L steps; or [T, B, L, I] for T tasks.
+        h: The initial state, [B, H] or [T, B, H]; None for zeros.
+        w_ih: The weight of the input, [3H, I]; with x [T, B, L, I] also [T, 3H, I], one for each task.
+        w_hh: The weight of the state, [3H, H] or [T, 3H, H].
+        b_ih: [3H] or [T, 3H]; None for zeros.
+        b_hh: [3H] or [T, 3H]; None for zeros.
+        lengths: [B] or [T, B], int64 or int32: the number of steps of each sequence, from 0 to L; None for L. Outputs
+            after them are zero, and the final state is that after the last of them, as with
+            torch.nn.utils.rnn.pack_padded_sequence.
+        reverse: Whether each sequence runs from its last step to its first.
 
-    Raises TypeError or ValueError, naming the argument, where kinds, dtypes, devices or shapes do not fit.
+    Returns:
+        (y, h): the outputs, [B, L, H] or [T, B, L, H], and the final state, [B, H] or [T, B, H].
+
+    Raises:
+        TypeError: For tensors that are not floating point or not of one dtype, or lengths that are not int64 or int32.
+        ValueError: Where shapes or devices do not fit; on the CPU also for lengths outside [0, L].
 
     >>> import metakern as mk, torch
     >>> y, h = mk.ops.gru(torch.ones(2, 3, 4), torch.ones(2, 5), torch.zeros(15, 4), torch.zeros(15, 5))

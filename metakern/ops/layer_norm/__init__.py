@@ -1,4 +1,4 @@
-"""Layer norm over the last dimension, with weight and bias that tasks share or have for themselves.
+"""Layer norm over the last dimension, with a weight and bias that all tasks share or that each task has for itself.
 
     x̂ = (x - mean(x)) ρ                 ρ = (var(x) + eps)^(-1/2)
     y = x̂ w + b
@@ -19,7 +19,7 @@
 | weight w, bias b | [T, D], both optional |
 | residuals mean, ρ | [T, N], float32 for half precision |
 
-Means run over D, and half precision is computed in float32. Ba, Kiros, Hinton 2016, "Layer normalization", equation 4.
+Means are over D. Half precision is computed in float32. Ba, Kiros, Hinton 2016, "Layer normalization", equation 4.
 """
 
 from __future__ import annotations
@@ -40,10 +40,23 @@ from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 @autocast("float32")
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """x with mean 0 and variance 1 over its last dimension, times `weight`, plus `bias`.
+    """Returns (x - mean) / √(variance + eps) over the last dimension of x, times `weight`, plus `bias`.
 
-    x [..., D] with weight and bias [D], or x [T, ..., D] with weight and bias [T, D]; either may be left out. Raises
-    TypeError for tensors that are not of one floating-point dtype, ValueError where shapes or devices differ.
+    It is differentiable twice in x, weight and bias. Half precision is computed in float32, to which `torch.autocast`
+    casts. Ba, Kiros, Hinton 2016, "Layer normalization", equation 4.
+
+    Args:
+        x: [..., D], or [T, ..., D] for T tasks with weights of their own.
+        weight: [D], or [T, D] with one for each task; None for ones.
+        bias: Shaped like `weight`; None for zeros.
+        eps: Added to the variance, which is the mean of squared deviations.
+
+    Returns:
+        A tensor of the shape of x.
+
+    Raises:
+        TypeError: For tensors that are not floating point, or not of one dtype.
+        ValueError: Where shapes or devices do not fit.
 
     >>> import metakern as mk, torch
     >>> mk.ops.layer_norm(torch.tensor([[1.0, 2.0, 3.0]]), eps=0.0)
@@ -138,13 +151,13 @@ def _mean(a: Tensor) -> Tensor:
 
 
 def _normal(x: Tensor, r: Tensors) -> tuple[Tensor, Tensor]:
-    """x̂ [T, N, D] and ρ [T, N, 1]."""
+    """Returns x̂ [T, N, D] and ρ [T, N, 1]."""
     mean, rstd = (a.unsqueeze(-1) for a in r)
     return (wide(x) - mean) * rstd, rstd
 
 
 def _projected(a: Tensor, x_hat: Tensor) -> Tensor:
-    """P a = a - mean(a) - x̂ mean(x̂ a)."""
+    """Returns P a = a - mean(a) - x̂ mean(x̂ a)."""
     return torch.addcmul(a - _mean(a), x_hat, _mean(x_hat * a), value=-1)
 
 

@@ -1,4 +1,4 @@
-"""Layer norm in Triton: the kernels are shared by both norms."""
+"""The rules of layer_norm in Triton, by the kernels that layer_norm and rms_norm share (`norm.py`)."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Linear: a matrix product with a weight that all tasks share or that each task has for itself.
+"""Linear layer, with a weight and bias that all tasks share or that each task has for itself.
 
     y = x Wᵀ + b
 
     forward   y      = x Wᵀ + b
     jvp       t_y    = t_x Wᵀ + x t_Wᵀ + t_b
     vjp       ct_x   = ct_y W                    ct_W   = ct_yᵀ x                    ct_b   = Σ_n ct_y
-    vjp_jvp   t_ct_x = t_ct_y W + ct_y t_W       t_ct_W = t_ct_y_mT x + ct_yᵀ t_x      t_ct_b = Σ_n t_ct_y
+    vjp_jvp   t_ct_x = t_ct_y W + ct_y t_W       t_ct_W = t_ct_yᵀ x + ct_yᵀ t_x      t_ct_b = Σ_n t_ct_y
 
 | tensor | shape |
 |---|---|
@@ -14,8 +14,8 @@
 | bias b | [T, out], optional |
 | y | [T, N, out] |
 
-Residuals: none. A weight that is expanded over T (stride 0) takes one large product for `y` and `ct_x`, and a product
-per task for `ct_W`. Half precision accumulates in float32 inside each product.
+Residuals: none. With a weight that is expanded over T (stride 0), y and ct_x are one large product each, and ct_W is
+one product for each task. Half precision accumulates in float32 inside each product.
 """
 
 from __future__ import annotations
@@ -38,11 +38,21 @@ from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 @autocast("lower")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b, with one weight, or with a weight for each task.
+    """Returns x Wᵀ + b, with one weight or with one for each task; differentiable twice in all arguments.
 
-    x [..., in] with weight [out, in] and bias [out], or x [T, ..., in] with weight [T, out, in] and bias [T, out].
+    Half precision accumulates in float32; `torch.autocast` lowers float32 to the region's dtype.
 
-    Raises TypeError for tensors that are not of one floating-point dtype, ValueError where shapes or devices differ.
+    Args:
+        x: [..., in], or [T, ..., in] for T tasks with weights of their own.
+        weight: [out, in], or [T, out, in] with one for each task.
+        bias: [out] or [T, out], as the weight is; None for zeros.
+
+    Returns:
+        [..., out] or [T, ..., out].
+
+    Raises:
+        TypeError: For tensors that are not floating point, or not of one dtype.
+        ValueError: Where shapes or devices do not fit.
 
     >>> import metakern as mk, torch
     >>> x, weight = torch.ones(2, 3, 4), torch.arange(2.0).view(2, 1, 1).expand(2, 5, 4)
@@ -60,7 +70,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def rules(product: Product, total: Callable[..., Tensor | None]) -> Rules:
-    """The four rules, which are products; total(*pairs) is the sum of those of complete pairs, or None."""
+    """Returns the four rules, given a product and `total`.
+
+    total(*pairs) adds the products of the pairs that hold no None; it returns None where there is no such pair.
+    """
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
         x, weight, bias = inputs

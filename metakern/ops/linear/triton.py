@@ -1,4 +1,4 @@
-"""Linear in Triton: the sum of two products is one kernel, where a task's weights are its own and K is small.
+"""The rules of linear in Triton, with one kernel for the sum of two products, for weights of each task and a small K.
 
     y = a b + c d        t_y = t_x Wᵀ + x t_Wᵀ,  t_ct_x = t_ct_y W + ct_y t_W,  t_ct_W = t_ct_yᵀ x + ct_yᵀ t_x
 
@@ -8,8 +8,8 @@
 | b, d | [T, K, M] |
 | y | [T, N, M] |
 
-Two products of PyTorch's write y twice and read it once, which with a small K is most of what they move; this one
-writes it once, with one rounding. That LARGEST_K is where PyTorch's kernels catch up is a guess, measured on no GPU.
+Two products by PyTorch write y twice and read it once, which for a small K is most of their memory traffic. This kernel
+writes y once, and rounds once. LARGEST_K, above which PyTorch's kernels are used, is a guess, not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from metakern.ops.linear import rules
 
 LARGEST_K = 128
 BLOCK = 4 if INTERPRETED else 64
-BLOCK_K = 4 if INTERPRETED else 16  # twice as many of half precision: the TF32 products of float32 need registers
+BLOCK_K = 4 if INTERPRETED else 16  # twice that for half precision; the TF32 products of float32 need more registers
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _two_products_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """a, b, c, d: a pointer and its three strides each."""
+    """Stores y = a b + c d; a, b, c and d are each a pointer and its three strides."""
     t = tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(M, BLOCK_M)
     n = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -70,13 +70,13 @@ def _two_products_kernel(
 
 
 def fuses(a: Tensor, b: Tensor, d: Tensor) -> bool:
-    """Whether two products are one kernel."""
+    """Returns whether two products are computed by one kernel."""
     few = 0 < a.shape[2] <= LARGEST_K and a.shape[0] < 2**16
     return few and not (matrices.shared(b) and matrices.shared(d)) and (INTERPRETED or a.dtype != torch.float64)
 
 
 def total(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-    """The sum of the products of the pairs that are complete, None where there is none."""
+    """Returns the sum of the products of the pairs that hold no None, or None where there is no such pair."""
     match [(a, b) for a, b in pairs if a is not None and b is not None]:
         case [(a, b), (c, d)] if fuses(a, b, d):
             return _two_products(a, b, c, d)
@@ -107,7 +107,7 @@ def _two_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
 
 
 def _real(x: Tensor) -> Tensor:
-    """x in memory, of any strides."""
+    """Returns x, of any strides, as values in memory: copied if it is a zero tensor or lazily negated."""
     return contiguous(x)[0] if x._is_zerotensor() or x.is_neg() else x
 
 

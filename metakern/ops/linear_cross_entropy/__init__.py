@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's logits, which are computed again at each order and never held: some rows at a time.
+"""Cross-entropy of the logits of a linear layer, computed in chunks of rows at each order and never held as a whole.
 
     z = x Wᵀ        ℓ_n = log Σ_v exp(z_nv)        p_nv = exp(z_nv - ℓ_n)        e_n = one-hot(target_n)
 
@@ -15,9 +15,10 @@
 | target | [T, N] |
 | y, residual ℓ | [T, N], float32 for half precision |
 
-A task's mean over its kept tokens is taken outside the rules, so that with a shared weight the tokens of all tasks are
-one sequence. Rows go through in chunks of a fixed number of bytes, and at most half of a task's tokens at once (or 64,
-where tasks share the weight). Half precision has its products in half precision, and all the rest in float32.
+The rules give the loss of each token. The public function takes the mean of each task after them, so that with a shared
+weight the tokens of all tasks are one sequence. A chunk has as many rows as fit a fixed number of bytes, but at least
+64; and at most half of a task's tokens (with a shared weight: half of a task's tokens, or 64 if that is more). Half
+precision has its products in half precision and everything else in float32.
 """
 
 from __future__ import annotations
@@ -38,19 +39,32 @@ from metakern.ops.core.spec import Cost, Make, Sample, Spec
 from metakern.ops.cross_entropy import SPEC as _CROSS_ENTROPY
 from metakern.ops.cross_entropy import kept, lower, ragged
 
-# A chunk of logits stays in a CPU's cache but has the rows that a matrix product needs; a GPU needs more to be busy.
+# Bytes of a chunk of logits. On a CPU it fits the cache, with enough rows for a matrix product; a GPU needs more work.
 _BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 _LEAST_ROWS = 64
 
 
 @autocast("lower")
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
-    """`cross_entropy(hidden @ weight.T, target)` without the logits: the memory of some rows of them, at every order.
+    """Returns `cross_entropy(hidden @ weight.T, target)` while holding only a chunk of the logits, at every order.
 
-    hidden [T, N, D] with target [T, N] -> [T], and weight [V, D] or [T, V, D]; or hidden [N, D] with weight [V, D] and
-    target [N] -> a scalar. A mean over the targets of a task that are not `ignore_index`, 0 for a task without any.
-    Raises TypeError for tensors that are not of one floating-point dtype or targets that are no integers, ValueError
-    where shapes or devices differ or, on the CPU, where a target is not in [0, V).
+    It is differentiable twice in `hidden` and `weight`. In half precision the products are in half precision and
+    everything else in float32; `torch.autocast` lowers float32 to the region's dtype.
+
+    Args:
+        hidden: The inputs of the linear layer, [T, N, D] for N tokens of each of T tasks, or [N, D].
+        weight: [V, D]; or, with hidden [T, N, D], [T, V, D] with one for each task.
+        target: [T, N] or [N], int64 or int32, in [0, V).
+        ignore_index: The target of tokens that do not count in the mean.
+
+    Returns:
+        The mean over the tokens of each task that count, in nats: [T], or a scalar for hidden [N, D]; 0 for a task in
+        which no token counts.
+
+    Raises:
+        TypeError: For `hidden` and `weight` that are not floating point or not of one dtype, or a target that is not
+            int64 or int32.
+        ValueError: Where shapes or devices do not fit; on the CPU also for a target outside [0, V).
 
     >>> import metakern as mk, torch
     >>> mk.ops.linear_cross_entropy(torch.zeros(2, 3, 5), torch.ones(4, 5), torch.zeros(2, 3, dtype=torch.long))
@@ -78,7 +92,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_
 
 
 class Softmax(NamedTuple):
-    """What is between the products: the rules of the tokens' losses, of some rows of logits z.
+    """The rules of the cross-entropy of each token, for a chunk of rows of logits z; `rules` adds the products.
 
     losses(z, target)                                       -> y, ℓ
     t_losses(z, ℓ, target, t_z)                             -> t_y, t_ℓ
@@ -93,7 +107,7 @@ class Softmax(NamedTuple):
 
 
 def rules(softmax: Softmax) -> Rules:
-    """The four rules, which are products around those of the softmax."""
+    """Returns the four rules: the products with the weight, around the rules of the softmax."""
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
         hidden, weight = inputs
@@ -188,7 +202,10 @@ def _t_cotangents_of_logits(
 
 
 def _chunks(c: SimpleNamespace, hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, slice]]:
-    """A task, and some of its rows: never all of them, unless there is but one, and at most `c.most`."""
+    """Returns an iterator over the chunks, each a task and a slice of its rows.
+
+    A chunk has at most `c.most` rows and at most half of the task's, rounded up.
+    """
     (T, N, _), V = hidden.shape, weight.shape[1]
     row_bytes = max(V, 1) * max(hidden.element_size(), 4)
     size = max(_BYTES.get(hidden.device.type, _BYTES["cuda"]) // row_bytes, _LEAST_ROWS)
@@ -197,7 +214,7 @@ def _chunks(c: SimpleNamespace, hidden: Tensor, weight: Tensor) -> Iterator[tupl
 
 
 def _t_logits(inputs: Tensors, t_inputs: Tensors, t: int, rows: slice) -> Tensor:
-    """t_x Wᵀ + x t_Wᵀ of a chunk; one of the tangents may be absent."""
+    """Returns t_x Wᵀ + x t_Wᵀ for a chunk; one of the two tangents may be None."""
     (hidden, weight), (t_hidden, t_weight) = inputs, t_inputs
     if t_hidden is None:
         return wide(hidden[t, rows] @ t_weight[t].mT)
@@ -206,7 +223,7 @@ def _t_logits(inputs: Tensors, t_inputs: Tensors, t: int, rows: slice) -> Tensor
 
 
 def _cotangents(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensor | None, Tensor | None]:
-    """Zeros to add up the wanted cotangents of hidden and weight."""
+    """Returns zeros into which the wanted cotangents of hidden and weight are added; None for one that is not."""
     hidden, weight = (
         torch.zeros(x.shape, dtype=wide(x[:0]).dtype, device=x.device) if needed else None
         for x, needed in zip(inputs, c.needs, strict=True)
@@ -215,7 +232,7 @@ def _cotangents(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensor | None, Ten
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, where the sum may be wider than the factors."""
+    """Adds a b to `total`, which may be float32 for half-precision factors."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:

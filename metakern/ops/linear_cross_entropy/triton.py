@@ -1,6 +1,6 @@
-"""Linear cross-entropy with the softmax in Triton: a chunk's logits become g, or t_g, where they lie.
+"""The rules of linear_cross_entropy in Triton: the logits of a chunk are overwritten by g, or by t_g.
 
-The products are PyTorch's, the kernels those of cross-entropy.
+The products are PyTorch's; the kernels are those of `cross_entropy`.
 """
 
 from __future__ import annotations

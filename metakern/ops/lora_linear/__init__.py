@@ -1,8 +1,8 @@
-"""Linear with a low-rank correction (LoRA): a frozen base that all tasks share, and factors A and B of each task.
+"""Linear layer with a low-rank correction (LoRA): a frozen base that all tasks share, and factors A, B for each task.
 
     y = x Wᵀ + b + s (x Aᵀ) Bᵀ
 
-    h = s x Aᵀ               (R wide, like g, which is h's cotangent times s)
+    h = s x Aᵀ               (h and g have R columns; g is s times the cotangent of h)
     g = s ct_y B
 
     forward   y      = x Wᵀ + b + h Bᵀ
@@ -21,11 +21,11 @@
 | y | [T, N, out] |
 | residual h, and g of the vjp | [T, N, R] |
 
-Only x, t_x, ct_y and t_ct_y meet W, each in one product over the rows of all tasks: N·in·out multiplications a task,
-and nothing of W's size is kept, for no task and at no order. Everything of a task's own goes through its R columns,
-N·R·(in + out) a product pair. The other orders of association, W + s B A and the gradient ct_yᵀ x before it meets A or
-B, cost in·out·R or N·in·out more and in·out numbers of memory, a task. Half precision accumulates in float32 inside
-each product.
+Only x, t_x, ct_y and t_ct_y are multiplied by W, each in one product over the rows of all tasks, with N·in·out
+multiplications for each task. Nothing of W's size is kept, for any task at any order. What belongs to a task goes
+through the R columns, with N·R·(in + out) multiplications for a pair of products. Other orders of association cost more
+for each task: W + s B A takes in·out·R more multiplications, the gradient ct_yᵀ x before its product with A or B takes
+N·in·out more, and both take in·out numbers of memory. Half precision accumulates in float32 inside each product.
 
 Hu et al. 2021, "LoRA: low-rank adaptation of large language models", section 4.1.
 """
@@ -50,13 +50,25 @@ from metakern.ops.core.spec import Cost, Make, Sample, Spec
 def lora_linear(
     x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, bias: Tensor | None = None
 ) -> Tensor:
-    """x Wᵀ + b + scale (x Aᵀ) Bᵀ: a frozen linear layer with one low-rank correction, or with one for each task.
+    """Returns x Wᵀ + b + scale (x Aᵀ) Bᵀ, a frozen linear layer with one low-rank correction or one for each task.
 
-    x [..., in] with A [R, in] and B [out, R], or x [T, ..., in] with A [T, R, in] and B [T, out, R]; always weight
-    [out, in] and bias [out], which are constants of the op.
+    It is differentiable twice in x, A and B; weight and bias are constants. Half precision accumulates in float32;
+    `torch.autocast` lowers float32 to the region's dtype. Hu et al. 2021, "LoRA", section 4.1.
 
-    Raises TypeError for tensors that are not of one floating-point dtype, ValueError where shapes or devices differ, or
-    where weight or bias requires a gradient.
+    Args:
+        x: [..., in], or [T, ..., in] for T tasks with factors of their own.
+        weight: The frozen weight that all tasks share, [out, in].
+        A: [R, in], or [T, R, in] with one for each task; R is the rank.
+        B: [out, R], or [T, out, R] with one for each task.
+        scale: The factor of the correction, alpha / rank in LoRA.
+        bias: The frozen bias that all tasks share, [out]; None for zeros.
+
+    Returns:
+        [..., out] or [T, ..., out].
+
+    Raises:
+        TypeError: For tensors that are not floating point, or not of one dtype.
+        ValueError: Where shapes or devices do not fit, or where weight or bias requires a gradient.
 
     >>> import metakern as mk, torch
     >>> x, weight, A = torch.ones(2, 3, 4), torch.zeros(5, 4), torch.ones(2, 1, 4)
@@ -82,7 +94,7 @@ def lora_linear(
 
 
 def _rules(product: Product) -> Rules:
-    """The four rules, which are products."""
+    """Returns the four rules, given a product."""
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
         x, A, B = inputs

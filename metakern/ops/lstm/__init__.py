@@ -1,4 +1,4 @@
-"""LSTM over whole sequences: one layer, one direction, with a weight for each task.
+"""LSTM over whole sequences: one layer in one direction, with weights that all tasks share or of each task.
 
     z_t = x_t W_ihᵀ + b_ih + h_{t-1} W_hhᵀ + b_hh         i, f, g, o = σ(z_i), σ(z_f), tanh(z_g), σ(z_o)
     c_t = f c_{t-1} + i g                                 h_t = o tanh(c_t)
@@ -8,13 +8,13 @@ With the slopes i' = i (1 - i), f' and o' alike, g' = 1 - g², and e = tanh(c_t)
     t_i = i' t_z_i,   t_f = f' t_z_f,   t_g = g' t_z_g,   t_o = o' t_z_o
     t_c_t = f t_c_{t-1} + t_f c_{t-1} + t_i g + i t_g           t_h_t = t_o e + o (1 - e²) t_c_t
 
-its cotangents, from those of h_t and of c_t, which h_t adds to,
+its cotangents, from those of h_t and c_t (h_t adds to that of c_t),
 
     ct_c_t += o (1 - e²) ct_h_t
     ct_z = (ct_c_t g i',  ct_c_t c_{t-1} f',  ct_c_t i g',  ct_h_t e o')       ct_c_{t-1} = f ct_c_t
 
-and their tangents by the product rule, with t_i' = (1 - 2 i) t_i, t_g' = -2 g t_g and t_e = (1 - e²) t_c_t. The large
-products before and after the recurrence stand in `recurrent.py`.
+and their tangents follow by the product rule, with t_i' = (1 - 2 i) t_i, t_g' = -2 g t_g and t_e = (1 - e²) t_c_t. The
+large products before and after the recurrence are in `recurrent.py`.
 
 | tensor | shape |
 |---|---|
@@ -24,9 +24,9 @@ products before and after the recurrence stand in `recurrent.py`.
 | b_ih, b_hh | [T, 4H] |
 | y | [T, B, L, H] |
 
-Residuals: the gates (i, f, g, o) [T, B, L, 4H], h_{t-1} and c_{t-1} [T, B, L, H]; of the vjp, the cotangents of h_t and
-c_t. Half precision is computed in float32. Hochreiter, Schmidhuber 1997, "Long short-term memory"; the forget gate of
-Gers, Schmidhuber, Cummins 2000, section 3; equations and order of the gates as in torch.nn.LSTM.
+Residuals: the gates (i, f, g, o) [T, B, L, 4H], h_{t-1} and c_{t-1} [T, B, L, H]; the vjp keeps the cotangents of h_t
+and c_t. Half precision is computed in float32. Hochreiter, Schmidhuber 1997, "Long short-term memory"; the forget gate
+of Gers, Schmidhuber, Cummins 2000, section 3; equations and order of the gates as in torch.nn.LSTM.
 """
 
 from __future__ import annotations
@@ -55,17 +55,32 @@ def lstm(
     *,
     reverse: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The outputs of an LSTM at every step, and its final state (h, c).
+    """Returns the outputs of one LSTM layer at every step, and its final state (h, c).
 
-    x [B, L, I] with weights [4H, I], [4H, H] and biases [4H], or x [T, B, L, I] with weights and biases that are shared
-    or have the tasks first, [T, 4H, I]. state is (h, c), each [B, H] or [T, B, H], or None for zeros. Returns the
-    output, [B, L, H] or [T, B, L, H], and (h, c). The gates stand in torch.nn's order: input, forget, cell, output.
+    It is differentiable twice in all floating-point arguments. The equations, and the order of the gates in the rows of
+    the weights (input, forget, cell, output), are those of torch.nn.LSTM (Hochreiter, Schmidhuber 1997; the forget gate
+    of Gers, Schmidhuber, Cummins 2000, section 3). Half precision is computed in float32; `torch.autocast` lowers
+    float32 to the region's dtype.
 
-    lengths, integers [B] or [T, B], are those of sequences that end before L: their outputs are zero from there on, and
-    their final state is that of their last step, as torch.nn.utils.rnn.pack_padded_sequence has it. reverse runs from
-    the last step of each sequence to the first.
+    Args:
+        x: [B, L, I], sequences of L steps; or [T, B, L, I] for T tasks.
+        state: The initial state (h, c), each [B, H] or [T, B, H]; None for zeros.
+        w_ih: The weight of the input, [4H, I]; with x [T, B, L, I] also [T, 4H, I], one for each task.
+        w_hh: The weight of the state, [4H, H] or [T, 4H, H].
+        b_ih: [4H] or [T, 4H]; None for zeros.
+        b_hh: [4H] or [T, 4H]; None for zeros.
+        lengths: [B] or [T, B], int64 or int32: the number of steps of each sequence, from 0 to L; None for L. Outputs
+            after them are zero, and the final state is that after the last of them, as with
+            torch.nn.utils.rnn.pack_padded_sequence.
+        reverse: Whether each sequence runs from its last step to its first.
 
-    Raises TypeError or ValueError, naming the argument, where kinds, dtypes, devices or shapes do not fit.
+    Returns:
+        (y, (h, c)): the outputs, [B, L, H] or [T, B, L, H], and the final state, each [B, H] or [T, B, H].
+
+    Raises:
+        TypeError: For tensors that are not floating point or not of one dtype, lengths that are not int64 or int32,
+            or a state that is no pair.
+        ValueError: Where shapes or devices do not fit; on the CPU also for lengths outside [0, L].
 
     >>> import metakern as mk, torch
     >>> x, w_ih, w_hh = torch.ones(2, 3, 4), torch.zeros(20, 4), torch.zeros(20, 5)
@@ -125,7 +140,7 @@ def _vjp_jvp(
 
 
 def _e(kept: Gates, s: Gates) -> Tensor:
-    """tanh(c_t)"""
+    """Returns tanh(c_t)."""
     i, f, g, _ = kept
     return torch.tanh(f * s[1] + i * g)
 
@@ -166,7 +181,7 @@ def _layer(
 
 
 def _flat(x: Tensor, h: Tensor | None, c: Tensor | None, *rest: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The public function of tensors alone, as samples give them."""
+    """Calls `lstm` with h and c as separate arguments and results, as samples have them."""
     y, (h, c) = lstm(x, None if h is None or c is None else (h, c), *rest, **options)
     return y, h, c
 

@@ -1,9 +1,9 @@
-"""Newton-Schulz iteration: a matrix with its singular values drawn near one, a batch of them at once.
+"""Newton-Schulz iteration, which brings the singular values of matrices near one, for a batch of them at once.
 
-    X₀ = X / max(|X|, eps)                                  |X|: the root of the sum of squares
+    X₀ = X / max(|X|, eps)                                  |X|: the Frobenius norm
     A = X Xᵀ        B = b A + c A²        X' = a X + B X    `steps` times; X is transposed where it is taller than wide
 
-With sym(M) = M + Mᵀ, and g(S, A) = b S + c (S A + A S), a step's
+With sym(M) = M + Mᵀ and g(S, A) = b S + c (S A + A S), the rules of one step are
 
     jvp       t_A  = sym(t_X Xᵀ)            t_B = g(t_A, A)        t_X' = a t_X + t_B X + B t_X
     vjp       S    = sym(ct Xᵀ)             P   = g(S, A)          ct_X = a ct + B ct + P X
@@ -14,9 +14,9 @@ With sym(M) = M + Mᵀ, and g(S, A) = b S + c (S A + A S), a step's
 |---|---|
 | x, y | [..., M, N] |
 
-The iterates are computed again by each rule: residuals none, and nothing of `steps` matrices is kept between them. Half
-precision is computed in float32. Bernstein, Newhouse 2024, "Old optimizer, new norm"; the coefficients are those of
-Jordan et al. 2024, "Muon", whose five steps take singular values above 0.004 |X| to between 0.68 and 1.21, not to one.
+Residuals: none. Each rule computes the iterates again, so that no iterate is kept between rules. Half precision is
+computed in float32. Bernstein, Newhouse 2024, "Old optimizer, new norm"; the coefficients are those of Jordan et al.
+2024, "Muon". Five steps with them take singular values above 0.004 |X| to between 0.68 and 1.21, not to one.
 """
 
 from __future__ import annotations
@@ -38,10 +38,24 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def newton_schulz(
     x: Tensor, steps: int = 5, coefficients: tuple[float, float, float] = COEFFICIENTS, eps: float = 1e-7
 ) -> Tensor:
-    """Each matrix of x [..., M, N] after `steps` steps of the iteration; differentiable in x.
+    """Returns x with the singular values of each of its matrices brought near one; differentiable twice in x.
 
-    Raises TypeError for a tensor that is not floating point, ValueError for one that holds no matrices, negative steps,
-    or an eps that is not positive.
+    Five steps with the default coefficients take singular values above 0.004 times the Frobenius norm of their matrix
+    to between 0.68 and 1.21. Half precision is computed in float32. Bernstein, Newhouse 2024, "Old optimizer, new
+    norm"; Jordan et al. 2024, "Muon".
+
+    Args:
+        x: A matrix, or a batch of matrices, [..., M, N].
+        steps: The number of steps X <- a X + (b A + c A²) X with A = X Xᵀ.
+        coefficients: (a, b, c).
+        eps: The least norm by which a matrix is divided before the first step.
+
+    Returns:
+        A tensor of the shape and dtype of x.
+
+    Raises:
+        TypeError: For an x that is not floating point.
+        ValueError: For an x of fewer than two dimensions, negative `steps`, or an `eps` that is not positive.
 
     >>> import metakern as mk, torch
     >>> y = mk.ops.newton_schulz(torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
@@ -62,7 +76,7 @@ def newton_schulz(
 
 
 def _start(c: SimpleNamespace, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """X₀, 1 / max(|X|, eps), and whether |X| is the larger one, [T, 1, 1] as a factor."""
+    """Returns X₀, s = 1 / max(|X|, eps), and the factor that is 1 where |X| >= eps and 0 elsewhere, [T, 1, 1]."""
     n = x.square().sum((1, 2), keepdim=True).sqrt()
     larger = n >= c.eps
     s = 1 / torch.where(larger, n, c.eps)
@@ -74,13 +88,13 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _polynomials(c: SimpleNamespace, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B."""
+    """Returns A and B."""
     gram = torch.bmm(x, x.mT)
     return gram, torch.baddbmm(gram, gram, gram, beta=c.coefficients[1], alpha=c.coefficients[2])
 
 
 def _slope(c: SimpleNamespace, s: Tensor, gram: Tensor) -> Tensor:
-    """g(S, A), for symmetric S and A."""
+    """Returns g(S, A), for symmetric S and A."""
     return c.coefficients[1] * s + c.coefficients[2] * _symmetric(torch.bmm(s, gram))
 
 
@@ -89,12 +103,12 @@ def _symmetric(m: Tensor) -> Tensor:
 
 
 def _step(c: SimpleNamespace, b: Tensor, x: Tensor) -> Tensor:
-    """a x + B x."""
+    """Returns a x + B x."""
     return torch.baddbmm(x, b, x, beta=c.coefficients[0])
 
 
 def _iterates(c: SimpleNamespace, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """X, A and B of each step, and the last X."""
+    """Returns (X, A, B) of each step, and last the result, as (X, X, X)."""
     found = []
     for _ in range(c.steps):
         gram, b = _polynomials(c, x)
@@ -104,7 +118,7 @@ def _iterates(c: SimpleNamespace, x: Tensor) -> list[tuple[Tensor, Tensor, Tenso
 
 
 def _tangents(c: SimpleNamespace, iterates: list[tuple[Tensor, Tensor, Tensor]], t_x: Tensor) -> list[tuple]:
-    """t_X, t_A and t_B of each step, and the last t_X."""
+    """Returns (t_X, t_A, t_B) of each step, and last the tangent of the result, three times."""
     found = []
     for x, gram, b in iterates[:-1]:
         t_gram = _symmetric(torch.bmm(t_x, x.mT))
@@ -115,7 +129,7 @@ def _tangents(c: SimpleNamespace, iterates: list[tuple[Tensor, Tensor, Tensor]],
 
 
 def _normalized(x: Tensor, s: Tensor, larger: Tensor, v: Tensor) -> Tensor:
-    """The derivative of X₀ = s X in the direction v, or its transpose: they are equal."""
+    """Returns the derivative of X₀ = s X in the direction v; the derivative is symmetric, so this is its VJP too."""
     return s * (v - larger * _inner(x, v) * x)
 
 
@@ -163,7 +177,7 @@ def _vjp_jvp(
         t_p = _slope(c, t_m, gram) + c.coefficients[2] * _symmetric(torch.bmm(m, t_gram))
         t_ct = torch.baddbmm(torch.baddbmm(_step(c, b, t_ct), t_b, ct), t_p, x) + torch.bmm(p, t_x)
         ct = torch.baddbmm(_step(c, b, ct), p, x)
-    t_s = -larger * s * _inner(start, wide(t_inputs[0]))  # over s
+    t_s = -larger * s * _inner(start, wide(t_inputs[0]))  # divided by s
     bent = _inner(t_start, ct) * start + _inner(start, ct) * t_start
     t_ct_x = t_s * _normalized(start, s, larger, ct) + _normalized(start, s, larger, t_ct) - larger * s * bent
     return (t_ct_x.to(inputs[0].dtype),)
@@ -200,7 +214,7 @@ def _benchmark(make: Make) -> list[Sample]:
 
 def _cost(sample: Sample, order: int) -> Cost:
     x, (small, large) = sample.args[0], sorted(sample.args[0].shape[-2:])
-    products, grams = ((2, 5, 14)[order], (1, 2, 5)[order])  # of N M² multiplications, and of M³
+    products, grams = ((2, 5, 14)[order], (1, 2, 5)[order])  # the numbers of products of N M² and of M³ multiplications
     flop = 2 * sample.kwargs["steps"] * x.numel() * small * (products + grams * small / max(large, 1))
     return Cost(flop=flop, bytes=(2, 3, 4)[order] * x.numel() * x.element_size())
 

@@ -1,4 +1,4 @@
-"""RMS norm over the last dimension, with a weight that tasks share or have for themselves.
+"""RMS norm over the last dimension, with a weight that all tasks share or that each task has for itself.
 
     x̂ = x ρ                 ρ = (mean(x²) + eps)^(-1/2)
     y = x̂ w
@@ -19,7 +19,7 @@
 | weight w | [T, D], optional |
 | residual ρ | [T, N], float32 for half precision |
 
-Means run over D, and half precision is computed in float32. Zhang, Sennrich 2019, "Root mean square layer
+Means are over D. Half precision is computed in float32. Zhang, Sennrich 2019, "Root mean square layer
 normalization", equation 4.
 """
 
@@ -41,11 +41,23 @@ from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 @autocast("float32")
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """x with mean square 1 over its last dimension, times `weight`.
+    """Returns x / √(mean(x²) + eps) over the last dimension of x, times `weight`.
 
-    x [..., D] with weight [D], or x [T, ..., D] with weight [T, D]. An eps of None is the machine epsilon of the dtype
-    that it is computed in, as in torch: float32 for half precision. Raises TypeError for tensors that are not of one
-    floating-point dtype, ValueError where shapes or devices differ.
+    It is differentiable twice in x and weight. Half precision is computed in float32, to which `torch.autocast` casts.
+    Zhang, Sennrich 2019, "Root mean square layer normalization", equation 4.
+
+    Args:
+        x: [..., D], or [T, ..., D] for T tasks with weights of their own.
+        weight: [D], or [T, D] with one for each task; None for ones.
+        eps: Added to the mean square; None, as in torch, for the machine epsilon of the dtype of the computation, which
+            is float32 for half precision.
+
+    Returns:
+        A tensor of the shape of x.
+
+    Raises:
+        TypeError: For tensors that are not floating point, or not of one dtype.
+        ValueError: Where shapes or devices do not fit.
 
     >>> import metakern as mk, torch
     >>> mk.ops.rms_norm(torch.tensor([[1.0, 7.0]]), torch.tensor([1.0, 2.0]))
@@ -126,13 +138,13 @@ def _mean(a: Tensor) -> Tensor:
 
 
 def _normal(x: Tensor, r: Tensors) -> tuple[Tensor, Tensor]:
-    """x̂ [T, N, D] and ρ [T, N, 1]."""
+    """Returns x̂ [T, N, D] and ρ [T, N, 1]."""
     rstd = r[0].unsqueeze(-1)
     return wide(x) * rstd, rstd
 
 
 def _projected(a: Tensor, x_hat: Tensor) -> Tensor:
-    """P a = a - x̂ mean(x̂ a)."""
+    """Returns P a = a - x̂ mean(x̂ a)."""
     return torch.addcmul(a, x_hat, _mean(x_hat * a), value=-1)
 
 

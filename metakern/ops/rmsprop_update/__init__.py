@@ -1,4 +1,4 @@
-"""The inner update of RMSprop, over all parameters and tasks of a model in one call.
+"""One step of RMSprop for all parameters and tasks of a model in one call.
 
     g    = grad + λ phi                    v' = α v + (1 - α) g²
     a'   = α a + (1 - α) g                 r  = √(v' - a'²) (centered), or √v'
@@ -6,12 +6,13 @@
 
 | tensor | shape |
 |---|---|
-| phi_i, grad_i, v_i, averages a_i, buffers b_i and the results | [T, ...], each parameter its own |
-| rate h, α, eps, decay λ, momentum μ | each a number; one [T] for all; or for each parameter [T] or [T, ...] |
+| phi_i, grad_i, v_i, averages a_i, buffers b_i and the results | [T, ...], a shape for each parameter |
+| rate h, α, eps, decay λ, momentum μ | a number; one tensor [T]; or for each parameter a tensor [T] or [T, ...] |
 
-The root's slope at zero is taken as zero, as in `adam_update` and for its reason. The four rules are derived
-(`formula.py`). Half precision is computed in float32. Residuals: none. Tieleman, Hinton 2012, lecture 6.5; centered:
-Graves 2013, "Generating sequences with recurrent neural networks", equations 38 to 45; as torch.optim.RMSprop.
+The slope of the root at zero is taken as zero, for the reason that `adam_update` gives. The four rules are derived from
+the formula (`formula.py`). Half precision is computed in float32. Residuals: none. Tieleman, Hinton 2012, lecture 6.5;
+centered: Graves 2013, "Generating sequences with recurrent neural networks", equations 38 to 45; with the equations of
+torch.optim.RMSprop.
 """
 
 from __future__ import annotations
@@ -40,11 +41,29 @@ def rmsprop_update(
     weight_decay: Hyper = 0.0,
     momentum: Hyper = 0.0,
 ) -> tuple[list[Tensor], ...]:
-    """The parameters, the second moments v, and, where they are given, the averages a (centered) and the buffers b
-    (momentum) after a step; differentiable in everything.
+    """Returns the parameters and the state after one step of RMSprop; differentiable twice in all arguments.
 
-    lr and the other hyper-parameters as lr in `sgd_update`. Raises TypeError for tensors that are not of one
-    floating-point dtype, ValueError where lengths, shapes or devices differ, or for momentum without buffers.
+    The equations are those of torch.optim.RMSprop (Tieleman, Hinton 2012, lecture 6.5; centered: Graves 2013, equations
+    38 to 45). Half precision is computed in float32.
+
+    Args:
+        phi: A tensor for each parameter, [T, ...] for T tasks, or of any shape.
+        grad: The gradients, shaped like `phi`.
+        v: The averages of squared gradients before the step, shaped like `phi`.
+        lr: The learning rate, in any form that `sgd_update` takes.
+        a: The averages of gradients before the step, shaped like `phi`, for the centered form; None for the other.
+        b: The momentum buffers before the step, shaped like `phi`; None without momentum.
+        alpha: The decay rate of the averages; in the forms of `lr`.
+        eps: Added to the root; the same forms.
+        weight_decay: weight_decay phi is added to the gradient; the same forms.
+        momentum: The factor of the buffers; the same forms. Needs `b` unless it is the number 0.
+
+    Returns:
+        (parameters, v), with a and b after them where they were given; a list each.
+
+    Raises:
+        TypeError: For tensors that are not floating point, or not of one dtype.
+        ValueError: Where lengths, shapes or devices do not fit, or for momentum without `b`.
 
     >>> import metakern as mk, torch
     >>> (w,), (v,) = mk.ops.rmsprop_update([torch.ones(1)], [torch.ones(1)], [torch.zeros(1)], 0.1, alpha=0.75)

@@ -1,12 +1,12 @@
-"""Elman's recurrent layer over whole sequences: one layer, one direction, with a weight for each task.
+"""Elman's recurrent layer over whole sequences, in one direction, with weights that all tasks share or of each task.
 
     h_t = f(x_t W_ihᵀ + b_ih + h_{t-1} W_hhᵀ + b_hh)      f = tanh or relu,    k = 1 - h² or [h > 0]
 
-A step's tangents and cotangents, and the tangents of these, are
+The tangents and cotangents of a step, and the tangents of its cotangents, are
 
     t_h_t = k t_z     ct_z = k ct_h_t     t_ct_z = k t_ct_h_t + t_k ct_h_t     t_k = -2 h_t t_h_t or 0
 
-for z, the argument of f. The large products before and after the recurrence stand in `recurrent.py`.
+where z is the argument of f. The large products before and after the recurrence are in `recurrent.py`.
 
 | tensor | shape |
 |---|---|
@@ -16,8 +16,8 @@ for z, the argument of f. The large products before and after the recurrence sta
 | b_ih, b_hh | [T, H] |
 | y | [T, B, L, H] |
 
-Residuals: h_{t-1} [T, B, L, H], and y itself; of the vjp, the cotangent of h_t. Half precision is computed in float32.
-Elman 1990, "Finding structure in time", with the equations of torch.nn.RNN.
+Residuals: h_{t-1} [T, B, L, H] and y; the vjp keeps the cotangent of h_t. Half precision is computed in float32. Elman
+1990, "Finding structure in time", with the equations of torch.nn.RNN.
 """
 
 from __future__ import annotations
@@ -46,17 +46,31 @@ def rnn(
     nonlinearity: str = "tanh",
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The outputs of a recurrent layer at every step, and its final state.
+    """Returns the outputs of one recurrent layer at every step, and its final state.
 
-    x [B, L, I] with weights [H, I], [H, H] and biases [H], or x [T, B, L, I] with weights and biases that are shared or
-    have the tasks first, [T, H, I]. h is [B, H] or [T, B, H], or None for zeros. nonlinearity is "tanh" or "relu".
-    Returns the output, [B, L, H] or [T, B, L, H], and the final h.
+    It is differentiable twice in all floating-point arguments. The equations are those of torch.nn.RNN (Elman 1990).
+    Half precision is computed in float32; `torch.autocast` lowers float32 to the region's dtype.
 
-    lengths, integers [B] or [T, B], are those of sequences that end before L: their outputs are zero from there on, and
-    their final state is that of their last step, as torch.nn.utils.rnn.pack_padded_sequence has it. reverse runs from
-    the last step of each sequence to the first.
+    Args:
+        x: [B, L, I], sequences of L steps; or [T, B, L, I] for T tasks.
+        h: The initial state, [B, H] or [T, B, H]; None for zeros.
+        w_ih: The weight of the input, [H, I]; with x [T, B, L, I] also [T, H, I], one for each task.
+        w_hh: The weight of the state, [H, H] or [T, H, H].
+        b_ih: [H] or [T, H]; None for zeros.
+        b_hh: [H] or [T, H]; None for zeros.
+        lengths: [B] or [T, B], int64 or int32: the number of steps of each sequence, from 0 to L; None for L. Outputs
+            after them are zero, and the final state is that after the last of them, as with
+            torch.nn.utils.rnn.pack_padded_sequence.
+        nonlinearity: "tanh" or "relu".
+        reverse: Whether each sequence runs from its last step to its first.
 
-    Raises TypeError or ValueError, naming the argument, where kinds, dtypes, devices or shapes do not fit.
+    Returns:
+        (y, h): the outputs, [B, L, H] or [T, B, L, H], and the final state, [B, H] or [T, B, H].
+
+    Raises:
+        TypeError: For tensors that are not floating point or not of one dtype, or lengths that are not int64 or int32.
+        ValueError: Where shapes or devices do not fit, or for any other nonlinearity; on the CPU also for lengths
+            outside [0, L].
 
     >>> import metakern as mk, torch
     >>> y, h = mk.ops.rnn(torch.ones(1, 3, 1), None, torch.ones(1, 1), torch.ones(1, 1), nonlinearity="relu")
@@ -76,7 +90,7 @@ def _forward(c: SimpleNamespace, u: Gates, p: Gates, s: Gates) -> tuple[Gates, G
 
 
 def _slope(c: SimpleNamespace, h: Tensor) -> Tensor:
-    """k"""
+    """Returns k, the derivative of f, in terms of h."""
     return 1 - h * h if c.nonlinearity == "tanh" else (h > 0).to(h.dtype)
 
 

@@ -1,6 +1,6 @@
 """Rotary position embedding, in the half-rotation form of Hugging Face's Llama.
 
-    y = x cos + R x sin               R (a, b) = (-b, a) of the halves a, b of the last dimension
+    y = x cos + R x sin               R (a, b) = (-b, a) for the halves a, b of the last dimension
     y is linear in x; its transpose   z ↦ z cos - R (z sin)     since Rᵀ = -R
 
     forward   y    = x cos + R x sin              jvp       t_y    = t_x cos + R t_x sin
@@ -32,11 +32,23 @@ from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 @autocast("widest")
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x with the pairs (x[i], x[i + D/2]) of its last dimension turned by the angles whose cosines and sines are given.
+    """Returns x with each pair (x[i], x[i + D/2]) of its last dimension rotated by a given angle.
 
-    x [..., L, D] with cos and sin [L, D] or [1, L, D], or x [B, ..., L, D] with cos and sin [B, L, D] (a sequence's own
-    positions), as Hugging Face's rotary embeddings hand them out; they get no derivative. Raises TypeError for tensors
-    that are not floating point, ValueError where D is odd, shapes or devices differ, or cos or sin require a gradient.
+    It is differentiable twice in x; cos and sin are constants. Half precision is computed in float32. Su et al. 2021,
+    "RoFormer", section 3.4.2, with the layout of Hugging Face's Llama.
+
+    Args:
+        x: [..., L, D] with D even, such as [B, H, L, D].
+        cos: The cosines of the angles, [L, D] or [1, L, D]; or [B, L, D] with x [B, ..., L, D], for positions that
+            differ between sequences. A rotation has the same angles in both halves of D.
+        sin: The sines, shaped like `cos` and of its dtype, which may differ from that of x.
+
+    Returns:
+        A tensor of the shape and dtype of x.
+
+    Raises:
+        TypeError: For tensors that are not floating point, or cos and sin of different dtypes.
+        ValueError: Where D is odd, shapes or devices do not fit, or cos or sin requires a gradient.
 
     >>> import metakern as mk, torch
     >>> mk.ops.rope(torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), torch.ones(1, 2))  # a quarter turn
@@ -86,7 +98,7 @@ def _vjp_jvp(
 
 
 def _turned(x: Tensor) -> Tensor:
-    """R x: (a, b) -> (-b, a)."""
+    """Returns R x: (a, b) -> (-b, a)."""
     a, b = x.chunk(2, -1)
     return torch.cat((-b, a), -1)
 
@@ -104,7 +116,7 @@ OP = Op(
 
 
 def _plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As transformers.models.llama.modeling_llama.apply_rotary_pos_emb does it."""
+    """Follows transformers.models.llama.modeling_llama.apply_rotary_pos_emb."""
     if cos.dim() == 3:
         cos, sin = (a.view(len(a), *(1,) * (x.dim() - 3), *a.shape[1:]) for a in (cos, sin))
     half = x.shape[-1] // 2
@@ -112,7 +124,7 @@ def _plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def angles(make: Make, *shape: int) -> dict[str, Tensor]:
-    """Cosines and sines of different angles in the two halves: more general than a rotation, and as exact."""
+    """Draws cosines and sines of angles that differ between the two halves, which is more general than a rotation."""
     angle = make(*shape)
     return {"cos": angle.cos(), "sin": angle.sin()}
 

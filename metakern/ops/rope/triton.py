@@ -1,11 +1,12 @@
-"""Rotary position embedding in Triton: one kernel, for the turn and for its transpose.
+"""The rules of rope in Triton: one kernel for the rotation and for its transpose.
 
-| tile | of | shape |
+| tile | part of | shape |
 |---|---|---|
 | cos, sin: halves a and b | [T, L, D] | [BLOCK_L, BLOCK_D] |
 | x, y: halves a and b | [T, H, L, D] | [BLOCK_L, BLOCK_D] |
 
-A program turns the same positions of HEADS heads, for which it reads cos and sin once. x may have any strides.
+A program rotates the same positions of HEADS heads, for which it reads cos and sin once. x may have any strides except
+in its last dimension, where it is copied unless the stride is 1.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _turn_kernel(
         sin_a, sin_b = -sin_b, -sin_a
     for i in tl.static_range(HEADS):
         h = tl.program_id(1) * HEADS + i
-        own = inside & (h + 0 * d < H)  # a block: a scalar's truth is no mask in Triton 3.9's interpreter
+        own = inside & (h + 0 * d < H)  # a block, because Triton 3.9's interpreter takes no scalar as a mask
         from_x = x_ptr + t * stride_t + h * stride_h + l * stride_l + d
         a = wide(tl.load(from_x, own, other=0.0))
         b = wide(tl.load(from_x + HALF, own, other=0.0))

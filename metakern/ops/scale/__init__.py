@@ -1,13 +1,13 @@
-"""Tensors of a model times a factor, over all of them and all tasks in one call.
+"""Multiplication of all tensors of a model by a factor, for all tasks in one call.
 
     y_i = s x_i
 
 | tensor | shape |
 |---|---|
-| x_i, y_i | [T, ...], each tensor its own |
-| factor s | a number; one [T] for all; or for each tensor [T] or [T, ...] |
+| x_i, y_i | [T, ...], a shape for each tensor |
+| factor s | a number; one tensor [T]; or for each x_i a tensor [T] or [T, ...] |
 
-The four rules are derived (`formula.py`). Half precision is computed in float32. Residuals: none.
+The four rules are derived from the formula (`formula.py`). Half precision is computed in float32. Residuals: none.
 """
 
 from __future__ import annotations
@@ -23,10 +23,20 @@ from metakern.ops.core.updates import Hyper, Update
 
 
 def scale(x: Sequence[Tensor], s: Hyper) -> list[Tensor]:
-    """[s_i x_i], differentiable in both; s as lr in `sgd_update`.
+    """Returns [s_i x_i for each i], differentiable twice in both arguments.
 
-    Raises TypeError for tensors that are not of one floating-point dtype, ValueError where lengths, shapes or devices
-    differ.
+    Half precision is computed in float32.
+
+    Args:
+        x: Tensors [T, ...] for T tasks, or of any shapes.
+        s: The factor, in any form that `sgd_update` takes for `lr`.
+
+    Returns:
+        A list of tensors shaped like those of x.
+
+    Raises:
+        TypeError: For tensors that are not floating point, or not of one dtype.
+        ValueError: Where lengths, shapes or devices do not fit.
 
     >>> import metakern as mk, torch
     >>> mk.ops.scale([torch.ones(2, 2), torch.ones(2)], torch.tensor([2.0, 3.0]))

@@ -1,17 +1,18 @@
-"""The inner update of gradient descent, over all parameters and tasks of a model in one call.
+"""One step of gradient descent for all parameters and tasks of a model in one call.
 
-    g = grad + λ phi        b' = μ b + g        d = g + μ b' (Nesterov), b', or g without momentum
+    g = grad + λ phi        b' = μ b + g        d = g + μ b' (Nesterov), b' (momentum), or g (without momentum)
     phi' = phi - h d
 
 | tensor | shape |
 |---|---|
-| phi_i, grad_i, b_i and the results | [T, ...], each parameter its own |
-| rate h, decay λ, momentum μ | each a number; one [T] for all; or for each parameter [T] or [T, ...] |
+| phi_i, grad_i, b_i and the results | [T, ...], a shape for each parameter |
+| rate h, decay λ, momentum μ | a number; one tensor [T]; or for each parameter a tensor [T] or [T, ...] |
 
-The cotangents of h, λ and μ are sums over all that they are shared by: the elements of a task, and the parameters where
-there is one for all. The four rules are derived (`formula.py`). Half precision is computed in float32. Residuals:
-none. Rates per parameter are those of Meta-SGD (Li et al. 2017, equation 2), per layer those of MAML++ (Antoniou et al.
-2019, section 4); momentum as torch.optim.SGD's, which starts from b = 0 (Sutskever et al. 2013, section 2).
+The cotangent of h, λ or μ is a sum over all elements that share its value: those of one task, and those of all
+parameters where one tensor serves all. The four rules are derived from the formula (`formula.py`). Half precision is
+computed in float32. Residuals: none. A rate for each element is that of Meta-SGD (Li et al. 2017, equation 2), a rate
+for each layer that of MAML++ (Antoniou et al. 2019, section 4). Momentum is that of torch.optim.SGD, from b = 0 on
+(Sutskever et al. 2013, section 2).
 """
 
 from __future__ import annotations
@@ -37,12 +38,27 @@ def sgd_update(
     nesterov: bool = False,
     weight_decay: Hyper = 0.0,
 ) -> Any:
-    """[phi_i - lr_i d_i], and after it the next momentum buffers where there are some; differentiable in everything.
+    """Returns the parameters after one step of gradient descent; differentiable twice in all arguments.
 
-    lr is a number, a tensor [] or [T], or a list of one rate per parameter: a number, a tensor [], [T] or of the
-    parameter's shape; momentum and weight_decay likewise. What is [T] needs every parameter to be [T, ...]; otherwise
-    any shapes will do. Raises TypeError for tensors that are not of one floating-point dtype, ValueError where lengths,
-    shapes or devices differ, or for momentum without buffers.
+    The equations are those of torch.optim.SGD (Sutskever et al. 2013, section 2). Half precision is computed in
+    float32.
+
+    Args:
+        phi: A tensor for each parameter, [T, ...] for T tasks, or of any shape.
+        grad: The gradients, shaped like `phi`.
+        lr: The learning rate: a number; a tensor [] or [T]; or a list with an entry for each parameter, which is a
+            number, a tensor [] or [T], or a tensor of the parameter's shape. [T] needs every parameter to be [T, ...].
+        b: The momentum buffers before the step, shaped like `phi`, zeros before the first; None without momentum.
+        momentum: The factor of the buffers; in the forms of `lr`. Needs `b` unless it is the number 0.
+        nesterov: Whether the momentum is Nesterov's; has no effect without `b`.
+        weight_decay: weight_decay phi is added to the gradient; in the forms of `lr`.
+
+    Returns:
+        The parameters, a list; with `b` given, the pair (parameters, buffers), a list each.
+
+    Raises:
+        TypeError: For tensors that are not floating point, or not of one dtype.
+        ValueError: Where lengths, shapes or devices do not fit, or for momentum without `b`.
 
     >>> import metakern as mk, torch
     >>> w, b = mk.ops.sgd_update([torch.ones(2, 3), torch.zeros(2)], [torch.ones(2, 3), torch.ones(2)], lr=0.5)
@@ -104,7 +120,7 @@ def _call(phi: Sequence[Tensor], grad: Sequence[Tensor], *b: Sequence[Tensor], l
 
 
 def _flat(f: Any) -> Any:
-    """For samples with buffers, and without."""
+    """Returns `f` for samples, whose option `buffers` says whether their tensors include momentum buffers."""
 
     def call(*tensors: Tensor, buffers: bool = False, **options: Any) -> Any:
         return updates.flat(f, 3 if buffers else 2)(*tensors, **options)
@@ -129,7 +145,7 @@ def _benchmark(make: Make) -> list[Sample]:
 
 
 def _cost(sample: Sample, order: int) -> Cost:
-    constant = sample.kwargs.get("lr") is not None  # then a tangent of the rate adds no terms
+    constant = sample.kwargs.get("lr") is not None  # a constant rate has no tangent, whose terms would cost more
     flop, moved = ((2, 1, 1), (3, 3, 3)) if constant else ((2, 3, 7), (3, 4, 6))
     return updates.cost(flop, moved)(sample, order)
 

@@ -11,7 +11,8 @@
 |---|---|
 | x, y | any |
 
-Residuals: none. Elfwing, Uchibe, Doya 2018, "Sigmoid-weighted linear units", equation 5.
+Residuals: none. Half precision is computed in float32. Elfwing, Uchibe, Doya 2018, "Sigmoid-weighted linear units",
+equation 5.
 """
 
 from __future__ import annotations
@@ -33,9 +34,18 @@ from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 @autocast("widest")
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), element by element, for a tensor of any shape.
+    """Returns x sigmoid(x), element by element, differentiable twice.
 
-    Raises TypeError where x is not a floating-point tensor.
+    Half precision is computed in float32. Elfwing, Uchibe, Doya 2018, "Sigmoid-weighted linear units", equation 5.
+
+    Args:
+        x: A floating-point tensor of any shape.
+
+    Returns:
+        A tensor of the shape and dtype of x.
+
+    Raises:
+        TypeError: For an x that is not floating point.
 
     >>> import metakern as mk, torch
     >>> mk.ops.silu(torch.tensor([0.0, 1.0]))
@@ -56,7 +66,10 @@ def _jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> 
 
 
 def _fused_jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
-    """f' t_x by the kernel of f' ct_y, which has no forward mode; the reference's has to have one."""
+    """Returns f' t_x by PyTorch's backward kernel of SiLU.
+
+    The reference's jvp cannot use it: that kernel has no forward mode, which forward over forward needs.
+    """
     return _vjp(c, inputs, r, t_inputs), ()
 
 

@@ -1,4 +1,4 @@
-"""SiLU in Triton: the room's formulas, element by element."""
+"""The rules of SiLU in Triton, by the formulas of `__init__.py`."""
 
 from __future__ import annotations
 

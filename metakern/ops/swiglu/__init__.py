@@ -1,4 +1,4 @@
-"""SwiGLU, a gated linear unit without its matrices, element by element.
+"""SwiGLU, the element-wise part of a gated linear unit, without its matrix products.
 
     y = f(g) u                        f = SiLU,  s = sigmoid(g)
     f'  = s (1 + g (1 - s))
@@ -12,7 +12,7 @@
 
 | tensor | shape |
 |---|---|
-| gate g, up u, y | any, the same |
+| gate g, up u, y | any, the same for all |
 
 Residuals: none. Half precision is computed in float32. Shazeer 2020, "GLU variants improve Transformer", equation 5.
 """
@@ -36,9 +36,20 @@ from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 @autocast("widest")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, element by element, for two tensors of one shape.
+    """Returns silu(gate) up, element by element, differentiable twice in both arguments.
 
-    Raises TypeError for tensors that are not of one floating-point dtype, ValueError where shapes or devices differ.
+    Half precision is computed in float32. Shazeer 2020, "GLU variants improve Transformer", equation 5.
+
+    Args:
+        gate: A floating-point tensor of any shape.
+        up: A tensor of the shape, dtype and device of `gate`.
+
+    Returns:
+        A tensor of the shape and dtype of `gate`.
+
+    Raises:
+        TypeError: For tensors that are not floating point, or not of one dtype.
+        ValueError: Where shapes or devices differ.
 
     >>> import metakern as mk, torch
     >>> mk.ops.swiglu(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 2.0]))
@@ -88,7 +99,7 @@ def _vjp_jvp(
 
 
 def _orders(gate: Tensor) -> tuple[Tensor, Tensor]:
-    """f and f'."""
+    """Returns f and f'."""
     s = torch.sigmoid(gate)
     value = gate * s
     return value, s + value * (1 - s)

@@ -1,4 +1,4 @@
-"""SwiGLU in Triton: the room's formulas, element by element."""
+"""The rules of SwiGLU in Triton, by the formulas of `__init__.py`."""
 
 from __future__ import annotations
 
