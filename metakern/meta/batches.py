@@ -139,8 +139,9 @@ def pad_tasks(tasks: Sequence[Any]) -> Any:
         tasks: For each task a dictionary, tuple or list of tensors `[N, ...]`. Sizes may differ between tasks.
 
     Returns:
-        A container of the same type with tensors `[T, N, ...]`, N the greatest size, and one more entry: a boolean mask
-        `[T, N]` that is True where a task has an example. It is `batch["mask"]`, or the last item of the tuple or list.
+        A dictionary, list or (also for a named tuple) tuple with tensors `[T, N, ...]`, N the greatest size, and one
+        more entry: a boolean mask `[T, N]` that is True where a task has an example. It is `batch["mask"]`, or the last
+        item of the tuple or list.
 
     Raises:
         ValueError: There are no tasks; a task is no dictionary, tuple or list; or tasks differ in structure, in the
@@ -179,7 +180,9 @@ def pad_tasks(tasks: Sequence[Any]) -> Any:
     device = next((leaf.device for leaf in columns if isinstance(leaf, Tensor)), None)
     mask = torch.arange(max(counts), device=device)[None] < torch.tensor(counts, device=device)[:, None]
     batch = flat[0][1](columns)
-    return {**batch, "mask": mask} if isinstance(first, Mapping) else type(first)((*batch, mask))
+    if isinstance(first, Mapping):
+        return {**batch, "mask": mask}
+    return [*batch, mask] if isinstance(first, list) else (*batch, mask)
 
 
 def _opened(value: Any, leaves: list[Any]) -> Callable[[Iterator[Any]], Any]:

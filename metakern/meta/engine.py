@@ -209,9 +209,14 @@ class Prepared:
                     self._confirm(chunk)
                     result = compute(*chunk)
             except FoldError as error:
-                if not self._auto or start:
+                if not self._auto:
                     raise
+                leaves = list(map(id, self.outer))
                 self._replan(str(error), batches)
+                if start and list(map(id, self.outer)) != leaves:
+                    raise RuntimeError(
+                        "MAML: chunks of a batch must reach the same tensors that learn; make task_chunk larger"
+                    ) from error
                 continue
             except RuntimeError as error:
                 if not _out_of_memory(error) or tried == 1:

@@ -107,6 +107,10 @@ def _selector(adapt: Adapt) -> Callable[[str], bool]:
         return adapt
     if isinstance(adapt, str):
         adapt = [adapt]
+    if not isinstance(adapt, Iterable):
+        raise TypeError(
+            f"MAML: adapt must be a name pattern, a list of them, or a function of a name, got {type(adapt).__name__}"
+        )
     patterns = [re.compile(_as_regex(pattern)) for pattern in adapt]
     return lambda name: any(pattern.fullmatch(name) for pattern in patterns)
 

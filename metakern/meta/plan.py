@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -240,15 +240,28 @@ def free_bytes(device: torch.device) -> int:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (ValueError, OSError, AttributeError):
             return 4 * 2**30
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    return min([free, *_left_in_groups(Path("/"))])
+
+
+def _left_in_groups(root: Path) -> Iterator[int]:
+    """Yield the bytes left under each memory limit of this process: its control groups' and their ancestors'."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    groups = {"memory": "/", "": "/"}  # where a container's own groups are mounted, whatever they are called outside
+    groups |= {name: path for _, names, path in (line.split(":", 2) for line in lines) for name in names.split(",")}
+    for mount, path, limit, used in (
+        ("sys/fs/cgroup", groups[""], "memory.max", "memory.current"),
+        ("sys/fs/cgroup/memory", groups["memory"], "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        try:
-            free = min(free, max(0, int(Path(limit).read_text()) - int(Path(used).read_text())))
-        except (OSError, ValueError):  # no such limit, or "max"
-            continue
-    return free
+        group = Path(path.lstrip("/"))
+        for folder in dict.fromkeys((group, *group.parents)):
+            try:
+                values = [int((root / mount / folder / name).read_text()) for name in (limit, used)]
+            except (OSError, ValueError):  # no such limit, or "max"
+                continue
+            yield max(0, values[0] - values[1])
 
 
 def mib(size: float) -> str:

@@ -62,6 +62,8 @@ class Trial:
         self.loss, self.first_order, self.plain, self.note, self.worst = loss, first_order, plain, "", 0.0
         self._modules = list(dict.fromkeys(m for root in (roles.model, *modules_of(loss)) for m in root.modules()))
         self._default = torch.get_default_dtype()
+        given = next(iter(roles.adapted.values())).dtype
+        self._scale = max(given.itemsize, 4) / dtype.itemsize if dtype and dtype != given else 1.0
         self._own: dict[int, Tensor] = {}  # id of a tensor of the user -> the trial's copy of it
         self.roles = self._placed(roles, dtype)
         self.state = ModuleState(self._modules)
@@ -306,6 +308,10 @@ class Trial:
         return self.draws[i] if self.draws[i] or self.python else None
 
     def _first_order(self, batching: Batching, i: int) -> int:
+        """Check the losses and gradients of batch i; return the bytes that autograd saves for one task of it.
+
+        They are those of the user's dtype, or of float32 if that is wider: norms and losses often take it.
+        """
         saved: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
@@ -321,8 +327,7 @@ class Trial:
             self._losses(batching, i, nullcontext())  # torch.func in the loss forbids hooks: nothing is counted
         for p in (*self.phi, *self.roles.model.parameters()):
             saved.pop(p.untyped_storage().data_ptr(), None)
-        element = next(iter(self.roles.adapted.values())).element_size()
-        return sum(saved.values()) * 4 // (2 * max(element, 4))
+        return int(sum(saved.values()) * self._scale) // 2
 
     def _losses(self, batching: Batching, i: int, hooks: AbstractContextManager) -> None:
         with self.steady(), torch.enable_grad():

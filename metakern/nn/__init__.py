@@ -1,7 +1,7 @@
 """Modules that run metakern's ops, with exact first and second derivatives.
 
 All but `LoraLinear` derive from the modules of the same names in torch.nn and have their constructors, calls and state
-dicts. The Transformer layers are exact to second order after `metakern.patch`.
+dicts.
 """
 
 from metakern.nn.activation import GELU, SiLU

@@ -57,6 +57,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             raise ValueError(
                 f"MultiheadAttention: key must have the length {q.shape[2]} of query where is_causal, got {k.shape[2]}"
             )
+        if attn_mask is not None:
+            expected = (q.shape[2], k.shape[2])
+            _shaped("attn_mask", attn_mask, expected if attn_mask.dim() == 2 else (q.shape[0] * q.shape[1], *expected))
         dropout = self.dropout if self.training else 0.0
         weights = None
         padding = self._padding(q, k, key_padding_mask)
@@ -116,11 +119,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         (B, H, L, _), L_k = q.shape, k.shape[2]
         masks = []
         if attn_mask is not None:
-            if attn_mask.dim() == 3:
-                attn_mask = _shaped("attn_mask", attn_mask, (B * H, L, L_k)).unflatten(0, (B, H))
-            else:
-                _shaped("attn_mask", attn_mask, (L, L_k))
-            masks.append(attn_mask)
+            masks.append(attn_mask.unflatten(0, (B, H)) if attn_mask.dim() == 3 else attn_mask)
         elif is_causal:
             masks.append(torch.ones(L, L_k, dtype=torch.bool, device=q.device).triu(1))
         if padding is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern import ops
+from metakern.ops.core import autocast
 
 
 class Linear(nn.Linear):
@@ -34,4 +34,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def mixed(x: Tensor, *parameters: Tensor | None) -> bool:
     """Returns whether PyTorch must choose the dtype: under autocast, or if a parameter's dtype is not that of x."""
-    return torch.is_autocast_enabled(x.device.type) or any(p is not None and p.dtype != x.dtype for p in parameters)
+    return autocast.enabled(x.device) or any(p is not None and p.dtype != x.dtype for p in parameters)

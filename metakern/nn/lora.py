@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern import ops
+from metakern.ops.core import autocast
 
 FORMER = "_metakern_former_class"  # the attribute with the class that a module had before `metakern.patch`
 
@@ -137,7 +138,7 @@ def run(module: LoraLinear, x: Tensor, parameter: Callable[[str], Tensor]) -> Te
     x is [T, ..., in] where the factors have the tasks first; so does a bias that is adapted.
     """
     weight = matrix(module)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocast.enabled(x.device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     A, B = (parameter(name).to(weight.dtype) for name in ("lora_A", "lora_B"))

@@ -1,8 +1,7 @@
 """torch.nn's Transformer layers without their fast path, which has no second derivatives.
 
-Attention, norms and linear layers are submodules. The constructors make torch.nn's, whose attention has no second
-derivatives on a CPU; `metakern.patch` replaces them by metakern's. The classes here pass a boolean padding mask on
-unchanged, so that the fused attention can use it, and run GELU by metakern's op.
+Attention, norms and linear layers are submodules, of metakern's classes. The classes here pass a boolean padding mask
+on unchanged, so that the fused attention can use it, and run GELU by metakern's op.
 """
 
 from __future__ import annotations
@@ -14,12 +13,26 @@ from torch import Tensor, nn
 from torch.nn.modules.transformer import _detect_is_causal_mask, _get_seq_len
 
 from metakern import ops
+from metakern.nn.attention import MultiheadAttention
+from metakern.nn.linear import Linear
+from metakern.nn.norm import LayerNorm
+
+_OURS: dict[type, type] = {
+    nn.Linear: Linear,
+    nn.LayerNorm: LayerNorm,
+    nn.MultiheadAttention: MultiheadAttention,
+}
 
 
 class _Layer(nn.Module):
-    """The base of the encoder's and the decoder's layer: their activation."""
+    """The base of the encoder's and the decoder's layer: their submodules and their activation."""
 
     activation: Any
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for module in self.modules():
+            module.__class__ = _OURS.get(type(module), type(module))
 
     def _activated(self, x: Tensor) -> Tensor:
         return ops.gelu(x) if self.activation is F.gelu else self.activation(x)
@@ -28,16 +41,11 @@ class _Layer(nn.Module):
 class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer with the same arguments, state dict and outputs, without its fast path.
 
-    A new layer has torch.nn's attention, norms and linear layers, which `metakern.patch` replaces by metakern's. From
-    then on it is exact to second order, and the fused attention runs without a mask, with a src_key_padding_mask of
-    booleans, and with is_causal=True, which says that src_mask is the causal mask (see
-    `metakern.nn.MultiheadAttention`).
+    It is exact to second order. The fused attention runs without a mask, with a src_key_padding_mask of booleans, and
+    with is_causal=True, which says that src_mask is the causal mask (see `metakern.nn.MultiheadAttention`).
 
     >>> import metakern as mk, torch
-    >>> layer = torch.nn.TransformerEncoderLayer(4, nhead=2, batch_first=True)
-    >>> print(mk.patch(layer).replaced[0].after)
-    metakern.nn.TransformerEncoderLayer
-    >>> layer(torch.zeros(1, 3, 4)).shape
+    >>> mk.nn.TransformerEncoderLayer(4, nhead=2, batch_first=True)(torch.zeros(1, 3, 4)).shape
     torch.Size([1, 3, 4])
     """
 
@@ -62,8 +70,7 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     """torch.nn.TransformerDecoderLayer with the same arguments, state dict and outputs.
 
-    A new layer has torch.nn's attention, norms and linear layers, which `metakern.patch` replaces by metakern's. From
-    then on it is exact to second order.
+    It is exact to second order.
 
     >>> import metakern as mk, torch
     >>> x = torch.zeros(1, 3, 4)

@@ -44,6 +44,11 @@ class InnerOptimizer(nn.Module):
 
     affine = False
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        signature = inspect.signature(cls.__init__)  # which help() and the documentation would take from __new__
+        cls.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])  # type: ignore[attr-defined]
+
     def __new__(cls, *args: Any, **options: Any) -> Any:
         """Raises TypeError for an option that the class does not have, and names the most similar one."""
         parameters = inspect.signature(cls.__init__).parameters

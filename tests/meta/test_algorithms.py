@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from models import assert_equal, build, gradients, plain_loss, sgd
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 import metakern as mk
 
@@ -48,3 +53,33 @@ def test_reptile_moves_toward_the_adapted_parameters() -> None:
     phi = reptile.adapt(support)
     assert_equal(found, {n: (p - phi[n]).mean(0).detach() for n, p in model.named_parameters()})
     torch.testing.assert_close(value.detach(), reptile.evaluate(support, query, (4,)).mean())
+
+
+def test_reptile_takes_models_without_second_derivatives() -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.exp()
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, ct_y: Tensor) -> Tensor:
+            return ct_y * ctx.saved_tensors[0].exp()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Once.apply(self.linear(x))
+
+    model, batch = Net(), (torch.randn(4, 5, 3), torch.randint(2, (4, 5)))
+    reptile = mk.Reptile(model, mk.losses.classification, steps=2, first_order=False)
+    found = gradients(model, reptile(batch, batch))
+    phi = reptile.adapt(batch)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(found[name], (p - phi[name]).mean(0).detach())
+    with pytest.raises(ValueError, match="second"):
+        mk.MAML(model, mk.losses.classification, steps=2)(batch, batch)

@@ -9,7 +9,8 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from torch.func import functional_call
 
 import metakern as mk
 from metakern.meta.batches import mapped, select, tasks_of
+from metakern.meta.plan import _left_in_groups
 
 T, LR = 3, 0.3
 Loss = Callable[[Any, Any], Tensor]
@@ -441,6 +443,81 @@ def test_padded_tasks() -> None:
     assert abs(ours(maml_of(net, mk.losses.classification), batch, batch)[0] - expected / 3) < 1e-9
     with pytest.raises(ValueError, match="pad_tasks: tasks must have one structure"):
         mk.pad_tasks([(torch.ones(2),), (torch.ones(2, 2),)])
+
+
+def test_padded_tasks_of_named_tuples_and_lists() -> None:
+    class Task(NamedTuple):
+        x: Tensor
+        y: Tensor
+
+    parts = [(torch.ones(n, 2), torch.arange(n)) for n in (3, 1)]
+    expected = mk.pad_tasks(parts)
+    for found, kind in ((mk.pad_tasks([Task(*p) for p in parts]), tuple), (mk.pad_tasks([[*p] for p in parts]), list)):
+        assert type(found) is kind
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def squares(model: Any, batch: Any) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+class Forked(nn.Module):
+    """Takes another way where an input is negative, which shows only when such a task comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y.tanh()) if bool((x.detach() > 0).all()) else 2 * y
+
+
+@pytest.mark.parametrize("negative", [slice(0, 2), slice(2, 4), slice(3, 4)])
+def test_another_batching_takes_over_in_the_middle_of_a_batch(negative: slice) -> None:
+    torch.manual_seed(0)
+    x, y, model = torch.rand(4, 5, 3).double() + 0.1, torch.randn(4, 5, 3).double(), Forked()
+    mk.MAML(model, squares, inner=mk.optim.SGD(lr=LR), steps=2, task_chunk=2)((x, y), (x, y))
+    maml = mk.MAML(model, squares, inner=mk.optim.SGD(lr=LR), steps=2, task_chunk=2)
+    maml((x, y), (x, y)).backward()  # verified where all is positive
+    assert maml.plan.batching == "fold"
+    x[negative] *= -1
+    for found, exact in zip(ours(maml, (x, y), (x, y)), plain(model, squares, (x, y), (x, y)), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-11)
+    assert maml.plan.batching == "loop"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_bytes_of_activations_are_those_of_the_models_dtype(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(30, 20), nn.Tanh()).to(dtype)
+    batch = torch.randn(4, 50, 30, dtype=dtype), torch.randn(4, 50, 20, dtype=dtype)
+    maml = mk.MAML(model, squares, steps=1)
+    maml(batch, batch)
+    numbers = 50 * 30 + 3 * 50 * 20  # x, the tanh, and what the loss keeps
+    assert numbers / 2 < maml.plan.activation_bytes / max(dtype.itemsize, 4) < 1.5 * numbers
+
+
+def test_memory_limits_of_control_groups(tmp_path: Path) -> None:
+    def write(path: str, value: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(value)
+
+    write("proc/self/cgroup", "4:cpu,memory:/jobs/a\n0::/user/session\n")
+    write("sys/fs/cgroup/user/memory.max", "900")
+    write("sys/fs/cgroup/user/memory.current", "100")
+    write("sys/fs/cgroup/user/session/memory.max", "max")
+    write("sys/fs/cgroup/user/session/memory.current", "100")
+    write("sys/fs/cgroup/memory/jobs/a/memory.limit_in_bytes", "500")
+    write("sys/fs/cgroup/memory/jobs/a/memory.usage_in_bytes", "600")
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "7000")
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "1000")
+    assert list(_left_in_groups(tmp_path)) == [800, 0, 6000]
+    assert list(_left_in_groups(tmp_path / "elsewhere")) == []
+
+
+def test_what_adapt_must_be() -> None:
+    with pytest.raises(TypeError, match="MAML: adapt must be a name pattern, a list of them, or a function"):
+        mk.MAML(nn.Linear(2, 2), squares, adapt=3)  # type: ignore[arg-type]
 
 
 def state_of(model: nn.Module) -> list[Any]:

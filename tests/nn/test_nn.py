@@ -371,9 +371,30 @@ def test_attention_refuses_what_it_cannot_do() -> None:
         ours(x, x[..., :7], x)
     with pytest.raises(ValueError, match=r"^MultiheadAttention: attn_mask must have shape \[5, 5\], got \[4, 5\]$"):
         ours(x, x, x, attn_mask=torch.zeros(4, 5))
+    with pytest.raises(ValueError, match=r"^MultiheadAttention: attn_mask must have shape \[5, 5\], got \[7, 7\]$"):
+        ours(x, x, x, attn_mask=torch.zeros(7, 7), is_causal=True, need_weights=False)
     with pytest.raises(
         ValueError, match=r"^MultiheadAttention: key_padding_mask must have shape \[2, 5\], got \[2, 4\]$"
     ):
         ours(x, x, x, key_padding_mask=torch.zeros(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"^MultiheadAttention: key must have the length 4 of query where is_causal"):
         ours(x[:, :4], x, x, is_causal=True, need_weights=False)
+
+
+@pytest.mark.parametrize("name", ["TransformerEncoderLayer", "TransformerDecoderLayer"])
+def test_a_new_transformer_layer_is_exact_to_second_order(name: str) -> None:
+    layer = getattr(mk.nn, name)(8, nhead=2, dim_feedforward=6, dropout=0.0, batch_first=True, activation="gelu")
+    theirs = getattr(nn, name)(8, nhead=2, dim_feedforward=6, dropout=0.0, batch_first=True, activation="gelu")
+    theirs.load_state_dict(layer.state_dict())
+    x = draw(2, 3, 8).requires_grad_()
+    inputs = (x,) if "Encoder" in name else (x, x)
+    torch.testing.assert_close(layer.double()(*inputs), theirs.double()(*inputs))
+    assert torch.autograd.gradgradcheck(lambda x: layer(*[x] * len(inputs)), x, atol=1e-4)
+
+
+def test_modules_on_the_meta_device() -> None:
+    x = torch.zeros(2, 3, 4, device="meta")
+    for module in (mk.nn.Linear(4, 4), mk.nn.LayerNorm(4), mk.nn.MultiheadAttention(4, 2)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module.to("meta")(*[x] * (3 if isinstance(module, nn.MultiheadAttention) else 1))
+        assert tree_leaves(y)[0].shape == x.shape

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from metakern.meta.algorithms.maml import MAML
 from metakern.meta.batches import tasks_of
+from metakern.meta.batching import Loss
 from metakern.meta.engine import Prepared
 
 
 class Reptile(MAML):
     """Reptile's gradient with MAML's interface.
 
-    The arguments are those of `metakern.MAML`. `strategy` has no effect. `first_order` does not change the gradient;
-    pass True for a model whose second derivatives are not exact, which is refused otherwise. Parameters that are not
-    adapted, and learned hyper-parameters of the inner optimizer, get no gradient.
+    The arguments are those of `metakern.MAML`; `strategy` and `first_order` have no effect, as no second derivative is
+    taken. Parameters that are not adapted, and learned hyper-parameters of the inner optimizer, get no gradient.
 
     Raises:
         TypeError: As `metakern.MAML` raises it.
@@ -35,6 +35,9 @@ class Reptile(MAML):
     >>> model.weight.grad.shape
     torch.Size([4, 8])
     """
+
+    def __init__(self, model: nn.Module, loss: Loss, **options: Any) -> None:
+        super().__init__(model, loss, **options | {"first_order": True})
 
     def _meta_gradient(self, prepared: Prepared, weight: float, support: Any, query: Any) -> list[Tensor | None]:
         unroll, theta = prepared.unroll, prepared.theta(tasks_of(support))

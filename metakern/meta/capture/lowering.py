@@ -109,7 +109,10 @@ class Lowering:
 
     def addressed(self, t: Tensor) -> Tensor:
         """Return the layout of a tensor whose address is passed at each run."""
-        if t.device.type != "cpu" or t.layout != torch.strided or t.is_neg() or t.dtype not in TYPES:
+        if t.layout != torch.strided or t.is_neg():
+            kind = "a lazily negated view" if t.layout == torch.strided else f"a tensor of layout {t.layout}"
+            raise LoweringError(f"{kind} can't be read by instructions")
+        if t.device.type != "cpu" or t.dtype not in TYPES:
             raise LoweringError(f"a tensor of {t.dtype} on {t.device} can't be read by instructions")
         meta = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
         self.bases[_memory(meta)] = -1

@@ -126,8 +126,10 @@ def _seen(k: Tensor, lengths: Tensor | None, padding: str, mask: Tensor | None) 
         raise ValueError(f"attention: padding must be left or right, got {padding!r}")
     if mask is not None:
         checks.tensor("attention", "mask", mask)
-        if mask.dtype != torch.bool or mask.device != k.device:
-            raise TypeError(f"attention: mask must be torch.bool on {k.device}, got {mask.dtype} on {mask.device}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"attention: mask must be torch.bool, got {mask.dtype}")
+        if mask.device != k.device:
+            raise ValueError(f"attention: mask must be on {k.device}, got {mask.device}")
         checks.shape("attention", "mask", mask, (B, L_k), "[B, L_k]")
     if lengths is None:
         return mask

@@ -43,6 +43,13 @@ def plain_operations() -> Iterator[None]:
         _plain.reset(token)
 
 
+def enabled(device: torch.device) -> bool:
+    """Returns whether autocast is on for a device; for one that has no autocast, such as "meta", it is off."""
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device.type):
+        return False
+    return torch.is_autocast_enabled(device.type)
+
+
 def autocast(policy: str) -> Callable[[F], F]:
     """Returns a decorator that makes the public function of an op follow `torch.autocast`, by the table above.
 
@@ -55,7 +62,7 @@ def autocast(policy: str) -> Callable[[F], F]:
             if not torch._C._is_any_autocast_enabled():
                 return function(*args, **kwargs)
             floats = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
-            if not floats or not torch.is_autocast_enabled(floats[0].device.type):
+            if not floats or not enabled(floats[0].device):
                 return function(*args, **kwargs)
             dtype = _dtype(policy, floats)
 

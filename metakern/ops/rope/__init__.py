@@ -61,11 +61,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if x.dim() < 2 or x.shape[-1] % 2:
         raise ValueError(f"rope: x must have shape [..., L, D] with D even, got {list(x.shape)}")
     own = cos.dim() == 3 and cos.shape[0] != 1
+    lead = x.shape[:1] if own and x.dim() > 2 else (1,)
+    expected, names = (x.shape[-2:], "[L, D]") if cos.dim() == 2 else ((*lead, *x.shape[-2:]), "[B, L, D]")
+    for name, value in {"cos": cos, "sin": sin}.items():
+        checks.shape("rope", name, value, expected, names)
     if cos.dim() == 2:
         cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
-    lead = x.shape[:1] if own and x.dim() > 2 else (1,)
-    for name, value in {"cos": cos, "sin": sin}.items():
-        checks.shape("rope", name, value, (*lead, *x.shape[-2:]), "[B, L, D]")
     folded = x.reshape(*lead, prod(x.shape[len(lead) if own else 0 : -2]), *x.shape[-2:])
     return OP(folded, cos=cos, sin=sin)[0].view(x.shape)
 
