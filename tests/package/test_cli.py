@@ -151,7 +151,7 @@ def test_a_fault_of_our_own_is_called_one(capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "_environment", broken)
     words = complaint(capsys, "doctor", code=1)
-    assert words == "ValueError: odd; a fault of metakern's: --traceback says where"
+    assert words == "ValueError: odd; this is a bug in metakern: --traceback shows where it was raised"
     for arguments in (["--traceback", "doctor"], ["doctor", "--traceback"]):
         with pytest.raises(ValueError, match="odd"):
             main(arguments)
