@@ -101,7 +101,7 @@ def test_adapt_then_chat_then_eval(folder, tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out.count("\n") == 1
     assert main(["eval", str(tmp_path / "mine"), "--steps", "0"]) == 0
     adapted = complaint(capsys, "eval", tmp_path / "mine", "--compare", "finetune")
-    assert adapted == f"{tmp_path / 'mine'}: is adapted from {folder / 'run'}; compare that one"
+    assert adapted == f"{tmp_path / 'mine'}: is adapted from {folder / 'run'}: compare that run"
 
 
 def test_resume_of_a_finished_run_changes_nothing(folder, capsys):
@@ -300,7 +300,7 @@ def test_a_loss_that_is_not_finite(folder, tmp_path, capsys):
     config = folder / "tiny.toml"
     error = complaint(capsys, "train", "--config", config, "--out", tmp_path / "run", "--outer-lr=1e30", "--warmup=0")
     assert "is not finite at step" in error
-    assert "checkpoints/last is of step" in error
+    assert "checkpoints/last holds step" in error
 
 
 def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
