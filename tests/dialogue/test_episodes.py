@@ -216,7 +216,7 @@ def test_too_little_data_is_one_clear_line():
     ]
     with pytest.raises(DataError, match="validation must have a task, got none that shares no text"):
         split_tasks(same, min_dialogues=2, fractions=(0.34, 0.33, 0.33))
-    with pytest.raises(ValueError, match="fractions must be three parts of 1"):
+    with pytest.raises(ValueError, match="fractions must be at least 0 and add up to 1"):
         split_tasks(DIALOGUES, fractions=(0.5, 0.1, 0.1))
     with pytest.raises(ValueError, match="min_dialogues must be at least 2"):
         split_tasks(DIALOGUES, min_dialogues=1)
@@ -335,7 +335,7 @@ def test_bad_arguments():
         episodes(windows="best")
     with pytest.raises(ValueError, match="train_on must be bot or all, got 'us'"):
         episodes(train_on="us")
-    with pytest.raises(ValueError, match="sizes must be at least 1, got 0 and 3"):
+    with pytest.raises(ValueError, match="support_size and query_size must be at least 1, got 0 and 3"):
         episodes(support_size=0)
     with pytest.raises(ValueError, match="tasks must be at least 1, got 0"):
         episodes().sample(0, 0)

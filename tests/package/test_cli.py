@@ -256,7 +256,7 @@ def test_mistakes_in_data(tmp_path, capsys):
     assert "must hold a dialogue" in says(b'{"messages": [{"role": "assistant", "content": "hi"}]}')
     assert "must have" in says(b'{"messages": [' + turn + b"]}")
     assert "must be UTF-8" in says(b'{"messages": "\xff"}')
-    assert "no known format" in says(b"x", "data.xyz")
+    assert "must be in a known format" in says(b"x", "data.xyz")
     assert "format must be one of" in says(b"", "data.jsonl", "--format", "chit")
     assert "nor packaged data" in complaint(capsys, "train", "--data", "chitchta", "--out", tmp_path / "run")
 
