@@ -1,4 +1,4 @@
-# Each target sets up what it needs, from nothing but python3 (>= 3.10). The first call fills .venv; later ones are quick.
+# Each target sets up what it needs from nothing but python3 (>= 3.10). The first fills .venv; later calls are quick.
 #
 #   make demo           meta-train and evaluate a small chatbot on packaged conversations (the default)
 #   make smollm2        the same with a pretrained model and LoRA

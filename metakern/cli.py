@@ -215,7 +215,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_flag(group: Any, key: Field[Any]) -> None:
     """Add the flag of a config field; without the flag there is no value, so that the file's value stays."""
     flag, default = f"--{key.name.replace('_', '-')}", key.default
-    shown = ("no", "yes")[default] if isinstance(default, bool) else {(): "all", "": "empty"}.get(default, default)
+    shown = ("no", "yes")[default] if isinstance(default, bool) else "all" if default == () else default
+    shown = "empty" if shown == "" else shown
     text = f"{describe(key.metadata)} (default: {shown})".replace("%", "%%")
     options: dict[str, Any] = {"dest": key.name, "default": argparse.SUPPRESS, "help": text}
     if isinstance(default, bool):
