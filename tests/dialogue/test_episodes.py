@@ -1,4 +1,4 @@
-"""Splits and episodes: no text on two sides, and one seed gives one sequence on every machine."""
+"""Splits and episodes: no text is in two splits or in support and query, and a seed gives the same everywhere."""
 
 import hashlib
 import json
@@ -22,7 +22,9 @@ from metakern.errors import DataError
 TOPICS = Path(__file__).parent / "data" / "topics.jsonl"
 DIALOGUES = read(str(TOPICS))
 SPLIT = split_tasks(DIALOGUES, seed=3, min_dialogues=4)
-TOKENIZER = Tokenizer.train(DIALOGUES, 262)  # bytes: the golden numbers do not hang on how merges are learned
+TOKENIZER = Tokenizer.train(
+    DIALOGUES, 262
+)  # bytes alone, so that the golden numbers do not depend on how merges are learned
 
 
 def episodes(tasks=SPLIT.train, **options) -> Episodes:
@@ -31,7 +33,7 @@ def episodes(tasks=SPLIT.train, **options) -> Episodes:
 
 
 def texts(dialogue: Dialogue) -> set[str]:
-    """What may not be shared, computed in another way than in the package."""
+    """Return the texts that may not be shared, computed in another way than in the package."""
     turns = [re.sub(r"[\W_]+", " ", turn.text.casefold()).strip() for turn in dialogue.turns]
     return {" | ".join(turns), *(turn for turn in turns if len(turn.split()) >= 5)}
 
@@ -269,7 +271,7 @@ def test_support_and_query_come_from_different_dialogues(sizes, train_on):
                 for side in sides
             ]
             assert found[0].isdisjoint(found[1])
-            # Five dialogues a task: shared out in proportion, and each taken once before any twice.
+            # Five dialogues in each task: divided in proportion, and each is taken once before one is taken twice.
             assert [len(side) for side in found] == {(1, 1): [1, 1], (4, 1): [4, 1], (1, 4): [1, 4], (7, 9): [2, 3]}[
                 sizes
             ]

@@ -341,7 +341,7 @@ def test_a_base_that_has_moved_or_changed(trained, data, tmp_path, capsys):
     changed.save_pretrained(tmp_path / "moved")
     capsys.readouterr()
     assert main(["chat", str(tmp_path / "run")]) == 2
-    assert "was trained on another hf:" in capsys.readouterr().err
+    assert "was trained from other weights of hf:" in capsys.readouterr().err
 
 
 def test_the_copies_of_the_planner_share_the_base(model):
