@@ -172,7 +172,7 @@ def split_tasks(
 
 
 class Episodes:
-    """Draws episodes from tasks: for each task, windows of some of its dialogues as support, and of others as query.
+    """A source of episodes: for each task, windows of some of its dialogues as support, and of others as query.
 
     A window is a part of a dialogue of at most `max_length` tokens. It begins at a turn that a turn to be learned
     answers. System messages at the beginning of a dialogue are at the beginning of each of its windows. The dialogues
@@ -259,7 +259,7 @@ class Episodes:
             tasks: T, the number of tasks to draw, at least 1. No task comes twice before all have come once.
 
         Returns:
-            Two batches: dictionaries of int64 tensors `[T, B, L]`, as the class says.
+            Two batches, which are dictionaries of int64 tensors `[T, B, L]`, as the class says.
 
         Raises:
             ValueError: If `tasks` is below 1.

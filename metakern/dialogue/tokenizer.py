@@ -40,7 +40,7 @@ SYSTEM_SPEAKERS = ("system", "tool")
 
 
 class DialogueTokenizer(ABC):
-    """Turns dialogues into ids and labels. A subclass says how to encode a text, and what the frame around texts is.
+    """A tokenizer of dialogues; a subclass says how to encode a text, and what the frame around texts is.
 
     Attributes:
         vocab_size: The number of tokens.
