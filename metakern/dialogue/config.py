@@ -72,7 +72,7 @@ class Config:
     )
     windows: str = _option(
         "any",
-        "where in a conversation a window may begin; opening: at the start only, later: after the opening window only",
+        "where in a conversation a window may begin (opening is the start, later is after the opening window)",
         choices=("any", "opening", "later"),
     )
     validation_part: float = _option(
