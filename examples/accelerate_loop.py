@@ -1,4 +1,4 @@
-"""Accelerate: prepare the learner and its optimizer, and call its own backward and clipping.
+"""Accelerate: it prepares MAML and the outer optimizer, and does the backward pass and the gradient clipping.
 
 pip install accelerate
 accelerate launch examples/accelerate_loop.py        or        python examples/accelerate_loop.py
@@ -14,6 +14,7 @@ import metakern as mk
 
 
 def main(epochs: int = 10) -> tuple[float, float]:
+    """Return the mean query loss of the first and of the last epoch."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
     model = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))

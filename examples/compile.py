@@ -1,4 +1,6 @@
-"""torch.compile around our ops: at first order. PyTorch's compiler has no double backward; MAML is called without it.
+"""torch.compile for a model with metakern's ops, at first order.
+
+PyTorch's compiler has no double backward, so call MAML without it.
 
 python examples/compile.py
 """
@@ -21,6 +23,7 @@ class Block(nn.Module):
 
 
 def main() -> dict[str, float]:
+    """Return the number of graph breaks, and the loss and a gradient's norm of the model, plain and compiled."""
     torch.manual_seed(0)
     model, x = nn.Sequential(Block(), nn.GELU(), Block()), torch.randn(3, 10, 32)
     breaks = torch._dynamo.explain(model)(x).graph_break_count

@@ -1,4 +1,4 @@
-"""torchrun and DistributedDataParallel: each process adapts its share of the tasks, one all-reduce a step.
+"""torchrun and DistributedDataParallel: each process adapts its share of the tasks, and gradients are averaged.
 
 torchrun --nproc-per-node 2 examples/distributed.py
 """
@@ -21,7 +21,7 @@ def learner() -> mk.MAML:
 
 
 def train(maml: nn.Module, rank: int, world: int, steps: int = 50, tasks: int = 16) -> list[torch.Tensor]:
-    """The parameters after some steps on the same tasks, however many processes share them."""
+    """Return the parameters after some outer steps on the same tasks, however many processes share the tasks."""
     optimizer = torch.optim.AdamW(maml.parameters(), lr=3e-3)
     share = slice(rank * tasks // world, (rank + 1) * tasks // world)
     torch.manual_seed(1)

@@ -1,8 +1,8 @@
-"""FSDP2: outer parameters and their optimizer's state are shared out; each process adapts its share of the tasks.
+"""FSDP2: parameters and optimizer state are sharded over processes, and each process adapts its share of the tasks.
 
-FSDP2 takes no scalar parameters, such as one learned rate for all: here each element has its own.
+FSDP2 refuses scalar parameters, such as one learned inner rate for all; here each element has a rate (per="element").
 
-    torchrun --nproc-per-node 2 examples/fsdp.py
+torchrun --nproc-per-node 2 examples/fsdp.py
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer: a subclass whose loss is the meta-gradient's, for a causal language model.
+"""Hugging Face's Trainer: a subclass whose loss is MAML's query loss, for a causal language model.
 
 pip install transformers accelerate
 python examples/hf_trainer.py
@@ -14,7 +14,7 @@ import metakern as mk
 
 
 class MetaTrainer(Trainer):
-    """Its examples are tasks: token ids, [sequences, length]; the first half is support, the second is query."""
+    """A Trainer whose examples are tasks: token ids `[sequences, length]`, half of them support and half query."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, data_collator=torch.utils.data.default_collate, **kwargs)
@@ -27,12 +27,13 @@ class MetaTrainer(Trainer):
 
 
 def counting(tasks: int, vocabulary: int = 16) -> torch.Tensor:
-    """A task counts in steps of its own: 8 sequences of 12 tokens."""
+    """Return tasks of 8 sequences of 12 tokens, `[tasks, 8, 12]`; all sequences of a task count in equal steps."""
     start, step = torch.randint(vocabulary, (tasks, 8, 1)), torch.randint(1, vocabulary, (tasks, 1, 1))
     return (start + step * torch.arange(12)) % vocabulary
 
 
 def main(steps: int = 60) -> tuple[float, float]:
+    """Return the first and the last query loss in the Trainer's log."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 16, "n_positions": 12, "n_embd": 32, "n_layer": 2, "n_head": 2}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))

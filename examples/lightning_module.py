@@ -1,4 +1,4 @@
-"""Lightning: the meta-gradient is an ordinary loss, so that its trainer does the rest.
+"""Lightning: MAML's query loss is an ordinary loss, so Lightning's Trainer does the rest.
 
 pip install lightning
 python examples/lightning_module.py
@@ -14,7 +14,7 @@ import metakern as mk
 
 
 class MetaLearner(lightning.LightningModule):
-    """Its batches are tasks: x and y, [tasks, points, 1]."""
+    """A module whose batches are tasks: x and y, `[tasks, points, 1]`; the first 10 points are support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,6 +35,7 @@ class MetaLearner(lightning.LightningModule):
 
 
 def main(epochs: int = 15) -> list[dict[str, float]]:
+    """Return the validation losses, unadapted and adapted, before and after training."""
     lightning.seed_everything(0, verbose=False)
     training, validation = (DataLoader(TensorDataset(*sines(tasks, 20)), batch_size=16) for tasks in (320, 64))
     learner = MetaLearner()

@@ -10,23 +10,24 @@ import metakern as mk
 
 
 def sines(tasks: int, points: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sine waves of random amplitude and phase, a task each: x and y, [tasks, points, 1]."""
+    """Return sine waves of random amplitude and phase, one for each task: x and y, `[tasks, points, 1]`."""
     amplitude, phase = 0.1 + 4.9 * torch.rand(tasks, 1, 1), torch.pi * torch.rand(tasks, 1, 1)
     x = 10 * torch.rand(tasks, points, 1) - 5
     return x, amplitude * (x + phase).sin()
 
 
 def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Of one task."""
+    """Return the mean squared error of one task."""
     x, y = batch
     return (model(x) - y).square().mean()
 
 
 def main(steps: int = 300) -> tuple[float, float]:
+    """Return the mean query loss of the first 20 and of the last 20 outer steps."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
     maml = mk.MAML(model, loss, inner=mk.optim.SGD(lr=0.02, learn_lr=True), steps=3)
-    optimizer = torch.optim.AdamW(maml.parameters(), lr=3e-3)  # of the model, and of the inner rate
+    optimizer = torch.optim.AdamW(maml.parameters(), lr=3e-3)  # trains the model and the inner rate
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     values = []
     for _ in range(steps):

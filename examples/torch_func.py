@@ -10,18 +10,19 @@ import metakern as mk
 
 
 def loss(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Of self-attention, whose heads are RMS-normalized: weight [3 D, D], x [B, L, D]."""
+    """Return the mean square of self-attention with RMS-normalized q and k: weight `[3 D, D]`, x `[B, L, D]`."""
     q, k, v = mk.ops.linear(x, weight).chunk(3, dim=-1)
     q, k = (mk.ops.rms_norm(each, torch.ones_like(each[0, 0]), 1e-6) for each in (q, k))
     return mk.ops.attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).square().mean()
 
 
 def adapted(weight: torch.Tensor, support: torch.Tensor, query: torch.Tensor, lr: float = 0.5) -> torch.Tensor:
-    """The query loss after one inner step, by hand."""
+    """Return the query loss after one inner step of gradient descent on the support loss."""
     return loss(weight - lr * grad(loss)(weight, support), query)
 
 
 def main() -> dict[str, torch.Tensor]:
+    """Return meta-gradients, a Hessian, and a Hessian-vector product computed in two ways."""
     torch.manual_seed(0)
     options = {"dtype": torch.float64}
     weight, direction = torch.randn(12, 4, **options), torch.randn(12, 4, **options)

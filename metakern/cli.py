@@ -1,8 +1,9 @@
 """The command line: train, eval, adapt, chat, bench, doctor.
 
-An error that the user can put right is one line on the standard error and exit code 2; Ctrl-C is exit code 130. Any
-other is a fault of metakern's, one line too, and exit code 1. With --traceback both say where they were raised.
-What a command needs is imported when it runs, so that `metakern doctor` works without any optional extra.
+An error that the user can put right becomes one line on the standard error and exit code 2, Ctrl-C exit code 130. Any
+other error is a bug in metakern and becomes one line and exit code 1. With --traceback, Python's traceback takes the
+place of the line. A command imports what it needs when it runs, so that `metakern doctor` works without any optional
+extra.
 """
 
 from __future__ import annotations
@@ -47,16 +48,17 @@ EXTRAS = {
     **({"tomli": "metakern[dialogue]"} if sys.version_info < (3, 11) else {}),
 }
 BENCHMARKS = {
-    "ops": "every op on every backend, beside the machine's limit and plain PyTorch",
-    "maml": "one exact meta-gradient: time and peak memory, against other libraries",
-    "report": "the tables and pictures of the results, in a clone of metakern",
+    "ops": "time every op on every backend, beside the machine's limit and plain PyTorch",
+    "maml": "measure time and peak memory of one exact meta-gradient, beside other libraries",
+    "report": "write the tables and pictures of the results into the pages of a clone of metakern",
 }
-THE_MACHINE_S = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}  # full, or not allowed
+# Errors of the machine, which the user can put right: a full disk, or a path that may not be read or written.
+THE_MACHINE_S = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 BENCH = {"rich", "matplotlib", "tomli"}
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser with room for words, and complaints of one line."""
+    """An argument parser with wide help pages, which raises a `UserError` of one line for wrong arguments."""
 
     def __init__(self, **options: Any) -> None:
         width = min(shutil.get_terminal_size().columns - 2, 110)
@@ -69,10 +71,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code; `arguments` are those of the process by default."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = next((word for word in given if not word.startswith("-")), "")
-    traceback = "--traceback" in given and command != "bench"  # whose arguments are another parser's
+    traceback = "--traceback" in given and command != "bench"  # a benchmark parses its own arguments
     try:
         options = vars(_parser().parse_args([word for word in given if not traceback or word != "--traceback"]))
         del options["traceback"]
@@ -88,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if traceback:
             raise
-        if isinstance(error, UserError) or str(error).startswith(("MAML: ", "doctor: ")):  # of the user's own model
+        if isinstance(error, UserError) or str(error).startswith(("MAML: ", "doctor: ")):  # about the user's model
             return _complain(str(error), getattr(error, "code", 2))
         package = (getattr(error, "name", None) or "").partition(".")[0]
         if isinstance(error, ModuleNotFoundError) and package in EXTRAS:
@@ -97,7 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _complain(str(error))
         if isinstance(error, OSError) and error.errno in THE_MACHINE_S:
             return _complain(f"{error.filename or 'input or output'}: {error.strerror}")
-        return _complain(f"{type(error).__name__}: {error}; a fault of metakern's: --traceback says where", 1)
+        return _complain(
+            f"{type(error).__name__}: {error}; this is a bug in metakern: --traceback shows where it was raised", 1
+        )
 
 
 def _complain(message: str, code: int = 2) -> int:
@@ -108,10 +112,10 @@ def _complain(message: str, code: int = 2) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="metakern",
-        description="Exact second-order MAML for dialogue models: train, look at the adaptation curve, adapt, talk.",
-        epilog="metakern COMMAND --help says more.",
+        description="Exact second-order MAML for dialogue models: train, measure the adaptation curve, adapt, chat.",
+        epilog="For the arguments of a command: metakern COMMAND --help",
     )
-    parser.add_argument("--traceback", action="store_true", help="where an error was raised, for who reports it")
+    parser.add_argument("--traceback", action="store_true", help="show Python's traceback of an error, to report it")
     parser.add_argument("--version", action="version", version=f"metakern {metakern.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -121,57 +125,99 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     train = add(
-        _train, "Meta-train a dialogue model", usage="metakern train [--config FILE] [--out DIR] [--resume] ..."
+        _train,
+        "Meta-train a dialogue model",
+        usage="metakern train [--config FILE] [--out DIR] [--resume] [SETTING ...]",
+        epilog="Each setting is also a key of the TOML file (inner_lr for --inner-lr); a flag overrides the file.",
     )
     train.add_argument(
-        "--config", metavar="FILE", help="a TOML file of the keys below, or a packaged one: demo, smollm2"
+        "--config", metavar="FILE", help="a TOML file of settings, or a packaged one by its name: demo, smollm2"
     )
-    train.add_argument("--out", metavar="DIR", help="folder of the run (runs/DATA-MODEL-ALGORITHM)")
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    train.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/DATA-MODEL-ALGORITHM)")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out, with its config")
     group: Any = train
     for key in fields(Config):
         if key.name in GROUPS:
             group = train.add_argument_group(GROUPS[key.name])
         _add_flag(group, key)
 
-    evaluate = add(_eval, "Show how well a run adapts to unseen tasks")
+    evaluate = add(
+        _eval,
+        "Measure how well a run adapts to unseen tasks",
+        epilog="Prints a table of perplexities and writes eval.json and eval.png into the folder of the run.",
+    )
     evaluate.add_argument("run", metavar="RUN", help="folder of a run")
-    evaluate.add_argument("--data", help="other data; its test tasks are used (the run's data)")
-    evaluate.add_argument("--steps", type=_numbers, default=(0, 1, 3, 5, 10), help="inner steps (0,1,3,5,10)")
-    evaluate.add_argument("--compare", type=_names, default=(), help="baselines, trained if need be: finetune,fomaml")
+    evaluate.add_argument(
+        "--data", metavar="NAME", help="other data, of which the test tasks are used (default: the run's data)"
+    )
+    evaluate.add_argument(
+        "--steps",
+        metavar="N,N",
+        type=_numbers,
+        default=(0, 1, 3, 5, 10),
+        help="numbers of inner steps (default: 0,1,3,5,10)",
+    )
+    evaluate.add_argument(
+        "--compare",
+        metavar="NAMES",
+        type=_names,
+        default=(),
+        help="algorithms to compare with, such as finetune,fomaml; each is trained first if it has not been",
+    )
 
-    adapt = add(_adapt, "Adapt a run to conversations and keep the result as a run")
+    adapt = add(_adapt, "Adapt a run to conversations and save the result as a new run")
     adapt.add_argument("run", metavar="RUN", help="folder of a run")
-    adapt.add_argument("--support", metavar="FILE", required=True, help="conversations, such as messages JSONL")
+    adapt.add_argument(
+        "--support", metavar="FILE", required=True, help="conversations to adapt to, such as chat messages in JSONL"
+    )
     adapt.add_argument("--out", metavar="DIR", required=True, help="folder of the adapted run")
-    adapt.add_argument("--steps", type=_number, help="inner steps (as in training)")
+    adapt.add_argument("--steps", metavar="N", type=_number, help="inner steps (default: as in training)")
 
-    chat = add(_chat, "Talk with a run")
+    chat = add(_chat, "Chat with a run")
     chat.add_argument("run", metavar="RUN", help="folder of a run")
-    chat.add_argument("--support", metavar="FILE", help="conversations to adapt to first")
-    chat.add_argument("--steps", type=_number, help="inner steps (as in training)")
-    chat.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest word (0.7)")
-    chat.add_argument("--top-p", type=float, default=0.9, help="share of probability to draw words from (0.9)")
-    chat.add_argument("--seed", type=_number, default=0, help="seed of the draws (0)")
+    chat.add_argument("--support", metavar="FILE", help="conversations to adapt to before the chat")
+    chat.add_argument("--steps", metavar="N", type=_number, help="inner steps (default: as in training)")
+    chat.add_argument(
+        "--temperature",
+        metavar="X",
+        type=float,
+        default=0.7,
+        help="sampling temperature; 0: always the likeliest token (default: 0.7)",
+    )
+    chat.add_argument(
+        "--top-p",
+        metavar="X",
+        type=float,
+        default=0.9,
+        help="sample from the likeliest tokens that together have this probability (default: 0.9)",
+    )
+    chat.add_argument("--seed", metavar="N", type=_number, default=0, help="seed of the sampling (default: 0)")
 
-    bench = add(_bench, "Time metakern on this machine", epilog="metakern bench BENCHMARK --help says more.")
+    bench = add(
+        _bench,
+        "Time metakern on this machine",
+        epilog="For the arguments of a benchmark: metakern bench BENCHMARK --help",
+    )
     benchmarks = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     for name, text in BENCHMARKS.items():
-        # What follows the name is for the benchmark to parse: no character marks an option here.
+        # The benchmark parses what follows its name, so no character marks an option here.
         one = benchmarks.add_parser(name, help=text, prefix_chars="\0", add_help=False)
         one.add_argument("arguments", nargs="*")
         one.set_defaults(benchmark=name)
 
-    doctor = add(_doctor, "Tell what this environment has and lacks, or whether a run's meta-gradient is exact")
-    doctor.add_argument("run", metavar="RUN", nargs="?", help="folder of a run, whose model and data are looked at")
+    doctor = add(_doctor, "List what this environment has and lacks, or check whether a run's meta-gradient is exact")
+    doctor.add_argument(
+        "run", metavar="RUN", nargs="?", help="folder of a run to check; without it, the environment is listed"
+    )
     return parser
 
 
 def _add_flag(group: Any, key: Field[Any]) -> None:
-    """A flag for a field of the config; absent unless given, so that it does not hide the file's value."""
+    """Add the flag of a config field; without the flag there is no value, so that the file's value stays."""
     flag, default = f"--{key.name.replace('_', '-')}", key.default
     shown = ("no", "yes")[default] if isinstance(default, bool) else "all" if default == () else default
-    text = f"{describe(key.metadata)} ({shown})".replace("%", "%%")
+    shown = "empty" if shown == "" else shown
+    text = f"{describe(key.metadata)} (default: {shown})".replace("%", "%%")
     options: dict[str, Any] = {"dest": key.name, "default": argparse.SUPPRESS, "help": text}
     if isinstance(default, bool):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
@@ -233,11 +279,13 @@ def _chat(run: str, support: str | None, steps: int | None, temperature: float, 
 
 
 def _bench(benchmark: str, arguments: list[str]) -> None:
-    """Runs a benchmark: out of the clone that this package is in, or out of what its wheel brings along."""
+    """Run a benchmark from the clone that this package is in or, if it is installed, from its own folder `_bench`."""
     package = Path(metakern.__file__).parent
     cloned = (package.parent / "setup.py").exists()
     if benchmark == "report" and not cloned:
-        raise UserError("bench report writes the README of a clone of metakern; run it there")
+        raise UserError(
+            "bench report: must run in a clone of metakern, whose pages it writes, got an installed package"
+        )
     sys.path.insert(0, str(package.parent if cloned else package / "_bench"))
     sys.argv = [f"metakern bench {benchmark}", *arguments]
     try:

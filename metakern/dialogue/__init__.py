@@ -1,1 +1,1 @@
-"""Dialogue data, models and metrics; import its modules one by one, since each needs only some of the extras."""
+"""Dialogue data, models, training and evaluation. Import the modules one by one: each needs only some of the extras."""

@@ -1,11 +1,11 @@
-"""Adapting a trained model to a handful of exchanges, and talking with it.
+"""Adapt a trained model to a few exchanges, and chat with it.
 
-In a conversation a line is something said, or a command:
+A line in a chat is a message to the bot, or one of these commands (`HELP` is made of these lines):
 
-    /teach   type exchanges, what you say and what the bot should answer in turn; an empty line ends them
-    /forget  forget the conversation (what was taught stays)
-    /help    these lines
-    /quit    the end
+    /teach   type exchanges: in turn, what you say and what the bot should answer; an empty line ends them
+    /forget  forget the conversation; what was taught stays
+    /help    show the commands
+    /quit    end the chat
 """
 
 from __future__ import annotations
@@ -35,7 +35,14 @@ HELP = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.s
 
 
 def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:
-    """``dialogues`` as the support of one task, ``[1, B, L]``: windows of as many whole exchanges as fit."""
+    """Return `dialogues` as the support of one task, tensors `[1, B, L]` on the device of the run's model.
+
+    Each of the B windows holds as many consecutive exchanges of a dialogue as fit into `max_length` tokens. An exchange
+    that is longer has a window to itself, which is cut at `max_length`.
+
+    Raises:
+        UserError: If no window has a token to learn.
+    """
     config, tokenizer = run.config, run.tokenizer
     rows = []
     for dialogue in dialogues:
@@ -50,12 +57,12 @@ def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:
         rows += [tokenizer.encode_dialogue(turns, config.train_on, config.max_length, bot) for turns in windows]
     rows = [(ids, labels) for ids, labels in rows if any(label != IGNORE for label in labels)]
     if not rows:
-        raise UserError("adapt: the support must hold a reply of the bot, got none")
+        raise UserError("adapt: support must hold a reply of the bot, got none")
     return on_device_of(run.model, collate([rows], tokenizer.pad_id))
 
 
 def _exchanges(turns: Iterable[Turn], bot: str | None) -> list[list[Turn]]:
-    """``turns`` cut after what the bot says."""
+    """Return `turns` in exchanges: lists that end with a turn of the bot (the last one may lack it)."""
     exchanges: list[list[Turn]] = []
     for turn in turns:
         if not exchanges or (turn.speaker != bot and exchanges[-1][-1].speaker == bot):
@@ -65,7 +72,16 @@ def _exchanges(turns: Iterable[Turn], bot: str | None) -> list[list[Turn]]:
 
 
 def adapted_model(run: Run, dialogues: Iterable[Dialogue], steps: int | None = None) -> tuple[nn.Module, str]:
-    """A copy of the run's model, adapted to ``dialogues`` by ``steps`` (as in training), and a line that says so."""
+    """Return a copy of the run's model, adapted to `dialogues`, and a line about its perplexity on them.
+
+    Args:
+        run: Its model is not changed.
+        dialogues: The support.
+        steps: The number of inner steps; None stands for as many as in training.
+
+    Raises:
+        UserError: If no dialogue has a reply of the bot.
+    """
     steps = run.config.inner_steps if steps is None else steps
     support = support_batch(run, dialogues)
     run.algorithm.eval()
@@ -77,11 +93,38 @@ def adapted_model(run: Run, dialogues: Iterable[Dialogue], steps: int | None = N
             if name in phi:
                 parameter.copy_(phi[name][0])
     windows = support["input_ids"].shape[1]
-    return model, f"{steps} steps on a support of {windows}: its perplexity went from {before:.1f} to {after:.1f}"
+    line = f"inner steps: {steps}, windows of support: {windows}, perplexity on them: {before:.1f} -> {after:.1f}"
+    return model, line
 
 
 def adapt(path: str | Path, support: str, out: str | Path, steps: int | None = None) -> str:
-    """Write the run ``path``, adapted to the conversations in the file ``support``, as the run ``out``."""
+    """Adapt a run to conversations, and write the result as a new run.
+
+    Args:
+        path: The folder of the run, which is not changed.
+        support: The conversations to adapt to: a file or folder, or packaged data, as `readers.read` takes it.
+        out: The folder of the new run.
+        steps: The number of inner steps; None stands for as many as in training.
+
+    Returns:
+        A line about the perplexity on the support, before and after.
+
+    Raises:
+        UserError: If `path` is not the folder of a run, `out` holds one already, or the support has no reply of the
+            bot.
+        DataError: If the support can't be read.
+        CheckpointError: If the run's checkpoint can't be used, or a file can't be written.
+
+    >>> import contextlib, io, tempfile
+    >>> from metakern.dialogue.config import Config
+    >>> from metakern.dialogue.trainer import train
+    >>> config = Config(data="chatterbot:english", vocab_size=262, max_length=16, hidden=8, inner_steps=1, steps=1)
+    >>> with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    ...     run = train(config, f"{folder}/run")
+    ...     line = adapt(f"{folder}/run", "chatterbot:german", f"{folder}/german")
+    >>> line
+    'inner steps: 1, windows of support: ..., perplexity on them: ... -> ...'
+    """
     run, out = Run.open(path), Path(out)
     if (out / "config.toml").exists():
         raise UserError(f"{out}: holds a run already; choose another --out")
@@ -95,7 +138,18 @@ def adapt(path: str | Path, support: str, out: str | Path, steps: int | None = N
 
 
 class Chat:
-    """A conversation: `hear` takes a line and gives what to show; `prompt` says whose line is next."""
+    """A conversation with the model of a run, line by line.
+
+    `hear` takes a line and returns what to show. `greeting` is to be shown first, `prompt` before each line.
+
+    Args:
+        run: Its model talks; it is not changed.
+        support: Dialogues to adapt to at the start.
+        steps: The number of inner steps of each adaptation; None stands for as many as in training.
+        temperature: As of `generate`.
+        top_p: As of `generate`.
+        seed: The seed of the sampling.
+    """
 
     def __init__(
         self,
@@ -111,17 +165,25 @@ class Chat:
         self.generator = torch.Generator().manual_seed(seed)
         self.known, self.turns = list(support), list[Turn]()
         self.lesson: list[Turn] | None = None
-        self.model, self.greeting = run.model, "not adapted: /teach me some exchanges, or just talk; /help"
+        self.model, self.greeting = (
+            run.model,
+            "not adapted yet: /teach me some exchanges or just talk; /help shows the commands",
+        )
         if self.known:
             self.model, self.greeting = adapted_model(run, self.known, steps)
 
     @property
     def prompt(self) -> str:
-        """``you`` or, while being taught the bot's side, ``bot``."""
+        """What to show before the next line: "bot> " where /teach wants the bot's answer, otherwise "you> "."""
         return "bot> " if self.lesson and len(self.lesson) % 2 else "you> "
 
     def hear(self, line: str) -> str | None:
-        """Answer ``line``, or obey it; None for nothing to show, EOFError for the end."""
+        """Return the bot's reply to `line`, or what the command in it answers; None if there is nothing to show.
+
+        Raises:
+            EOFError: At the command /quit.
+            UserError: If the model's logits are not finite.
+        """
         line = line.strip()
         if self.lesson is not None:
             return self._learn(self.lesson, line)
@@ -149,11 +211,11 @@ class Chat:
             raise EOFError
         if command == "/teach":
             self.lesson = []
-            return "what you say and what I should answer, in turn; an empty line ends it"
+            return "type what you say and what I should answer, in turn; an empty line ends it"
         if command == "/forget":
             self.turns.clear()
-            return "forgotten"
-        return HELP if command == "/help" else f"{command} is no command\n{HELP}"
+            return "the conversation is forgotten"
+        return HELP if command == "/help" else f"{command} is not a command\n{HELP}"
 
     def _learn(self, lesson: list[Turn], line: str) -> str | None:
         if line:
@@ -161,14 +223,18 @@ class Chat:
             return None
         self.lesson = None
         if len(lesson) < 2:
-            return "nothing learned: that was no exchange"
+            return "nothing learned: an exchange needs what you say and an answer"
         self.known.append(Dialogue("taught", str(len(self.known)), tuple(lesson), {"bot": "bot"}))
         self.model, line = adapted_model(self.run, self.known, self.steps)
         return line
 
 
 def talk(chat: Chat) -> None:
-    """Talk until the end: with a history on a terminal; line by line, replies alone, where input is piped."""
+    """Run a chat until /quit or the end of the input.
+
+    On a terminal it shows prompts and keeps a history of lines. From a pipe it reads lines and prints only what `hear`
+    returns.
+    """
     interactive = sys.stdin.isatty()
     if interactive:
         print(chat.greeting)
@@ -189,7 +255,7 @@ def _next_line() -> str:
 
 
 def _terminal() -> Callable[[str], str]:
-    """What asks for a line on a terminal: prompt_toolkit with a lasting history, or what Python has."""
+    """Return the function that asks for a line: prompt_toolkit's, with a history in a file, or Python's `input`."""
     try:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.history import FileHistory

@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or absent: tensors in safetensors, everything else in JSON, both written atomically.
+"""Checkpoints: tensors in safetensors, everything else in JSON, both written atomically.
 
-A checkpoint ``NAME`` of a folder is two files::
+The checkpoint `NAME` of a folder is two files:
 
     NAME-<digest>.safetensors   the tensors
-    NAME.json                   the state (step, scores, ...), and the name of the tensors' file with its digest
+    NAME.json                   the state (step, scores, …), and the name and the digest of the tensors' file
 
-The tensors are written first, under a name that their content gives; replacing the JSON is the moment at which the
-new checkpoint takes the old one's place. A crash or a full disk at any point leaves one of the two, complete.
+The tensors are written first, into a file that is named after their digest. The new checkpoint replaces the old one
+at the moment when its JSON does. A crash or a full disk leaves one of the two, complete.
 """
 
 from __future__ import annotations
@@ -31,7 +31,16 @@ __all__ = ["load", "load_module", "module_tensors", "save"]
 
 
 def save(folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Make ``tensors`` and ``state`` (JSON-able) the checkpoint ``name`` of ``folder``.
+    """Write `tensors` and `state` as the checkpoint `name` of `folder`, in place of an older one.
+
+    Args:
+        folder: Made if it does not exist.
+        name: What the names of the files begin with, such as "last".
+        tensors: Any tensors by name; they are saved from the CPU and need not be contiguous.
+        state: Values that JSON can hold, under other keys than "tensors" and "sha256".
+
+    Raises:
+        CheckpointError: If a file can't be written; the older checkpoint stays.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +59,11 @@ def save(folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[
 
 
 def load(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the state of the checkpoint ``name`` of ``folder``."""
+    """Return the tensors, on the CPU, and the state of the checkpoint `name` of `folder`.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, damaged or unreadable.
+    """
     path = folder / f"{name}.json"
     try:
         state = json.loads(path.read_bytes())
@@ -64,11 +77,11 @@ def load(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (ValueError, KeyError, AttributeError, TypeError, SafetensorError):
         raise CheckpointError(f"{path}: is cut short or damaged; use another checkpoint or train again") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot read: {error.strerror}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters and persistent buffers of ``module`` by name, shared ones once."""
+    """Return the trainable parameters and the persistent buffers of `module` by name; a shared one has one name."""
     kept = module.state_dict(keep_vars=True).keys()
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     return trainable | {name: x for name, x in module.named_buffers() if name in kept}
@@ -76,7 +89,16 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy ``tensors`` into ``module``; `CheckpointError` if a name or a shape differs."""
+    """Copy `tensors` into the parameters and buffers of `module`.
+
+    Args:
+        module: Its `module_tensors` must have the names and shapes of `tensors`.
+        tensors: What `module_tensors` gave for the saved module.
+        source: The checkpoint, for error messages.
+
+    Raises:
+        CheckpointError: If a name is missing or unknown, or a shape differs.
+    """
     own, tensors = module_tensors(module), dict(tensors)
     for prefix, part in module.named_modules():
         if isinstance(part, ByName):

@@ -1,7 +1,8 @@
-"""What a run is: a frozen dataclass made from defaults, a TOML file and flags, in that order.
+"""The settings of a run: a frozen dataclass whose values come from defaults, a TOML file and flags.
 
-Every field is a key of the TOML file and a flag of ``metakern train`` (``inner_lr = 0.1``, ``--inner-lr 0.1``).
-A key that does not exist, a value of the wrong type or out of range is a `UserError` of one line.
+A flag overrides the file, and the file overrides the defaults. Each field is a key of the TOML file and a flag of
+`metakern train` (`inner_lr = 0.1`, `--inner-lr 0.1`). An unknown key, or a value of the wrong type or out of range,
+raises a `UserError` of one line.
 """
 
 from __future__ import annotations
@@ -39,7 +40,14 @@ def _option(
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run; ``help`` of a field's metadata says what it means.
+    """All settings of a run, by keyword.
+
+    `metakern train --help` explains each field, and so do the comments of the file that `toml` makes. The explanation
+    is also in the field's metadata, under `help`.
+
+    Raises:
+        UserError: If a value has the wrong type, is not finite, is out of range or is none of the choices; also if
+            `lora` is not 0 and `model` is not `hf:PATH`.
 
     >>> Config(steps=10).steps
     10
@@ -49,84 +57,132 @@ class Config:
     """
 
     data: str = _option(
-        "chitchat", "packaged data (chitchat, chitchat:senders, chatterbot:english) or a file or folder"
+        "chitchat",
+        "conversations: a file, a folder, or packaged data such as chitchat, chitchat:senders, chatterbot:english",
     )
-    format: str = _option("auto", "format of the file or folder; auto looks inside")
-    train_on: str = _option("bot", "whose words the loss counts", choices=("bot", "all"))
-    vocab_size: int = _option(2048, "size of the byte-level BPE vocabulary", least=262)
-    max_length: int = _option(64, "tokens of a conversation that are kept", least=2)
-    windows: str = _option("any", "where in a conversation a window may be", choices=("any", "opening", "later"))
-    validation_part: float = _option(0.1, "share of the tasks that choices are made on", above=0, below=0.5)
-    test_part: float = _option(0.1, "share of the tasks that are kept for eval", above=0, below=0.5)
-    min_dialogues: int = _option(8, "conversations that a task must have", least=2)
-    min_words: int = _option(5, "words of a turn that must not recur in other splits or conversations", least=1)
-    support_size: int = _option(8, "conversations of a task to adapt on", least=1)
-    query_size: int = _option(8, "conversations of a task to be judged on", least=1)
+    format: str = _option(
+        "auto",
+        "format of the file or folder: messages, sharegpt, chitchat or chatterbot; auto recognizes it by the names of"
+        " files and their first records",
+    )
+    train_on: str = _option("bot", "speakers whose turns count in the loss", choices=("bot", "all"))
+    vocab_size: int = _option(2048, "tokens in the byte-level BPE vocabulary (not for hf models)", least=262)
+    max_length: int = _option(
+        64, "tokens in a window, which is the part of a conversation that the model reads at once", least=2
+    )
+    windows: str = _option(
+        "any",
+        "where in a conversation a window may begin (opening is the start, later is after the opening window)",
+        choices=("any", "opening", "later"),
+    )
+    validation_part: float = _option(
+        0.1, "share of the tasks for validation, which chooses the best weights", above=0, below=0.5
+    )
+    test_part: float = _option(0.1, "share of the tasks that are kept for `metakern eval`", above=0, below=0.5)
+    min_dialogues: int = _option(8, "conversations that a task must have; a task with fewer is left out", least=2)
+    min_words: int = _option(
+        5,
+        "length, in words, from which a turn may not recur in another split or in another conversation of its task",
+        least=1,
+    )
+    support_size: int = _option(8, "windows of a task in its support, which the inner loop adapts to", least=1)
+    query_size: int = _option(8, "windows of a task in its query, on which the adapted model is judged", least=1)
 
     model: str = _option(
         "gru",
-        "kind of language model; hf: a pretrained one, in the directory PATH or, as hf:smollm2, in its package",
+        "language model; hf:PATH is a pretrained one in the directory PATH, hf:smollm2 one that a package holds",
         choices=("rnn", "gru", "lstm", "gpt", "hf:PATH"),
     )
-    system: str = _option("", "what a system says before a conversation (hf); empty: what the model's template says")
-    lora: int = _option(
-        0, "rank of the adapters that are trained in place of the model's weights (hf); 0: none", least=0
+    system: str = _option(
+        "", "system message before each conversation that has none (hf models); empty: as the chat template has it"
     )
-    lora_targets: tuple[str, ...] = _option((), "name patterns of the linear layers that get adapters")
-    width: int = _option(128, "width of the embedding (gpt: of the model)", least=1)
-    hidden: int = _option(256, "hidden units of a recurrent layer", least=1)
-    layers: int = _option(1, "number of layers", least=1)
-    heads: int = _option(4, "attention heads (gpt)", least=1)
-    dropout: float = _option(0.0, "probability of dropping a unit", least=0)
+    lora: int = _option(
+        0, "rank of the LoRA adapters that are trained instead of the model's weights (hf models); 0: none", least=0
+    )
+    lora_targets: tuple[str, ...] = _option((), "name patterns of the linear layers that get adapters (hf models)")
+    width: int = _option(128, "width of the embedding, and of all layers in gpt (not for hf models)", least=1)
+    hidden: int = _option(256, "hidden units in a recurrent layer (rnn, gru, lstm)", least=1)
+    layers: int = _option(1, "number of layers (not for hf models)", least=1)
+    heads: int = _option(4, "attention heads in a layer (gpt)", least=1)
+    dropout: float = _option(0.0, "dropout probability (not for hf models)", least=0)
 
-    algorithm: str = _option("maml", "how to train (finetune: the baseline)", choices=tuple(ALGORITHMS))
-    inner: str = _option("sgd", "inner optimizer", choices=tuple(OPTIMIZERS))
-    inner_lr: float = _option(0.1, "inner learning rate; where it is learned, its start", above=0)
-    learn_lr: bool = _option(True, "learn the inner learning rate")
+    algorithm: str = _option(
+        "maml", "how to train; finetune is the baseline without meta-learning", choices=tuple(ALGORITHMS)
+    )
+    inner: str = _option("sgd", "inner optimizer (metasgd has its own)", choices=tuple(OPTIMIZERS))
+    inner_lr: float = _option(0.1, "inner learning rate; with a learned rate, its initial value", above=0)
+    learn_lr: bool = _option(True, "learn the inner learning rate in the outer loop (not in finetune)")
     lr_per: str = _option(
-        "parameter", "what has a learned inner rate of its own", choices=("all", "parameter", "element")
+        "parameter",
+        "learn one inner rate for all parameters, one for each parameter tensor, or one for each of its elements",
+        choices=("all", "parameter", "element"),
     )
     inner_steps: int = _option(3, "inner steps in training", least=1)
-    adapt: tuple[str, ...] = _option((), "name patterns of the parameters that adapt")
-    capture: bool = _option(True, "on a CPU, record the kernels of a meta-step and call them without Python")
+    adapt: tuple[str, ...] = _option(
+        (), "name patterns of the parameters that the inner loop adapts; without any, anil adapts the head alone"
+    )
+    capture: bool = _option(
+        True, "record the kernels of a meta-gradient and run them from C++ (on a CPU, not for hf models)"
+    )
 
-    outer_lr: float = _option(1e-3, "learning rate of the outer AdamW", above=0)
-    rate_lr: float = _option(1e-3, "learning rate of the learned inner rates", above=0)
-    finetune_lr: float = _option(0.0, "outer_lr of the baseline finetune; 0: the same", least=0)
+    outer_lr: float = _option(1e-3, "learning rate of the outer optimizer, AdamW", above=0)
+    rate_lr: float = _option(1e-3, "outer learning rate of the learned inner rates", above=0)
+    finetune_lr: float = _option(
+        0.0, "outer_lr of the finetune baseline that `metakern eval` trains; 0: outer_lr of this run", least=0
+    )
     weight_decay: float = _option(0.01, "weight decay of the outer AdamW, on matrices only", least=0)
-    warmup: int = _option(50, "outer steps until the learning rate is full", least=0)
-    cosine: bool = _option(True, "let the learning rate end at zero along a half cosine")
-    clip: float = _option(1.0, "largest norm of the gradient; 0: any", least=0)
+    warmup: int = _option(50, "steps over which the learning rate rises to its full value", least=0)
+    cosine: bool = _option(True, "let the learning rate decay to zero along a half cosine")
+    clip: float = _option(1.0, "largest norm of the outer gradient; 0: no clipping", least=0)
     tasks: int = _option(4, "tasks in an outer step", least=1)
     steps: int = _option(1000, "outer steps", least=1)
-    minutes: float = _option(0.0, "time limit of the outer steps; 0: none", least=0)
+    minutes: float = _option(0.0, "time limit of the outer steps, in minutes; 0: none", least=0)
 
-    pretrain_steps: int = _option(0, "steps of plain language modeling before, shared with every baseline", least=0)
-    pretrain_minutes: float = _option(0.0, "time limit of these; 0: none", least=0)
-    pretrain_lr: float = _option(3e-3, "learning rate of these", above=0)
-    pretrain_on: str = _option("all", "whose words they count", choices=("bot", "all"))
+    pretrain_steps: int = _option(
+        0, "steps of plain language modeling before meta-training; baselines start from the same weights", least=0
+    )
+    pretrain_minutes: float = _option(0.0, "time limit of the pretraining, in minutes; 0: none", least=0)
+    pretrain_lr: float = _option(3e-3, "learning rate of the pretraining", above=0)
+    pretrain_on: str = _option(
+        "all", "speakers whose turns count in the loss of the pretraining", choices=("bot", "all")
+    )
 
-    log_every: int = _option(10, "outer steps between lines of the log", least=1)
-    eval_every: int = _option(100, "outer steps between validations, each followed by a checkpoint", least=1)
-    eval_tasks: int = _option(0, "validation tasks looked at; 0: all", least=0)
-    seed: int = _option(0, "seed of the split, the episodes, the weights and the dropout", least=0)
+    log_every: int = _option(10, "steps between lines of the log", least=1)
+    eval_every: int = _option(100, "steps between validations; a checkpoint follows each", least=1)
+    eval_tasks: int = _option(0, "tasks in a validation; 0: all validation tasks", least=0)
+    seed: int = _option(0, "seed of the split, the episodes, the initial weights and the dropout", least=0)
     device: str = _option("cpu", "where to compute", choices=("cpu", "cuda"))
-    threads: int = _option(0, "threads that PyTorch may use; 0: as many as it likes", least=0)
+    threads: int = _option(0, "CPU threads for PyTorch; 0: PyTorch's default", least=0)
 
     def __post_init__(self) -> None:
         for key in fields(self):
             _check(key.name, getattr(self, key.name), key.default, key.metadata)
         if self.lora and not self.pretrained:
-            raise UserError(f"lora must be 0 for the model {self.model}, which is not pretrained, got {self.lora}")
+            raise UserError(
+                f"lora must be 0 for the model {self.model}, which is not pretrained, got {self.lora}:"
+                " choose a model hf:PATH for it"
+            )
 
     @property
     def pretrained(self) -> str:
-        """The name of the pretrained model, or nothing."""
+        """What follows `hf:` in the name of a pretrained model; for other models, an empty string."""
         return self.model[3:] if self.model.startswith("hf:") else ""
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], source: str = "config", base: Config | None = None) -> Config:
-        """``base`` (the defaults) with ``values`` over it; errors begin with ``source``."""
+        """Return `base` with `values` in the places of its own.
+
+        Args:
+            values: New values by key. A list stands for a tuple.
+            source: What error messages begin with, such as the path of the file that holds the values.
+            base: The config to start from; None stands for the defaults.
+
+        Raises:
+            UserError: If a key is unknown, or as the class says.
+
+        >>> Config.parse({"steps": 9}, base=Config(model="gpt")).model
+        'gpt'
+        """
         known = [key.name for key in fields(cls)]
         for name in values:
             if name not in known:
@@ -140,7 +196,11 @@ class Config:
 
     @classmethod
     def load(cls, path: str | Path) -> Config:
-        """Read a TOML file, or one of the packaged settings by its name, such as ``demo``."""
+        """Read a TOML file, or a packaged config by its name, such as `demo`; a file of that name comes first.
+
+        Raises:
+            UserError: If the file can't be read or is not TOML in UTF-8; if a key is unknown, or as the class says.
+        """
         file = Path(path)
         packaged = files("metakern.dialogue") / "configs" / f"{path}.toml"
         toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -148,13 +208,13 @@ class Config:
             text = file.read_text("utf-8") if file.exists() or not packaged.is_file() else packaged.read_text("utf-8")
             return cls.parse(toml.loads(text), str(path))
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"{path}: cannot read the config: {reason}") from None
         except toml.TOMLDecodeError as error:
             raise UserError(f"{path}: is not TOML: {error}") from None
 
     def toml(self) -> str:
-        """The config as a TOML file that explains itself; `load` reads it back.
+        """Return the config as a TOML file, with a comment that explains each key; `load` reads it back.
 
         >>> "seed = 7" in Config(seed=7).toml().splitlines()
         True
@@ -168,12 +228,12 @@ class Config:
 
 
 def describe(metadata: Mapping[str, Any]) -> str:
-    """A field's help, with its choices."""
+    """Return the help text of a field's metadata, followed by its choices."""
     return metadata["help"] + (f": {', '.join(metadata['choices'])}" if metadata["choices"] else "")
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept."""
+    """Return `$XDG_CACHE_HOME/metakern`, by default `~/.cache/metakern`; everything in it can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakern"
 
 
@@ -200,6 +260,6 @@ def _check(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None
 
 
 def _among(value: str, choices: tuple[str, ...]) -> bool:
-    """Whether ``value`` is one of ``choices``, of which one like ``hf:PATH`` stands for all that begin with ``hf:``."""
+    """Return whether `value` is one of `choices`; the choice `hf:PATH` stands for `hf:` followed by any text."""
     prefixes = tuple(choice.removesuffix("PATH") for choice in choices if choice.endswith(":PATH"))
     return value in choices or (value.startswith(prefixes) and value not in prefixes)

@@ -1,20 +1,22 @@
-"""Tasks split by task, and episodes of support and query drawn from them, with no text on two sides.
+"""Split tasks into training, validation and test, and draw episodes of support and query from them.
 
-What counts as the same text: two dialogues overlap if all their turns have the same words, or if they share a turn of
-at least `min_words` words (`metakern.dialogue.words`: case and punctuation do not matter).  Emoji do not make a text
-another one, nor longer; a turn of nothing but signs counts as it is written.  A bare "yes" or "how are you?" may recur.
-The turns of a system or a tool are instructions and do not count.
+No text is in two splits, or in both support and query. Two dialogues overlap if all their turns have the same words, or
+if they share a turn of at least `min_words` words. Words are those of `metakern.dialogue.words`, so case and
+punctuation do not matter. Emoji do not count as words; a turn of signs alone is compared as it is written. A short turn
+such as "yes" or "how are you?" may recur. The turns of a system or a tool are instructions and are not compared.
 
-1. Within a task, a dialogue that overlaps an earlier one is left out, so support and query share no text however drawn.
-2. Between splits, a dialogue of train that overlaps one of validation or test is left out, and one of validation that
-   overlaps one of test.  Where tasks are speakers (`task_id` is a speaker's name), so is a dialogue in which the
-   speaker of a held-out task takes part: a conversation of a training and a test speaker belongs to the test speaker.
+1. Within a task, a dialogue that overlaps an earlier one is left out. So support and query never share a text.
+2. A training dialogue that overlaps a validation or test dialogue is left out, and so is a validation dialogue that
+   overlaps a test dialogue. If tasks are speakers (`task_id` is the name of one), a dialogue is left out too if the
+   speaker of a task in such a held-out split takes part in it. So a conversation between a training speaker and a test
+   speaker is in the test speaker's task alone.
 3. A task that has fewer than `min_dialogues` dialogues left is left out.
 
-Where tasks are topics, a speaker may talk in several; `Split.summary` says in how many held-out dialogues that is so.
+If tasks are topics, a speaker may take part in several; `Split.summary` counts the held-out dialogues where that
+happens.
 
-Everything is drawn from `random.Random.random` seeded with a string, the one sequence that Python promises to keep, so
-a seed gives the same split and the same episodes on every machine.
+Everything is drawn by `random.Random.random`, seeded with a string. Python promises to keep this sequence, so a seed
+gives the same split and the same episodes on every machine.
 """
 
 from __future__ import annotations
@@ -38,15 +40,15 @@ from metakern.errors import DataError
 __all__ = ["Episodes", "Split", "TaskData", "collate", "split_tasks"]
 
 Batch = dict[str, Tensor]
-Startable = tuple[Dialogue, list[int]]  # with the turns at which a window may begin
+Startable = tuple[Dialogue, list[int]]  # a dialogue, and the turns at which a window may begin
 Window = tuple[list[int], list[int]]  # ids and labels
-ROLES = {"user", "assistant", "bot", *SYSTEM_SPEAKERS}  # names of speakers that say nothing about who they are
+ROLES = {"user", "assistant", "bot", *SYSTEM_SPEAKERS}  # names of roles, which do not identify a speaker
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task and its dialogues, no two of which share a text."""
+    """A task and its dialogues, of which no two overlap."""
 
     task_id: str
     dialogues: tuple[Dialogue, ...]
@@ -54,7 +56,7 @@ class TaskData:
 
 @dataclass(frozen=True)
 class Split:
-    """Tasks of three kinds, and in `skipped` the count of every reason for leaving a dialogue or a task out."""
+    """The tasks for training, validation and test; `skipped` counts the dialogues and tasks left out, by reason."""
 
     train: tuple[TaskData, ...]
     validation: tuple[TaskData, ...]
@@ -62,7 +64,7 @@ class Split:
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """Lines for the user: sizes, what was left out, and how far speakers recur."""
+        """Return lines for the user: the sizes, what was left out, and how many held-out dialogues share a speaker."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         lines = [f"{name}: {len(p)} tasks, {sum(len(t.dialogues) for t in p)} dialogues" for name, p in parts.items()]
         lines += [f"left out: {count} {reason}" for reason, count in sorted(self.skipped.items())]
@@ -83,25 +85,39 @@ def split_tasks(
     min_words: int = 5,
     max_held_out: int | None = None,
 ) -> Split:
-    """Split by task; the module says what is left out so that no text is shared.
+    """Split dialogues by task into training, validation and test, so that no text is in two of them.
 
-    A task's place follows from the seed and its name alone, up to the rounding of fractions.
+    Two dialogues overlap if all their turns have the same words (whatever the case and punctuation), or if they share a
+    turn of at least `min_words` words. Of two dialogues that overlap, one is left out: within a task the later one,
+    between splits the one for training rather than validation, and the one for validation rather than test. If tasks
+    are speakers, dialogues with a held-out task's speaker are left out of the other splits.
+
+    The tasks are ordered by a hash of the seed and their names; the first are for test, the next for validation.
 
     Args:
-        dialogues: Those of all tasks.
-        seed: Another one gives another split.
-        fractions: Of tasks, for train, validation and test; one that is not 0 gets at least one task.
-        min_dialogues: A task with fewer is left out.
-        min_words: A turn that long must not recur; see the module.
-        max_held_out: A task with more dialogues is for training: held out, a speaker who talks with everybody would
-            take most conversations away from train.
+        dialogues: The dialogues of all tasks.
+        seed: The seed of the split.
+        fractions: The shares of the tasks for training, validation and test, which add up to 1. A split whose share is
+            not 0 gets at least one task.
+        min_dialogues: A task with fewer dialogues is left out; at least 2.
+        min_words: Shorter turns may recur.
+        max_held_out: A task with more dialogues goes to training, as far as possible. In a held-out split, a speaker
+            who talks with everybody would take most conversations away from training. None sets no limit.
+
+    Returns:
+        The tasks of each split, and how many dialogues and tasks were left out for which reason.
 
     Raises:
-        DataError: Where too few tasks are left.
-        ValueError: For fractions that are not a partition, and min_dialogues below 2.
+        DataError: If a split whose share is not 0 would have no task.
+        ValueError: If `fractions` are negative or do not add up to 1, or `min_dialogues` is below 2.
+
+    >>> from metakern.dialogue.readers import read
+    >>> split = split_tasks(read("chatterbot:english"), fractions=(0.6, 0.2, 0.2))
+    >>> {task.task_id for task in split.train}.isdisjoint(task.task_id for task in split.test)
+    True
     """
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(f"split_tasks: fractions must be three parts of 1, got {fractions}")
+        raise ValueError(f"split_tasks: fractions must be at least 0 and add up to 1, got {fractions}")
     if min_dialogues < 2:
         raise ValueError(f"split_tasks: min_dialogues must be at least 2, for support and query, got {min_dialogues}")
     skipped: Counter[str] = Counter()
@@ -156,18 +172,42 @@ def split_tasks(
 
 
 class Episodes:
-    """Episodes of tasks: for every task, windows of some dialogues as support and of others as query.
+    """A source of episodes: for each task, windows of some of its dialogues as support, and of others as query.
 
-    A window begins at a turn that a learned turn answers and goes on to `max_length` tokens (`encode_dialogue`); what a
-    system says at the beginning of a dialogue is in front of its every window.  The dialogues of a task are shared out
-    to support and query in proportion to their sizes, and a side takes each of its dialogues once before any twice.
+    A window is a part of a dialogue of at most `max_length` tokens. It begins at a turn that a turn to be learned
+    answers. System messages at the beginning of a dialogue are at the beginning of each of its windows. The dialogues
+    of a task are divided between support and query in proportion to their sizes. Either takes a window of each of its
+    dialogues before it takes a second one of any.
 
-    windows   "any"; "opening": only from the first turn that is answered, where people keep to a topic; "later": only
-              from turns that the opening window does not reach
+    A batch is a dictionary of int64 tensors `[T, B, L]` (tasks, windows, tokens). `input_ids` are padded on the right,
+    `attention_mask` is 1 on tokens and 0 on padding, and `labels` are aligned with `input_ids` and -100 where nothing
+    is to be learned. L is the same in support and query, and a multiple of 8 or `max_length`.
 
-    A batch is a dict of int64 tensors `[T, B, L]`: `input_ids`, `attention_mask` (1 on tokens, 0 on padding, which is
-    on the right) and `labels` (aligned with `input_ids`, -100 where nothing is to be learned), with L a multiple of 8
-    or `max_length`.
+    Args:
+        tasks: Each needs two dialogues with a reply.
+        tokenizer: A `Tokenizer`, or a `ChatTokenizer` for a pretrained model.
+        support_size: B of the support, the number of windows of a task.
+        query_size: B of the query.
+        max_length: The largest L, in tokens.
+        seed: The seed of all draws.
+        train_on: Which turns are to be learned: "bot" stands for the bot's, "all" for all but those of a system or a
+            tool.
+        windows: Where a window may begin: "any" stands for each turn that is answered, "opening" for the first one
+            only, near which people keep to a topic, and "later" for those that the opening window does not reach.
+
+    Raises:
+        DataError: If there is no task, or a task has fewer than two dialogues with a reply (for "later": one after the
+            opening window).
+        ValueError: If `windows` or `train_on` is unknown, a size is below 1, or `max_length` is too small.
+
+    >>> from metakern.dialogue.readers import Turn
+    >>> from metakern.dialogue.tokenizer import Tokenizer
+    >>> talks = [Dialogue("pets", str(i), (Turn("ann", f"cat {i}"), Turn("bot", f"dog {i}"))) for i in range(4)]
+    >>> tokenizer, tasks = Tokenizer.train(talks, 262), [TaskData("pets", tuple(talks))]
+    >>> episodes = Episodes(tasks, tokenizer, support_size=2, query_size=3, max_length=20, seed=0)
+    >>> support, query = episodes.sample(step=0, tasks=1)
+    >>> support["input_ids"].shape, query["labels"].shape
+    (torch.Size([1, 2, 16]), torch.Size([1, 3, 16]))
     """
 
     def __init__(
@@ -187,9 +227,13 @@ class Episodes:
         if train_on not in ("bot", "all"):
             raise ValueError(f"Episodes: train_on must be bot or all, got {train_on!r}")
         if min(support_size, query_size) < 1:
-            raise ValueError(f"Episodes: sizes must be at least 1, got {support_size} and {query_size}")
+            raise ValueError(
+                f"Episodes: support_size and query_size must be at least 1, got {support_size} and {query_size}"
+            )
         if max_length < tokenizer.least:
-            raise ValueError(f"Episodes: max_length must be at least {tokenizer.least} here, got {max_length}")
+            raise ValueError(
+                f"Episodes: max_length must be at least {tokenizer.least} for this tokenizer, got {max_length}"
+            )
         self.tokenizer, self.max_length, self.seed, self.train_on = tokenizer, max_length, seed, train_on
         self.sizes, self.windows = (support_size, query_size), windows
         self._tasks: list[tuple[str, list[Startable]]] = []
@@ -208,16 +252,24 @@ class Episodes:
         return len(self._tasks)
 
     def sample(self, step: int, tasks: int) -> tuple[Batch, Batch]:
-        """Support and query of `tasks` tasks, a pure function of the seed and `step`.
+        """Return the support and the query of one step, which depend on the seed and the arguments alone.
 
-        The tasks differ from each other unless more are asked for than there are.
+        Args:
+            step: The number of the step.
+            tasks: T, the number of tasks to draw, at least 1. No task comes twice before all have come once.
+
+        Returns:
+            Two batches, which are dictionaries of int64 tensors `[T, B, L]`, as the class says.
+
+        Raises:
+            ValueError: If `tasks` is below 1.
         """
         drawn, rng = self._drawn(step, tasks)
         _, support, query = self._batch(drawn, [rng] * tasks)
         return support, query
 
     def names(self, step: int, tasks: int) -> list[str]:
-        """The tasks that `sample` gives, in its order."""
+        """Return the names of the tasks that `sample` draws with the same arguments, in the same order."""
         return [name for name, _ in self._drawn(step, tasks)[0]]
 
     def _drawn(self, step: int, tasks: int) -> tuple[list[tuple[str, list[Startable]]], random.Random]:
@@ -227,9 +279,13 @@ class Episodes:
         return _draw(self._tasks, tasks, rng), rng
 
     def evaluation(self, limit: int | None = None, *, batch: int = 16) -> Iterator[tuple[list[str], Batch, Batch]]:
-        """One fixed episode of every task, or of the first `limit`, `batch` tasks at once: names, support, query.
+        """Yield one fixed episode of each task: names, support, query.
 
-        A task's episode depends on the seed and the task alone, not on its neighbors.
+        An episode depends on the seed and the task alone; only the padding depends on the other tasks of a batch.
+
+        Args:
+            limit: How many of the first tasks to take; None takes all.
+            batch: The number of tasks in a batch; the last one may have fewer.
         """
         chosen = self._tasks[:limit]
         for i in range(0, len(chosen), batch):
@@ -270,7 +326,12 @@ class Episodes:
 
 
 def collate(tasks: Sequence[Sequence[Window]], pad_id: int, length: int | None = None) -> Batch:
-    """The batch of the windows of each task, as many in every task, padded on the right to `length` or the longest.
+    """Return the batch of the windows of tasks, padded on the right.
+
+    Args:
+        tasks: For each task the same number of windows, which are pairs of ids and labels.
+        pad_id: The id for padding; its label is -100.
+        length: L; None stands for the length of the longest window.
 
     >>> batch = collate([[([1, 5, 2], [-100, 5, 2]), ([1, 7], [-100, 7])]], pad_id=0)
     >>> batch["input_ids"].tolist(), batch["labels"].tolist()
@@ -287,7 +348,7 @@ def collate(tasks: Sequence[Sequence[Window]], pad_id: int, length: int | None =
 
 
 def _texts(dialogue: Dialogue, min_words: int) -> set[Hashable]:
-    """What no other side may hold of a dialogue: all its words in order, and each long turn's."""
+    """Return the texts by which dialogues overlap: the words of all turns in order, and those of each long turn."""
     spoken = [turn.text for turn in dialogue.turns if turn.speaker not in SYSTEM_SPEAKERS]
     turns = [tuple(word for word in words(text) if any(map(str.isalnum, word))) for text in spoken]
     whole = tuple(said or text for said, text in zip(turns, spoken, strict=True))
@@ -303,13 +364,17 @@ def _bot(dialogue: Dialogue) -> str | None:
 
 
 def _instructions(dialogue: Dialogue) -> int:
-    """How many turns of a system begin a dialogue."""
+    """Return the number of turns of a system or a tool at the beginning of a dialogue."""
     spoken = (i for i, turn in enumerate(dialogue.turns) if turn.speaker not in SYSTEM_SPEAKERS)
     return next(spoken, len(dialogue.turns))
 
 
 def _starts(dialogue: Dialogue, train_on: str) -> list[int]:
-    """The spoken turns that a learned turn answers; where there is none, the beginning if anything is to be learned."""
+    """Return the indices of spoken turns that are followed by a turn to be learned.
+
+    If there is none, but the first spoken turn is to be learned, return its index. Turns of a system or a tool are not
+    spoken.
+    """
     bot = _bot(dialogue)
     spoken = [i for i, turn in enumerate(dialogue.turns) if turn.speaker not in SYSTEM_SPEAKERS]
     learned = {i: train_on == "all" or dialogue.turns[i].speaker == bot for i in spoken}
@@ -318,7 +383,7 @@ def _starts(dialogue: Dialogue, train_on: str) -> list[int]:
 
 
 def _draw(items: Sequence[T], count: int, rng: random.Random) -> list[T]:
-    """`count` items in random order, each once before any comes again."""
+    """Return `count` items in random order; no item comes twice before all have come once."""
     drawn: list[T] = []
     while len(drawn) < count:
         drawn += sorted(items, key=lambda _: rng.random())

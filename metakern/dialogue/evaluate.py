@@ -1,11 +1,10 @@
-"""The adaptation curve: how well unseen tasks are modeled after 0, 1, 3, … inner steps, beside baselines.
-
-With l_k(t) the query loss of task t after k steps, in nats a token, and its baseline's b_k(t) on the same episode:
+"""The adaptation curve: the perplexity on unseen tasks after 0, 1, 3, … inner steps, beside baselines.
 
     perplexity_k = exp(mean_t l_k(t))
     ratio_k      = exp(mean_t [b_k(t) - l_k(t)])          > 1: the baseline is worse
 
-Intervals are 95% Student t intervals over tasks of the two means (so, of log-perplexity), then taken through exp.
+l_k(t) is the query loss of task t after k steps, in nats per token, and b_k(t) that of a baseline on the same episode.
+Intervals are 95% Student t intervals, over tasks, of the means in the exponents; exp is applied to their ends.
 """
 
 from __future__ import annotations
@@ -42,29 +41,43 @@ from metakern.optim.base import Stepwise
 __all__ = ["evaluate", "plot", "show"]
 
 STEPS = (0, 1, 3, 5, 10)
-REACH = 6  # half decades of inner rate to either side
+REACH = 6  # how many half decades above and below its initial value the inner rate is searched
 
 
 def evaluate(
     path: str | Path, steps: Sequence[int] = STEPS, compare: Sequence[str] = (), data: str | None = None
 ) -> dict[str, Any]:
-    """Adapt the run ``path`` to the test tasks of its data (or of ``data``), and keep ``eval.json`` and ``eval.png``.
+    """Measure the adaptation curve of a run on its test tasks, and write `eval.json` and `eval.png` into its folder.
 
-    A fine-tuned baseline has learned no inner rate, so it is given the best one for every number of steps, by its loss
-    on the validation tasks.
+    The baseline finetune has not learned an inner rate. For each number of steps it gets the rate that has the lowest
+    loss on the validation tasks.
 
     Args:
         path: The folder of the run.
         steps: Numbers of inner steps.
-        compare: Algorithms to train, if not yet done, into `path/<algorithm>`: the same model from the same pretrained
-            weights on the same episodes for as many outer steps as the run.
-        data: Other data than the run's.
+        compare: Algorithms to compare with. Each is trained into the folder `path/<algorithm>`, if it has not been: the
+            same model from the same pretrained weights, on the same episodes, for as many outer steps as the run.
+        data: Data whose test and validation tasks take the places of the run's; named as `Config.data` is.
 
     Returns:
-        What `eval.json` holds.
+        What `eval.json` holds. `curves` has, for each algorithm, the query losses of the tasks (`loss`,
+        `[len(steps)][T]`, in nats per token), the `perplexity` and the ends of its interval (`low`, `high`). `ratios`
+        has, for each baseline, `ratio`, `low` and `high`. `steps` is in ascending order.
 
     Raises:
-        UserError: For steps below 0, and for algorithms that there are not.
+        UserError: If a number of steps is negative, an algorithm unknown, or `path` not the folder of a run; if there
+            are algorithms to compare with and the run has not been trained or is an adapted one.
+        DataError: If the data can't be read or hold too few tasks.
+        CheckpointError: If a checkpoint can't be used, or a file can't be written.
+
+    >>> import contextlib, io, tempfile
+    >>> from metakern.dialogue.config import Config
+    >>> config = Config(data="chatterbot:english", vocab_size=262, max_length=16, hidden=8, inner_steps=1, steps=1)
+    >>> with tempfile.TemporaryDirectory() as path, contextlib.redirect_stdout(io.StringIO()):
+    ...     run = train(config, path)
+    ...     report = evaluate(path, steps=(0, 1))
+    >>> len(report["curves"]["maml"]["perplexity"])
+    2
     """
     for name in compare:
         if name not in ALGORITHMS:
@@ -103,9 +116,9 @@ def evaluate(
 
 
 def _baseline(run: Run, name: str) -> Run:
-    """The baseline ``name`` of ``run``, trained now where it is not trained yet."""
+    """Return the baseline `name` of `run`; train it first, or train it further, if it has fewer outer steps."""
     if "from" in run.state:
-        raise UserError(f"{run.path}: is adapted from {run.state['from']}; compare that one")
+        raise UserError(f"{run.path}: is adapted from {run.state['from']}: compare that run")
     state = checkpoint.load(run.path / "checkpoints", "last")[1]
     if state["phase"] != "train" or not state["step"]:
         cure = f"go on with: metakern train --resume --out {run.path}"
@@ -121,7 +134,7 @@ def _baseline(run: Run, name: str) -> Run:
 
 
 def _at_rate(run: Run, rate: float, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> Tensor:
-    """Query losses ``[len(steps), T]`` of a fine-tuned run that adapts with the inner rate ``rate``."""
+    """Return the query losses `[len(steps), T]` of a finetune run that adapts at the inner rate `rate`."""
     for optimizer in run.algorithm.inner.modules():
         if isinstance(optimizer, Stepwise):
             optimizer.lr.initial = rate
@@ -129,8 +142,10 @@ def _at_rate(run: Run, rate: float, source: Episodes, steps: tuple[int, ...], li
 
 
 def _best_rates(run: Run, validation: Episodes, steps: tuple[int, ...]) -> list[float]:
-    """For every number of steps the inner rate with the lowest mean loss on validation tasks: a search over half
-    decades around the config's rate, until both neighbors of each choice are known to be worse."""
+    """Return, for each number of steps, the inner rate with the lowest mean loss on the validation tasks.
+
+    The search goes in half decades from the config's rate, until both neighbors of each best rate are worse.
+    """
     means: dict[int, Tensor] = {}
     best = [0] * len(steps)
     while untried := {e for b in best for e in (b - 1, b, b + 1) if abs(e) <= REACH} - means.keys():
@@ -163,7 +178,7 @@ def _through_exp(mean: Sequence[float], half: Sequence[float], name: str) -> dic
 
 
 def _finite(value: Any) -> Any:
-    """``value`` with null for the numbers that JSON does not have."""
+    """Return `value` with None in the places of inf and nan, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -172,7 +187,7 @@ def _finite(value: Any) -> Any:
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """Print the curves of `evaluate` as a table."""
+    """Print a report of `evaluate` as a table: perplexities and ratios with their intervals, a line for each step."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("steps", justify="right")
     columns = [(name, values, "perplexity", ".1f") for name, values in report["curves"].items()]
@@ -193,7 +208,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def plot(report: dict[str, Any]) -> bytes:
-    """The curves of `evaluate` as a PNG: perplexities, and beside them the ratios where there are baselines."""
+    """Return a report of `evaluate` as a PNG: perplexities and, if there are baselines, the ratios beside them."""
     steps, ratios = report["steps"], report["ratios"]
     style: Any = {
         "font.size": 11,

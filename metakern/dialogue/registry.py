@@ -1,4 +1,4 @@
-"""What a config names: algorithms, inner optimizers, models, tokenizers."""
+"""Build what a config names: the algorithm with its inner optimizer, the model, the class of the tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ Batch = Mapping[str, Tensor]
 
 
 class FineTune(nn.Module):
-    """The baseline: plain training on support and query together, then adaptation just as after meta-training."""
+    """The baseline: plain training on support and query together, and MAML's adaptation afterwards.
+
+    `options` are those of `metakern.MAML`.
+    """
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], **options: Any) -> None:
         super().__init__()
@@ -29,7 +32,10 @@ class FineTune(nn.Module):
         self.inner, self.adapt, self.evaluate = maml.inner, maml.adapt, maml.evaluate
 
     def forward(self, support: Batch, query: Batch) -> Tensor:
-        """The mean loss over all labeled tokens; ``[T, B, L]`` of each batch become ``[T * 2B, L]``."""
+        """Return the mean loss over all labeled tokens, a scalar.
+
+        The tensors of support, `[T, B, L]`, and query, `[T, C, L]`, are put together to `[T * (B + C), L]`.
+        """
         return self.loss(self.model, {k: torch.cat([support[k], query[k]], 1).flatten(0, 1) for k in support})
 
 
@@ -54,11 +60,15 @@ OPTIMIZERS: dict[str, Any] = {
 
 @by_the_user()
 def build_algorithm(config: Config, model: nn.Module) -> Any:
-    """The config's algorithm over ``model``: a module with ``(support, query) -> value``, `adapt` and `evaluate`."""
+    """Return the algorithm of `config` over `model`: a module with `(support, query) -> loss`, `adapt` and `evaluate`.
+
+    Raises:
+        UserError: If the model or a setting does not suit the algorithm.
+    """
     options: dict[str, Any] = {"steps": config.inner_steps}
     if config.adapt:
         options["adapt"] = list(config.adapt)
-    if config.algorithm != "finetune":  # a pretrained model takes seconds to record, for each length of a batch
+    if config.algorithm != "finetune":  # recording a pretrained model takes seconds for each length of a batch
         options["capture"] = config.capture and config.device == "cpu" and not config.pretrained
     if config.algorithm == "metasgd":
         options["lr"] = config.inner_lr
@@ -69,7 +79,7 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
 
 
 def tokenizer_class(config: Config) -> type[DialogueTokenizer]:
-    """What loads the tokenizer of a run."""
+    """Return the class of the tokenizer of a run with this config."""
     if config.pretrained:
         from metakern.dialogue.huggingface import ChatTokenizer
 
@@ -89,7 +99,7 @@ def _new(config: Config, tokenizer: DialogueTokenizer) -> nn.Module:
 
 
 def _pretrained(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module, str]:
-    """The pretrained model with metakern's modules, under LoRA if that is wanted, and its fingerprint."""
+    """Return the patched pretrained model, with LoRA layers if `lora` is not 0, and the fingerprint of its weights."""
     from metakern.dialogue.huggingface import fingerprint, load_model
 
     model = load_model(config.pretrained, config.max_length, tokenizer.vocab_size)
@@ -102,5 +112,10 @@ def _pretrained(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module
 
 @by_the_user()
 def build_model_of(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module, str]:
-    """The config's model at its start, and the fingerprint of the pretrained one that it is, if any."""
+    """Return the model of `config` before training, and the fingerprint of its pretrained weights ("": it has none).
+
+    Raises:
+        DataError: If a pretrained model can't be read.
+        UserError: If a size or a LoRA setting does not suit the model.
+    """
     return _pretrained(config, tokenizer) if config.pretrained else (_new(config, tokenizer), "")

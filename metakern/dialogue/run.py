@@ -1,14 +1,15 @@
-"""A run: a folder with everything that a trained model needs, opened by `eval`, `adapt`, `chat` and the trainer alike.
+"""A run: the folder with everything that a trained model needs. Training writes it; `eval`, `adapt` and `chat` read it:
 
-::
+    config.toml              all settings
+    tokenizer.json           the vocabulary
+    checkpoints/last         what a resumed run continues from
+    checkpoints/best         the weights with the lowest loss on the validation tasks
+    checkpoints/pretrained   the weights before meta-training, from which baselines start too
+    adapter/                 with LoRA: the adapters of `best`, in the format of the package peft
+    log.jsonl, tensorboard/  the losses of the training
 
-    config.toml  tokenizer.json          what it was made from
-    checkpoints/last, best, pretrained   where to go on; the best on validation tasks; the start that baselines share
-    adapter/                             of a run with LoRA, the best once more, in the format of the package peft
-    log.jsonl  tensorboard/              every number on the way
-
-A checkpoint holds what the run trains. The frozen weights of a pretrained model stay where they are: the run names the
-model in its config, and knows by a digest whether it is still the same.
+A checkpoint holds only what the run trains. It lacks the frozen weights of a pretrained model: the config names that
+model, and a digest in the checkpoint tells whether it is still the same.
 """
 
 from __future__ import annotations
@@ -34,8 +35,16 @@ __all__ = ["Run"]
 
 @dataclass
 class Run:
-    """An algorithm over a model, with its vocabulary, in a folder; ``state`` is what else its checkpoint says, and
-    ``base`` the fingerprint of the pretrained model that it began with, if any."""
+    """An algorithm over a model, with its tokenizer and the folder that it is saved in.
+
+    Attributes:
+        path: The folder.
+        config: All settings.
+        tokenizer: Its file in the folder must be the one that the weights were trained with.
+        algorithm: The module that trains and adapts the model.
+        state: What the checkpoint says beside tensors: the phase, the step, the seconds, the best validation loss.
+        base: The fingerprint of the pretrained weights that the run began with; "" for a model trained from scratch.
+    """
 
     path: Path
     config: Config
@@ -46,7 +55,14 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: Config, tokenizer: DialogueTokenizer) -> Run:
-        """A run at its start; the weights come from the config's seed, or from the pretrained model."""
+        """Return a run before training, with weights from the config's seed or from the pretrained model.
+
+        It sets the number of PyTorch's threads, if the config does, and seeds PyTorch's random generator.
+
+        Raises:
+            DataError: If a pretrained model can't be read.
+            UserError: If there is no GPU for the device cuda, or a setting does not suit the model.
+        """
         if config.threads:
             torch.set_num_threads(config.threads)
         if config.device == "cuda" and not torch.cuda.is_available():
@@ -57,7 +73,18 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path, name: str = "best", **changes: Any) -> Run:
-        """The run in the folder ``path`` with the weights of its checkpoint ``name``; ``changes`` are of its config."""
+        """Return the run in the folder `path`.
+
+        Args:
+            path: The folder.
+            name: The checkpoint that the weights come from: "best" or "last".
+            changes: Settings that replace those of the run's config.
+
+        Raises:
+            UserError: If `path` is not the folder of a run, its tokenizer or model can't be read, or a setting does not
+                suit the machine.
+            CheckpointError: If the checkpoint is missing or damaged, or belongs to another vocabulary or model.
+        """
         path = Path(path)
         if not (path / "config.toml").is_file():
             raise UserError(f"{path}: is not the folder of a run (it has no config.toml); metakern train makes one")
@@ -65,7 +92,7 @@ class Run:
         try:
             run = cls.create(path, config, tokenizer_class(config).load(path / "tokenizer.json"))
         except DataError as error:
-            hint = f"; if {config.model} has moved, say so in {path / 'config.toml'}" if config.pretrained else ""
+            hint = f"; if {config.model} has moved, change model in {path / 'config.toml'}" if config.pretrained else ""
             raise UserError(f"{error}{hint}") from None
         run.restore(name)
         return run
@@ -76,7 +103,7 @@ class Run:
 
     @property
     def size(self) -> str:
-        """The number of the model's parameters, and of those that are trained where others are not."""
+        """The number of the model's parameters and, if some are frozen, of those that are trained, as text."""
         every, trained = (
             sum(p.numel() for p in self.model.parameters() if p.requires_grad or not only) for only in (False, True)
         )
@@ -84,11 +111,20 @@ class Run:
 
     @property
     def vocabulary(self) -> str:
-        """A digest of the tokenizer's file: weights mean something with their own vocabulary only."""
+        """The digest of the tokenizer's file, by which a checkpoint knows the vocabulary that it was trained with."""
         return hashlib.sha256((self.path / "tokenizer.json").read_bytes()).hexdigest()
 
     def save(self, name: str, module: nn.Module | None = None, extra: Mapping[str, Tensor] | None = None) -> None:
-        """Write the weights of ``module`` (the algorithm), ``extra`` tensors and `state` as the checkpoint ``name``."""
+        """Write the checkpoint `name`; with LoRA, `best` also goes into the folder `adapter`.
+
+        Args:
+            name: Such as "last".
+            module: The module whose weights are saved; None stands for the algorithm, with its learned inner rates.
+            extra: More tensors to save, under names that do not begin with "weights.".
+
+        Raises:
+            CheckpointError: If a file can't be written.
+        """
         weights = checkpoint.module_tensors(module or self.algorithm)
         tensors = {f"weights.{key}": value for key, value in weights.items()} | dict(extra or {})
         state = {**self.state, "vocabulary": self.vocabulary, "base": self.base}
@@ -97,7 +133,17 @@ class Run:
             mk.save_lora(self.model, self.path / "adapter")
 
     def restore(self, name: str, module: nn.Module | None = None, source: Path | None = None) -> dict[str, Tensor]:
-        """Undo `save`, with the checkpoint of the run ``source`` (this one): sets `state`, returns ``extra``."""
+        """Load the checkpoint `name`: set the weights and `state`, and return the `extra` tensors that were saved.
+
+        Args:
+            name: Such as "last".
+            module: The module whose weights are set; None stands for the algorithm.
+            source: The folder of the run whose checkpoint it is; None stands for this run.
+
+        Raises:
+            CheckpointError: If the checkpoint is missing or damaged, or belongs to another vocabulary, pretrained model
+                or architecture.
+        """
         folder = (source or self.path) / "checkpoints"
         tensors, state = checkpoint.load(folder, name)
         if state.pop("vocabulary", None) != self.vocabulary:
@@ -106,7 +152,8 @@ class Run:
             )
         if state.pop("base", "") != self.base:
             raise CheckpointError(
-                f"{folder / name}: was trained on another {self.config.model} than is there now: put that one back"
+                f"{folder / name}: was trained from other weights of {self.config.model} than are there now:"
+                " put those back"
             )
         weights = {key[8:]: tensors.pop(key) for key in list(tensors) if key.startswith("weights.")}
         checkpoint.load_module(module or self.algorithm, weights, folder / name)

@@ -1,4 +1,4 @@
-"""The tasks of a config: its split, episodes of them, and how well an algorithm adapts to them."""
+"""The data of a config: its split into tasks, episodes of tasks, and the adaptation curve of an algorithm on them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ Batch = Mapping[str, Tensor]
 
 
 def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """``batch`` where ``model`` is."""
+    """Return `batch` on the device of the parameters of `model`."""
     device = next(model.parameters()).device
     return {key: value.to(device) for key, value in batch.items()}
 
 
 @by_the_user()
 def load_split(config: Config) -> Split:
-    """The tasks of the config's data, the same split every time and everywhere."""
+    """Read the data of `config` and split its tasks; the same data and config give the same split on every machine.
+
+    Raises:
+        DataError: If the data can't be read or hold too few tasks.
+    """
     held_out = config.validation_part, config.test_part
     return split_tasks(
         read(config.data, config.format),
@@ -40,14 +44,21 @@ def load_split(config: Config) -> Split:
 
 @by_the_user()
 def episodes(config: Config, tasks: tuple[TaskData, ...], tokenizer: DialogueTokenizer, **changes: Any) -> Episodes:
-    """Episodes of ``tasks`` as the config wants them, but for ``changes``."""
+    """Return the `Episodes` of `tasks` with the settings of `config`, in which `changes` replace some.
+
+    Raises:
+        DataError: If there is no task, or one has fewer than two dialogues with a reply.
+        UserError: If `max_length` is too small for the tokenizer.
+    """
     names = ("support_size", "query_size", "max_length", "seed", "train_on", "windows")
     return Episodes(tasks, tokenizer, **{name: getattr(config, name) for name in names} | changes)
 
 
 def curve(algorithm: Any, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> tuple[list[str], Tensor]:
-    """Tasks of ``source`` (at most ``limit``; 0: all) and their query losses after ``steps`` of adaptation,
-    ``[len(steps), T]``, in evaluation mode."""
+    """Return the names of the first `limit` tasks of `source` (0: all) and their query losses, `[len(steps), T]`.
+
+    The losses are measured in evaluation mode after each number of inner steps in `steps`, in nats per token.
+    """
     training = algorithm.training
     algorithm.eval()
     names: list[str] = []

@@ -1,12 +1,16 @@
-"""Dialogues as tokens: what every tokenizer does with turns, and a byte-level BPE trained on the training tasks.
+"""Turn dialogues into tokens: what all tokenizers have in common, and a byte-level BPE trained on the training tasks.
 
-A dialogue becomes the ids of its texts in a frame, which is what stands before, between and after them.  Ours is
+A dialogue becomes the ids of its texts inside a frame, which is all that stands before, between and after the texts.
+The frame of the BPE is
 
     <bos> <user>  tokens  <eos> <bot>  tokens  <eos> …
 
-with `<system>` for the turns of a system or a tool.  Labels are aligned with the ids, as in Hugging Face: `labels[i]`
-is token i where token i is to be learned, which are a reply's tokens and the special token that ends it, and -100
-elsewhere.  A text never becomes a special token, whatever it holds, and every text survives `decode(encode(text))`.
+with `<system>` before the turns of a system or a tool. Labels are aligned with the ids, as in Hugging Face: `labels[i]`
+is id i if that token is to be learned, and -100 otherwise. The tokens of a reply are to be learned, and the special
+token that ends it. No text becomes a special token, whatever it holds. The BPE's `decode(encode(text))` is the text.
+
+Sennrich et al. 2016, "Neural machine translation of rare words with subword units", section 3.2 (BPE); Radford et al.
+2019, "Language models are unsupervised multitask learners", section 2.2 (over bytes).
 """
 
 from __future__ import annotations
@@ -31,16 +35,19 @@ __all__ = ["IGNORE", "SPECIAL_TOKENS", "DialogueTokenizer", "Tokenizer"]
 
 IGNORE = -100
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<user>", "<bot>", "<system>")
-ALPHABET = 256
+ALPHABET = 256  # bytes
 SYSTEM_SPEAKERS = ("system", "tool")
 
 
 class DialogueTokenizer(ABC):
-    """Turns to ids and labels, given how to encode a text and the frame around texts.
+    """A tokenizer of dialogues; a subclass says how to encode a text, and what the frame around texts is.
 
-    eos_id    the special token that ends a reply
-    head      how many ids every dialogue begins with: they are kept where the oldest are dropped
-    least     the smallest `max_length` that leaves room for something said and a reply
+    Attributes:
+        vocab_size: The number of tokens.
+        pad_id: The id for padding.
+        eos_id: The special token that ends a reply.
+        head: The number of ids that each dialogue begins with; they stay where the oldest ids are dropped.
+        least: The smallest `max_length` that has room for a turn and a reply.
     """
 
     vocab_size: int
@@ -51,15 +58,15 @@ class DialogueTokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, special tokens among them never."""
+        """Return the ids of a text, which are never special tokens."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; special tokens are left out."""
+        """Return the text of ids, without special tokens."""
 
     @abstractmethod
     def save(self, path: str | Path) -> None:
-        """Write `path`, a JSON file that tells vocabularies apart, and what else belongs to it beside it."""
+        """Write `path`, a JSON file that holds the vocabulary, and beside it what else `load` reads."""
 
     @classmethod
     @abstractmethod
@@ -68,23 +75,37 @@ class DialogueTokenizer(ABC):
 
     @abstractmethod
     def _frame(self, roles: tuple[str, ...]) -> list[list[int]]:
-        """The ids before the text of each turn, and after the last, as `_roles` calls the turns."""
+        """Return the ids before the text of each turn and after the last text, given the roles that `_roles` returns.
+
+        There are `len(roles) + 1` lists.
+        """
 
     @abstractmethod
     def _is_special(self, index: int) -> bool:
-        """Whether an id is a special token, such as ends a text."""
+        """Return whether an id is a special token, such as one that ends a turn."""
 
     def encode_dialogue(
         self, turns: Sequence[Turn], train_on: str = "bot", max_length: int = 64, bot: str | None = None
     ) -> tuple[list[int], list[int]]:
-        """Ids and labels of the beginning of a dialogue, at most `max_length` of each.
+        """Return the ids and the labels of the beginning of a dialogue.
 
-        turns      what was said, oldest first
-        train_on   "bot": the bot's turns are labeled; "all": everybody's but the system's
-        bot        the speaker who is the bot; None: the one named bot or assistant, otherwise the second to speak
+        The ids before the first turn to be learned may take up half of `max_length`. If there are more, the oldest are
+        dropped, so that a part of that turn is always there.
 
-        Where what comes before the first reply would fill more than half of `max_length`, its oldest tokens are
-        dropped, so that a reply is always there.
+        Args:
+            turns: The turns, oldest first.
+            train_on: Which turns are to be learned: "bot" stands for the bot's, "all" for all but those of a system or
+                a tool.
+            max_length: The largest number of ids, at least `least`.
+            bot: The speaker who is the bot. None stands for the one named bot or assistant or, if there is none, for
+                the second to speak.
+
+        Returns:
+            Two lists of the same length, at most `max_length`.
+
+        Raises:
+            ValueError: If `train_on` is neither "bot" nor "all", or `max_length` is too small.
+            DataError: If the chat template of a pretrained model refuses the turns.
 
         >>> from metakern.dialogue.readers import Dialogue
         >>> turns = (Turn("ann", "hi"), Turn("bob", "yo"))
@@ -122,27 +143,30 @@ class DialogueTokenizer(ABC):
         return ids[:max_length], labels[:max_length]
 
     def prompt(self, turns: Sequence[Turn], max_length: int, bot: str | None = None) -> list[int]:
-        """The ids after which the bot's reply to `turns` follows: the latest that leave it half of `max_length`."""
+        """Return the ids that the bot's reply to `turns` follows.
+
+        Where they would take up more than half of `max_length`, the oldest after the head are dropped.
+        """
         bot = bot_of(turns) if bot is None else bot
         *frame, last, _ = self._frame((*_roles(turns, bot), "assistant"))
         ids = [i for before, turn in zip(frame, turns, strict=True) for i in (*before, *self.encode(turn.text))] + last
         return ids[: self.head] + ids[self.head :][-max(self._room(max_length) - self.head, 2) :]
 
     def length(self, turns: Sequence[Turn], bot: str | None = None) -> int:
-        """How many ids the whole of a dialogue has."""
+        """Return the number of ids of a whole dialogue."""
         return len(self.encode_dialogue(turns, max_length=sys.maxsize, bot=bot)[0])
 
     def _room(self, max_length: int) -> int:
-        """For the head, and half of the rest for what comes before a reply."""
+        """Return how many ids may come before a reply: the head, and half of what it leaves of `max_length`."""
         return (max_length + self.head - 1) // 2
 
     def _end(self, frame: Sequence[int]) -> int:
-        """How much of what follows a text ends it: up to the first special token."""
+        """Return how many of the ids after a text end its turn: those up to the first special token, or none."""
         return next((i + 1 for i, index in enumerate(frame) if self._is_special(index)), 0)
 
 
 class Tokenizer(DialogueTokenizer):
-    """A byte-level BPE of our own; made by `train` or `load`.
+    """A byte-level BPE; `train` or `load` makes one.
 
     >>> from metakern.dialogue.readers import Dialogue
     >>> tokenizer = Tokenizer.train([Dialogue("t", "d", (Turn("ann", "hi"), Turn("bob", "hi there")))], 270)
@@ -164,10 +188,18 @@ class Tokenizer(DialogueTokenizer):
 
     @classmethod
     def train(cls, dialogues: Iterable[Dialogue], vocab_size: int = 2048, cache_dir: Path | None = None) -> Tokenizer:
-        """Train on the turns of dialogues; the same turns give the same tokenizer.
+        """Train a tokenizer on the turns of dialogues; the same turns give the same tokenizer.
 
-        vocab_size   the most tokens to have, special tokens and the 256 bytes included
-        cache_dir    a directory that keeps tokenizers by a hash of the texts and the size
+        Args:
+            dialogues: They must hold a text.
+            vocab_size: The largest number of tokens, including the 6 special tokens and the 256 bytes.
+            cache_dir: A directory that keeps tokenizers under a hash of the texts and the size; one that is there is
+                loaded. None keeps none.
+
+        Raises:
+            ValueError: If `vocab_size` is below 262.
+            DataError: If the dialogues hold no text.
+            CheckpointError: If the file in `cache_dir` can't be written.
         """
         if vocab_size < (least := ALPHABET + len(SPECIAL_TOKENS)):
             raise ValueError(f"Tokenizer.train: vocab_size must be at least {least}, got {vocab_size}")
@@ -180,7 +212,7 @@ class Tokenizer(DialogueTokenizer):
             try:
                 return cls.load(cached)
             except DataError:
-                cached.unlink()  # cut short by a crash: train again
+                cached.unlink()  # the file is damaged: train again
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
         bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -197,12 +229,20 @@ class Tokenizer(DialogueTokenizer):
         return tokenizer
 
     def save(self, path: str | Path) -> None:
-        """Write one JSON file, all of it or nothing."""
+        """Write one JSON file, atomically.
+
+        Raises:
+            CheckpointError: If it can't be written.
+        """
         write(Path(path), self._bpe.to_str().encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: If the file can't be read or is not such a tokenizer.
+        """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -214,15 +254,15 @@ class Tokenizer(DialogueTokenizer):
         return cls(bpe)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, special tokens among them never."""
+        """Return the ids of a text, which are never special tokens."""
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; special tokens are left out."""
+        """Return the text of ids, without special tokens."""
         return self._bpe.decode(list(ids), skip_special_tokens=True)
 
     def token(self, index: int) -> str:
-        """The token of an id, as it is written in the vocabulary."""
+        """Return the token of an id, as the vocabulary spells it."""
         return str(self._bpe.id_to_token(index))
 
     def _frame(self, roles: tuple[str, ...]) -> list[list[int]]:
@@ -238,7 +278,7 @@ class Tokenizer(DialogueTokenizer):
 
 
 def _roles(turns: Sequence[Turn], bot: str | None) -> tuple[str, ...]:
-    """Of each turn, "assistant", "system" or "user", as chat templates call them."""
+    """Return the role of each turn as chat templates name it: "assistant", "system" or "user"."""
     return tuple(
         "assistant" if turn.speaker == bot else "system" if turn.speaker in SYSTEM_SPEAKERS else "user"
         for turn in turns
@@ -246,7 +286,10 @@ def _roles(turns: Sequence[Turn], bot: str | None) -> tuple[str, ...]:
 
 
 def bot_of(turns: Sequence[Turn]) -> str | None:
-    """Who the bot is where nobody says: the one named bot or assistant, otherwise the second to speak."""
+    """Return the speaker who is the bot if nothing else says so, or None if there is none.
+
+    It is the one named bot or assistant or, without such a name, the second to speak.
+    """
     speakers = list(dict.fromkeys(turn.speaker for turn in turns if turn.speaker not in SYSTEM_SPEAKERS))
     named = [speaker for speaker in speakers if speaker in ("bot", "assistant")]
     return next(iter(named + speakers[1:2]), None)

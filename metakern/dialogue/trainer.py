@@ -1,8 +1,9 @@
-"""Training a dialogue model, with or without meta-learning.
+"""Train a dialogue model, with or without meta-learning.
 
-A run has two phases of one loop: ``pretrain`` (plain language modeling on the training tasks, which every baseline
-starts from too) and ``train`` (the algorithm). A step is a function of the weights, the optimizer's state, the random
-state and the step's number, and a checkpoint holds all four: a resumed run goes on bit for bit on the CPU.
+A run has two phases, which share one loop: `pretrain` (plain language modeling on the training tasks; baselines start
+from its weights too) and `train` (the algorithm of the config). A step depends on the weights, the optimizer's state,
+the state of the random generator and the number of the step alone. A checkpoint holds all four, so a resumed run
+repeats the uninterrupted one bit for bit on the CPU. With a time limit, the learning rate depends on the time too.
 """
 
 from __future__ import annotations
@@ -51,30 +52,45 @@ MAY_CHANGE = (
 
 
 class DivergenceError(UserError):
-    """A loss or a gradient is no longer finite."""
+    """A loss or a gradient is not finite."""
 
 
 class StoppedError(UserError):
-    """The user stopped the run, which is saved."""
+    """The user stopped the run, which has been saved."""
 
     code = 130
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False, start: str | Path | None = None) -> Run:
-    """Train `config` into the folder `out` and return the run with its best weights.
+    """Train a model as `config` says, and write the run into the folder `out`.
 
-    The checkpoints in `out` stay usable after each error.
+    After an error, the checkpoints in `out` can be used all the same.
 
     Args:
-        config: What the run is.
-        out: A folder of its own.
-        resume: Go on with the run that is in `out`, with the same config but for limits and cadences.
-        start: A run whose vocabulary and pretrained weights are taken instead of made, as a baseline does.
+        config: All settings of the run.
+        out: The folder of the run, which must not hold another one.
+        resume: Continue the run in `out`. Only `steps`, `minutes`, `pretrain_steps`, `pretrain_minutes`, `log_every`,
+            `eval_every`, `eval_tasks`, `device` and `threads` may differ from its config.
+        start: The folder of another run, whose tokenizer and pretrained weights this one begins with. A baseline
+            begins so.
+
+    Returns:
+        The run, with the weights that had the lowest loss on the validation tasks.
 
     Raises:
-        UserError: For what the user can put right.
-        DivergenceError: When a loss stops being finite.
-        StoppedError: After Ctrl-C.
+        UserError: If `out` holds a run and `resume` is False, or no run and `resume` is True; if a resumed run has
+            another config; if a setting does not suit the machine or the data.
+        DataError: If the data can't be read or hold too few tasks.
+        CheckpointError: If a checkpoint can't be written, or one to begin with can't be used.
+        DivergenceError: If a loss or a gradient is not finite.
+        StoppedError: After Ctrl-C or SIGTERM, when the run has been saved.
+
+    >>> import contextlib, io, tempfile
+    >>> config = Config(data="chatterbot:english", vocab_size=262, max_length=16, hidden=8, inner_steps=1, steps=1)
+    >>> with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+    ...     run = train(config, out)
+    >>> run.state["phase"]
+    'train'
     """
     out = Path(out)
     started = (out / "checkpoints" / "last.json").exists()
@@ -129,7 +145,9 @@ def _check_same(old: Config, new: Config, out: Path) -> None:
     for key in fields(Config):
         before, after = getattr(old, key.name), getattr(new, key.name)
         if before != after and key.name not in MAY_CHANGE:
-            raise UserError(f"{out}: was begun with {key.name} = {before!r}, got {after!r}; resume it as it was begun")
+            raise UserError(
+                f"{out}: {key.name} must be {before!r} as when the run began, got {after!r}: resume without changing it"
+            )
 
 
 @dataclass(frozen=True)
@@ -142,17 +160,17 @@ class _Phase:
     lr: float
 
     def done(self, step: int, seconds: float) -> float:
-        """How much of the phase is over, from 0 to 1."""
+        """Return the finished share of the steps or of the time limit, whichever is larger, from 0 to 1."""
         return min(1.0, max(step / self.steps, seconds / (60 * self.minutes) if self.minutes else 0.0))
 
 
 class _Loop:
-    """A phase of a run: outer steps, validations and checkpoints."""
+    """The loop of one phase: outer steps, validations and checkpoints."""
 
     def __init__(self, run: Run, phase: _Phase, validation: Episodes, log: _Log) -> None:
         self.run, self.phase, self.validation, self.log = run, phase, validation, log
         self.config, self.algorithm = run.config, phase.algorithm
-        self.judge = copy.copy(self.algorithm)  # the same weights, and a plan of its own for evaluation mode
+        self.judge = copy.copy(self.algorithm)  # shares the model and the engine; only its training flag is its own
         self.looks = (0, self.config.inner_steps) if phase.name == "train" else (0,)
         trained = [p for p in self.algorithm.parameters() if p.requires_grad]
         own = {id(p) for p in run.model.parameters()}
@@ -166,7 +184,7 @@ class _Loop:
         self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def go(self, saved: dict[str, Tensor], stop_asked: Callable[[], bool]) -> None:
-        """Run the phase to its end: from its start, or from where ``saved`` was saved."""
+        """Run the phase to its end, from its beginning or, with the tensors `saved` of a checkpoint, from there."""
         run, phase, config = self.run, self.phase, self.config
         if saved:
             self.restore(saved)
@@ -190,7 +208,7 @@ class _Loop:
                 raise StoppedError(f"{where}; go on with: metakern train --resume --out {run.path}")
 
     def step(self) -> None:
-        """One outer step, and now and then a look at the losses before and after adaptation."""
+        """Take one outer step; every `log_every` steps, log it, with the query losses before and after adaptation."""
         config, algorithm, state = self.config, self.algorithm, self.run.state
         episode = self.phase.episodes.sample(state["step"], config.tasks)
         support, query = (on_device_of(self.run.model, batch) for batch in episode)
@@ -212,14 +230,17 @@ class _Loop:
         self.optimizer.step()
 
     def look(self, support: Any, query: Any) -> Tensor:
-        """Query losses before (and in ``train`` after) adaptation ``[1 or 2, T]``, in evaluation mode."""
+        """Return the query losses before adaptation, and in the phase `train` after it, in evaluation mode.
+
+        Their shape is `[1, T]` or `[2, T]`.
+        """
         self.judge.eval()
         losses = self.judge.evaluate(support, query, steps=self.looks)
         self.judge.train()
         return losses
 
     def validate(self) -> None:
-        """Judge the weights on the validation tasks, keep them if they are the best so far, and save."""
+        """Log the losses on the validation tasks, save weights of `train` as `best` if they are, and save `last`."""
         run, config, state = self.run, self.config, self.run.state
         names, losses = curve(self.judge, self.validation, self.looks, config.eval_tasks)
         judged = losses[:1] if isinstance(self.algorithm, FineTune) else losses
@@ -237,13 +258,13 @@ class _Loop:
         self.save()
 
     def save(self) -> None:
-        """Write the checkpoint ``last``, with all that the next step depends on."""
+        """Write the checkpoint `last`, which holds everything that the next step depends on."""
         moments = self.optimizer.state_dict()["state"]
         tensors = {f"outer.{i}.{key}": value for i, state in moments.items() for key, value in state.items()}
         self.run.save("last", extra=tensors | {"random": torch.get_rng_state()})
 
     def restore(self, saved: dict[str, Tensor]) -> None:
-        """Undo `save`, given the tensors beside the weights."""
+        """Set the optimizer and the random generator to the state in `saved`, the tensors that `save` calls extra."""
         moments: dict[int, dict[str, Tensor]] = {}
         for name in saved.keys() - {"random"}:
             _, i, key = name.split(".")
@@ -252,25 +273,33 @@ class _Loop:
         torch.set_rng_state(saved["random"])
 
     def divergence(self, names: Sequence[str], losses: Tensor) -> DivergenceError:
-        """Where training went wrong, from the losses ``[T]`` of the tasks ``names``, and what to do."""
+        """Return an error that names the step, the first task whose loss, of `losses` `[T]`, is not finite, and a cure.
+
+        Args:
+            names: The tasks of `losses`.
+            losses: If all are finite, the error blames the gradient.
+        """
         bad = [name for name, loss in zip(names, losses.tolist(), strict=True) if not math.isfinite(loss)]
         what = f"the loss of task {bad[0]!r}" if bad else "the gradient"
         where = f"step {self.run.state['step']} of {self.phase.name}"
         kept = checkpoint.load(self.run.path / "checkpoints", "last")[1]["step"]
         rate = "pretrain_lr" if self.phase.name == "pretrain" else "outer_lr"
-        cure = f"checkpoints/last is of step {kept}: try a lower inner_lr or {rate} in a new run"
+        cure = f"checkpoints/last holds step {kept}: try a lower inner_lr or {rate} in a new run"
         return DivergenceError(f"{what} is not finite at {where}; {cure}")
 
 
 def _schedule(config: Config, step: int, done: float) -> float:
-    """What the learning rate is multiplied by."""
+    """Return the factor of the learning rate: a linear warmup, times half a cosine over the share `done`, if wanted."""
     cosine = 0.5 * (1 + math.cos(math.pi * done)) if config.cosine else 1.0
     return cosine * min(1.0, (step + 1) / (config.warmup + 1))
 
 
 @contextmanager
 def _stop_asked() -> Iterator[Callable[[], bool]]:
-    """Makes the first Ctrl-C (or SIGTERM) a question, so that no step is cut in two; a second one stops at once."""
+    """Within the block, the first Ctrl-C or SIGTERM only sets what is yielded to True; a second one stops at once.
+
+    So a step is never cut in two. Signals can be caught in the main thread alone; in others this does nothing.
+    """
     asked = threading.Event()
 
     def ask(*_: Any) -> None:
@@ -288,7 +317,7 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
 
 
 class _Log:
-    """Numbers for JSONL and TensorBoard; for the eye a bar on a terminal, and lines elsewhere."""
+    """The log of a run: numbers in log.jsonl and TensorBoard, and a progress bar (without a terminal: lines)."""
 
     def __init__(self, folder: Path) -> None:
         self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
@@ -311,7 +340,7 @@ class _Log:
         self.board.close()
 
     def __call__(self, phase: str, step: int, **numbers: float) -> None:
-        """Write numbers down."""
+        """Write the numbers of a step to log.jsonl and TensorBoard."""
         self.file.write(json.dumps({"phase": phase, "step": step, **numbers}) + "\n")
         self.file.flush()
         for name, value in numbers.items():
@@ -322,11 +351,11 @@ class _Log:
             self.losses, self.fresh = f"loss {numbers['loss']:.3f}", True
 
     def say(self, text: str) -> None:
-        """Show lines."""
+        """Print lines of text as they are."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, phase: _Phase, state: Mapping[str, Any]) -> None:
-        """Show how far the phase is and how long it will take."""
+        """Show the number of the step, the speed, the time left and the losses logged last."""
         step, seconds = state["step"], state["seconds"]
         rate = step / max(seconds, 1e-9)
         left = min((phase.steps - step) / rate, max(60 * phase.minutes - seconds, 0) if phase.minutes else math.inf)

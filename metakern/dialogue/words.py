@@ -1,18 +1,19 @@
-"""The words of a text in any script: what metrics count, and what makes two texts the same.
+"""Split texts in any script into words: metrics count them, and two texts are the same if their words are.
 
-Every character is given a kind by its Unicode category, and a word is a pattern of kinds:
+Each character has a kind, which follows from its Unicode category. A word is a pattern of kinds:
 
-    letters and digits with their marks    one word: don't is two, since an apostrophe is punctuation
-    an ideograph, kana or bopomofo         a word each, since nothing stands between the words of Chinese and Japanese
-    an emoji or another pictorial symbol   a word each, with its skin tone, variation selector, keycap and what a
-                                           zero-width joiner (ZWJ) or a flag's second letter adds
+    letters and digits with their marks    one word; don't is two, since an apostrophe is punctuation
+    an ideograph, kana or bopomofo         a word each, since nothing separates the words of Chinese and Japanese
+    an emoji or another pictorial symbol   a word each, with its skin tone, variation selector and keycap, and with what
+                                           a zero-width joiner (ZWJ) or the second letter of a flag adds
 
-Punctuation, white space and the signs + = < > $ ^ ~ ° © are no words.  Texts are the same whatever their case (Unicode
-case folding), composition (NFC) and width (the compatibility forms U+F900 to U+FFEF), with or without the vowel points
-of Arabic and Hebrew, the Arabic elongation, soft hyphens and other invisible characters.
+Punctuation, white space and the signs + = < > $ ^ ~ ° © are not words. Words are compared without regard to case
+(Unicode case folding), composition (NFC), width (the compatibility forms U+F900 to U+FFEF), the vowel points of Arabic
+and Hebrew, the Arabic elongation, soft hyphens and other invisible characters.
 
-Thai, Lao, Khmer and Burmese put spaces between phrases, not words, and only a dictionary could tell the words: there
-what stands between two spaces, or zero-width spaces (U+200B), is one word.  `length` says about how many it is.
+Thai, Lao, Khmer and Burmese put spaces between phrases, not words, and only a dictionary could separate the words. In
+these scripts, all that stands between two spaces or zero-width spaces (U+200B) is one word, and `length` estimates how
+many words it holds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ IDEOGRAPHS = re.compile(
     "[\u3005-\u3007\u3040-\u312f\u31a0-\u31ff\u3400-\u9fff\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
 )
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
-LETTERS_OF_A_WORD = 3  # in Thai, Lao, Khmer and Burmese, without vowel signs above and below
+# The usual length of a word in Thai, Lao, Khmer and Burmese, where vowel signs above and below do not count.
+LETTERS_OF_A_WORD = 3
 
 # Kinds: L letter or digit, I ideograph, M mark, S symbol, F flag letter, T skin tone, V emoji selector, J joiner,
 # G tag of a flag, C character that is dropped, P other sign, and a space.
@@ -36,7 +38,7 @@ WORD = re.compile("[LIP]V[MTG]*(?:J[SP][VMTG]*)*|I[MV]*|L[LMVJC]*|FF|[SFT][VMTG]
 
 
 class _Kinds(dict[int, str]):
-    """The kind of every code point, for `str.translate`; looked up once each."""
+    """The kind of each code point, for `str.translate`; each is computed once."""
 
     def __missing__(self, code: int) -> str:
         self[code] = kind = _kind(chr(code))
@@ -68,7 +70,7 @@ KINDS = _Kinds()
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text; the module says what one is.
+    """Return the words of a text, case folded; the module's docstring says what a word is.
 
     >>> words("What is A.I.?"), words("你好吗?"), words("नमस्ते 🙂👍🏽")
     (('what', 'is', 'a', 'i'), ('你', '好', '吗'), ('नमस्ते', '🙂', '👍🏽'))
@@ -82,7 +84,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def length(word: str) -> int:
-    """How many words a word counts for: one, but in scripts without spaces one for every three letters.
+    """Return how many words a word counts as: 1, or in scripts without spaces one for every three letters.
 
     >>> length("incomprehensibilities"), length("สวัสดีครับ")
     (1, 2)
@@ -92,7 +94,7 @@ def length(word: str) -> int:
 
 
 def _word(word: str, kinds: str) -> str:
-    """A word without what is dropped; a joiner matters between symbols only."""
+    """Return a word without the characters to drop, and without joiners, which matter only between symbols."""
     if kinds[0] == "L" and ("C" in kinds or "J" in kinds):
         return "".join(char for char, kind in zip(word, kinds, strict=True) if kind not in "CJ")
     return word

@@ -76,7 +76,7 @@ def test_short_conversations_are_one_window_each(run):
 
 
 def test_a_support_without_a_reply_is_refused(run):
-    with pytest.raises(UserError, match="the support must hold a reply of the bot, got none"):
+    with pytest.raises(UserError, match="support must hold a reply of the bot, got none"):
         support_batch(run, [Dialogue("t", "d", (Turn("user", "a"), Turn("system", "b")), {"bot": "bot"})])
 
 
@@ -93,12 +93,12 @@ def test_adaptation_lowers_the_loss_and_leaves_the_run_alone(run, support):
         assert not torch.equal(parameter, before[name])
     losses = run.algorithm.evaluate(batch, batch, steps=(0, 4)).exp()
     assert losses[1] < losses[0]
-    assert line.endswith(f"its perplexity went from {losses[0].item():.1f} to {losses[1].item():.1f}")
+    assert line.endswith(f"perplexity on them: {losses[0].item():.1f} -> {losses[1].item():.1f}")
 
 
 def test_adapt_writes_a_run(folder, run, support, tmp_path):
     line = adapt(folder, str(support), tmp_path / "adapted", 3)
-    assert line.startswith("3 steps on a support of ")
+    assert line.startswith("inner steps: 3, windows of support: ")
     model, _ = adapted_model(run, read(str(support)), 3)
     adapted = Run.open(tmp_path / "adapted")
     assert adapted.state["from"] == str(folder)
@@ -116,10 +116,10 @@ def test_a_conversation(run):
     assert said == [same.hear("river stone?"), same.hear("why river?")]
     assert [turn.speaker for turn in chat.turns] == ["user", "bot", "user", "bot"]
     assert chat.hear("  ") is None
-    assert chat.hear("/forget") == "forgotten"
+    assert chat.hear("/forget") == "the conversation is forgotten"
     assert chat.turns == []
     assert chat.hear("/help") == HELP
-    assert chat.hear("/nonsense") == f"/nonsense is no command\n{HELP}"
+    assert chat.hear("/nonsense") == f"/nonsense is not a command\n{HELP}"
     for command in ("/teach", "/forget", "/help", "/quit"):
         assert command in HELP
     with pytest.raises(EOFError):
@@ -136,7 +136,7 @@ def test_it_is_taught_in_conversation(run):
         prompts.append(chat.prompt)
         assert chat.hear(line) is None
     assert prompts == ["you> ", "bot> ", "you> ", "bot> "]
-    assert chat.hear("").startswith("3 steps on a support of 2: its perplexity went from ")
+    assert chat.hear("").startswith("inner steps: 3, windows of support: 2, perplexity on them: ")
     lesson = Dialogue(
         "taught",
         "0",
@@ -152,7 +152,7 @@ def test_it_is_taught_in_conversation(run):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in chat.model.state_dict().items())
     assert chat.prompt == "you> "
     chat.hear("/teach")
-    assert chat.hear("") == "nothing learned: that was no exchange"
+    assert chat.hear("") == "nothing learned: an exchange needs what you say and an answer"
     assert chat.known == [lesson]
 
 
@@ -182,7 +182,10 @@ def test_terminal_talk_greets_asks_and_ends(run, monkeypatch, capsys):
     monkeypatch.setattr(module, "_terminal", lambda: ask)
     talk(Chat(run))
     assert asked == ["you> ", "you> "]
-    assert capsys.readouterr().out == f"not adapted: /teach me some exchanges, or just talk; /help\n{HELP}\n"
+    assert (
+        capsys.readouterr().out
+        == f"not adapted yet: /teach me some exchanges or just talk; /help shows the commands\n{HELP}\n"
+    )
 
 
 @pytest.mark.parametrize("toolkit", [True, False])

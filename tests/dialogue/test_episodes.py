@@ -1,4 +1,4 @@
-"""Splits and episodes: no text on two sides, and one seed gives one sequence on every machine."""
+"""Splits and episodes: no text is in two splits or in support and query, and a seed gives the same everywhere."""
 
 import hashlib
 import json
@@ -22,7 +22,9 @@ from metakern.errors import DataError
 TOPICS = Path(__file__).parent / "data" / "topics.jsonl"
 DIALOGUES = read(str(TOPICS))
 SPLIT = split_tasks(DIALOGUES, seed=3, min_dialogues=4)
-TOKENIZER = Tokenizer.train(DIALOGUES, 262)  # bytes: the golden numbers do not hang on how merges are learned
+TOKENIZER = Tokenizer.train(
+    DIALOGUES, 262
+)  # bytes alone, so that the golden numbers do not depend on how merges are learned
 
 
 def episodes(tasks=SPLIT.train, **options) -> Episodes:
@@ -31,7 +33,7 @@ def episodes(tasks=SPLIT.train, **options) -> Episodes:
 
 
 def texts(dialogue: Dialogue) -> set[str]:
-    """What may not be shared, computed in another way than in the package."""
+    """Return the texts that may not be shared, computed in another way than in the package."""
     turns = [re.sub(r"[\W_]+", " ", turn.text.casefold()).strip() for turn in dialogue.turns]
     return {" | ".join(turns), *(turn for turn in turns if len(turn.split()) >= 5)}
 
@@ -216,7 +218,7 @@ def test_too_little_data_is_one_clear_line():
     ]
     with pytest.raises(DataError, match="validation must have a task, got none that shares no text"):
         split_tasks(same, min_dialogues=2, fractions=(0.34, 0.33, 0.33))
-    with pytest.raises(ValueError, match="fractions must be three parts of 1"):
+    with pytest.raises(ValueError, match="fractions must be at least 0 and add up to 1"):
         split_tasks(DIALOGUES, fractions=(0.5, 0.1, 0.1))
     with pytest.raises(ValueError, match="min_dialogues must be at least 2"):
         split_tasks(DIALOGUES, min_dialogues=1)
@@ -269,7 +271,7 @@ def test_support_and_query_come_from_different_dialogues(sizes, train_on):
                 for side in sides
             ]
             assert found[0].isdisjoint(found[1])
-            # Five dialogues a task: shared out in proportion, and each taken once before any twice.
+            # Five dialogues in each task: divided in proportion, and each is taken once before one is taken twice.
             assert [len(side) for side in found] == {(1, 1): [1, 1], (4, 1): [4, 1], (1, 4): [1, 4], (7, 9): [2, 3]}[
                 sizes
             ]
@@ -335,7 +337,7 @@ def test_bad_arguments():
         episodes(windows="best")
     with pytest.raises(ValueError, match="train_on must be bot or all, got 'us'"):
         episodes(train_on="us")
-    with pytest.raises(ValueError, match="sizes must be at least 1, got 0 and 3"):
+    with pytest.raises(ValueError, match="support_size and query_size must be at least 1, got 0 and 3"):
         episodes(support_size=0)
     with pytest.raises(ValueError, match="tasks must be at least 1, got 0"):
         episodes().sample(0, 0)

@@ -284,7 +284,7 @@ def test_eval_compares_with_lora_fine_tuning_of_the_same_model(trained):
 def test_adapt_writes_an_adapter_and_chat_talks(trained, data, tmp_path, capsys):
     support = data / "task0.jsonl"
     line = adapt(trained / "run", str(support), tmp_path / "mine", steps=2)
-    assert "2 steps on a support of" in line
+    assert "inner steps: 2, windows of support: " in line
     plain = load_model(str(trained / "model"), 56, 300)
     mk.load_lora(plain, tmp_path / "mine" / "adapter")
     mine, before = Run.open(tmp_path / "mine"), Run.open(trained / "run")
@@ -329,7 +329,7 @@ def test_a_base_that_has_moved_or_changed(trained, data, tmp_path, capsys):
     assert main(["eval", str(tmp_path / "run")]) == 2
     moved = capsys.readouterr().err
     assert "must be smollm2 or a directory with a model on this machine" in moved
-    assert f"has moved, say so in {tmp_path / 'run' / 'config.toml'}" in moved
+    assert f"has moved, change model in {tmp_path / 'run' / 'config.toml'}" in moved
     assert moved.count("\n") == 1
     text = (tmp_path / "run" / "config.toml").read_text()
     (tmp_path / "run" / "config.toml").write_text(text.replace(f"hf:{tmp_path / 'model'}", f"hf:{tmp_path / 'moved'}"))
@@ -341,7 +341,7 @@ def test_a_base_that_has_moved_or_changed(trained, data, tmp_path, capsys):
     changed.save_pretrained(tmp_path / "moved")
     capsys.readouterr()
     assert main(["chat", str(tmp_path / "run")]) == 2
-    assert "was trained on another hf:" in capsys.readouterr().err
+    assert "was trained from other weights of hf:" in capsys.readouterr().err
 
 
 def test_the_copies_of_the_planner_share_the_base(model):

@@ -249,7 +249,7 @@ def test_bad_sources_are_one_clear_line(tmp_path):
     with pytest.raises(DataError, match="tasks must be one of topics, subjects, senders, got weather"):
         read(str(DATA / "chitchat.json"), tasks="weather")
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(DataError, match=r"notes.txt: of no known format: name one of "):
+    with pytest.raises(DataError, match=r"notes.txt: must be in a known format, got another: set format to one of "):
         read(str(tmp_path / "notes.txt"))
     with pytest.raises(DataError, match=r"must hold files that end in .jsonl or .ndjson or .json, got none"):
         read(str(tmp_path), "messages")
@@ -408,7 +408,9 @@ def test_records_are_found_however_they_are_laid_out(tmp_path, name, indent, man
 def test_the_first_record_of_a_known_kind_tells_the_format(tmp_path):
     odd = [{}, {"x": 1}]
     assert len(read(jsonl(tmp_path / "a.jsonl", *odd, talk("Hi", "Ho")))) == 1
-    with pytest.raises(DataError, match=r"b.jsonl: of no known format: name one of chatterbot, .*sharegpt"):
+    with pytest.raises(
+        DataError, match=r"b.jsonl: must be in a known format, got another: set format to one of chatterbot, .*sharegpt"
+    ):
         read(jsonl(tmp_path / "b.jsonl", *odd))
     shared = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "prompt": "x"}
     assert len(read(jsonl(tmp_path / "c.jsonl", *odd, shared))) == 1

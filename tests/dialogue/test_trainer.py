@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     with pytest.raises(DivergenceError) as error:
         train(config, tmp_path / "run")
     kept, state = final(tmp_path / "run")
-    cure = f"checkpoints/last is of step {state['step']}: try a lower inner_lr or {rate} in a new run"
+    cure = f"checkpoints/last holds step {state['step']}: try a lower inner_lr or {rate} in a new run"
     assert re.fullmatch(
         rf"the (gradient|loss of task 'task\d') is not finite at step \d of {phase}; {cure}", str(error.value)
     )
@@ -171,7 +171,9 @@ def test_a_validation_that_is_not_finite_names_its_task(tmp_path, data, monkeypa
     broken = torch.tensor([1.0, float("nan"), 1.0])
     curves = iter([torch.ones(2, 3), torch.stack([torch.ones(3), broken] if adapted else [broken, torch.ones(3)])])
     monkeypatch.setattr("metakern.dialogue.trainer.curve", lambda *_: (["a", "b", "c"], next(curves)))
-    with pytest.raises(DivergenceError, match=r"the loss of task 'b' is not finite at step 3 of train; .* of step 0"):
+    with pytest.raises(
+        DivergenceError, match=r"the loss of task 'b' is not finite at step 3 of train; .* holds step 0"
+    ):
         train(tiny_config(data, pretrain_steps=0), tmp_path / "run")
 
 
@@ -224,7 +226,7 @@ def test_a_folder_is_not_overwritten_and_not_resumed_as_something_else(tmp_path,
         train(config, tmp_path / "run")
     for change in ({"hidden": 9}, {"vocab_size": 400}, {"seed": 4}, {"algorithm": "fomaml"}):
         ((key, value),) = change.items()
-        with pytest.raises(UserError, match=f"was begun with {key} = .*, got {value!r}; resume it as it was begun"):
+        with pytest.raises(UserError, match=f"{key} must be .* as when the run began, got {value!r}: resume without"):
             train(replace(config, **change), tmp_path / "run", resume=True)
     assert all(torch.equal(before[key], value) for key, value in final(tmp_path / "run")[0].items())
 

@@ -101,7 +101,7 @@ def test_adapt_then_chat_then_eval(folder, tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out.count("\n") == 1
     assert main(["eval", str(tmp_path / "mine"), "--steps", "0"]) == 0
     adapted = complaint(capsys, "eval", tmp_path / "mine", "--compare", "finetune")
-    assert adapted == f"{tmp_path / 'mine'}: is adapted from {folder / 'run'}; compare that one"
+    assert adapted == f"{tmp_path / 'mine'}: is adapted from {folder / 'run'}: compare that run"
 
 
 def test_resume_of_a_finished_run_changes_nothing(folder, capsys):
@@ -151,7 +151,7 @@ def test_a_fault_of_our_own_is_called_one(capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "_environment", broken)
     words = complaint(capsys, "doctor", code=1)
-    assert words == "ValueError: odd; a fault of metakern's: --traceback says where"
+    assert words == "ValueError: odd; this is a bug in metakern: --traceback shows where it was raised"
     for arguments in (["--traceback", "doctor"], ["doctor", "--traceback"]):
         with pytest.raises(ValueError, match="odd"):
             main(arguments)
@@ -256,7 +256,7 @@ def test_mistakes_in_data(tmp_path, capsys):
     assert "must hold a dialogue" in says(b'{"messages": [{"role": "assistant", "content": "hi"}]}')
     assert "must have" in says(b'{"messages": [' + turn + b"]}")
     assert "must be UTF-8" in says(b'{"messages": "\xff"}')
-    assert "no known format" in says(b"x", "data.xyz")
+    assert "must be in a known format" in says(b"x", "data.xyz")
     assert "format must be one of" in says(b"", "data.jsonl", "--format", "chit")
     assert "nor packaged data" in complaint(capsys, "train", "--data", "chitchta", "--out", tmp_path / "run")
 
@@ -300,7 +300,7 @@ def test_a_loss_that_is_not_finite(folder, tmp_path, capsys):
     config = folder / "tiny.toml"
     error = complaint(capsys, "train", "--config", config, "--out", tmp_path / "run", "--outer-lr=1e30", "--warmup=0")
     assert "is not finite at step" in error
-    assert "checkpoints/last is of step" in error
+    assert "checkpoints/last holds step" in error
 
 
 def test_ctrl_c_says_how_to_go_on(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""What error messages tell to do can be done: flags and keys that they name exist."""
+"""The flags and keys that error messages name exist."""
 
 import argparse
 import ast
@@ -19,7 +19,7 @@ OTHERS = {"--no-deps"}  # of pip
 
 
 def literals(file: Path) -> Iterator[str]:
-    """The texts in a file's code, with ? for what is put into them."""
+    """Yield the string literals of a file, with ? in the places of an f-string's values."""
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.JoinedStr):
             yield "".join(part.value if isinstance(part, ast.Constant) else "?" for part in node.values)
@@ -28,7 +28,7 @@ def literals(file: Path) -> Iterator[str]:
 
 
 def commands(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
-    """The flags of each command."""
+    """Return the flags of each command."""
     chosen = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return {name: set(command._option_string_actions) for name, command in chosen.choices.items()}
 

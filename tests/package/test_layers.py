@@ -1,4 +1,4 @@
-"""The folder tree says what depends on what: imports point downwards, and private names stay in their room."""
+"""Imports between the rooms of the package point downwards only, and private names stay in their room."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import metakern
 
 PACKAGE = Path(metakern.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-# From the lowest to the highest; those of a line know nothing of each other.
+# The rooms from the lowest to the highest; rooms on one line do not import each other.
 LAYERS = [
     ("errors", "tested"),
     ("io", "native"),
@@ -27,7 +27,7 @@ LAYERS = [
     ("__init__", "__main__"),
 ]
 HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
-# Only when it is asked for: where derivatives are lost the engine has the doctor say in which module.
+# Imports upwards that are made only when needed: if derivatives are lost, the engine asks the doctor in which module.
 ASKED_FOR = {("meta/plan.py", "diagnosis")}
 
 

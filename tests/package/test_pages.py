@@ -1,4 +1,4 @@
-"""What the pages name is there: the files and functions of the architecture, and every public name in the reference."""
+"""The files and functions that the page on the architecture names exist, and the reference has every public name."""
 
 import re
 from collections.abc import Iterator

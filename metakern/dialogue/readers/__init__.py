@@ -1,13 +1,13 @@
-"""Read conversations of any known format as tasks, turns and speakers.
+"""Read conversations of any known format into tasks, turns and speakers.
 
-A `Dialogue` is one conversation of one task (a topic, a speaker, a service).  `meta["bot"]` names the speaker whose
-turns a model learns to produce.  A reader is one function in one file of this package:
+A `Dialogue` is one conversation, which belongs to one task (a topic, a speaker, a service). `meta["bot"]` names the
+speaker whose turns a model learns to produce. A reader is one function in one file of this package:
 
     @reader("lines", suffixes=(".txt",))
     def lines(path: Path, skipped: Counter[str]) -> Iterator[Dialogue]: ...
 
-It yields dialogues, counts in `skipped` what it leaves out and why, and raises `DataError` for a damaged file.
-Every reader makes its dialogues with `dialogue`; one of JSON takes its records from `records`.
+It yields dialogues, counts in `skipped` what it leaves out, by reason, and raises `DataError` for a damaged file. It
+makes dialogues with `dialogue`, and a reader of JSON takes records from `records`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,20 @@ COMPRESSED = {
     b"BZh": "bunzip2",
     b"\x28\xb5\x2f\xfd": "unzstd",
 }
-BLANK = re.compile(r"[\s\ufeff]*")  # files that were put together have byte order marks inside
+BLANK = re.compile(r"[\s\ufeff]*")  # concatenated files have byte order marks inside
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one speaker says before another speaks."""
+    """What one speaker says before another one speaks.
+
+    Attributes:
+        speaker: A name. "system" and "tool" stand for instructions, which no model learns.
+        text: Not empty, and without white space at its ends, if `dialogue` made it.
+
+    >>> Turn("ann", "hi").text
+    'hi'
+    """
 
     speaker: str
     text: str
@@ -50,7 +58,18 @@ class Turn:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One conversation of one task; `meta["bot"]` is the speaker to be modeled."""
+    """One conversation, which belongs to one task.
+
+    Attributes:
+        task_id: The name of the task.
+        dialogue_id: The name of the conversation within its source.
+        turns: The turns, oldest first; the readers never put two turns of one speaker in a row.
+        meta: Further facts. `meta["bot"]` is the speaker whose turns a model learns; without it, the bot is the speaker
+            named bot or assistant, otherwise the second to speak.
+
+    >>> Dialogue("greetings", "1", (Turn("ann", "hi"), Turn("bob", "hello")), {"bot": "bob"}).turns[1].speaker
+    'bob'
+    """
 
     task_id: str
     dialogue_id: str
@@ -59,14 +78,14 @@ class Dialogue:
 
 
 class Dialogues(list[Dialogue]):
-    """What `read` found: the dialogues, and in `skipped` the count of every reason for leaving others out."""
+    """The list of dialogues that `read` found in `source`; `skipped` counts what it left out, by reason."""
 
     def __init__(self, items: Iterable[Dialogue], source: str, skipped: Mapping[str, int]) -> None:
         super().__init__(items)
         self.source, self.skipped = source, skipped
 
     def summary(self) -> str:
-        """One line for the user.
+        """Return one line for the user: how many dialogues and tasks there are, and what was skipped.
 
         >>> Dialogues([], "talk.jsonl", {"with fewer than 2 turns": 3}).summary()
         'talk.jsonl: 0 dialogues of 0 tasks; skipped 3 (3 with fewer than 2 turns)'
@@ -77,7 +96,7 @@ class Dialogues(list[Dialogue]):
 
 @dataclass(frozen=True)
 class Reader:
-    """A format: how to recognize it, how to read it, and where a package holds data in it."""
+    """A format: how to recognize and read it, and where a package has data in it; the fields are as in `reader`."""
 
     name: str
     load: Callable[..., Iterator[Dialogue]]
@@ -88,7 +107,11 @@ class Reader:
     variant: str
 
     def packaged(self) -> Path:
-        """The path of the packaged data, found without importing the package."""
+        """Return the path of the packaged data, which is found without importing the package.
+
+        Raises:
+            DataError: If the package is missing.
+        """
         spec = importlib.util.find_spec(self.package)
         if spec is None or not spec.submodule_search_locations:
             raise DataError(f"{self.name}: the package {self.package} is missing: pip install metakern[dialogue]")
@@ -107,12 +130,25 @@ def reader(
     data: str = "",
     variant: str = "",
 ) -> Callable[[Callable[..., Iterator[Dialogue]]], Callable[..., Iterator[Dialogue]]]:
-    """Register a reader.
+    """Return a decorator that registers a function as the reader of a format.
 
-    suffixes          of the names of files in this format
-    sniff             tells this format from others of these suffixes by a record of JSON
-    package, data     the package that holds data in this format, and the path inside it
-    variant           the option that the `x` of the source `"name:x"` sets
+    The function is called with a path, a counter `skipped` and options by keyword, and yields dialogues.
+
+    Args:
+        name: The name of the format.
+        suffixes: What the names of files in this format end in, in lower case, such as ".json".
+        sniff: Returns whether a JSON record is of this format, to tell it from others with the same suffixes. None if
+            the suffixes suffice.
+        package: A Python package that holds data in this format, so that `read(name)` reads them; "" if there is none.
+        data: The path of the data inside the package.
+        variant: The option of the function that is set to `x` for the source `"name:x"`.
+
+    >>> @reader("lines", suffixes=(".lines",))
+    ... def lines(path, skipped):
+    ...     for number, line in enumerate(text_of(path).splitlines()):
+    ...         yield dialogue("talk", str(number), enumerate(line.split("|")))
+    >>> READERS.pop("lines").suffixes
+    ('.lines',)
     """
 
     def register(load: Callable[..., Iterator[Dialogue]]) -> Callable[..., Iterator[Dialogue]]:
@@ -123,19 +159,21 @@ def reader(
 
 
 def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
-    """Read dialogues from packaged data or from a file or directory.
+    """Read dialogues from packaged data, or from a file or directory.
 
     Args:
-        source: `"chitchat"`, `"chitchat:senders"`, `"chatterbot"`, `"chatterbot:english"`, …, or a path
-            (`"./chitchat"` for one that has such a name).
-        format: A name of `READERS`, or `"auto"`: by the name of the file and its first record of a known kind.
-        options: Those of the format's reader.
+        source: Packaged data by name ("chitchat", "chitchat:subjects", "chitchat:senders", "chatterbot",
+            "chatterbot:english", …) or a path. A path that has the name of packaged data is written "./chitchat".
+        format: "messages", "sharegpt", "chitchat" or "chatterbot". "auto" recognizes the format by the suffix of a
+            file and by its first record of a known kind.
+        options: The options of the format's reader, such as `task_key` of "messages".
 
     Returns:
-        A list whose `summary()` tells what was skipped.
+        A list of dialogues with two turns or more. Its `summary()` says how many others were skipped and why.
 
     Raises:
-        DataError: Where there is nothing to read, or what is there can't be read.
+        DataError: If `format` is unknown, there is no such source, a file is damaged or of no known format, or no
+            dialogue is left.
 
     >>> len({d.task_id for d in read("chatterbot:english")}) > 10
     True
@@ -171,7 +209,10 @@ def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
 def dialogue(
     task_id: str, dialogue_id: str, turns: Iterable[tuple[str, str]], meta: Mapping[str, str] | None = None
 ) -> Dialogue:
-    """A dialogue of `(speaker, text)` pairs: texts stripped, empty ones dropped, a speaker's run of texts one turn.
+    """Return a dialogue of `(speaker, text)` pairs.
+
+    White space at the ends of texts is removed, and empty texts are dropped. Texts of one speaker in a row become one
+    turn, with line breaks between them.
 
     >>> dialogue("greetings", "1", [("ann", " hi\\n"), ("ann", "you"), ("bob", " "), ("bob", "hello")]).turns
     (Turn(speaker='ann', text='hi\\nyou'), Turn(speaker='bob', text='hello'))
@@ -188,12 +229,16 @@ def dialogue(
 
 
 def _encodable(text: str) -> str:
-    """A text with ? for each half of a surrogate pair, which JSON may hold and UTF-8 may not."""
+    """Return a text with ? in the place of each lone surrogate, which JSON may hold and UTF-8 may not."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file itself, or a directory's files of these suffixes in a fixed order, but for hidden ones."""
+    """Return the file `path`, or the files with these suffixes below the directory `path`, sorted, without hidden ones.
+
+    Raises:
+        DataError: If a directory holds none.
+    """
     if not path.is_dir():
         return [path]
     found = [p for p in _visible(path) if p.suffix.lower() in suffixes]
@@ -203,13 +248,17 @@ def files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _visible(path: Path) -> list[Path]:
-    """The files below a directory, without those that a system hides (.DS_Store, ._talk.json, .git/…)."""
+    """Return the files below a directory, sorted, without hidden ones (.DS_Store, ._talk.json, .git/…)."""
     found = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
     return sorted((p for p in found if p.is_file()), key=lambda p: p.as_posix())
 
 
 def text_of(path: Path) -> str:
-    """The text of a UTF-8 file."""
+    """Return the text of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        DataError: If the file can't be read, is compressed or is not UTF-8.
+    """
     try:
         data = path.read_bytes()
         return data.decode("utf-8-sig")
@@ -226,15 +275,29 @@ def text_of(path: Path) -> str:
 
 
 def json_of(text: str, path: Path) -> Any:
-    """The JSON value that a file holds; numbers with a point and NaN are texts, as they are written."""
+    """Return the JSON value in the text of a file; floating-point numbers and NaN become strings, as they are written.
+
+    Raises:
+        DataError: If the text is not one JSON value, or an object has a key twice.
+    """
     value, end = _decode(text, _after_blank(text, 0), path)
     _must_end(text, end, path)
     return value
 
 
 def records(path: Path, key: str = "messages") -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a file: the items of an array by number, or one after the other, on a line each or over
-    several, by the line at which they begin.  `key` is what each should have, for the error where one is no object."""
+    """Yield the JSON objects of a file, each with a number.
+
+    The objects are the items of one array, numbered from 1, or stand one after the other, each on a line or over
+    several, numbered by the line at which they begin.
+
+    Args:
+        path: The file.
+        key: What each object should have, for the error message if one is not an object.
+
+    Raises:
+        DataError: If the file can't be read, is not JSON, or holds something else than objects.
+    """
     text = text_of(path)
     at = _after_blank(text, 0)
     if array := text.startswith("[", at):
@@ -259,7 +322,7 @@ def records(path: Path, key: str = "messages") -> Iterator[tuple[int, dict[str, 
 
 
 class _RepeatedKeyError(ValueError):
-    """An object that has a key twice, of which `json` would drop the first without a word."""
+    """A JSON object has a key twice; `json` would drop the first one silently."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -273,8 +336,10 @@ DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=str, parse_con
 
 
 def _decode(text: str, at: int, path: Path, on_one_line: bool = False) -> tuple[Any, int]:
-    """The JSON value that begins at a position, and where it ends.  `on_one_line` says that it should end on its line,
-    where it is told what is wrong then, and not in the lines after it."""
+    """Return the JSON value that begins at the position `at`, and the position after it.
+
+    `on_one_line` says that the value should end on its line. An error is then reported there, not on a later line.
+    """
     try:
         return DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
@@ -285,7 +350,7 @@ def _decode(text: str, at: int, path: Path, on_one_line: bool = False) -> tuple[
     except _RepeatedKeyError as error:
         where = f"{path}:{text.count(chr(10), 0, at) + 1}"
         raise DataError(f"{where}: must have each key once in an object, got {str(error)!r} twice: keep one") from None
-    except (RecursionError, ValueError):  # brackets or digits by the thousand
+    except (RecursionError, ValueError):  # thousands of nested brackets, or of digits in a number
         where = f"{path}:{text.count(chr(10), 0, at) + 1}"
         raise DataError(f"{where}: must be JSON of moderate depth, got one that Python refuses: remove it") from None
 
@@ -307,7 +372,7 @@ def _after_blank(text: str, at: int) -> int:
 
 
 def _recognize(path: Path) -> Reader:
-    """The reader of a file, or of the first file of a directory that has one."""
+    """Return the reader of a file, or of the first file below a directory that has a reader."""
     empty = False
     for file in _visible(path) if path.is_dir() else [path]:
         matching = [candidate for candidate in READERS.values() if file.suffix.lower() in candidate.suffixes]
@@ -325,12 +390,12 @@ def _recognize(path: Path) -> Reader:
     if empty:
         raise DataError(f"{path}: must hold a dialogue, got an empty file")
     if not path.is_dir():
-        text_of(path)  # a file that is no text at all has an error of its own
-    raise DataError(f"{path}: of no known format: name one of {', '.join(READERS)}")
+        text_of(path)  # raises a clearer error if the file is not text
+    raise DataError(f"{path}: must be in a known format, got another: set format to one of {', '.join(READERS)}")
 
 
 def count_of(skipped: Mapping[str, int]) -> str:
-    """What was left out: each count and its reason."""
+    """Return what was left out, as text: each count with its reason."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
 
 

@@ -1,9 +1,9 @@
-"""The chatterbot-corpus package, and any files of its format: questions and answers by topic in 28 languages (BSD).
+"""Read the package chatterbot-corpus, or files in its format: questions and answers by topic in 28 languages (BSD).
 
     data/<language>/<topic>.yml: {"categories": [...], "conversations": [[question, answer, ...], ...]}
 
-A task is a topic of a language.  Most questions come several times with different answers; only the first one is kept,
-since the same question on both sides would leak from support to query.
+A task is a topic in a language. Most questions occur several times with different answers. Only the first one is kept,
+since the same question in support and query would be a leak.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["chatterbot"]
     variant="language",
 )
 def chatterbot(path: Path, skipped: Counter[str], *, language: str = "") -> Iterator[Dialogue]:
-    """Yield the dialogues of one language, or of all; see the module."""
+    """Yield the dialogues of one language (a folder of `path`) or, for "", of all; the module describes the format."""
     if language:
         known = sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
         if language not in known:
@@ -57,7 +57,7 @@ def _conversations(file: Path) -> list[Any]:
         raise DataError("chatterbot: the package pyyaml is missing: pip install metakern[dialogue]") from None
     text = text_of(file)
     try:
-        # The base loader leaves scalars as they are written: "Yes" stays a word and "42" does not become a number.
+        # The base loader leaves scalars as they are written: "Yes" does not become True, and "42" stays a text.
         loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)(text)
         node = loader.get_single_node()
         data = loader.construct_document(node) if node else None
@@ -66,7 +66,7 @@ def _conversations(file: Path) -> list[Any]:
         line = f":{mark.line + 1}" if mark else ""
         raise DataError(f"{file}{line}: must be YAML, got {getattr(error, 'problem', 'damaged text')}") from None
     except RecursionError:
-        raise DataError(f"{file}: must be YAML of moderate depth, got one that Python refuses") from None
+        raise DataError(f"{file}: must be YAML of moderate depth, got one that is nested too deeply") from None
     if not isinstance(data, dict) or not isinstance(data.get("conversations"), list):
         raise DataError(f"{file}: must hold a list under the key conversations, got none")
     if node and len(data) < len(node.value):
@@ -75,7 +75,7 @@ def _conversations(file: Path) -> list[Any]:
 
 
 def _text(item: Any) -> str:
-    """An item as it was written: an unquoted "note: this" is a mapping to YAML."""
+    """Return the text of an item as it was written; YAML takes an unquoted "note: this" for a mapping."""
     if isinstance(item, dict):
         return " ".join(f"{key}: {_text(value)}" for key, value in item.items())
     if isinstance(item, list):

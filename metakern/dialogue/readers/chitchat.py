@@ -1,18 +1,22 @@
-"""The chitchat-dataset package: English conversations of two strangers under a prompt (MIT).
+"""Read the package chitchat-dataset: English conversations of two strangers about a prompt (MIT).
 
     {uuid: {"messages": [[{"text", "timestamp", "sender"}, … one turn], …], "prompt", "ratings", "start"}}
 
-tasks="topics"    a task is a prompt; the bot is the second to speak
-tasks="subjects"  a task is a word that people talk about (piano, pizza, physics); its dialogues are passages about it
-tasks="senders"   a task is a person, who is the bot; every conversation belongs to the tasks of both its speakers
+The option `tasks` says what a task is:
 
-People drift from their prompt within a few turns, so a prompt says little about a conversation's later parts. For
-subjects, conversations are cut into passages of whole turns and at least `PASSAGE` words. A passage's subject is the
-word with the highest tf · idf (Spärck Jones 1972) among the words of at least `LETTERS` letters that occur in at least
-`FEWEST`, and in at most one in `RARE` conversations; a subject needs `FEWEST_PASSAGES` conversations, each of which
-gives it one passage, the one that names it most.
+    "topics"    a prompt; the bot is the second to speak
+    "subjects"  a word that people talk about (piano, pizza, physics); its dialogues are passages about it
+    "senders"   a person, who is the bot; each conversation belongs to the tasks of both its speakers
 
-Left out: conversations of one speaker, of fewer than 4 turns or with an e-mail address, and topics without a prompt.
+People drift from their prompt within a few turns, so a prompt says little about the later parts of a conversation. For
+subjects, conversations are cut into passages of whole turns, which have at least `PASSAGE` words. A word can be a
+subject if it has at least `LETTERS` letters and occurs in at least `FEWEST` conversations, but in at most one in
+`RARE`. The subject of a passage is the one of its words with the highest tf · idf (Spärck Jones 1972). From each
+conversation, a subject takes the passage that names it most. A subject with passages from fewer than `FEWEST_PASSAGES`
+conversations is dropped.
+
+Conversations are left out if they do not have two speakers and at least 4 turns, or if they have an e-mail address;
+for topics and subjects, also if they have no prompt.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ PASSAGE, LETTERS, FEWEST, RARE, FEWEST_PASSAGES = 40, 4, 30, 16, 24
     variant="tasks",
 )
 def chitchat(path: Path, skipped: Counter[str], *, tasks: str = "topics") -> Iterator[Dialogue]:
-    """Yield the dialogues of chitchat; see the module."""
+    """Yield the dialogues of a file; `tasks` is "topics", "subjects" or "senders", as the module explains."""
     if tasks not in TASKS:
         raise DataError(f"chitchat: tasks must be one of {', '.join(TASKS)}, got {tasks}")
     found = _conversations(path, skipped, tasks)
@@ -54,7 +58,7 @@ def chitchat(path: Path, skipped: Counter[str], *, tasks: str = "topics") -> Ite
 
 
 def _conversations(path: Path, skipped: Counter[str], tasks: str) -> Iterator[Dialogue]:
-    """Whole conversations, under their prompts or for both of their speakers."""
+    """Yield whole conversations; the task is the prompt or, for "senders", each of the two speakers in turn."""
     data = json_of(text_of(path), path)
     if not isinstance(data, dict):
         raise DataError(f"{path}: must be an object of conversations, got {type(data).__name__}")
@@ -86,14 +90,14 @@ def _conversations(path: Path, skipped: Counter[str], tasks: str) -> Iterator[Di
 
 
 def _text(value: Any) -> str:
-    """A text or a number as text; null is none."""
+    """Return a text or a number as text, and null as an empty text; raise TypeError for anything else."""
     if value is not None and not isinstance(value, (str, int, float)):
         raise TypeError
     return "" if value is None else str(value).strip()
 
 
 def _subjects(conversations: list[Dialogue]) -> Iterator[Dialogue]:
-    """Passages under the words that they are about."""
+    """Yield passages; the task of a passage is its subject, as the module defines it."""
     occurs: Counter[str] = Counter()
     for talk in conversations:
         occurs.update({word for turn in talk.turns for word in words(turn.text)})
@@ -101,7 +105,7 @@ def _subjects(conversations: list[Dialogue]) -> Iterator[Dialogue]:
     subjects = {w for w, n in occurs.items() if FEWEST <= n <= many and len(w) >= LETTERS and w.isalpha()}
     weight = {word: math.log(len(conversations) / occurs[word]) for word in subjects}
     passages = [(talk, turns, Counter(_words(turns))) for talk in conversations for turns in _passages(talk.turns)]
-    for _ in range(2):  # the passages of words that turn out too rare go to the other subjects
+    for _ in range(2):  # in the second round, passages of the subjects that were dropped go to others
         best: dict[str, dict[str, tuple[int, Dialogue]]] = defaultdict(dict)
         for talk, turns, count in passages:
             named = [word for word in count if word in subjects]
@@ -117,7 +121,7 @@ def _subjects(conversations: list[Dialogue]) -> Iterator[Dialogue]:
 
 
 def _passages(turns: Iterable[Turn]) -> Iterator[tuple[Turn, ...]]:
-    """Consecutive turns, at least two, of at least `PASSAGE` words; a shorter end is dropped."""
+    """Yield runs of at least two turns with at least `PASSAGE` words in all; a shorter rest is dropped."""
     passage: list[Turn] = []
     for turn in turns:
         passage.append(turn)

@@ -1,16 +1,16 @@
-"""Chat `messages`: JSON records, on a line each, in one array, or one after the other over several lines.
+"""Read chat `messages`: JSON records, each on a line, in one array, or one after the other over several lines.
 
     {"messages": [{"role": "system" | "user" | "assistant" | "tool", "content": "…"}, …], "topic": "…"}
     {"prompt": [message, …] | "…", "completion": [message, …] | "…"}
 
-A content is a text, a number, or what holds texts: a list of parts, {"text": …}, {"parts": …}, {"content": …} or
-{"value": …}, within each other too; the texts are put together by spaces.  A part without text, such as an image, is
-left out and counted.  A message without content is silent if its content is null or it calls a tool; a dialogue with
-another one is left out and counted.
+A content is a text, a number, a list of parts, or an object with the key text, parts, content or value; these may be
+nested. The texts are joined by spaces. A part without text, such as an image, is left out and counted. A message
+without content is skipped if its content is null or it calls a tool; otherwise its dialogue is left out and counted.
 
-The bot is the assistant.  The task is the value of `task_key`; by default the first of task, task_id, topic, domain and
-persona that a record has, otherwise the name of the file without its suffix: a directory holds one task a file.  0 and
-false are names of tasks; null, an empty text and an empty list are none.
+The bot is the assistant. The task is the value of the key `task_key` or, by default, of the first of the keys task,
+task_id, topic, domain and persona that a record has. Without any, it is the name of the file without its suffix, so
+that a directory holds one task in each file. 0 and false are names of tasks; null, an empty text and an empty list are
+not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NO_TEXT = "message parts without text"
 
 
 class UnreadableError(ValueError):
-    """A message that holds no role or no content that can be read."""
+    """A message has no role or no content that can be read."""
 
 
 @reader(
@@ -45,7 +45,7 @@ class UnreadableError(ValueError):
     sniff=lambda record: "messages" in record or ("prompt" in record and "conversations" not in record),
 )
 def messages(path: Path, skipped: Counter[str], *, task_key: str | None = None) -> Iterator[Dialogue]:
-    """Yield the dialogues of a file or directory; see the module."""
+    """Yield the dialogues of a file or directory; `task_key` is the key that names the task (None: the defaults)."""
     return dialogues(path, skipped, task_key, "messages", "role and content", _messages)
 
 
@@ -57,7 +57,16 @@ def dialogues(
     parts: str,
     messages_of: Callable[[Mapping[str, Any]], Iterable[Any]],
 ) -> Iterator[Dialogue]:
-    """Yield the dialogues of a file or directory whose records hold messages; `key` and `parts` are for reasons."""
+    """Yield the dialogues of a file or directory whose records hold messages.
+
+    Args:
+        path: The file or directory.
+        skipped: Counts what is left out, by reason.
+        task_key: The key of a record that names its task; None stands for the first of `TASK_KEYS` that it has.
+        key: The key that holds the messages, for error messages.
+        parts: The keys of a message, for the reason why a record was left out.
+        messages_of: Returns the messages of a record, or raises `UnreadableError`.
+    """
     for file in files(path, SUFFIXES):
         for number, record in records(file, key):
             try:
@@ -79,12 +88,16 @@ def dialogues(
 
 
 def _task(record: Mapping[str, Any], task_key: str | None) -> str:
-    """The name of a record's task on one line, or nothing."""
+    """Return the name of a record's task, on one line, or "" if it has none."""
     return next(filter(None, (_name(record.get(key)) for key in ([task_key] if task_key else TASK_KEYS))), "")
 
 
 def _turn(message: Any, skipped: Counter[str]) -> tuple[str, str]:
-    """Speaker and text of a message, whose parts without text are counted; raises `UnreadableError`."""
+    """Return the speaker and the text of a message; parts without text are counted in `skipped`.
+
+    Raises:
+        UnreadableError: If the role or the content can't be read.
+    """
     if not isinstance(message, dict):
         raise UnreadableError
     role = message.get("role", message.get("from"))
@@ -106,14 +119,14 @@ def _messages(record: Mapping[str, Any]) -> list[Any]:
 
 
 def listed(found: Any) -> list[Any]:
-    """A list of messages; raises `UnreadableError`."""
+    """Return a list of messages as it is; raise `UnreadableError` if it is not a list."""
     if not isinstance(found, list):
         raise UnreadableError
     return found
 
 
 def _text(content: Any, skipped: Counter[str]) -> str:
-    """The text of a content, or the texts of its parts."""
+    """Return the text of a content, or the texts of its parts, joined by spaces."""
     if isinstance(content, str):
         return content
     if isinstance(content, (int, float)) and not isinstance(content, bool):
@@ -126,7 +139,7 @@ def _text(content: Any, skipped: Counter[str]) -> str:
 
 
 def _part(part: Any, skipped: Counter[str]) -> str:
-    """The text of a part; a part of another kind is counted."""
+    """Return the text of a part; a part without text is counted in `skipped` and gives ""."""
     if part is None or (isinstance(part, dict) and all(part.get(key) is None for key in CONTENT)):
         skipped[NO_TEXT] += 1
         return ""
@@ -134,6 +147,6 @@ def _part(part: Any, skipped: Counter[str]) -> str:
 
 
 def _name(value: Any) -> str:
-    """A name on one line; a persona may be a list of sentences."""
+    """Return the name of a task on one line; a list, such as the sentences of a persona, is joined."""
     parts = value if isinstance(value, list) else [value]
     return " ".join(" ".join(str(part) for part in parts if part is not None).split())
