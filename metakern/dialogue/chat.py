@@ -1,11 +1,6 @@
 """Adapt a trained model to a few exchanges, and chat with it.
 
-A line in a chat is a message to the bot, or one of these commands (`HELP` is made of these lines):
-
-    /teach   type exchanges: in turn, what you say and what the bot should answer; an empty line ends them
-    /forget  forget the conversation; what was taught stays
-    /help    show the commands
-    /quit    end the chat
+A line in a chat is a message to the bot, or one of the commands in `HELP`.
 """
 
 from __future__ import annotations
@@ -31,7 +26,11 @@ from metakern.meta.parameters import twin
 
 __all__ = ["Chat", "adapt", "support_batch", "talk"]
 
-HELP = "\n".join(line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    /"))
+HELP = """\
+/teach   type exchanges: in turn, what you say and what the bot should answer; an empty line ends them
+/forget  forget the conversation; what was taught stays
+/help    show the commands
+/quit    end the chat"""
 
 
 def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:

@@ -107,8 +107,12 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) 
             except ValueError as error:
                 raise CheckpointError(f"{source}: {error}") from None
     for name in sorted(own.keys() | tensors.keys()):
-        shapes = [tuple(x[name].shape) if name in x else "nothing" for x in (own, tensors)]
-        if shapes[0] != shapes[1]:
+        if name not in own:
+            raise CheckpointError(f"{source}: {name} is not a tensor of this config")
+        if name not in tensors:
+            raise CheckpointError(f"{source}: {name} is missing")
+        if tensors[name].shape != own[name].shape:
+            shapes = [tuple(x[name].shape) for x in (own, tensors)]
             raise CheckpointError(f"{source}: {name} must be {shapes[0]} for this config, got {shapes[1]}")
     for name, value in own.items():
         value.copy_(tensors[name])

@@ -8,7 +8,6 @@ repeats the uninterrupted one bit for bit on the CPU. With a time limit, the lea
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import signal
@@ -170,7 +169,6 @@ class _Loop:
     def __init__(self, run: Run, phase: _Phase, validation: Episodes, log: _Log) -> None:
         self.run, self.phase, self.validation, self.log = run, phase, validation, log
         self.config, self.algorithm = run.config, phase.algorithm
-        self.judge = copy.copy(self.algorithm)  # shares the model and the engine; only its training flag is its own
         self.looks = (0, self.config.inner_steps) if phase.name == "train" else (0,)
         trained = [p for p in self.algorithm.parameters() if p.requires_grad]
         own = {id(p) for p in run.model.parameters()}
@@ -234,15 +232,15 @@ class _Loop:
 
         Their shape is `[1, T]` or `[2, T]`.
         """
-        self.judge.eval()
-        losses = self.judge.evaluate(support, query, steps=self.looks)
-        self.judge.train()
+        self.algorithm.eval()
+        losses = self.algorithm.evaluate(support, query, steps=self.looks)
+        self.algorithm.train()
         return losses
 
     def validate(self) -> None:
         """Log the losses on the validation tasks, save weights of `train` as `best` if they are, and save `last`."""
         run, config, state = self.run, self.config, self.run.state
-        names, losses = curve(self.judge, self.validation, self.looks, config.eval_tasks)
+        names, losses = curve(self.algorithm, self.validation, self.looks, config.eval_tasks)
         judged = losses[:1] if isinstance(self.algorithm, FineTune) else losses
         if not judged.isfinite().all():
             raise self.divergence(names, judged.sum(0))

@@ -135,9 +135,9 @@ def test_a_module_of_another_shape_is_refused_and_left_alone(tmp_path):
         checkpoint.load_module(module, checkpoint.module_tensors(Tied()), tmp_path)
     tensors = checkpoint.module_tensors(Tied(width=4))
     bias = tensors.pop("head.bias")
-    with pytest.raises(CheckpointError, match=r"head\.bias must be \(5,\) for this config, got nothing"):
+    with pytest.raises(CheckpointError, match=r"head\.bias is missing"):
         checkpoint.load_module(module, tensors, tmp_path)
-    with pytest.raises(CheckpointError, match="more must be nothing for this config, got "):
+    with pytest.raises(CheckpointError, match="more is not a tensor of this config"):
         checkpoint.load_module(module, {**tensors, "head.bias": bias, "more": bias}, tmp_path)
     assert torch.equal(module.head.weight, before)
 
