@@ -643,7 +643,7 @@ def test_parameters_of_functional_models_can_be_set() -> None:
     assert torch.equal(torch.autograd.grad(fmodel[1].weight.sum(), weight)[0], torch.ones(1, 2))
     with pytest.raises(TypeError, match="fmodel: weight must be a tensor, got NoneType"):
         fmodel[1].weight = None
-    with pytest.raises(ValueError, match=r"fmodel: submodules must be set in the model, before .* got '1' set later"):
+    with pytest.raises(ValueError, match=r"fmodel: submodules must be set in the model before .* got '1' set later"):
         setattr(fmodel, "1", nn.Linear(2, 2))
     with pytest.raises(ValueError, match="fmodel: parameters must all be set before a single one is, got 'weight'"):
         higher.make_functional(nn.Linear(2, 1)).weight = weight
