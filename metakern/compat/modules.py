@@ -1,8 +1,8 @@
 """Shared by both interfaces: copy a module tree so that it computes with other tensors, and differentiate its loss.
 
-A copy has module objects, parameters and buffers of its own and shares every other attribute with the original, so it
-costs little more than three dictionaries a module. Nothing here makes a reference cycle: a copy and its graph are freed
-as soon as nobody holds them.
+A copy has module objects and parameters of its own, and buffers if asked for. It shares nearly all other attributes
+with the original, so it costs little more than a few dictionaries a module. Nothing here makes a reference cycle: a
+copy and its graph are freed as soon as nobody holds them.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ class Guarded(dict):
     Activation checkpointing recomputes a part of the forward during the backward. A module that has stepped in between
     holds later weights, and the gradient would be wrong without an error. Autograd numbers its nodes in the order in
     which they are made, so the number of the node that needs the recomputed tensors tells whether its forward came
-    before the last step, which is numbered `since`. A forward within `apart` needs no guard: its modules never step.
+    before the last step, at which the count was `since`. A forward within `apart` needs no guard, as its modules never
+    step.
     """
 
     since = 0

@@ -2,11 +2,11 @@
 
 Each place is judged by itself, as a function of its inputs and parameters. Its outputs y become the scalar
 
-    <c, y> + <d, (y - y_0)²> / 2        c, d random, y_0 the outputs at the model's own inputs and parameters
+    <c, y> + <d, (y - y_0)²> / 2        c, d random, y_0 the outputs of the place's first evaluation
 
-whose second order is not zero even if y is linear, so that a graph that is lost shows. Names play no role. The model is
-copied, in float64 if model and loss can run in it. Before every evaluation, the random states and all that a forward
-pass changes are restored.
+whose second derivative is not zero even if y is linear: without the square, a linear place that loses its second order
+would pass for exact. Names play no role. The model is copied, in float64 if model and loss can run in it. Before every
+evaluation, the random states and all that a forward pass changes are restored.
 """
 
 from __future__ import annotations
