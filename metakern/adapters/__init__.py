@@ -1,1 +1,1 @@
-"""LoRA for whole models, and the PEFT library's file format for it."""
+"""LoRA for whole models, and adapters on disk in the format of the PEFT library."""

@@ -1,15 +1,15 @@
-"""LoRA for a whole model, in place: linear layers freeze, and learn a low-rank correction beside their weight.
+"""LoRA for a whole model, in place: linear layers are frozen and learn a low-rank correction of their weight.
 
     y = x Wᵀ + b + (alpha / rank) (x Aᵀ) Bᵀ
 
 | parameter of an adapted layer | shape |
 |---|---|
-| weight W, bias b: the layer's own, under their old names | as before |
-| lora_A | [rank, in] |
+| weight W, bias b: the layer's own, by their former names | as before |
+| lora_A | [rank, in], random at first, as in the PEFT library |
 | lora_B | [out, rank], zero at first |
 
-An adapted layer is the same object under another class, as with `metakern.patch`: names, hooks, devices and copies go
-on as before, and `metakern.remove_lora` gives the class back. A starts as in the PEFT library.
+As with `metakern.patch`, only the class of an adapted layer changes: it stays the same object with its names, hooks and
+device. `metakern.remove_lora` restores the class.
 
 Hu et al. 2021, "LoRA: low-rank adaptation of large language models", section 4.1.
 """
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from metakern.nn.linear import Linear
 from metakern.nn.lora import FORMER, LoraLinear, Settings, former_class, is_conv1d, matrix
 
-HEADS = ("lm_head", "embed_out", "head", "score", "classifier")  # where logits are made: not adapted unless named
+HEADS = ("lm_head", "embed_out", "head", "score", "classifier")  # names of output heads, not adapted by default
 _TRAINABLE = "_metakern_trainable_before_lora"  # an attribute of the model, so that its copies keep it
 
 
@@ -45,26 +45,31 @@ def lora(
 ) -> list[str]:
     """Adapts linear layers of `model` by LoRA, in place, and freezes all other parameters.
 
-    What learns is what `metakern.MAML(model, ...)` adapts.
+    y = x Wᵀ + b + (alpha / rank) (x Aᵀ) Bᵀ, where A and B learn and W is frozen. `metakern.MAML(model, ...)` adapts and
+    meta-learns the parameters that learn, and no others. Hu et al. 2021, "LoRA: low-rank adaptation of large language
+    models", section 4.1.
 
     Args:
         model: Any module.
-        rank: Columns of B and rows of A.
-        targets: Patterns with * and ? over the dotted names of layers, for some components in a row: "q_proj",
-            "layers.*.mlp", "h.0.attn.c_attn". None is every `torch.nn.Linear` and Hugging Face `Conv1D` that can be
-            adapted, but for output heads.
-        alpha: The correction counts alpha / rank times; None is the rank, PEFT's default at its default rank.
-        dropout: Of the correction's input, in [0, 1).
-        trainable: Patterns over the names of other parameters that learn ("*norm*", "bias").
-        seed: That of A; None draws from PyTorch's generator.
-        dtype: That of A and B; None is that of each layer's weight.
+        rank: The number of rows of A, [rank, in], and of columns of B, [out, rank].
+        targets: Patterns with * and ?, each of which matches one or more consecutive components of a layer's dotted
+            name: "q_proj", "layers.*.mlp", "h.0.attn.c_attn". By default every `torch.nn.Linear` and Hugging Face
+            `Conv1D` that can be adapted, except output heads.
+        alpha: The factor of the correction is alpha / rank; by default alpha is the rank, as in PEFT for rank 8.
+        dropout: The probability of dropout of the correction's input, in [0, 1).
+        trainable: Patterns of the same kind for the names of other parameters that learn too, such as "*norm*" or
+            "bias".
+        seed: The seed of A; by default A is drawn from PyTorch's global generator.
+        dtype: The dtype of A and B; by default that of each layer's weight.
 
     Returns:
-        The names of the adapted layers.
+        The names of the adapted layers, in the model's order.
 
     Raises:
-        ValueError: Where a pattern matches nothing, or what can't be adapted (a weight that is tied or quantized, a
-            subclass, a forward that was replaced); where the model is adapted already; where rank, alpha or dropout is
+        TypeError: If `model` is no `nn.Module`, or a pattern no string.
+        ValueError: If a pattern matches nothing, or a layer that can't be adapted (its weight is tied or quantized, it
+            is of a subclass, or its forward was replaced); if `trainable` matches an adapted weight or an integer
+            parameter; if no layer can be adapted; if the model has LoRA layers already; if rank, alpha or dropout is
             out of range.
 
     >>> import metakern as mk, torch
@@ -88,7 +93,10 @@ def adapt(
     dtype: torch.dtype | None = None,
     seed: int | None = None,
 ) -> None:
-    """Adapts the named layers, which can be, each with its own settings; `trainable` are names of parameters."""
+    """Makes LoRA layers of the layers named in `layers`, with the settings there, and freezes all other parameters.
+
+    `trainable` names the parameters that learn too. Nothing is checked: all layers must be `adaptable`.
+    """
     before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     free = {id(model.get_parameter(name)) for name in trainable}
@@ -107,10 +115,20 @@ def adapt(
 
 
 def merge_lora(model: nn.Module) -> list[str]:
-    """Adds each correction to its weight, W + (alpha / rank) B A, and takes LoRA off. Returns the layers' names.
+    """Adds each correction to its weight, W + (alpha / rank) B A, and removes the LoRA layers, in place.
 
-    The parameters learn again that did before `metakern.lora`. The sum is taken in float32 for half precision. Raises
-    ValueError where the model has no LoRA layers.
+    Parameters that required a gradient before `metakern.lora` require one again. The sum is computed in float32 for
+    weights in half precision.
+
+    Args:
+        model: A model with LoRA layers.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        TypeError: If `model` is no `nn.Module`.
+        ValueError: If it has no LoRA layers.
 
     >>> import metakern as mk, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
@@ -129,9 +147,19 @@ def merge_lora(model: nn.Module) -> list[str]:
 
 
 def remove_lora(model: nn.Module) -> list[str]:
-    """Takes LoRA off again: the model as it was before `metakern.lora`. Returns the layers' names.
+    """Removes the LoRA layers and drops their corrections, in place.
 
-    Raises ValueError where the model has no LoRA layers.
+    Parameters that required a gradient before `metakern.lora` require one again.
+
+    Args:
+        model: A model with LoRA layers.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        TypeError: If `model` is no `nn.Module`.
+        ValueError: If it has no LoRA layers.
 
     >>> import metakern as mk, torch
     >>> model = torch.nn.Linear(4, 3)
@@ -152,7 +180,7 @@ def _take_off(model: nn.Module, layers: Mapping[str, LoraLinear]) -> list[str]:
 
 
 def lora_layers(verb: str, model: nn.Module) -> dict[str, LoraLinear]:
-    """The adapted layers of a model by name; there must be some."""
+    """Returns the LoRA layers of a model by name; raises ValueError if there are none."""
     layers = {path: m for path, m in _modules(verb, model).items() if isinstance(m, LoraLinear)}
     if not layers:
         raise ValueError(f"{verb}: model must have LoRA layers, got none: call metakern.lora(model) first")
@@ -166,7 +194,10 @@ def _modules(verb: str, model: nn.Module) -> dict[str, nn.Module]:
 
 
 def adaptable(verb: str, model: nn.Module) -> dict[str, str | None]:
-    """The linear layers of a model that has no LoRA yet: by name, why one can't be adapted, or None."""
+    """Returns for each linear layer, by name, why it can't be adapted, or None if it can.
+
+    Raises ValueError if the model has LoRA layers already.
+    """
     modules = _modules(verb, model)
     for path, module in modules.items():
         if isinstance(module, LoraLinear):
@@ -193,12 +224,15 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _targets(model: nn.Module, targets: str | Sequence[str] | None) -> list[str]:
-    """The names of the layers to adapt, in the model's order."""
+    """Returns the names of the layers to adapt, in the model's order."""
     layers = adaptable("lora", model)
     if targets is None:
         found = [p for p, why in layers.items() if why is None and p.rpartition(".")[2] not in HEADS]
         if not found:
-            raise ValueError("lora: model must have a linear layer that can be adapted, got none: name it in targets")
+            raise ValueError(
+                "lora: model must have a linear layer that can be adapted, got none: name a head in targets, or check "
+                "the layers' classes and dtypes"
+            )
         return found
     chosen: set[str] = set()
     for pattern in _patterns("targets", targets):
@@ -215,7 +249,7 @@ def _targets(model: nn.Module, targets: str | Sequence[str] | None) -> list[str]
 
 
 def _trainable(model: nn.Module, trainable: str | Sequence[str], layers: Sequence[str]) -> list[str]:
-    """The names of the parameters that learn beside the factors."""
+    """Returns the names of the parameters that learn beside A and B."""
     parameters = dict(model.named_parameters())
     weights = {join(path, "weight") for path in layers}
     chosen: set[str] = set()
@@ -241,17 +275,17 @@ def _patterns(argument: str, patterns: str | Sequence[str]) -> list[str]:
 
 
 def _matching(argument: str, what: str, pattern: str, names: Mapping[str, Any]) -> list[str]:
-    """The names of which some components in a row match a pattern; there must be one."""
+    """Returns the names of which consecutive components match a pattern; raises ValueError if there are none."""
     found = [name for name in names if fnmatchcase(f".{name}.", f"*.{pattern}.*")]
     if not found:
         known = dict.fromkeys([*(name.rpartition(".")[2] for name in names), *names])
         near = difflib.get_close_matches(pattern, known, 3, 0.5) or [name for name in known if name][:8]
-        raise ValueError(f"lora: {argument} must match a {what}, got {pattern!r}; there are {', '.join(near)}")
+        raise ValueError(f"lora: {argument} must match a {what}, got {pattern!r}: there are {', '.join(near)}")
     return found
 
 
 def join(path: str, name: str) -> str:
-    """The dotted name of what a module at `path` holds."""
+    """Returns the dotted name of the parameter or buffer `name` of the module at `path`."""
     return f"{path}.{name}" if path else name
 
 

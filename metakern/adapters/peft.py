@@ -1,9 +1,9 @@
-"""LoRA adapters on disk, in the format of the PEFT library: it reads ours, and we read its.
+"""LoRA adapters on disk, in the format of the PEFT library: each library reads what the other one writes.
 
 A folder holds two files::
 
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight [rank, in] and .lora_B.weight [out, rank];
-                                base_model.model.<layer>.base_layer.bias, where such biases learn;
+                                base_model.model.<layer>.base_layer.bias, if a bias of a LoRA layer learns;
                                 base_model.model.<name>, parameters and buffers of other modules that learn
     adapter_config.json         peft_type "LORA", r, lora_alpha, target_modules, modules_to_save, ...
 
@@ -30,24 +30,32 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTORS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 BIAS = "base_layer.bias"
-# What makes a layer of PEFT compute something else than ours, or changes the base.
+# Settings with which a PEFT layer computes something other than `LoraLinear`, or which change the base model.
 FOREIGN = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config"),
     *("target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config"),
 )
-STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights, which leave the base alone
+STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights that keep the base weights
 
 
 def save_lora(model: nn.Module, directory: str | Path, parameters: Mapping[str, Tensor] | None = None) -> None:
-    """Writes the LoRA layers of `model`, and whatever else learns, in PEFT's format.
+    """Writes the LoRA layers of `model`, and all other modules that learn, in PEFT's format.
 
-    parameters: values to write in place of the model's own, {name: tensor}; those of task t are
-    `{name: p[t] for name, p in maml.adapt(support).items()}`. Each file is replaced as a whole or not at all, and
-    `load_lora` refuses two that are not of one save.
+    Each of the two files is replaced as a whole or not at all. `load_lora` refuses files of two saves with different
+    alphas.
 
-    Raises ValueError where the model has no LoRA layers, or for a parameter that it does not have, that has another
-    shape, or that PEFT's format has no place for; CheckpointError where nothing
-    can be written.
+    Args:
+        model: A model with LoRA layers.
+        directory: The folder to write to; it is created if there is none.
+        parameters: Values to write in place of the model's own, by name. To save the parameters of task t, pass
+            `{name: p[t] for name, p in maml.adapt(support).items()}`.
+
+    Raises:
+        TypeError: If `model` is no `nn.Module`.
+        ValueError: If it has no LoRA layers, if one of `parameters` is not in the model or has another shape, or if
+            PEFT's format has no place for a parameter that learns: one of the model itself, of a module with
+            submodules, or of a LoRA layer beside A, B and the bias.
+        CheckpointError: If a file can't be written.
 
     >>> import metakern as mk, tempfile, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
@@ -73,7 +81,10 @@ def save_lora(model: nn.Module, directory: str | Path, parameters: Mapping[str, 
     for path, name in modules.items():
         module = model.get_submodule(path)
         if not path or isinstance(module, LoraLinear) or next(module.children(), None) is not None:
-            raise ValueError(f"save_lora: what learns must have a place in PEFT's format, got {name!r}")
+            raise ValueError(
+                f"save_lora: trainable parameters must have a place in PEFT's format, got {name!r}, which is neither "
+                "LoRA's nor of a module without submodules: freeze it"
+            )
         tensors |= {join(path, key): values[join(path, key)] for key in module.state_dict()}
     config = _config(model, layers)
     config |= {"bias": "lora_only" if biases else "none", "modules_to_save": sorted(modules) or None}
@@ -83,11 +94,11 @@ def save_lora(model: nn.Module, directory: str | Path, parameters: Mapping[str, 
 
 
 def _values(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's state with some of it replaced."""
+    """Returns the model's state dict with the values of `parameters` in it."""
     state = model.state_dict()
     for name, value in parameters.items():
         if name not in state:
-            raise ValueError(f"save_lora: parameters must be of model, got {name!r}")
+            raise ValueError(f"save_lora: parameters must have names of model's state dict, got {name!r}")
         if value.shape != state[name].shape:
             shapes = f"{list(state[name].shape)} as in model, got {list(value.shape)}"
             raise ValueError(f"save_lora: {name} must have shape {shapes}: give the parameters of one task")
@@ -95,7 +106,7 @@ def _values(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _config(model: Any, layers: Mapping[str, LoraLinear]) -> dict[str, Any]:
-    """The settings of the layers: the commonest rank, alpha and dropout, and patterns for those that differ."""
+    """Returns adapter_config.json: the most frequent rank and alpha, patterns for layers that differ, most dropout."""
     ranks = {path: layer.rank for path, layer in layers.items()}
     alphas = {path: layer.alpha for path, layer in layers.items()}
     ((rank, _),), ((alpha, _),) = Counter(ranks.values()).most_common(1), Counter(alphas.values()).most_common(1)
@@ -116,18 +127,37 @@ def _config(model: Any, layers: Mapping[str, LoraLinear]) -> dict[str, Any]:
 
 
 def _alpha(config: Mapping[str, Any]) -> str:
-    """What the tensors' file says again of the config, so that a pair which was torn apart is noticed."""
+    """Returns the alphas of a config, which the tensors' file repeats so that files of two saves are noticed."""
     return json.dumps([config.get("lora_alpha"), config.get("alpha_pattern")])
 
 
 def load_lora(model: nn.Module, directory: str | Path) -> list[str]:
-    """Reads adapters in PEFT's format into `model`, which is adapted first if it is not. Returns the layers' names.
+    """Reads adapters in PEFT's format into `model`, in place.
 
-    What was read learns from then on, all else is frozen; a model that is adapted already must have the same layers,
-    ranks and alphas, and keeps what learns. New factors have the wider one of the dtypes of file and layer.
+    A model without LoRA layers gets those of the files. Then the parameters that were read learn, and all others are
+    frozen. A model with LoRA layers must have the same layers, ranks and alphas, and its parameters learn as before.
 
-    Raises FileNotFoundError where a file is missing, ValueError for files that are damaged, that hold no LoRA or one
-    that computes something else than `metakern.nn.LoraLinear`, or that do not fit the model, which is left as it was.
+    Args:
+        model: The model that the adapters were trained for.
+        directory: The folder with `adapter_config.json` and `adapter_model.safetensors`. New A and B have the wider of
+            the dtypes of the file and of the first layer's weight.
+
+    Returns:
+        The names of the LoRA layers that were read, in the model's order.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, if the files are of two saves with different alphas, if they hold no LoRA
+            layers or a variant that `metakern.nn.LoraLinear` does not compute, or if they do not fit the model, which
+            is left as it was.
+
+    >>> import metakern as mk, tempfile, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> _ = mk.lora(model, rank=2)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     mk.save_lora(model, directory)
+    ...     mk.load_lora(torch.nn.Sequential(torch.nn.Linear(4, 3)), directory)
+    ['0']
     """
     config, tensors = _read(Path(directory))
     factors, rest = _by_layer(tensors)
@@ -146,8 +176,8 @@ def load_lora(model: nn.Module, directory: str | Path) -> list[str]:
         found = settings.get(path)
         if found is None or (found.rank, found.alpha) != (layer.rank, layer.alpha):
             got = "nothing" if found is None else f"{found.rank} and {found.alpha:g}"
-            wanted = f"rank {layer.rank} and alpha {layer.alpha:g} of model"
-            raise ValueError(f"load_lora: {path!r} must have the {wanted}, got {got}")
+            wanted = f"rank {layer.rank} and alpha {layer.alpha:g} as in model"
+            raise ValueError(f"load_lora: {path!r} must have {wanted}, got {got}")
     state, bases = model.state_dict(), {join(path, "weight") for path in factors}
     for name, value in rest.items():
         if name not in state or name in bases or state[name].shape != value.shape:
@@ -158,7 +188,7 @@ def load_lora(model: nn.Module, directory: str | Path) -> list[str]:
         dtype = torch.promote_types(factors[layers[0]][0].dtype, matrix(model.get_submodule(layers[0])).dtype)
         learning = [name for name, _ in model.named_parameters() if name in rest]
         adapt(model, {path: settings[path] for path in layers}, learning, dtype, seed=0)
-    state = model.state_dict()  # of the factors too; its tensors are the model's own
+    state = model.state_dict()  # now with A and B; its tensors share the model's memory
     for path, pair in factors.items():
         for name, value in zip(FACTORS, pair, strict=True):
             state[join(path, name)].copy_(value)
@@ -168,7 +198,7 @@ def load_lora(model: nn.Module, directory: str | Path) -> list[str]:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors, each whole and both of one save."""
+    """Reads both files and returns the config and the tensors; raises if they are missing, damaged or of two saves."""
     from safetensors import SafetensorError, safe_open
 
     for name in (CONFIG, TENSORS):
@@ -179,10 +209,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = dict(json.loads((folder / name).read_bytes()))
         name = TENSORS
         with safe_open(folder / name, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a mapping
             alpha = (file.metadata() or {}).get("alpha")
     except (ValueError, TypeError, SafetensorError):
-        raise ValueError(f"load_lora: files must be whole, got a damaged {name} in {str(folder)!r}") from None
+        raise ValueError(f"load_lora: files must be readable, got a damaged {name} in {str(folder)!r}") from None
     if config.get("peft_type") != "LORA":
         raise ValueError(f"load_lora: peft_type must be LORA, got {config.get('peft_type')!r}")
     if alpha not in (None, _alpha(config)):
@@ -191,12 +221,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if config.get("init_lora_weights") not in STARTS:
         foreign["init_lora_weights"] = config["init_lora_weights"]
     if foreign:
-        raise ValueError(f"load_lora: config must be of plain LoRA, got {foreign}")
+        raise ValueError(f"load_lora: config must be of plain LoRA, got {foreign}: merge the adapter with PEFT instead")
     return config, tensors
 
 
 def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """A and B by layer, and the other tensors by their name in the model."""
+    """Returns (A, B) by layer, and the other tensors by their names in the model."""
     pairs: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for key, tensor in tensors.items():
@@ -216,12 +246,12 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Te
                 f"load_lora: lora_A and lora_B must come together, got {next(iter(pair))} of {path!r} alone"
             )
     if not pairs:
-        raise ValueError("load_lora: files must hold layers, got none")
+        raise ValueError("load_lora: files must hold LoRA layers, got none")
     return {path: (pair["lora_A"], pair["lora_B"]) for path, pair in pairs.items()}, rest
 
 
 def _settings(config: Mapping[str, Any], path: str, rank: int) -> Settings:
-    """Those of a layer; patterns match the end of its path, as in PEFT."""
+    """Returns the settings of the layer at `path`; a pattern matches the end of the path, as in PEFT."""
 
     def of(name: str, pattern: str) -> Any:
         patterns = config.get(pattern) or {}
@@ -232,5 +262,5 @@ def _settings(config: Mapping[str, Any], path: str, rank: int) -> Settings:
     settings = Settings(rank, of("lora_alpha", "alpha_pattern"), config.get("lora_dropout") or 0.0)
     if settings.alpha is None:
         raise ValueError("load_lora: config must have lora_alpha, got none")
-    alpha = settings.alpha * rank**0.5 if config.get("use_rslora") else settings.alpha  # it divides by sqrt(rank)
+    alpha = settings.alpha * rank**0.5 if config.get("use_rslora") else settings.alpha  # rsLoRA divides by sqrt(rank)
     return replace(settings, alpha=float(alpha))

@@ -1,4 +1,4 @@
-"""The interfaces of learn2learn and higher on metakern: their users change an import."""
+"""The interfaces of learn2learn and higher, on metakern: code for either library runs with its imports changed."""
 
 from metakern.compat import higher, learn2learn
 

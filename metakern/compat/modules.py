@@ -1,7 +1,8 @@
-"""What both interfaces stand on: trees of modules that compute with other tensors, and the gradients of a loss there.
+"""Shared by both interfaces: copy a module tree so that it computes with other tensors, and differentiate its loss.
 
-A copied tree shares all but its parameters with the first one, and is as cheap as a dictionary for each module. Nothing
-here refers to a module from within it, so that a copy and its graph are freed as soon as nobody holds them.
+A copy has module objects and parameters of its own, and buffers if asked for. It shares nearly all other attributes
+with the original, so it costs little more than a few dictionaries a module. Nothing here makes a reference cycle: a
+copy and its graph are freed as soon as nobody holds them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from metakern.meta.functions import FusedFunctions
 Change = Callable[[Tensor], Tensor]
 
 
-# Attributes of a module that `copied` sees to, or that hold nothing of it; those of functional modules are their own.
+# Attributes of a module that `_leading` leaves out: those that `copied` handles itself, those that hold no module or
+# tensor, and those that only functional modules have.
 _OWN = {
     "_buffers",
     "_compiled_call_impl",
@@ -40,16 +42,20 @@ _OWN = {
     "_fmodel_source",
     "training",
 }
-# Of these most are empty.
+# Attributes that hold hooks; most are empty.
 _HOOKS = {name for name in nn.Module().__dict__ if "hook" in name} - _OWN
 
 
 def copied(module: Any, parameter: Change, buffer: Change) -> Any:
-    """The tree with other parameters and buffers in it; what was one module or tensor in two places still is.
+    """Returns a copy of a module tree with `parameter(p)` for each parameter p and `buffer(b)` for each buffer b.
 
-    What is no module stays as it is. Containers, bound methods, closures and objects by which a module reaches its own
-    parts lead to the copies of these; a part that was compiled runs as it was written. Raises ValueError for a module
-    whose forward can't be copied.
+    A module in several places of the tree is copied once; wrap the arguments in `once` for the same to hold of tensors.
+    Containers, bound methods, closures and objects through which a module reaches its own parts are copied too and hold
+    the copied parts. A part compiled by `torch.compile` runs uncompiled in the copy. If `module` is no `nn.Module`, it
+    is returned as it is.
+
+    Raises ValueError for a module that can't be copied: its `forward` was replaced by another function, it is
+    TorchScript, its weights are offloaded, or it reaches a part through an object that can't be copied.
     """
     if not isinstance(module, nn.Module):
         return module
@@ -72,7 +78,7 @@ def copied(module: Any, parameter: Change, buffer: Change) -> Any:
         if "forward" in old.__dict__ and "forward" not in kept:
             raise ValueError(
                 f"clone: the forward of {type(old).__name__} must be a method, got another function in its place, "
-                "which may hold the module's own parameters"
+                "which may hold the module's own parameters: override forward in a subclass instead"
             )
         if kept:
             twin.__dict__["_references"] = kept
@@ -80,7 +86,7 @@ def copied(module: Any, parameter: Change, buffer: Change) -> Any:
 
 
 def _leading(module: nn.Module) -> list[tuple[str, Any]]:
-    """Its attributes that may lead to a module or tensor."""
+    """Returns the attributes, by name, through which the module may reach another module or a tensor."""
     return [
         (name, value)
         for name, value in module.__dict__.items()
@@ -89,7 +95,7 @@ def _leading(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _rebound(old: nn.Module, twin: nn.Module, references: References) -> dict[str, Any]:
-    """Has the twin's attributes lead to the twins, and returns those that did not."""
+    """Replaces the twin's attributes that still lead to old modules or tensors; returns the new values by name."""
     if _is_compiled(old):
         twin.__dict__["forward"] = twin._modules["_orig_mod"]
         return {"forward": twin.__dict__["forward"]}
@@ -107,12 +113,12 @@ def _copied(module: Any, parameter: Change, buffer: Change, twins: dict[int, tup
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
                 f"clone: the model must be written in Python, got {type(module).__name__} of torch.jit in it, which "
-                "computes with its own parameters: pass the module that was scripted"
+                "computes with its own parameters: pass the Python module that torch.jit.script was given"
             )
         if "_hf_hook" in module.__dict__ and any(p is not None and p.is_meta for p in module._parameters.values()):
             raise ValueError(
-                f"clone: parameters must be in memory, got a {type(module).__name__} that accelerate offloads, whose "
-                "weights each forward would load anew: load the model without offloading"
+                f"clone: parameters must be in memory, got a {type(module).__name__} that accelerate offloads and "
+                "whose original weights it would load at each forward: load the model without offloading"
             )
         twin = object.__new__(type(module))
         twins[id(module)] = module, twin
@@ -122,25 +128,26 @@ def _copied(module: Any, parameter: Change, buffer: Change, twins: dict[int, tup
         state["_parameters"] = {n: p if p is None else parameter(p) for n, p in module._parameters.items()}
         state["_buffers"] = {n: b if b is None else buffer(b) for n, b in module._buffers.items()}
         state["_modules"] = {n: _copied(child, parameter, buffer, twins) for n, child in module._modules.items()}
-        # By `module.compile()`, for the first module.
+        # What `module.compile()` stored computes with the old module.
         state["_compiled_call_impl"] = None
-        if "_flat_weights" in state:  # of a recurrent layer, which brings the list up to date by itself
+        if "_flat_weights" in state:  # a recurrent layer changes this list of its weights in place
             state["_flat_weights"] = list(state["_flat_weights"])
     return twins[id(module)][1]
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether it is what `torch.compile` makes of a module, told without an import of the compiler."""
+    """Returns whether `torch.compile` made this module; told by its name, as importing the compiler takes long."""
     return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
 
 
 class Guarded(dict):
-    """The parameters of a module in a copy that steps, which a backward through an earlier step can't read.
+    """The parameter dictionary of a copied module, which a backward through a forward from before a step can't read.
 
-    Activation checkpointing recomputes a part of the forward during the backward. A module that stepped since then has
-    later weights, with which the gradient would be wrong without a word. Nodes of the graph are numbered in the order
-    in which they were made, so the node that needs the recomputed tensors says whether its forward came before the
-    step. `apart` makes what needs no guard.
+    Activation checkpointing recomputes a part of the forward during the backward. A module that has stepped in between
+    holds later weights, and the gradient would be wrong without an error. Autograd numbers its nodes in the order in
+    which they are made, so the number of the node that needs the recomputed tensors tells whether its forward came
+    before the last step, at which the count was `since`. A forward within `apart` needs no guard, as its modules never
+    step.
     """
 
     since = 0
@@ -153,7 +160,8 @@ class Guarded(dict):
             raise RuntimeError(
                 "clone: a forward from before a step must not be recomputed with the weights from after it, got "
                 "activation checkpointing around the clone or in a part of it that was called by itself: call the "
-                "learner or functional model as a whole and checkpoint within, or gradient_checkpointing_disable()"
+                "learner or functional model as a whole with the checkpoints inside of it, or call "
+                "gradient_checkpointing_disable()"
             )
 
     def __getitem__(self, name: str) -> Any:
@@ -173,15 +181,16 @@ class Guarded(dict):
         return super().values()
 
     def __reduce__(self) -> Any:
-        """A copy has no steps behind it."""
+        """Copies and pickles without `since`: a copied dictionary has made no step."""
         return Guarded, (dict(self),)
 
 
 @contextmanager
 def apart(module: nn.Module) -> Iterator[nn.Module]:
-    """A twin of a copy, of the same tensors, for one forward: what holds its modules has these weights forever.
+    """Yields a twin of a copied module, for one forward: new module objects that hold the same tensors.
 
-    What the forward sets on its modules is set on the copy's afterwards.
+    Steps of `module` do not change the twin, so a recomputation in the backward reads the weights of this forward. What
+    the forward sets on the twin's modules is set on those of `module` at the end of the block.
     """
     twins: dict[int, tuple[nn.Module, nn.Module]] = {}
     twin = _apart(module, twins)
@@ -203,7 +212,7 @@ def apart(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _held(twin: nn.Module) -> list[int]:
-    """What the twin holds, by ids: its copy holds it too until it is told of a change."""
+    """Returns the ids of what the twin holds; they stay valid, as the module that it is a twin of holds it too."""
     state = twin.__dict__
     return [*map(id, state.values()), *map(id, state["_modules"].values()), *map(id, state["_parameters"].values())]
 
@@ -224,7 +233,7 @@ def _apart(module: Any, twins: dict[int, tuple[nn.Module, nn.Module]]) -> Any:
 
 
 def _written_back(old: nn.Module, twin: nn.Module, rebound: dict[str, Any], back: References) -> None:
-    """What the forward set on the twin, for the module that it is of."""
+    """Sets on `old` the attributes, submodules and parameters that the forward set on its twin."""
     state, after = old.__dict__, twin.__dict__
     for name, value in after.items():
         own = name in _OF_A_TWIN or (name in rebound and value is rebound[name])
@@ -247,7 +256,7 @@ _OF_A_TWIN = {"_parameters", "_modules", "_flat_weights", "_flat_weight_refs"}
 
 
 def once(change: Change, memo: dict[Tensor, Tensor] | None = None) -> Change:
-    """`change`, made once for a tensor and found again in `memo` from then on."""
+    """Returns `change` with its results kept by tensor in `memo`, so that it is called once for each tensor."""
     memo = {} if memo is None else memo
 
     def remembered(tensor: Tensor) -> Tensor:
@@ -259,7 +268,10 @@ def once(change: Change, memo: dict[Tensor, Tensor] | None = None) -> Change:
 
 
 class Places:
-    """The parameters of a tree of modules, in the order of `parameters()`, and the places that each of them has."""
+    """The parameters of a module tree, in the order of `parameters()`, each with every module and name that holds it.
+
+    The modules' parameter dictionaries become `Guarded` ones.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.values: list[Tensor] = []
@@ -276,14 +288,14 @@ class Places:
                     self._places.append((owner._parameters, name, number))
 
     def put(self, module: nn.Module, values: Sequence[Tensor]) -> None:
-        """A step of the module: `values` in the place of the parameters that are there."""
+        """Makes a step: `values` replace the parameters of the tree `module`, whose places these are."""
         for parameters, name, number in self._places:
             parameters[name] = values[number]
         stepped(module, zip(self.values, values, strict=True))
         self.values = list(values)
 
     def number(self, owner: nn.Module, name: str) -> int:
-        """Of the parameter that `owner` has by that name."""
+        """Returns the index in `values` of the parameter `name` of the module `owner`; ValueError if it has none."""
         for parameters, n, number in self._places:
             if parameters is owner._parameters and n == name:
                 return number
@@ -291,9 +303,10 @@ class Places:
 
 
 def stepped(module: nn.Module, changed: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """To be called after a step: what was computed before is not computed again with the new tensors.
+    """Marks a step of `module`, so that no forward from before it is recomputed with the new parameters (`Guarded`).
 
-    Containers, closures and the like that a copy has from its model lead to the new tensors.
+    `changed` holds pairs (old tensor, new tensor). Containers, closures and objects that `copied` made for the tree are
+    updated to hold the new tensors.
     """
     now = torch._C._autograd._get_sequence_nr()
     for owner in module.modules():
@@ -306,18 +319,18 @@ def stepped(module: nn.Module, changed: Iterable[tuple[Tensor, Tensor]]) -> None
     references = References(changed, bounds=module.modules())
     for owner in held:
         for name, value in owner.__dict__["_references"].items():
-            if owner.__dict__.get(name) is value:  # else it was set anew, to what it was meant to hold
+            if owner.__dict__.get(name) is value:  # else the user has set the attribute since, and it stays
                 owner.__dict__["_references"][name] = owner.__dict__[name] = references.mended(value)
 
 
 def is_ours(module: nn.Module) -> bool:
-    """Whether metakern's modules are in it, as after `metakern.patch`."""
+    """Returns whether the tree has modules of metakern, as after `metakern.patch`."""
     return any(type(part).__module__.startswith(("metakern.nn.", "metakern.patching.")) for part in module.modules())
 
 
 @contextmanager
 def fused() -> Iterator[None]:
-    """Within it, what a model calls of torch.nn.functional runs by metakern's ops, or else twice differentiably."""
+    """Within the block, torch.nn.functional runs as metakern's ops or as PyTorch's twice differentiable kernels."""
     with exact_kernels(), FusedFunctions():
         yield
 
@@ -330,15 +343,18 @@ def gradients(
     stepped: Iterable[int] | None = None,
     retain_graph: bool = False,
 ) -> list[Tensor | None]:
-    """d loss / d value, None where a value is frozen or the loss does not depend on it.
+    """Returns the gradient of `loss` for each of `values`; None where one is frozen or the loss does not depend on it.
 
-    Raises TypeError where the loss is no tensor, ValueError where it is no scalar or depends on none of the values, of
-    those with a number in `stepped` if given; RuntimeError where its graph is gone, or has a reentrant checkpoint.
+    `who` starts the error messages. `stepped` holds the indices of the values that a step changes, all by default.
+
+    Raises TypeError if the loss is no tensor. Raises ValueError if it has not one element or no graph, if no value
+    requires a gradient, or if the loss depends on none of the values in `stepped`. Raises RuntimeError if the loss's
+    graph was freed, or if it has a reentrant checkpoint.
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"{who}: loss must be a tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
-        raise ValueError(f"{who}: loss must be one number, got shape {list(loss.shape)}")
+        raise ValueError(f"{who}: loss must have one element, got shape {list(loss.shape)}: take its mean or sum")
     wanted = [value for value in values if value.requires_grad]
     if not wanted:
         raise ValueError(f"{who}: the model must have a parameter that requires a gradient, got none")
@@ -349,8 +365,8 @@ def gradients(
     each = [next(rest) if value.requires_grad else None for value in values]
     if all(each[i] is None for i in (range(len(each)) if stepped is None else stepped)):
         raise ValueError(
-            f"{who}: loss must depend on the current parameters of this model, got one that does not: it comes from "
-            "another model, or from before the last step"
+            f"{who}: loss must depend on the current parameters of this model, got one that does not: compute it with "
+            "this model, after its last step"
         )
     return each
 
@@ -358,7 +374,7 @@ def gradients(
 def differentiated(
     who: str, loss: Tensor, wanted: Sequence[Tensor], create_graph: bool, retain_graph: bool
 ) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad`, whose errors say what to do."""
+    """Calls `torch.autograd.grad` and, for two of its errors, raises a RuntimeError that says what to do."""
     try:
         return torch.autograd.grad(
             loss, wanted, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
@@ -380,9 +396,12 @@ def differentiated(
 
 @contextmanager
 def watched(who: str, source: tuple[nn.Module, ...]) -> Iterator[None]:
-    """Within a copy's forward, raises ValueError where a module of the model that it is of runs in the copy's place."""
+    """Within the block, raises ValueError when a module of the original models `source` runs in place of its copy.
+
+    A model with compiled parts is not checked, as torch.compile warns of hooks on all modules.
+    """
     paths = {id(part): path for model in source for path, part in model.named_modules()}
-    if not paths or any(map(_is_compiled, source[0].modules())):  # which warns of hooks for all modules
+    if not paths or any(map(_is_compiled, source[0].modules())):
         yield
         return
 
@@ -390,7 +409,8 @@ def watched(who: str, source: tuple[nn.Module, ...]) -> Iterator[None]:
         if id(module) in paths:
             raise ValueError(
                 f"{who}: each part of the model must be reached through the model, got {paths[id(module)]!r} reached "
-                "past it, which would not adapt: keep it in an attribute of the model, not of its class or a global"
+                "in another way, so that it would not adapt: keep it in an attribute of the model, not of its class, "
+                "and not in a global"
             )
 
     hook = register_module_forward_pre_hook(check)
@@ -401,7 +421,7 @@ def watched(who: str, source: tuple[nn.Module, ...]) -> Iterator[None]:
 
 
 def stay(who: str, tensors: Iterable[Tensor], change: Change) -> None:
-    """Raises RuntimeError where `to()` or the like would change what has a history."""
+    """Raises RuntimeError if `to()` or a method like it would change one of `tensors`, which have a history."""
     if any(change(t) is not t for t in tensors):
         raise RuntimeError(
             f"{who} must stay on its device and in its dtype, as its parameters have a history: move the model first"
@@ -409,10 +429,10 @@ def stay(who: str, tensors: Iterable[Tensor], change: Change) -> None:
 
 
 def same_device(who: str, source: nn.Module, values: Sequence[Tensor]) -> None:
-    """Raises RuntimeError where the model has left the device on which its copy was made."""
+    """Raises RuntimeError if the model was moved to another device than `values`, the parameters of its copy."""
     first = next(source.parameters(), None)
     if first is not None and values and first.device != values[0].device:
         raise RuntimeError(
             f"{who}: the model must stay on the device where the inner loop began, {values[0].device}, "
-            f"got it on {first.device}: move it first, then begin the loop"
+            f"got it on {first.device}: move it before the loop begins"
         )

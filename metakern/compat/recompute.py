@@ -1,7 +1,8 @@
-"""Whether a model may recompute a part of its forward during the backward, as activation checkpointing does.
+"""Find out whether a model may recompute a part of its forward during the backward, as activation checkpointing does.
 
-It is told from the names in its code, for the modules that need it to get what that costs. What is not found this way
-is refused by `Guarded` when it happens, so nothing depends on it but which of the two a user gets.
+The names in the model's code decide. Each forward of a model that may recompute runs within `apart`, at some cost. A
+recomputation that is not foreseen here raises in `Guarded`, so a wrong answer costs time or an error, never a wrong
+gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _NAMES = ("checkpoint", "ckpt", "recompute", "remat", "offload", "reversible")
 
 
 def recomputes(module: nn.Module) -> bool:
-    """Whether any module in it may; one whose forward was replaced may do anything."""
+    """Returns whether any module in the tree may recompute; one whose forward was replaced counts as one that may."""
     parts = list(module.modules())
     kinds: set[Any] = set(map(type, parts))
     return any(map(_of_class, kinds)) or any(_of_instance(part.__dict__) for part in parts)
@@ -38,7 +39,10 @@ def _of_class(kind: type) -> bool:
 
 
 def _named(value: Any, seen: set[int]) -> bool:
-    """Whether the function, or one that it calls by a name of its module, speaks of recomputation."""
+    """Returns whether one of the words `_NAMES` is in a name that the function uses.
+
+    Functions, classes and modules that it reaches by its globals and closure are looked at too.
+    """
     if isinstance(value, property):
         return any(_named(part, seen) for part in (value.fget, value.fset))
     if isinstance(value, staticmethod | classmethod | MethodType):
@@ -59,11 +63,12 @@ def _named(value: Any, seen: set[int]) -> bool:
 
 
 def _names(code: CodeType) -> Iterator[str]:
+    """Yields the identifiers in a code object and in those nested in it."""
     yield from (code.co_name, *code.co_names, *code.co_varnames, *code.co_freevars)
     for part in code.co_consts:
         if isinstance(part, CodeType):
             yield from _names(part)
-        elif isinstance(part, str) and part.isidentifier():  # of a getattr
+        elif isinstance(part, str) and part.isidentifier():  # may be the name that getattr is given
             yield part
 
 

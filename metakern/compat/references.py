@@ -1,9 +1,9 @@
-"""The ways to a module's parts beside its registered submodules, and the same ways to the parts of its copy.
+"""Attributes by which a module reaches its parts, other than as registered submodules, made anew for its copy.
 
     self.table = {"b": self.b}      self.call = self.b.forward      self.last = functools.partial(apply, self.b)
 
-A copy that kept them would compute with the first module's weights. So a list, dictionary, bound method, partial,
-closure or object from which a copied module or tensor can be reached is made anew for the copy; all else is shared.
+A copy that shared these attributes would compute with the original's weights. So a list, dictionary, bound method,
+partial, closure or object from which a copied module or tensor can be reached is copied too; all else is shared.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What holds nothing, told by its class at once: most attributes of a module.
+# Types whose values hold no module or tensor. Most attributes of a module are of these, and need no search.
 PLAIN = (
     {type(None), bool, int, float, complex, str, bytes, type, range, slice, torch.Size, torch.dtype, torch.device}
 ) | {torch.Generator, type(len), type(torch.relu)}
-# Libraries whose objects are not looked into: a trainer holds the model, its data and much else, and none of it runs
-# within a forward. Their containers and modules are.
+# Libraries whose objects are not searched: a trainer holds the model, its data and much else, and none of it runs
+# within a forward. Containers and modules of these libraries are searched.
 _FOREIGN = {
     "accelerate",
     "lightning",
@@ -42,9 +42,10 @@ _Cached: Any = type(lru_cache(len))
 
 
 class References:
-    """What stands for what: copies by the modules and tensors that they are of.
+    """Copies values that lead to old modules or tensors, so that they lead to new ones.
 
-    `bounds` are not looked into. `made` holds what `mended` made, as (old, new).
+    `pairs` are (old, new) modules and tensors. The search does not go into the objects in `bounds`. `made` holds the
+    values that `mended` has copied so far, as (old, new).
     """
 
     def __init__(self, pairs: Iterable[tuple[Any, Any]], bounds: Iterable[Any] = ()) -> None:
@@ -52,20 +53,23 @@ class References:
         self.made: list[tuple[Any, Any]] = []
         self._bounds = set(map(id, bounds))
         self._new: dict[int, Any] = {id(old): new for old, new in pairs}
-        # Whatever is named by its id must live as long as the id is used.
+        # Ids are used as keys, so their objects must stay alive: a freed object's id may be given to another one.
         self._alive: list[Any] = [old for old, _ in pairs]
         self._leads: set[int] = set()
         self._targets = frozenset(self._new)
 
     def mended(self, value: Any) -> Any:
-        """The value, or where it leads to a copied module or tensor one like it that leads to the copy."""
+        """Returns the value itself if it leads to no old module or tensor, else a copy that leads to the new ones."""
         if type(value) in PLAIN or (type(value) in _CONTAINERS and not value):
             return value
         self._explore(value)
         return self._made(value)
 
     def _explore(self, start: Any) -> None:
-        """Finds what leads to the targets: backwards, from them along what holds what, for there may be circles."""
+        """Finds all objects within `start` from which an old module or tensor, a target, can be reached.
+
+        It goes from the targets backwards, from an object to those that hold it, as references may form cycles.
+        """
         holders: dict[int, list[int]] = defaultdict(list)
         seen = {id(start)}
         todo = [start]
@@ -100,7 +104,10 @@ class References:
         return made
 
     def _shell(self, value: Any) -> Any:
-        """A value like it: complete where it can't be changed later, else to be filled."""
+        """Returns a new value of the same kind: complete if it is immutable, else for `_fill` to fill.
+
+        A cycle of references that passes through a mutable object can be copied in this way.
+        """
         if isinstance(value, MethodType):
             return MethodType(self._made(value.__func__), self._made(value.__self__))
         if isinstance(value, partial):
@@ -111,7 +118,7 @@ class References:
             made.__dict__.update({k: self._made(v) for k, v in value.__dict__.items()})
             return made
         if isinstance(value, FunctionType):
-            if hasattr(value, "_torchdynamo_orig_callable"):  # torch.compile's, of the first module
+            if hasattr(value, "_torchdynamo_orig_callable"):  # torch.compile made it, for the old module
                 return self._made(value._torchdynamo_orig_callable)
             cells = None if value.__closure__ is None else tuple(CellType() for _ in value.__closure__)
             function = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
@@ -133,8 +140,8 @@ class References:
             return copy.copy(value)
         except Exception as error:
             raise ValueError(
-                f"clone: what leads to a part of the model must be copyable, got a {type(value).__name__} that is not: "
-                "register the part as a submodule, and use that"
+                f"clone: an object that holds a part of the model must be copyable, got a {type(value).__name__} that "
+                "is not: register the part as a submodule of the model, and call it there"
             ) from error
 
     def _fill(self, value: Any, made: Any) -> None:
@@ -164,7 +171,7 @@ class References:
 
 
 def refreshed(old: Any, new: Any, back: References) -> None:
-    """Gives a container or object the contents that the one made of it has by now, `back` in terms of the old ones."""
+    """Gives `old` the contents that its copy `new` has by now, with the objects in them mapped by `back`."""
     if isinstance(old, dict):
         contents = {back.mended(k): back.mended(v) for k, v in new.items()}
         if len(contents) != len(old) or any(k not in old or old[k] is not v for k, v in contents.items()):
@@ -183,15 +190,16 @@ def refreshed(old: Any, new: Any, back: References) -> None:
 
 
 def filled(cell: CellType) -> bool:
+    """Returns whether a closure's cell has a value yet."""
     try:
         cell.cell_contents  # noqa: B018
-    except ValueError:  # a name that is bound later
+    except ValueError:  # the name is bound later
         return False
     return True
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """What is reached through the value at once."""
+    """Yields the objects that the value holds directly."""
     if isinstance(value, list | tuple | set | frozenset | deque):
         yield from value
     elif isinstance(value, dict):
@@ -222,7 +230,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    """Of an object, those in slots too."""
+    """Yields an object's attributes as (name, value), those in `__slots__` too."""
     yield from getattr(value, "__dict__", {}).items()
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())

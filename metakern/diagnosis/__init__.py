@@ -1,8 +1,9 @@
-"""Is my meta-gradient exact? Every place where second-order terms are lost, why, and what it costs.
+"""Find out whether a meta-gradient is exact; if not, find every place that loses second-order terms, why, at what cost.
 
-Numbers decide whether: autograd's first and second order against slopes, in float64, at points near the model's own
-(`metakern.meta.slopes`). They also say where: the loss is judged first, then the modules of what fails, each by itself,
-down to the deepest (`places`). What is seen in the code only chooses the words (`causes`).
+Numbers decide: autograd's first and second derivatives are compared with finite differences, in float64 where the model
+allows it, at points near the model's parameters (`metakern.meta.slopes`). The loss is judged first. If it is not exact,
+the modules that it calls are judged, each by itself, and so on down to the deepest ones that are not exact (`places`).
+The code is looked at only to name the cause (`causes`).
 """
 
 from __future__ import annotations
@@ -41,29 +42,33 @@ def doctor(
     steps: int = 1,
     adapt: Adapt = None,
 ) -> Report:
-    """Whether the meta-gradient of a model and a loss is exact; if not, where terms are lost, why, and what it costs.
+    """Checks whether the meta-gradient is exact; if not, finds where second-order terms are lost, why, at what cost.
 
-    The gradient that PyTorch gives with its twice differentiable kernels, as MAML runs them, is judged by differences:
-    lost terms below a millionth of the second order can't be seen (in a model that runs in float32
-    alone: below a few percent). Dropout is taken for the identity. Model, gradients, buffers and random states stay
-    what they were. It takes some tens of gradients of one task where all is exact, and some hundreds of parts of the
-    model, by itself, where it has to look for a place; modules that are alike are looked at once.
+    Derivatives are computed as MAML does, with PyTorch's twice differentiable kernels, and compared with finite
+    differences. Lost terms below 1e-6 of the second order can't be seen; in a model that only runs in float32, below a
+    few percent. Dropout counts as the identity. The model, its gradients and buffers, and the random states stay as
+    they are.
+
+    It takes some tens of gradients of one task if all is exact. Else it also takes some hundreds of gradients of parts
+    of the model; modules that are alike are checked once.
 
     Args:
-        model: Any module, as `mk.MAML` takes it.
-        loss: `loss(model, batch)`, the loss of one task.
-        support: A batch with the tasks along dimension 0, of which the first is looked at.
-        query: Such a batch.
-        inner: The inner optimizer; by default SGD.
-        steps: Inner steps.
-        adapt: Which parameters the inner loop changes, as `mk.MAML` takes it.
+        model: Any module, as for `mk.MAML`.
+        loss: `loss(model, batch)` is the loss of one task, a scalar.
+        support: A batch with the tasks along dimension 0. Only the first task is checked.
+        query: A batch of the same tasks.
+        inner: The inner optimizer; by default `mk.optim.SGD()`.
+        steps: The number of inner steps.
+        adapt: Which parameters the inner loop changes, as for `mk.MAML`.
 
     Returns:
-        A report: `exact`, `problems`, `plan`; printed it is a page.
+        A `metakern.diagnosis.Report` with `exact`, `problems`, `plan` and more; print it.
 
     Raises:
-        ValueError: Where there is nothing to judge: a loss that is not a finite scalar, that does not depend on the
-            model's parameters, or that differs from call to call; no trainable parameters; tasks that do not match.
+        TypeError: If `model` is no `nn.Module`, or `loss` can't be called.
+        ValueError: If there is nothing to check: the loss raises on the first task, is no finite scalar, does not
+            depend on the model's parameters, or differs from call to call; the model has no trainable parameters; the
+            batches have no tasks, or different numbers of them; `steps` is negative; or `adapt` matches no parameter.
 
     >>> import torch, metakern as mk
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
@@ -103,31 +108,34 @@ def doctor(
 
 
 class _Diagnosis:
-    """Goes down the tree of calls, into what is not exact."""
+    """Searches the tree of calls for the deepest places that are not exact."""
 
     def __init__(self, patient: Patient) -> None:
         self.patient = patient
-        self.known: dict[Any, list[Problem]] = {}
-        self.raising: list[str] = []  # the deepest modules without forward mode, one of a kind
+        self.known: dict[Any, list[Problem]] = {}  # by a call's signature
+        self.raising: list[str] = []  # the deepest modules whose forward mode raises, one of each kind
 
     def problems(self) -> list[Problem]:
+        """Returns all problems of the loss for the patient's batch."""
         root = Place(self.patient, self.patient.root)
         verdict = root.judge()
         if verdict.exact and not isinstance(verdict.forward, Exception):
             return []
         try:
             call = self.patient.calls()
-        except Exception:  # modules that can't be traced are part of the loss
+        except Exception:  # modules whose calls can't be recorded are judged as part of the loss
             call = self.patient.root
         return list({(p.path, p.op, p.kind): p for p in self._found(call, verdict)}.values())
 
     def _within(self, call: Call) -> list[Problem]:
+        """Returns the problems of a call, which are searched for once among calls that are alike."""
         key = call.signature
         if key not in self.known:
             self.known[key] = [replace(p, path=p.path.removeprefix(call.path)) for p in self._found(call)]
         return [replace(p, path=(call.path + p.path).strip(".")) for p in self.known[key]]
 
     def _found(self, call: Call, verdict: Verdict | None = None) -> list[Problem]:
+        """Returns the problems of the calls within a call, and its own if it is not exact without those."""
         place = Place(self.patient, call)
         verdict = place.judge() if verdict is None else verdict
         raising = isinstance(verdict.forward, Exception)
@@ -137,7 +145,7 @@ class _Diagnosis:
         found = [problem for child in call.children for problem in self._within(child)]
         if raising and len(self.raising) == before:
             self.raising.append(call.path)
-        if verdict.exact:  # what raises in forward mode hides what is silently wrong in it
+        if verdict.exact:  # forward mode raised for the whole call: within it, it may be wrong without an error
             return [problem for problem in found if problem.kind == FORWARD_MODE]
         if found:
             bad = [self.patient.model.get_submodule(p.path) for p in found]
@@ -149,7 +157,7 @@ class _Diagnosis:
 
 
 def _runs(place: Place) -> bool:
-    """Whether a call can be made again by itself; one that can't is part of its caller."""
+    """Returns whether a call can be run again by itself; one that can't is judged as part of its caller."""
     try:
         with place.scalar(place.z):
             return True
@@ -158,14 +166,16 @@ def _runs(place: Place) -> bool:
 
 
 def _measured(costs: Costs, problems: list[Problem]) -> tuple[list[Problem], tuple[float | None, ...]]:
-    """The problems with what each kind costs, then the errors of the meta-gradient and of the first order, and the part
-    of the second order that is kept."""
+    """Returns the problems, each with the cost of its kind; and `error`, `first_order_error` and `kept` of the report.
+
+    The three are None if there is no meta-gradient, or nothing to compare it with.
+    """
     nothing = problems, (None, None, None)
     measurable = [p for p in problems if p.order == 2 or p.undo]
     try:
         if len(measurable) == len(problems):
             truth = costs.truth([p for p in problems if p.undo])
-        elif measurable:  # a surrogate has no truth: the rest is compared with the same where that is repaired
+        elif measurable:  # a surrogate gradient has no true one: only the other problems are repaired for comparison
             truth = costs.store([p for p in measurable if repairable(p)])
         else:
             return nothing
@@ -182,7 +192,7 @@ def _measured(costs: Costs, problems: list[Problem]) -> tuple[list[Problem], tup
             return None
         try:
             alone = costs.forward_over_reverse() if kind[1] == FORWARD_MODE else costs.store(others)
-        except Exception:  # a module does not bear to be repaired
+        except Exception:  # a repaired module may raise
             return None
         return distance(alone, truth) / size
 
@@ -196,7 +206,7 @@ def _measured(costs: Costs, problems: list[Problem]) -> tuple[list[Problem], tup
 
 
 def _planned(model: nn.Module, loss: Loss, support: Any, steps: int, adapt: Adapt) -> tuple[Plan | None, list[str]]:
-    """What MAML would do, and what keeps it from doing it faster."""
+    """Returns MAML's plan and the reasons why there is no faster one; or None and the reasons why there is no plan."""
     try:
         plan = Planner(Parameters(model, adapt), loss, Wishes()).plan([support], steps, False, slopes=False).plan
     except Exception as error:
@@ -206,7 +216,11 @@ def _planned(model: nn.Module, loss: Loss, support: Any, steps: int, adapt: Adap
 
 
 def _peak(plan: Plan | None, parameters: Parameters, steps: int, tasks: int) -> int:
-    """Of the tasks at once, by what a backward pass saves: all steps' graphs, or one Hessian-vector product."""
+    """Returns the expected peak memory, in bytes, of the tasks that run at once.
+
+    It is estimated from the bytes that one backward pass saves: the graphs of all steps for the strategy "store", one
+    Hessian-vector product for "recompute".
+    """
     if plan is None:
         return 0
     copies, saved = sum(p.numel() * p.element_size() for p in parameters.adapted.values()), plan.activation_bytes
@@ -236,7 +250,7 @@ def _checked(model: Any, loss: Any, support: Any, query: Any, steps: Any, adapt:
 
 @contextmanager
 def _named() -> Iterator[None]:
-    """Complaints of MAML's own checks are the doctor's here."""
+    """Within the block, errors of MAML's checks start with "doctor:"."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -245,7 +259,7 @@ def _named() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Random states are afterwards what they were."""
+    """Restores the states of all random generators at the end of the block."""
     devices: Sequence[Any] = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     python, numpy = random.getstate(), np.random.get_state()
     try:

@@ -1,7 +1,8 @@
-"""Why derivatives are lost at a place: which autograd Function, which line, and by what.
+"""Find the cause of lost derivatives at a place: an autograd Function, or a line of code that detaches.
 
-A Function is judged like any place, as a function of its inputs. For a line that detaches, the place is judged again as
-if it did not: what becomes exact by that was lost there. Only the words are chosen by what is seen in the code.
+A Function is judged like any place, as a function of its inputs. For a line that detaches, the place is judged again
+without its effect: if the place is exact then, the derivatives were lost there. The code itself is looked at only to
+choose the words.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from metakern.diagnosis.report import FORWARD_MODE, Problem
 from metakern.meta.slopes import Differences, Tensors, Verdict, direction, gradient
 from metakern.meta.unroll import derivatives
 
-SITES = 16  # lines that are tried one by one
+SITES = 16  # the number of lines that are tried one by one
 _WRITES = re.compile(r"\w_\(|\]\s*=[^=]|[^=!<>]\s*[-+*/@]=|\bout=")
 _SOURCES = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
 class Site:
-    """A line that leaves autograd's graph."""
+    """A line of code that takes a tensor out of autograd's graph; `name` is what it uses, such as "detach"."""
 
     name: str
     file: str
@@ -44,20 +45,20 @@ class Site:
 
     @property
     def writes(self) -> bool:
-        """Whether what is there, or just below a `with`, writes into a tensor."""
+        """Whether the line, or one of the two below a `no_grad`, writes into a tensor."""
         lines = range(self.line, self.line + (3 if self.name == "no_grad" else 1))
         return any(_WRITES.search(linecache.getline(self.file, n)) for n in lines)
 
 
 @dataclass
 class Taps:
-    """Watches the ways out of autograd's graph; those at the sites in `undone` are closed."""
+    """Records the lines that take tensors out of autograd's graph, `seen`; the lines in `undone` leave them in it."""
 
     undone: frozenset[Site] = frozenset()
     seen: dict[Site, None] = field(default_factory=dict)
 
     def passes(self, name: str, tensor: Tensor | None = None) -> bool:
-        """Records who calls; whether it goes on as if nothing were detached."""
+        """Records the calling line; returns whether it is in `undone`, and the tensor stays in the graph."""
         frame: Any = sys._getframe(2)
         while frame and frame.f_code.co_filename.endswith("_contextlib.py"):
             frame = frame.f_back
@@ -69,6 +70,7 @@ class Taps:
 
     @contextmanager
     def open(self) -> Iterator[Taps]:
+        """Within the block, `torch.no_grad` and the methods of `Tensor` that detach are replaced by recording ones."""
         base: Any = torch._C.TensorBase
         enter, passes = torch.no_grad.__enter__, self.passes
 
@@ -108,7 +110,7 @@ class Taps:
 
 
 def explain(patient: Patient, place: Place, verdict: Verdict) -> list[Problem]:
-    """The problems of a place that is not exact, though all within it is."""
+    """Returns the problems of a place that is not exact although all modules within it are, or are cut out."""
     with Taps().open() as taps:
         functions, cut = _functions(place)
     sites, found = list(taps.seen), []
@@ -123,13 +125,13 @@ def explain(patient: Patient, place: Place, verdict: Verdict) -> list[Problem]:
         undone = found[-1].undo
         with Taps(undone).open():
             beneath = place.judge() if undone else Verdict()
-        if len(found) == 1 and not beneath.exact:  # what was hidden, as the second order is that of the first
+        if len(found) == 1 and not beneath.exact:  # the second order was not judged while the first was wrong
             found.append(_of_lines(place, beneath, sites, undone))
     return found
 
 
 def _functions(place: Place) -> tuple[list[Call], set[type]]:
-    """The calls of Python's autograd Functions, one of each kind, and those classes whose backward leaves no graph."""
+    """Returns the calls of Python's autograd Functions, one of each kind, and those whose backward has no graph."""
     leaves = [t.detach().requires_grad_() for t in place.z]
     cut: set[type] = set()
     with place.scalar(leaves) as value:
@@ -141,7 +143,7 @@ def _functions(place: Place) -> tuple[list[Call], set[type]]:
                     cut.add(cls)
 
             node.register_hook(look)
-        with suppress(Exception):  # the verdict knows
+        with suppress(Exception):  # the verdict holds the error
             derivatives(value, leaves, create_graph=True)
     classes = list(dict.fromkeys(node._forward_cls for node in nodes))
     calls: dict[str, Call] = {}
@@ -176,7 +178,7 @@ def _functions(place: Place) -> tuple[list[Call], set[type]]:
 
 
 def _forgets(place: Place) -> bool:
-    """Whether a backward returns what has no graph to the Function's inputs."""
+    """Returns whether the gradients that a Function's backward returns have no graph."""
     leaves = [t.detach().requires_grad_() for t in place.z]
     with place.scalar(leaves, linear=True) as value:
         grads = derivatives(value, leaves, create_graph=True)
@@ -184,6 +186,7 @@ def _forgets(place: Place) -> bool:
 
 
 def _of_function(place: Place, verdict: Verdict, cut: bool, sites: list[Site]) -> Problem:
+    """Returns the problem of a Function's call; `cut` says that its backward was seen to return no graph."""
     cls: Any = place.call.function.__self__  # type: ignore[attr-defined]
     name = _pretty(cls.__name__)
     problem = Problem(place.call.path, name, "", "", "")
@@ -197,24 +200,24 @@ def _of_function(place: Place, verdict: Verdict, cut: bool, sites: list[Site]) -
         cut = cut or _forgets(place)
         once = getattr(cls.backward, "__code__", None) is not None and hasattr(cls.backward, "__wrapped__")
         if once and cut:
-            why = "its backward is marked once_differentiable: what it returns has no graph, and nobody is told"
+            why = "its backward is marked once_differentiable: what it returns has no graph, and no error is raised"
             return replace(problem, kind="once_differentiable", why=why, cure=_APPLY)
         if cut:
-            why = f"its backward returns what autograd has no graph of, as after a kernel of Triton, C++ or NumPy{seen}"
+            why = f"its backward returns tensors without a graph, as a kernel of Triton, C++ or NumPy does{seen}"
             return replace(problem, kind="opaque backward", why=why, cure=_APPLY)
         why = "its backward can be differentiated, but its derivative is not the slope of what the backward returns"
-        cure = "try it by torch.autograd.gradgradcheck: what the backward applies needs a right backward itself"
+        cure = "check it by torch.autograd.gradgradcheck: what its backward calls needs a correct backward itself"
         return replace(problem, kind="wrong double backward", why=why + seen, cure=cure)
     if verdict.impossible:
         return _raising(problem, verdict.reverse, "second")
     return _forward_mode(problem)
 
 
-_APPLY = "let the backward apply a Function that has a backward of its own, or write it in differentiable operations"
+_APPLY = "let the backward call a Function that has a backward of its own, or write it in differentiable operations"
 
 
 def _of_lines(place: Place, verdict: Verdict, sites: list[Site], undone: frozenset[Site] = frozenset()) -> Problem:
-    """Where no Function is at fault: the line that detaches, or what raised."""
+    """Returns the problem of a place where no Function is at fault: the lines that detach, or what raised."""
     problem = Problem(place.call.path, _kind_of(place.call), "", "", "")
     culprits = _culprits(place, verdict, sites, undone)
     if culprits:
@@ -225,10 +228,10 @@ def _of_lines(place: Place, verdict: Verdict, sites: list[Site], undone: frozens
         return _first_order(problem, place, culprits, sites)
     if verdict.wrong("reverse"):
         if culprits:
-            why = f"{problem.op} takes away what the gradient depends on, not the gradient itself"
+            why = f"{problem.op} leaves the gradient right, but cuts what it depends on out of its graph"
             return replace(problem, kind="stop-gradient", why=why, cure=f"remove {problem.op}")
         why = "autograd's second derivative is not the slope of its gradient: an operation's or a hook's rule is wrong"
-        cure = "try its operations one by one by torch.autograd.gradgradcheck, and without torch.func.vmap"
+        cure = "check its operations one by one by torch.autograd.gradgradcheck, and without torch.func.vmap"
         return replace(problem, kind="wrong double backward", why=why, cure=cure)
     if verdict.impossible:
         return _raising(problem, verdict.reverse, "second")
@@ -236,40 +239,42 @@ def _of_lines(place: Place, verdict: Verdict, sites: list[Site], undone: frozens
 
 
 def _first_order(problem: Problem, place: Place, culprits: list[Site] | None, sites: list[Site]) -> Problem:
-    """The gradient is not the slope: more than it (a surrogate), or less (something is detached)."""
+    """Returns the problem of a place whose gradient is not the slope: a surrogate, or something is detached."""
     claims, truths = _slopes_by_input(place)
     failing = [(c, t) for c, t in zip(claims, truths, strict=True) if abs(c - t) > 1e-4 * max(abs(c), abs(t))]
     if any(abs(t) <= 1e-4 * abs(c) for c, t in failing):
-        why = "its gradient is a surrogate: the function is a staircase, which has no slope; second order follows it"
-        cure = "none, if that is meant; a smooth function, such as a soft maximum, has an exact meta-gradient"
+        why = (
+            "its gradient is a surrogate, and so is the second order: the function is a staircase, whose slope is zero"
+        )
+        cure = "none, if that is intended; a smooth function, such as a soft maximum, has an exact meta-gradient"
         return replace(problem, kind="straight-through", why=why, cure=cure, order=1, undo=frozenset())
     if culprits:
         writes = any(s.writes for s in culprits)
         kind = "in-place write" if writes else "stop-gradient"
-        what = "a write that autograd does not see" if writes else "what depends on parameters is taken for constant"
-        why = f"{problem.op}: {what}, at first order already"
-        cure = f"remove {problem.op}, unless the inner loop is meant to treat it as a constant"
+        what = "autograd does not see a write" if writes else "a value that depends on parameters becomes a constant"
+        why = f"{problem.op}: {what}, and the gradient itself is wrong"
+        cure = f"remove {problem.op}, unless the value is intended to be a constant"
         return replace(problem, kind=kind, why=why, cure=cure, order=1)
     if culprits is None and any(abs(c) <= 1e-12 * abs(t) for c, t in failing):
         why = "its backward gives no gradient, or zeros, to an input that its value depends on"
         return replace(problem, kind="stop-gradient", why=why, cure="return that gradient", order=1)
     if culprits is None:
-        why = "its backward is not the derivative of its forward, by intent or by mistake"
-        cure = "none, if that is meant; else check it by torch.autograd.gradcheck"
+        why = "its backward is not the derivative of its forward, on purpose or by mistake"
+        cure = "none, if that is intended; else check it by torch.autograd.gradcheck"
         return replace(problem, kind="surrogate gradient", why=why, cure=cure, order=1)
     if sites:
         op = " and ".join(f"{s.name} at {s}" for s in sites[:3])
-        why = f"its value depends on parameters or inputs by a way that autograd does not see: {op}"
+        why = f"its value depends on parameters or inputs in a way that autograd does not see: {op}"
         cure = "compute it by differentiable operations of tensors, without NumPy, lists, numbers or no_grad in between"
         return replace(problem, kind="stop-gradient", op=op, why=why, cure=cure, order=1)
     why = "the gradient is not the slope of the value: a hook changes it, or an operation's rule is wrong"
-    cure = "none, if that is meant; else try its operations one by one by torch.autograd.gradcheck"
+    cure = "none, if that is intended; else check its operations one by one by torch.autograd.gradcheck"
     return replace(problem, kind="surrogate gradient", why=why, cure=cure, order=1)
 
 
 def _forward_mode(problem: Problem) -> Problem:
-    why = "its forward-mode rule (jvp) gives other numbers than differences: forward over reverse loses terms silently"
-    cure = "correct jvp; MAML notices, and takes its products reverse over reverse at more cost"
+    why = "its forward-mode rule (jvp) is wrong: forward over reverse loses terms without an error"
+    cure = "correct the jvp; mk.MAML notices, and takes its products reverse over reverse, at a higher cost"
     return replace(problem, kind=FORWARD_MODE, why=why, cure=cure)
 
 
@@ -280,24 +285,27 @@ def _raising(problem: Problem, error: Any, order: str) -> Problem:
     if known:
         problem = replace(problem, op=known[1].strip("'"))
     if custom:
-        why, cure = "a custom op without an autograd formula", "give it one by torch.library.register_autograd"
+        why, cure = "it is a custom op without an autograd formula", "add one by torch.library.register_autograd"
         return replace(problem, op=custom[1], kind="no formula", why=why, cure=cure)
     why = f"its {order} derivative raises {type(error).__name__}: {text[:160]}"
-    cure = "mk.patch(model) replaces PyTorch's fused kernels by ops that have one" if known else _APPLY
+    cure = "call mk.patch(model): it replaces PyTorch's fused kernels by ops that have it" if known else _APPLY
     return replace(problem, kind=f"no {order} derivative", why=why, cure=cure)
 
 
 def _culprits(place: Place, verdict: Verdict, sites: list[Site], undone: frozenset[Site]) -> list[Site]:
-    """The lines without which the place is better: one if one is enough, else all that are needed."""
+    """Returns the lines that must not detach for the place to be exact: one if that is enough, else all that it takes.
+
+    If the gradient itself is wrong, the place need only have the right gradient without them.
+    """
     candidates = [s for s in sites if s.name in ("detach", "data", "item", "no_grad") and s not in undone]
 
     def cured(lines: list[Site]) -> bool:
         with Taps(undone.union(lines)).open():
             try:
                 judged = place.judge()
-            except Exception:  # a line that needs to detach
+            except Exception:  # the code needs the line to detach
                 return False
-        hides = verdict.wrong("first") and judged.first is not None  # the second order is a matter of its own
+        hides = verdict.wrong("first") and judged.first is not None
         return isinstance(judged.first, float) and not judged.wrong("first") if hides else judged.exact
 
     for site in candidates[:SITES]:
@@ -313,7 +321,7 @@ def _culprits(place: Place, verdict: Verdict, sites: list[Site], undone: frozens
 
 
 def _slopes_by_input(place: Place) -> tuple[list[float], list[float]]:
-    """Along each input and parameter alone: what the gradient claims, and the slope."""
+    """Returns, for each input and parameter alone, the slope that the gradient claims and the one by differences."""
 
     def value(z: Tensors) -> Tensors:
         with place.scalar(z) as s:
@@ -332,6 +340,7 @@ def _slopes_by_input(place: Place) -> tuple[list[float], list[float]]:
 
 
 def _graph(node: Any) -> Iterator[Any]:
+    """Yields all nodes of the graph that ends at `node`."""
     seen, todo = set(), [node]
     while todo:
         node = todo.pop()
@@ -342,11 +351,12 @@ def _graph(node: Any) -> Iterator[Any]:
 
 
 def _internal(file: str) -> bool:
-    """Our own engine's and PyTorch's autograd code detach what is detached rightly."""
+    """Returns whether a file is part of the engine or of PyTorch's autograd, which detach only where they should."""
     return file.startswith((str(_SOURCES / "diagnosis"), str(_SOURCES / "meta"))) or "torch/autograd" in file
 
 
 def _defines(cls: type, site: Site) -> bool:
+    """Returns whether a line is in the definition of a class."""
     try:
         lines, start = inspect.getsourcelines(cls)
     except (OSError, TypeError):

@@ -1,11 +1,14 @@
-"""What problems cost: meta-gradients with some of them repaired.
+"""Measure what problems cost: the error of the meta-gradient, compared with one in which some of them are repaired.
 
-A module whose curvature is lost is repaired by differences of its first order: with g the cotangent of ct_x,
+A module y = f(x) that loses second-order terms is repaired by finite differences of its first order. With J the
+Jacobian of f, g the cotangent of ct_x = Jᵀ ct_y, and ∂_h the derivative at h = 0:
 
-    ct_ct_y = J g = ∂_h f(x + h g)        ct_x' = ∂_x <ct_y, J g> = ∂_h J(x + h g)^T ct_y
+    ct_ct_y = J g = ∂_h f(x + h g)        ct_x' = ∂_x <ct_y, J g> = ∂_h J(x + h g)ᵀ ct_y
 
-and a line that detaches by not doing so. The truth is the engine's own chain of Hessian-vector products, taken as
-differences of the inner gradient: the optimizer's part of it is the one that `mk.MAML` runs.
+ct_x' is the part of x's cotangent that comes through ct_x. A line that detaches is repaired by not detaching.
+
+The true meta-gradient is the engine's own chain of Hessian-vector products, each by finite differences of the inner
+gradient. The optimizer's part of that chain is computed as in `mk.MAML`.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from metakern.optim import InnerOptimizer
 
 
 class Costs:
-    """Meta-gradients of one task, with any of the problems repaired."""
+    """Computes meta-gradients of one task, with given problems repaired."""
 
     def __init__(self, patient: Patient, inner: InnerOptimizer, steps: int) -> None:
         self.patient, self.steps = patient, steps
@@ -40,15 +43,15 @@ class Costs:
         self.inner.to(patient.dtype)
 
     def store(self, repaired: Sequence[Problem] = (), first_order: bool = False) -> list[Tensor]:
-        """The meta-gradient by autograd."""
+        """Returns the meta-gradient by autograd."""
         return self._run(lambda batching: Unroll(batching, self.inner, self.steps, first_order).store, repaired)
 
     def forward_over_reverse(self) -> list[Tensor]:
-        """The meta-gradient by autograd, with its products in forward mode."""
+        """Returns the meta-gradient by autograd, with Hessian-vector products forward over reverse."""
         return self._run(lambda batching: Unroll(batching, self.inner, self.steps).recompute, ())
 
     def truth(self, repaired: Sequence[Problem] = ()) -> list[Tensor]:
-        """The meta-gradient by differences of the inner gradient."""
+        """Returns the meta-gradient by finite differences of the inner gradient."""
         return self._run(lambda batching: _ByDifferences(batching, self.inner, self.steps).recompute, repaired)
 
     def _run(self, strategy: Callable[..., Any], repaired: Sequence[Problem]) -> list[Tensor]:
@@ -68,7 +71,7 @@ class Costs:
 
 
 class _Steady(Loop):
-    """Every evaluation begins in the same state."""
+    """A loop over tasks in which each evaluation begins in the same random state, with the same buffers."""
 
     def __init__(self, patient: Patient) -> None:
         super().__init__(patient.parameters, lambda model, batch: patient.value(batch))
@@ -80,16 +83,18 @@ class _Steady(Loop):
 
 
 def repairable(problem: Problem) -> bool:
-    """Whether a meta-gradient can be had that does not have this problem."""
+    """Returns whether a meta-gradient without this problem can be computed."""
     return bool(problem.undo) or (problem.order == 2 and problem.path != LOSS)
 
 
 def distance(a: Tensors, b: Tensors) -> float:
-    """Of two meta-gradients."""
+    """Returns the norm of the difference of two meta-gradients."""
     return norm([x - y for x, y in zip(a, b, strict=True)])
 
 
 class _ByDifferences(Unroll):
+    """The engine's unroll with Hessian-vector products by finite differences of the gradient."""
+
     def hessian_vector_product(
         self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients
     ) -> tuple[list[Tensor], Gradients]:
@@ -103,7 +108,7 @@ class _ByDifferences(Unroll):
 
 
 def _repair(stack: ExitStack, module: nn.Module) -> None:
-    """Gives a module exact second derivatives, by differences."""
+    """Replaces the forward of a module, as long as `stack` is open, by one with second derivatives by differences."""
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -137,7 +142,7 @@ Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class _Exact(Function):
-    """The outputs of a module."""
+    """The outputs y = f(x) of a module, for x its inputs and parameters."""
 
     @staticmethod
     def forward(ctx: Any, run: Run, *x: Tensor) -> tuple[Tensor, ...]:
@@ -152,7 +157,7 @@ class _Exact(Function):
 
 
 class _ExactVjp(Function):
-    """Its first order, and by differences of that its second."""
+    """The cotangents ct_x = Jᵀ ct_y of a module, whose own backward is by finite differences."""
 
     @staticmethod
     def forward(ctx: Any, run: Run, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -168,6 +173,7 @@ class _ExactVjp(Function):
 
 
 def _with_vjp(run: Run, x: Sequence[Tensor], ct: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the outputs of `run` at x, and the cotangents of x for the cotangents `ct` of the outputs."""
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in x]
         y = run(leaves)

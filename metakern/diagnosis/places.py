@@ -1,9 +1,12 @@
-"""The places of a loss where derivatives can be lost: the loss itself, and every call of a module within it.
+"""The places of a loss at which derivatives can be lost: the loss itself, and every call of a module within it.
 
-Each place is judged by itself, as a function of what flows into it and of its parameters, with what it returns made one
-number, <c, y> + <d, (y - y_0)²> / 2 with random c and d: the square lets the second order of linear functions be seen.
-Nothing is taken from names. A copy of the model is looked at, in float64 where model and loss allow it; what a forward
-pass changes, and the random states, are put back before every evaluation.
+Each place is judged by itself, as a function of its inputs and parameters. Its outputs y become the scalar
+
+    <c, y> + <d, (y - y_0)²> / 2        c, d random, y_0 the outputs of the place's first evaluation
+
+whose second derivative is not zero even if y is linear: without the square, a linear place that loses its second order
+would pass for exact. Names play no role. The model is copied, in float64 if model and loss can run in it. Before every
+evaluation, the random states and all that a forward pass changes are restored.
 """
 
 from __future__ import annotations
@@ -32,19 +35,19 @@ _STANDARD = set(vars(nn.Module()))
 
 @dataclass
 class Call:
-    """One call of a module or an autograd Function, as it came about in the loss; the root is the loss itself."""
+    """One call of a module or an autograd Function, recorded in a run of the loss; the root is the loss itself."""
 
     path: str
-    module: nn.Module  # of a Function, the module that calls it
-    function: Callable[..., Any]
-    inputs: list[Any] = field(default_factory=list)
-    spec: TreeSpec | None = None
-    flows: list[int] = field(default_factory=list)  # inputs that depend on trained parameters
-    active: list[bool] = field(default_factory=list)  # and of these, those that depend on adapted ones
+    module: nn.Module  # for a Function, the module that calls it
+    function: Callable[..., Any]  # what is called
+    inputs: list[Any] = field(default_factory=list)  # the leaves of (args, kwargs)
+    spec: TreeSpec | None = None  # their structure
+    flows: list[int] = field(default_factory=list)  # indices of the inputs that depend on trained parameters
+    active: list[bool] = field(default_factory=list)  # for each of `flows`, whether it depends on adapted parameters
     outputs: list[Any] = field(default_factory=list)
     out_spec: TreeSpec | None = None
-    connected: list[bool] = field(default_factory=list)  # outputs with a graph
-    state: State | None = None
+    connected: list[bool] = field(default_factory=list)  # for each output, whether it has a graph
+    state: State | None = None  # of the module, before the call
     children: list[Call] = field(default_factory=list)
 
     @property
@@ -53,18 +56,22 @@ class Call:
 
     @property
     def owned(self) -> list[nn.Parameter]:
-        """The trained parameters that are its own to read."""
+        """The trained parameters that the call reads by itself: its module's, or for a Function none."""
         own = self.root or self.function is self.module
         return [p for p in self.module.parameters() if p.requires_grad] if own else []
 
     def walk(self) -> Iterator[Call]:
+        """Yields this call and all calls within it."""
         yield self
         for child in self.children:
             yield from child.walk()
 
     @property
     def signature(self) -> Any:
-        """Equal for calls that do the same, as far as can be seen; objects that may do anything are unlike."""
+        """A string that is equal for calls that compute the same, as far as their attributes tell.
+
+        Attributes that are neither plain values nor tensors are compared by identity.
+        """
         modules = [(type(m), m.training, *_attributes(m)) for m in self.module.modules()]
         parameters = [(name, p.shape, p.requires_grad) for name, p in self.module.named_parameters()]
         tensors = [(x.shape, x.dtype) if isinstance(x, Tensor) else _plain(x) for x in self.inputs]
@@ -72,7 +79,7 @@ class Call:
 
 
 class State:
-    """What a forward pass can change in modules: their attributes, buffers and random generators."""
+    """A snapshot of what a forward pass can change in modules: their attributes, buffers and random generators."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
@@ -98,7 +105,7 @@ class State:
 
 
 class Patient:
-    """A copy of a model and one task's batches, in a precision in which numbers tell most."""
+    """A copy of a model, and the batches of one task, in the dtype in which they are judged."""
 
     def __init__(self, model: nn.Module, loss: Loss, support: Any, query: Any, adapt: Any, dtype: torch.dtype) -> None:
         def cast(t: Tensor) -> Tensor:
@@ -109,12 +116,12 @@ class Patient:
         self.parameters = Parameters(self.model, adapt)
         self.adapted = {id(p) for p in self.parameters.adapted.values()}
         self.state = State(self.model)
-        self.batch, self.second_order = self.support, True  # what is judged: of the query, the gradient alone is used
+        self.batch, self.second_order = self.support, True  # what is judged: MAML uses only the gradient of the query
         self.precision, self.evaluations = dtype, 0
 
     @contextmanager
     def steady(self, state: State | None = None) -> Iterator[None]:
-        """Within the block all is as at every evaluation: random states, buffers, attributes, exact kernels."""
+        """Within the block, random states, buffers, attributes, default dtype and kernels are always the same."""
         self.begin(state or self.state)
         default = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
@@ -131,6 +138,7 @@ class Patient:
         seeded()
 
     def value(self, batch: Any) -> Any:
+        """Returns the loss of a batch, and counts the evaluation."""
         self.evaluations += 1
         return self.loss(self.model, tree_map_only(Tensor, Tensor.clone, batch))
 
@@ -139,7 +147,7 @@ class Patient:
         return Call(LOSS, self.model, self.loss)
 
     def calls(self) -> Call:
-        """The tree of calls of the loss of the batch."""
+        """Returns the tree of the calls that the loss makes for `batch`."""
         root = self._traced(list(self.parameters.adapted.values()))
         for call in root.walk():
             call.active = [True] * len(call.flows)
@@ -151,6 +159,7 @@ class Patient:
         return root
 
     def _traced(self, trained: Sequence[nn.Parameter]) -> Call:
+        """Records the calls of the loss, in a run in which only the parameters `trained` require a gradient."""
         root = self.root
         stack, keep = [root], {id(p) for p in trained}
 
@@ -184,7 +193,10 @@ class Patient:
 
 
 class Place:
-    """A call as a scalar function of all that flows into it: parameters, inputs, and the outputs of modules cut out."""
+    """A call as a scalar function of z: its parameters, its inputs, and the outputs of the modules in `cut`.
+
+    Modules that are cut out do not run; they return their part of z.
+    """
 
     def __init__(self, patient: Patient, call: Call, cut: Sequence[nn.Module] = ()) -> None:
         self.patient, self.call = patient, call
@@ -212,7 +224,10 @@ class Place:
 
     @contextmanager
     def scalar(self, z: Tensors, linear: bool = False) -> Iterator[Tensor]:
-        """Its number at z; parameters stay bound while it is differentiated, for what runs again in a backward."""
+        """Yields the scalar at z, without the square if `linear`; differentiate it within the block.
+
+        The parameters are bound to z for the whole block, as a checkpoint may run again in the backward.
+        """
         own, flowing, replayed = self._split(list(z))
         with self.patient.steady(self.call.state), ExitStack() as stack:
             self._replay(stack, replayed)
@@ -224,17 +239,18 @@ class Place:
             self.patient.evaluations += 1
             inputs = [copied(x) for x in self.call.inputs]
             for i, x in zip(self.call.flows, flowing, strict=True):
-                inputs[i] = x.clone()  # what a module writes to is not a leaf
+                inputs[i] = x.clone()  # no leaf, as the module may write to it in place
             assert self.call.spec is not None
             args, kwargs = tree_unflatten(inputs, self.call.spec)
             yield self._number(tree_flatten(self.call.function(*args, **kwargs))[0], linear)
 
     def _split(self, z: list[Tensor]) -> list[list[Tensor]]:
+        """Splits z into parameters, inputs, and outputs of the modules that are cut out."""
         a, b, _ = self.sizes
         return [z[:a], z[a : a + b], z[a + b :]]
 
     def _replay(self, stack: ExitStack, tensors: list[Tensor]) -> None:
-        """Modules that are cut out return the given tensors, call by call."""
+        """Lets the modules that are cut out return the given tensors, call by call, as long as `stack` is open."""
         queues: dict[nn.Module, list[Any]] = {}
         rest = iter(tensors)
         for call in self.cut:
@@ -246,6 +262,7 @@ class Place:
             stack.callback(vars(module).pop, "forward", None)
 
     def _number(self, outputs: list[Any], linear: bool) -> Tensor:
+        """Returns the scalar of the outputs; c, d and y_0 are set at the first call."""
         connected = self.call.connected or [False] * len(outputs)
         outputs = [y for y, on in zip(outputs, connected, strict=True) if is_float(y) and (on or not any(connected))]
         if self._weights is None:
@@ -261,7 +278,10 @@ class Place:
 
 
 def treat(model: nn.Module, loss: Loss, support: Any, query: Any, adapt: Any) -> Patient:
-    """A patient in float64 if its loss and gradient can be had in it, else in float32."""
+    """Returns a patient in float64 if loss and gradient can be computed in it, else in float32.
+
+    Raises ValueError if the loss raises in both, or if it can't be judged (`_check`).
+    """
     obstacle: Exception | None = None
     for dtype in (torch.float64, torch.float32):
         patient = Patient(model, loss, support, query, adapt, dtype)
@@ -269,7 +289,7 @@ def treat(model: nn.Module, loss: Loss, support: Any, query: Any, adapt: Any) ->
         try:
             with Roundings() as roundings, place.scalar([t.requires_grad_() for t in place.z]) as value:
                 pass
-        except Exception as error:  # a kernel or a model insists on its dtype
+        except Exception as error:  # a kernel or a model may require float32
             obstacle = error
             continue
         _check(value, place)
@@ -285,7 +305,7 @@ def treat(model: nn.Module, loss: Loss, support: Any, query: Any, adapt: Any) ->
 
 
 def _check(value: Any, place: Place) -> None:
-    """Raises ValueError for what is no loss."""
+    """Raises ValueError for a loss that is no finite scalar, changes from call to call, or ignores the parameters."""
     if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
         got = f"{list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"doctor: loss must return a scalar tensor for one task, got {got}")
@@ -295,7 +315,7 @@ def _check(value: Any, place: Place) -> None:
         if not torch.isclose(value, again, rtol=torch.finfo(value.dtype).eps ** 0.75):
             raise ValueError(
                 "doctor: loss must be the same for the same parameters and random state, got one that changes from "
-                "call to call"
+                "call to call: draw random numbers by torch, random or numpy.random"
             )
     with place.scalar([z + NOISE * u for z, u in zip(place.z, direction(place.z, 0), strict=True)]) as moved:
         if torch.equal(value, moved):
@@ -303,6 +323,7 @@ def _check(value: Any, place: Place) -> None:
 
 
 def _outermost(call: Call, cut: set[int]) -> Iterator[Call]:
+    """Yields the outermost calls, within a call, of the modules whose ids are in `cut`."""
     for child in call.children:
         if id(child.module) in cut:
             yield child
@@ -311,12 +332,14 @@ def _outermost(call: Call, cut: set[int]) -> Iterator[Call]:
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields the names and plain values of the attributes that the module's class adds to nn.Module's."""
     for name, value in sorted(vars(module).items()):
         if name not in _STANDARD and not isinstance(value, Tensor):
             yield name, _plain(value)
 
 
 def _plain(value: Any) -> Any:
+    """Returns the value if it is a plain one, else what identifies it."""
     plain = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, type)
     if isinstance(value, list | tuple | set | frozenset):
         return type(value), [_plain(v) for v in value]
@@ -326,6 +349,7 @@ def _plain(value: Any) -> Any:
 
 
 def copied(value: Any) -> Any:
+    """Returns a detached copy of a tensor; anything else as it is."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 

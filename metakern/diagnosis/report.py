@@ -1,4 +1,4 @@
-"""What the doctor says: a page of plain text, and the facts behind it."""
+"""The report of `metakern.doctor`: its findings, and a page of plain text that shows them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,23 @@ FORWARD_MODE = "forward-mode rule"
 
 @dataclass(frozen=True)
 class Problem:
-    """One place where the meta-gradient is not the derivative of the meta-loss.
+    """One place at which autograd's derivatives are not those of the loss.
 
-    path: of the module, "" for the model itself, "(loss)" for the loss. op: the Function, operation or line. order: 2
-    where the gradient is right and its derivative is not; 1 where the gradient itself is not the slope of the loss, be
-    it by intent. cost: the relative error of the meta-gradient that is due to this kind of problem alone, None where it
-    can't be had.
+    Attributes:
+        path: The module's name; "" for the model itself, "(loss)" for the loss.
+        op: The autograd Function, the operation or the line of code.
+        kind: The kind of problem, such as "opaque backward", "stop-gradient" or "no second derivative".
+        why: The cause, a sentence.
+        cure: What to do, a sentence.
+        order: 2 if the gradient is right and its derivative is wrong; 1 if the gradient itself is not the slope of the
+            loss, even if that is intended, as in a straight-through estimator.
+        cost: The relative error of the meta-gradient that all problems of this op and kind cause by themselves; None
+            if it can't be measured.
+        undo: The lines of code without which the problem disappears; for the measurement of costs.
+
+    >>> import metakern as mk
+    >>> mk.diagnosis.Problem("head", "NumpyCube", "opaque backward", "it runs NumPy", "write it in PyTorch").order
+    2
     """
 
     path: str
@@ -37,14 +48,30 @@ class Problem:
 
 @dataclass(frozen=True)
 class Report:
-    """The doctor's findings; `print(report)` shows all of them.
+    """The findings of `metakern.doctor`; `print(report)` shows all of them.
 
-    exact: no problem was found. error: relative, of the exact meta-gradient as autograd computes it, against float64
-    differences; first_order_error: of the first-order one; kept: the part of the second-order terms that is there.
-    They are None where there is no meta-gradient, or no reference (a surrogate gradient has none; beside one, they are
-    those of the other problems). obstacles: what
-    prevents a faster plan. plan: what `mk.MAML` would do, None where it refuses. peak_bytes: the memory expected for
-    all tasks. evaluations: forward passes of one task that the diagnosis took.
+    `error`, `first_order_error` and `kept` are None if there is no meta-gradient, or nothing to compare it with: a
+    surrogate gradient has no true one. If there are other problems beside it, the three measure those alone.
+
+    Attributes:
+        exact: Whether no problem was found.
+        problems: The problems, one for each place.
+        obstacles: Why `mk.MAML` has no faster plan; if `plan` is None, why it refuses the model.
+        plan: The plan that `mk.MAML` makes; None if it refuses the model.
+        error: The relative error of autograd's meta-gradient, compared with one by finite differences.
+        first_order_error: The relative error of the first-order meta-gradient.
+        kept: The fraction of the second-order terms that autograd's meta-gradient has, 1 if it has all.
+        steps: The number of inner steps.
+        tasks: The number of tasks in the batches.
+        dtype: The dtype of the computation: "float64", or "float32" for a model that runs in no other.
+        peak_bytes: The expected peak memory of a meta-gradient of all tasks by this plan, in bytes, beside the model.
+        evaluations: The number of forward passes of one task, or of parts of the model, that the diagnosis took.
+
+    >>> import torch, metakern as mk
+    >>> x, y = torch.randn(5, 10, 8), torch.randint(4, (5, 10))
+    >>> report = mk.doctor(torch.nn.Linear(8, 4), mk.losses.classification, (x, y), (x, y))
+    >>> report.exact, report.dtype, report.error < 1e-6
+    (True, 'float64', True)
     """
 
     problems: Sequence[Problem]
@@ -76,43 +103,43 @@ class Report:
             lines += _row("error", f"not measured: {self._unmeasured()}")
         else:
             surrogate = any(problem.order == 1 and not problem.undo for problem in self.problems)
-            of = (
-                "what it would be with all but the surrogate repaired" if surrogate else "the exact one, by differences"
-            )
-            lines += _row("error", f"{self.error:.1e} of {of}")
-            lines += _row("first order", f"{self.first_order_error:.1e}, if the second order were left out")
+            of = "one in which all but the surrogate is repaired" if surrogate else "the exact one, by differences"
+            lines += _row("error", f"{self.error:.1e}, relative to {of}")
+            lines += _row("first order", f"{self.first_order_error:.1e}, if second-order terms were left out")
             if self.kept is not None and (self.exact or self._lost):
                 lines += _row("kept", f"{100 * self.kept:.0f} % of the second-order part")
         lines += ["", f"Plan of mk.MAML for {_count(self.tasks, 'task')}"]
         if self.plan is None:
-            lines += _row("none", "it refuses this model:")
+            lines += _row("none", "mk.MAML refuses this model:")
         else:
             mode = f", products {self.plan.hvp} over reverse" if self.plan.strategy == "recompute" else ""
             lines += _row("batching", self.plan.batching) + _row("strategy", self.plan.strategy + mode)
             lines += _row("at once", _count(min(self.plan.task_chunk, self.tasks), "task"))
-            lines += _row("memory", f"{mib(self.peak_bytes)} at its peak, beside the model")
+            lines += _row("memory", f"{mib(self.peak_bytes)} at the peak, in addition to the model")
         for obstacle in self.obstacles:
             lines += _row("slower" if self.plan else "why", obstacle)
-        return "\n".join([*lines, "", f"{self.evaluations} forward passes of one task were looked at."])
+        return "\n".join(
+            [*lines, "", f"The diagnosis took {self.evaluations} forward passes of one task or its parts."]
+        )
 
     def _unmeasured(self) -> str:
         if self.plan is None:
             return "mk.MAML does not run this model"
-        return "there is nothing exact beside a surrogate gradient" if self.problems else "it has no second-order part"
+        return "a surrogate gradient has no exact one" if self.problems else "it has no second-order part"
 
     def _verdict(self) -> str:
         if self.exact:
             return "The meta-gradient is exact."
         text = f"The meta-gradient is NOT exact: {_count(len(self.problems), 'place')}"
         if all(problem.kind == FORWARD_MODE for problem in self.problems):
-            return f"{text}, in forward mode; reverse over reverse, which mk.MAML will take, is."
+            return f"{text}, in forward mode only. Reverse over reverse, which mk.MAML will use, it is exact."
         if not self._lost:
-            return f"{text}, where the gradient is not the slope of the loss; no curvature is lost."
+            return f"{text}, where the gradient is not the slope of the loss; no second-order terms are lost."
         return f"{text}, second-order terms are lost at {self._lost}."
 
     @property
     def _lost(self) -> int:
-        """The places where second-order terms are."""
+        """The number of places at which second-order terms are lost."""
         return sum(problem.order == 2 for problem in self.problems)
 
 

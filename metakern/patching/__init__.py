@@ -1,7 +1,7 @@
-"""Puts metakern's modules and ops into a model of torch.nn's or Hugging Face's, in place, and takes them out again.
+"""Put metakern's modules and ops into a model of torch.nn or Hugging Face, in place, and take them out again.
 
-A replaced module keeps its attributes: only the class of the object changes. Parameters, buffers, hooks, names and
-modes are the very same, optimizers go on with them, and copies and pickles of a patched model are patched.
+A replaced module keeps all its attributes: only the class of the object changes. So parameters, buffers, hooks, names
+and modes stay the same objects, optimizers stay valid, and copies and pickles of a patched model are patched.
 """
 
 from __future__ import annotations
@@ -37,28 +37,31 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def patch(model: nn.Module) -> Report:
-    """Puts metakern into `model`, in place: the same outputs to rounding. Done twice is done once.
+    """Replaces modules of `model` by metakern's, in place; outputs stay the same up to rounding.
 
-    Of torch.nn: RNN, GRU, LSTM, LayerNorm, RMSNorm, GELU, SiLU, Linear, MultiheadAttention, Transformer layers.
+    A second call changes nothing more.
 
-    Of Hugging Face's transformers, from 4.53 on: attention by way of the library's own interface, with the model's
-    window and the padding mask, [B, L_k], so that there is no L x L matrix; rotary embeddings; RMS norms; gated MLPs;
-    activations; Conv1D; the loss of a causal language model. Attention that `metakern.ops.attention` does not compute,
-    such as active dropout, capped scores or the caller's own mask, takes the model's eager formula. A query that sees
-    no key, as at a padded place, gives zeros.
+    Of torch.nn it replaces RNN, GRU, LSTM, LayerNorm, RMSNorm, GELU, SiLU, Linear, MultiheadAttention and the
+    Transformer layers.
 
-    Left alone, and reported with the reason, is what may compute something else: subclasses, modules whose `forward`
-    was replaced, LSTMs with projections, modules of transformers that no rule knows.
+    Of Hugging Face's transformers, from 4.53 on, it replaces attention, rotary embeddings, RMS norms, gated MLPs,
+    activations, Conv1D and the loss of a causal language model. Attention comes in by the library's own interface, with
+    the model's window and the padding mask [B, L_k], so that there is no L x L matrix. Calls that
+    `metakern.ops.attention` can't compute (active dropout, capped scores, a mask of the caller's) run the model's eager
+    formula. A query that sees no key, as at a padded position, gets zeros.
+
+    Modules that may compute something else are left as they are, and the report says why: subclasses, modules whose
+    `forward` was replaced, LSTMs with projections, modules of transformers for which metakern has no replacement.
 
     Args:
-        model: Any module; its parameters stay the same objects.
+        model: Any module. Its parameters stay the same objects.
 
     Returns:
-        What was replaced, and what was left and why.
+        A `metakern.patching.Report`: what was replaced, what was left, and why. Print it.
 
     Raises:
-        TypeError: Where `model` is not a module.
-        ValueError: Where it is compiled or quantized.
+        TypeError: If `model` is no `nn.Module`.
+        ValueError: If a part of it is compiled or quantized.
 
     >>> import metakern as mk, torch
     >>> layers = torch.nn.LayerNorm(4), torch.nn.LSTM(4, 8), torch.nn.LSTM(8, 8), torch.nn.LSTM(8, 8, proj_size=2)
@@ -92,7 +95,18 @@ def patch(model: nn.Module) -> Report:
 
 
 def unpatch(model: nn.Module) -> Report:
-    """Takes back what `patch` did to `model`. Modules that were metakern's from the start stay so.
+    """Undoes `patch`, in place.
+
+    Modules that were metakern's before the patch stay as they are.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        A `metakern.patching.Report`: what was replaced.
+
+    Raises:
+        TypeError: If `model` is no `nn.Module`.
 
     >>> import metakern as mk, torch
     >>> model = torch.nn.GRU(2, 3)
@@ -125,9 +139,9 @@ def _check(module: nn.Module) -> None:
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    """Why a module that is one of torch.nn's, or derives from one, can't be replaced; None for every other module."""
+    """Returns why a module of torch.nn, or of a subclass, can't be replaced; None if it can, or for another module."""
     kind = type(module)
-    # NonDynamicallyQuantizableLinear: MultiheadAttention calls it never.
+    # MultiheadAttention never calls its NonDynamicallyQuantizableLinear, only reads its weight.
     ours = (*_CLASSES.values(), NonDynamicallyQuantizableLinear, FusedModule)
     if isinstance(module, ours) or not isinstance(module, tuple(_CLASSES)):
         return None
@@ -146,7 +160,7 @@ def _obstacle(module: nn.Module) -> str | None:
 
 
 def _name(kind: type) -> str:
-    """The name that a class is known by, or the ops that it runs."""
+    """Returns the name of a class for the report; for a class of `FusedModule` the ops that it runs."""
     if issubclass(kind, FusedModule):
         return kind.runs
     package = "torch.nn" if kind in _CLASSES else "metakern.nn" if kind in _CLASSES.values() else kind.__module__

@@ -1,8 +1,9 @@
-"""transformers' attention interface over `metakern.ops.attention`, and its rotary embedding over `metakern.ops.rope`.
+"""transformers' attention interface by `metakern.ops.attention`, and its rotary embedding by `metakern.ops.rope`.
 
-The library asks two registered functions, by the name "metakern": one makes the mask of a forward pass, once for all
-layers, the other one computes a layer. A causal mask, with a window or without, is left to the op, and what remains is
-which keys are padding, [B, L_k]. Everything that the op does not compute goes to the model's own eager formula.
+transformers calls two functions that are registered by the name "metakern": `key_mask` makes the mask of a forward
+pass, once for all layers, and `attention_forward` computes the attention of a layer. The op itself applies a causal
+mask, with a window or without, so the mask only says which keys are padding, [B, L_k]. Whatever the op does not compute
+is computed by the model's own eager formula.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from metakern import ops
 from metakern.nn.linear import mixed
 
 NAME = "metakern"
-_WINDOW = "_metakern_window"  # an attribute of a mask
+_WINDOW = "_metakern_window"  # an attribute that `key_mask` sets on its mask
 _NOT_FUSED = ("softcap", "s_aux", "position_bias", "head_mask", "cache")
 
 
 @cache
 def register() -> None:
+    """Registers the two functions with transformers, once."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attention_forward)
@@ -35,16 +37,26 @@ def register() -> None:
 def attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface over `metakern.ops.attention`: query [B, H, L, D] -> [B, L, H, D], no weights.
+    """Computes a layer's attention by `metakern.ops.attention`, for transformers' attention interface.
 
-    attention_mask is what `key_mask` made, [B, L_k] of booleans, or a mask [B, 1, L, L_k] of the caller's. None leaves
-    it to the module whether it looks ahead, as for PyTorch's own attention.
+    Args:
+        module: The attention module.
+        query: [B, H, L, D].
+        key: [B, H_kv, L_k, D].
+        value: [B, H_kv, L_k, D].
+        attention_mask: The mask [B, L_k] that `key_mask` made, causal; or a mask [B, 1, L, L_k]; or None, for which
+            `is_causal`, of the call or else of the module, decides.
+        **kwargs: What transformers passes on, such as `scaling`, `dropout`, `sliding_window`.
+
+    Returns:
+        The outputs, [B, L, H, D], and None in place of the attention weights. A call that the op can't compute gives
+        what the model's eager formula gives.
     """
     causal, window = kwargs.get("is_causal"), None
     if attention_mask is not None and attention_mask.dim() == 2:
         causal, window = True, getattr(attention_mask, _WINDOW, kwargs.get("sliding_window"))
         attention_mask, keys = attention_mask.bool(), attention_mask.shape[1]
-        key, value = key[:, :, :keys], value[:, :, :keys]  # the rest of a cache of fixed size is not filled yet
+        key, value = key[:, :, :keys], value[:, :, :keys]  # the rest of a static cache is not filled yet
     elif causal is None:
         causal = getattr(module, "is_causal", True)
     if (
@@ -63,9 +75,11 @@ def attention_forward(
 
 
 def key_mask(**kwargs: Any) -> Tensor | None:
-    """transformers' mask interface: [B, L_k] for causal masks, with a window or without; [B, 1, L, L_k] for others.
+    """Makes the mask of a forward pass, for transformers' mask interface.
 
-    True is seen; None stands for a causal mask that shows all keys. Keys after the last query's own are cut off.
+    Returns:
+        For a causal mask, with a window or without, which keys are no padding, [B, L_k]; None if none is and there is
+        no window. Keys after the last query's position are cut off. For any other mask [B, 1, L, L_k]. True means seen.
     """
     from transformers import masking_utils
 
@@ -84,12 +98,12 @@ def key_mask(**kwargs: Any) -> Tensor | None:
         device = kwargs["device"] if positions is None else positions.device
         mask = torch.ones(kwargs["batch_size"], seen, dtype=torch.bool, device=device)
     if mask is not None:
-        setattr(mask, _WINDOW, window)  # the layers of some models do not know theirs
+        setattr(mask, _WINDOW, window)  # some models do not pass it to `attention_forward`
     return mask
 
 
 def _scores_mask(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, window: int | None) -> Tensor | None:
-    """What an eager formula adds to its scores, [B, 1, L, L_k]."""
+    """Returns the mask that an eager formula adds to its scores, [B, 1, L, L_k] or one that broadcasts to it."""
     L, L_k = query.shape[2], key.shape[2]
     if mask is None or mask.dim() == 2:
         mask = None if mask is None else mask[:, None, None]
@@ -104,7 +118,10 @@ def _scores_mask(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, 
 
 
 def rotary(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """apply_rotary_pos_emb by `metakern.ops.rope`, for the first cos.shape[-1] features of q and k [B, H, L, D]."""
+    """Returns a function that computes a model's `apply_rotary_pos_emb`, `original`, by `metakern.ops.rope`.
+
+    It rotates the first `cos.shape[-1]` features of q and k, [B, H, L, D]. Calls of another form run `original`.
+    """
 
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if args or kwargs or q.dim() != 4 or cos.dim() != 3 or mixed(q, k, cos, sin):
@@ -123,7 +140,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @cache
 def is_half_rotation(candidate: Callable[..., Any] | None) -> bool:
-    """Whether a model's apply_rotary_pos_emb computes what `metakern.ops.rope` does: it is tried."""
+    """Returns whether a model's `apply_rotary_pos_emb` computes what `metakern.ops.rope` does, by trying it."""
     random = torch.Generator().manual_seed(0)
     q, k, cos, sin = torch.randn(4, 2, 2, 3, 8, generator=random, dtype=torch.float64, device="cpu")
     cos, sin = cos[:, 0], sin[:, 0]
@@ -135,14 +152,15 @@ def is_half_rotation(candidate: Callable[..., Any] | None) -> bool:
 
 
 def code_of(kind: Any) -> Any:
-    """The forward of a class as it was written, without what wraps it."""
+    """Returns the forward of a class without its decorators."""
     return inspect.unwrap(kind.forward)
 
 
 def with_global(function: Any, name: str, value: Any) -> Any:
-    """A copy of a function that reads `value` as the global `name`, under copies of the decorators around it.
+    """Returns a copy of a function that reads `value` as the global `name`, in copies of its decorators.
 
-    None where a decorator does not keep what it wraps in a cell of its own, so that a copy can't be put there.
+    Returns None if a decorator does not hold the function that it wraps in a cell of its closure, as a copy can't be
+    put there then.
     """
     wrapped = getattr(function, "__wrapped__", None)
     if not isinstance(function, FunctionType):
@@ -166,7 +184,7 @@ def with_global(function: Any, name: str, value: Any) -> Any:
 
 
 def same(f: Any, g: Any) -> bool:
-    """Whether two functions are one, by their code, less its place and its docstring, and what it closes over."""
+    """Returns whether two functions have the same code and closures, whatever their file, lines and docstrings are."""
     if isinstance(f, tuple) and isinstance(g, tuple):
         return len(f) == len(g) and all(map(same, f, g))
     if not (inspect.isfunction(f) and inspect.isfunction(g)):

@@ -1,11 +1,11 @@
-"""Puts metakern's ops into the modules of Hugging Face's transformers, which is imported only when such a model is met.
+"""Put metakern's ops into the modules of Hugging Face's transformers, which is imported only if a model is one of its.
 
-A replaced module gets a class made for it, which derives from its own: with `forward` over metakern's op and, in the
-attention modules, with `apply_rotary_pos_emb` bound to `metakern.ops.rope`. What a class computes is known by its code:
-transformers writes out the same norm and the same MLP in each of its models. Attention comes in by the library's own
-interface, under the name "metakern".
+A replaced module gets a class that is derived from its own: `forward` runs metakern's op, and in attention modules
+`apply_rotary_pos_emb` is bound to `metakern.ops.rope`. Classes are recognized by their code, as transformers writes out
+the same norm and the same MLP in each of its models. Attention comes in by the library's own interface, by the name
+"metakern".
 
-Where a call is not what the op computes, the class that a module had before computes it: exact, never another formula.
+A call that the op can't compute runs the forward of the module's former class, so results never change.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from metakern.ops.core.matrices import wide
 from metakern.patching.attention import NAME, code_of, is_half_rotation, register, rotary, same, with_global
 from metakern.patching.report import Left, Replaced
 
-_FORMER_ATTENTION = "_metakern_former_attention"  # an attribute of a patched model, so that copies keep it
+_FORMER_ATTENTION = "_metakern_former_attention"  # the setting before the patch: an attribute, so that copies keep it
 _ATTENTION, _ROPE, _ROTARY = "metakern.ops.attention", "metakern.ops.rope", "apply_rotary_pos_emb"
 
 _LLAMA = ("rope", "rms_norm", "swiglu")
 _GEMMA = ("rope", "rms_norm", "gelu")
-# The ops that each known family runs once it is patched, beside attention; `missing` reports what is not there.
+# The ops that a patched model of each family must run beside attention; `missing` reports those that it does not.
 _FAMILIES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"), _LLAMA),
     **dict.fromkeys(("gemma", "gemma2", "gemma3"), _GEMMA),
@@ -40,22 +40,25 @@ _FAMILIES: dict[str, tuple[str, ...]] = {
     "opt": (),
     "phi": ("rope", "gelu"),
 }
-# Families whose logits are what the head returns, if they are not capped.
+# Families whose logits are the head's outputs, unless they are capped.
 _PLAIN_HEADS = frozenset(_FAMILIES) - {"phi"}
-# Ops that a family runs only with this activation, as transformers names it.
+# Ops that a family runs only with one of these activations, by transformers' names.
 _ACTIVATIONS = {
     "swiglu": ("silu", "swish"),
     "gelu": ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python"),
 }
 
 Modules = Sequence[tuple[str, nn.Module]]
-Parameter = Callable[[str], Any]  # a parameter by name, with or without the tasks first
+Parameter = Callable[[str], Any]  # returns a parameter by its name, possibly with the tasks as dimension 0
 
 
 class FusedModule(nn.Module):
-    """What the made classes share: they pickle as what they were made of, and say which ops they run."""
+    """Base of the classes that replaced modules get.
 
-    runs = ""
+    Such a class is made at run time and can't be imported, so a module is pickled by the classes that it was made of.
+    """
+
+    runs = ""  # the ops that it runs, with ", " between them
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: Any = super().__reduce_ex__(protocol)[2:]
@@ -64,11 +67,12 @@ class FusedModule(nn.Module):
 
 
 class Elementary(FusedModule):
-    """A module that is one op, of its input and its parameters `owns`."""
+    """Base of modules that compute one op of their input and their own parameters."""
 
-    owns: tuple[str, ...] = ()
+    owns: tuple[str, ...] = ()  # the names of the parameters
 
     def compute(self, x: Tensor, parameter: Parameter) -> Tensor:
+        """Returns the op's output for x and the parameters `parameter(name)`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +82,7 @@ class Elementary(FusedModule):
 
 
 class RMSNorm(Elementary):
-    """Llama's, and that of most models since."""
+    """The RMS norm of Llama and of most later models: weight * normalized x."""
 
     runs, owns = "metakern.ops.rms_norm", ("weight",)
     variance_epsilon: float
@@ -88,7 +92,7 @@ class RMSNorm(Elementary):
 
 
 class CenteredRMSNorm(Elementary):
-    """Gemma's, by 1 + weight: in float32 for half precision, in which the sum would be rounded."""
+    """The RMS norm of Gemma: (1 + weight) * normalized x, in float32 for half precision, which rounds 1 + weight."""
 
     runs, owns = "metakern.ops.rms_norm", ("weight",)
     eps: float
@@ -98,7 +102,7 @@ class CenteredRMSNorm(Elementary):
 
 
 class Conv1D(Elementary):
-    """GPT-2's linear layer, with a weight [in, out]."""
+    """The linear layer of GPT-2, whose weight is [in, out]."""
 
     runs, owns = "metakern.ops.linear", ("weight", "bias")
 
@@ -125,7 +129,7 @@ class TanhGELU(GELU):
 
 
 class GatedMLP(FusedModule):
-    """Llama's, with SiLU as its gate."""
+    """The gated MLP of Llama, with SiLU as the gate's activation."""
 
     runs = "metakern.ops.swiglu"
     gate_proj: nn.Module
@@ -137,7 +141,7 @@ class GatedMLP(FusedModule):
 
 
 class JointlyGatedMLP(FusedModule):
-    """Phi-3's, with one matrix for the gate and what it gates."""
+    """The gated MLP of Phi-3, whose gate and up projection are one matrix."""
 
     runs = "metakern.ops.swiglu"
     gate_up_proj: nn.Module
@@ -148,11 +152,11 @@ class JointlyGatedMLP(FusedModule):
 
 
 class Attention(FusedModule):
-    """A module that calls transformers' attention interface, and what turns its queries and keys."""
+    """A module that calls transformers' attention interface; it may rotate its queries and keys first."""
 
 
 def attach(modules: Modules) -> Iterator[Replaced | Left]:
-    """Attention and loss of the pretrained models among `modules`."""
+    """Replaces attention and loss of the pretrained models among `modules`; yields what it replaced and left."""
     configs: set[int] = set()
     for path, model in pretrained(modules):
         name = type(model).__name__
@@ -171,7 +175,7 @@ def attach(modules: Modules) -> Iterator[Replaced | Left]:
 
 
 def detach(modules: Modules) -> Iterator[Replaced]:
-    """The reverse of `attach`."""
+    """Undoes `attach`; yields what it replaced."""
     for path, model in pretrained(modules):
         if _FORMER_ATTENTION in model.__dict__:
             model.config._attn_implementation_internal = model.__dict__.pop(_FORMER_ATTENTION)
@@ -181,14 +185,14 @@ def detach(modules: Modules) -> Iterator[Replaced]:
 
 
 def pretrained(modules: Modules) -> Iterator[tuple[str, Any]]:
-    """The models of transformers among `modules`, the outer ones first."""
+    """Yields the models of transformers among `modules`, with their paths, outer ones first."""
     library = sys.modules.get("transformers.modeling_utils")
     if library is not None:
         yield from ((path, module) for path, module in modules if isinstance(module, library.PreTrainedModel))
 
 
 def missing(modules: Modules) -> Iterator[Left]:
-    """What the models of known families among the patched `modules` were expected to run, and do not."""
+    """Yields the ops that models of known families among the patched `modules` should run, and do not."""
     reported: set[str] = set()
     for path, model in pretrained(modules):
         family = _family(model)
@@ -203,12 +207,12 @@ def missing(modules: Modules) -> Iterator[Left]:
         for op in expected:
             if f"metakern.ops.{op}" not in runs:
                 version = sys.modules["transformers"].__version__
-                why = f"no module of it was recognized as metakern.ops.{op}, in transformers {version}"
+                why = f"no module was recognized that computes metakern.ops.{op}, in transformers {version}"
                 yield Left(path, f"{op} of {type(model).__name__}", why)
 
 
 def replacement(module: nn.Module) -> tuple[type[FusedModule] | None, str | None]:
-    """The class that computes what a module in a pretrained model computes, and why there is none where one is due."""
+    """Returns the class that a module of a pretrained model gets, None for none, and the reason to report, or None."""
     kind: Any = type(module)
     mixin: Any = known(kind)
     if kind.__module__.startswith("metakern."):
@@ -218,7 +222,7 @@ def replacement(module: nn.Module) -> tuple[type[FusedModule] | None, str | None
     if mixin:
         gate = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
         if issubclass(mixin, GatedMLP | JointlyGatedMLP) and not _is_silu(gate):
-            return None, None  # its activation is replaced, and a gate of another kind is a product
+            return None, None  # with another activation the op does not apply; the activation itself is replaced
         if not _behaves(module, mixin):
             return None, f"it does not compute {mixin.runs}: its class has changed"
         return _made(kind, mixin, mixin.runs), None
@@ -231,18 +235,18 @@ def replacement(module: nn.Module) -> tuple[type[FusedModule] | None, str | None
         runs = ", ".join([_ATTENTION] * fused + [_ROPE] * turns)
         return _made(kind, Attention, runs) if runs else None, why
     if any(p is not None for p in module._parameters.values()) and not isinstance(module, nn.Embedding):
-        return None, "no rule knows it"
+        return None, "metakern has no replacement for this class"
     return None, None
 
 
 def known(kind: Any) -> type[FusedModule] | None:
-    """What computes the same as the modules of a class of transformers."""
+    """Returns the class that computes what a class of transformers computes, None if there is none."""
     return _known(kind, kind.forward)
 
 
 @cache
 def _known(kind: Any, forward: Any) -> Any:
-    """`known`, found anew where the forward of a class was replaced."""
+    """Computes `known`; `forward` is part of the cache's key, as the forward of a class may be replaced later."""
     from transformers import activations, pytorch_utils
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -275,13 +279,13 @@ _BEHAVES: dict[Any, bool] = {}
 
 
 def _behaves(module: nn.Module, mixin: type[FusedModule]) -> bool:
-    """Whether a class computes what `mixin` does: tried on one of its modules with random parameters of a tiny size."""
+    """Returns whether a class computes what `mixin` does, tried on `module` with tiny random parameters."""
     key = type(module), mixin, type(module).forward
     if key not in _BEHAVES:
         trial: Any = copy.copy(module)
         trial.__dict__ = {**module.__dict__, "_parameters": {}, "_modules": dict(module._modules), "nf": 5}
         random = torch.Generator().manual_seed(0)
-        x = torch.randn(3, 6, generator=random) * torch.tensor([[1.0], [2e-3], [30.0]])  # where eps matters, and not
+        x = torch.randn(3, 6, generator=random) * torch.tensor([[1.0], [2e-3], [30.0]])  # eps matters in the second row
         for name, part in module._modules.items():
             if isinstance(part, nn.Linear):
                 rows, columns = (6, 4) if name == "down_proj" else (8 if name == "gate_up_proj" else 4, 6)
@@ -296,19 +300,19 @@ def _behaves(module: nn.Module, mixin: type[FusedModule]) -> bool:
                 trial.__class__ = _made(key[0], mixin, mixin.runs)
                 expected = trial.forward(x)
             _BEHAVES[key] = torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
-        except Exception:  # whatever a class of another making stumbles over
+        except Exception:  # a class that is made otherwise may raise anything
             _BEHAVES[key] = False
     return _BEHAVES[key]
 
 
 def _made(former: Any, mixin: Any, runs: str) -> type[FusedModule]:
-    """The class of the modules of `former` that run metakern's ops; its name is theirs, by which transformers asks."""
+    """Returns the class for replaced modules of the class `former`; it has the same name, as transformers reads it."""
     return _made_of(former, mixin, runs, former.forward)
 
 
 @cache
 def _made_of(former: Any, mixin: Any, runs: str, forward: Any) -> type[FusedModule]:
-    """`_made`, anew where the forward of `former` was replaced."""
+    """Makes the class; `forward` is part of the cache's key, as the forward of `former` may be replaced later."""
     body: dict[str, Any] = {"runs": runs, "__module__": __name__, "__doc__": former.__doc__}
     if _ROPE in runs:
         body["forward"] = with_global(forward, _ROTARY, rotary(_global(former, _ROTARY)))
@@ -316,7 +320,7 @@ def _made_of(former: Any, mixin: Any, runs: str, forward: Any) -> type[FusedModu
 
 
 def _blank(former: Any, mixin: Any, runs: str) -> FusedModule:
-    """A module for pickle to fill."""
+    """Returns a module without attributes, which pickle then sets."""
     register()
     made: Any = _made(former, mixin, runs)
     return made.__new__(made)
@@ -331,7 +335,19 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' ForCausalLMLoss by `metakern.ops.cross_entropy`; a batch without labels has loss 0, not NaN."""
+    """Computes transformers' `ForCausalLMLoss` by `metakern.ops.cross_entropy`: the mean, in nats a token.
+
+    Args:
+        logits: [B, L, V].
+        labels: [B, L], aligned with the inputs; they are shifted by one here.
+        vocab_size: V.
+        num_items_in_batch: The number to divide the sum by; by default that of the labels that count.
+        ignore_index: The label of a position that does not count.
+        shift_labels: Labels [B, L] that are shifted already, in place of `labels`.
+
+    Returns:
+        A scalar; 0 for a batch in which no label counts, where transformers gives NaN.
+    """
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.flatten().to(logits.device)
@@ -340,7 +356,11 @@ def causal_lm_loss(
 
 
 def separate_head(model: nn.Module) -> Any:
-    """The head of a patched model, if it can be taken off: the last that is done, without a bias and not folded."""
+    """Returns the head of a patched model, if the loss can be computed from hidden states and the head's weight.
+
+    Otherwise returns None. The logits must be the outputs of a linear layer without a bias, without hooks, not run by
+    `fold` and not under autocast.
+    """
     lm = cast(Any, model)
     if model.__dict__.get("_loss_function") is not causal_lm_loss or _family(model) not in _PLAIN_HEADS:
         return None
@@ -352,7 +372,7 @@ def separate_head(model: nn.Module) -> Any:
 
 @contextmanager
 def without(head: nn.Module | None) -> Iterator[None]:
-    """Within the block a head hands on the hidden states that it is given."""
+    """Within the block, the head returns its input, the hidden states; None changes nothing."""
     if head is None:
         yield
         return
@@ -364,7 +384,7 @@ def without(head: nn.Module | None) -> Iterator[None]:
 
 
 def _has_causal_loss(model: Any) -> bool:
-    """Whether a pretrained model computes transformers' ForCausalLMLoss, given labels."""
+    """Returns whether a pretrained model computes transformers' own `ForCausalLMLoss` if it gets labels."""
     return (
         model.get_output_embeddings() is not None
         and not getattr(model.config, "is_encoder_decoder", False)
@@ -374,11 +394,11 @@ def _has_causal_loss(model: Any) -> bool:
 
 
 def _attention_obstacle(model: Any) -> str | None:
-    """Why the attention of a pretrained model can't be replaced."""
+    """Returns why the attention of a pretrained model can't be replaced, None if it can."""
     config, kinds = model.config, {type(module) for module in model.modules()}
     softcap = getattr(config, "attn_logit_softcapping", None)
     if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder's, with masks of other kinds"
+        return "it is part of an encoder-decoder, which needs masks of other kinds"
     if softcap is not None:
         return f"its scores are capped at {softcap}"
     if not hasattr(sys.modules["transformers"], "AttentionMaskInterface"):
@@ -394,7 +414,7 @@ def _attention_obstacle(model: Any) -> str | None:
 
 
 def _family(model: nn.Module) -> str:
-    """The name of the family of a pretrained model: that of the file of transformers that its class is in."""
+    """Returns the family of a pretrained model: the name in transformers' modeling_<name>.py that defines its class."""
     return type(model).__module__.rpartition("modeling_")[2]
 
 
@@ -403,7 +423,7 @@ def _calls_interface(kind: Any) -> bool:
 
 
 def _uses(kind: Any, name: str) -> bool:
-    """Whether the forward of a class names a global of its module."""
+    """Returns whether the forward of a class uses the global `name`."""
     code = getattr(code_of(kind), "__code__", None)
     return code is not None and name in code.co_names
 
@@ -414,7 +434,7 @@ def _global(kind: Any, name: str) -> Any:
 
 @cache
 def _imports_masks(kind: Any) -> bool:
-    """Whether the file of a class has functions of transformers' mask interface at hand."""
+    """Returns whether the file of a class imports a function of transformers' masking_utils."""
     names = code_of(kind).__globals__.values()
     return any(getattr(value, "__module__", "") == "transformers.masking_utils" for value in names)
 

@@ -1,4 +1,4 @@
-"""What `patch` did, said in a line for each kind of module."""
+"""The report of `patch` and `unpatch`, with a line for each kind of module."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 
 class Replaced(NamedTuple):
-    """A module at `path`, "" being the model itself, that was `before` and is `after`."""
+    """A module that was replaced.
+
+    Attributes:
+        path: The module's name in the model; "" for the model itself.
+        before: What it was: a class, or the loss of a model.
+        after: What it is now: a class, or the ops that it runs.
+    """
 
     path: str
     before: str
@@ -14,7 +20,13 @@ class Replaced(NamedTuple):
 
 
 class Left(NamedTuple):
-    """A module at `path`, of the class `kind`, that stayed what it was, and why."""
+    """A module that was not replaced.
+
+    Attributes:
+        path: The module's name in the model; "" for the model itself.
+        kind: Its class, or the part of a model that was left, such as "attention of GPT2LMHeadModel".
+        why: The reason.
+    """
 
     path: str
     kind: str
@@ -22,7 +34,18 @@ class Left(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What `patch` or `unpatch` did; made to be printed."""
+    """What `patch` or `unpatch` did; `print(report)` shows a line for each kind of module.
+
+    Attributes:
+        replaced: A `Replaced` (path, before, after) for each module that was replaced.
+        left: A `Left` (path, kind, why) for each module that was not, though it is of a kind that `patch` replaces or
+            has parameters.
+
+    >>> import metakern as mk, torch
+    >>> report = mk.patch(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LSTM(8, 8, proj_size=2)))
+    >>> report.replaced[0].after, report.left[0].why
+    ('metakern.nn.Linear', 'proj_size must be 0, got 2')
+    """
 
     replaced: tuple[Replaced, ...]
     left: tuple[Left, ...] = ()
@@ -40,7 +63,7 @@ class Report(NamedTuple):
 
 
 def _pattern(paths: list[str]) -> str:
-    """Paths of one depth as one, with * where they differ: "layers.*.norm, norm"."""
+    """Returns one pattern for all paths of a depth, with * where they differ: "layers.*.norm, norm"."""
     depths: dict[int, list[list[str]]] = {}
     for path in paths:
         parts = (path or "(model)").split(".")

@@ -361,7 +361,7 @@ def test_what_can_t_be_copied_says_so() -> None:
         model = made(Net)
         model.helper = Locked(model.b)
         with pytest.raises(
-            ValueError, match=r"clone: what leads to a part of the model must be copyable, got a Locked"
+            ValueError, match=r"clone: an object that holds a part of the model must be copyable, got a Locked"
         ):
             clone(model)
 
@@ -643,9 +643,9 @@ def test_parameters_of_functional_models_can_be_set() -> None:
     assert torch.equal(torch.autograd.grad(fmodel[1].weight.sum(), weight)[0], torch.ones(1, 2))
     with pytest.raises(TypeError, match="fmodel: weight must be a tensor, got NoneType"):
         fmodel[1].weight = None
-    with pytest.raises(ValueError, match=r"fmodel: submodules must be set in the model, before .* got '1' set later"):
+    with pytest.raises(ValueError, match=r"fmodel: submodules must be set in the model before .* got '1' set later"):
         setattr(fmodel, "1", nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="fmodel: it must have parameters before one is set, got 'weight'"):
+    with pytest.raises(ValueError, match="fmodel: parameters must all be set before a single one is, got 'weight'"):
         higher.make_functional(nn.Linear(2, 1)).weight = weight
     with pytest.raises(
         ValueError, match=r"fmodel: parameters must be set in the functional model itself, got 'weight'"

@@ -427,7 +427,9 @@ def test_a_head_that_does_more_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_no_rule_knows_is_left_and_exact() -> None:
     model = build("olmo2")
     ours, report = patched(model)
-    assert {(kind, why) for _, kind, why in report.left} == {("transformers.Olmo2RMSNorm", "no rule knows it")}
+    assert {(kind, why) for _, kind, why in report.left} == {
+        ("transformers.Olmo2RMSNorm", "metakern has no replacement for this class")
+    }
     inputs = batch(1)
     seen = inputs["attention_mask"].bool()
     with comparable():
@@ -467,7 +469,9 @@ def test_encoder_decoders_keep_their_attention(name: str) -> None:
     model = transformers.AutoModelForSeq2SeqLM.from_config(config).double().eval()
     ours, report = patched(model)
     whys = {kind: why for path, kind, why in report.left if not path}
-    assert whys == {f"attention of {type(model).__name__}": "it is an encoder-decoder's, with masks of other kinds"}
+    assert whys == {
+        f"attention of {type(model).__name__}": "it is part of an encoder-decoder, which needs masks of other kinds"
+    }
     inputs = batch(1, padding="right")
     with comparable():
         close(ours(**inputs).loss, model(**inputs).loss)
@@ -496,7 +500,7 @@ def test_what_a_known_family_was_expected_to_run_and_does_not_is_reported(monkey
         *(
             (
                 f"{op} of LlamaForCausalLM",
-                f"no module of it was recognized as metakern.ops.{op}, in transformers {version}",
+                f"no module was recognized that computes metakern.ops.{op}, in transformers {version}",
             )
             for op in ("rope", "swiglu")
         ),

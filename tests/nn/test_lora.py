@@ -343,7 +343,7 @@ def twice() -> nn.Module:
 
 
 BAD: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
-    (Tied, {"targets": ["boddy"]}, ValueError, r"targets must match a module, got 'boddy'; there are body"),
+    (Tied, {"targets": ["boddy"]}, ValueError, r"targets must match a module, got 'boddy': there are body"),
     (Tied, {"targets": ["embedding"]}, ValueError, r"match linear layers, got 'embedding': 'embedding' is a torch.nn"),
     (Tied, {"targets": ["head"]}, ValueError, "got 'head', which has a weight that another module shares"),
     (Tied, {"targets": ["out_proj"]}, ValueError, "got 'attention.out_proj', which is a .*Quantizable.*, which may"),
@@ -352,7 +352,7 @@ BAD: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
         Tied,
         {"trainable": ["norm"]},
         ValueError,
-        r"trainable must match a parameter, got 'norm'; there are step, weight, bias",
+        r"trainable must match a parameter, got 'norm': there are step, weight, bias",
     ),
     (Tied, {"trainable": ["body"]}, ValueError, "trainable must not match the weight of an adapted layer, got 'body'"),
     (Tied, {"trainable": ["step"]}, ValueError, "trainable must match floating-point parameters, got 'step'"),
@@ -488,7 +488,9 @@ def test_the_adapters_of_a_task_are_saved_by_their_values(tmp_path: Path) -> Non
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match=r"^save_lora: .*lora_A must have shape \[2, 8\] as in model, got \[3, 2, 8\]"):
         mk.save_lora(model, tmp_path, phi)
-    with pytest.raises(ValueError, match=r"^save_lora: parameters must be of model, got 'nothing'"):
+    with pytest.raises(
+        ValueError, match=r"^save_lora: parameters must have names of model's state dict, got 'nothing'"
+    ):
         mk.save_lora(model, tmp_path, {"nothing": torch.ones(1)})
 
 
@@ -496,7 +498,10 @@ def test_what_has_no_place_in_the_format_is_not_dropped(tmp_path: Path) -> None:
     model = Tied()
     mk.lora(model, trainable=["embedding"])
     model.scale = nn.Parameter(torch.ones(()))
-    with pytest.raises(ValueError, match=r"^save_lora: what learns must have a place in PEFT's format, got 'scale'"):
+    with pytest.raises(
+        ValueError,
+        match=r"^save_lora: trainable parameters must have a place in PEFT's format, got 'scale', .*: freeze it",
+    ):
         mk.save_lora(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -533,8 +538,8 @@ def torn(folder: Path) -> None:
 A, B, NORM = "0.lora_A.weight", "0.lora_B.weight", "1.weight"
 X = "base_model.model."
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "tensors cut short": (cut("adapter_model.safetensors"), "files must be whole, got a damaged adapter_model"),
-    "config cut short": (cut("adapter_config.json"), "files must be whole, got a damaged adapter_config"),
+    "tensors cut short": (cut("adapter_model.safetensors"), "files must be readable, got a damaged adapter_model"),
+    "config cut short": (cut("adapter_config.json"), "files must be readable, got a damaged adapter_config"),
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "directory must hold adapter_config.json"),
     "torn apart": (torn, "files must be of one save, got two with different alphas"),
     "another method": (edit({"peft_type": "LOHA"}), "peft_type must be LORA, got 'LOHA'"),
@@ -544,7 +549,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no alpha": (edit({"lora_alpha": None}), "config must have lora_alpha, got none"),
     "a shape": (edit(**{A: torch.ones(2, 6)}), r"of '0' must have shapes \[rank, 5\] and \[8, rank\], got \[2, 6\]"),
     "no B": (edit(**{B: None}), "lora_A and lora_B must come together, got lora_A of '0' alone"),
-    "nothing": (edit(**dict.fromkeys([A, B, NORM])), "files must hold layers, got none"),
+    "nothing": (edit(**dict.fromkeys([A, B, NORM])), "files must hold LoRA layers, got none"),
     "another layer": (
         edit(**{f"{X}2.lora_A.weight": torch.ones(2, 5), f"{X}2.lora_B.weight": torch.ones(2, 2)}),
         "layers must be those of model, got '2', which is no .* layer of model",
@@ -578,13 +583,13 @@ def test_what_does_not_fit_is_refused_and_the_model_stays(damage: str, fresh: bo
 def test_a_model_that_is_adapted_otherwise_is_refused(tmp_path: Path) -> None:
     mk.save_lora(two_layers(), tmp_path)
     for options, message in (
-        ({"alpha": 4}, "'0' must have the rank 2 and alpha 4 of model, got 2 and 2"),
+        ({"alpha": 4}, "'0' must have rank 2 and alpha 4 as in model, got 2 and 2"),
         ({"targets": ["0"]}, "got '3', which is no LoRA layer of model"),
     ):
         with pytest.raises(ValueError, match=f"^load_lora: .*{message}"):
             mk.load_lora(two_layers(**options), tmp_path)
     mk.save_lora(two_layers(targets=["0"]), tmp_path)
-    with pytest.raises(ValueError, match=r"^load_lora: '3' must have the rank 2 and alpha 2 of model, got nothing"):
+    with pytest.raises(ValueError, match=r"^load_lora: '3' must have rank 2 and alpha 2 as in model, got nothing"):
         mk.load_lora(two_layers(), tmp_path)
 
 

@@ -1,4 +1,7 @@
-"""higher's interface on metakern, `from metakern.compat import higher`: differentiable inner loops of torch.optim."""
+"""higher's interface on metakern: inner loops with the optimizers of torch.optim, differentiable through their steps.
+
+from metakern.compat import higher      # was: import higher
+"""
 
 from __future__ import annotations
 
@@ -46,10 +49,27 @@ def innerloop_ctx(
     override: Override | None = None,
     track_higher_grads: bool = True,
 ) -> Iterator[tuple[Any, DifferentiableOptimizer]]:
-    """A functional copy of the model, and a differentiable optimizer that goes on from `opt`, for an inner loop.
+    """Yields a functional copy of the model and a differentiable optimizer that starts in the state of `opt`.
 
-    `copy_initial_weights=False` lets derivatives reach the model's own parameters, as MAML needs it. The arguments are,
-    and errors are raised as, those of `monkeypatch` and `get_diff_optim`.
+    `diffopt.step(loss)` replaces the copy's parameters; the model's own parameters and `opt` stay as they are.
+
+    Args:
+        model: Any module.
+        opt: A torch.optim optimizer of parameters of `model`, of a class that `register_optim` knows.
+        device: Where the copy is; by default where the model is.
+        copy_initial_weights: Whether the copy starts from detached copies of the parameters. Set it to False for MAML:
+            derivatives then reach the model's own parameters.
+        override: Settings in place of those of `opt`: lists of one value, or of one for each parameter group, by the
+            setting's name. A tensor that requires a gradient gets one.
+        track_higher_grads: Whether derivatives pass through the steps. False saves memory, for evaluation.
+
+    Yields:
+        The functional copy, `fmodel`, and the `DifferentiableOptimizer`, `diffopt`.
+
+    Raises:
+        TypeError: If `model` is no `nn.Module`, or if an override is no list.
+        ValueError: If the model is functional already or can't be copied, if the class of `opt` is not registered, if
+            `opt` has a parameter that is not the model's, or if an override names no setting or has another length.
 
     >>> import torch
     >>> from metakern.compat import higher

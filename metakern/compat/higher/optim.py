@@ -1,20 +1,25 @@
-"""higher's differentiable optimizers: a step of torch.optim's that is a function of parameters, gradients and settings.
+"""higher's differentiable optimizers: steps of torch.optim as functions of parameters, gradients and settings.
 
-    SGD       g <- g + λ phi       b <- μ b + (1 - δ) g, at first g        d = g + μ b (Nesterov), or b
+    all       phi <- phi - h d     after   g <- g + λ phi   (not in AdamW and Rprop)
+    SGD       b <- μ b + (1 - δ) g, or g in the first step                 d = b, or g + μ b (Nesterov)
     Adam      m <- β₁ m + (1 - β₁) g       v <- β₂ v + (1 - β₂) g²         d = m / b₁ / (√(v / b₂) + eps)
-    AdamW     as Adam, of phi (1 - h λ) in the place of g + λ phi          b₁ = 1 - β₁^step, b₂ = 1 - β₂^step
-    RMSprop   v <- α v + (1 - α) g²        a <- α a + (1 - α) g            b <- μ b + g / (√(v - a²) + eps), a centered
-    Adagrad   s <- s + g²                  h' = h / (1 + (step - 1) κ)     d = g / (√s + eps)
+    AdamW     as Adam, after phi <- (1 - h λ) phi                          b₁ = 1 - β₁^step, b₂ = 1 - β₂^step
+    RMSprop   v <- α v + (1 - α) g²        a <- α a + (1 - α) g            d = b, b <- μ b + g / (√(v - a²) + eps)
+    Adagrad   s <- s + g²                  h' = h / (1 + (step - 1) κ)     d = g / (√s + eps), h' in place of h
     Adadelta  v <- ρ v + (1 - ρ) g²        d = √(u + eps) / √(v + eps) g   u <- ρ u + (1 - ρ) d²
     Adamax    m as in Adam                 u <- max(β₂ u, |g| + eps)       d = m / b₁ / u
-    ASGD      phi <- phi (1 - λ h')        h' <- h / (1 + λ h step)^α      d = g, with h' in the place of h
-    Rprop     s <- s η₊ where g agrees in sign with the former one, s η₋ where not, and there g <- 0; h d = s sign(g)
-    all       phi <- phi - h d
+    ASGD      phi <- phi (1 - l h')        h' <- h / (1 + l h step)^α      d = g, h' in place of h
+    Rprop     s <- η₊ s where g has the sign of the former g; where it has the other one, s <- η₋ s and g <- 0
+              phi <- phi - s sign(g)
 
-Every setting may be a tensor with a history, by `override`. A root has slope zero where its argument is zero: there g
-and its history are zero, and the update's slope as a function of g comes from its numerator alone: exact, and no NaN.
-Each step is plain PyTorch on each parameter, a product and a sum at a time and in higher's order, so that every bit is
-as there: `addcmul` and its like round once where these round twice.
+h is `lr`, λ `weight_decay`, μ `momentum`, δ `dampening`, κ `lr_decay`, l `lambd`. In RMSprop a is zero unless
+`centered`.
+
+A setting may be a tensor with a history, given as an `override`. Where the argument of a square root is zero, its
+derivative is taken as zero: g and all former ones are zero there, and the derivative of the update with respect to g is
+that of its numerator alone. It is exact, and not NaN. Each step is plain PyTorch, parameter by parameter, one product
+and one sum at a time in higher's order, so that the numbers are higher's bit by bit: `addcmul` rounds once where a
+product and a sum round twice.
 """
 
 from __future__ import annotations
@@ -32,17 +37,19 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from metakern.compat.higher.patch import FunctionalModule
 from metakern.compat.modules import gradients, same_device
 
-Override = Mapping[str, Any]  # a list of one value, or of one for each parameter group, by the name of a setting
+Override = Mapping[str, Any]  # by a setting's name a list: one value, or one for each parameter group
 Grads = list[Tensor | None]
 Number = float | Tensor
 State = dict[str, Any]
 
 
 class DifferentiableOptimizer(ABC):
-    """A differentiable optimizer that goes on from the settings and the state of a torch.optim one.
+    """Base of the differentiable optimizers, each of which starts from the settings and the state of a torch.optim one.
 
-    A subclass says in `_update(grouped_grads)` how `self.param_groups[i]["params"][j]` goes on by its gradient
-    `grouped_grads[i][j]`, None where there is none, with what it keeps in `self.state[i][j]`, out of place.
+    A subclass defines `_update(grouped_grads)`: it replaces each `self.param_groups[i]["params"][j]` out of place, by
+    means of its gradient `grouped_grads[i][j]`, which may be None, and of the state that it keeps in
+    `self.state[i][j]`. `register_optim` makes a subclass known to `get_diff_optim`, whose arguments the constructor
+    takes.
     """
 
     def __init__(
@@ -58,7 +65,7 @@ class DifferentiableOptimizer(ABC):
         numbers = {id(p): i for i, p in enumerate(reference_params)}
         self.param_groups: list[dict[str, Any]] = []
         self.state: list[defaultdict[int, State]] = []
-        self._group_to_param_list: list[list[int]] = []  # of each group's parameters, among the reference's
+        self._group_to_param_list: list[list[int]] = []  # by group, its parameters' indices in `reference_params`
         for i, group in enumerate(other.param_groups):
             for p in group["params"]:
                 if id(p) not in numbers:
@@ -79,7 +86,7 @@ class DifferentiableOptimizer(ABC):
         for name, values in override.items():
             if not all(name in group for group in self.param_groups):
                 known = sorted(set(self.param_groups[0]) - {"params"})
-                raise ValueError(f"override: it must name settings of the optimizer, {', '.join(known)}, got {name!r}")
+                raise ValueError(f"override: keys must be settings of the optimizer ({', '.join(known)}), got {name!r}")
             if not isinstance(values, Sequence | Tensor) or (isinstance(values, Tensor) and not values.dim()):
                 raise TypeError(
                     f"override: {name} must be a list of one value or of one for each parameter group, "
@@ -101,17 +108,39 @@ class DifferentiableOptimizer(ABC):
         grad_callback: Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]] | None = None,
         **kwargs: Any,
     ) -> list[Tensor]:
-        """The parameters after a step on the loss, a scalar; the functional model goes on with them.
+        """Takes a step on the loss and returns the new parameters, which the functional model has from then on.
 
-        params: those that the loss is a function of, by default the functional model's. override: settings from here
-        on. grad_callback: what happens to the list of gradients, before the update. Raises ValueError where the loss
-        does not depend on the parameters as they are now, RuntimeError where its graph was freed or the model was moved
-        to another device.
+        Args:
+            loss: A tensor of one element, computed with the present parameters.
+            params: The parameters that the loss depends on, in the order of `reference_params`; by default the
+                functional model's.
+            override: Settings for this step and all later ones.
+            grad_callback: Gets the list of gradients, None where there is none, and returns the one that the update
+                uses; by default the callback that the optimizer was made with.
+            **kwargs: Passed on to `_update`.
+
+        Returns:
+            The new parameters, in the order of `reference_params`.
+
+        Raises:
+            TypeError: If `loss` is no tensor, or if an override is no list.
+            ValueError: If `loss` has more than one element or no graph, if it depends on none of the parameters that
+                the step would change, if none of `params` requires a gradient, if there are no parameters, or if an
+                override names no setting or has another length.
+            RuntimeError: If the graph of `loss` was freed or has a reentrant checkpoint, or if the model was moved to
+                another device.
+
+        >>> import torch
+        >>> from metakern.compat import higher
+        >>> model = torch.nn.Linear(2, 1)
+        >>> with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=0.1)) as (fmodel, diffopt):
+        ...     [p.shape for p in diffopt.step(fmodel(torch.ones(3, 2)).mean())]
+        [torch.Size([1, 2]), torch.Size([1])]
         """
         self._apply_override(override or {})
         fast = None if self._fmodel is None else self._fmodel.fast_params
         if params is None and fast is None:
-            raise ValueError("diffopt.step: params must be given where the optimizer has no functional model with some")
+            raise ValueError("diffopt.step: params must be given if no functional model has parameters, got None")
         phi = list(fast if params is None else params)  # type: ignore[arg-type]
         if self._fmodel is not None:
             for source in self._fmodel._fmodel_source:
@@ -136,7 +165,7 @@ class DifferentiableOptimizer(ABC):
 
 
 class _Each(DifferentiableOptimizer):
-    """An optimizer whose step is one formula, of each parameter by itself."""
+    """Base of the optimizers that update each parameter by itself."""
 
     def _update(self, grouped_grads: list[Grads], **kwargs: Any) -> None:
         for group, states, grads in zip(self.param_groups, self.state, grouped_grads, strict=True):
@@ -146,12 +175,12 @@ class _Each(DifferentiableOptimizer):
                     group["params"][i] = self._one(group, states[i], group["params"][i], g)
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
-        """The parameter after the step."""
+        """Returns the parameter after the step, given its gradient `g`; updates `state`."""
         raise NotImplementedError
 
 
 class DifferentiableSGD(_Each):
-    """torch.optim.SGD: momentum, dampening, Nesterov's momentum, weight decay."""
+    """torch.optim.SGD, differentiable: momentum, dampening, Nesterov's momentum, weight decay."""
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         g, momentum = _decayed(group, p, g), group["momentum"]
@@ -164,7 +193,7 @@ class DifferentiableSGD(_Each):
 
 
 class DifferentiableAdam(_Each):
-    """torch.optim.Adam and AdamW: betas, eps, weight decay of both kinds, amsgrad."""
+    """torch.optim.Adam and AdamW, differentiable: betas, eps, weight decay of both kinds, amsgrad."""
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         lr, (beta1, beta2) = group["lr"], group["betas"]
@@ -183,11 +212,11 @@ class DifferentiableAdam(_Each):
 
 
 class DifferentiableAdamW(DifferentiableAdam):
-    """torch.optim.AdamW."""
+    """torch.optim.AdamW, differentiable."""
 
 
 class DifferentiableRMSprop(_Each):
-    """torch.optim.RMSprop: alpha, eps, momentum, centered, weight decay."""
+    """torch.optim.RMSprop, differentiable: alpha, eps, momentum, centered, weight decay."""
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         g, alpha = _decayed(group, p, g), group["alpha"]
@@ -205,7 +234,7 @@ class DifferentiableRMSprop(_Each):
 
 
 class DifferentiableAdagrad(_Each):
-    """torch.optim.Adagrad: lr_decay, eps, weight decay, the initial accumulator's value."""
+    """torch.optim.Adagrad, differentiable: lr_decay, eps, weight decay, the initial value of the accumulator."""
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         g = _decayed(group, p, g)
@@ -215,7 +244,7 @@ class DifferentiableAdagrad(_Each):
 
 
 class DifferentiableAdadelta(_Each):
-    """torch.optim.Adadelta: rho, eps, weight decay."""
+    """torch.optim.Adadelta, differentiable: rho, eps, weight decay."""
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         g, rho, eps = _decayed(group, p, g), group["rho"], group["eps"]
@@ -228,7 +257,7 @@ class DifferentiableAdadelta(_Each):
 
 
 class DifferentiableAdamax(_Each):
-    """torch.optim.Adamax: betas, eps, weight decay. The slope of max and |.| where they have none is torch's."""
+    """torch.optim.Adamax, differentiable: betas, eps, weight decay. Kinks of max and |.| have PyTorch's derivative."""
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         g, (beta1, beta2) = _decayed(group, p, g), group["betas"]
@@ -240,7 +269,7 @@ class DifferentiableAdamax(_Each):
 
 
 class DifferentiableASGD(_Each):
-    """torch.optim.ASGD: lambd, alpha, t0, weight decay; the average is in the state, as `ax`."""
+    """torch.optim.ASGD, differentiable: lambd, alpha, t0, weight decay; the state holds the average as `ax`."""
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         g, lr, lambd = _decayed(group, p, g), group["lr"], group["lambd"]
@@ -254,7 +283,9 @@ class DifferentiableASGD(_Each):
 
 
 class DifferentiableRprop(_Each):
-    """torch.optim.Rprop: etas, step_sizes. It takes the sign of the gradient, whose slope is zero where it has one."""
+    """torch.optim.Rprop, differentiable: etas, step_sizes. The update has derivative zero with respect to the gradient,
+    as it depends on its sign alone.
+    """
 
     def _one(self, group: dict[str, Any], state: State, p: Tensor, g: Tensor) -> Tensor:
         (shrink, grow), (least, most) = group["etas"], group["step_sizes"]
@@ -269,14 +300,14 @@ class DifferentiableRprop(_Each):
 
 
 def _counted(state: State, p: Tensor) -> Any:
-    """The number of the step, a tensor where torch's state has one of p's dtype: higher rounds as that does."""
+    """Counts the step and returns its number: a tensor if the state has one of p's dtype, in which higher rounds."""
     step = state.get("step", 0)
     state["step"] = step = (step if isinstance(step, Tensor) and step.dtype == p.dtype else int(step)) + 1
     return step
 
 
 def _on(setting: Number) -> bool:
-    """Whether a setting is in force: a tensor always is, as its derivative at zero may be wanted."""
+    """Returns whether a setting has an effect. A tensor always does, as its derivative at zero may be wanted."""
     return isinstance(setting, Tensor) or setting != 0
 
 
@@ -296,7 +327,7 @@ def _mean_square(former: Tensor | None, beta: Number, g: Tensor) -> Tensor:
 
 
 def _root(v: Tensor) -> Tensor:
-    """The square root; below the smallest number that counts, its own root and slope zero."""
+    """Returns the square root of v. Below the smallest normal number, or 2^-24 in float16, it is constant."""
     return v.clamp_min(min(torch.finfo(v.dtype).tiny, 2.0**-24)).sqrt()
 
 
@@ -314,7 +345,26 @@ _opt_mapping: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] =
 
 
 def register_optim(optim_type: type[torch.optim.Optimizer], diff_optim_type: type[DifferentiableOptimizer]) -> None:
-    """Has `get_diff_optim` take `diff_optim_type` for optimizers of `optim_type`."""
+    """Makes `get_diff_optim` and `create_diff_optim` use `diff_optim_type` for optimizers of the class `optim_type`.
+
+    Args:
+        optim_type: The class itself; its subclasses are registered separately.
+        diff_optim_type: The `DifferentiableOptimizer` that computes the same steps.
+
+    >>> import torch
+    >>> from metakern.compat import higher
+    >>> class Halved(torch.optim.SGD):
+    ...     pass
+    >>> class DifferentiableHalved(higher.optim.DifferentiableOptimizer):
+    ...     def _update(self, grouped_grads, **kwargs):
+    ...         for group, grads in zip(self.param_groups, grouped_grads):
+    ...             for i, g in enumerate(grads):
+    ...                 group["params"][i] = group["params"][i] - 0.5 * group["lr"] * g
+    >>> higher.register_optim(Halved, DifferentiableHalved)
+    >>> model = torch.nn.Linear(2, 1)
+    >>> type(higher.get_diff_optim(Halved(model.parameters(), lr=0.1), model.parameters())).__name__
+    'DifferentiableHalved'
+    """
     _opt_mapping[optim_type] = diff_optim_type
 
 
@@ -322,7 +372,7 @@ def _kind(optim_type: type[torch.optim.Optimizer]) -> type[DifferentiableOptimiz
     if optim_type not in _opt_mapping:
         known = ", ".join(kind.__name__ for kind in _opt_mapping)
         raise ValueError(
-            f"get_diff_optim: opt must be one of {known}, got {optim_type.__name__}: register_optim adds another"
+            f"get_diff_optim: opt must be one of {known}, got {optim_type.__name__}: add it by register_optim"
         )
     return _opt_mapping[optim_type]
 
@@ -336,13 +386,26 @@ def get_diff_optim(
     track_higher_grads: bool = True,
     **kwargs: Any,
 ) -> DifferentiableOptimizer:
-    """A differentiable optimizer that goes on from where `opt` is: its settings by parameter group, and its state.
+    """Returns a differentiable optimizer that starts from the settings, parameter groups and state of `opt`.
 
-    reference_params: the model's parameters; those that `opt` does not have stay as they are. fmodel: the functional
-    model whose parameters `step(loss)` takes and replaces; without it, `step(loss, params=...)`. override: settings by
-    name, a list of one value or of one for each parameter group; tensors with a history get their gradient.
-    `track_higher_grads=False`: no graph through the steps. Raises ValueError where `opt` has a parameter that is not
-    the model's, or is of no known kind.
+    Args:
+        opt: A torch.optim optimizer of a class that `register_optim` knows. It stays as it is.
+        reference_params: The model's parameters. Those that `opt` does not have are not updated.
+        fmodel: The functional model whose parameters `step(loss)` differentiates and replaces. Without it, call
+            `step(loss, params=...)`.
+        device: Where the copied state of `opt` is; by default where it was.
+        override: Settings in place of those of `opt`: lists of one value, or of one for each parameter group, by the
+            setting's name. A tensor that requires a gradient gets one.
+        track_higher_grads: Whether derivatives pass through the steps.
+        **kwargs: Passed on to the differentiable optimizer, such as `grad_callback`.
+
+    Returns:
+        The `DifferentiableOptimizer`.
+
+    Raises:
+        TypeError: If an override is no list.
+        ValueError: If the class of `opt` is not registered, if `opt` has a parameter that is not in `reference_params`,
+            or if an override names no setting or has another length.
 
     >>> import torch
     >>> from metakern.compat import higher
@@ -370,9 +433,30 @@ def create_diff_optim(
     track_higher_grads: bool = True,
     **kwargs: Any,
 ) -> DifferentiableOptimizer:
-    """A differentiable optimizer that starts anew, as `opt_type(params, **opt_kwargs)` would.
+    """Returns a differentiable optimizer in the state in which `opt_type(params, **opt_kwargs)` starts.
 
-    params: tensors, or parameter groups of them, of which only the shapes count; by default those of `fmodel`.
+    Args:
+        opt_type: A class of torch.optim that `register_optim` knows.
+        opt_kwargs: Its settings; by default the class's own.
+        params: Tensors, or parameter groups with tensors, of which only shapes, dtypes and devices are used; by default
+            the parameters of `fmodel`.
+        fmodel: As for `get_diff_optim`, and so are the arguments after it.
+
+    Returns:
+        The `DifferentiableOptimizer`.
+
+    Raises:
+        TypeError: If an override is no list.
+        ValueError: If neither `params` nor `fmodel` is given, if `opt_type` is not registered, or if an override names
+            no setting or has another length.
+
+    >>> import torch
+    >>> from metakern.compat import higher
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> diffopt = higher.create_diff_optim(torch.optim.SGD, {"lr": 0.5}, params=[w])
+    >>> (phi,) = diffopt.step(w.square().sum(), params=[w])
+    >>> phi.detach()
+    tensor([0., 0.])
     """
     if params is None and fmodel is None:
         raise ValueError("create_diff_optim: params or fmodel must be given, got neither")
@@ -387,7 +471,21 @@ def create_diff_optim(
 
 
 def get_trainable_opt_params(opt: torch.optim.Optimizer, device: Any = None) -> dict[str, list[Any]]:
-    """The optimizer's settings that are numbers, as tensors to learn, in the form of an override."""
+    """Returns the numeric settings of `opt` as tensors that require a gradient, to be learned and passed as `override`.
+
+    Args:
+        opt: A torch.optim optimizer.
+        device: Where the tensors are; by default on the CPU, or where a setting that is a tensor is.
+
+    Returns:
+        By a setting's name, a list with a tensor, or a tuple of tensors, for each parameter group.
+
+    >>> import torch
+    >>> from metakern.compat import higher
+    >>> opt = torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr=0.5)
+    >>> higher.get_trainable_opt_params(opt)["lr"]
+    [tensor(0.5000, requires_grad=True)]
+    """
 
     def learned(value: Any) -> Tensor:
         return torch.as_tensor(value, dtype=torch.get_default_dtype(), device=device).detach().clone().requires_grad_()
@@ -400,7 +498,23 @@ def get_trainable_opt_params(opt: torch.optim.Optimizer, device: Any = None) -> 
 
 
 def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -> None:
-    """Sets the optimizer's settings to what was learned."""
+    """Sets the settings of `opt`, in place, to the values of an override that was learned.
+
+    Args:
+        opt: A torch.optim optimizer.
+        override: As `get_trainable_opt_params` returns it. Numbers in `opt` become numbers, tensors become tensors.
+
+    Raises:
+        KeyError: If it names no setting of `opt`.
+        ValueError: If a list has neither one value nor one for each parameter group.
+
+    >>> import torch
+    >>> from metakern.compat import higher
+    >>> opt = torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr=0.5)
+    >>> higher.apply_trainable_opt_params(opt, {"lr": [torch.tensor(0.25, requires_grad=True)]})
+    >>> opt.param_groups[0]["lr"]
+    0.25
+    """
     for name, values in override.items():
         if len(values) not in (1, len(opt.param_groups)):
             raise ValueError(
@@ -413,6 +527,6 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -
                 group[name] = torch.as_tensor(learned).detach().to(group[name])
                 continue
             value = tree_map_only(Tensor, lambda t: t.tolist(), learned)
-            # A whole number stays one, where it was one: of steps, say.
+            # A setting that counts something is an int, and stays one if what was learned is a whole number.
             whole = type(group[name]) is int and isinstance(value, float) and value.is_integer()
             group[name] = int(value) if whole else value

@@ -1,4 +1,4 @@
-"""Parts of learn2learn that are left out, which say so when something is taken from them."""
+"""Placeholders for the parts of learn2learn that are left out: taking something from one is an ImportError."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class _Absent(ModuleType):
     _what: str
 
     def __getattr__(self, name: str) -> NoReturn:
-        # `__path__` is what the import of a module within it asks for.
+        # The import of a submodule reads `__path__`.
         if name.startswith("__") and name != "__path__":
             raise AttributeError(name)
         raise ImportError(
@@ -21,7 +21,7 @@ class _Absent(ModuleType):
 
 
 def absent(name: str, what: str) -> ModuleType:
-    """A module of that name that can be imported, and nothing from it."""
+    """Returns a module that can be imported as `name`, and of which every attribute is an ImportError."""
     module = _Absent(name)
     module._what = what
     sys.modules[name] = module

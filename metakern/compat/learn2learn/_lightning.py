@@ -1,4 +1,4 @@
-"""Lightning under the name that the program has imported, as the classes of one are not those of the other."""
+"""Lightning, by the name that the program has imported: `pytorch_lightning` and `lightning` have different classes."""
 
 from __future__ import annotations
 

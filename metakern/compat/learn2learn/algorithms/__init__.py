@@ -13,7 +13,7 @@ __all__ = ["GBML", "MAML", "BaseLearner", "MetaSGD", "maml_update", "meta_sgd_up
 
 
 def __getattr__(name: str) -> Any:
-    """Lightning, which takes seconds to import, only for those who use its classes."""
+    """Imports the Lightning classes when one is asked for, as importing Lightning takes seconds."""
     if name == "lightning" or name.startswith("Lightning"):
         from importlib import import_module
 

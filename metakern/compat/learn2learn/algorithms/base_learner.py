@@ -1,4 +1,4 @@
-"""learn2learn's base of learners: a module around another one."""
+"""learn2learn's base class of learners: a module that wraps another one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from torch import nn
 
 
 class BaseLearner(nn.Module):
-    """A module around `module` that has its attributes too."""
+    """A module that wraps `module`, calls it, and has its attributes beside its own.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn import BaseLearner
+    >>> learner = BaseLearner(torch.nn.Linear(8, 4))
+    >>> learner.out_features, learner(torch.ones(2, 8)).shape
+    (4, torch.Size([2, 4]))
+    """
 
     module: nn.Module
 

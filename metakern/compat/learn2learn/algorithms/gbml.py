@@ -1,10 +1,12 @@
-"""learn2learn's GBML: a module that adapts by transformed gradients, whose transform is learned, and may adapt too.
+"""learn2learn's GBML: adaptation by gradients that a learned transform changes, one transform T_i for each parameter.
 
     adapt    u_i = T_i(grad_i loss(phi))        phi_i <- phi_i - lr u_i
-             psi <- psi - lr grad_psi loss      first, with `adapt_transform`, where the last step's psi made this phi
 
-psi: the parameters of all T_i. With a scale for each element it is Meta-SGD (Li et al. 2017); with Kronecker-factored
-transforms Meta-Curvature (Park, Oliva 2019) and KFO (Arnold, Iqbal, Sha 2021).
+With `adapt_transform` the parameters psi of the transforms adapt too: from the second step on, when phi depends on
+them, psi <- psi - lr grad_psi loss(phi) comes first.
+
+With a scale for each element it is Meta-SGD (Li et al. 2017), with Kronecker-factored transforms Meta-Curvature (Park,
+Oliva 2019) and KFO (Arnold, Iqbal, Sha 2021).
 """
 
 from __future__ import annotations
@@ -23,10 +25,24 @@ from metakern.compat.recompute import recomputes
 
 
 class GBML(BaseLearner):
-    """Gradient-based meta-learning with a transform of the gradients: `clone()` for a task, `adapt(loss)` the clone.
+    """Gradient-based meta-learning with learned transforms of the gradients.
 
-    transform(parameter) makes the module that transforms this parameter's gradient, None for none. `adapt_transform`
-    lets the transforms adapt within a task too. The other arguments are MAML's.
+    `clone()` it for a task, call `adapt(loss)` on the clone, and differentiate its next loss.
+
+    Args:
+        module: Any module.
+        transform: `transform(parameter)` returns the module that transforms this parameter's gradient, or None for no
+            transform. It is called once for each parameter.
+        lr: The learning rate of `adapt`.
+        adapt_transform: Whether the transforms adapt to a task too.
+        first_order: Whether to leave out second derivatives.
+        allow_unused: Whether a parameter that the loss does not depend on stays as it is in `adapt`; else it is a
+            ValueError.
+        allow_nograd: Whether a parameter that requires no gradient stays as it is in `adapt`; else it is a ValueError.
+        compute_update: The transforms, if they were made already, as for a clone.
+
+    Raises:
+        TypeError: If `module` is no `nn.Module`, or if `transform` returns neither a module nor None.
 
     >>> import torch
     >>> from metakern.compat import learn2learn as l2l
@@ -61,7 +77,7 @@ class GBML(BaseLearner):
         self.compute_update = made
         self.diff_sgd = DifferentiableSGD(lr)
         self._recomputes = False
-        self._source: tuple[nn.Module, ...] = ()  # what a clone that has not run yet is of
+        self._source: tuple[nn.Module, ...] = ()  # the original module, in a clone that has not run yet
         self._params_updated = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +100,14 @@ class GBML(BaseLearner):
         allow_nograd: bool | None = None,
         adapt_transform: bool | None = None,
     ) -> GBML:
-        """A learner whose module and transforms are clones; arguments that are not given are this one's."""
+        """Returns a learner for one task, whose module and transforms are clones of this one's.
+
+        Args:
+            first_order: As in the constructor, and so are the other arguments; by default as this learner has them.
+
+        Raises:
+            ValueError: If the module can't be copied.
+        """
         learner = GBML(
             clone_module(self.module),
             self.transform,
@@ -105,9 +128,16 @@ class GBML(BaseLearner):
         allow_nograd: bool | None = None,
         allow_unused: bool | None = None,
     ) -> None:
-        """A step on the loss, a scalar; arguments that are not given are those of the learner.
+        """Takes a step on the loss with transformed gradients; call it on a clone.
 
-        Raises ValueError where a parameter is frozen or unused and nothing allows it.
+        Args:
+            loss: A scalar, computed with the clone's present parameters.
+            first_order: As in the constructor, and so are the other arguments; by default as the learner has them.
+
+        Raises:
+            ValueError: If a parameter of the module or, with `adapt_transform`, of the transforms is unused or frozen
+                and may not be.
+            RuntimeError: If the graph of `loss` was freed or has a reentrant checkpoint.
         """
         second_order = not (self.first_order if first_order is None else first_order)
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
@@ -119,7 +149,7 @@ class GBML(BaseLearner):
             if not allow_unused and any(g is None for g in found):
                 raise ValueError(
                     "GBML.adapt: loss must depend on every parameter of the transform, got one that it does not depend "
-                    "on: with allow_unused=True it stays as it is"
+                    "on: pass allow_unused=True to leave it as it is"
                 )
             self.diff_sgd(self.compute_update, found)
         keep = second_order or self.adapt_transform

@@ -1,6 +1,7 @@
-"""learn2learn's modules for Lightning: a task is a batch, and its loss that of the queries after adaptation.
+"""learn2learn's modules for Lightning: a batch is one task, and its loss is the query loss after adaptation.
 
-A batch (data, labels) has the examples of a class one after the other, `shots` to adapt to and then `queries`.
+A batch is (data, labels), [N, ...] and [N] with N = ways (shots + queries). The examples of a class follow one another:
+first its `shots` examples of the support set, then its `queries` examples of the query set.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ Episode = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class LightningEpisodicModule(pl.LightningModule):
-    """Training, validation and test steps on tasks; a subclass says in `meta_learn` what a task's loss is.
+    """Base of the Lightning modules: training, validation and test steps on tasks, and Adam as the outer optimizer.
 
-    train_ways, train_shots, train_queries, test_ways, test_shots, test_queries: the sizes of tasks. lr: of Adam,
-    times `scheduler_decay` every `scheduler_step` epochs. Raises TypeError for settings that it doesn't know.
+    A subclass defines `meta_learn`, the loss of a task. Its constructor takes these settings as keywords:
+
+    - train_ways, train_shots, train_queries: classes of a training task, and support and query examples of each class.
+    - test_ways, test_shots, test_queries: the same of validation and test tasks.
+    - lr: Adam's learning rate, multiplied by `scheduler_decay` every `scheduler_step` epochs.
+
+    The constructor raises TypeError for an unknown setting and ValueError for `data_parallel=True`.
     """
 
     train_shots = 1
@@ -48,10 +54,12 @@ class LightningEpisodicModule(pl.LightningModule):
     )
 
     def _set(self, loss: Any, settings: dict[str, Any]) -> None:
-        """Takes what a subclass was given, and keeps it with checkpoints."""
+        """Sets the loss and the settings that a subclass was given, and saves the settings with checkpoints."""
         who = type(self).__name__
         if settings.pop("data_parallel", False):
-            raise ValueError(f"{who}: data_parallel must be False: Lightning's strategy='ddp' takes several devices")
+            raise ValueError(
+                f"{who}: data_parallel must be False, got True: pass strategy='ddp' to Lightning's Trainer instead"
+            )
         if unknown := sorted(set(settings) - set(self._settings)):
             raise TypeError(f"{who}: settings must be among {', '.join(self._settings)}, got {', '.join(unknown)}")
         for name, value in settings.items():
@@ -61,7 +69,7 @@ class LightningEpisodicModule(pl.LightningModule):
 
     @classmethod
     def add_model_specific_args(cls, parent_parser: ArgumentParser) -> ArgumentParser:
-        """A parser that has an option for each setting too."""
+        """Returns a parser with the options of `parent_parser` and an option for each setting of this class."""
         parser = ArgumentParser(parents=[parent_parser], conflict_handler="resolve")
         for name in cls._settings:
             default = getattr(cls, name)
@@ -69,7 +77,18 @@ class LightningEpisodicModule(pl.LightningModule):
         return parser
 
     def meta_learn(self, batch: Any, batch_idx: int, ways: int, shots: int, queries: int) -> tuple[Tensor, Tensor]:
-        """A task's loss and accuracy on its queries."""
+        """Returns the loss and the accuracy on a task's query examples, two scalars.
+
+        Args:
+            batch: (data, labels), [N, ...] and [N] with N = ways (shots + queries), ordered by class.
+            batch_idx: The index of the batch in its epoch.
+            ways: The number of classes.
+            shots: The number of support examples of each class.
+            queries: The number of query examples of each class.
+
+        Raises:
+            ValueError: If the batch has another number of examples.
+        """
         raise NotImplementedError
 
     def _step(self, kind: str, batch: Any, batch_idx: int, *sizes: int) -> Tensor:
@@ -101,18 +120,28 @@ class LightningEpisodicModule(pl.LightningModule):
 
 
 def _parts(data: Tensor, labels: Tensor, ways: int, shots: int, queries: int) -> Episode:
-    """Support and query: inputs and labels of each."""
+    """Splits a task: returns support inputs and labels, query inputs and labels."""
     if len(data) != ways * (shots + queries):
         raise ValueError(
-            f"meta_learn: data must hold {ways} ways of {shots} shots and {queries} queries, "
-            f"{ways * (shots + queries)} examples, got {len(data)}"
+            f"meta_learn: data must hold {ways * (shots + queries)} examples, {ways} ways of {shots} shots and "
+            f"{queries} queries, got {len(data)}"
         )
     support = (torch.arange(len(data), device=data.device) % (shots + queries)) < shots
     return data[support], labels[support], data[~support], labels[~support]
 
 
 class LightningMAML(LightningEpisodicModule):
-    """MAML of a classifier: `adaptation_steps` of rate `adaptation_lr` within a task; other settings are the base's.
+    """MAML of a classifier, for Lightning.
+
+    Args:
+        model: The classifier, any module that returns logits, [B, ways].
+        loss: `loss(logits, labels)`, a scalar; by default `nn.CrossEntropyLoss()`.
+        **kwargs: `adaptation_steps`, the number of inner steps (1), `adaptation_lr`, the inner learning rate (0.1), and
+            the settings of `LightningEpisodicModule`.
+
+    Raises:
+        TypeError: For an unknown setting.
+        ValueError: For `data_parallel=True`.
 
     >>> import torch
     >>> from metakern.compat.learn2learn.algorithms import LightningMAML
@@ -143,7 +172,27 @@ class LightningMAML(LightningEpisodicModule):
 
 
 class LightningANIL(LightningEpisodicModule):
-    """As LightningMAML, and only the classifier adapts, on features that all tasks share."""
+    """ANIL of a classifier, for Lightning: MAML in which only the classifier adapts, on features that all tasks share.
+
+    Raghu et al. 2020, "Rapid learning or feature reuse?".
+
+    Args:
+        features: Any module; it returns what the classifier takes.
+        classifier: Any module that returns logits, [B, ways].
+        loss: `loss(logits, labels)`, a scalar; by default `nn.CrossEntropyLoss()`.
+        **kwargs: The settings of `LightningMAML`.
+
+    Raises:
+        TypeError: For an unknown setting.
+        ValueError: If `test_ways` is not `train_ways`, or for `data_parallel=True`.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn.algorithms import LightningANIL
+    >>> anil = LightningANIL(torch.nn.Linear(4, 8), torch.nn.Linear(8, 5))
+    >>> batch = torch.randn(10, 4), torch.arange(5).repeat_interleave(2)
+    >>> loss, accuracy = anil.meta_learn(batch, 0, ways=5, shots=1, queries=1)
+    >>> loss.backward()
+    """
 
     adaptation_steps = 1
     adaptation_lr = 0.1
@@ -154,7 +203,7 @@ class LightningANIL(LightningEpisodicModule):
         self._set(loss, kwargs)
         if self.train_ways != self.test_ways:
             raise ValueError(
-                f"LightningANIL: test_ways must be train_ways, {self.train_ways}, as the classifier is one, "
+                f"LightningANIL: test_ways must be train_ways, {self.train_ways}, as all tasks share one classifier, "
                 f"got {self.test_ways}"
             )
         self.features, self.classifier = features, MAML(classifier, lr=self.adaptation_lr)
@@ -173,7 +222,27 @@ class LightningANIL(LightningEpisodicModule):
 
 
 class LightningPrototypicalNetworks(LightningEpisodicModule):
-    """Prototypical networks: features, and the nearest prototype by `distance_metric`, "euclidean" or "cosine"."""
+    """Prototypical networks, for Lightning: an example gets the class with the nearest prototype.
+
+    Snell, Swersky, Zemel 2017, "Prototypical networks for few-shot learning".
+
+    Args:
+        features: Any module that returns features, [B, D].
+        loss: `loss(logits, labels)`, a scalar; by default `nn.CrossEntropyLoss()`.
+        **kwargs: `distance_metric`, "euclidean" (the default) or "cosine", and the settings of
+            `LightningEpisodicModule`.
+
+    Raises:
+        TypeError: For an unknown setting.
+        ValueError: For another `distance_metric`, or for `data_parallel=True`.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn.algorithms import LightningPrototypicalNetworks
+    >>> networks = LightningPrototypicalNetworks(torch.nn.Linear(4, 8))
+    >>> batch = torch.randn(1, 10, 4), torch.arange(5).repeat_interleave(2)[None]
+    >>> loss, accuracy = networks.meta_learn(batch, 0, ways=5, shots=1, queries=1)
+    >>> loss.backward()
+    """
 
     distance_metric = "euclidean"
     _settings = (*LightningEpisodicModule._settings, "distance_metric")

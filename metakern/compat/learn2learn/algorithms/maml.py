@@ -1,11 +1,11 @@
-"""learn2learn's MAML: a module that is cloned for each task, and clones that adapt by their own losses.
+"""learn2learn's MAML: a learner that is cloned for each task, and clones that adapt to the task's loss.
 
-    clone    phi = theta                                    a copy of the module with a history
-    adapt    phi <- phi - lr grad loss(phi)                 lr one for all
-    batch    L(theta) = mean_t query loss_t(phi_K)          the same loop over a batch of tasks, by `metakern.MAML`
+    clone    phi = theta                                    phi is part of the graph, so that derivatives reach theta
+    adapt    phi <- phi - lr grad loss(phi)                 one learning rate for all parameters
+    batch    L(theta) = mean_t query loss_t(phi_K)          the same loop for a batch of tasks, by `metakern.MAML`
 
-Each forward of a clone runs on modules of its own, so that what is recomputed later, by activation checkpointing, is
-recomputed with the weights of that forward. Finn, Abbeel, Levine 2017, algorithm 1.
+Where the model may use activation checkpointing, each forward of a clone runs on module objects of its own, so that it
+is recomputed with its own weights. Finn, Abbeel, Levine 2017, algorithm 1.
 """
 
 from __future__ import annotations
@@ -32,9 +32,26 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def maml_update(model: M, lr: float | Tensor, grads: Sequence[Tensor | None] | None = None) -> M:
-    """phi <- phi - lr grad, in place for the module and out of place for autograd; returns the module.
+    """Replaces each parameter p of the model by p - lr grad, a new tensor, so that derivatives reach p and grad.
 
-    grads: a tensor, or None, for each of `model.parameters()`; without it, `update_module` by their attributes.
+    Args:
+        model: A module whose parameters may be replaced by tensors, as those of a clone.
+        lr: The learning rate, a number or a tensor.
+        grads: A tensor, or None for no step, for each of `model.parameters()`. Without it, parameters are updated by
+            their attribute `update`, as by `update_module`, whatever `lr` is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If there are not as many gradients as parameters.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn import clone_module, maml_update
+    >>> net = torch.nn.Linear(3, 1, bias=False)
+    >>> clone = maml_update(clone_module(net), lr=0.5, grads=[torch.ones(1, 3)])
+    >>> torch.equal(clone.weight, net.weight - 0.5)
+    True
     """
     return update_module(model) if grads is None else descend("maml_update", model, repeat(lr), grads)
 
@@ -54,7 +71,7 @@ def _descended(phi: list[Tensor], rates: Iterable[float | Tensor], grads: Sequen
 
 
 class Learner(BaseLearner):
-    """What MAML and Meta-SGD share: the clone's steps, and the engine for a batch of tasks."""
+    """Base of MAML and MetaSGD: steps of a clone, and a meta-gradient of a batch of tasks by `metakern.MAML`."""
 
     first_order: bool
 
@@ -63,7 +80,7 @@ class Learner(BaseLearner):
             raise TypeError(f"{type(self).__name__}: model must be an nn.Module, got {type(model).__name__}")
         super().__init__(model)
         self._fused = self._recomputes = self._is_new = False
-        # Tuples, for neither the module that a clone is of nor the engine is a part of this one.
+        # In tuples, so that neither the original of a clone nor the engine becomes a submodule.
         self._source: tuple[nn.Module, ...] = ()
         self._engine: tuple[Any, ...] = ()
 
@@ -85,7 +102,7 @@ class Learner(BaseLearner):
                 return twin(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Learner:
-        """What `to()` and the like do."""
+        """Refuses the changes that `to()`, `half()` and their like would make to a clone, and makes them elsewhere."""
         if not self._source:
             return super()._apply(fn, recurse)
         stay(f"{type(self).__name__}: a clone", (*self.parameters(), *self.buffers()), fn)
@@ -97,7 +114,7 @@ class Learner(BaseLearner):
         return learner
 
     def _inner(self) -> optim.SGD:
-        """The engine's inner optimizer, of the same rates."""
+        """Returns an inner optimizer of `metakern.optim` with this learner's rates."""
         raise NotImplementedError
 
     def _step(
@@ -121,7 +138,7 @@ class Learner(BaseLearner):
                 name = [name for name, _ in self.module.named_parameters()][i]
                 raise ValueError(
                     f"{who}: loss must depend on every parameter, got one that does not depend on {name!r}: "
-                    "with allow_unused=True it stays as it is"
+                    "pass allow_unused=True to leave it as it is"
                 )
         places.put(self.module, _descended(phi, rates, grads))
 
@@ -130,7 +147,7 @@ class Learner(BaseLearner):
             if not p.requires_grad:
                 raise ValueError(
                     f"{who}: every parameter must require a gradient, got {name!r}, which does not: "
-                    "with MAML's allow_nograd=True it stays as it is"
+                    "use MAML with allow_nograd=True to leave it as it is"
                 )
 
     def batch(
@@ -142,9 +159,9 @@ class Learner(BaseLearner):
         first_order: bool | None = None,
         **options: Any,
     ) -> Tensor:
-        """The mean query loss of a batch of tasks after `steps` of adaptation to the support of each.
+        """Returns the mean query loss of a batch of tasks, each after `steps` steps on its support loss.
 
-        It stands for this loop, and its `backward()` leaves the same gradients:
+        It replaces this loop, and its `backward()` gives the same gradients:
 
             error = 0.0
             for t in range(tasks):
@@ -153,10 +170,25 @@ class Learner(BaseLearner):
                     learner.adapt(loss(learner(support[0][t]), support[1][t]))
                 error = error + loss(learner(query[0][t]), query[1][t]) / tasks
 
-        support, query: (inputs, targets), with the tasks along dimension 0 of every tensor; loss(predictions, targets)
-        of one task, the same object at each call, as the plan that is made at the first one is kept for it. options:
-        those of `metakern.MAML`, which runs it, such as capture=False; for batches and losses of another form there is
-        that class itself. Raises ValueError for a clone, and for frozen parameters without allow_nograd.
+        `metakern.MAML` computes it for all tasks at once; use that class for batches or losses of another form.
+
+        Args:
+            support: (inputs, targets), [T, B, ...]: the tasks are along dimension 0 of every tensor.
+            query: The same, for as many tasks.
+            loss: `loss(predictions, targets)` is the loss of one task, a scalar. Pass the same object at each call, as
+                the plan is made at the first call and kept for this object.
+            steps: The number of inner steps.
+            first_order: Whether to leave out second derivatives; by default as the learner does.
+            **options: Passed on to `metakern.MAML`, such as `capture=False`.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            TypeError: If an option is unknown, or of the wrong type.
+            ValueError: If it is called on a clone, if a parameter is frozen without `allow_nograd`, if a learned rate
+                is no `nn.Parameter`, if an option is out of range, if support and query have different numbers of
+                tasks, or if no batching is exact for this model and loss.
 
         >>> import torch
         >>> from metakern.compat.learn2learn import MAML
@@ -166,7 +198,7 @@ class Learner(BaseLearner):
         """
         first_order = self.first_order if first_order is None else first_order
         if self._source:
-            raise ValueError("batch: it must be called on the learner that has the parameters, got a clone of it")
+            raise ValueError("batch: it must be called on the learner that was cloned, got a clone")
         inner = self._inner()
         key = (steps, first_order, options, inner.lr.initial, *map(id, inner.parameters()))
         if self._engine[:1] != (loss,) or self._engine[1] != key:
@@ -181,11 +213,21 @@ class Learner(BaseLearner):
 
 
 class MAML(Learner):
-    """MAML around a module: `clone()` for a task, `adapt(loss)` the clone, and differentiate the loss that follows.
+    """MAML for a module: `clone()` it for a task, call `adapt(loss)` on the clone, and differentiate its next loss.
 
-    lr: a number, or a tensor that is learned too. `first_order` leaves out second derivatives. `allow_unused` lets
-    parameters that a loss does not depend on stay as they are (by default where `allow_nograd`), `allow_nograd` frozen
-    ones. A model that was patched by `metakern.patch` runs by metakern's ops in its clones.
+    Clones of a model patched by `metakern.patch` run metakern's ops. Finn, Abbeel, Levine 2017, algorithm 1.
+
+    Args:
+        model: Any module. It is the submodule `module` of the learner.
+        lr: The learning rate of `adapt`, a number or a tensor. An `nn.Parameter` is learned: it is one of
+            `parameters()`.
+        first_order: Whether to leave out second derivatives.
+        allow_unused: Whether a parameter that the loss does not depend on stays as it is in `adapt`; else it is a
+            ValueError. By default as `allow_nograd`.
+        allow_nograd: Whether a parameter that requires no gradient stays as it is in `adapt`; else it is a ValueError.
+
+    Raises:
+        TypeError: If `model` is no `nn.Module`, or `lr` neither a number nor a tensor.
 
     >>> import torch
     >>> from metakern.compat.learn2learn import MAML
@@ -220,11 +262,18 @@ class MAML(Learner):
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
     ) -> None:
-        """A step of gradient descent on the loss, a scalar; arguments that are not given are those of the learner.
+        """Takes a step of gradient descent on the loss; call it on a clone.
 
-        Raises ValueError where the loss does not depend on the learner's parameters as they are now, and where a
-        parameter is frozen or unused and nothing allows it; RuntimeError where the loss's graph was freed, or the
-        model was moved to another device.
+        Args:
+            loss: A tensor of one element, computed with the clone's present parameters.
+            first_order: As in the constructor, and so are the other arguments; by default as the learner has them.
+
+        Raises:
+            TypeError: If `loss` is no tensor.
+            ValueError: If `loss` has more than one element or no graph, if it does not depend on the present
+                parameters, or if a parameter is unused or frozen and may not be.
+            RuntimeError: If the graph of `loss` was freed or has a reentrant checkpoint, or if the model was moved to
+                another device.
         """
         allow_unused = self.allow_unused if allow_unused is None else allow_unused
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
@@ -233,7 +282,14 @@ class MAML(Learner):
     def clone(
         self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
     ) -> MAML:
-        """A learner whose module is a `clone_module` of this one's; arguments that are not given are this one's."""
+        """Returns a learner for one task, whose module is a `clone_module` of this one's.
+
+        Args:
+            first_order: As in the constructor, and so are the other arguments; by default as this learner has them.
+
+        Raises:
+            ValueError: If the module can't be copied.
+        """
         learner = MAML(
             clone_module(self.module),
             self.lr,
@@ -249,7 +305,9 @@ class MAML(Learner):
         if not isinstance(self.lr, Tensor) or not self.lr.requires_grad:
             return optim.SGD(lr=float(self.lr))
         if not isinstance(self.lr, nn.Parameter):
-            raise ValueError("MAML.batch: lr must be a number or an nn.Parameter, got a tensor with a history")
+            raise ValueError(
+                "MAML.batch: lr must be a number or an nn.Parameter, got a tensor that requires a gradient"
+            )
         inner = optim.SGD(lr=0.0, learn_lr=True)
         inner.lr.value = self.lr
         return inner

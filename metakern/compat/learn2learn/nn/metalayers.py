@@ -1,4 +1,4 @@
-"""Modules in the place of others within a model, and modules that compute with transformed parameters."""
+"""Modules that replace submodules of a model, and modules that compute with transformed parameters."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from torch.func import functional_call
 
 
 class MetaModule(nn.Module):
-    """A model whose submodules of some classes are replaced by what `substitutions[class](submodule)` makes.
+    """A model whose submodules of given classes are replaced, in place.
 
-    With `freeze_module` the model's own parameters require no gradient any more.
+    Args:
+        module: The model. It changes: `module()` undoes the replacements.
+        substitutions: By a class, the function that returns what replaces a module of exactly this class, such as
+            `lambda linear: ParameterTransform(linear, ...)`.
+        freeze_module: Whether the model's own parameters no longer require a gradient.
 
     >>> import torch
     >>> from metakern.compat import learn2learn as l2l
@@ -48,7 +52,7 @@ class MetaModule(nn.Module):
         return base
 
     def meta_parameters(self, module: nn.Module | None = None) -> Iterator[Tensor]:
-        """Those of submodules that have `meta_parameters()`."""
+        """Yields what `meta_parameters()` of each submodule that has this method yields."""
         module = self.wrapped_module if module is None else module
         own: Any = getattr(module, "meta_parameters", None)
         if own is not None:
@@ -57,7 +61,10 @@ class MetaModule(nn.Module):
             yield from self.meta_parameters(child)
 
     def module(self) -> nn.Module:
-        """The model as it was, where the substitutes hold what they stand for as `module`."""
+        """Puts the original submodules back, in place, and returns the model.
+
+        A replacement must hold the original as its submodule `module`, as `ParameterTransform` does.
+        """
         return self._unwrap(self.wrapped_module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,9 +72,19 @@ class MetaModule(nn.Module):
 
 
 class ParameterTransform(nn.Module):
-    """The module with `transform(parameter)(parameter)` in the place of each of its parameters.
+    """A module that computes as `module` does, with a learned transform of each parameter in the parameter's place.
 
-    transform(parameter) makes a module for a parameter, once.
+    Args:
+        module: Any module.
+        transform: `transform(parameter)` returns the module that transforms this parameter. It is called once for each
+            parameter.
+
+    >>> import torch
+    >>> from metakern.compat import learn2learn as l2l
+    >>> linear = torch.nn.Linear(3, 2)
+    >>> doubled = l2l.nn.ParameterTransform(linear, lambda p: l2l.nn.Scale(alpha=2.0))
+    >>> torch.allclose(doubled(torch.ones(4, 3)), 2 * linear(torch.ones(4, 3)))
+    True
     """
 
     def __init__(self, module: nn.Module, transform: Callable[[Tensor], nn.Module]) -> None:
@@ -85,4 +102,5 @@ class ParameterTransform(nn.Module):
         return functional_call(self.module, transformed, args, kwargs)
 
     def meta_parameters(self) -> Iterator[Tensor]:
+        """Yields the parameters of the transforms."""
         yield from self.parameter_transforms.parameters()

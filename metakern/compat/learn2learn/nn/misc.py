@@ -1,4 +1,4 @@
-"""Small modules, and what freezes them."""
+"""Small modules, and functions that freeze and unfreeze one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Lambda(nn.Module):
-    """A function as a module."""
+    """A module that calls a function.
+
+    Args:
+        lmb: Any function; the module returns what it returns.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn.nn import Lambda
+    >>> Lambda(torch.square)(torch.tensor(3.0))
+    tensor(9.)
+    """
 
     def __init__(self, lmb: Callable[..., Any]) -> None:
         super().__init__()
@@ -23,14 +32,30 @@ class Lambda(nn.Module):
 
 
 class Flatten(nn.Module):
-    """[B, ...] to [B, -1]."""
+    """Flattens all dimensions but the first: [B, ...] to [B, n].
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn.nn import Flatten
+    >>> Flatten()(torch.ones(2, 3, 4)).shape
+    torch.Size([2, 12])
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x.view(x.size(0), -1)
 
 
 class Scale(nn.Module):
-    """x times a learned tensor of `shape`, which is `alpha` everywhere at first."""
+    """Multiplies its input by a learned tensor, `alpha`.
+
+    Args:
+        shape: The tensor's shape, which broadcasts with the input's; by default [1].
+        alpha: Its initial value, everywhere.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn.nn import Scale
+    >>> Scale(3, alpha=2.0)(torch.ones(3)).detach()
+    tensor([2., 2., 2.])
+    """
 
     def __init__(self, shape: int | Sequence[int] | None = None, alpha: float = 1.0) -> None:
         super().__init__()
@@ -42,12 +67,24 @@ class Scale(nn.Module):
 
 
 def freeze(module: M) -> M:
-    """The module, of which no parameter requires a gradient from now on."""
+    """Detaches all parameters of a module and lets none require a gradient, in place; returns the module.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn.nn import freeze
+    >>> any(p.requires_grad for p in freeze(torch.nn.Linear(3, 1)).parameters())
+    False
+    """
     for p in module.parameters():
         p.detach_().requires_grad_(False)
     return module
 
 
 def unfreeze(module: M) -> M:
-    """The module, of which every parameter requires a gradient from now on."""
+    """Lets all parameters of a module require a gradient, in place; returns the module.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn.nn import freeze, unfreeze
+    >>> all(p.requires_grad for p in unfreeze(freeze(torch.nn.Linear(3, 1))).parameters())
+    True
+    """
     return module.requires_grad_()

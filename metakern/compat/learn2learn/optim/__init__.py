@@ -1,4 +1,4 @@
-"""learn2learn's parts of learned optimizers: transforms of gradients, and the steps with them."""
+"""learn2learn's learned optimizers: transforms of gradients, and steps with transformed gradients."""
 
 from metakern.compat.learn2learn.optim import transforms
 from metakern.compat.learn2learn.optim.transforms import (

@@ -1,10 +1,11 @@
-"""Modules from a gradient to an update, of the same shape; and what makes one for a parameter.
+"""Modules that map a parameter's gradient g to an update u of the same shape, and factories of such modules.
 
-    ModuleTransform           u = M(g), g as one row               M any module from n to n, n the number of elements
-    KroneckerTransform        u = L g R, as n x m                  (R^T ⊗ L) of the gradient
-    MetaCurvatureTransform    u = lr M_in g M_out                  and M_f over a filter's elements
+    ModuleTransform           u = M(g), g as one row         M: any module from n to n features, g with n elements
+    KroneckerTransform        u = L g R, g as n x m          that is (R^T ⊗ L) times the gradient
+    MetaCurvatureTransform    u = lr M_in g M_out            and M_f, over the positions h w of filters
 
-Park, Oliva 2019, "Meta-Curvature", section 3; Arnold, Iqbal, Sha 2021.
+Park, Oliva 2019, "Meta-Curvature", section 3; Arnold, Iqbal, Sha 2021, "When MAML can adapt fast and how to assist when
+it cannot".
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ Transform = Callable[[Tensor], nn.Module | None]
 
 
 class ReshapedTransform(nn.Module):
-    """A transform of gradients in another shape."""
+    """A module that reshapes a gradient, transforms it, and reshapes the result back.
+
+    Args:
+        transform: The module that transforms the reshaped gradient; its output has as many elements.
+        shape: The shape that it gets.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn.optim import ReshapedTransform
+    >>> ReshapedTransform(torch.nn.Linear(6, 6), (1, 6))(torch.ones(2, 3)).shape
+    torch.Size([2, 3])
+    """
 
     def __init__(self, transform: nn.Module, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -30,7 +41,10 @@ class ReshapedTransform(nn.Module):
 
 
 class ModuleTransform:
-    """Makes transforms by `module_cls(n, n)`, n the number of a parameter's elements.
+    """A factory of transforms: for a parameter with n elements, `module_cls(n, n)` on the gradient as a row [1, n].
+
+    Args:
+        module_cls: A class of modules from n to n features, such as `torch.nn.Linear`.
 
     >>> import torch
     >>> from metakern.compat.learn2learn.optim import ModuleTransform
@@ -47,9 +61,23 @@ class ModuleTransform:
 
 
 class KroneckerTransform:
-    """Makes transforms by `kronecker_cls(n=n, m=m, bias=bias, psd=psd)`: of vectors, matrices and filters of images.
+    """A factory of transforms: `kronecker_cls(n=n, m=m, bias=bias, psd=psd)` on the gradient as matrices [..., n, m].
 
-    Raises ValueError for parameters of other shapes.
+    A vector [n] is taken as [n, 1], and filters [A, B, h, w] as A matrices [B, h w].
+
+    Args:
+        kronecker_cls: A class of Kronecker layers, such as `KroneckerLinear`.
+        bias: Whether the layers have a bias.
+        psd: Whether they use positive semi-definite matrices, L^T L and R^T R.
+
+    Raises:
+        ValueError: At a call, for a parameter that has not 1, 2 or 4 dimensions.
+
+    >>> import torch
+    >>> from metakern.compat import learn2learn as l2l
+    >>> transform = l2l.optim.KroneckerTransform(l2l.nn.KroneckerLinear)
+    >>> transform(torch.zeros(4, 3, 2, 2))(torch.ones(4, 3, 2, 2)).shape
+    torch.Size([4, 3, 2, 2])
     """
 
     def __init__(self, kronecker_cls: Callable[..., nn.Module], bias: bool = False, psd: bool = True) -> None:
@@ -66,7 +94,23 @@ class KroneckerTransform:
 
 
 class TransformDictionary:
-    """Transforms by parameter, or by module for all that it has; None for what is not named."""
+    """A factory of transforms that uses another factory for each parameter.
+
+    A call with a parameter that no key covers returns None, for no transform.
+
+    Args:
+        dictionary: Factories by a parameter, or by a module for all of its parameters.
+
+    Raises:
+        TypeError: For a key that is neither a module nor a parameter.
+
+    >>> import torch
+    >>> from metakern.compat import learn2learn as l2l
+    >>> net = torch.nn.Linear(3, 1)
+    >>> transform = l2l.optim.TransformDictionary({net.weight: lambda p: l2l.nn.Scale(p.shape)})
+    >>> transform(net.weight), transform(net.bias)
+    (Scale(), None)
+    """
 
     def __init__(self, dictionary: Mapping[nn.Module | nn.Parameter, Transform]) -> None:
         self.param_to_transform: dict[Tensor, Transform] = {}
@@ -84,7 +128,16 @@ class TransformDictionary:
 
 
 class MetaCurvatureTransform(nn.Module):
-    """The transform of Meta-Curvature for a vector, a matrix or filters [A, B, h, w]; the identity at first.
+    """The transform of Meta-Curvature for a vector, a matrix or filters [A, B, h, w].
+
+    It starts as the identity times `lr`. Park, Oliva 2019, "Meta-Curvature", section 3.
+
+    Args:
+        param: The parameter; only its shape matters.
+        lr: The factor of the update.
+
+    Raises:
+        ValueError: For a parameter that has not 1, 2 or 4 dimensions.
 
     >>> import torch
     >>> from metakern.compat.learn2learn.optim import MetaCurvatureTransform

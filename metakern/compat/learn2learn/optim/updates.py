@@ -1,4 +1,4 @@
-"""Steps with transformed gradients: of a module within a task, and of an optimizer that is learned as it goes."""
+"""Steps with transformed gradients: of a module within a task, and of an optimizer that learns while it is used."""
 
 from __future__ import annotations
 
@@ -13,9 +13,22 @@ from metakern.compat.modules import differentiated
 
 
 class ParameterUpdate(nn.Module):
-    """As `torch.autograd.grad`, and each gradient goes through the transform that its parameter has.
+    """A module that computes gradients as `torch.autograd.grad` does, and changes each by a learned transform.
 
-    parameters: those that transforms are made for, by `transform(parameter)`, None for none.
+    Args:
+        parameters: The parameters for which transforms are made.
+        transform: `transform(parameter)` returns the module that transforms this parameter's gradient, or None for no
+            transform.
+
+    Raises:
+        TypeError: If `transform` returns neither a module nor None.
+
+    >>> import torch
+    >>> from metakern.compat import learn2learn as l2l
+    >>> net = torch.nn.Linear(3, 1)
+    >>> update = l2l.optim.ParameterUpdate(net.parameters(), lambda p: l2l.nn.Scale(p.shape, alpha=0.5))
+    >>> [u.detach() for u in update(net(torch.ones(1, 3)).sum(), net.parameters())]
+    [tensor([[0.5000, 0.5000, 0.5000]]), tensor([0.5000])]
     """
 
     def __init__(self, parameters: Iterable[Tensor], transform: Transform) -> None:
@@ -23,7 +36,7 @@ class ParameterUpdate(nn.Module):
         made = [transform(p) for p in parameters]
         for t in made:
             if t is not None and not isinstance(t, nn.Module):
-                raise TypeError(f"ParameterUpdate: transform must make a module or None, got {type(t).__name__}")
+                raise TypeError(f"ParameterUpdate: transform must return a module or None, got {type(t).__name__}")
         modules = [t for t in made if t is not None]
         self.transforms_modules = nn.ModuleList(modules)
         numbers = iter(range(len(modules)))
@@ -38,7 +51,20 @@ class ParameterUpdate(nn.Module):
         allow_unused: bool = False,
         allow_nograd: bool = False,
     ) -> list[Tensor | None]:
-        """The update of each parameter; None where it is frozen, or the loss does not depend on it, if allowed."""
+        """Returns the update of each parameter: its transformed gradient.
+
+        Args:
+            loss: A scalar.
+            parameters: As many parameters as transforms were made for, in the same order, such as those of a clone.
+            create_graph: Whether derivatives pass through the gradients.
+            retain_graph: Whether the loss's graph is kept; `create_graph` keeps it too.
+            allow_unused: Whether the loss may be independent of a parameter, whose update is then None.
+            allow_nograd: Whether a parameter may require no gradient; its update is then None.
+
+        Raises:
+            ValueError: If there is another number of parameters, or one that is unused or frozen and may not be.
+            RuntimeError: If the graph of `loss` was freed or has a reentrant checkpoint.
+        """
         phi = list(parameters)
         if len(phi) != len(self.transforms_indices):
             raise ValueError(
@@ -48,8 +74,8 @@ class ParameterUpdate(nn.Module):
         wanted = [p for p in phi if p.requires_grad]
         if not allow_nograd and len(wanted) < len(phi):
             raise ValueError(
-                "ParameterUpdate: every parameter must require a gradient, got one that does not: with "
-                "allow_nograd=True it stays as it is"
+                "ParameterUpdate: every parameter must require a gradient, got one that does not: pass "
+                "allow_nograd=True to leave it as it is"
             )
         found = iter(differentiated("ParameterUpdate", loss, wanted, create_graph, retain_graph or create_graph))
         updates: list[Tensor | None] = []
@@ -58,14 +84,17 @@ class ParameterUpdate(nn.Module):
             if g is None and p.requires_grad and not allow_unused:
                 raise ValueError(
                     f"ParameterUpdate: loss must depend on every parameter, got one of shape {list(p.shape)} that it "
-                    "does not depend on: with allow_unused=True it stays as it is"
+                    "does not depend on: pass allow_unused=True to leave it as it is"
                 )
             updates.append(g if g is None or number is None else self.transforms_modules[number](g))
         return updates
 
 
 class DifferentiableSGD(nn.Module):
-    """p <- p - lr g for each parameter of a module, in place for the module and out of place for autograd.
+    """Replaces each parameter p of a module by p - lr g, a new tensor, so that derivatives reach p and g.
+
+    Args:
+        lr: The learning rate.
 
     >>> import torch
     >>> from metakern.compat import learn2learn as l2l
@@ -80,16 +109,33 @@ class DifferentiableSGD(nn.Module):
         self.lr = lr
 
     def forward(self, module: nn.Module, gradients: Sequence[Tensor | None] | None = None) -> None:
-        """gradients: one, or None, for each parameter; by default their `grad`."""
+        """Takes the step.
+
+        Args:
+            module: A module whose parameters may be replaced by tensors, as those of a clone.
+            gradients: A tensor, or None for no step, for each of `module.parameters()`; by default their `grad`.
+
+        Raises:
+            ValueError: If there are not as many gradients as parameters.
+        """
         given = [p.grad for p in module.parameters()] if gradients is None else gradients
         update_module(module, [None if g is None else g.mul(-self.lr) for g in given])
 
 
 class LearnableOptimizer(nn.Module):
-    """An optimizer whose transforms of the gradients are its parameters, with derivatives of the next loss.
+    """An optimizer with a learned transform of each gradient; the transforms' parameters are its `parameters()`.
 
-    `step()` gives the model parameters that depend on the transforms; the next `loss.backward()` leaves gradients in
-    both, for any torch.optim optimizer of `parameters()` to learn from.
+    After `step()` the model's parameters depend on the transforms, so the next `loss.backward()` gives gradients to
+    both, and a torch.optim optimizer of `parameters()` can train the transforms.
+
+    Args:
+        model: The module to train. It is not a submodule of the optimizer.
+        transform: `transform(parameter)` returns the module that transforms this parameter's gradient. It is called
+            once for each parameter.
+        lr: The learning rate.
+
+    Raises:
+        TypeError: If `model` is no `nn.Module`.
 
     >>> import torch
     >>> from metakern.compat import learn2learn as l2l
@@ -112,7 +158,10 @@ class LearnableOptimizer(nn.Module):
         self.lr = lr
 
     def step(self, closure: Any = None) -> None:
-        """p <- p - lr T(grad), p and grad without their history."""
+        """Replaces each parameter p that has a `grad` by p - lr T(grad), with p and grad detached.
+
+        `closure` is ignored.
+        """
         model = self.info["model"]
         for p, transform in zip(model.parameters(), self.transforms, strict=True):
             if p.grad is not None:
@@ -125,7 +174,10 @@ class LearnableOptimizer(nn.Module):
                 p.retain_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of the model's parameters, whose gradients the transforms may still need as they are."""
+        """Sets `grad` of the model's parameters to None, whatever `set_to_none` is.
+
+        Zeros in place would change values that the graph of the transforms may still need.
+        """
         for p in self.info["model"].parameters():
             if p.is_leaf or p.retains_grad:
                 p.grad = None

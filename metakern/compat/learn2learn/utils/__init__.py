@@ -1,7 +1,7 @@
-"""learn2learn's functions on modules whose parameters have a history: clone, update, detach; and the magic box.
+"""learn2learn's functions on modules whose parameters have a history: clone, update, detach; accuracy; the magic box.
 
-clone_module    p' = p                  a copy of the module; derivatives with respect to p' reach p
-update_module   p <- p + u              out of place, so that derivatives reach both
+clone_module    p' = p                  p' is part of the graph, so that derivatives reach p
+update_module   p <- p + u              out of place, so that derivatives reach p and u
 magic_box       exp(x - stop(x)) = 1    with the derivative of x (Foerster et al. 2018, "DiCE", section 3)
 """
 
@@ -23,19 +23,42 @@ _HOLDERS = (Distribution, Transform)
 
 
 def clone_parameters(param_list: Iterable[Tensor]) -> list[Tensor]:
+    """Returns clones of the tensors, through which derivatives reach them.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn import clone_parameters
+    >>> [p.shape for p in clone_parameters(torch.nn.Linear(3, 1).parameters())]
+    [torch.Size([1, 3]), torch.Size([1])]
+    """
     return [p.clone() for p in param_list]
 
 
 def clone_named_parameters(param_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns clones of the tensors by name, through which derivatives reach them.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn import clone_named_parameters
+    >>> list(clone_named_parameters(dict(torch.nn.Linear(3, 1).named_parameters())))
+    ['weight', 'bias']
+    """
     return {name: p.clone() for name, p in param_dict.items()}
 
 
 def clone_module(module: M, memo: dict[Tensor, Tensor] | None = None) -> M:
-    """A copy of the module, whose parameters are clones of its parameters in autograd's sense.
+    """Returns a copy of the module whose parameters are clones, through which derivatives reach the module's own.
 
-    Buffers are shared, but for those that require a gradient, which are cloned; so batch norm in a clone goes on
-    counting in the module. Parameters and submodules that occur twice still are one. `memo` holds the clones by the
-    tensors that they are of, for several modules with parameters in common.
+    Buffers that require a gradient are cloned and all others are shared, so the running statistics of a batch norm in
+    the clone are the module's. A parameter or submodule in several places of the module is one in the clone too.
+
+    Args:
+        module: Any module.
+        memo: The clones made so far, by their originals. Pass one dictionary for several modules that share parameters.
+
+    Returns:
+        The copy, of the module's class.
+
+    Raises:
+        ValueError: If the module can't be copied, such as one of TorchScript.
 
     >>> import torch
     >>> from metakern.compat.learn2learn import clone_module
@@ -49,10 +72,20 @@ def clone_module(module: M, memo: dict[Tensor, Tensor] | None = None) -> M:
 
 
 def update_module(module: M, updates: Sequence[Tensor | None] | None = None, memo: dict | None = None) -> M:
-    """Adds an update to each parameter, in place for the module and out of place for autograd; returns the module.
+    """Replaces each parameter p of the module by p + update, a new tensor, so that derivatives reach p and the update.
 
-    updates: a tensor, or None, for each of `module.parameters()`; without it, the attributes `update` of parameters
-    and buffers, where they have one. Raises ValueError where the numbers differ.
+    Args:
+        module: A module whose parameters may be replaced by tensors, as those of a clone.
+        updates: A tensor, or None for no update, for each of `module.parameters()`. By default parameters and buffers
+            are updated by their attribute `update`, where they have one.
+        memo: The tensors updated so far, by the ones that they replace. Pass one dictionary for several modules that
+            share parameters.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: If there are not as many updates as parameters.
 
     >>> import torch
     >>> from metakern.compat.learn2learn import clone_module, update_module
@@ -87,9 +120,11 @@ def update_module(module: M, updates: Sequence[Tensor | None] | None = None, mem
 
 
 def detach_module(module: nn.Module, keep_requires_grad: bool = False) -> None:
-    """Cuts the parameters and buffers of a cloned module from their history, in place.
+    """Detaches the parameters and buffers of a cloned module from their history, in place.
 
-    They no longer require a gradient, unless `keep_requires_grad`.
+    Args:
+        module: A clone.
+        keep_requires_grad: Whether tensors that require a gradient go on to, as leaves. By default none does.
 
     >>> import torch
     >>> from metakern.compat.learn2learn import clone_module, detach_module
@@ -104,9 +139,15 @@ def detach_module(module: nn.Module, keep_requires_grad: bool = False) -> None:
 
 
 def clone_distribution(dist: D) -> D:
-    """A copy of a distribution, whose tensors are clones of its tensors in autograd's sense.
+    """Returns a copy of a distribution whose tensors are clones, through which derivatives reach the original's.
 
-    So are those of the modules, transforms and distributions in it.
+    Modules, transforms and distributions in it are copied in the same way.
+
+    Args:
+        dist: A `torch.distributions.Distribution`, or an object of another kind, such as a `Transform` or a module.
+
+    Returns:
+        The copy, of the same class.
 
     >>> import torch
     >>> from metakern.compat.learn2learn import clone_distribution
@@ -117,7 +158,7 @@ def clone_distribution(dist: D) -> D:
     """
     memo: dict[Tensor, Tensor] = {}
     clone = once(torch.clone, memo)
-    twins: dict[int, Any] = {}  # a transform and its inverse refer to each other
+    twins: dict[int, Any] = {}  # by id: a transform and its inverse refer to each other
 
     def cloned(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -137,7 +178,16 @@ def clone_distribution(dist: D) -> D:
 
 
 def detach_distribution(dist: D) -> D:
-    """Cuts a distribution's tensors, modules, transforms and distributions from their history; returns it."""
+    """Detaches the tensors of a distribution from their history, in place, and returns the distribution.
+
+    So it does with those of the modules, transforms and distributions in it.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn import detach_distribution
+    >>> mean = torch.zeros(2, requires_grad=True)
+    >>> detach_distribution(torch.distributions.Normal(mean, 1.0)).mean.requires_grad
+    False
+    """
     seen = set()
 
     def detached(value: Any) -> Any:
@@ -156,7 +206,14 @@ def detach_distribution(dist: D) -> D:
 
 
 def accuracy(preds: Tensor, targets: Tensor) -> Tensor:
-    """The part of the rows whose largest entry is at the target.
+    """Returns the fraction of rows whose largest entry is at the target.
+
+    Args:
+        preds: Scores, [B, classes].
+        targets: Classes, [B], integers.
+
+    Returns:
+        A scalar, float32.
 
     >>> import torch
     >>> from metakern.compat.learn2learn.utils import accuracy
@@ -167,7 +224,9 @@ def accuracy(preds: Tensor, targets: Tensor) -> Tensor:
 
 
 def magic_box(x: Any) -> Any:
-    """1 for a tensor, with the derivatives of exp(x) at 0; anything else as it is.
+    """Returns exp(x - stop(x)) for a tensor: ones, whose derivative with respect to x is one at every order.
+
+    What is no tensor is returned as it is. Foerster et al. 2018, "DiCE", section 3.
 
     >>> import torch
     >>> from metakern.compat.learn2learn import magic_box

@@ -8,7 +8,7 @@ from metakern.compat.learn2learn._lightning import pl
 
 
 class _Epoch:
-    """`length` tasks that are sampled as they are taken."""
+    """A sequence of `length` tasks, each sampled when it is read."""
 
     def __init__(self, tasks: Any, length: int) -> None:
         self.tasks, self.length = tasks, length
@@ -23,9 +23,22 @@ class _Epoch:
 
 
 class EpisodicBatcher(pl.LightningDataModule):
-    """Epochs of `epoch_length` tasks, by `sample()` of the three sets of tasks.
+    """A Lightning data module whose batches are tasks, sampled by `sample()` of a set of tasks.
 
-    Validation is on the training tasks, and the test on those of validation, where these are not given.
+    Args:
+        train_tasks: The set of training tasks, any object with `sample()`.
+        validation_tasks: That of validation tasks; by default `train_tasks`.
+        test_tasks: That of test tasks; by default the validation tasks.
+        epoch_length: The number of tasks in an epoch.
+
+    >>> import torch
+    >>> from metakern.compat.learn2learn.utils.lightning import EpisodicBatcher
+    >>> class Tasks:
+    ...     def sample(self):
+    ...         return torch.randn(6, 4), torch.arange(3).repeat_interleave(2)
+    >>> data, labels = EpisodicBatcher(Tasks(), epoch_length=10).train_dataloader()[0]
+    >>> data.shape, labels.shape
+    (torch.Size([6, 4]), torch.Size([6]))
     """
 
     def __init__(
