@@ -205,14 +205,14 @@ def test_costs_of_several_are_told_apart():
     assert {p.op: p.cost for p in report.problems} == pytest.approx(alone, rel=1e-4)
 
 
-class InFloat32(zoo._Saving):
+class InFloat32(zoo.SavesInput):
     """What insists on float32, as kernels do."""
 
     @staticmethod
     def forward(ctx, x):
         if x.dtype != torch.float32:
             raise TypeError("float32 only")
-        return zoo._Saving.forward(ctx, x)
+        return zoo.SavesInput.forward(ctx, x)
 
 
 class ExactInFloat32(InFloat32):
