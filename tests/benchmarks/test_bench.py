@@ -301,7 +301,8 @@ def test_the_metakern_of_another_commit_is_a_method_of_its_own(tmp_path):
 @pytest.mark.slow
 def test_two_trees_are_timed_side_by_side(bench, monkeypatch, capsys):
     monkeypatch.setattr(against, "checkout", lambda rev: against.HOME)
-    bench("--ops", "embedding", "--rounds", "2", "--quick", "--against", "v1", "--backends", "reference")
+    options = "--rounds", "2", "--quick", "--against", "v1", "--backends", "reference"
+    assert bench("--ops", "embedding", *options) == 0
     printed = capsys.readouterr().out
     assert "v1 / this: rule" in printed
     assert printed.partition("vjp_jvp")[2].count("(") == 2  # the quartiles of two ratios

@@ -1030,7 +1030,7 @@ def test_a_value_that_changes_at_each_call_ends_recording(monkeypatch: pytest.Mo
                 check(maml, error, i)
         else:
             check(maml, error, i)
-    before, model.number = uses(maml), 2.0 + 2  # a state that is remembered
+    before, model.number = uses(maml), 2.0 + 2  # a state whose program is kept
     for i in range(3):
         check(maml, error, i)
     assert uses(maml) == before + 2

@@ -45,6 +45,11 @@ def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
             yield from ((alias.name, []) for alias in node.names if alias.name.split(".")[0] == "metakern")
 
 
+def is_module(name: str) -> bool:
+    path = PACKAGE.parent / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
 def rooms(module: str, names: list[str]) -> set[str]:
     """Return the folders that an import of these names from a module reaches."""
     parts = module.split(".")
@@ -75,5 +80,5 @@ def test_private_names_stay_in_their_folder(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             name = node.value.id
-            if name in modules and (PACKAGE.parent / modules[name].replace(".", "/") / f"{name}.py").exists():
+            if name in modules and is_module(f"{modules[name]}.{name}"):
                 assert not node.attr.startswith("_"), f"{name} keeps {node.attr} to itself"
