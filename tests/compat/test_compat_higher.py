@@ -139,7 +139,7 @@ def test_the_derivatives_through_the_steps_are_exact(name: str) -> None:
     ],
 )
 def test_no_nan_where_gradients_are_zero(kind: Any, options: dict[str, Any]) -> None:
-    """An input that is always zero leaves finite gradients of its weights, and those of the others as without it."""
+    """The weights of an input that is always zero get finite gradients; the others get those without that input."""
     torch.manual_seed(2)
     x = torch.randn(4, 3, dtype=torch.float64)
     x[:, 1] = 0

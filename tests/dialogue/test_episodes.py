@@ -31,7 +31,7 @@ def episodes(tasks=SPLIT.train, **options) -> Episodes:
 
 
 def texts(dialogue: Dialogue) -> set[str]:
-    """Return the texts of a dialogue that no other may share: all of its turns, and each turn of 5 or more words.
+    """Return the texts of a dialogue that no other may share: the whole of it, and each turn of 5 or more words.
 
     They are computed in another way than in the package.
     """

@@ -77,7 +77,7 @@ class TritonSilu(Function):
 
 
 class NumpyFlip(Function):
-    """A linear function: its own second derivative is zero, but the terms of the layers behind it are lost."""
+    """A linear function: its own second derivative is zero, but the terms of later layers are lost."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
