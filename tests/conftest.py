@@ -1,4 +1,7 @@
-"""Triton's kernels run in its interpreter here, which has to be chosen before Triton is imported."""
+"""Options and fixtures of all tests.
+
+Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported.
+"""
 
 import os
 
@@ -19,11 +22,13 @@ MISSING = re.compile("could not import|pip install|the extra|package .* is not i
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--everything", action="store_true", help="a test that wants for a Python package fails")
+    parser.addoption(
+        "--everything", action="store_true", help="fail tests that are skipped because a package is missing"
+    )
 
 
 def _fail_for_want_of_a_package(report: Any) -> None:
-    """A skip is a failure where all packages are there to be imported: one that can't be would go unseen."""
+    """Turn a skip for a missing package into a failure, so that a broken environment is noticed."""
     if report.skipped and MISSING.search(str(report.longrepr)) and not hasattr(report, "wasxfail"):
         report.outcome, report.longrepr = "failed", f"skipped under --everything: {report.longrepr[-1]}"
 
@@ -46,7 +51,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The names of the Triton kernels that the test has launched so far."""
+    """A list of the names of the Triton kernels that the test has launched so far."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     names: list[str] = []
     run = interpreter.InterpretedFunction.run
@@ -61,7 +66,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @pytest.fixture(params=native.C.isas() if native.C else [])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this machine has."""
+    """Run the test once with each instruction set of this machine; return its name."""
     best = native.C.isa()
     native.C.set_isa(request.param)
     assert native.C.isa() == request.param
@@ -71,7 +76,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy of what a build needs, to build in."""
+    """A folder with a copy of the files that a build needs."""
     for name in ("csrc", "metakern"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("pyproject.toml", "setup.py", "LICENSE"):

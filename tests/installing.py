@@ -1,4 +1,4 @@
-"""Builds of the package, in a copy of what a build needs."""
+"""Run commands, and build wheels of the package."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.Compl
 
 
 def build(source: Path, native: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Build a wheel in `source/dist` with `METAKERN_NATIVE=native`, in a process where torch cannot be imported."""
     script = "import sys; sys.modules['torch'] = None; exec(open('setup.py').read())"
     arguments = ("bdist_wheel", "--dist-dir", "dist")
     return run(sys.executable, "-c", script, *arguments, cwd=source, METAKERN_NATIVE=native, **environment)

@@ -1,4 +1,4 @@
-"""Models, losses and batches that many tests share, and plain autograd's meta-gradient of them."""
+"""Models, losses and batches that many tests share, and their meta-gradient by plain autograd."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T, B, L, V = 3, 2, 6, 17
 
 
 class Functional:
-    """A model called with other parameters, for plain autograd."""
+    """A model that is called with the parameters `phi`, by `functional_call`."""
 
     def __init__(self, model: nn.Module, phi: dict[str, Tensor]) -> None:
         self.model, self.phi = model, phi
@@ -45,7 +45,10 @@ def plain_loss(
     adapted: Callable[[str], bool] = lambda name: True,
     first_order: bool = False,
 ) -> Tensor:
-    """The mean query loss over tasks, with its whole graph, a task at a time."""
+    """Return the mean query loss over tasks, with its whole graph; tasks are computed one by one.
+
+    `update(phi, grads, step)` returns the next parameters; `adapted(name)` says whether the inner loop changes one.
+    """
     tasks, total = len(torch.utils._pytree.tree_leaves(support)[0]), 0.0
     theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with sdpa_kernel(SDPBackend.MATH):
@@ -62,13 +65,14 @@ def plain_loss(
 
 
 def gradients(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
+    """Return copies of the gradients of `value` by parameter name, without those that are None."""
     model.zero_grad()
     value.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_equal(found: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float = 1e-10) -> None:
-    """Equal to `tolerance`, relative to the norm of each tensor; a missing gradient is a zero one."""
+    """Assert that the relative error of each tensor is at most `tolerance`; a missing tensor counts as zero."""
     for name in {**found, **truth}:
         right = truth.get(name, torch.zeros_like(found.get(name, torch.zeros(()))))
         ours = found.get(name, torch.zeros_like(right))
@@ -82,7 +86,7 @@ def tokens_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def tokens(seed: int = 0) -> dict[str, Tensor]:
-    """Ragged tasks: what is not to be learned is labelled -100."""
+    """Return token batches [T, B, L] in which task t has its first t + 1 labels set to -100."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(V, (T, B, L), generator=generator)
     labels = ids.clone()
@@ -115,7 +119,7 @@ class Recurrent(nn.Module):
 
 
 class TinyGPT(nn.Module):
-    """Learned positions, fused attention, tied head, a bare parameter, a buffer, dropout."""
+    """A GPT with learned positions, a tied head, a parameter and a buffer at the root, and dropout."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -134,7 +138,7 @@ class TinyGPT(nn.Module):
 
 
 class Foldable(nn.Module):
-    """The same without a bare parameter at the root, so that it folds module by module."""
+    """The layers of a `TinyGPT` without the parameter and the buffer at the root: every parameter is in a submodule."""
 
     def __init__(self, model: TinyGPT) -> None:
         super().__init__()
@@ -170,10 +174,10 @@ def hugging_face(name: str) -> nn.Module:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        attn_implementation="sdpa",  # eager attention has a softmax in float32
+        attn_implementation="sdpa",  # eager attention computes its softmax in float32
     )
     model = transformers.LlamaForCausalLM(config)
-    for block in model.model.layers:  # Llama's own norms round to float32 inside, where two exact ways may part
+    for block in model.model.layers:  # Llama's own norms compute in float32, so that exact results differ by rounding
         block.input_layernorm, block.post_attention_layernorm = nn.RMSNorm(8, 1e-6), nn.RMSNorm(8, 1e-6)
     model.model.norm = nn.RMSNorm(8, 1e-6)
     return model
@@ -183,6 +187,7 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
+# By name: the model, its loss, its batches, and the batchings that are exact for it.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable, Callable, tuple[str, ...]]] = {
     "mlp": (mlp, regression_loss, points, ("fold", "vmap", "loop")),
     "lstm": (lambda: Recurrent(nn.LSTM), tokens_loss, tokens, ("fold", "loop")),
@@ -196,17 +201,18 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable, Callable, tuple[str, 
 
 
 def build(name: str) -> tuple[nn.Module, Callable, Any, Any, tuple[str, ...]]:
+    """Return a model of `MODELS` in float64, its loss, support, query, and the batchings that are exact for it."""
     make, loss, batch, batchings = MODELS[name]
     torch.manual_seed(1)
     return make().double(), loss, batch(1), batch(2), batchings
 
 
-# Those that are made here, with each batching that is exact for them.
+# Each model of this file with each batching that is exact for it.
 KINDS = [(name, batching) for name, entry in MODELS.items() for batching in entry[3] if not name.startswith("hf")]
 
 
 def calls_of(maml: mk.MAML) -> list[int]:
-    """A list that grows with each ordinary run."""
+    """Return a list that gets an entry whenever `maml` computes a chunk without a captured program."""
     calls: list[int] = []
     run = maml._meta_gradient
 

@@ -1,4 +1,4 @@
-"""What operations hold and read, seen from below autograd."""
+"""A dispatch mode that measures the storages that operations return and counts the products that read a tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Storages(TorchDispatchMode):
-    """The numbers of elements of all storages that operations give, and how often a product takes a tensor."""
+    """Records what operations do within the `with` block.
+
+    `elements` is the size of the largest storage that an operation returned, other than the one of `watched`;
+    `products` is the number of matrix products that had `watched` as an argument.
+    """
 
     def __init__(self, watched: Tensor) -> None:
         super().__init__()

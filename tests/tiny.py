@@ -1,4 +1,4 @@
-"""Small conversations and a small run, for the tests of what trains, evaluates and talks."""
+"""Small conversations and the config of a small run, for the tests of training, evaluation and chat."""
 
 import json
 import random
@@ -11,7 +11,7 @@ WORDS = ("river", "stone", "cloud", "ember", "maple", "otter", "violin", "copper
 
 
 def write_tasks(folder: Path, tasks: int = 10, dialogues: int = 10) -> Path:
-    """A folder of messages JSONL, a file a task; each task has favorite words of its own."""
+    """Write a JSONL file of messages for each task, whose replies use three words of its own; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for t in range(tasks):
         draw = random.Random(t)
@@ -27,7 +27,7 @@ def write_tasks(folder: Path, tasks: int = 10, dialogues: int = 10) -> Path:
 
 
 def tiny_config(data: Path, **changes: object) -> Config:
-    """A run of a few seconds over `data`."""
+    """Return a config that trains on `data` in a few seconds; `changes` replace its values."""
     config = Config(
         data=str(data),
         vocab_size=300,

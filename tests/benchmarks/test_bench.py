@@ -1,4 +1,4 @@
-"""`metakern bench ops`: what is counted, timed and compared; another commit's metakern; an installed wheel."""
+"""`metakern bench`: FLOP counts, rows of results, the comparison with another commit, and an installed wheel."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def sample(op, name=None):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Benchmarks of tiny samples, of which every op has two."""
+    """Let every op be timed at its first two test samples, which are tiny."""
     for name, spec in SPECS.items():
         few = [s.name for s in spec.samples(Make())][:2]
         draw = spec.samples
@@ -55,8 +55,12 @@ def tiny(monkeypatch):
         ("attention", "full", ((1, 0, 0),)),
     ],
 )
-def test_costs_are_the_products_that_pytorch_counts(op, name, passes):
-    """passes: of the rules of each order, in forward; forward and backward; both, and the backward of the backward."""
+def test_flop_of_an_op_are_those_that_pytorch_counts(op, name, passes):
+    """FLOP of the rules equal those that PyTorch counts.
+
+    Row i of `passes` says how often order i runs the rules of orders 0, 1 and 2: order 0 is a forward, order 1 adds a
+    backward, order 2 adds the backward of that backward.
+    """
     costs = [SPECS[op].cost(sample(op, name), order).flop for order in range(3)]
     for call, times in zip(orders(SPECS[op].plain, sample(op, name)), passes, strict=False):
         with FlopCounterMode(display=False) as counter:
@@ -65,8 +69,8 @@ def test_costs_are_the_products_that_pytorch_counts(op, name, passes):
 
 
 @pytest.mark.parametrize("op", SPECS)
-def test_what_is_compared_is_the_same(op):
-    """Ours and plain PyTorch's, at every order, from the same random directions; and the rules, called again."""
+def test_ops_and_plain_pytorch_compute_the_same_results(op):
+    """Calls that are timed against each other give the same results at every order, and a rule repeats its own."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         ours = [tree_leaves(call()) for call in orders(SPECS[op].call, sample(op))]
@@ -83,7 +87,7 @@ def test_what_is_compared_is_the_same(op):
         torch.testing.assert_close(rule(), rule(), rtol=0, atol=0)
 
 
-def test_ratios_are_those_within_a_round():
+def test_ratios_of_ops_are_taken_within_a_round():
     product = [2 * 1024**3 * 1e-9 * slow for slow in (1, 1, 2)]  # 1 GFLOP/s, then half of it
     times = {
         "cpu vjp": [2.0, 4.0, 4.0],
@@ -108,7 +112,7 @@ def test_ratios_are_those_within_a_round():
 
 @pytest.fixture
 def bench(monkeypatch):
-    """metakern bench ops, or another one"""
+    """A function that runs `metakern bench BENCHMARK` with arguments and returns the exit code."""
 
     def run(*arguments, benchmark="ops"):
         monkeypatch.setattr(sys, "argv", sys.argv)
@@ -118,7 +122,7 @@ def bench(monkeypatch):
     return run
 
 
-def test_the_command(bench, tiny, tmp_path, capsys):
+def test_bench_ops_adds_its_results_to_the_file(bench, tiny, tmp_path, capsys):
     out = tmp_path / "machine.json"
     out.write_text(
         json.dumps({"maml": {"mlp": "kept"}, "ops": {"cpu float32 gelu": "kept", "cpu float32 silu": "old"}})
@@ -146,7 +150,7 @@ def test_the_command(bench, tiny, tmp_path, capsys):
     assert list(first["backends"]) == backends[-1:]  # the fastest
 
 
-def test_an_interrupt_keeps_what_is_done(bench, tiny, tmp_path, capsys, monkeypatch):
+def test_an_interrupt_keeps_the_ops_that_were_measured(bench, tiny, tmp_path, capsys, monkeypatch):
     measure, out = ops.measure, tmp_path / "machine.json"
 
     def interrupted(op, *rest):
@@ -176,7 +180,7 @@ def test_an_interrupt_keeps_what_is_done(bench, tiny, tmp_path, capsys, monkeypa
         (["--out", f"{__file__}/results.json"], "--out: must be in a folder that can be written"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, bench, capsys):
+def test_wrong_arguments_of_bench_ops_are_one_line(arguments, message, bench, capsys):
     assert one_line(lambda: bench(*arguments), "ops", capsys, message)
 
 
@@ -192,11 +196,12 @@ def test_mistakes_are_one_line(arguments, message, bench, capsys):
         (["--against", "no-such-commit"], "--against (must be a commit.*got 'no-such-commit'|needs git)"),
     ],
 )
-def test_mistakes_about_meta_gradients_are_one_line(arguments, message, bench, capsys):
+def test_wrong_arguments_of_bench_maml_are_one_line(arguments, message, bench, capsys):
     assert one_line(lambda: bench(*arguments, benchmark="maml"), "maml", capsys, message)
 
 
 def one_line(run, benchmark, capsys, message):
+    """Assert that `run` exits with code 2 and one line; return whether the line has `message`."""
     with pytest.raises(SystemExit) as end:
         run()
     assert end.value.code == 2
@@ -206,7 +211,7 @@ def one_line(run, benchmark, capsys, message):
     return re.search(message, error)
 
 
-def test_what_a_benchmark_lacks_is_one_line(bench, capsys, monkeypatch):
+def test_a_missing_package_of_a_benchmark_is_one_line(bench, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert bench("--ops", "silu", "--quick") == 2
@@ -220,7 +225,9 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
-    """A clone whose build notes what was asked of it; its first commit is `v1`, its last can't be built."""
+    """A git repository in the place of this one. Building its commit `v1` writes `METAKERN_NATIVE` to the file `asked`;
+    its last commit fails to build.
+    """
     home = tmp_path / "clone"
     for name in ("metakern", "csrc", "benchmarks"):
         (home / name).mkdir(parents=True)
@@ -247,7 +254,7 @@ def test_another_commit_is_built_once_and_imported_from_there(clone, monkeypatch
     (folder / "asked").unlink()
     assert against.checkout("HEAD~1") == folder
     assert not (folder / "asked").exists()
-    monkeypatch.setattr(against, "HOME", ROOT)  # the present benchmarks, that metakern
+    monkeypatch.setattr(against, "HOME", ROOT)  # the benchmarks of this tree, the metakern of the folder
     process = against.Process(folder, "importlib:import_module", "metakern")
     try:
         assert process("where") == str(folder / "metakern" / "__init__.py")
@@ -258,7 +265,7 @@ def test_another_commit_is_built_once_and_imported_from_there(clone, monkeypatch
         process.close()
 
 
-def test_what_is_no_commit_or_can_not_be_built_says_so(clone):
+def test_unknown_commits_and_failed_builds_are_errors(clone):
     with pytest.raises(ValueError, match="got 'v2'"):
         against.checkout("v2")
     with pytest.raises(ValueError, match="got '--all'"):
@@ -268,7 +275,7 @@ def test_what_is_no_commit_or_can_not_be_built_says_so(clone):
     assert not list((Path(os.environ["XDG_CACHE_HOME"]) / "metakern" / "against").iterdir())
 
 
-def test_a_process_that_can_not_start_says_why(tmp_path):
+def test_a_process_that_cannot_start_raises_with_its_error(tmp_path):
     process = against.Process(tmp_path, "benchmarks.no_such_module:Timer")
     try:
         with pytest.raises(RuntimeError, match=r"No module named .benchmarks\.no_such_module"):
@@ -277,7 +284,7 @@ def test_a_process_that_can_not_start_says_why(tmp_path):
         process.close()
 
 
-def test_another_commits_metakern_is_a_peer_of_its_own(tmp_path):
+def test_the_metakern_of_another_commit_is_a_method_of_its_own(tmp_path):
     (tmp_path / "metakern.py").write_text("raise ImportError('not this metakern')")
     work, file = make("mlp:tiny"), tmp_path / "problem.npz"
     work.problem("mlp:tiny").save(file)
@@ -294,17 +301,18 @@ def test_another_commits_metakern_is_a_peer_of_its_own(tmp_path):
 @pytest.mark.slow
 def test_two_trees_are_timed_side_by_side(bench, monkeypatch, capsys):
     monkeypatch.setattr(against, "checkout", lambda rev: against.HOME)
-    bench("--ops", "embedding", "--rounds", "2", "--quick", "--against", "v1", "--backends", "reference")
+    options = "--rounds", "2", "--quick", "--against", "v1", "--backends", "reference"
+    assert bench("--ops", "embedding", *options) == 0
     printed = capsys.readouterr().out
     assert "v1 / this: rule" in printed
-    assert printed.partition("vjp_jvp")[2].count("(") == 2  # a wide one stands in two lines
+    assert printed.partition("vjp_jvp")[2].count("(") == 2  # the quartiles of two ratios
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [["--benchmark-disable"], ["--benchmark-max-time=0.01", "--benchmark-json=found.json"]]
 )
-def test_a_case_under_pytest_benchmark(options, tmp_path):
+def test_benchmarks_run_under_pytest_benchmark(options, tmp_path):
     case = f"{ROOT / 'benchmarks' / 'test_ops.py'}::test_rule[swiglu-8x512x512-vjp_jvp-reference]"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--rootdir", str(ROOT), case, *options]
     env = {key: value for key, value in os.environ.items() if "XDIST" not in key} | {"PYTHONPATH": str(ROOT)}
@@ -318,7 +326,7 @@ def test_a_case_under_pytest_benchmark(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_brings_the_benchmarks_along(source, tmp_path):
+def test_an_installed_wheel_has_the_benchmarks(source, tmp_path):
     shutil.copytree(ROOT / "benchmarks", source / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
     assert build(source, "none").returncode == 0
     (wheel,) = (source / "dist").iterdir()
@@ -347,7 +355,7 @@ def test_an_installed_wheel_brings_the_benchmarks_along(source, tmp_path):
         done = run("-m", "metakern", "bench", name, *arguments)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert message in done.stderr
-    # A peer's worker: with neither PyTorch nor metakern.
+    # The worker of a peer must start where neither PyTorch nor metakern is installed.
     absent = "import sys; sys.modules['torch'] = sys.modules['metakern'] = None; import benchmarks.worker"
     done = run("-c", f"{absent}, benchmarks.problem; benchmarks.peers.load('jax')", cwd=home, PYTHONPATH="")
     assert done.returncode == 0, done.stderr

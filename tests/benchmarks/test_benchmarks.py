@@ -1,4 +1,4 @@
-"""The benchmarks: peers are right, what is wrong is not timed, limits are counted right, and the one for GPUs runs."""
+"""The benchmarks: methods are checked before they are timed, FLOP are counted right, and the GPU benchmark runs."""
 
 import json
 import os
@@ -40,7 +40,7 @@ HERE = {method: peer for peer in LOCAL for method in peers.load(peer).methods if
 
 @cache
 def problem(family):
-    """Its tiny form, with the exact meta-gradient and the first-order one."""
+    """Return the tiny problem of a family, with the exact meta-gradient and the first-order one."""
     name = f"{family}:tiny"
     return make(name).problem(name, **dict(zip(("truth", "first"), exact(make(name)), strict=True)))
 
@@ -50,15 +50,15 @@ def problem(family):
 def test_methods_of_this_environment_are_exact(family, method):
     step = peers.load(HERE[method]).methods[method](of(problem(family)))
     step()
-    gradient = {name: g.detach() for name, g in step().items()}  # at the second call too: nothing accumulates
+    gradient = {name: g.detach() for name, g in step().items()}  # of the second call: gradients must not accumulate
     assert problem(family).error(gradient, peers.order(method)) < 1e-6
-    assert problem(family).error(gradient, 3 - peers.order(method)) > 1e-2  # and it is not the other one
+    assert problem(family).error(gradient, 3 - peers.order(method)) > 1e-2  # and not the gradient of the other order
 
 
 @pytest.mark.parametrize(
     ("library", "case"), [(library, case) for library in compat.CASES for case in compat.CASES[library]]
 )
-def test_what_is_compared_with_the_originals_learns(library, case, monkeypatch):
+def test_the_loops_that_are_compared_with_the_original_libraries_learn(library, case, monkeypatch):
     monkeypatch.setattr(compat, "OUTER_STEPS", 2)
     losses, *learned = compat.trajectory(library, case, original=False)
     assert losses.shape == (2 * compat.TASKS,)
@@ -68,7 +68,7 @@ def test_what_is_compared_with_the_originals_learns(library, case, monkeypatch):
     assert sum(moved) > len(moved) / 2
 
 
-def test_a_difference_from_the_originals_is_reported(monkeypatch):
+def test_a_difference_from_the_original_library_is_an_error(monkeypatch):
     found = {"same": 1e-16, "other": 2e-6}
     monkeypatch.setattr(
         compat.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=0, stdout=json.dumps(found))
@@ -81,17 +81,18 @@ def test_a_difference_from_the_originals_is_reported(monkeypatch):
 
 
 @pytest.mark.parametrize("family", families())
-def test_the_truth_is_that_of_autograd(family, monkeypatch):
-    monkeypatch.setattr("benchmarks.truth.TOKENS", 5)  # a sequence at a time
+def test_exact_meta_gradients_are_those_of_plain_autograd(family, monkeypatch):
+    monkeypatch.setattr("benchmarks.truth.TOKENS", 5)  # one sequence at a time
     work = make(f"{family}:tiny")
     for gradient, step in zip(exact(work), (plain, first_order), strict=True):
         found = step(work.double())()
+        assert gradient.keys() == found.keys()
         for name, g in gradient.items():
             torch.testing.assert_close(g, found[name], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.slow
-def test_the_truth_is_computed_once(tmp_path, monkeypatch):
+def test_exact_meta_gradients_are_computed_once_and_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     name = "mlp:tiny,K=1"
     found = with_truth(make(name).problem(name))
@@ -103,7 +104,7 @@ def test_the_truth_is_computed_once(tmp_path, monkeypatch):
         with_truth(make("mlp:tiny,K=2").problem("mlp:tiny,K=2"))
 
 
-def test_the_limit_counts_the_products():
+def test_flop_of_a_workload_are_those_of_its_products():
     work = make("lstm:tiny")  # vocabulary 29, embedding 6, hidden 7, 2 sequences of 5, 3 tasks, K=2
     forward = 2 * (2 * 5) * (6 * 28 + 7 * 28 + 7 * 29)
     assert work.flop() == 3 * (9 * 2 + 3) * forward
@@ -120,7 +121,7 @@ def test_the_limit_counts_the_products():
     assert llama.flop(order=1) == 3 * ((3 * 2 + 3) * (factors + attention) + (2 * 2 + 2) * frozen)
 
 
-def test_a_problem_is_the_same_workload(tmp_path):
+def test_a_saved_problem_gives_the_same_workload(tmp_path):
     work = make("llama-lora:tiny,K=1")
     torch.nn.init.normal_(work.model.head.weight)  # not what the seed gives
     truth, first = exact(work)
@@ -139,7 +140,7 @@ def test_a_problem_is_the_same_workload(tmp_path):
         problem.error(dict(list(truth.items())[1:]))
 
 
-def test_workloads_are_named():
+def test_names_of_workloads_are_parsed():
     assert WorkloadName.parse("gpt").name == "gpt:medium"
     long = WorkloadName.parse("gpt:small,length=1024,tasks=1")
     assert (long.sizes["length"], long.sizes["tasks"], long.sizes["width"]) == (1024, 1, 64)
@@ -165,21 +166,21 @@ def test_workloads_are_named():
         ("mlp,widths=3+x", "widths must be a positive integer, got 'x'"),
     ],
 )
-def test_what_is_no_workload_says_what_is(name, said):
+def test_unknown_workloads_are_errors(name, said):
     with pytest.raises(ValueError) as error:
         WorkloadName.parse(name)
     assert said in str(error.value)
 
 
 @pytest.mark.parametrize("family", families())
-def test_all_sizes_are_the_same_model(family):
+def test_all_sizes_of_a_family_have_the_same_layers(family):
     small, large = (make(f"{family}:{size}") for size in ("tiny", "small"))
     layers = {name.replace("4.", "2.") if family == "mlp" else name for name in large.model.state_dict()}
     assert layers >= {name.replace("4.", "2.") if family == "mlp" else name for name in small.model.state_dict()}
     assert small.theta.keys() == {name for name in large.theta if name in small.theta}
 
 
-def test_a_family_is_a_file(tmp_path, monkeypatch):
+def test_each_family_is_a_file_whose_keys_are_checked(tmp_path, monkeypatch):
     text = (workloads.FOLDER / "gpt.toml").read_text()
     monkeypatch.setattr(workloads, "FOLDER", tmp_path)
     (tmp_path / "mine.toml").write_text(text)
@@ -218,7 +219,7 @@ def test_a_sweep_varies_one_size():
     ("method", "scale", "reason"),
     [("torch.func, reverse over reverse", 1.01, "wrong by 1e-02"), (STOCK, 1, "RuntimeError")],
 )
-def test_what_is_wrong_or_fails_is_not_timed(tmp_path, method, scale, reason):
+def test_methods_that_are_wrong_or_fail_are_not_timed(tmp_path, method, scale, reason):
     work, file = make("lstm:tiny"), tmp_path / "problem.npz"
     work.problem("lstm:tiny", truth={name: scale * g for name, g in exact(work)[0].items()}).save(file)
     with pytest.raises(RefusedError, match=reason):
@@ -226,7 +227,7 @@ def test_what_is_wrong_or_fails_is_not_timed(tmp_path, method, scale, reason):
 
 
 @pytest.mark.slow
-def test_a_method_that_hangs_or_is_killed_says_so(tmp_path):
+def test_a_method_that_hangs_or_is_killed_is_refused(tmp_path):
     file = tmp_path / "problem.npz"
     make("mlp:tiny").problem("mlp:tiny").save(file)
     with pytest.raises(RefusedError, match="not ready after 0 s"):
@@ -244,14 +245,14 @@ def test_a_method_that_hangs_or_is_killed_says_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_peer_that_is_not_installed_says_why(tmp_path, monkeypatch):
+def test_a_peer_that_cannot_be_installed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(peers.load("higher"), "requirements", ("--no-index metakern-no-such-package",))
     with pytest.raises(RefusedError, match=r"not installed: pip install .* Could not find a version"):
         installed("higher")
 
 
-def test_ratios_are_those_within_a_round():
+def test_ratios_of_methods_are_taken_within_a_round():
     seconds = {"products": [1e-3, 2e-3, 4e-3], "plain PyTorch": [2.0, 6.0, 9.0], "metakern auto": [1.0, 2.0, 1.0]}
     seconds["metakern, first order"] = [0.5, 1.0, 0.25]
     methods = dict.fromkeys(seconds, "peer") | {"learn2learn": "learn2learn"}
@@ -274,14 +275,14 @@ def test_ratios_are_those_within_a_round():
     assert "learn2learn" not in found["methods"]
 
 
-def test_methods_are_chosen_by_words():
+def test_methods_are_chosen_by_words_of_their_names():
     assert set(chosen("JAX, higher").values()) == {"jax", "higher"}
     assert len(chosen("")) == sum(len(peers.load(peer).methods) for peer in peers.PEERS)
     with pytest.raises(ValueError, match="got 'betty'"):
         chosen("metakern,betty")
 
 
-def test_results_are_kept_part_by_part(tmp_path, monkeypatch):
+def test_results_are_stored_by_part_and_workload(tmp_path, monkeypatch):
     path = tmp_path / "results" / "cpu.json"
     results.keep(path, "maml", {"ms": 1}, "gpt:medium")
     results.keep(path, "maml", {"ms": 2}, "mlp:medium")
@@ -297,11 +298,11 @@ def test_results_are_kept_part_by_part(tmp_path, monkeypatch):
     assert results.slug(where) == "intel-xeon-platinum-8481c-8c"
     assert results.slug({"cpu": "AMD EPYC 7B13 64-Core Processor", "cores": 2}) == "amd-epyc-7b13-2c"
     assert results.file(where) == results.FOLDER / "intel-xeon-platinum-8481c-8c.json"
-    monkeypatch.setattr(results, "FOLDER", tmp_path / "none")  # as where they are installed
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "none")  # as in an installed wheel
     assert str(results.file(where)) == "results/intel-xeon-platinum-8481c-8c.json"
 
 
-@pytest.mark.skipif(not shutil.which("git"), reason="asks git")
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 def test_the_commit_is_the_last_that_changed_code(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     assert results.machine()["commit"] == ""
@@ -327,7 +328,7 @@ def test_the_commit_is_the_last_that_changed_code(tmp_path, monkeypatch):
     assert results.machine()["commit"] == f"{code}+"
 
 
-def test_a_run_goes_on_where_another_stopped(tmp_path, monkeypatch, capsys):
+def test_a_run_measures_what_earlier_runs_did_not(tmp_path, monkeypatch, capsys):
     out, measured, where = tmp_path / "maml.json", [], {"cpu": "none", "commit": "abc", "date": "today"}
     row = {"peer": "plain", "error": 0, "first_s": 1, "peak_mib": 1, "gflop_per_s": 1, "of_limit": 1}
     row |= {"median_ms": 1, "min_ms": 1, "max_ms": 1}
@@ -366,13 +367,13 @@ def test_a_run_goes_on_where_another_stopped(tmp_path, monkeypatch, capsys):
     assert command("--workloads", "rnn:tiny") == (0, [])
     where |= {"commit": "abc+"}
     assert command("--workloads", "rnn:tiny") == (0, ["rnn:tiny"])
-    assert command("--workloads", "rnn:tiny") == (0, ["rnn:tiny"])  # changed since, who knows how
+    assert command("--workloads", "rnn:tiny") == (0, ["rnn:tiny"])  # uncommitted changes: the results may be stale
     assert json.loads(out.read_text()).keys() == {"maml", "sweep"}
     assert command("--workloads", "cnn") == (2, [])
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path):
+def test_benchmarks_maml_writes_and_prints_its_results(tmp_path):
     out = tmp_path / "maml.json"
     out.write_text(json.dumps({"maml": {"gpt:tiny": "kept"}}))
     options = ["--workloads", "mlp:tiny", "--methods", "plain", "--rounds", "2", "--threads", "1", "--out", str(out)]
@@ -398,7 +399,7 @@ def test_large_problems_of_a_gpu_fit_their_op(op):
 
 
 @triton
-def test_every_row_of_a_gpu_can_be_sent_to_a_process():
+def test_jobs_of_the_gpu_benchmark_can_be_pickled_and_have_their_own_labels():
     limits = {"copy_gb_per_s": 2, "bf16_tflop_per_s": 1}
     for jobs, _ in PARTS.values():
         labels = [pickle.loads(pickle.dumps(job)).label for job in jobs(limits, False)]
@@ -406,7 +407,7 @@ def test_every_row_of_a_gpu_can_be_sent_to_a_process():
 
 
 def first_of_each(jobs):
-    """A job for each op, and one for each that is tried beyond 32 bits."""
+    """Return the first job of each op, and the first of each op with more elements than 32 bits can count."""
 
     def kind(label):
         return label.get("op", str(label)), label.get("sample") == checks.BEYOND
@@ -418,7 +419,9 @@ def first_of_each(jobs):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [checks.jobs, llama.checks, recurrent.checks], ids=["ops", "llama", "recurrent"])
 def test_checks_of_a_gpu_run_without_one(part):
-    for job in first_of_each(part(True)):
+    jobs = first_of_each(part(True))
+    assert jobs
+    for job in jobs:
         row, _ = run(job)
         assert row["good"], row
 
@@ -437,19 +440,21 @@ def test_checks_of_a_gpu_run_without_one(part):
     ids=["attention", "memory", "llama", "ops", "recurrent"],
 )
 def test_times_of_a_gpu_run_without_one(part):
-    for job in first_of_each(part(True)):
+    jobs = first_of_each(part(True))
+    assert jobs
+    for job in jobs:
         row, _ = run(job)
         assert "error" not in row, row
 
 
-def test_calls_of_flash_attention_fit_pytorch():
+def test_flash_attention_is_called_with_the_arguments_that_pytorch_takes():
     sample = attention.draw(1, 2, 64, 32, torch.bfloat16)
     calls = attention.flash(sample, torch.device("meta"))
     assert [t.shape for t in calls["flash_backward"]()] == [t.shape for t in sample.args]
 
 
 @triton
-def test_a_wrong_rule_a_reference_and_chance_are_no_good_check():
+def test_checks_fail_for_wrong_rules_other_backends_and_random_results():
     x = Random(torch.float32, seed=1)(2, 40).double()
     plain = SPECS["silu"].plain
 
@@ -469,7 +474,7 @@ def test_a_wrong_rule_a_reference_and_chance_are_no_good_check():
     assert good(lambda x: mk.ops.silu(x) * (1 + 1e-5 * torch.rand(()))) == (False, False, ["triton"])
 
 
-def test_tangents_put_together_are_those_of_forward_mode():
+def test_tangents_by_reverse_mode_alone_equal_those_of_forward_mode():
     spec = SPECS["swiglu"]
     f, x = function(spec.call, spec.samples(Make())[0])
     for a, b in zip(checks.results(f, x, torch.float64), checks.results(f, x, torch.float64, False), strict=True):
@@ -477,7 +482,7 @@ def test_tangents_put_together_are_those_of_forward_mode():
 
 
 @triton
-def test_rules_are_recorded_with_all_they_can_be_called_with():
+def test_recorded_rules_have_every_tangent_and_cotangent():
     sample = cast(samples("silu", True)["matrix"](Random(torch.float32, seed=1)), torch.float32)
     calls = recorded("silu", sample, "triton")
     assert list(calls) == list(RULES)
@@ -487,7 +492,7 @@ def test_rules_are_recorded_with_all_they_can_be_called_with():
     assert sum(isinstance(t, torch.Tensor) for t in tensors) == 4  # x, t_x, ct_y, t_ct_y
 
 
-def test_tasks_are_repeated_and_what_they_share_is_not():
+def test_enlarged_samples_repeat_tasks_and_not_shared_tensors():
     sample = SPECS["lora_linear"].benchmark(Make(torch.bfloat16))[0]
     large = enlarged(sample, 1 << 26)
     tasks = [len(t) // len(s) for s, t in zip(sample.args, large.args, strict=True) if isinstance(s, torch.Tensor)]
@@ -495,12 +500,12 @@ def test_tasks_are_repeated_and_what_they_share_is_not():
     assert enlarged(sample, 1) is sample
 
 
-def test_targets_name_ops():
+def test_streamed_targets_are_ops():
     assert set(STREAMED) - SPECS.keys() <= {"adam_update"}
 
 
 @pytest.mark.slow
-def test_a_row_that_fails_costs_no_other(monkeypatch):
+def test_a_job_that_fails_leaves_the_other_rows(monkeypatch):
     monkeypatch.setattr("benchmarks.gpu.pool.LIMIT", 20)
     made = {"ends": partial(os._exit, 3), "bad": partial(int, "x"), "good": partial(dict, ms=1)}
     with Pool() as pool:
@@ -516,7 +521,7 @@ def test_a_row_that_fails_costs_no_other(monkeypatch):
     assert late["error"] == "the time is up"
 
 
-def test_what_runs_out_of_memory_beside_others_runs_again_alone(monkeypatch):
+def test_jobs_that_run_out_of_memory_run_again_alone(monkeypatch):
     at_once = []
 
     def row(pool, job):
@@ -531,7 +536,7 @@ def test_what_runs_out_of_memory_beside_others_runs_again_alone(monkeypatch):
     assert [row["error"] for row in Pool().rows(jobs)] == [MEMORY] * 2
 
 
-def test_targets_of_a_gpu_are_met_by_the_worst_value():
+def test_targets_of_a_gpu_are_judged_by_the_worst_value():
     rates = {"vjp_jvp_of_flash_backward": 0.5, "jvp_of_flash_forward": 0.7}
     rules = {rule: {"of_copy": 0.9} for rule in RULES}
     llama = {"sequences": 1, "length": 8}
@@ -574,7 +579,7 @@ def test_the_command_for_gpus(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--out", str(out), "--only"]
     result = subprocess.run([*command, "meta"], cwd=ROOT, capture_output=True, text=True, check=False)
     found = json.loads(out.read_text())
-    assert result.returncode == 1, result.stderr  # the check that it found there
+    assert result.returncode == 1, result.stderr  # the failed check that was in the file
     assert len(found["memory"]) == 1
     assert {row["peer"] for row in found["meta"] if row["ms"] > 0} == {"metakern", "plain"}
     assert "Llama's meta-step" in result.stdout

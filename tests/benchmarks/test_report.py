@@ -1,4 +1,4 @@
-"""The report: ratios, targets and sweeps are read as they were measured, and pictures are drawn of all of them."""
+"""The report: tables and pictures of stored results, and the targets that they meet."""
 
 import pytest
 
@@ -14,20 +14,20 @@ def row(peer, ms, mib, **more):
 
 
 def entry(**methods):
-    """Methods by name, an underscore for a blank."""
+    """Return a result whose methods are the keyword arguments: `_` in a name stands for a blank, `__` for ", "."""
     named = {name.replace("_", " ").replace("  ", ", "): found for name, found in methods.items()}
     return {"machine": WHERE, "methods": named, "refused": {"higher": "out of memory"}}
 
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
-    """Results in a folder of their own."""
+    """A folder of made-up results that the report reads."""
     for module in (tables, pictures):
         monkeypatch.setattr(module, "FOLDER", tmp_path)
     ours = {"metakern_auto": row("metakern", 10, 50, over_auto=1, over_first_order=2.5, of_limit=0.8)}
     ours["metakern_recompute"] = row("metakern", 15, 20, over_auto=1.5)
     ours["metakern__first_order"] = row("metakern", 4, 16, over_auto=0.4)
-    # By its ratio within a round the loop is the faster form of JAX's.
+    # By the ratio within a round, JAX's task loop is faster than its vmap, although its median is larger.
     jax = {"JAX__vmap": row("jax", 19, 40, over_auto=2.1), "JAX__task_loop": row("jax", 20, 30, over_auto=2)}
     plain = row("plain", 80, 10, over_auto=8)
     first = {"plain_PyTorch__first_order": row("plain", 2, 5, over_auto=0.2)}
@@ -43,13 +43,13 @@ def stored(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_summary_is_against_the_fastest_peer(stored):
+def test_the_summary_compares_with_the_fastest_peer(stored):
     _, _, mlp, lstm, *_ = summary_table().splitlines()  # in the order of the families
     assert lstm == "| lstm:small | 10.0 | 20.0 (JAX, task loop) | 2.00 x | 8.00 x | 50 / 30 | 80% | 1.5 / 1.5 |"
     assert mlp == "| mlp:medium | 10.0 | 5.0 (TorchOpt) | 0.50 x | 0.50 x | 5 / 9 |  | 1.5 / 1.5 |"
 
 
-def test_targets_are_met_or_not(stored):
+def test_targets_are_judged_by_the_results(stored):
     assert against("lstm:small", targets.is_jax) == (2, "2.00 x (JAX, task loop)")
     assert against("lstm:small", targets.is_torch) == (8, "8.00 x (plain PyTorch)")
     assert against("mlp:medium", targets.is_jax) is None
@@ -80,7 +80,7 @@ def test_targets_are_met_or_not(stored):
     )
 
 
-def test_sweeps_are_in_order(stored):
+def test_points_of_a_sweep_are_sorted_by_size(stored):
     found = sweeps()
     assert {where: list(points) for where, points in found.items()} == {
         ("lstm:small", "K"): [1, 16],
@@ -95,7 +95,7 @@ def test_sweeps_are_in_order(stored):
 
 
 @pytest.mark.slow
-def test_pictures_are_drawn_for_light_and_dark_pages(stored):
+def test_pictures_are_drawn_for_light_and_dark_pages_and_are_reproducible(stored):
     pictures.draw()
     names = {
         f"{name}-{theme}.{kind}"
@@ -111,6 +111,6 @@ def test_pictures_are_drawn_for_light_and_dark_pages(stored):
     assert 'srcset="benchmarks/results/maml-dark.svg"' in report.PAGES["README.md"]["picture"]()
 
 
-def test_a_table_has_one_place(stored):
+def test_a_page_without_a_place_for_its_table_is_an_error(stored):
     with pytest.raises(ValueError, match=r"README.md: must have one place for the table picture, got 0"):
         report.with_tables("README.md", "")

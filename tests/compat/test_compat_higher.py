@@ -1,4 +1,4 @@
-"""higher's interface: torch.optim's own steps, the derivatives of plain autograd through them, and errors that help."""
+"""The interface of higher: the steps of torch.optim, exact derivatives through them, and its errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
 
 
 class Shared(nn.Module):
-    """A weight in two places, a parameter that is not used, one that is frozen, and a buffer that forward changes."""
+    """A model with a tied weight, an unused parameter, a frozen one, and a buffer that forward changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def made() -> tuple[Shared, Tensor]:
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups, in an order that is not the model's, with a rate of its own; last.bias is in none."""
+    """Return two parameter groups, the first with its own rate, not in the model's order and without last.bias."""
     named = {n: p for n, p in model.named_parameters() if n != "last.bias"}
     left = [named.pop("unused"), named.pop("rnn.weight_ih_l0")]
     return [{"params": left, "lr": 0.3}, {"params": list(named.values())}]
@@ -75,7 +75,7 @@ def torch_steps(model: nn.Module, opt: optim.Optimizer, x: Tensor, steps: int) -
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("before", [0, 2])
-def test_the_steps_are_torch_s_and_go_on_from_its_state(name: str, before: int) -> None:
+def test_steps_are_those_of_torch_optim_and_start_from_its_state(name: str, before: int) -> None:
     model, x = made()
     opt = OPTIMIZERS[name](groups(model))
     torch_steps(model, opt, x, before)
@@ -90,7 +90,7 @@ def test_the_steps_are_torch_s_and_go_on_from_its_state(name: str, before: int) 
     assert model.calls == before
     start = [p.clone() for p in model.parameters()]
     torch_steps(model, opt, x, 3)
-    # torch keeps ASGD's rate in float32, for parameters in float64 too.
+    # torch.optim.ASGD keeps its rate in float32, also for float64 parameters.
     same(fmodel.parameters(), model.parameters(), 1e-6 if name == "asgd" else 1e-10)
     same(fmodel.parameters(time=0), start)
     assert torch.equal(dict(fmodel.named_parameters())["last.bias"], dict(model.named_parameters())["last.bias"])
@@ -98,7 +98,7 @@ def test_the_steps_are_torch_s_and_go_on_from_its_state(name: str, before: int) 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_derivatives_through_the_steps_are_exact(name: str) -> None:
-    """Of initial parameters and every setting, at first and second order, by finite differences."""
+    """With respect to the initial parameters and every setting, both orders equal finite differences."""
     torch.manual_seed(1)
     model, x = nn.Linear(2, 1).double(), torch.randn(3, 2, dtype=torch.float64)
     opt = OPTIMIZERS[name](model.parameters())
@@ -116,7 +116,7 @@ def test_the_derivatives_through_the_steps_are_exact(name: str) -> None:
         return torch.cat([p.flatten() for p in fmodel.parameters()])
 
     settings = [torch.stack(v) if isinstance(v, tuple) else v for (v,) in (learned[n] for n in names)]
-    # Not where a tensor of zero says that nothing happens: a momentum of zero is none.
+    # Away from zero, where torch.optim switches a setting off: it takes a momentum of zero for none.
     values = [torch.randn(1, 2), torch.randn(1), *(s.detach().clamp(min=0.05) for s in settings)]
     inputs = tuple(v.double().requires_grad_() for v in values)
     assert gradcheck(after, inputs)
@@ -139,7 +139,7 @@ def test_the_derivatives_through_the_steps_are_exact(name: str) -> None:
     ],
 )
 def test_no_nan_where_gradients_are_zero(kind: Any, options: dict[str, Any]) -> None:
-    """The weights of an input that is always zero; the others as without it."""
+    """The weights of an input that is always zero get finite gradients; the others get those without that input."""
     torch.manual_seed(2)
     x = torch.randn(4, 3, dtype=torch.float64)
     x[:, 1] = 0
@@ -157,7 +157,7 @@ def test_no_nan_where_gradients_are_zero(kind: Any, options: dict[str, Any]) -> 
 
 
 def spelled_out(name: str, p: Tensor, state: dict[str, Any], g: Tensor) -> Tensor:
-    """A step as higher rounds it, of the optimizers above: a product and a sum at a time."""
+    """Return `p` after a step of an optimizer of `OPTIMIZERS`, by the operations of higher, with their rounding."""
     k = state["k"] = state.get("k", 0) + 1
     if name == "sgd":
         return p - 0.1 * g
@@ -182,7 +182,7 @@ def spelled_out(name: str, p: Tensor, state: dict[str, Any], g: Tensor) -> Tenso
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adagrad", "rmsprop", "adadelta"])
-def test_every_bit_is_higher_s(name: str) -> None:
+def test_steps_are_bit_identical_to_those_of_higher(name: str) -> None:
     for seed in range(10):
         torch.manual_seed(seed)
         model, x = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 20)), torch.randn(3, 8, 20)
@@ -196,7 +196,7 @@ def test_every_bit_is_higher_s(name: str) -> None:
                 assert all(map(torch.equal, fmodel.parameters(), expected))
 
 
-def test_rprop_s_size_is_the_only_thing_to_differentiate() -> None:
+def test_rprop_has_a_derivative_with_respect_to_its_step_size_alone() -> None:
     model, x = made()
     lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     opt = optim.Rprop(model.parameters(), lr=1.0)
@@ -228,7 +228,7 @@ def test_helpers_and_buffers() -> None:
         higher.patch.buffer_sync(model, nn.Linear(1, 1))
 
 
-def test_a_learned_number_goes_back_as_what_it_was() -> None:
+def test_learned_settings_return_to_the_optimizer_with_the_type_that_they_had() -> None:
     opt = optim.SGD([torch.zeros(1)], lr=torch.tensor(0.5), momentum=0, weight_decay=0)
     higher.apply_trainable_opt_params(
         opt, {"lr": [torch.tensor(0.25)], "momentum": [torch.tensor(0.0)], "weight_decay": [torch.tensor(0.5)]}
@@ -239,7 +239,7 @@ def test_a_learned_number_goes_back_as_what_it_was() -> None:
     assert type(group["momentum"]) is int
 
 
-def test_maml_reaches_the_model_and_test_time_does_not() -> None:
+def test_gradients_reach_the_model_only_without_copies_and_with_tracking() -> None:
     model, x = made()
     opt = optim.SGD(model.parameters(), lr=0.1)
 
@@ -321,7 +321,7 @@ def test_functional_modules() -> None:
     assert isinstance(fmodel, Shared)
     torch.testing.assert_close(fmodel(x), model(x), rtol=0, atol=0)
     assert fmodel.calls == 1 == model.calls
-    assert torch.equal(fmodel.last(x), model.last(x))  # a submodule by itself
+    assert torch.equal(fmodel.last(x), model.last(x))  # a submodule called on its own
     params = [torch.randn_like(p) for p in model.parameters()]
     with torch.no_grad():
         for p, value in zip(model.parameters(), params, strict=True):
@@ -339,7 +339,7 @@ def test_functional_modules() -> None:
     torch.testing.assert_close(stateless(x, params=params), model(x))
 
 
-def test_patched_models_run_by_the_ops() -> None:
+def test_patched_models_have_the_same_meta_gradient() -> None:
     model, x = made()
     found = []
     for prepare in (lambda model: None, mk.patch):
@@ -352,7 +352,7 @@ def test_patched_models_run_by_the_ops() -> None:
     same(*found)
 
 
-def test_an_optimizer_without_a_model_or_anew() -> None:
+def test_optimizers_without_a_functional_model_or_from_a_class() -> None:
     model, x = made()
     fmodel = higher.monkeypatch(model)
     loss, theta = fmodel(x).square().sum(), list(fmodel.parameters())
@@ -397,7 +397,7 @@ def test_other_optimizers_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> 
     assert diffopt.state[0][1] == {"count": 1}
 
 
-def test_learned_settings_go_back_to_the_optimizer() -> None:
+def test_learned_settings_are_applied_to_the_optimizer_by_group() -> None:
     model, _ = made()
     opt, other = (optim.Adam(groups(model), lr=lr, betas=(0.5, 0.6)) for lr in (0.25, 0.5))
     override = higher.get_trainable_opt_params(opt)
@@ -413,7 +413,7 @@ def test_learned_settings_go_back_to_the_optimizer() -> None:
         higher.apply_trainable_opt_params(other, {"lr": [1.0] * 3})
 
 
-def test_an_inner_loop_and_its_graph_go_with_their_last_holder() -> None:
+def test_an_inner_loop_and_its_graph_are_freed_without_the_garbage_collector() -> None:
     model, x = made()
     opt = optim.Adam(model.parameters(), lr=0.1)
     gc.disable()
@@ -427,7 +427,7 @@ def test_an_inner_loop_and_its_graph_go_with_their_last_holder() -> None:
         gc.enable()
 
 
-def test_half_precision_state_of_torch_and_no_steps() -> None:
+def test_bfloat16_models_and_inner_loops_without_steps() -> None:
     model = nn.Linear(2, 1).bfloat16()
     with higher.innerloop_ctx(model, optim.Adam(model.parameters())) as (fmodel, diffopt):
         same(fmodel.parameters(), model.parameters())

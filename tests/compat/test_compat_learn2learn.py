@@ -1,4 +1,4 @@
-"""learn2learn's interface: the numbers of plain autograd, clones of every kind of module, and errors that help."""
+"""The interface of learn2learn: exact meta-gradients, clones of every kind of module, and its errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LR, STEPS = 0.1, 3
 
 
 class Tied(nn.Module):
-    """A weight in two places, a module in two places, and a buffer that forward changes."""
+    """A model with a tied weight, a module in two places, and a buffer that forward changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def made(name: str) -> tuple[nn.Module, Tensor, Tensor]:
-    """A model in float64, inputs [4, ...] and targets."""
+    """Return a model in float64, inputs [4, ...] and targets."""
     torch.manual_seed(3)
     model = MODELS[name]().double()
     x = torch.randn(4, 3, 5, dtype=torch.float64) if name in ("lstm", "gru") else torch.randn(4, 5).double()
@@ -66,7 +66,10 @@ def made(name: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def plain(model: nn.Module, x: Tensor, y: Tensor, rates: list[Any], first_order: bool = False) -> Tensor:
-    """The loss after the steps, by functional calls of copies: torch's leaves a module in two places damaged."""
+    """Return the loss after the steps, by plain autograd.
+
+    Each functional call is of a copy: `functional_call` leaves a module that is in two places with wrong parameters.
+    """
     phi = dict(model.named_parameters())
 
     def run(phi: dict[str, Tensor]) -> Tensor:
@@ -102,7 +105,7 @@ def test_maml_has_the_meta_gradient_of_plain_autograd(name: str, first_order: bo
     assert first_order != all(torch.allclose(p.grad, g) for p, g in zip(parameters, exact, strict=True))
 
 
-def test_metasgd_learns_its_rates() -> None:
+def test_metasgd_has_the_meta_gradient_of_plain_autograd() -> None:
     model, x, y = made("tied")
     meta = l2l.MetaSGD(model, lr=LR)
     for lr in meta.lrs:
@@ -114,7 +117,7 @@ def test_metasgd_learns_its_rates() -> None:
     assert sum(p.numel() for p in meta.parameters()) == 2 * sum(p.numel() for p in theta)
 
 
-def test_a_clone_is_another_module_of_the_same_numbers() -> None:
+def test_a_clone_has_its_own_modules_and_equal_parameters() -> None:
     model, x, _ = made("tied")
     maml = l2l.MAML(model, lr=LR)
     clone = maml.clone()
@@ -136,11 +139,11 @@ def test_clones_of_clones_reach_the_first_parameters() -> None:
     F.mse_loss(adapted(truth, x, y)(x), y).backward(retain_graph=True)
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    F.mse_loss(adapted(learner, x, y)(x), y).backward()  # the clone's steps left the learner as it was
+    F.mse_loss(adapted(learner, x, y)(x), y).backward()  # the steps of the clone must not change the learner
     same((p.grad for p in model.parameters()), expected)
 
 
-def test_buffers_are_the_module_s_own_unless_they_are_differentiated() -> None:
+def test_buffers_are_shared_unless_they_require_a_gradient() -> None:
     model, x, y = made("batch-norm")
     scale = nn.Sequential(model)
     scale.register_buffer("scale", torch.ones(2).double().requires_grad_())
@@ -154,19 +157,19 @@ def test_buffers_are_the_module_s_own_unless_they_are_differentiated() -> None:
     assert clone[0][1].running_mean is model[1].running_mean
 
 
-def test_what_is_no_module_is_copied_as_it_is() -> None:
+def test_entries_that_are_none_stay_none() -> None:
     model = nn.ModuleList([nn.Linear(2, 1), None, nn.Linear(1, 1)])
     assert [part is None for part in l2l.clone_module(model)] == [False, True, False]
     assert l2l.clone_module(None) is None
 
 
-def test_a_memo_keeps_what_two_modules_share() -> None:
+def test_modules_cloned_with_one_memo_share_their_parameters() -> None:
     a, b, memo = nn.Linear(2, 2), nn.Linear(2, 2), {}
     b.weight = a.weight
     assert l2l.clone_module(a, memo).weight is l2l.clone_module(b, memo).weight
 
 
-def test_recurrent_layers_run_on_the_clone_s_weights() -> None:
+def test_recurrent_layers_of_a_clone_compute_with_its_weights() -> None:
     for kind in (nn.RNN, nn.LSTM, nn.GRU):
         model = kind(2, 3)
         clone, x = l2l.clone_module(model), torch.randn(4, 2, 2)
@@ -179,7 +182,7 @@ def test_recurrent_layers_run_on_the_clone_s_weights() -> None:
             assert torch.equal(model(x)[0], before)
 
 
-def test_a_replaced_forward_is_the_clone_s_own_or_refused() -> None:
+def test_a_replaced_forward_runs_on_the_clone_or_is_refused() -> None:
     model = nn.Linear(2, 2)
     original = model.forward
     model.forward = type(model).forward.__get__(model)
@@ -193,7 +196,7 @@ def test_a_replaced_forward_is_the_clone_s_own_or_refused() -> None:
         l2l.clone_module(model)
 
 
-def test_unused_and_frozen_parameters_stay_where_that_is_allowed() -> None:
+def test_unused_and_frozen_parameters_are_errors_unless_allowed() -> None:
     model, x, y = made("mlp")
     model.unused = nn.Linear(2, 2).double()
     maml = l2l.MAML(model, lr=LR)
@@ -216,7 +219,7 @@ def test_unused_and_frozen_parameters_stay_where_that_is_allowed() -> None:
     assert model[0].bias.grad is not None
 
 
-def test_attributes_and_state_are_the_module_s() -> None:
+def test_attributes_and_state_dicts_are_those_of_the_module() -> None:
     model, x, _ = made("tied")
     maml = l2l.MAML(model, lr=nn.Parameter(torch.tensor(LR)))
     assert maml.first is model.first
@@ -247,8 +250,9 @@ def test_update_detach_and_the_magic_box() -> None:
     by_attribute = l2l.clone_module(clone)
     for p, g in zip(by_attribute.parameters(), grads, strict=True):
         p.update = None if g is None else -LR * g
+    stepped = list(by_attribute.parameters())
     same(l2l.maml_update(by_attribute, LR).parameters(), l2l.maml_update(clone, LR, grads).parameters())
-    assert all(p.update is None for p in clone.parameters() if hasattr(p, "update"))
+    assert all(p.update is None for p in stepped)
     l2l.detach_module(clone, keep_requires_grad=True)
     assert [p.is_leaf and p.requires_grad for p in clone.parameters()] == [True] * 4 + [False]
     l2l.detach_module(clone)
@@ -277,7 +281,7 @@ def test_a_batch_is_the_loop_over_its_tasks(learner: str) -> None:
         one = adapted(maml.clone(), support[0][t], support[1][t])
         total = total + F.mse_loss(one(query[0][t]), query[1][t]) / 3
     truth = torch.autograd.grad(total, list(maml.parameters()))
-    for _ in range(2):  # the second by the plan of the first
+    for _ in range(2):  # the second time with the plan of the first
         maml.zero_grad()
         value = maml.batch(support, query, mse, steps=STEPS)
         value.backward()
@@ -287,7 +291,9 @@ def test_a_batch_is_the_loop_over_its_tasks(learner: str) -> None:
     engine = maml._engine[2]
     maml.batch(support, query, mse, steps=STEPS)
     assert maml._engine[2] is engine
-    assert list(pickle.loads(pickle.dumps(maml)).state_dict()) == keys  # without the engine, whose loss may be anything
+    assert (
+        list(pickle.loads(pickle.dumps(maml)).state_dict()) == keys
+    )  # without the engine, whose loss may not be picklable
     with pytest.raises(ValueError, match="strategy must be"):
         maml.batch(support, query, mse, steps=STEPS, strategy="none")
     if learner == "maml":
@@ -301,7 +307,7 @@ def test_a_batch_is_the_loop_over_its_tasks(learner: str) -> None:
         maml.batch(support, query, mse)
 
 
-def test_patched_models_run_by_the_ops() -> None:
+def test_patched_models_have_the_meta_gradient_of_plain_autograd() -> None:
     model, x, y = made("lstm")
     parameters = list(model.parameters())
     truth = torch.autograd.grad(plain(model, x, y, [LR] * len(parameters)), parameters)
@@ -310,7 +316,7 @@ def test_patched_models_run_by_the_ops() -> None:
     same((p.grad for p in parameters), truth)
 
 
-def test_a_clone_and_its_graph_go_with_their_last_holder() -> None:
+def test_a_clone_and_its_graph_are_freed_without_the_garbage_collector() -> None:
     model, x, y = made("lstm")
     maml = l2l.MAML(model, lr=LR)
     gc.disable()
@@ -323,7 +329,7 @@ def test_a_clone_and_its_graph_go_with_their_last_holder() -> None:
         gc.enable()
 
 
-def test_nan_passes_through_and_no_step_is_no_change() -> None:
+def test_no_steps_give_plain_gradients_and_nan_losses_give_nan_parameters() -> None:
     model, x, y = made("mlp")
     learner = l2l.MAML(model, lr=LR).clone()
     F.mse_loss(learner(x), y).backward()
@@ -370,7 +376,7 @@ def test_errors() -> None:
         l2l.MAML(model, lr=torch.ones((), requires_grad=True) * LR).batch((x, y), (x, y), F.mse_loss)
 
 
-def test_every_bit_is_learn2learn_s() -> None:
+def test_steps_are_bit_identical_to_those_of_learn2learn() -> None:
     for seed in range(20):
         torch.manual_seed(seed)
         model, x = nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 20)), torch.randn(3, 8, 20)
@@ -429,7 +435,7 @@ def test_gbml_has_the_meta_gradient_of_plain_autograd(adapt_transform: bool) -> 
         l2l.GBML("model", Gain)
 
 
-def test_gbml_s_unused_parameters() -> None:
+def test_gbml_refuses_unused_parameters_unless_allowed() -> None:
     model, x, y = made("mlp")
     model.unused = nn.Linear(2, 2).double()
     gbml = l2l.GBML(model, lambda p: None if p.dim() == 1 else Gain(p), lr=LR)
@@ -477,7 +483,7 @@ def test_transforms_of_gradients() -> None:
         l2l.optim.TransformDictionary({"weight": Gain})
 
 
-def test_a_learned_optimizer_gets_the_gradient_of_the_next_loss() -> None:
+def test_a_learned_optimizer_gets_its_gradient_from_the_next_loss() -> None:
     torch.manual_seed(0)
     model, x = nn.Linear(3, 1).double(), torch.randn(2, 5, 3).double()
     learned = l2l.optim.LearnableOptimizer(model, Gain, lr=0.1)
@@ -496,7 +502,7 @@ def test_a_learned_optimizer_gets_the_gradient_of_the_next_loss() -> None:
         l2l.optim.LearnableOptimizer(1, Gain)
 
 
-def test_kronecker_layers_are_their_matrices() -> None:
+def test_kronecker_layers_multiply_by_the_kronecker_product() -> None:
     torch.manual_seed(0)
     for psd in (False, True):
         layer = l2l.nn.KroneckerLinear(2, 3, psd=psd)
@@ -584,7 +590,7 @@ def test_distributions() -> None:
     assert list(l2l.clone_named_parameters({"mean": mean})) == ["mean"]
 
 
-def test_what_is_left_out_says_so() -> None:
+def test_parts_of_learn2learn_that_are_left_out_raise_import_errors() -> None:
     from metakern.compat.learn2learn import algorithms
 
     for name in ("data", "gym", "text", "vision"):
@@ -603,7 +609,7 @@ def test_what_is_left_out_says_so() -> None:
 
 
 def episodes(ways: int, shots: int, queries: int) -> Any:
-    """Tasks whose classes are the signs of a random direction's entries."""
+    """Return a source of tasks: each class is a random point in 6 dimensions, with noise around it."""
 
     class Tasks:
         def sample(self) -> tuple[Tensor, Tensor]:

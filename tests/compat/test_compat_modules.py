@@ -1,4 +1,4 @@
-"""Copies of models for both interfaces: their own modules, however a model reaches them, and right recomputation."""
+"""Copies of models for both interfaces: each reaches its own modules, and recomputed forwards are exact."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Step = Callable[[Tensor], Any]
 
 
 class Net(nn.Module):
-    """Two layers; a subclass says how it reaches the second one."""
+    """Two layers; each subclass reaches the second one in another way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class Parent(Net):
 
 
 class Hooked(Net):
-    """What the hook keeps is kept by the module that runs."""
+    """A hook stores the output of the first layer in the model, and forward reads it from there."""
 
     def setup(self) -> None:
         self.a.register_forward_hook(self.keep)
@@ -246,7 +246,7 @@ WAYS = [
 
 
 def twice(kind: type[Net]) -> type[Net]:
-    """The same, of which the copies think that it may recompute: each forward on modules of its own."""
+    """Return a subclass whose code names `recompute`, so that its copies run each forward on modules of their own."""
     return type(kind.__name__, (kind,), {"recompute": lambda self: self.recompute()})
 
 
@@ -276,7 +276,7 @@ def learner(interface: str, model: nn.Module, first_order: bool = False) -> tupl
 
 
 def meta_gradient(interface: str, model: nn.Module, between: bool = False, first_order: bool = False) -> list[Tensor]:
-    """Of the model's parameters; `between`: the query loss before every step counts too."""
+    """Return the meta-gradient through an interface; `between` adds losses from before each step."""
     x, y = data()
     clone, step = learner(interface, model, first_order)
     total = torch.zeros(()).double()
@@ -294,7 +294,7 @@ def made(kind: type[nn.Module], *args: Any) -> nn.Module:
 
 
 def plain(between: bool = False, first_order: bool = False) -> list[Tensor]:
-    """The truth, of plain autograd on a model that does nothing unusual."""
+    """Return the same meta-gradient of a `Net` by plain autograd."""
     x, y = data()
     model = made(Net)
     theta = dict(model.named_parameters())
@@ -319,21 +319,23 @@ def same(found: Any, truth: Any) -> None:
 @pytest.mark.parametrize("kind", WAYS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("interface", ["learn2learn", "clone_module", "higher"])
 @pytest.mark.parametrize("apart", [False, True])
-def test_a_copy_adapts_what_a_model_reaches_in_any_way(kind: type[Net], interface: str, apart: bool) -> None:
+def test_a_copy_computes_with_its_own_modules_however_they_are_reached(
+    kind: type[Net], interface: str, apart: bool
+) -> None:
     model = made(twice(kind) if apart else kind)
     before = [p.detach().clone() for p in model.parameters()]
     same(meta_gradient(interface, model), plain())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def test_a_compiled_model_is_copied_as_it_was_written() -> None:
+def test_copies_of_a_compiled_model_run_its_python_code() -> None:
     for interface in ("learn2learn", "clone_module", "higher"):
         same(meta_gradient(interface, torch.compile(made(Net), backend="eager")), plain())
 
 
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # the compiler's own
+)  # raised by the compiler
 def test_a_copy_can_be_compiled() -> None:
     x, _ = data()
     for interface in ("learn2learn", "GBML", "higher"):
@@ -341,7 +343,7 @@ def test_a_copy_can_be_compiled() -> None:
         torch.testing.assert_close(torch.compile(clone, backend="eager")(x[0]), clone(x[0]))
 
 
-def test_what_can_t_be_copied_says_so() -> None:
+def test_models_that_cannot_be_copied_are_refused() -> None:
     class Scripted(Net):
         def setup(self) -> None:
             self.b = torch.jit.script(self.b)
@@ -367,6 +369,8 @@ def test_what_can_t_be_copied_says_so() -> None:
 
 
 class OfItsClass(Net):
+    """The second layer is reached through an attribute of the class, which copies share."""
+
     registry: dict[str, nn.Module]
 
     def setup(self) -> None:
@@ -377,21 +381,21 @@ class OfItsClass(Net):
 
 
 @pytest.mark.parametrize("interface", ["learn2learn", "GBML", "higher"])
-def test_a_part_that_is_reached_past_the_model_is_named(interface: str) -> None:
+def test_a_module_that_is_not_reached_through_the_model_is_refused(interface: str) -> None:
     with pytest.raises(ValueError, match=r"each part of the model must be reached through the model, got 'b' reached"):
         meta_gradient(interface, made(OfItsClass))
     x, _ = data()
-    made(OfItsClass)(x[0])  # nothing watches any more
+    made(OfItsClass)(x[0])  # the check must not stay on after the error
 
 
 @pytest.mark.parametrize("interface", ["learn2learn", "clone_module", "higher"])
-def test_accelerate_s_hooks(interface: str) -> None:
+def test_models_with_hooks_of_accelerate_are_copied_unless_they_are_offloaded(interface: str) -> None:
     hooks = pytest.importorskip("accelerate.hooks")
     model = made(Net)
     for part in (model, model.a, model.b):
         hooks.add_hook_to_module(part, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
     to = model.to
-    model.to = lambda *args: to(*args)  # as accelerate sets it where it dispatches a model
+    model.to = lambda *args: to(*args)  # accelerate does so when it dispatches a model
     same(meta_gradient(interface, model), plain())
     offloaded = made(Net)
     hooks.add_hook_to_module(offloaded.b, hooks.AlignDevicesHook(execution_device="cpu", offload=True))
@@ -399,14 +403,14 @@ def test_accelerate_s_hooks(interface: str) -> None:
         learner(interface, offloaded)
 
 
-def test_what_is_shared_and_what_is_set_later_stays_as_it_is() -> None:
+def test_attributes_without_parameters_are_shared_and_later_ones_are_kept() -> None:
     model = made(Net)
     config, anchor = {"depth": [2]}, [torch.ones(3)]
     model.config, model.anchor = config, anchor
     clone = l2l.MAML(model, lr=LR).clone().module
     assert clone.config is config
     assert clone.anchor is anchor
-    clone.anchor = list(clone.parameters())  # where it began, as for a proximal term
+    clone.anchor = list(clone.parameters())  # the initial parameters, as for a proximal term
     first = clone.anchor[0]
     l2l.update_module(clone, [torch.ones_like(p) for p in clone.parameters()])
     assert clone.anchor[0] is first is not clone.a.weight
@@ -418,7 +422,7 @@ def test_what_is_shared_and_what_is_set_later_stays_as_it_is() -> None:
 
 
 class Recomputing(nn.Module):
-    """A part of its forward runs again in the backward."""
+    """A model that recomputes its second layer in the backward, by a checkpoint."""
 
     def __init__(self, on: bool = True, reentrant: bool = False) -> None:
         super().__init__()
@@ -439,13 +443,13 @@ class Recomputing(nn.Module):
 @pytest.mark.parametrize("interface", ["learn2learn", "GBML", "higher"])
 @pytest.mark.parametrize("between", [False, True])
 @pytest.mark.parametrize("first_order", [False, True])
-def test_a_recomputed_forward_has_its_own_weights(interface: str, between: bool, first_order: bool) -> None:
+def test_a_recomputed_forward_uses_the_weights_of_its_step(interface: str, between: bool, first_order: bool) -> None:
     if interface == "higher" and first_order:
         pytest.skip("its first order keeps no graph")
     same(meta_gradient(interface, made(Recomputing), between, first_order), plain(between, first_order))
 
 
-def test_without_a_learner_a_late_recomputation_is_refused() -> None:
+def test_clone_module_refuses_to_recompute_a_forward_from_before_a_step() -> None:
     same(meta_gradient("clone_module", made(Recomputing), first_order=True), plain(first_order=True))
     for options in ({}, {"between": True}, {"between": True, "first_order": True}):
         with pytest.raises(
@@ -458,7 +462,7 @@ again = functools.partial(checkpoint, use_reentrant=False)
 
 
 class Recomputed(torch.autograd.Function):
-    """Somebody's own way to do it."""
+    """Recomputation by a Function of the user's own."""
 
     @staticmethod
     def forward(ctx: Any, run: Any, h: Tensor) -> Tensor:
@@ -474,7 +478,7 @@ class Recomputed(torch.autograd.Function):
 
 
 class Given(Net):
-    """Its way to compute is not in its own code."""
+    """Applies its second layer by the function `way`, which may recompute: the code of the model does not show it."""
 
     def __init__(self, way: Any) -> None:
         super().__init__()
@@ -490,7 +494,7 @@ class ByPartial(Net):
 
 
 @pytest.mark.parametrize("interface", ["learn2learn", "higher"])
-def test_however_a_model_recomputes_it_is_right_or_refused(interface: str) -> None:
+def test_every_way_to_recompute_is_exact_or_refused(interface: str) -> None:
     same(meta_gradient(interface, made(ByPartial)), plain())
     same(meta_gradient(interface, made(Given, again)), plain())
     same(meta_gradient(interface, made(Given, lambda part, h: checkpoint(part, h, use_reentrant=False))), plain())
@@ -512,7 +516,7 @@ def test_however_a_model_recomputes_it_is_right_or_refused(interface: str) -> No
 
 
 @pytest.mark.parametrize("interface", ["learn2learn", "clone_module", "higher"])
-def test_a_learner_within_a_checkpoint_is_refused_once_it_is_too_late(interface: str) -> None:
+def test_a_learner_in_a_checkpoint_is_refused_after_a_step(interface: str) -> None:
     x, y = data()
     model = made(Net)
     clone, step = learner(interface, model)
@@ -529,7 +533,7 @@ def test_a_learner_within_a_checkpoint_is_refused_once_it_is_too_late(interface:
 
 
 @pytest.mark.parametrize("interface", ["learn2learn", "higher"])
-def test_methods_and_parts_called_by_themselves_are_right_or_refused(interface: str) -> None:
+def test_other_methods_that_recompute_are_refused_in_a_meta_gradient(interface: str) -> None:
     class Encoder(Recomputing):
         def encode(self, x: Tensor) -> Tensor:
             return checkpoint(lambda x: self.b(self.a(x).tanh()), x, use_reentrant=False)
@@ -584,7 +588,7 @@ def test_gradient_checkpointing_of_hugging_face(family: str, interface: str, pat
 
 
 @pytest.mark.parametrize("interface", ["learn2learn", "higher"])
-def test_what_a_forward_leaves_behind_is_the_copy_s(interface: str) -> None:
+def test_attributes_that_forward_sets_are_set_on_the_copy(interface: str) -> None:
     x, _ = data()
     model = made(Recomputing)
     clone, _ = learner(interface, model)
@@ -604,7 +608,7 @@ def test_what_a_forward_leaves_behind_is_the_copy_s(interface: str) -> None:
     assert (copied.count, copied.b.training) == (4, False)
 
 
-def test_a_recomputing_clone_goes_with_its_last_holder() -> None:
+def test_a_recomputing_clone_is_freed_without_the_garbage_collector() -> None:
     x, y = data()
     gc.collect()
     gc.disable()
@@ -619,7 +623,7 @@ def test_a_recomputing_clone_goes_with_its_last_holder() -> None:
         gc.enable()
 
 
-def test_a_copy_of_a_clone_is_an_ordinary_module() -> None:
+def test_copies_and_pickles_of_a_clone_are_ordinary_modules() -> None:
     x, y = data()
     clone, step = learner("clone_module", made(Recomputing))
     step(F.cross_entropy(clone(x[0]), y[0]))

@@ -1,4 +1,4 @@
-"""Adaptation to a few exchanges, and conversations with and without a terminal."""
+"""Adaptation to a few exchanges, and chat with and without a terminal."""
 
 import io
 import json
@@ -80,7 +80,7 @@ def test_a_support_without_a_reply_is_refused(run):
         support_batch(run, [Dialogue("t", "d", (Turn("user", "a"), Turn("system", "b")), {"bot": "bot"})])
 
 
-def test_adaptation_lowers_the_loss_and_leaves_the_run_alone(run, support):
+def test_adaptation_lowers_the_loss_and_does_not_change_the_run(run, support):
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     dialogues = read(str(support))
     batch = support_batch(run, dialogues)
@@ -110,7 +110,7 @@ def test_adapt_writes_a_run(folder, run, support, tmp_path):
     assert not (tmp_path / "more").exists()
 
 
-def test_a_conversation(run):
+def test_replies_are_reproducible_and_commands_are_answered(run):
     chat, same = Chat(run, seed=5), Chat(run, seed=5)
     said = [chat.hear("river stone?"), chat.hear("why river?")]
     assert said == [same.hear("river stone?"), same.hear("why river?")]
@@ -126,7 +126,7 @@ def test_a_conversation(run):
         chat.hear("/quit")
 
 
-def test_it_is_taught_in_conversation(run):
+def test_exchanges_taught_in_a_chat_adapt_the_model(run):
     chat = Chat(run, steps=3)
     assert chat.model is run.model
     assert chat.prompt == "you> "
@@ -156,7 +156,7 @@ def test_it_is_taught_in_conversation(run):
     assert chat.known == [lesson]
 
 
-def test_support_adapts_before_the_first_word(run, support):
+def test_a_support_file_adapts_the_model_before_the_chat(run, support):
     dialogues = read(str(support))
     chat = Chat(run, dialogues)
     model, line = adapted_model(run, dialogues)
@@ -164,14 +164,14 @@ def test_support_adapts_before_the_first_word(run, support):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in chat.model.state_dict().items())
 
 
-def test_piped_talk_prints_replies_alone(run, monkeypatch, capsys):
+def test_without_a_terminal_only_replies_are_printed(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("river stone?\n\nwhy river?\n"))
     talk(Chat(run, seed=5))
     other = Chat(run, seed=5)
     assert capsys.readouterr().out == f"{other.hear('river stone?')}\n{other.hear('why river?')}\n"
 
 
-def test_terminal_talk_greets_asks_and_ends(run, monkeypatch, capsys):
+def test_in_a_terminal_the_chat_greets_prompts_and_quits(run, monkeypatch, capsys):
     lines, asked = iter(["/help", "/quit"]), []
 
     def ask(prompt):
@@ -208,7 +208,7 @@ def test_the_terminal_has_a_history(monkeypatch, tmp_path, toolkit):
     assert "river" in (tmp_path / "metakern" / "history").read_text()
 
 
-def test_support_may_have_a_system_turn(run, tmp_path):
+def test_a_system_turn_in_the_support_is_not_learned(run, tmp_path):
     file = tmp_path / "s.jsonl"
     roles = [("system", "be brief"), ("user", "river"), ("assistant", "stone")]
     file.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in roles]}))

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, whatever happens while it is written."""
+"""Checkpoints: a save is complete or changes nothing, and damaged files are refused."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ from metakern.io import write
 
 @pytest.fixture
 def saved(tmp_path):
-    """A folder with the checkpoint `last` of step 1."""
+    """A folder that holds the checkpoint `last` of step 1."""
     checkpoint.save(tmp_path, "last", {"x": torch.arange(5.0)}, {"step": 1})
     return tmp_path
 
@@ -47,7 +47,7 @@ def test_what_is_saved_is_loaded(tmp_path):
         assert torch.equal(loaded[name], tensor)
 
 
-def test_a_new_checkpoint_takes_the_place_of_the_old_and_of_no_other(saved):
+def test_a_new_checkpoint_replaces_the_old_one_of_its_name_alone(saved):
     checkpoint.save(saved, "best", {"x": torch.zeros(2)}, {"step": 1})
     checkpoint.save(saved, "last", {"x": torch.ones(2)}, {"step": 2})
     assert checkpoint.load(saved, "last")[1] == {"step": 2}
@@ -57,7 +57,7 @@ def test_a_new_checkpoint_takes_the_place_of_the_old_and_of_no_other(saved):
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 @pytest.mark.parametrize("writes", [0, 1])
-def test_a_full_disk_loses_nothing(saved, monkeypatch, failing, writes):
+def test_a_save_on_a_full_disk_keeps_the_old_checkpoint(saved, monkeypatch, failing, writes):
     done, real = [], getattr(os, failing)
 
     def full(*args):
@@ -73,13 +73,13 @@ def test_a_full_disk_loses_nothing(saved, monkeypatch, failing, writes):
     assert not [file for file in saved.iterdir() if file.name.startswith(".")]
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot write"):
         checkpoint.save(tmp_path / "file", "last", {}, {"step": 1})
 
 
-def test_tensors_cut_short_or_damaged(saved):
+def test_damaged_tensors_are_refused(saved):
     (file,) = saved.glob("*.safetensors")
     whole = file.read_bytes()
     for damaged in (b"", whole[:4], whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), whole + b"\0"):
@@ -90,7 +90,7 @@ def test_tensors_cut_short_or_damaged(saved):
     check_step_1(saved)
 
 
-def test_json_cut_short_or_damaged(saved):
+def test_damaged_json_is_refused(saved):
     file = saved / "last.json"
     whole = file.read_text()
     for damaged in ("", whole[:-5], "[]", "{}", json.dumps({"tensors": 3}), json.dumps({"tensors": "x"})):
@@ -99,7 +99,7 @@ def test_json_cut_short_or_damaged(saved):
             checkpoint.load(saved, "last")
 
 
-def test_a_checkpoint_that_is_not_there(saved):
+def test_a_missing_checkpoint_is_an_error(saved):
     with pytest.raises(CheckpointError, match=r"best\.json: no such checkpoint"):
         checkpoint.load(saved, "best")
     next(saved.glob("*.safetensors")).unlink()
@@ -128,7 +128,7 @@ def test_a_module_round_trip_keeps_ties(tmp_path):
         assert torch.equal(tensor, tensors[name])
 
 
-def test_a_module_of_another_shape_is_refused_and_left_alone(tmp_path):
+def test_tensors_of_another_module_are_refused_and_change_nothing(tmp_path):
     module = Tied(width=4)
     before = module.head.weight.clone()
     with pytest.raises(CheckpointError, match=r"embedding\.weight must be \(5, 4\) for this config, got \(5, 3\)"):

@@ -1,4 +1,4 @@
-"""A config comes from defaults, a file and flags, and says what is wrong with it in one line."""
+"""Configs: defaults, files and flags, and one line for each mistake."""
 
 from dataclasses import fields, replace
 
@@ -13,7 +13,7 @@ from metakern.errors import UserError
 
 
 def values_of(key):
-    """Allowed values of a field that are not its default."""
+    """Return a strategy of allowed values of a field."""
     rule = key.metadata
     if rule["choices"]:
         return st.sampled_from(rule["choices"])
@@ -29,7 +29,7 @@ def values_of(key):
 
 
 @given(st.data())
-def test_a_file_says_all_of_a_config(tmp_path_factory, data):
+def test_a_written_config_is_read_back(tmp_path_factory, data):
     values = {key.name: data.draw(values_of(key), key.name) for key in fields(Config)}
     config = Config(**values | {"lora": values["lora"] if values["model"].startswith("hf:") else 0})
     file = tmp_path_factory.mktemp("config") / "c.toml"
@@ -37,13 +37,13 @@ def test_a_file_says_all_of_a_config(tmp_path_factory, data):
     assert Config.load(file) == config
 
 
-def test_every_key_is_explained():
+def test_a_written_config_explains_every_key():
     text = Config().toml()
     for key in fields(Config):
         assert f"# {key.metadata['help']}" in text
 
 
-def test_a_file_over_defaults_and_flags_over_a_file(tmp_path):
+def test_files_override_defaults_and_flags_override_files(tmp_path):
     (tmp_path / "c.toml").write_text('model = "gpt"\nsteps = 7\nadapt = ["head", "rnn.*"]\n')
     config = Config.load(tmp_path / "c.toml")
     assert config == replace(Config(), model="gpt", steps=7, adapt=("head", "rnn.*"))
@@ -72,7 +72,7 @@ def test_a_file_over_defaults_and_flags_over_a_file(tmp_path):
         ("steps = ", "is not TOML"),
     ],
 )
-def test_bad_files_are_one_line_with_the_path(tmp_path, text, complaint):
+def test_errors_in_a_file_are_one_line_with_its_path(tmp_path, text, complaint):
     file = tmp_path / "c.toml"
     file.write_text(text)
     with pytest.raises(UserError) as error:
@@ -82,7 +82,7 @@ def test_bad_files_are_one_line_with_the_path(tmp_path, text, complaint):
     assert "\n" not in str(error.value)
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_files_that_cannot_be_read_are_errors(tmp_path):
     with pytest.raises(UserError, match="cannot read the config: No such file"):
         Config.load(tmp_path / "none.toml")
     with pytest.raises(UserError, match="cannot read the config: Is a directory"):
@@ -92,7 +92,7 @@ def test_files_that_cannot_be_read(tmp_path):
         Config.load(tmp_path / "latin.toml")
 
 
-def test_every_inner_optimizer_is_one() -> None:
+def test_every_inner_optimizer_of_a_config_can_be_built() -> None:
     for name in OPTIMIZERS:
         inner = build_algorithm(Config(inner=name), torch.nn.Linear(3, 2)).inner
         assert inner.lr.values["weight"].shape == ()

@@ -1,4 +1,4 @@
-"""Splits and episodes: no text is in two splits or in support and query, and a seed gives the same everywhere."""
+"""Splits and episodes: no text is shared between splits or within a task, and a seed fixes the episodes."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from metakern.dialogue.episodes import Episodes, Split, TaskData, split_tasks
@@ -22,9 +22,7 @@ from metakern.errors import DataError
 TOPICS = Path(__file__).parent / "data" / "topics.jsonl"
 DIALOGUES = read(str(TOPICS))
 SPLIT = split_tasks(DIALOGUES, seed=3, min_dialogues=4)
-TOKENIZER = Tokenizer.train(
-    DIALOGUES, 262
-)  # bytes alone, so that the golden numbers do not depend on how merges are learned
+TOKENIZER = Tokenizer.train(DIALOGUES, 262)  # bytes alone: the digests below do not depend on how merges are learned
 
 
 def episodes(tasks=SPLIT.train, **options) -> Episodes:
@@ -33,17 +31,22 @@ def episodes(tasks=SPLIT.train, **options) -> Episodes:
 
 
 def texts(dialogue: Dialogue) -> set[str]:
-    """Return the texts that may not be shared, computed in another way than in the package."""
+    """Return the texts of a dialogue that no other may share: the whole of it, and each turn of 5 or more words.
+
+    They are computed in another way than in the package.
+    """
     turns = [re.sub(r"[\W_]+", " ", turn.text.casefold()).strip() for turn in dialogue.turns]
     return {" | ".join(turns), *(turn for turn in turns if len(turn.split()) >= 5)}
 
 
 def disjoint(*groups: list[Dialogue]) -> bool:
+    """Return whether no two groups share a text."""
     pools = [set().union(*map(texts, group)) for group in groups]
     return all(a.isdisjoint(b) for a, b in combinations(pools, 2))
 
 
 def parts(split: Split) -> list[list[Dialogue]]:
+    """Return the dialogues of train, validation and test."""
     return [[d for task in part for d in task.dialogues] for part in (split.train, split.validation, split.test)]
 
 
@@ -70,8 +73,8 @@ def test_nothing_is_shared_between_splits_or_within_a_task(corpus, seed):
     ]
     try:
         split = split_tasks(dialogues, seed=seed, min_dialogues=2)
-    except DataError:
-        return
+    except DataError:  # too few tasks are left to split
+        reject()
     assert disjoint(*parts(split))
     for task in (*split.train, *split.validation, *split.test):
         assert len(task.dialogues) >= 2
@@ -81,16 +84,16 @@ def test_nothing_is_shared_between_splits_or_within_a_task(corpus, seed):
 
 @settings(deadline=None)
 @given(CORPUS, st.integers(0, 3))
-def test_a_held_out_speaker_says_nothing_in_train(corpus, seed):
-    unique = [  # every turn its own words, so that only speakers can tie two splits together
+def test_speakers_of_held_out_tasks_do_not_occur_in_train(corpus, seed):
+    unique = [  # no two turns share words, so that only speakers can connect two splits
         dialogue(task, str(i), [((task, other)[j % 2], f"{i} {j}") for j in range(len(spoken))], {"bot": task})
         for i, (task, other, spoken) in enumerate(corpus)
         if task != other
     ]
     try:
         split = split_tasks(unique, seed=seed, min_dialogues=2)
-    except DataError:
-        return
+    except DataError:  # too few tasks are left to split
+        reject()
     train, validation, test = ({turn.speaker for d in part for turn in d.turns} for part in parts(split))
     assert train.isdisjoint(task.task_id for task in (*split.validation, *split.test))
     assert validation.isdisjoint(task.task_id for task in split.test)
@@ -111,7 +114,7 @@ def test_real_conversations_are_split_without_leaks(source):
     assert len(split.train) > 20
 
 
-def test_a_short_phrase_may_recur_and_a_long_one_or_a_whole_dialogue_may_not():
+def test_short_turns_may_recur_and_long_turns_and_dialogues_may_not():
     def task(name: str, *second: str) -> list[Dialogue]:
         return [
             dialogue(name, str(i), [("x", f"{name} {i}"), ("y", text)], {"bot": "y"}) for i, text in enumerate(second)
@@ -142,7 +145,7 @@ def test_a_short_phrase_may_recur_and_a_long_one_or_a_whole_dialogue_may_not():
         ("??? !!! ... :-) ;-)", "this one has five words", "(this) (one) (has) (five) (words)"),
     ],
 )
-def test_a_phrase_may_recur_and_a_long_turn_may_not_in_every_script(greeting, sentence, same):
+def test_short_turns_may_recur_and_long_turns_may_not_in_every_script(greeting, sentence, same):
     def talks(*second: str) -> list[Dialogue]:
         return [dialogue(t, str(i), [("x", f"{t} {i}"), ("y", text)]) for t in "abc" for i, text in enumerate(second)]
 
@@ -154,7 +157,7 @@ def test_a_phrase_may_recur_and_a_long_turn_may_not_in_every_script(greeting, se
     }
 
 
-def test_dialogues_of_signs_alone_differ_as_written():
+def test_turns_without_words_are_compared_as_they_are_written():
     talks = [
         dialogue(t, str(i), [("x", t), ("y", text)])
         for t in "abc"
@@ -165,7 +168,7 @@ def test_dialogues_of_signs_alone_differ_as_written():
     assert {len(task.dialogues) for task in (*split.train, *split.validation, *split.test)} == {4}
 
 
-def test_instructions_of_a_system_may_recur():
+def test_system_turns_may_recur():
     same = [
         dialogue(
             t, str(i), [("system", "you are a kind and patient helper"), ("user", f"{t} {i}"), ("assistant", "yes")]
@@ -177,10 +180,10 @@ def test_instructions_of_a_system_may_recur():
     named = [
         Dialogue("assistant", d.dialogue_id, d.turns, {"bot": "assistant"}) if d.task_id == "a" else d for d in same
     ]
-    assert split_tasks(named, min_dialogues=2).skipped == {}, "a role is nobody's name"
+    assert split_tasks(named, min_dialogues=2).skipped == {}, "a role must not count as the name of a speaker"
 
 
-def test_fractions_and_order():
+def test_splits_have_the_fractions_and_do_not_depend_on_the_order_of_dialogues():
     names = lambda part: {task.task_id for task in part}  # noqa: E731
     assert [len(part) for part in (SPLIT.train, SPLIT.validation, SPLIT.test)] == [8, 1, 1]
     assert names(SPLIT.train) | names(SPLIT.validation) | names(SPLIT.test) == {d.task_id for d in DIALOGUES}
@@ -193,7 +196,7 @@ def test_fractions_and_order():
     assert (len(alone.train), len(alone.validation), len(alone.test)) == (0, 0, 10)
 
 
-def test_large_tasks_stay_in_train_if_asked():
+def test_tasks_above_max_held_out_are_in_train():
     talks = [
         dialogue(t, f"{t}{i}", [("x", f"{t} {i}"), ("y", "yes")]) for n, t in enumerate("abcdef") for i in range(2 + n)
     ]
@@ -203,7 +206,7 @@ def test_large_tasks_stay_in_train_if_asked():
         assert {task.task_id for task in split.train} > set("def")
 
 
-def test_too_little_data_is_one_clear_line():
+def test_too_little_data_is_an_error_that_says_how_much_is_needed():
     single = {d.task_id: d for d in DIALOGUES}.values()
     with pytest.raises(
         DataError, match=r"at least 8 dialogues, got 0 \(10 tasks of fewer than 8 dialogues left out\): add"
@@ -224,7 +227,7 @@ def test_too_little_data_is_one_clear_line():
         split_tasks(DIALOGUES, min_dialogues=1)
 
 
-def test_summary_says_how_far_speakers_recur():
+def test_the_summary_counts_held_out_dialogues_with_speakers_of_train():
     talks = [dialogue(t, f"{t}{i}", [("ann", f"{t} {i}"), (f"{t}{i}", "hm")]) for t in "abc" for i in range(2)]
     lines = split_tasks(talks, min_dialogues=2).summary().splitlines()
     assert lines == [
@@ -235,7 +238,7 @@ def test_summary_says_how_far_speakers_recur():
     ]
 
 
-def test_a_batch_is_what_the_loss_expects():
+def test_batches_have_the_shapes_padding_and_labels_that_the_loss_expects():
     support, query = episodes().sample(0, 4)
     for batch, size in ((support, 2), (query, 3)):
         assert set(batch) == {"input_ids", "attention_mask", "labels"}
@@ -243,7 +246,7 @@ def test_a_batch_is_what_the_loss_expects():
         ids, mask, labels = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]
         assert (ids[~mask] == TOKENIZER.pad_id).all()
         assert (labels[~mask] == IGNORE).all()
-        assert (mask.long().diff() <= 0).all(), "padding is on the right"
+        assert (mask.long().diff() <= 0).all(), "padding must be on the right"
         assert ((labels == ids) | (labels == IGNORE)).all()
         assert (labels != IGNORE).any(-1).all()
         assert (ids[..., 0] == TOKENIZER.bos_id).all()
@@ -271,13 +274,13 @@ def test_support_and_query_come_from_different_dialogues(sizes, train_on):
                 for side in sides
             ]
             assert found[0].isdisjoint(found[1])
-            # Five dialogues in each task: divided in proportion, and each is taken once before one is taken twice.
+            # Five dialogues a task are divided in proportion to the sizes, and all are used before one recurs.
             assert [len(side) for side in found] == {(1, 1): [1, 1], (4, 1): [4, 1], (1, 4): [1, 4], (7, 9): [2, 3]}[
                 sizes
             ]
 
 
-def test_a_step_is_a_pure_function_of_the_seed_and_itself():
+def test_a_sample_depends_on_the_seed_and_the_step_alone():
     drawn = episodes()
     first = drawn.sample(7, 3)
     drawn.sample(8, 3), list(drawn.evaluation()), torch.manual_seed(1)
@@ -288,14 +291,14 @@ def test_a_step_is_a_pure_function_of_the_seed_and_itself():
     assert not torch.equal(first[0]["input_ids"], drawn.sample(8, 3)[0]["input_ids"])
 
 
-def test_tasks_of_a_step_differ_until_there_are_no_more():
+def test_a_sample_repeats_tasks_only_beyond_their_number():
     drawn = episodes(support_size=1, query_size=1, max_length=16)
     support, _ = drawn.sample(0, len(drawn))
     assert len({tuple(row) for row in support["input_ids"].flatten(1).tolist()}) == len(drawn) == 8
     assert drawn.sample(0, 11)[0]["labels"].shape[0] == 11
 
 
-def test_evaluation_is_fixed_and_independent_of_neighbors():
+def test_evaluation_does_not_depend_on_the_batch_size():
     drawn = episodes()
     whole = list(drawn.evaluation(batch=100))
     assert [name for names, _, _ in whole for name in names] == [task.task_id for task in SPLIT.train]
@@ -307,7 +310,7 @@ def test_evaluation_is_fixed_and_independent_of_neighbors():
     assert sum(len(names) for names, _, _ in drawn.evaluation(3, batch=2)) == 3
 
 
-def test_a_system_prompt_is_in_front_of_every_window():
+def test_every_window_begins_with_the_system_turn():
     turns = [("system", "Rhyme."), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     tasks = (TaskData("t", tuple(dialogue("t", str(i), turns, {"bot": "assistant"}) for i in range(2))),)
     for train_on in ("bot", "all"):
@@ -316,7 +319,7 @@ def test_a_system_prompt_is_in_front_of_every_window():
         assert rows == ({"Rhyme.abcd", "Rhyme.cd"} if train_on == "bot" else {"Rhyme.abcd", "Rhyme.bcd", "Rhyme.cd"})
 
 
-def test_openings_and_what_comes_later_share_no_turn():
+def test_opening_and_later_windows_share_no_turn():
     turns = [(("ann", "bob")[i % 2], f"{i:02}") for i in range(40)]  # 4 tokens each
     tasks = (TaskData("t", tuple(dialogue("t", str(i), turns, {"bot": "bob"}) for i in range(2))),)
 
@@ -349,7 +352,7 @@ def test_bad_arguments():
 
 
 def fingerprint() -> str:
-    """Digest of the split, of training episodes and of the evaluation's."""
+    """Return a digest of the split, of training episodes and of evaluation episodes."""
     digest = hashlib.sha256()
     digest.update(
         json.dumps(

@@ -1,4 +1,4 @@
-"""The adaptation curve is what it says: means over unseen tasks, intervals, paired ratios, a fairly tuned baseline."""
+"""Evaluation: adaptation curves of unseen tasks with intervals, paired ratios, and a baseline with tuned rates."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from metakern.errors import CheckpointError, UserError
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run with four test tasks, evaluated beside two baselines: its folder and the report."""
+    """A run with four test tasks that is evaluated together with two baselines: its folder and the report."""
     folder = tmp_path_factory.mktemp("evaluate")
     data = write_tasks(folder / "data", tasks=40, dialogues=9)
     train(tiny_config(data, steps=8, pretrain_steps=20, pretrain_lr=0.03, eval_tasks=2), folder / "run")
@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
     return folder / "run", report
 
 
-def test_the_curve_is_that_of_unseen_tasks(trained):
+def test_the_curve_is_computed_on_test_tasks_with_intervals(trained):
     folder, report = trained
     run = Run.open(folder)
     split = load_split(run.config)
@@ -45,7 +45,7 @@ def test_the_curve_is_that_of_unseen_tasks(trained):
         assert shown == pytest.approx([math.exp(mean + sign * half) for sign in (-1, 0, 1)])
 
 
-def test_ratios_are_paired(trained):
+def test_ratios_are_computed_from_differences_per_task(trained):
     _, report = trained
     assert list(report["ratios"]) == ["finetune", "fomaml"]
     for name, ratio in report["ratios"].items():
@@ -57,13 +57,13 @@ def test_ratios_are_paired(trained):
             )
 
 
-def test_the_report_is_written(trained):
+def test_the_report_and_its_plot_are_written(trained):
     folder, report = trained
     assert json.loads((folder / "eval.json").read_text()) == report
     assert (folder / "eval.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_baselines_are_trained_once_for_as_many_steps(trained):
+def test_baselines_are_trained_once_for_the_steps_of_the_run(trained):
     folder, report = trained
     logs = {name: (folder / name / "log.jsonl").read_text() for name in ("finetune", "fomaml")}
     for log in logs.values():
@@ -75,7 +75,7 @@ def test_baselines_are_trained_once_for_as_many_steps(trained):
     assert logs == {name: (folder / name / "log.jsonl").read_text() for name in logs}
 
 
-def test_the_baseline_has_the_best_rate_on_validation_tasks(trained):
+def test_the_rate_of_the_baseline_is_tuned_on_validation_tasks(trained):
     folder, report = trained
     run = Run.open(folder / "finetune")
     split = load_split(run.config)
@@ -92,7 +92,7 @@ def test_the_baseline_has_the_best_rate_on_validation_tasks(trained):
         assert min(means, key=means.get) == best
 
 
-def test_the_search_of_rates_goes_on_until_neighbors_are_worse(trained, monkeypatch):
+def test_the_rate_search_ends_where_both_neighbors_are_worse(trained, monkeypatch):
     folder, _ = trained
     tried = []
 
@@ -121,7 +121,7 @@ def test_the_table_and_the_plot_show_every_curve(trained):
     assert len(plot(alone)) != len(plot(report))
 
 
-def test_one_test_task_has_no_interval_and_valid_json(tmp_path):
+def test_one_test_task_has_an_infinite_interval_that_is_null_in_json(tmp_path):
     data = write_tasks(tmp_path / "data")
     train(tiny_config(data, steps=1, pretrain_steps=0), tmp_path / "run")
     report = evaluate(tmp_path / "run", (0, 2))
@@ -130,7 +130,7 @@ def test_one_test_task_has_no_interval_and_valid_json(tmp_path):
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["curves"]["maml"]["high"] == [None] * 2
 
 
-def test_other_data_and_refusals(trained, tmp_path):
+def test_other_data_can_be_evaluated_and_wrong_arguments_are_errors(trained, tmp_path):
     folder, _ = trained
     other = write_tasks(tmp_path / "other", tasks=12)
     copy = tmp_path / "copy"

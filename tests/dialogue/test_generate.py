@@ -1,4 +1,4 @@
-"""Generation: the distribution that is drawn from, where it ends, and what it leaves as it was."""
+"""Generation: the distribution of tokens, where it ends, and that it restores the modes of the model."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -13,10 +13,12 @@ P = torch.tensor([0.5, 0.25, 0.15, 0.1])
 
 
 def fixed(ids):
+    """A model that gives the probabilities `P` whatever it reads."""
     return P.log().expand(*ids.shape, 4)
 
 
 def draws(n: int = 4000, **options) -> dict[int, float]:
+    """Return the frequencies of n generated tokens."""
     generator = torch.Generator().manual_seed(1)
     counts = Counter(generate(fixed, [0], max_new_tokens=n, generator=generator, **options))
     return {token: count / n for token, count in sorted(counts.items())}
@@ -31,19 +33,19 @@ def test_tokens_are_drawn_with_their_probabilities():
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.1, [0]), (0.5, [0]), (0.6, [0, 1]), (0.76, [0, 1, 2]), (1.0, [0, 1, 2, 3])]
 )
-def test_top_p_keeps_the_fewest_likeliest_that_reach_it(top_p, kept):
+def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_it(top_p, kept):
     expected = P[kept] / P[kept].sum()
     assert draws(top_p=top_p) == pytest.approx(dict(zip(kept, expected.tolist(), strict=True)), abs=0.03)
 
 
-def test_a_generator_makes_it_reproducible():
+def test_a_generator_makes_the_tokens_reproducible():
     def run(seed: int) -> list[int]:
         return generate(fixed, [0], max_new_tokens=30, generator=torch.Generator().manual_seed(seed))
 
     assert run(3) == run(3) != run(4)
 
 
-def test_it_ends_at_eos_and_reads_what_was_written():
+def test_generated_tokens_are_read_back_and_eos_ends_them():
     seen = []
 
     def next_is_sum(ids):
@@ -56,7 +58,7 @@ def test_it_ends_at_eos_and_reads_what_was_written():
     assert generate(next_is_sum, [1, 2], max_new_tokens=0) == []
 
 
-def test_a_module_is_in_eval_mode_meanwhile_and_keeps_its_modes_and_gradients():
+def test_a_module_is_in_eval_mode_while_it_generates_and_gets_its_modes_back():
     class Model(nn.Module):
         max_length = 2
 
@@ -78,7 +80,7 @@ def test_a_module_is_in_eval_mode_meanwhile_and_keeps_its_modes_and_gradients():
     assert (model.training, model.drop.training) == (True, False)
 
 
-def test_bad_arguments_and_a_diverged_model():
+def test_wrong_arguments_and_logits_of_nan_are_errors():
     for options, message in [
         ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),

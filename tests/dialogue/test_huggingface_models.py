@@ -1,4 +1,4 @@
-"""Pretrained models: dialogues in their own template, runs that train them whole or by adapters, clear refusals."""
+"""Pretrained models: chat templates, runs that train the whole model or LoRA adapters, and errors."""
 
 import importlib.util
 import json
@@ -43,7 +43,7 @@ INST = (
 
 
 def tiny_tokenizer(template=CHATML, **special):
-    """A byte-level BPE of 300 tokens, as people publish them."""
+    """Return a byte-level BPE tokenizer of transformers with 300 tokens and a chat template."""
     import tokenizers
 
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -60,7 +60,7 @@ def tiny_tokenizer(template=CHATML, **special):
 
 
 def make_model(folder, kind="llama", tokenizer=None, **changes):
-    """A directory with a tiny pretrained model, as save_pretrained writes it."""
+    """Write a tiny model and its tokenizer to a folder by save_pretrained; return the folder."""
     torch.manual_seed(1)
     llama = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     llama |= {"num_key_value_heads": 1, "max_position_embeddings": 128}
@@ -76,6 +76,7 @@ def make_model(folder, kind="llama", tokenizer=None, **changes):
 
 
 def hf_config(data, model, **changes):
+    """Return the config of a small run of LoRA on the model in a folder; `changes` replace its values."""
     changes = {"max_length": 56, "steps": 4, "eval_every": 2, "pretrain_steps": 0, "lora": 2} | changes
     return tiny_config(data, model=f"hf:{model}", **changes)
 
@@ -94,7 +95,7 @@ TALK = (Turn("ann", "river stone"), Turn("bob", "cloud"), Turn("ann", "ember map
 
 
 @pytest.mark.parametrize("template", [CHATML, INST])
-def test_a_dialogue_is_what_the_template_makes_of_it(template, tmp_path):
+def test_an_encoded_dialogue_is_that_of_the_chat_template(template, tmp_path):
     tokenizer = tiny_tokenizer(template)
     chat = ChatTokenizer(tokenizer, tmp_path)
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn.text} for i, turn in enumerate(TALK)]
@@ -113,7 +114,7 @@ def test_a_dialogue_is_what_the_template_makes_of_it(template, tmp_path):
     assert chat.length(TALK) == len(ids)
 
 
-def test_the_oldest_tokens_go_and_the_head_and_the_reply_stay(tmp_path):
+def test_long_dialogues_lose_their_oldest_tokens_and_keep_head_and_reply(tmp_path):
     chat = ChatTokenizer(tiny_tokenizer(), tmp_path)
     long = (Turn("ann", " ".join(WORDS * 4)), Turn("bob", "cloud"))
     ids, labels = chat.encode_dialogue(long, max_length=chat.least)
@@ -136,7 +137,7 @@ def test_a_text_never_becomes_a_special_token(tmp_path):
     assert set(chat.encode(text)).isdisjoint({0, 1, 2, 3})
     assert chat.decode(chat.encode(text)) == text
     ids, _ = chat.encode_dialogue((Turn("ann", text), Turn("bob", text)), max_length=200)
-    assert ids.count(chat.eos_id) == 3  # of the system, of ann, of bob
+    assert ids.count(chat.eos_id) == 3  # one each after the turns of the system, of ann and of bob
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_the_end_of_a_turn_may_be_another_token_than_the_end_of_a_text(tmp_path)
     assert ChatTokenizer(tiny_tokenizer(template), tmp_path).eos_id == 3
 
 
-def test_without_a_template_there_is_a_simple_one(tmp_path):
+def test_a_tokenizer_without_a_template_gets_a_simple_one_that_is_saved(tmp_path):
     chat = ChatTokenizer(tiny_tokenizer(None, bos_token=None), tmp_path)
     ids, _ = chat.encode_dialogue(TALK[:2], max_length=99)
     assert chat._tokenizer.decode(ids) == "user\nriver stone<|im_end|>\nassistant\ncloud<|im_end|>"
@@ -171,7 +172,7 @@ def test_without_a_template_there_is_a_simple_one(tmp_path):
 
 
 @pytest.mark.parametrize("template", [CHATML, None])
-def test_a_system_of_our_own_speaks_first_and_is_kept(template, tmp_path):
+def test_a_system_prompt_is_in_front_of_dialogues_without_one_and_is_saved(template, tmp_path):
     make_model(tmp_path / "model", tokenizer=tiny_tokenizer(template))
     chat = ChatTokenizer.of(str(tmp_path / "model"), 'Say "otter" é.')
     chat.save(tmp_path / "run" / "tokenizer.json")
@@ -183,7 +184,7 @@ def test_a_system_of_our_own_speaks_first_and_is_kept(template, tmp_path):
         assert text.count("system\n") == 1
 
 
-def test_templates_and_tokenizers_that_cannot_be_used(tmp_path):
+def test_templates_and_tokenizers_that_cannot_be_used_are_errors(tmp_path):
     with pytest.raises(DataError, match="must have an end token"):
         ChatTokenizer(tiny_tokenizer(eos_token=None), tmp_path)
     with pytest.raises(DataError, match="must write the text of each turn once, in order"):
@@ -196,13 +197,13 @@ def test_templates_and_tokenizers_that_cannot_be_used(tmp_path):
 
 
 def parts(folder, name):
-    """The tensors and the state of a checkpoint, but for the time it took."""
+    """Return the tensors and the state of a checkpoint, with its training time set to 0."""
     tensors, state = checkpoint.load(folder / "checkpoints", name)
     return tensors, {**state, "seconds": 0}
 
 
 @pytest.mark.parametrize("changes", [{"lora": 0}, {}, {"pretrain_steps": 2, "algorithm": "fomaml"}])
-def test_resume_goes_on_bit_for_bit(tmp_path, data, model, monkeypatch, changes):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, data, model, monkeypatch, changes):
     config = hf_config(data, model, **changes)
     train(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -219,7 +220,7 @@ def test_resume_goes_on_bit_for_bit(tmp_path, data, model, monkeypatch, changes)
 
 
 def stopping(at):
-    """A step that asks for a stop, as Ctrl-C does, after `at` steps."""
+    """Return a training step that sends SIGINT, as Ctrl-C does, after `at` steps."""
     real, done = _Loop.step, []
 
     def step(self):
@@ -248,7 +249,7 @@ def test_training_learns_and_adapts(tmp_path, data, kind, lora):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data):
-    """A run of adapters on a model of its own, for what reads it: the folder of both."""
+    """A folder with a model and a run of LoRA on it, which tests only read."""
     folder = tmp_path_factory.mktemp("trained")
     make_model(folder / "model")
     train(hf_config(data, folder / "model", inner_lr=1.0), folder / "run")
@@ -270,7 +271,7 @@ def test_a_checkpoint_holds_the_adapters_and_names_the_base(trained):
     assert json.loads((trained / "run" / "adapter" / "adapter_config.json").read_text())["r"] == 2
 
 
-def test_eval_compares_with_lora_fine_tuning_of_the_same_model(trained):
+def test_eval_compares_with_lora_fine_tuning_from_the_same_start(trained):
     report = evaluate(trained / "run", (0, 2), ("finetune",))
     assert len(report["curves"]["finetune"]["inner_lr"]) == 2
     tensors, state = checkpoint.load(trained / "run" / "finetune" / "checkpoints", "last")
@@ -303,7 +304,7 @@ def test_adapt_writes_an_adapter_and_chat_talks(trained, data, tmp_path, capsys)
     assert chat.run.tokenizer.eos_id not in chat.run.tokenizer.encode(answer)
 
 
-def test_generation_reads_the_cache_and_ends_with_the_turn(model):
+def test_generation_uses_the_cache_and_ends_at_eos(model):
     language = load_model(str(model), 56, 300)
     whole = language(torch.tensor([[5, 6, 7]])).logits
     assert whole.shape == (1, 3, 300)
@@ -321,7 +322,7 @@ def test_generation_reads_the_cache_and_ends_with_the_turn(model):
     assert generate(language, [5, 6, 7], max_new_tokens=4, temperature=0, eos_id=ids[0]) == []
 
 
-def test_a_base_that_has_moved_or_changed(trained, data, tmp_path, capsys):
+def test_a_base_model_that_moved_or_changed_is_an_error(trained, data, tmp_path, capsys):
     shutil.copytree(trained / "model", tmp_path / "model")
     config = hf_config(data, tmp_path / "model", steps=1)
     train(config, tmp_path / "run")
@@ -344,7 +345,7 @@ def test_a_base_that_has_moved_or_changed(trained, data, tmp_path, capsys):
     assert "was trained from other weights of hf:" in capsys.readouterr().err
 
 
-def test_the_copies_of_the_planner_share_the_base(model):
+def test_copies_for_the_planner_share_frozen_parameters_of_the_same_dtype(model):
     language = load_model(str(model), 56, 300)
     mk.lora(language, 2)
     for dtype in (None, torch.float64):
@@ -355,7 +356,7 @@ def test_the_copies_of_the_planner_share_the_base(model):
             assert torch.equal(own.double(), other.double())
 
 
-def test_what_is_no_pretrained_model_is_one_line(tmp_path, data, model, capsys):
+def test_models_that_cannot_be_used_are_one_line(tmp_path, data, model, capsys):
     def complaint(*arguments):
         capsys.readouterr()
         assert main(["train", "--data", str(data), "--out", str(tmp_path / "run"), *map(str, arguments)]) == 2
@@ -395,7 +396,7 @@ def test_what_is_no_pretrained_model_is_one_line(tmp_path, data, model, capsys):
     assert "holds no causal language model that can be read" in complaint("--model", f"hf:{tmp_path / 't5'}", *small)
 
 
-def test_smollm2_says_what_is_missing(monkeypatch):
+def test_smollm2_without_its_package_is_an_error(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError) as error:
         ChatTokenizer.of("smollm2")

@@ -1,4 +1,4 @@
-"""Metrics against independent numbers and simulation."""
+"""Metrics against printed tables, simulation and sacrebleu."""
 
 import math
 import random

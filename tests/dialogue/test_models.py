@@ -1,4 +1,4 @@
-"""The dialogue models: causal, rebuilt from their config, differentiable twice."""
+"""The dialogue models: they are causal, can be rebuilt from their config, and have exact second derivatives."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def ids():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_see_the_past_and_all_of_it_and_nothing_else(name, ids):
+def test_logits_depend_on_all_past_tokens_and_on_no_other(name, ids):
     model = make(name)
     logits = model(ids, torch.ones_like(ids))
     assert logits.shape == (3, 7, V)
@@ -54,14 +54,14 @@ def test_a_config_rebuilds_the_model(name, ids):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_head_is_tied_and_begins_near_the_uniform_distribution(name, ids):
+def test_the_head_is_tied_and_the_first_loss_is_near_that_of_a_uniform_guess(name, ids):
     model = make(name)
     assert model.head.weight is model.embedding.weight
     loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.roll(-1, 1).flatten())
     assert loss.item() == pytest.approx(torch.tensor(V).log().item(), abs=1.0)
 
 
-def test_untied_and_projected_heads():
+def test_heads_are_projected_where_sizes_differ_and_untied_if_asked():
     names = lambda model: {name for name, _ in model.named_parameters()}  # noqa: E731
     assert "projection.weight" in names(make("gru"))
     assert "projection.weight" not in names(make("gru", embedding=12))
@@ -79,7 +79,7 @@ def test_dropout_is_in_training_only(name, ids):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_second_derivatives_are_finite_differences_of_first_ones(name, ids):
+def test_hessian_vector_products_equal_finite_differences(name, ids):
     model = make(name)
     parameters = list(model.parameters())
     generator = torch.Generator().manual_seed(5)
@@ -106,7 +106,7 @@ def test_second_derivatives_are_finite_differences_of_first_ones(name, ids):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_meta_gradient_on_dialogues_is_plain_autograds(name):
-    """Ragged episodes, folded: two inner steps of a model of ops against the same in plain autograd, task by task."""
+    """Two inner steps on padded episodes, folded, against plain autograd task by task."""
     split = split_tasks(read(str(TOPICS)), min_dialogues=4)
     tokenizer = Tokenizer.train([d for task in split.train for d in task.dialogues], 300)
     sizes = {"support_size": 2, "query_size": 3, "max_length": 12, "seed": 1}
@@ -136,7 +136,7 @@ def test_the_meta_gradient_on_dialogues_is_plain_autograds(name):
         )
 
 
-def test_positions_of_a_gpt_are_relative():
+def test_attention_scores_of_a_gpt_depend_on_relative_positions():
     generator = torch.Generator().manual_seed(3)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=generator).unbind(0)
     cos, sin = rotations(6, 8, q)

@@ -1,4 +1,4 @@
-"""Readers: every format as dialogues, every bad input as one clear line."""
+"""Readers: every format gives dialogues, and every bad input is an error of one line."""
 
 import gzip
 import importlib
@@ -26,18 +26,20 @@ def jsonl(path: Path, *records: object) -> str:
 
 
 def talk(*texts: str, **keys: object) -> dict[str, object]:
+    """Return a record of messages, by user and assistant in turn; `keys` are added to it."""
     roles = ("user", "assistant")
     return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)], **keys}
 
 
 def one_line(excinfo: pytest.ExceptionInfo[DataError], *parts: str) -> None:
+    """Assert that the error is one line and contains `parts`."""
     message = str(excinfo.value)
     assert "\n" not in message
     for part in parts:
         assert part in message
 
 
-def test_chitchat_topics_merge_turns_and_count_what_they_skip():
+def test_chitchat_topics_merge_turns_and_count_skipped_conversations():
     found = read(str(DATA / "chitchat.json"))
     assert [(d.task_id, d.dialogue_id, d.meta) for d in found] == [
         ("What if pigs could fly?", "c1", {"bot": "bob"}),
@@ -120,7 +122,7 @@ def test_a_passage_belongs_to_the_subject_that_it_names_most(tmp_path, monkeypat
     ]
 
 
-def test_chatterbot_deduplicates_questions_and_keeps_words_as_written():
+def test_chatterbot_skips_repeated_questions_and_keeps_scalars_as_text():
     found = read(str(DATA / "chatterbot"))
     assert [(d.task_id, [t.text for t in d.turns]) for d in found] == [
         ("english/food", ["Do you eat?", "Yes"]),
@@ -230,7 +232,7 @@ def test_bad_dialogues_among_good_ones_are_skipped_and_counted(tmp_path):
         (b'{"messages": [], "id": ' + b"9" * 10_000 + b"}", (":1: must be JSON",)),
     ],
 )
-def test_a_bad_file_is_one_clear_line(tmp_path, content, parts):
+def test_a_bad_file_of_messages_is_an_error_of_one_line(tmp_path, content, parts):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError) as excinfo:
@@ -238,7 +240,7 @@ def test_a_bad_file_is_one_clear_line(tmp_path, content, parts):
     one_line(excinfo, str(path), *parts)
 
 
-def test_bad_sources_are_one_clear_line(tmp_path):
+def test_bad_sources_are_errors_of_one_line(tmp_path):
     with pytest.raises(DataError) as excinfo:
         read("chitchap")
     one_line(excinfo, "chitchap: no such file or directory", "did you mean chitchat?")
@@ -273,7 +275,7 @@ def test_bad_sources_are_one_clear_line(tmp_path):
         ("conversations: " + "[" * 20_000 + "]" * 20_000, "must be YAML"),
     ],
 )
-def test_bad_yaml_is_one_clear_line(tmp_path, text, problem):
+def test_bad_yaml_is_an_error_of_one_line(tmp_path, text, problem):
     path = tmp_path / "bad.yml"
     path.write_text(text)
     with pytest.raises(DataError) as excinfo:
@@ -321,20 +323,20 @@ def test_a_format_is_one_decorated_function(tmp_path, monkeypatch):
         ({"topic": None}, "mine"),
     ],
 )
-def test_a_task_may_be_called_0_and_not_null(tmp_path, record, task_id):
+def test_zero_and_false_name_a_task_and_null_and_empty_do_not(tmp_path, record, task_id):
     for key in ("messages", "conversations"):
         spoken = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
         assert read(jsonl(tmp_path / "mine.jsonl", {key: spoken, **record}))[0].task_id == task_id
 
 
-def test_a_record_without_the_task_key_that_is_asked_for_is_counted(tmp_path):
+def test_records_without_the_task_key_are_skipped_and_counted(tmp_path):
     path = jsonl(tmp_path / "mine.jsonl", *(talk("Hi", "Ho", who=who) for who in (0, "b", "", None, [])))
     found = read(path, task_key="who")
     assert ([d.task_id for d in found], found.skipped) == (["0", "b"], {"without the key who": 3})
 
 
 @pytest.mark.parametrize(
-    ("content", "text", "uncounted"),
+    ("content", "text", "skipped"),
     [
         (["the answer"], "the answer", 0),
         (["the", "answer"], "the answer", 0),
@@ -350,21 +352,21 @@ def test_a_record_without_the_task_key_that_is_asked_for_is_counted(tmp_path):
         (123456789012345678901234567890, "123456789012345678901234567890", 0),
     ],
 )
-def test_contents_in_parts_are_read_and_what_is_no_text_is_counted(tmp_path, content, text, uncounted):
+def test_contents_in_parts_are_joined_and_parts_without_text_are_counted(tmp_path, content, text, skipped):
     spoken = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
     found = read(jsonl(tmp_path / "mine.jsonl", {"messages": spoken}))
     assert found[0].turns == (Turn("user", "q"), Turn("assistant", text))
-    assert found.skipped == ({"message parts without text": uncounted} if uncounted else {})
+    assert found.skipped == ({"message parts without text": skipped} if skipped else {})
 
 
 @pytest.mark.parametrize("content", [True, {}, {"image": "x"}, {"parts": None}, {"text": False}, [True]])
-def test_a_content_that_cannot_be_read_leaves_its_dialogue_out_and_is_counted(tmp_path, content):
+def test_dialogues_with_unreadable_contents_are_skipped_and_counted(tmp_path, content):
     odd = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]}
     found = read(jsonl(tmp_path / "mine.jsonl", odd, talk("Hi", "Ho")))
     assert (len(found), found.skipped) == (1, {"without messages of role and content": 1})
 
 
-def test_messages_without_content(tmp_path):
+def test_messages_without_content_are_left_out_only_where_they_may_lack_it(tmp_path):
     def with_answer(**answer: object) -> dict[str, object]:
         last = {"role": "assistant", "content": "Well."}
         return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **answer}, last]}
@@ -376,13 +378,13 @@ def test_messages_without_content(tmp_path):
     assert found.skipped == {"without messages of role and content": 2}
 
 
-def test_roles_in_any_case(tmp_path):
+def test_roles_are_read_in_any_case(tmp_path):
     spoken = [{"role": "User", "content": "Hi"}, {"role": " ASSISTANT", "content": "Ho"}]
     found = read(jsonl(tmp_path / "mine.jsonl", {"messages": spoken}))
     assert found[0].turns == (Turn("user", "Hi"), Turn("assistant", "Ho"))
 
 
-def test_numbers_are_read_as_they_are_written(tmp_path):
+def test_numbers_keep_their_digits(tmp_path):
     path = tmp_path / "mine.jsonl"
     spoken = '{"role": "user", "content": 3.10}, {"role": "assistant", "content": [1e400, NaN]}'
     path.write_text(f'{{"task": 1.50, "messages": [{spoken}]}}')
@@ -394,7 +396,7 @@ def test_numbers_are_read_as_they_are_written(tmp_path):
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("many", [None, " ", "\n", "\r\n\r\n \r\n", "\n\ufeff"])
 @pytest.mark.parametrize("start", ["", "\ufeff", "\n\n  "])
-def test_records_are_found_however_they_are_laid_out(tmp_path, name, indent, many, start):
+def test_records_are_read_as_json_arrays_and_json_lines_in_every_layout(tmp_path, name, indent, many, start):
     record = {"tools": "x" * 5000, "meta": {"sender": "conversations"}, "sender": "me", **talk("Hi", "Ho", topic="a")}
     one = json.dumps(record, indent=indent)
     layouts = [one, f"[{one}]"] if many is None else [one + many + one, f"[{one},{many}{one}]\n"]
@@ -405,7 +407,7 @@ def test_records_are_found_however_they_are_laid_out(tmp_path, name, indent, man
         assert found.skipped == {}
 
 
-def test_the_first_record_of_a_known_kind_tells_the_format(tmp_path):
+def test_the_first_record_of_a_known_kind_decides_the_format(tmp_path):
     odd = [{}, {"x": 1}]
     assert len(read(jsonl(tmp_path / "a.jsonl", *odd, talk("Hi", "Ho")))) == 1
     with pytest.raises(
@@ -456,7 +458,7 @@ def test_sharegpt(tmp_path):
 
 @pytest.mark.parametrize("cut", [60, 100, 150, 190])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_sharegpt_file_that_is_cut_off_is_one_clear_line(tmp_path, cut, indent):
+def test_a_truncated_sharegpt_file_is_an_error_of_one_line(tmp_path, cut, indent):
     spoken = [{"from": "human", "value": "How do I bake bread?"}, {"from": "gpt", "value": "With flour and water."}]
     text = json.dumps([{"id": "Ab1_0", "conversations": spoken}] * 2, indent=indent)[:cut]
     (tmp_path / "cut.json").write_text(text)
@@ -488,7 +490,7 @@ def test_a_sharegpt_file_that_is_cut_off_is_one_clear_line(tmp_path, cut, indent
         ("null", (":1: must be an object with messages, got NoneType",)),
     ],
 )
-def test_records_that_are_damaged_are_one_clear_line(tmp_path, content, parts):
+def test_damaged_records_are_errors_of_one_line(tmp_path, content, parts):
     path = tmp_path / "bad.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError) as excinfo:
@@ -502,7 +504,7 @@ def test_a_compressed_file_of_any_name_says_how_to_unpack_it(tmp_path):
         read(str(tmp_path / "talk.jsonl.gz"))
 
 
-def test_deep_contents_are_counted(tmp_path):
+def test_deeply_nested_contents_are_skipped_and_counted(tmp_path):
     path = tmp_path / "deep.jsonl"
     deep = '{"messages": [{"role": "user", "content": ' + "[" * 900 + '"a"' + "]" * 900 + "}]}\n"
     path.write_text(deep + json.dumps(talk("Hi", "Ho")))
@@ -510,7 +512,7 @@ def test_deep_contents_are_counted(tmp_path):
     assert (len(found), sum(found.skipped.values())) == (1, 1)
 
 
-def test_halves_of_surrogate_pairs_and_zero_bytes_in_every_text(tmp_path):
+def test_lone_surrogates_are_replaced_and_zero_bytes_kept(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(talk("\ud83d\ude42 \udc00", "b\0c", topic="a\ud800")))
     found = read(str(path))
@@ -519,7 +521,7 @@ def test_halves_of_surrogate_pairs_and_zero_bytes_in_every_text(tmp_path):
         (d.task_id + d.dialogue_id + "".join(turn.text for turn in d.turns)).encode()
 
 
-def test_what_a_directory_holds_besides_is_counted_and_hidden_files_are_not_read(tmp_path):
+def test_other_files_of_a_directory_are_counted_and_hidden_ones_ignored(tmp_path):
     (tmp_path / "a.json").write_text('{"version": 1}')
     jsonl(tmp_path / "b.jsonl", talk("Hi", "Ho"))
     (tmp_path / "c.yml").write_text("conversations:\n- [q, a]\n")
@@ -537,7 +539,7 @@ def test_what_a_directory_holds_besides_is_counted_and_hidden_files_are_not_read
     assert read(str(tmp_path), "chatterbot").skipped == {"files that do not end in .yml or .yaml": 3}
 
 
-def test_chitchat_null_is_nobody_and_nothing(tmp_path):
+def test_chitchat_ignores_null_texts_and_skips_null_prompts_and_senders(tmp_path):
     def conversation(prompt: object, *spoken: tuple[object, object]) -> dict[str, object]:
         return {"prompt": prompt, "messages": [[{"sender": who, "text": text}] for who, text in spoken]}
 
@@ -559,7 +561,7 @@ def test_chitchat_null_is_nobody_and_nothing(tmp_path):
     assert found.skipped == {"without a prompt": 1, "without messages of sender and text": 2}
 
 
-def test_chatterbot_questions_without_words_differ_as_written(tmp_path):
+def test_chatterbot_compares_questions_without_words_as_they_are_written(tmp_path):
     (tmp_path / "a.yml").write_text(
         "conversations:\n- [':-)', glad]\n- [':-(', sad]\n- ['🙂', glad]\n- [':-)', x]\n", "utf-8"
     )
@@ -571,7 +573,7 @@ def test_chatterbot_questions_without_words_differ_as_written(tmp_path):
 @given(
     st.lists(st.tuples(st.sampled_from("ab"), st.text(st.characters(exclude_categories=()), max_size=8)), max_size=8)
 )
-def test_dialogue_cleans_and_merges_whatever_comes(turns):
+def test_dialogue_strips_texts_merges_turns_and_loses_no_character(turns):
     result = dialogue("t", "d", turns).turns
     assert all(turn.text == turn.text.strip() != "" for turn in result)
     assert all(a.speaker != b.speaker for a, b in pairwise(result))

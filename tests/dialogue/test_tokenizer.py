@@ -1,4 +1,4 @@
-"""The tokenizer: texts survive, labels sit on replies, files are whole or refused."""
+"""The tokenizer: texts are decoded unchanged, labels are those of replies, and damaged files are refused."""
 
 import hashlib
 import json
@@ -19,11 +19,12 @@ TEXTS = st.text(st.characters(exclude_categories=("Cs",)))
 
 
 def same(a: Tokenizer, b: Tokenizer) -> bool:
+    """Return whether two tokenizers have the same vocabulary."""
     return [a.token(i) for i in range(a.vocab_size)] == [b.token(i) for i in range(b.vocab_size)]
 
 
 @given(TEXTS | st.sampled_from(SPECIAL_TOKENS).map(lambda token: f"say {token} twice {token}"))
-def test_every_text_survives_and_never_becomes_a_special_token(text):
+def test_texts_are_decoded_unchanged_and_never_become_special_tokens(text):
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.decode(ids) == text
     assert not set(ids) & set(range(len(SPECIAL_TOKENS)))
@@ -35,7 +36,7 @@ def test_special_tokens_are_left_out_of_decoded_text():
     assert [TOKENIZER.token(i) for i in range(6)] == list(SPECIAL_TOKENS)
 
 
-def test_training_is_deterministic_and_the_size_is_kept():
+def test_training_is_deterministic_and_gives_at_most_the_size():
     assert same(Tokenizer.train(DIALOGUES, 320), TOKENIZER)
     assert TOKENIZER.vocab_size == 320
     assert Tokenizer.train(DIALOGUES[:1], 4096).vocab_size < 4096
@@ -43,7 +44,7 @@ def test_training_is_deterministic_and_the_size_is_kept():
     assert hashlib.sha256(merges.encode()).hexdigest()[:16] == "4f5760cea5eda085"
 
 
-def test_save_load_and_damaged_files(tmp_path):
+def test_a_saved_tokenizer_is_read_back_and_damaged_files_are_refused(tmp_path):
     path = tmp_path / "run" / "tokenizer.json"
     TOKENIZER.save(path)
     loaded = Tokenizer.load(path)
@@ -79,7 +80,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("tokenizer.json", "old")]
 
 
-def test_the_cache_is_by_texts_and_size_and_survives_damage(tmp_path, monkeypatch):
+def test_trained_tokenizers_are_cached_by_texts_and_size_and_damaged_caches_ignored(tmp_path, monkeypatch):
     Tokenizer.train(DIALOGUES, 300, tmp_path)
     Tokenizer.train(DIALOGUES, 310, tmp_path)
     Tokenizer.train(DIALOGUES[1:], 300, tmp_path)
@@ -122,7 +123,7 @@ def test_roles_and_labels():
     assert spelled(TOKENIZER.prompt(turns[:2], 64, "bob")) == "<bos><system>S<eos><user>A<eos><bot>"
 
 
-def test_who_the_bot_is():
+def test_the_bot_is_the_speaker_with_that_role_or_the_second_one():
     assert bot_of([Turn("system", ""), Turn("x", ""), Turn("y", ""), Turn("x", "")]) == "y"
     assert bot_of([Turn("assistant", ""), Turn("user", "")]) == "assistant"
     assert bot_of([Turn("x", "")]) is None
@@ -151,7 +152,7 @@ def test_labels_are_aligned_and_a_reply_is_always_there(speech, max_length, trai
 
 
 @given(SPEECH, st.integers(4, 40))
-def test_a_prompt_ends_where_the_reply_begins_and_leaves_it_room(speech, max_length):
+def test_a_prompt_ends_with_the_bot_token_and_leaves_half_of_the_window(speech, max_length):
     turns = [Turn(*turn) for turn in speech]
     ids = TOKENIZER.prompt(turns, max_length, "bob")
     assert ids[0] == TOKENIZER.bos_id

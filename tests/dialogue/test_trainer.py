@@ -1,4 +1,4 @@
-"""A run trains, stops, goes on bit for bit, and says where it went wrong."""
+"""Training: runs stop and resume bit for bit, keep their best weights, and name the task that diverged."""
 
 import json
 import os
@@ -24,18 +24,19 @@ def data(tmp_path_factory):
 
 
 def final(run_folder):
-    """Everything that the last checkpoint of a run holds, but for the time it took."""
+    """Return the tensors and the state of the last checkpoint of a run, without its training time."""
     tensors, state = checkpoint.load(run_folder / "checkpoints", "last")
     return tensors, {key: value for key, value in state.items() if key != "seconds"}
 
 
 def log_of(run_folder, phase):
+    """Return the lines of a run's log that are of a phase."""
     lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["phase"] == phase]
 
 
 def stop_after(monkeypatch, samples, number=signal.SIGINT):
-    """Send this process a signal while it draws its `samples`-th episode."""
+    """Make the `samples`-th call of Episodes.sample send a signal to this process."""
     real, drawn = Episodes.sample, []
 
     def sample(self, step, tasks):
@@ -58,7 +59,7 @@ def stop_after(monkeypatch, samples, number=signal.SIGINT):
         (("train", 2), {"algorithm": "finetune", "model": "lstm"}),
     ],
 )
-def test_resume_goes_on_bit_for_bit(tmp_path, data, monkeypatch, stopped_at, changes):
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, data, monkeypatch, stopped_at, changes):
     config = tiny_config(data, **changes)
     train(config, tmp_path / "whole")
     phase, step = stopped_at
@@ -80,7 +81,7 @@ def test_resume_goes_on_bit_for_bit(tmp_path, data, monkeypatch, stopped_at, cha
 
 
 @pytest.mark.slow
-def test_more_steps_go_on_from_the_last(tmp_path, data):
+def test_a_finished_run_can_be_resumed_with_more_steps(tmp_path, data):
     config = tiny_config(data, cosine=False)
     train(config, tmp_path / "whole")
     train(replace(config, steps=3), tmp_path / "more")
@@ -106,10 +107,10 @@ def test_training_learns_and_is_logged(tmp_path, data):
     assert [line["step"] for line in losses] == list(range(0, 30, 5))
     for line in losses:
         assert line["lr"] == 0.02 * _schedule(config, line["step"], line["step"] / 30)
-        assert line["after"] == pytest.approx(line["loss"], rel=1e-4)  # no dropout: the same loss, seen twice
+        assert line["after"] == pytest.approx(line["loss"], rel=1e-4)  # equal, as there is no dropout
 
 
-def test_the_best_weights_are_those_of_the_best_validation(tmp_path, data, monkeypatch):
+def test_the_checkpoint_with_the_best_validation_loss_is_returned(tmp_path, data, monkeypatch):
     scores, trained = iter([3.0, 2.0, 4.0]), set()
     sample = Episodes.sample
 
@@ -144,7 +145,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, data, monkeypatch):
     assert final(tmp_path / "run")[1]["step"] == 0
 
 
-def test_sigterm_saves_too(tmp_path, data, monkeypatch):
+def test_sigterm_stops_a_run_as_ctrl_c_does(tmp_path, data, monkeypatch):
     stop_after(monkeypatch, 1, signal.SIGTERM)
     with pytest.raises(StoppedError, match="stopped at step 1 of train"):
         train(tiny_config(data, pretrain_steps=0), tmp_path / "run")
@@ -180,7 +181,7 @@ def test_a_validation_that_is_not_finite_names_its_task(tmp_path, data, monkeypa
 @pytest.mark.parametrize(
     ("losses", "what"), [([1.0, float("nan")], "the loss of task '{1}'"), ([1.0, 2.0], "the gradient")]
 )
-def test_the_error_names_the_task_that_broke(tmp_path, data, monkeypatch, losses, what):
+def test_a_diverged_step_names_its_task_or_the_gradient(tmp_path, data, monkeypatch, losses, what):
     clip, calls, names = torch.nn.utils.clip_grad_norm_, [], []
 
     def broken_at_step_2(parameters, limit):
@@ -216,7 +217,7 @@ def test_a_baseline_starts_where_the_run_started(tmp_path, data):
     assert len(tokenizers) == 1
 
 
-def test_a_folder_is_not_overwritten_and_not_resumed_as_something_else(tmp_path, data):
+def test_a_run_is_not_overwritten_nor_resumed_with_another_config(tmp_path, data):
     config = tiny_config(data, steps=1, pretrain_steps=0)
     with pytest.raises(UserError, match="holds no run to resume"):
         train(config, tmp_path / "run", resume=True)

@@ -1,4 +1,4 @@
-"""Words of every script: one for a word, the same for the same, another for another."""
+"""Words in every script: where they begin and end, and which spellings count as the same word."""
 
 import re
 import unicodedata
@@ -34,7 +34,7 @@ def test_words_of_ascii_are_runs_of_letters_and_digits(text):
         ("Ünï ΣΑΣ Straße", ["ünï", "\u03c3\u03b1\u03c3", "strasse"]),
     ],
 )
-def test_words_of_scripts(text, expected):
+def test_words_of_many_scripts(text, expected):
     assert words(text) == tuple(unicodedata.normalize("NFC", word) for word in expected)
 
 
@@ -50,7 +50,7 @@ def test_words_of_scripts(text, expected):
         ["1️⃣", "2️⃣", "#️⃣", "‼️", "©️"],
     ],
 )
-def test_a_symbol_is_a_word_of_its_own_with_all_that_belongs_to_it(symbols):
+def test_a_symbol_with_its_modifiers_is_one_word(symbols):
     assert words(" ".join(symbols)) == tuple(symbols)
     assert words("".join(symbols)) == tuple(symbols)
     assert words("Ok!" + ", ".join(symbols) + " yes") == ("ok", *symbols, "yes")
@@ -74,7 +74,7 @@ def test_a_symbol_is_a_word_of_its_own_with_all_that_belongs_to_it(symbols):
         ("\u200fعمر", "عمر"),
     ],
 )
-def test_the_same_word_in_another_form(one, other):
+def test_spellings_that_count_as_the_same_word(one, other):
     assert words(one) == words(other) != ()
 
 
@@ -90,29 +90,29 @@ def test_the_same_word_in_another_form(one, other):
         ("résumé", "resume"),
     ],
 )
-def test_different_words(one, other):
+def test_spellings_that_count_as_different_words(one, other):
     assert words(one) != words(other)
     assert word_f1(one, other) < 1 == word_f1(one, one)
 
 
-def test_only_signs_are_no_words():
+def test_punctuation_gives_no_words():
     assert words("?!… — :-) $ + = \u0301 \ufffd \u200d") == ()
 
 
 @given(st.text())
-def test_words_are_the_same_again_and_in_every_normal_form(text):
+def test_words_do_not_depend_on_the_unicode_normal_form(text):
     found = words(text)
     assert all(found)
     assert words(unicodedata.normalize("NFD", text)) == words(unicodedata.normalize("NFC", text)) == found
 
 
-def test_metrics_see_words_of_every_script():
+def test_metrics_count_words_of_every_script():
     assert word_f1("मुझे चाय दो", "मुझे पानी दो") == pytest.approx(2 / 3)
     assert word_f1("नमस्ते 🙂", "नमस्ते 👍") == pytest.approx(1 / 2)
     assert distinct_n(["की का कि"], 1) == 1.0
 
 
-def test_length_counts_about_the_words_where_no_space_stands_between():
+def test_length_estimates_the_words_of_scripts_without_spaces():
     assert [length(word) for word in ("hello", "incomprehensibilities", "नमस्ते", "你", "🙂")] == [1] * 5
     assert length("ครับ") == 1
     assert length("เมื่อวานนี้ฉันไปตลาดกับแม่") >= 5

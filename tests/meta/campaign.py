@@ -1,19 +1,19 @@
-"""A campaign against "exact, or an error says why": random models, losses, batches, and changes between calls.
+"""Random tests of the claim that a meta-gradient is exact or an error says why it is not available.
 
     python tests/meta/campaign.py --runs 2000 --seed 0        seeds 0 to 1999; one line for each failure
-    python tests/meta/campaign.py --runs 1 --seed 17          one of them again
+    python tests/meta/campaign.py --runs 1 --seed 17          seed 17 alone
 
 A run draws a model, a loss, an inner optimizer and settings (`campaign_worlds`), and calls one `metakern.MAML`, with
-one to three changes in between. After each call the value and the meta-gradient must be those of plain autograd in
-float64 (`campaign_truth`), or an error of metakern's own words was raised; and model, loss, optimizer, batch and random
-states must be what they were. Everything else is a failure:
+one to three changes between the calls. After each call the value and the meta-gradient must equal those of plain
+autograd in float64 (`campaign_truth`), or metakern must have raised an error of its own that names the class and says
+what it refuses. Model, loss, optimizer, batch and random states must be unchanged. Everything else is a failure:
 
-    different   another number, without a word
-    internal    an error that is not metakern's to its user: a KeyError, a FoldError although another batching is exact
-    changed     something of the user's is not what it was
-    crashed     the process died, or did not come back
+    different   a wrong number without an error
+    internal    an error that does not address the user: a KeyError, or a FoldError although another batching is exact
+    changed     an object of the user was changed
+    crashed     the process ended, or did not answer in time
 
-Runs go on in a process of their own, so that a crash is one line too. `tests/meta/test_campaign.py` makes a few.
+Runs are made in another process, so that a crash is a line of the output too. `test_campaign.py` makes a few runs.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ import metakern as mk
 from metakern.meta.fold import FoldError
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}  # relative
-NUDGE = {torch.float64: 1e-13, torch.float32: 1e-6}  # what a rounding may do to a parameter
-FORWARDS = {"last", "calls", "_flat_weight_refs"}  # attributes that a forward changes
+NUDGE = {torch.float64: 1e-13, torch.float32: 1e-6}  # a relative change of parameters as small as rounding
+FORWARDS = {"last", "calls", "_flat_weight_refs"}  # attributes that a forward may change
 OWN_WORDS = re.compile(r"(?!vmap)[A-Za-z_]\w*: ")
-TIMEOUT = 120  # seconds, for a run
+TIMEOUT = 120  # seconds for one run
 
 
 @dataclass
 class Outcome:
-    """What a run has brought up: failures, and errors that refused what plain autograd does."""
+    """Results of a run: failures, and errors by which metakern refused what plain autograd computes."""
 
     seed: int
     failures: list[tuple[str, str]] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Outcome:
 
 @dataclass
 class Options:
-    """How MAML is asked to run."""
+    """Options of MAML that do not change its result."""
 
     batching: str
     strategy: str
@@ -72,7 +72,7 @@ class Options:
 
 
 class Run:
-    """One run: two worlds from one seed, and calls of one MAML."""
+    """One run: two equal worlds from one seed, and calls of one MAML."""
 
     def __init__(self, seed: int, capture: bool = True) -> None:
         self.seed, self.r, self.outcome = seed, Random(f"run {seed}"), Outcome(seed)
@@ -113,7 +113,7 @@ class Run:
     def go(self) -> Outcome:
         try:
             self._go()
-        except Exception as error:  # of the campaign's own
+        except Exception as error:  # a fault of the campaign itself
             self._note("internal", f"the campaign: {type(error).__name__}: {error}")
         return self.outcome
 
@@ -123,7 +123,9 @@ class Run:
         for change in range(self.r.choice([2, 2, 3, 4])):
             if change:
                 self._change(call)
-            for _ in range(self.r.choice([1, 2, 3, 4]) if self.options.capture else 1):  # recorded, checked, used
+            for _ in range(
+                self.r.choice([1, 2, 3, 4]) if self.options.capture else 1
+            ):  # a program is recorded, checked, and then used
                 if self.outcome.failures or not self._call(call):
                     return
                 call += 1
@@ -146,11 +148,11 @@ class Run:
         return maml
 
     def _inner(self) -> mk.optim.InnerOptimizer:
-        with default_dtype(torch.float64):  # that of what it learns, until the model has another
+        with default_dtype(torch.float64):  # the dtype of learned hyper-parameters, until the model changes it
             return self.ours.inner.metakern()
 
     def _rates(self, inner: nn.Module) -> None:
-        """Gives the learned hyper-parameters of both worlds other values than those that they start with."""
+        """Change the learned hyper-parameters of both worlds to the same random values."""
         with default_dtype(torch.float64):
             self.truth.inner.prepare(self.truth.adapted())
         leaves = list(self.truth.inner.leaves.values())
@@ -210,7 +212,7 @@ class Run:
         self.story.append(f"then another {what}")
 
     def _call(self, call: int) -> bool:
-        """One call, judged; False where there is no going on."""
+        """Make and judge one call; return False where the run cannot go on."""
         ours, truth, outcome = self.ours, self.truth, self.outcome
         support, query = (
             worlds.batch(self.r, ours.data, ours.each, self.sizes, rows, is_query)
@@ -223,7 +225,7 @@ class Run:
         right: Answer | Exception
         try:
             right = self._right(truth, support, query, kind == "gradient")
-        except Exception as error:  # what plain autograd can't do either
+        except Exception as error:  # plain autograd cannot compute it either
             right = error
         before = Snapshot(ours, self.maml, draws=ours.draws)
         batches = support.whole(ours.dtype), query.whole(ours.dtype)
@@ -327,7 +329,7 @@ class Run:
 
 
 class Snapshot:
-    """What must be after a call as it was before it."""
+    """The state that a call must leave unchanged."""
 
     def __init__(self, world: World, maml: mk.MAML, draws: bool) -> None:
         self.draws, self.maml = draws, maml
@@ -362,7 +364,7 @@ class Snapshot:
 
 
 def _contents(module: nn.Module) -> dict[Any, Any]:
-    """What a module holds, by name, a level deep into its containers."""
+    """Return the attributes of a module by name, with the entries of dictionaries and lists as items of their own."""
     held: dict[Any, Any] = {}
     computed = {"weight"} if any("WeightNorm" in str(h) for h in module._forward_pre_hooks.values()) else set()
     for name, value in vars(module).items():
@@ -387,7 +389,7 @@ def _random_states() -> tuple:
 
 @contextmanager
 def unchanged(world: World, nudge: float) -> Iterator[None]:
-    """Buffers of the truth's modules are afterwards what they were, as metakern's are; a nudge moves parameters."""
+    """Within the block parameters are moved by `nudge`; after it parameters and buffers have their old values."""
     kept = [(b, b.detach().clone()) for b in world.model.buffers()]
     theta = [(p, p.detach().clone()) for p in world.model.parameters()]
     with torch.no_grad():
@@ -402,7 +404,7 @@ def unchanged(world: World, nudge: float) -> Iterator[None]:
 
 
 def distance(found: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> float:
-    """The largest relative error of a tensor; one that is next to zero is compared with the largest."""
+    """Return the largest relative error of the tensors; that of a tensor near zero is relative to the largest norm."""
     if len(found) != len(right):
         return float("inf")
     norms = [0.0 if t is None else t.double().norm().item() for t in right]
@@ -451,7 +453,7 @@ def precision(holder: Any) -> Iterator[None]:
         holder.fp32_precision = before
 
 
-# Settings of PyTorch's that are on for one call.
+# Settings of PyTorch that hold during one call.
 SETTINGS: dict[str, Callable[[], Any]] = {
     "deterministic algorithms": deterministic,
     "default dtype float64": lambda: default_dtype(torch.float64),
@@ -462,7 +464,7 @@ SETTINGS: dict[str, Callable[[], Any]] = {
 
 
 def run(seed: int, capture: bool = True) -> Outcome:
-    """One run, of whose warnings nothing is said; without `capture` nothing is captured."""
+    """Make one run with warnings ignored; without `capture`, MAML gets `capture=False`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return Run(seed, capture).go()
@@ -475,7 +477,7 @@ def _work(pipe: Connection, seeds: Sequence[int], capture: bool) -> None:
 
 
 def outcomes(seeds: Sequence[int], capture: bool = True) -> Iterator[Outcome]:
-    """Those of all seeds, from a process that is begun again where it dies."""
+    """Yield the outcomes of all seeds, made in a process that is started again if it ends."""
     rest = list(seeds)
     context = multiprocessing.get_context("spawn")
     while rest:
@@ -499,10 +501,12 @@ def outcomes(seeds: Sequence[int], capture: bool = True) -> Iterator[Outcome]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Random runs of MAML against plain autograd in float64.")
-    parser.add_argument("--runs", type=int, default=300, help="how many (300)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first one (0)")
-    parser.add_argument("--refusals", action="store_true", help="one line for each error that refused a run, too")
-    parser.add_argument("--no-capture", action="store_true", help="without captured programs")
+    parser.add_argument("--runs", type=int, default=300, help="number of runs (300)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first run (0)")
+    parser.add_argument(
+        "--refusals", action="store_true", help="also print each error by which metakern refused a call"
+    )
+    parser.add_argument("--no-capture", action="store_true", help="run without captured programs")
     options = parser.parse_args(arguments)
     seeds = range(options.seed, options.seed + options.runs)
     begun, kinds, batchings, calls, refused = time.monotonic(), Counter[str](), Counter[str](), 0, 0

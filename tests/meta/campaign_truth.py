@@ -1,8 +1,8 @@
-"""The truth of the campaign: plain autograd in float64, a task at a time, with inner updates written out as formulas.
+"""The exact meta-gradient for the campaign: plain autograd in float64, task by task, with inner updates as formulas.
 
-Nothing of metakern's is used here. A parameter is put into its places by hand, derivatives are `torch.autograd.grad`'s,
-and attention is PyTorch's composed formula. PyTorch's kernel of weight normalization has a wrong second derivative on
-the CPU, and that of batch and instance norms a wrong third one, so that their formulas stand here.
+No metakern code computes it. Parameters are put into the modules by hand, derivatives come from `torch.autograd.grad`,
+and attention is PyTorch's composed formula. On the CPU, PyTorch's weight normalization has a wrong second derivative,
+and its batch and instance norms have a wrong third one, so these three are written out here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Named = dict[str, Tensor]
 
 
 class Formulas(TorchFunctionMode):
-    """Within the block norms are made of operations with right derivatives."""
+    """Within the block, the three norms are computed by operations with right derivatives."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         formula = {torch._weight_norm: _weight_norm, F.batch_norm: _batch_norm, F.instance_norm: _instance_norm}
@@ -61,7 +61,7 @@ def _normalized(x: Tensor, axes: list[int], known: Any, weight: Any, bias: Any, 
 
 @contextmanager
 def placed(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block the model has other tensors in the places of its parameters; tied ones in all of theirs."""
+    """Within the block, `values` replace the parameters of the model; a tied one is replaced in all of its places."""
     names = {id(p): name for name, p in model.named_parameters()}
     places = [
         (module, attribute, p)
@@ -86,7 +86,7 @@ def placed(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
 
 @dataclass
 class Inner:
-    """An inner optimizer: metakern's, and the same one by formulas with leaves of its own."""
+    """An inner optimizer, as one of `mk.optim` and as formulas with their own learned leaves."""
 
     kind: str
     numbers: dict[str, float]
@@ -96,7 +96,7 @@ class Inner:
     options: dict[str, Any] = field(default_factory=dict)
     clip: float | None = None
     learn_norm: bool = False
-    leaves: dict[Any, Tensor] = field(default_factory=dict)  # by (name, name of the parameter or "")
+    leaves: dict[Any, Tensor] = field(default_factory=dict)  # by (hyper-parameter, parameter or "")
 
     def metakern(self) -> mk.optim.InnerOptimizer:
         numbers = dict(self.numbers)
@@ -107,7 +107,7 @@ class Inner:
         return inner if self.clip is None else mk.optim.Clipped(inner, self.clip, self.learn_norm)
 
     def prepare(self, adapted: Mapping[str, Tensor]) -> None:
-        """Makes the leaves, in the order of metakern's parameters."""
+        """Make the leaves, in the order of the parameters of the `mk.optim` optimizer."""
         if self.leaves:
             return
         if self.learn_norm and self.clip is not None:
@@ -126,7 +126,7 @@ class Inner:
         return leaf if self.steps is None else leaf[min(step, self.steps - 1)]
 
     def update(self, phi: Named, grads: Named, state: Named, step: int) -> tuple[Named, Named]:
-        """Step number `step`, the first of which is 0; the state holds tensors by "name of it/parameter"."""
+        """Return parameters and state after step `step`, counted from 0; keys of the state are "buffer/parameter"."""
         if self.clip is not None:
             n = length(list(grads.values())) + 1e-6
             limit = self.leaves["norm", ""] if self.learn_norm else torch.tensor(self.clip)
@@ -170,7 +170,7 @@ class Inner:
 
 
 def root(v: Tensor) -> Tensor:
-    """The square root, with the slope zero at zero."""
+    """The square root, with slope 0 at 0."""
     return torch.where(v > 0, torch.where(v > 0, v, 1.0).sqrt(), 0.0)
 
 
@@ -180,7 +180,7 @@ def length(tensors: Sequence[Tensor]) -> Tensor:
 
 @dataclass
 class Answer:
-    """Query losses [T]; gradients of their mean, of parameters, hyper-parameters, leaves of the loss; phi by name."""
+    """Query losses [T]; gradients of their mean by parameters, hyper-parameters and leaves of the loss; and phi."""
 
     losses: Tensor
     gradients: list[Tensor | None]
@@ -202,7 +202,7 @@ def answer(
     leaves: Sequence[Tensor] = (),
     outer: bool = True,
 ) -> Answer:
-    """The exact meta-gradient: (support, query) of each task, one after the other."""
+    """Return the exact result for `tasks`, pairs of support and query; without `outer`, no outer gradients."""
     theta = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p for name, p in theta.items() if adapt is None or adapt(name)}
     inner.prepare(start)

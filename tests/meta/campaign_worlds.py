@@ -1,7 +1,7 @@
-"""What the campaign draws: models, losses, batches and what changes between calls, all from one seed.
+"""Models, losses, batches and changes between calls that the campaign draws, all from one seed.
 
-A `World` is built twice from a seed, once for metakern and once for the truth, so that nothing which metakern might do
-to its model can reach the truth. Every change is made to both.
+A `World` is built twice from a seed, once for metakern and once for plain autograd: what metakern does to its model
+cannot reach the other one. Every change is made to both.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ ACTIVATIONS: tuple[type[nn.Module], ...] = (
 )
 
 
-# Models: each takes a batch of "vectors" [B, D], "images" [B, 2, 6, 6], "series" [B, L, D] or "tokens" [B, L], and
-# gives [B, C] or, for each position, [B, L, C].
+# Models: each takes a batch of "vectors" [B, D], "images" [B, 2, 6, 6] or "tokens" [B, L], and returns [B, C] or,
+# with `each`, a row for each position, [B, L, C].
 
 
 def activation(r: Random) -> nn.Module:
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
 
 
 class Tied(nn.Module):
-    """Logits by the rows of the embedding, of which the first C are used."""
+    """The head is tied to the embedding; the first C of its V logits are used."""
 
     def __init__(self, r: Random, each: bool) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Tied(nn.Module):
 
 
 class Raw(nn.Module):
-    """Parameters of the module's own, used by operations, and in containers of parameters."""
+    """Parameters without layers, one of the module and two in a ParameterDict, and a buffer."""
 
     def __init__(self, r: Random) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ BODIES: dict[Callable[..., nn.Module], str] = {
 }
 
 
-# What models do beside: each wraps a body, and works on its results.
+# Wrappers: each adds to a model something that batching or capture could get wrong.
 
 
 class Wrapped(nn.Module):
@@ -205,7 +205,7 @@ class CenteredInput(Wrapped):
 
 
 class Averaging(Wrapped):
-    """Has a buffer that changes in training mode, which metakern refuses."""
+    """A buffer that forward changes in training mode, which metakern refuses."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__(body)
@@ -218,7 +218,7 @@ class Averaging(Wrapped):
 
 
 class Flagged(Wrapped):
-    """What it does with a batch depends on a flag."""
+    """Subtracts the mean of the batch if a flag is set."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__(body)
@@ -248,7 +248,7 @@ class Scaled(Wrapped):
 
 
 class Threshold(Wrapped):
-    """A number that may put it onto another path."""
+    """A number decides whether the mean of the batch is subtracted."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__(body)
@@ -259,7 +259,7 @@ class Threshold(Wrapped):
 
 
 class Configured(Wrapped):
-    """Reads what it does from a dictionary, or from an object's attributes."""
+    """A flag in a dictionary, or in an attribute of an object."""
 
     def __init__(self, body: nn.Module, plain: bool) -> None:
         super().__init__(body)
@@ -271,7 +271,7 @@ class Configured(Wrapped):
 
 
 class Acting(Wrapped):
-    """A function as an attribute."""
+    """Applies a function that is an attribute."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__(body)
@@ -296,7 +296,7 @@ class Counting(Wrapped):
 
 
 class Masking(Wrapped):
-    """A tensor that is a plain attribute."""
+    """Multiplies by a tensor that is a plain attribute."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__(body)
@@ -316,7 +316,7 @@ class Buffered(Wrapped):
 
 
 class Reached(Wrapped):
-    """Its body by a list or a dictionary."""
+    """Reaches the body through a list or a dictionary."""
 
     def __init__(self, body: nn.Module, named: bool) -> None:
         super().__init__(body)
@@ -336,7 +336,7 @@ class Dropping(Wrapped):
 
 
 def replaced(body: nn.Module) -> nn.Module:
-    """A closure in the place of the forward."""
+    """Replace the forward of `body` by a closure."""
     forward = body.forward
     body.forward = lambda x: forward(x) * 0.7  # type: ignore[method-assign]
     return body
@@ -383,12 +383,12 @@ SHARP = (
 
 
 class Outer(Wrapped):
-    """The outermost module: takes something more, or not, and gives a tensor, a tuple or a dictionary."""
+    """The outermost module: takes an optional second input, and returns a tensor, a tuple or a dictionary."""
 
     def __init__(self, body: nn.Module, gives: str, center: bool) -> None:
         super().__init__(body)
         self.gives, self.center, self.side = gives, center, nn.Linear(1, C)
-        self.register_buffer("usual", torch.ones(1, 1))  # in the place of what is not given, the same for all rows
+        self.register_buffer("usual", torch.ones(1, 1))  # in place of `extra` where it is None, the same for all rows
 
     def forward(self, x: Tensor, extra: Tensor | None = None) -> Any:
         h = self.body(x)
@@ -426,7 +426,7 @@ CONTAINERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 def fields(batch: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """x, y, mask and extra of a batch, whatever holds them."""
+    """Return x, y, mask and extra of a batch in any container; None for those that it lacks."""
     if isinstance(batch, tuple | list):
         x, y, mask = (*batch, None)[:3]
         return x, y, mask, None
@@ -439,7 +439,7 @@ def fields(batch: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
 
 @dataclass
 class Drawn:
-    """A batch in pieces, of which the container is made for all tasks or for one."""
+    """The tensors of a batch; `whole` and `task` put those of all tasks or of one into the container."""
 
     container: str
     tensors: dict[str, Tensor]
@@ -450,7 +450,7 @@ class Drawn:
         return CONTAINERS[self.container]({**moved, **self.others})
 
     def task(self, t: int, dtype: torch.dtype) -> Any:
-        """One task in float64, of what is rounded to `dtype`."""
+        """Return the batch of task t in float64, with values that are rounded to `dtype`."""
         alone = {
             name: (v[t].to(dtype).double() if v.is_floating_point() else v[t]).clone()
             for name, v in self.tensors.items()
@@ -460,7 +460,7 @@ class Drawn:
 
 @dataclass
 class Sizes:
-    """How batches are drawn, which may change between calls."""
+    """How batches are drawn; a run may change it between calls."""
 
     tasks: int
     support: int
@@ -501,7 +501,7 @@ def batch(r: Random, data: str, each: bool, sizes: Sizes, rows: int, query: bool
 
 
 class Criterion(nn.Module):
-    """A loss with parameters, and a plain attribute."""
+    """A loss with a parameter, and a factor that is a plain attribute."""
 
     def __init__(self, base: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -527,7 +527,7 @@ def scores(model: nn.Module, x: Tensor, extra: Tensor | None) -> Tensor:
 
 
 def compared(kind: str, h: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean loss of scores [..., C] for classes y [...]."""
+    """Return the mean loss of scores [..., C] for classes y [...]."""
     h, y = h.reshape(-1, C), y.reshape(-1)
     if kind == "cross entropy":
         each = F.cross_entropy(h, y, reduction="none")
@@ -571,7 +571,7 @@ def base_loss(kind: str, more: str, model: nn.Module, batch: Any, change: Callab
 
 @dataclass
 class Lossy:
-    """A loss, and the leaves of its own that it learns."""
+    """A loss, its leaves that are learned in the outer loop, and the object that holds its state."""
 
     function: Callable[..., Tensor]
     leaves: list[Tensor]
@@ -627,7 +627,7 @@ def inner(r: Random) -> Inner:
         learn = tuple(n for n in numbers if n in ("lr", "weight_decay", "momentum") and (n == "lr" or r.random() < 0.4))
     per, steps = (r.choice(["all", "parameter", "element"]), r.choice([None, None, 2])) if learn else ("all", None)
     clip = r.choice([None, None, None, 0.5])
-    # In the order in which metakern's optimizers name them.
+    # In the order of the names of the `mk.optim` optimizer.
     order = [n for n in ORDER[kind] if n in numbers]
     return Inner(
         kind, {n: numbers[n] for n in order}, learn, per, steps, options, clip, clip is not None and r.random() < 0.5
@@ -645,13 +645,13 @@ ORDER = {
 
 
 class World:
-    """A model, a loss and an inner optimizer, drawn from a seed; `ours` says for whom."""
+    """A model, a loss and an inner optimizer, drawn from a seed; `ours` says whether it is the world for metakern."""
 
     def __init__(self, seed: int, ours: bool) -> None:
         r = Random(seed)
         torch.manual_seed(seed)
         self.ours, self.dtype = ours, torch.float64
-        self.sharp = r.random() < 0.5  # small, and such that a change tells at once
+        self.sharp = r.random() < 0.5  # a small model in which every change shows at once
         body = r.choice([linear, perceptron] if self.sharp else list(BODIES))
         self.data, self.each = BODIES[body], BODIES[body] == "tokens" and r.random() < 0.4
         model = body(r, self.each)
@@ -661,7 +661,7 @@ class World:
             model = wrapper(model)
         self.draws = (
             r.random() < 0.1 and not self.sharp
-        )  # a dropout that draws, which only a loop over one task does like plain autograd
+        )  # dropout draws as in plain autograd only in a loop over one task
         if self.draws:
             model = Dropping(model, 0.5)
         model = Outer(model, r.choice(["tensor", "tensor", "tuple", "dict"]), r.random() < 0.7)
@@ -690,12 +690,12 @@ class World:
         self.steps, self.first_order = r.choice([0, 1, 1, 2, 3]), r.random() < 0.15
 
     def adapted(self) -> dict[str, nn.Parameter]:
-        """The parameters that the inner loop changes, by name."""
+        """Return the parameters that the inner loop changes, by name."""
         named = self.model.named_parameters()
         return {n: p for n, p in named if p.requires_grad and (self.adapt is None or self.adapt(n))}
 
     def _lora(self, linear: list[str], seed: int) -> None:
-        """LoRA; for the truth by its formula."""
+        """Add LoRA to the layers; in the world for plain autograd, compute it by its formula."""
         self.extra = "lora"
         mk.lora(self.model, rank=2, alpha=3.0, targets=linear, seed=seed)
         if self.ours:
@@ -709,7 +709,7 @@ class World:
             layer.forward = forward
 
     def rounded(self, dtype: torch.dtype) -> None:
-        """Model, loss and their tensors in another dtype; those of the truth are rounded to it and stay float64."""
+        """Convert the model and the loss to `dtype`; for plain autograd, round their values to it and keep float64."""
         self.dtype = dtype
         modules = [self.model, *([self.loss.holder] if isinstance(self.loss.holder, nn.Module) else [])]
         for root in modules:
@@ -730,7 +730,7 @@ class World:
 
 
 def half(name: str) -> bool:
-    """An adapt that takes some parameters: most, by the letters of their names."""
+    """Return whether `adapt` takes a parameter: it takes about two thirds, by the letters of their names."""
     return sum(map(ord, name)) % 3 != 0
 
 
@@ -739,7 +739,7 @@ def normal(like: Tensor, seed: str) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
-# Changes between calls: each is made to a world with its own random numbers, the same for both worlds.
+# Changes between calls. Each gets a random generator with the same seed in both worlds.
 
 Change = Callable[[World, Random], None]
 
@@ -814,7 +814,7 @@ def tensor(world: World, r: Random) -> None:
 
 
 def activations(world: World, r: Random) -> None:
-    """Another module in the place of each activation, or another forward."""
+    """Replace each activation by another module, or its forward."""
     way = r.choice(["module", "forward", "centered"])
     for module in list(world.model.modules()):
         for name, child in list(module._modules.items()):
@@ -871,10 +871,10 @@ def dtype(world: World, r: Random) -> None:
 
 
 def nothing(world: World, r: Random) -> None:
-    """Another batch alone."""
+    """No change: only the batch is another one."""
 
 
-# Each with the kinds of modules that it is about: it is drawn for models that have one.
+# Each change with the kinds of modules that it concerns: it is drawn for models that have one of them.
 CHANGES: dict[Change, tuple[type[nn.Module], ...]] = {
     nothing: (nn.Module,),
     weights: (nn.Module,),
@@ -898,7 +898,7 @@ CHANGES: dict[Change, tuple[type[nn.Module], ...]] = {
 
 
 def change(world: World, r: Random) -> Change:
-    """One that the model has something for; those of a few models alone are as likely as all others."""
+    """Draw a change that concerns the model; those that concern few models are as likely as all others together."""
     rare = [c for c, kinds in CHANGES.items() if nn.Module not in kinds and parts(world, *kinds)]
     common = [c for c, kinds in CHANGES.items() if nn.Module in kinds]
     if world.sharp and not rare and r.random() < 0.6:

@@ -1,4 +1,4 @@
-"""FOMAML, ANIL, Meta-SGD and Reptile against their definitions."""
+"""FOMAML, ANIL, Meta-SGD and Reptile against their definitions in plain autograd."""
 
 from __future__ import annotations
 

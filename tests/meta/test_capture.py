@@ -1,4 +1,4 @@
-"""Captured meta-gradients are those of ordinary runs, and what can't be captured runs ordinarily."""
+"""Captured programs give the meta-gradients of ordinary runs; what cannot be captured runs without a program."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from metakern.meta.unroll import Random
 
 @pytest.mark.parametrize("strategy", ["store", "recompute"])
 @pytest.mark.parametrize(("name", "batching"), KINDS)
-def test_the_numbers_are_those_of_ordinary_runs(name: str, batching: str, strategy: str) -> None:
+def test_captured_meta_gradients_equal_those_of_ordinary_runs(name: str, batching: str, strategy: str) -> None:
     model, loss, _, _, _ = build(name)
     batch = points if loss is regression_loss else tokens
     options = {"inner": mk.optim.SGD(lr=0.3), "steps": 2, "batching": batching, "strategy": strategy}
@@ -47,7 +47,7 @@ def test_the_numbers_are_those_of_ordinary_runs(name: str, batching: str, strate
         found = gradients(model, captured(batch(i), batch(i + 9)))
         torch.testing.assert_close(captured.query_losses, ordinary.query_losses)
         assert_equal(found, truth, 1e-12)
-        assert bool(calls) == (i < 2)  # recorded, then checked, then without the model
+        assert bool(calls) == (i < 2)  # recorded, then checked, then computed by the program
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 parameter -= 0.1 * truth[key]
@@ -64,10 +64,10 @@ def test_chunks_share_a_program_and_other_shapes_get_their_own() -> None:
     assert sum(program.checked for program in programs) == 2
 
 
-def test_as_many_programs_are_kept_as_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_programs_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "PROGRAMS", 3)
     captured = mk.MAML(mlp(), regression_loss, capture=True)
-    for size in range(8, 13):  # of one plan
+    for size in range(8, 13):  # batches of one plan
         batch = torch.randn(2, size, 5), torch.randn(2, size, 3)
         captured(batch, batch)
     assert len(captured._engine.last.captures(True)._programs) == 3
@@ -120,7 +120,7 @@ def test_dropout_draws_what_an_ordinary_run_draws(strategy: str) -> None:
 
 
 class Scaled(nn.Module):
-    """Depends on numbers in places that can be seen, and in one that can't."""
+    """Depends on a number in an attribute and on one in a dictionary."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Scaled(nn.Module):
 FACTOR = 1.0
 
 
-def test_a_number_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_and_hooks_that_change_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, power = Scaled().double(), 2.0
 
     def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -161,12 +161,12 @@ def test_a_number_that_changes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("microbatch_bytes", [capture.MICROBATCH_BYTES, 1])
-def test_what_an_ordinary_run_does_not_confirm_is_not_used(
+def test_a_program_that_differs_from_its_ordinary_run_is_not_used(
     microbatch_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(capture, "MICROBATCH_BYTES", microbatch_bytes)
     model, library = Scaled().double(), {"__name__": "torch.of_a_test", "FACTOR": 1.0}
-    exec("def factor(): return FACTOR", library)  # of a library, whose globals are taken for constants
+    exec("def factor(): return FACTOR", library)  # a function of a library: guards take its globals for constants
 
     def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         return regression_loss(model, batch) * library["factor"]()
@@ -201,7 +201,7 @@ def test_copies_have_programs_of_their_own() -> None:
         torch.testing.assert_close(value, ordinary(points(2), points(11)))
 
 
-def test_kernels_are_recorded_below_the_modes_of_others() -> None:
+def test_programs_are_recorded_below_other_dispatch_modes() -> None:
     class Other(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return func(*args, **(kwargs or {}))
@@ -217,7 +217,7 @@ def test_kernels_are_recorded_below_the_modes_of_others() -> None:
     assert any(program.checked for program in captured._engine.last.captures(True)._programs.values())
 
 
-def test_python_that_looks_at_values_runs_ordinarily() -> None:
+def test_losses_that_read_values_in_python_are_not_captured() -> None:
     def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         error = (model(batch[0]) - batch[1]).square()
         return error.mean() if error.mean().item() > 1 else error.sum()
@@ -234,7 +234,7 @@ def test_python_that_looks_at_values_runs_ordinarily() -> None:
         assert_equal(found, truth)
 
 
-def test_a_run_that_fails_only_when_recorded_is_ordinary() -> None:
+def test_losses_that_fail_when_recorded_are_not_captured() -> None:
     def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         if any(isinstance(mode, mk.native.record.Recording) for mode in _get_current_dispatch_mode_stack()):
             raise NotImplementedError("not under a mode")
@@ -250,7 +250,7 @@ def test_a_run_that_fails_only_when_recorded_is_ordinary() -> None:
 
 
 def test_zeros_without_memory_are_recorded_as_zeros() -> None:
-    """Forward mode makes them where there is no tangent; below a recorder PyTorch would read them, and die."""
+    """Forward mode makes such zeros for missing tangents. Without their own case PyTorch would read them and crash."""
     x = torch.randn(3)
     program, results = record(lambda: [x + 1, torch._efficientzerotensor((3,))], [x])
     for found in (results, program([x])):
@@ -258,7 +258,7 @@ def test_zeros_without_memory_are_recorded_as_zeros() -> None:
         assert_equal(dict(enumerate(found)), {0: x + 1, 1: torch.zeros(3)})
 
 
-def test_targets_are_checked_all_the_same() -> None:
+def test_programs_check_the_range_of_targets() -> None:
     model = nn.Linear(5, 3)
     captured = mk.MAML(model, mk.losses.classification, steps=1, capture=True)
     x, y = torch.randn(2, 4, 5), torch.randint(3, (2, 4))
@@ -268,7 +268,7 @@ def test_targets_are_checked_all_the_same() -> None:
         captured((x, torch.full_like(y, 7)), (x, y))
 
 
-def test_a_program_writes_in_place_reads_what_it_did_not_make_and_skips_what_nobody_reads() -> None:
+def test_programs_write_in_place_read_closed_over_tensors_and_drop_dead_code() -> None:
     weight, calls = torch.ones(3), []
 
     @mk.native.record.recordable()
@@ -280,7 +280,7 @@ def test_a_program_writes_in_place_reads_what_it_did_not_make_and_skips_what_nob
         y = x * 2
         view = y.detach()[1:]
         view.add_(kernel(x)[1:])
-        _ = torch.exp(x)  # nobody reads it
+        _ = torch.exp(x)  # dead code
         a, b = torch.split(y, [1, 2])
         return [y, None, torch.cat([b, a]), F.dropout(x, 0.5)]
 
@@ -299,7 +299,7 @@ def test_a_program_writes_in_place_reads_what_it_did_not_make_and_skips_what_nob
 
 
 def mul_add(x: Tensor, y: Tensor) -> list[Tensor]:
-    """A number before and behind a product, through a view of it; a sum on either side."""
+    """Scalars before and after a product and through a view of it, and sums on either side."""
     scaled = x * 0.5
     return [y + multiply(scaled.mT, x), torch.add(y, multiply(x.mT, scaled), alpha=-3), multiply(x.mT, x) + y]
 
@@ -379,7 +379,7 @@ multiply = mk.native.product
     ],
 )
 def test_rewritten_programs_compute_the_same(function: Any, fewer: tuple[str, ...]) -> None:
-    """Where a rewriting applies, and where it almost does."""
+    """Rewriting changes no result, also where it almost applies, and leaves none of the operations in `fewer`."""
     inputs = [(torch.randn(2, 5, 3), torch.randn(2, 3, 3)) for _ in range(2)]
     for rewrite in (lambda steps, outputs: steps, rewritten):
         program, _ = record(lambda: function(*inputs[0]), inputs[0], rewrite)
@@ -394,7 +394,7 @@ def test_rewritten_programs_compute_the_same(function: Any, fewer: tuple[str, ..
 
 
 @pytest.mark.parametrize("look", [lambda x: bool(x[0] > 0), lambda x: x[x > 0].sum(), lambda x: torch.equal(x, x)])
-def test_values_that_python_looks_at_are_no_part_of_a_program(look: Any) -> None:
+def test_reading_values_in_python_stops_a_recording(look: Any) -> None:
     x = torch.randn(4)
     with pytest.raises(RecordError, match="looks at the values"):
         record(lambda: [look(x) and x], [x])

@@ -1,4 +1,6 @@
-"""The doctor: none of the zoo missed, none accused; what it says of costs; that it leaves no trace."""
+"""The doctor: it finds the problem of every lossy model and none in honest ones, its costs are right, and it changes
+nothing.
+"""
 
 import random
 import re
@@ -30,10 +32,10 @@ def _seeded():
 
 
 @pytest.mark.parametrize("name", zoo.LOSSY)
-def test_none_is_missed(name):
+def test_the_problem_of_every_lossy_model_is_found(name):
     make, kind, op = zoo.LOSSY[name]
     if name in ("vmap_of_a_layer_norm", "solve", "distances") and right_in_this_pytorch(make().model[2]):
-        pytest.skip("this PyTorch has put it right")
+        pytest.skip("this PyTorch has repaired it")
     if name == "triton_kernel":
         pytest.importorskip("triton")
     if name == "pybind_kernel" and native.obstacle():
@@ -60,7 +62,7 @@ def test_none_is_missed(name):
 
 
 def right_in_this_pytorch(module):
-    """Both modes of the second order against differences, for one of PyTorch's own faults."""
+    """Return whether both modes of the second order equal differences: PyTorch may have repaired its fault."""
     z = [torch.randn(5, 6).double(), *module.parameters()]
     u = [torch.randn_like(t) for t in z]
 
@@ -75,7 +77,7 @@ def right_in_this_pytorch(module):
     leaves = [t.detach().clone().requires_grad_() for t in z]
     try:
         reverse = torch.autograd.grad(gradient(leaves, create_graph=True), leaves, u)
-    except RuntimeError:  # there is none
+    except RuntimeError:  # PyTorch has no second derivative of it
         return False
     with forward_ad.dual_level():
         try:
@@ -91,7 +93,7 @@ def right_in_this_pytorch(module):
 
 
 @pytest.mark.parametrize("name", zoo.HONEST)
-def test_none_is_accused(name):
+def test_no_problem_is_found_in_honest_models(name):
     report = examine(zoo.HONEST[name]())
     assert report.exact
     assert report.problems == []
@@ -102,7 +104,7 @@ def test_none_is_accused(name):
 
 
 def meta_gradient(case, first_order=False):
-    """Of the first task, by plain autograd."""
+    """Return the meta-gradient of the first task by plain autograd, as one vector."""
     support, query = ([t[0] for t in batch] for batch in (case.support, case.query))
     theta = dict(case.model.named_parameters())
 
@@ -129,7 +131,7 @@ def test_costs_are_those_of_plain_autograd():
 
 
 class Mixed(nn.Module):
-    """Four places in three modules; the last is the model's own."""
+    """Problems in three submodules, and one in the forward of the model itself."""
 
     def __init__(self):
         super().__init__()
@@ -144,7 +146,7 @@ class Mixed(nn.Module):
         return self.head(x) * x.mean(-1, keepdim=True).detach()
 
 
-def test_every_place_is_named():
+def test_every_problem_is_reported_with_its_module():
     case = zoo.case()._replace(model=Mixed().double())
     report = examine(case)
     assert [(p.path, p.kind) for p in report.problems] == [
@@ -162,7 +164,7 @@ def test_every_place_is_named():
 
 
 class Twice(nn.Module):
-    """Two things in one forward; the second is hidden by the first, as the second order is that of the first."""
+    """A problem of the function and a `detach` in one forward."""
 
     def __init__(self, function):
         super().__init__()
@@ -172,7 +174,7 @@ class Twice(nn.Module):
         return self.function(x) * x.sigmoid().detach()
 
 
-def test_what_is_lost_in_the_query_alone():
+def test_a_problem_in_the_query_alone_is_found():
     def loss(model, batch):
         y = model(batch[0])
         return ((y - batch[1]) ** 2 * (y.detach().exp() if len(y) == 3 else 1)).mean()
@@ -183,7 +185,7 @@ def test_what_is_lost_in_the_query_alone():
     assert (problem.path, problem.kind, problem.order) == ("(loss)", "stop-gradient", 1)
 
 
-def test_two_things_in_one_forward():
+def test_two_problems_in_one_forward_are_found():
     report = examine(zoo.case(Twice(zoo.NumpyCube.apply)))
     assert [(p.path, p.kind) for p in report.problems] == [("2", "opaque backward"), ("2", "stop-gradient")]
     centers = torch.randn(6, 6).double()
@@ -193,7 +195,7 @@ def test_two_things_in_one_forward():
     assert [(p.kind, p.op.split()[0]) for p in report.problems] == [("stop-gradient", "detach"), *cdist]
 
 
-def test_costs_of_several_are_told_apart():
+def test_each_of_several_problems_has_its_own_cost():
     case = zoo.case(zoo.Act(zoo.NumpyCube.apply), nn.Linear(6, 6), zoo.Act(zoo.NativeGelu.apply))
     report = examine(case)
     alone = {}
@@ -205,14 +207,14 @@ def test_costs_of_several_are_told_apart():
     assert {p.op: p.cost for p in report.problems} == pytest.approx(alone, rel=1e-4)
 
 
-class InFloat32(zoo._Saving):
-    """What insists on float32, as kernels do."""
+class InFloat32(zoo.SavesInput):
+    """A Function that takes float32 alone, as many kernels do."""
 
     @staticmethod
     def forward(ctx, x):
         if x.dtype != torch.float32:
             raise TypeError("float32 only")
-        return zoo._Saving.forward(ctx, x)
+        return zoo.SavesInput.forward(ctx, x)
 
 
 class ExactInFloat32(InFloat32):
@@ -224,18 +226,18 @@ class LossyInFloat32(InFloat32):
 
 
 @pytest.mark.parametrize(("function", "exact"), [(ExactInFloat32, True), (LossyInFloat32, False)])
-def test_models_that_insist_on_float32(function, exact):
+def test_models_that_take_float32_alone_are_judged_in_float32(function, exact):
     case = zoo.case(zoo.Act(function.apply))
     case = case._replace(model=case.model.float())
     case = case._replace(support=[t.float() for t in case.support], query=[t.float() for t in case.query])
     report = examine(case)
     assert report.dtype == "float32"
     assert report.exact == exact
-    assert [p.op for p in report.problems] == [] if exact else ["LossyInFloat32"]
+    assert [p.op for p in report.problems] == ([] if exact else ["LossyInFloat32"])
 
 
-def test_rounding_inside_is_not_a_loss():
-    """Float64 outside, float32 inside: differences are noisy, and say so."""
+def test_float32_within_a_float64_model_is_no_problem():
+    """Finite differences are noisy there, which must not be taken for a lost derivative."""
     rounding = zoo.Act(lambda x: x.type(torch.float32).sin().double())
     assert examine(zoo.case(rounding)).exact
 
@@ -243,7 +245,7 @@ def test_rounding_inside_is_not_a_loss():
 @pytest.mark.parametrize(
     "name", ["counters_and_noise", "dropout", "lstm", "write_under_no_grad", "spectral_norm_in_training"]
 )
-def test_it_leaves_no_trace(name):
+def test_the_doctor_changes_nothing(name):
     case = zoo.HONEST[name]() if name in zoo.HONEST else zoo.LOSSY[name][0]()
     case.model[0].weight.grad = torch.ones_like(case.model[0].weight)
     state = {key: value.clone() for key, value in case.model.state_dict().items()}
@@ -274,7 +276,7 @@ def test_it_leaves_no_trace(name):
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_bad_input_is_one_line():
+def test_wrong_arguments_are_errors_of_one_line():
     case = zoo.case()
 
     def complaint(**changes):
@@ -316,7 +318,7 @@ def test_bad_input_is_one_line():
         mk.doctor(case.model, 3, case.support, case.query)
 
 
-def test_the_page():
+def test_the_printed_report():
     page = str(examine(zoo.LOSSY["numpy_kernel"][0]()))
     assert page.splitlines()[:4] == [
         "The meta-gradient is NOT exact: 1 place, second-order terms are lost at 1.",
@@ -330,8 +332,8 @@ def test_the_page():
 
 
 @pytest.mark.parametrize("strategy", ["store", "recompute"])
-def test_expected_memory(strategy):
-    """To within a half, beside the allocator's own count."""
+def test_the_expected_memory_is_near_the_allocated_memory(strategy):
+    """It must be within a factor of 1.5 of the peak that the profiler counts."""
     model = build_model("gpt", 50, width=32, heads=2, layers=2, max_length=16)
     batch = {"input_ids": torch.randint(50, (3, 4, 16))}
     batch["labels"] = batch["input_ids"]
@@ -346,8 +348,8 @@ def test_expected_memory(strategy):
 
 
 @pytest.mark.parametrize("name", ["numpy_kernel", "between_modules", "relu"])
-def test_it_takes_no_more_than_twenty_meta_steps(name):
-    """In calls of the loss for one task; a meta-step of 2 tasks and 5 inner steps takes 2 * (5 + 1) of them."""
+def test_it_calls_the_loss_no_more_often_than_twenty_meta_steps(name):
+    """A meta-step of 2 tasks and 5 inner steps calls the loss of a task 2 * (5 + 1) times."""
     counted = [0]
     case = zoo.HONEST[name]() if name in zoo.HONEST else zoo.LOSSY[name][0]()
 
@@ -360,7 +362,7 @@ def test_it_takes_no_more_than_twenty_meta_steps(name):
 
 
 def test_repaired_modules_are_exact():
-    """By differences of their first order: a module with parameters, two inputs and a recurrent layer."""
+    """A module that is repaired by differences of its gradient: with parameters, two inputs and a recurrent layer."""
 
     class Cell(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Executables compute what their programs do by every instruction set: every pass, on every layout; some have none."""
+"""Executables compute what their programs do, for every pass, layout and instruction set; some programs have none."""
 
 from __future__ import annotations
 
@@ -30,12 +30,16 @@ Function = Callable[..., list[Tensor]]
 
 
 def lowered(function: Function, *inputs: Tensor) -> Executable:
+    """Record a function on `inputs`, rewrite the program and lower it."""
     program, _ = record(lambda: function(*inputs), inputs, rewritten)
     return lowering.Lowering(inputs).executable(program)
 
 
 def check(function: Function, make: Callable[[], tuple[Tensor, ...]], tolerance: float = 1e-12) -> None:
-    """The executable, lowered for some inputs, on others: alone with threads of its own, and several side by side."""
+    """Lower a function for some inputs; on three others the executable must give the function's results.
+
+    It runs them one by one and all at once, with one thread and with three, and all ways must agree to the bit.
+    """
     executable, several = lowered(function, *make()), [make() for _ in range(3)]
     truths = [function(*inputs) for inputs in several]
     for threads in (1, 3):
@@ -99,7 +103,7 @@ PASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", PASSES)
-def test_a_pass(name: str, layout: str, dtype: torch.dtype) -> None:
+def test_every_pass_on_every_layout(name: str, layout: str, dtype: torch.dtype) -> None:
     def make() -> tuple[Tensor, ...]:
         return torch.randn(SHAPE, dtype=dtype), torch.randn(SHAPE, dtype=dtype)
 
@@ -112,7 +116,7 @@ def test_a_pass(name: str, layout: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2), (-1,)])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "permuted", "sliced", "expanded", "empty"])
-def test_sums(layout: str, dims: tuple[int, ...], keepdim: bool) -> None:
+def test_sums_over_every_set_of_dimensions(layout: str, dims: tuple[int, ...], keepdim: bool) -> None:
     def function(x: Tensor) -> list[Tensor]:
         x = LAYOUTS[layout](x)
         return [x.sum(dims, keepdim), x.mean(dims, keepdim)]
@@ -120,11 +124,11 @@ def test_sums(layout: str, dims: tuple[int, ...], keepdim: bool) -> None:
     check(function, lambda: (torch.randn(4, 6, 75, dtype=torch.float64),))
 
 
-def test_sums_of_many() -> None:
+def test_sums_of_many_rows() -> None:
     check(lambda x: [x.sum(), x.sum(0), x.sum(1)], lambda: (torch.randn(1234, 77, dtype=torch.float64),), 1e-11)
 
 
-def test_passes_that_threads_share() -> None:
+def test_passes_that_are_divided_among_threads() -> None:
     def function(x: Tensor) -> list[Tensor]:
         y = torch.where(x > 0, x, x * 2).mT.contiguous() + 1
         casts = [y.to(torch.float32), y.to(torch.float32).to(torch.float64), y.to(torch.int64).to(torch.float32)]
@@ -133,7 +137,7 @@ def test_passes_that_threads_share() -> None:
     check(function, lambda: (torch.randn(301, 257, dtype=torch.float64),), 1e-10)
 
 
-def test_seven_dimensions_have_no_executable() -> None:
+def test_passes_have_at_most_six_dimensions() -> None:
     def function(x: Tensor) -> list[Tensor]:
         return [x.permute(6, 5, 4, 3, 2, 1, 0) * x]
 
@@ -142,7 +146,7 @@ def test_seven_dimensions_have_no_executable() -> None:
     check(lambda x: [x.permute(5, 4, 3, 2, 1, 0) * x], lambda: (torch.randn([2] * 6),))
 
 
-def test_integers_and_rows() -> None:
+def test_integer_passes_and_row_gathers() -> None:
     table = torch.randn(7, 5, dtype=torch.float64)
 
     def function(index: Tensor, x: Tensor) -> list[Tensor]:
@@ -182,7 +186,7 @@ def test_products() -> None:
     check(function, make)
 
 
-def test_kernels_take_and_make_what_they_say() -> None:
+def test_calls_of_kernels_are_lowered() -> None:
     def function(x: Tensor, weight: Tensor, target: Tensor) -> list[Tensor]:
         y, *residuals = native.call("layer_norm_forward", x.mT.contiguous().mT, weight, None, scalars=(1e-5,))
         loss = native.call("cross_entropy_forward", y, target, scalars=(-100.0,))
@@ -195,7 +199,7 @@ def test_kernels_take_and_make_what_they_say() -> None:
     check(function, make)
 
 
-def test_memory_is_given_out_again() -> None:
+def test_memory_is_reused_after_the_last_use() -> None:
     def function(x: Tensor) -> list[Tensor]:
         for i in range(50):
             x = x.exp() * i
@@ -205,7 +209,7 @@ def test_memory_is_given_out_again() -> None:
     assert lowered(function, x).bytes <= 4 * x.nbytes
 
 
-def test_random_layouts_of_memory_do_not_overlap() -> None:
+def test_allocations_of_an_arena_do_not_overlap() -> None:
     generator = torch.Generator().manual_seed(0)
     arena, taken = lowering.Arena(), {}
     for _ in range(2000):
@@ -221,7 +225,7 @@ def test_random_layouts_of_memory_do_not_overlap() -> None:
         assert not spans or spans[-1][1] <= arena.size
 
 
-def test_what_a_program_only_reads_is_read_where_it_is_and_where_it_was() -> None:
+def test_closed_over_tensors_are_read_at_their_current_address_and_layout() -> None:
     weight = torch.randn(4, 3, dtype=torch.float64)
     executable, x = lowered(lambda x: [x @ weight], torch.randn(2, 4, dtype=torch.float64)), torch.randn(2, 4).double()
     weight.data = torch.randn(4, 3, dtype=torch.float64)
@@ -242,7 +246,7 @@ def test_a_check_that_fails_stops_the_run() -> None:
         assert executable([[torch.tensor([1, 1])], [torch.tensor(wrong)]], 2) is None
 
 
-def test_rows_that_are_not_there_stop_the_run() -> None:
+def test_row_indices_out_of_range_stop_the_run() -> None:
     for function in (lambda x, i: [x.index_select(0, i)], lambda x, i: [torch.zeros(3, 2).index_add_(0, i, x[:1])]):
         executable = lowered(function, torch.randn(3, 2), torch.tensor([0]))
         assert executable([[torch.randn(3, 2), torch.tensor([2])]], 1) is not None
@@ -261,14 +265,14 @@ def test_rows_that_are_not_there_stop_the_run() -> None:
         lambda x: [x.complex32() if hasattr(x, "complex32") else x.cfloat()],
     ],
 )
-def test_what_has_no_executable(function: Function) -> None:
+def test_programs_without_an_executable(function: Function) -> None:
     x = torch.randn(3)
     program, _ = record(lambda: function(x), [x])
     with pytest.raises(lowering.LoweringError):
         lowering.lower(program, [x])
 
 
-def test_wrong_executables_are_refused() -> None:
+def test_invalid_instructions_are_refused() -> None:
     C = native.C
     executable, place = C.Executable(64, 2), C.Place(0, 0)
     for wrong in (C.Place(2, 0), C.Place(-1, 0), C.Place(0, -8)):
@@ -297,7 +301,7 @@ def test_wrong_executables_are_refused() -> None:
     ("name", "batching"), [kind for kind in KINDS if kind[0] not in ("gpt", "gpt-folded", "gru-2")]
 )
 def test_models_have_executables(name: str, batching: str, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And each microbatch's results are those of its program."""
+    """Their microbatches run in an executable, and none of its checks fails."""
     model, loss, _, _, _ = build(name)
     batch = points if loss is regression_loss else tokens
     captured = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), steps=2, batching=batching, strategy=strategy, capture=True)

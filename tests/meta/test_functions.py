@@ -1,4 +1,4 @@
-"""PyTorch's functions by metakern's ops: the same to second order, or left to PyTorch."""
+"""Functions of PyTorch replaced by ops: equal to second order, or left to PyTorch."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def attended(L: int = 3, L_k: int = 3, H: int = 2, H_kv: int = 2) -> list[tuple[
 
 
 def orders(f: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Return the output of `f` on random inputs, its first derivatives, and a derivative of those."""
     make = Make(seed=3)
     x = [make(*shape).requires_grad_() for shape in shapes]
     with sdpa_kernel(SDPBackend.MATH):
@@ -72,7 +73,9 @@ def orders(f: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> list[Tens
         ("silu", lambda x: F.silu(x), [(3, 5)]),
     ],
 )
-def test_what_an_op_computes_it_computes(name: str, f: Callable, shapes: list, called: list[str]) -> None:
+def test_functions_that_an_op_computes_are_replaced_by_it(
+    name: str, f: Callable, shapes: list, called: list[str]
+) -> None:
     if name == "cross_entropy" and shapes == [(3, 5)]:
         f = cross_entropy(torch.tensor([2, 1, 0]), ignore_index=2)
     expected = orders(f, shapes)
@@ -100,20 +103,20 @@ def test_what_an_op_computes_it_computes(name: str, f: Callable, shapes: list, c
         (lambda x: F.silu(x + 0, inplace=True), [(3, 5)]),
     ],
 )
-def test_what_no_op_computes_is_left_to_torch(f: Callable, shapes: list, called: list[str]) -> None:
+def test_functions_that_no_op_computes_are_left_to_pytorch(f: Callable, shapes: list, called: list[str]) -> None:
     expected = orders(f, shapes)
     with FusedFunctions():
         assert all(torch.equal(a, e) for a, e in zip(orders(f, shapes), expected, strict=True))
     assert not called
 
 
-def test_no_kept_target_is_nan_as_in_torch() -> None:
+def test_cross_entropy_without_a_kept_target_is_nan_as_in_pytorch() -> None:
     with FusedFunctions():
         assert F.cross_entropy(torch.randn(3, 5), torch.full((3,), -100)).isnan()
 
 
 @pytest.mark.parametrize("batching", ["fold", "vmap", "loop"])
-def test_models_and_losses_take_the_ops(batching: str, called: list[str]) -> None:
+def test_models_and_losses_run_by_the_ops(batching: str, called: list[str]) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -133,7 +136,7 @@ def test_models_and_losses_take_the_ops(batching: str, called: list[str]) -> Non
     assert {"attention", "gelu", "cross_entropy"} <= set(called)
 
 
-def test_modes_do_not_look_inside_of_ops() -> None:
+def test_function_modes_do_not_see_the_operations_within_ops() -> None:
     class Seen(TorchFunctionMode):
         count = 0
 

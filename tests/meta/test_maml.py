@@ -55,7 +55,7 @@ def test_both_modes_of_the_hessian_vector_product_are_taken_and_exact() -> None:
         assert maml.plan.hvp == mode
 
 
-def test_float32_is_as_good_in_every_way() -> None:
+def test_float32_is_accurate_in_every_batching_and_strategy() -> None:
     model, loss, support, query, batchings = build("gpt-folded")
     truth = gradients(model, plain_loss(model, loss, support, query, 3, sgd(0.3)))
     model.float()
@@ -66,7 +66,7 @@ def test_float32_is_as_good_in_every_way() -> None:
             assert_equal(found, truth, 2e-5)
 
 
-def test_auto_folds_and_says_why() -> None:
+def test_auto_folds_and_the_plan_gives_the_reason() -> None:
     model, loss, support, query, _ = build("gpt-folded")
     maml = mk.MAML(model, loss, steps=2)
     with pytest.raises(RuntimeError, match="plan must be read after"):
@@ -76,8 +76,8 @@ def test_auto_folds_and_says_why() -> None:
     assert "equals plain autograd" in str(maml.plan)
 
 
-def test_second_derivatives_are_tried_before_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To adapt and to evaluate takes none: the plan for them is the cheaper one, and not that of a meta-gradient."""
+def test_second_derivatives_are_verified_for_meta_gradients_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adaptation and evaluation need none, so that their plan is another, cheaper one."""
     tried: list[str] = []
     products = Trial._products
 
@@ -98,7 +98,7 @@ def test_second_derivatives_are_tried_before_they_are_used(monkeypatch: pytest.M
 
 
 class Prototypes(nn.Module):
-    """A table of as many rows as 2 and 3 tasks have examples six and four times: that of all tasks, all the same."""
+    """A table of 24 rows for all tasks. 2 tasks have 8 examples and 3 tasks 12, so that 24 is a multiple of both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,14 +108,14 @@ class Prototypes(nn.Module):
         return (x.unsqueeze(-2) * self.linear(self.table)).sum(-1)[..., :3]
 
 
-def test_folding_tells_a_size_that_follows_the_tasks_from_one_that_does_not() -> None:
+def test_a_table_whose_rows_are_a_multiple_of_the_folded_batch_is_exact() -> None:
     model = Prototypes().double()
     truth = gradients(model, plain_loss(model, regression_loss, points(1), points(2), 2, sgd(0.1)))
     maml = mk.MAML(model, regression_loss, mk.optim.SGD(0.1), 2, batching="fold")
     assert_equal(gradients(model, maml(points(1), points(2))), truth)
 
 
-def test_adapt_selects_and_the_rest_is_learned_all_the_same() -> None:
+def test_parameters_that_are_not_adapted_still_get_a_meta_gradient() -> None:
     model, loss, support, query, batchings = build("gpt-folded")
     adapted = lambda name: name.startswith("encoder.linear") or name == "norm.bias"  # noqa: E731
     truth = gradients(model, plain_loss(model, loss, support, query, 3, sgd(0.5), adapted))
@@ -148,8 +148,8 @@ def test_frozen_and_unused_parameters() -> None:
         assert model.unused.weight.grad is None
 
 
-def test_dropout_differs_between_tasks_and_is_the_same_in_both_passes() -> None:
-    """With equal tasks, masks make the losses differ; a fixed seed makes store and recompute draw the same masks."""
+def test_dropout_differs_between_tasks_and_is_the_same_in_both_strategies() -> None:
+    """On equal tasks only the masks make the losses differ; from one seed, store and recompute draw the same masks."""
     model, loss, support, _, batchings = build("gpt-folded")
     model.encoder.dropout.p = model.encoder.dropout1.p = model.encoder.dropout2.p = 0.5
     same = tree_map(lambda a: a[:1].expand_as(a).contiguous(), support)
@@ -176,7 +176,7 @@ def test_gradients_accumulate_and_scale() -> None:
     assert_equal(found, {name: once[name] + 3 * other[name] for name in once})
 
 
-def test_no_grad_evaluates() -> None:
+def test_losses_without_grad_equal_those_of_evaluate_and_adapt() -> None:
     model, loss, support, query, _ = build("mlp")
     maml = mk.MAML(model, loss, steps=2)
     value = maml(support, query)
@@ -203,7 +203,7 @@ def test_zero_steps_is_joint_training() -> None:
         assert_equal(gradients(model, mk.MAML(model, loss, steps=0, strategy=strategy)(support, query)), truth)
 
 
-def test_a_custom_loss_with_branches_on_data_loops() -> None:
+def test_a_loss_with_branches_on_values_runs_in_a_loop() -> None:
     def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         error = (model(batch[0]) - batch[1]).square()
         return error.mean() if error.mean().item() > 1 else error.sum()
@@ -215,7 +215,7 @@ def test_a_custom_loss_with_branches_on_data_loops() -> None:
     assert maml.plan.batching == "loop"
 
 
-def test_a_loss_that_reads_the_weights_is_not_folded_wrongly() -> None:
+def test_a_loss_that_reads_the_weights_is_not_folded() -> None:
     def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         penalty = (
             model[0].weight.square().sum() if isinstance(model, nn.Module) else model.phi["0.weight"].square().sum()
@@ -230,7 +230,7 @@ def test_a_loss_that_reads_the_weights_is_not_folded_wrongly() -> None:
 
 
 class Fixed(nn.Module):
-    """Learned queries whose number coincides with the folded batch: provenance, not size, says what is folded."""
+    """Learned queries, as many as a folded batch may have rows: folding must not go by sizes."""
 
     def __init__(self, queries: int) -> None:
         super().__init__()
@@ -244,8 +244,8 @@ class Fixed(nn.Module):
 
 
 @pytest.mark.parametrize("queries", [4, 8, 12, 7])
-def test_a_size_that_coincides_with_the_fold_is_not_mistaken(queries: int) -> None:
-    """T·B is 12, 2·B is 8 and 3·B is 12 when the model is traced."""
+def test_a_size_equal_to_that_of_the_folded_batch_is_not_mistaken_for_it(queries: int) -> None:
+    """The batch is folded to T·B = 12 rows; plans are tried on two tasks, which have 8."""
     torch.manual_seed(0)
     model = Fixed(queries).double()
     truth = gradients(model, plain_loss(model, regression_loss, points(1), points(2), 2, sgd(0.3)))
@@ -253,7 +253,7 @@ def test_a_size_that_coincides_with_the_fold_is_not_mistaken(queries: int) -> No
     assert_equal(gradients(model, maml(points(1), points(2))), truth)
 
 
-def test_memory_that_runs_out_halves_the_chunk_and_goes_on() -> None:
+def test_chunks_are_halved_when_memory_runs_out() -> None:
     class Small(nn.Module):
         """Runs out of memory, once armed, where it sees more than one task of four points."""
 
@@ -276,7 +276,7 @@ def test_memory_that_runs_out_halves_the_chunk_and_goes_on() -> None:
     assert "memory ran out" in str(maml.plan)
 
 
-def test_refusals() -> None:
+def test_wrong_arguments_and_third_derivatives_are_errors() -> None:
     model, loss, support, query, _ = build("mlp")
     normed = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).double().eval()
     truth = gradients(normed, plain_loss(normed, loss, support, query, 2, sgd(0.1)))
@@ -326,7 +326,7 @@ def test_a_buffer_that_changes_is_refused() -> None:
         mk.MAML(Counter(), regression_loss)(points(1), points(2))
 
 
-def test_inference_mode_adapts_all_the_same() -> None:
+def test_inference_mode_gives_the_same_results() -> None:
     model, loss, _, _, _ = build("mlp")
     maml = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), steps=2)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""PyTorch's own settings: every op and a meta-gradient give the numbers that they give without them, or one line."""
+"""Settings of PyTorch: every op and every meta-gradient give the same numbers with them as without."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ if hasattr(torch.backends, "fp32_precision"):
 
 
 def results(op: str, samples: list[Sample]) -> list[Tensor]:
-    """Values, first and second derivatives of every sample; what there is of them without gradients."""
+    """Return the outputs of every sample and, if gradients are enabled, its first and second derivatives."""
     spec, found = SPECS[op], []
     for sample in samples:
         args = [a.clone() if isinstance(a, Tensor) else a for a in sample.args]
@@ -87,7 +87,7 @@ def results(op: str, samples: list[Sample]) -> list[Tensor]:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("op", SPECS)
-def test_ops_under_a_setting(op: str, setting: str) -> None:
+def test_ops_do_not_depend_on_settings(op: str, setting: str) -> None:
     samples = SPECS[op].samples(Make(torch.float32))
     for backend in (name for name in ("cpu", "reference") if mk.backends()[name] == "available"):
         with mk.backend(backend):
@@ -104,7 +104,7 @@ def test_ops_under_a_setting(op: str, setting: str) -> None:
 
 @pytest.mark.parametrize("setting", [name for name in SETTINGS if "mode" not in name and name != "meta device"])
 @pytest.mark.parametrize("inner", [mk.optim.SGD, mk.optim.Adam, mk.optim.MetaSGD])
-def test_meta_gradients_under_a_setting(inner: Any, setting: str) -> None:
+def test_meta_gradients_do_not_depend_on_settings(inner: Any, setting: str) -> None:
     def gradients() -> list[Tensor]:
         maml.zero_grad()
         maml((x, y), (x, y)).backward()
@@ -124,7 +124,7 @@ def test_meta_gradients_under_a_setting(inner: Any, setting: str) -> None:
 
 
 @pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])
-def test_precision_of_products_as_pytorch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_products_have_the_precision_that_pytorch_is_set_to(monkeypatch: pytest.MonkeyPatch) -> None:
     from metakern.ops.core.triton_kernels import launch
 
     assert launch.precision() == "tf32x3"
@@ -146,7 +146,7 @@ def test_precision_of_products_as_pytorch_is_told(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("op", ["linear", "attention", "layer_norm", "global_norm", "sgd_update"])
-def test_triton_under_a_setting(op: str, setting: str) -> None:
+def test_triton_kernels_do_not_depend_on_settings(op: str, setting: str) -> None:
     sample = next(s for s in SPECS[op].samples(Make(torch.float32)) if s.args[0].numel())
     right = tree_leaves(SPECS[op].call(*sample.args, **sample.kwargs))
     with mk.backend("triton"), SETTINGS[setting]():

@@ -1,4 +1,4 @@
-"""Hugging Face's models: patched they compute the same, and their meta-gradients are exact in every batching."""
+"""Models of Hugging Face: patched ones compute the same, and their meta-gradients are exact in every batching."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SILU = {ATTENTION + ", " + ROPE, RMS, "metakern.nn.Linear", "metakern.ops.silu",
 GEMMA = {ATTENTION + ", " + ROPE, RMS, "metakern.nn.Linear", GELU}
 NORM = {"metakern.nn.LayerNorm", "metakern.nn.Linear"}
 
-# A model's changes to a tiny config, and what it is made of once it is patched, but for the loss.
+# By model type: its config, and the ops and modules in the report of `mk.patch`, without the loss.
 MODELS: dict[str, tuple[dict, set[str]]] = {
     "gpt2": (GPT2, {*NORM, ATTENTION, LINEAR, GELU}),
     "llama": ({**LLAMA, "tie_word_embeddings": True}, SILU),
@@ -66,8 +66,8 @@ MODELS: dict[str, tuple[dict, set[str]]] = {
     "smollm3": (LLAMA, SILU),
 }
 
-# Models that make their causal masks by themselves (GPT-2 before transformers 4.54, OPT and others before 5.9): their
-# attention is left to them, and OPT's own gives NaN for a query that sees no key.
+# Models that make their causal masks themselves (GPT-2 before transformers 4.54, OPT and others before 5.9) keep their
+# own attention, and that of OPT gives NaN for a query that sees no key.
 NO_INTERFACE = "it does not go through transformers' attention interface"
 BY_ITSELF = "it makes its causal masks by itself, not by transformers' masking_utils"
 OWN_MASKS = {
@@ -78,12 +78,12 @@ OWN_MASKS = {
 
 
 def padded(name: str, *sides: str | None) -> list[str | None]:
-    """The sides at which a batch for a model is padded."""
+    """Return those of `sides` on which a batch for the model can be padded, or ["right"] if there is none."""
     return [side for side in sides if side != "left" or name not in OWN_MASKS - {"gpt2"}] or ["right"]
 
 
 def build(name: str, attention: str = "eager", **changes: Any) -> Any:
-    """A model whose parameters are all random, norms and biases too, in float64."""
+    """Return a tiny model in float64 with random parameters, also in norms and biases."""
     config = transformers.AutoConfig.for_model(name, **{**MODELS.get(name, (LLAMA,))[0], **changes})
     random = torch.Generator().manual_seed(len(name))
     torch.manual_seed(0)
@@ -94,7 +94,7 @@ def build(name: str, attention: str = "eager", **changes: Any) -> Any:
 
 
 def batch(seed: int, *lead: int, padding: str | None = "left") -> dict[str, Tensor]:
-    """Sequences, the second of a task padded; what comes first, or follows upon padding, is not to be predicted."""
+    """Return sequences [*lead, 2, L], every second one padded; first tokens and those after padding have no label."""
     tokens = torch.randint(3, V, (*lead, 2, L), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(tokens)
     if padding:
@@ -104,6 +104,7 @@ def batch(seed: int, *lead: int, padding: str | None = "left") -> dict[str, Tens
 
 
 def patched(model: nn.Module) -> tuple[Any, mk.patching.Report]:
+    """Return a patched copy of a model, and the report."""
     twin = copy.deepcopy(model)
     return twin, mk.patch(twin)
 
@@ -114,7 +115,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """The options of the calls of the fused attention."""
+    """A list of the options of each call of `mk.ops.attention`."""
     calls: list[dict] = []
     attention = mk.ops.attention
     monkeypatch.setattr(mk.ops, "attention", lambda *a, **options: calls.append(options) or attention(*a, **options))
@@ -122,7 +123,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_patched_computes_the_same(name: str, fused: list[dict]) -> None:
+def test_patched_models_compute_the_same(name: str, fused: list[dict]) -> None:
     model = build(name)
     ours, report = patched(model)
     own = {ATTENTION} if name in OWN_MASKS else set()
@@ -145,22 +146,21 @@ def test_patched_computes_the_same(name: str, fused: list[dict]) -> None:
         assert [call["window"] for call in fused] == windows.get(name, [None] * len(fused))
         for call in fused:
             plain = padding is None and call["window"] is None
-            bare = call["mask"] is None or (plain and call["mask"].all())  # OPT's own mask is of ones before 5.23
+            bare = call["mask"] is None or (plain and call["mask"].all())  # before 5.23, OPT passes a mask of ones
             assert bare if plain else torch.equal(call["mask"], seen)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_everything_but_the_classes_stays(name: str) -> None:
+def test_patching_changes_classes_alone_and_can_be_undone(name: str) -> None:
     model = build(name, attention="sdpa")
     kinds, attributes = [type(m) for m in model.modules()], [set(vars(m)) for m in model.modules()]
-    state, text = model.state_dict(), model.config.to_json_string()
+    state, text = {key: t.clone() for key, t in model.state_dict().items()}, model.config.to_json_string()
     report = mk.patch(model)
     assert mk.patch(model).replaced == ()
     assert isinstance(model.base_model, type(build(name).base_model))
     assert [type(m).__name__ for m in model.modules()] == [kind.__name__ for kind in kinds]
-    assert all(
-        model.state_dict()[key] is not None and torch.equal(model.state_dict()[key], state[key]) for key in state
-    )
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert model.config.to_json_string() == text
     inputs = batch(1)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -174,7 +174,7 @@ def test_everything_but_the_classes_stays(name: str) -> None:
     assert mk.unpatch(model).replaced == ()
 
 
-def test_a_pickle_opens_where_nothing_was_patched_yet() -> None:
+def test_a_pickle_of_a_patched_model_can_be_loaded_in_a_new_process() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from metakern.patching.attention import NAME, register
@@ -199,11 +199,13 @@ def test_generation_with_and_without_a_cache(name: str, fused: list[dict]) -> No
         fused.clear()
         found = ours.generate(**inputs, **options, **cache, output_scores=True, return_dict_in_generate=True)
         assert torch.equal(found.sequences, expected.sequences)
-        close(torch.stack(found.scores), torch.stack(expected.scores), 1e-4)  # the unpatched one is float32 in part
+        close(
+            torch.stack(found.scores), torch.stack(expected.scores), 1e-4
+        )  # the unpatched model computes partly in float32
         assert len(fused) == (0 if name in OWN_MASKS else 12)
 
 
-def test_what_the_op_does_not_compute_is_the_models_own(fused: list[dict]) -> None:
+def test_calls_that_the_op_does_not_compute_run_the_models_own_attention(fused: list[dict]) -> None:
     model = build("mistral", attention_dropout=0.5)
     ours, _ = patched(model)
     inputs = batch(7, padding="right")
@@ -216,7 +218,7 @@ def test_what_the_op_does_not_compute_is_the_models_own(fused: list[dict]) -> No
         {**inputs, "attention_mask": own},
     ]
     if hasattr(transformers.masking_utils, "find_packed_sequence_indices"):
-        cases.append(packed)  # two sequences in one: a mask of blocks
+        cases.append(packed)  # two sequences in a row of the batch, which need a block mask
     for case in cases:
         with comparable(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`output_attentions=True` is not supported", UserWarning)
@@ -234,9 +236,9 @@ def test_what_the_op_does_not_compute_is_the_models_own(fused: list[dict]) -> No
     assert not fused
 
 
-def test_a_window_that_the_layers_do_not_know(fused: list[dict]) -> None:
+def test_windows_are_taken_from_the_mask_where_layers_lack_them(fused: list[dict]) -> None:
     sizes = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts_per_tok": 2}
-    model = build("qwen2_moe", **WINDOW, **sizes).float()  # whose experts are not for float64
+    model = build("qwen2_moe", **WINDOW, **sizes).float()  # the experts do not run in float64
     ours, report = patched(model)
     close(ours(**batch(1, padding=None)).logits, model(**batch(1, padding=None)).logits, 1e-4)
     if "qwen2_moe" in OWN_MASKS:
@@ -245,8 +247,8 @@ def test_a_window_that_the_layers_do_not_know(fused: list[dict]) -> None:
     assert 3 in [call["window"] for call in fused]
 
 
-def test_attention_of_a_module_called_by_itself() -> None:
-    """Without the mask function: in both directions where the module says so."""
+def test_attention_modules_can_be_called_without_a_mask() -> None:
+    """They are causal or not as their `is_causal` says."""
     model = build("llama")
     ours, _ = patched(model)
     x = torch.randn(2, L, 16, dtype=torch.float64)
@@ -258,7 +260,7 @@ def test_attention_of_a_module_called_by_itself() -> None:
         close(layers[1](x, position, None)[0], layers[0](x, position, mask[None, None])[0], 1e-6)
 
 
-def test_losses_that_transformers_trainer_asks_for() -> None:
+def test_losses_with_the_arguments_of_transformers_trainer() -> None:
     model = build("qwen3")
     ours, _ = patched(model)
     inputs = batch(9)
@@ -274,7 +276,7 @@ def test_losses_that_transformers_trainer_asks_for() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "gpt2"])
-def test_half_precision_is_as_good_as_unpatched(name: str) -> None:
+def test_bfloat16_errors_are_at_most_twice_those_of_the_unpatched_model(name: str) -> None:
     model = build(name)
     inputs = batch(1, padding="right")
     exact, seen = model(**inputs).logits, inputs["attention_mask"].bool()
@@ -285,7 +287,7 @@ def test_half_precision_is_as_good_as_unpatched(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma"])
-def test_norms_in_half_precision_round_once(name: str) -> None:
+def test_norms_in_bfloat16_are_as_accurate_as_unpatched_ones(name: str) -> None:
     norm, x = build(name).model.norm, torch.randn(64, 16, dtype=torch.float64).bfloat16()
     norm.weight.data.copy_((0.9 if name == "qwen3" else 0) + 0.004 * torch.arange(16)).bfloat16()
     exact = norm.bfloat16().double()(x.double()).double()
@@ -297,7 +299,7 @@ def test_norms_in_half_precision_round_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["phi3", "gpt2"])
-def test_under_autocast_pytorch_chooses_the_dtypes(name: str, fused: list[dict]) -> None:
+def test_autocast_gives_the_results_of_the_unpatched_model(name: str, fused: list[dict]) -> None:
     model = build(name).float()
     ours, _ = patched(model)
     inputs = batch(1, padding="right")
@@ -310,7 +312,7 @@ def test_under_autocast_pytorch_chooses_the_dtypes(name: str, fused: list[dict])
 
 
 def truth(model: nn.Module, support: dict, query: dict, lr: float, steps: int, adapted: Any) -> dict[str, Tensor]:
-    """The meta-gradient by plain autograd, of the model as it is but for what it computes in float32 on purpose."""
+    """Return the meta-gradient by plain autograd, with what the model computes in float32 computed in float64."""
 
     def loss(phi: dict[str, Tensor], task: dict[str, Tensor]) -> Tensor:
         inputs = {key: task[key] for key in ("input_ids", "attention_mask")}
@@ -332,6 +334,7 @@ def truth(model: nn.Module, support: dict, query: dict, lr: float, steps: int, a
 
 
 def assert_exact(maml: Any, model: nn.Module, support: dict, query: dict, expected: dict, tolerance: float) -> None:
+    """Assert that each gradient has at most this error relative to its norm, or to 1e-3 of the largest norm."""
     model.zero_grad()
     maml(support, query).backward()
     most = max(g.norm() for g in expected.values())
@@ -340,17 +343,19 @@ def assert_exact(maml: Any, model: nn.Module, support: dict, query: dict, expect
 
 
 def tolerance(name: str) -> float:
-    """For eager attention, which computes in float32 in part, and for the op."""
+    """Return the tolerance for a model: larger where its own attention runs, which computes partly in float32."""
     return 1e-4 if name in OWN_MASKS else 1e-5 if name == "gemma2" else 1e-9
 
 
 def ways(*batchings: str) -> Iterator[dict[str, str]]:
+    """Yield the options of each batching with each strategy."""
     for batching in batchings:
         for strategy in ("store", "recompute"):
             yield {"batching": batching, "strategy": strategy}
 
 
 def error_of(plan: object) -> float:
+    """Return the error against plain autograd that a plan reports."""
     found = re.search(r"worst relative error (\S+) in float64", str(plan))
     assert found
     return float(found[1])
@@ -358,10 +363,10 @@ def error_of(plan: object) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_meta_gradients_are_exact(name: str) -> None:
-    """Patched: equal to plain autograd. As it is: equal to it where the planner compares, which is in float64."""
+    """The patched model equals plain autograd; the plan of the unpatched one reports an error of rounding alone."""
     side = (
         "right" if name == "gemma2" else padded(name, "left")[0]
-    )  # in eager formulas a query that sees no key is float32's business
+    )  # eager attention computes a query that sees no key in float32
     model = build(name)
     support, query = batch(1, 3, padding=side), batch(2, 3, padding=side)
     expected = truth(model, support, query, 0.1, 2, lambda name: True)
@@ -378,13 +383,13 @@ def test_meta_gradients_are_exact(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "adapt"),
     [
-        ("llama", ["*mlp*", "*norm.weight"]),  # its head is tied to the embeddings, which are learned in the outer loop
+        ("llama", ["*mlp*", "*norm.weight"]),  # the head is tied to the embeddings, which only the outer loop learns
         ("gpt2", ["*c_attn*", "transformer.wpe*", "*ln_?.bias"]),
         ("opt", ["*fc?.weight", "*embed_positions*"]),
         ("gemma", ["*norm.weight"]),
     ],
 )
-def test_adapting_some_parameters_never_makes_the_logits(
+def test_logits_are_not_computed_if_the_head_is_not_adapted(
     name: str, adapt: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(name)
@@ -407,8 +412,8 @@ def test_adapting_some_parameters_never_makes_the_logits(
     assert error_of(plan.plan) < 1e-11
 
 
-def test_a_head_that_does_more_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capped logits, a bias, an adapted or a hooked head."""
+def test_heads_that_are_not_a_plain_product_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capped logits, a bias, and a hooked head."""
     monkeypatch.setattr(mk.ops, "linear_cross_entropy", None)
     for name in ("gemma2", "phi"):
         model = build(name)
@@ -424,7 +429,7 @@ def test_a_head_that_does_more_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [V]
 
 
-def test_a_model_that_no_rule_knows_is_left_and_exact() -> None:
+def test_a_module_without_a_rule_is_left_and_the_meta_gradient_is_exact() -> None:
     model = build("olmo2")
     ours, report = patched(model)
     assert {(kind, why) for _, kind, why in report.left} == {
@@ -434,7 +439,7 @@ def test_a_model_that_no_rule_knows_is_left_and_exact() -> None:
     seen = inputs["attention_mask"].bool()
     with comparable():
         close(ours(**inputs).logits[seen], model(**inputs).logits[seen])
-    ours.model.norm.forward = ours.model.norm.forward  # somebody's wrapper
+    ours.model.norm.forward = ours.model.norm.forward  # as if the user had wrapped it
     support, query = batch(1, 3), batch(2, 3)
     maml = mk.MAML(ours, mk.losses.causal_lm, mk.optim.SGD(0.1), 2, batching="fold")
     maml(support, query)
@@ -442,7 +447,7 @@ def test_a_model_that_no_rule_knows_is_left_and_exact() -> None:
 
 
 def test_another_rotary_embedding_is_left() -> None:
-    """Cohere's turns neighboring features, not halves."""
+    """That of Cohere rotates pairs of neighboring features, not of the two halves."""
     model = build("cohere")
     ours, report = patched(model)
     afters = {after for _, before, after in report.replaced if before == "transformers.CohereAttention"}
@@ -478,8 +483,8 @@ def test_encoder_decoders_keep_their_attention(name: str) -> None:
     assert ours.config._attn_implementation == model.config._attn_implementation
 
 
-def test_what_a_known_family_was_expected_to_run_and_does_not_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A future transformers whose modules look otherwise: each op that is not put in is a line with the reason."""
+def test_ops_that_a_changed_transformers_does_not_take_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where modules of a known family have changed, each op that is not put in is reported with the reason."""
     from transformers.models.llama import modeling_llama as llama
 
     def hidden(*args: Any, **kwargs: Any) -> Any:
@@ -487,7 +492,7 @@ def test_what_a_known_family_was_expected_to_run_and_does_not_is_reported(monkey
 
     forwards = {kind: kind.forward for kind in (llama.LlamaAttention, llama.LlamaMLP)}
     hidden.__wrapped__ = forwards[llama.LlamaAttention]  # type: ignore[attr-defined]
-    monkeypatch.setattr(llama.LlamaAttention, "forward", hidden)  # whose cell holds no function, but a table of them
+    monkeypatch.setattr(llama.LlamaAttention, "forward", hidden)  # its closure has a table of functions and no function
     double = lambda self, x: 2 * forwards[llama.LlamaMLP](self, x)  # noqa: E731
     monkeypatch.setattr(llama.LlamaMLP, "forward", double)
     model = build("llama")
@@ -531,6 +536,6 @@ def test_a_decorated_forward_keeps_its_decorators(name: str, monkeypatch: pytest
     monkeypatch.setattr(mk.ops, "rope", lambda x, *a: turned.append(x) or rotated(x, *a))
     with comparable():
         close(ours(**batch(1, padding=None)).logits, model(**batch(1, padding=None)).logits)
-    assert len(turned) == 4  # of queries and keys in two layers, of ours alone
+    assert len(turned) == 4  # of queries and keys, in two layers of the patched model
     assert calls == [kind.__name__] * 8
     assert kind.forward.__wrapped__.__wrapped__ is forward

@@ -1,4 +1,4 @@
-"""LoRA of whole models: exact meta-gradients in every batching, what is chosen, merged and taken off, and the files."""
+"""LoRA of whole models: exact meta-gradients, the choice of layers, merging and removal, and files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARCHITECTURES = ["gpt2", "llama"]
 
 
 class Plain(LoraLinear):
-    """The same layer as one would write it down, for plain autograd."""
+    """The same layer by plain operations, for plain autograd."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (
@@ -36,7 +36,7 @@ class Plain(LoraLinear):
 
 
 def plainly(model: nn.Module) -> nn.Module:
-    """A copy of a model with plain layers."""
+    """Return a copy of a model with `Plain` layers."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
         if isinstance(module, LoraLinear):
@@ -45,7 +45,7 @@ def plainly(model: nn.Module) -> nn.Module:
 
 
 def started(model: nn.Module) -> nn.Module:
-    """B is zero at first, where half of all terms vanish: here it is not."""
+    """Make B random and return the model: B is zero at first, where half of all terms vanish."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
@@ -80,7 +80,7 @@ TRAINABLE = {"gpt2": ("ln_1", "attn.*.bias", "wpe"), "llama": ("*norm*",)}
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_meta_gradients_equal_plain_autograd(name: str, trained: bool, steps: int) -> None:
-    """Of the factors alone, and of norms, embeddings and the adapted layers' own biases with them."""
+    """With the factors alone, and with norms, embeddings and biases of adapted layers that are trained too."""
     model = adapted(name, trainable=TRAINABLE[name] if trained else ())
     twin, support, query = plainly(model), tokens(1), tokens(2)
     value = plain_loss(twin, tokens_loss, support, query, steps, sgd(0.3))
@@ -100,7 +100,7 @@ def test_meta_gradients_equal_plain_autograd(name: str, trained: bool, steps: in
             assert_equal(gradients(model, ours), truth)
 
 
-def test_the_engine_folds_a_layer_by_its_op_and_never_maps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_folds_a_layer_by_its_op_without_vmap(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, shapes = adapted("llama"), tokens(1), set()
     call = mk.ops.lora_linear
 
@@ -124,14 +124,14 @@ def test_a_meta_step_holds_nothing_of_the_size_of_the_base(strategy: str, batchi
     model = nn.Sequential(nn.Linear(5, 20), nn.Linear(20, 40), nn.Linear(40, 3)).double()
     mk.lora(model, rank=1, targets=["1"])
     maml = mk.MAML(started(model), regression_loss, steps=2, strategy=strategy, batching=batching, task_chunk=T)
-    maml(points(1), points(2))  # which verifies the plan on copies of the model
+    maml(points(1), points(2))  # verifies the plan on copies of the model
     with Storages(model[1].weight) as found:
         gradients(model, maml(points(1), points(2)))
     assert T * 4 * 40 <= found.elements < 20 * 40
 
 
-def test_a_meta_learned_start_of_one_factor() -> None:
-    """A and a bias for all tasks, B for each."""
+def test_one_factor_can_be_adapted_alone() -> None:
+    """B is adapted to each task; A and a bias are learned by the outer loop alone."""
     model = two_layers(trainable=["3.bias"])
     twin, chosen = plainly(model), lambda name: name.endswith("lora_B")
     truth = gradients(twin, plain_loss(twin, regression_loss, points(1), points(2), 2, sgd(0.2), chosen))
@@ -141,7 +141,7 @@ def test_a_meta_learned_start_of_one_factor() -> None:
     assert set(maml.adapt(points(1))) == {"0.lora_B", "3.lora_B"}
 
 
-def test_the_parameters_of_a_task_put_back_give_its_losses() -> None:
+def test_adapted_parameters_loaded_into_the_model_give_the_losses_of_their_task() -> None:
     model, support, query = adapted("gpt2"), tokens(1), tokens(2)
     maml = mk.MAML(model, tokens_loss, mk.optim.SGD(lr=0.3), steps=2)
     phi, curve = maml.adapt(support), maml.evaluate(support, query, (2,))[0]
@@ -156,7 +156,7 @@ def test_the_parameters_of_a_task_put_back_give_its_losses() -> None:
         torch.testing.assert_close(tokens_loss(twin, batch), curve[t], rtol=1e-12, atol=1e-12)
 
 
-def test_dropout_is_that_of_the_correction_alone() -> None:
+def test_dropout_applies_to_the_correction_alone() -> None:
     model = two_layers(dropout=0.5, alpha=3)
     x, first = points(1)[0], model[0]
     torch.manual_seed(3)
@@ -168,7 +168,7 @@ def test_dropout_is_that_of_the_correction_alone() -> None:
     torch.testing.assert_close(model.eval()(x), twin(x))
     model.train()
     found = []
-    for strategy in ("store", "recompute"):  # the masks of a step are drawn the same when it is computed again
+    for strategy in ("store", "recompute"):  # recompute draws the same masks again
         maml = mk.MAML(model, regression_loss, mk.optim.SGD(0.2), 2, strategy=strategy, task_chunk=T)
         torch.manual_seed(4)
         found.append(gradients(model, maml(points(1), points(2))))
@@ -177,7 +177,7 @@ def test_dropout_is_that_of_the_correction_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_what_is_adapted_freezes_and_comes_off_again(name: str) -> None:
+def test_lora_freezes_the_base_and_can_be_removed_or_merged(name: str) -> None:
     torch.manual_seed(1)
     model, batch = hugging_face(name).double().eval(), tokens(1)["input_ids"][0]
     model.lm_head.weight.requires_grad_(False)
@@ -209,7 +209,7 @@ def test_what_is_adapted_freezes_and_comes_off_again(name: str) -> None:
     assert set(model.state_dict()) == set(state)
 
 
-def test_targets_and_trainable_are_patterns_over_components_in_a_row() -> None:
+def test_targets_and_trainable_are_patterns_of_consecutive_components() -> None:
     def names(*targets: str, **options: Any) -> list[str]:
         return mk.lora(hugging_face("llama"), targets=list(targets), **options)
 
@@ -242,8 +242,8 @@ def test_patched_models_give_the_same_meta_gradients(name: str, patch_first: boo
     assert_equal(gradients(model, maml(support, query)), truth)
 
 
-def test_patch_before_and_after() -> None:
-    """A patched layer is adapted as the one that it was; what patch and unpatch do beside it changes no number."""
+def test_lora_can_be_added_before_and_after_patching() -> None:
+    """patch and unpatch change no output of a model with LoRA, and removal gives back torch.nn's layer."""
     for patch_first in (True, False):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)).double()
@@ -262,7 +262,7 @@ def test_patch_before_and_after() -> None:
         assert type(model[0]) is nn.Linear
 
 
-def test_the_fast_path_of_torchs_encoder_does_not_pass_it_by() -> None:
+def test_the_fast_path_of_torchs_encoder_does_not_ignore_lora() -> None:
     torch.manual_seed(1)
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True).eval()
     mk.lora(layer, targets=["linear1", "linear2"])
@@ -276,8 +276,8 @@ def test_the_fast_path_of_torchs_encoder_does_not_pass_it_by() -> None:
             twin.eval()
 
 
-def test_dtypes() -> None:
-    """Adapters in the base's dtype or wider; under autocast in that of autocast."""
+def test_dtypes_of_adapters() -> None:
+    """The base's dtype, a wider one, and the dtype of autocast."""
     x = points(1)[0].bfloat16()
     model = nn.Sequential(nn.Linear(5, 3)).bfloat16()
     twin = copy.deepcopy(model)
@@ -301,7 +301,7 @@ def test_dtypes() -> None:
     assert y.dtype == torch.bfloat16
 
 
-def test_a_layer_of_its_own() -> None:
+def test_a_single_layer_and_its_initialization() -> None:
     layer = LoraLinear(5, 3, bias=False, rank=2, alpha=1, dropout=0.25)
     assert repr(layer) == "LoraLinear(in_features=5, out_features=3, bias=False, rank=2, alpha=1, dropout=0.25)"
     assert mk.lora(nn.Sequential(nn.Linear(5, 3)), seed=3) == ["0"]
@@ -374,7 +374,7 @@ BAD: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("make", "options", "error", "message"), BAD)
-def test_what_can_not_be_adapted_is_refused_and_nothing_changes(
+def test_layers_that_cannot_be_adapted_are_refused_and_nothing_changes(
     make: Callable[[], Any], options: dict, error: type[Exception], message: str
 ) -> None:
     model = make()
@@ -384,14 +384,14 @@ def test_what_can_not_be_adapted_is_refused_and_nothing_changes(
     assert (repr(model), [p.requires_grad for p in getattr(model, "parameters", list)()]) == before
 
 
-def test_what_can_not_be_adapted_is_left_alone_by_default() -> None:
+def test_layers_that_cannot_be_adapted_are_skipped_by_default() -> None:
     assert mk.lora(Tied()) == ["body"]
     for f, name in ((mk.merge_lora, "merge_lora"), (mk.remove_lora, "remove_lora")):
         with pytest.raises(ValueError, match=f"^{name}: model must have LoRA layers, got none"):
             f(Tied())
 
 
-def test_a_base_that_learns_is_an_error_not_a_first_order_result() -> None:
+def test_a_base_that_requires_a_gradient_is_an_error() -> None:
     model = two_layers()
     model[0].weight.requires_grad_(True)
     with pytest.raises(ValueError, match="lora_linear: weight must not require a gradient"):
@@ -399,7 +399,7 @@ def test_a_base_that_learns_is_an_error_not_a_first_order_result() -> None:
 
 
 def different(model: nn.Module) -> nn.Module:
-    """A copy without LoRA and with other values where something learned: what is missing in the files shows."""
+    """Return a copy without LoRA in which every other trained parameter has changed, so that a file must restore it."""
     twin = copy.deepcopy(model)
     learning = [name for name, p in twin.named_parameters() if p.requires_grad and "lora_" not in name]
     mk.remove_lora(twin)
@@ -433,8 +433,8 @@ def test_files_give_the_same_model_again(name: str, tmp_path: Path) -> None:
     ]
 
 
-def test_the_files_are_those_of_peft(tmp_path: Path) -> None:
-    """Names, shapes and settings, by the letter of PEFT's format; nothing else is in the folder."""
+def test_saved_files_have_the_format_of_peft(tmp_path: Path) -> None:
+    """Names, shapes and settings; the folder has no other file."""
     from safetensors.torch import load_file
 
     model = SAVED["gpt2"]()
@@ -473,7 +473,7 @@ def test_the_files_are_those_of_peft(tmp_path: Path) -> None:
     }
 
 
-def test_the_adapters_of_a_task_are_saved_by_their_values(tmp_path: Path) -> None:
+def test_adapted_parameters_of_each_task_can_be_saved(tmp_path: Path) -> None:
     model, support, query = adapted("llama", trainable="norm"), tokens(1), tokens(2)
     maml = mk.MAML(model, tokens_loss, mk.optim.SGD(lr=0.3), steps=2)
     phi, curve = maml.adapt(support), maml.evaluate(support, query, (2,))[0]
@@ -494,7 +494,7 @@ def test_the_adapters_of_a_task_are_saved_by_their_values(tmp_path: Path) -> Non
         mk.save_lora(model, tmp_path, {"nothing": torch.ones(1)})
 
 
-def test_what_has_no_place_in_the_format_is_not_dropped(tmp_path: Path) -> None:
+def test_parameters_without_a_place_in_the_format_are_an_error(tmp_path: Path) -> None:
     model = Tied()
     mk.lora(model, trainable=["embedding"])
     model.scale = nn.Parameter(torch.ones(()))
@@ -507,7 +507,7 @@ def test_what_has_no_place_in_the_format_is_not_dropped(tmp_path: Path) -> None:
 
 
 def edit(config: dict[str, Any] | None = None, **tensors: Tensor | None) -> Callable[[Path], None]:
-    """Changes the config and, by the ends of their names, tensors of a folder; None takes one out."""
+    """Return a function that changes a folder's config, and tensors by the ends of their names; None removes one."""
 
     def change(folder: Path) -> None:
         from safetensors.torch import load_file, save_file
@@ -527,10 +527,12 @@ def edit(config: dict[str, Any] | None = None, **tensors: Tensor | None) -> Call
 
 
 def cut(name: str) -> Callable[[Path], None]:
+    """Return a function that cuts the last 20 bytes off a file of a folder."""
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-20])
 
 
 def torn(folder: Path) -> None:
+    """Make the config and the tensors of a folder those of different saves."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 7}))
 
@@ -564,7 +566,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_does_not_fit_is_refused_and_the_model_stays(damage: str, fresh: bool, tmp_path: Path) -> None:
+def test_files_that_do_not_fit_are_refused_and_the_model_stays(damage: str, fresh: bool, tmp_path: Path) -> None:
     model = two_layers(targets=["0"], trainable=["1"])
     mk.save_lora(model, tmp_path)
     target = different(model) if fresh else started(model)
@@ -580,7 +582,7 @@ def test_what_does_not_fit_is_refused_and_the_model_stays(damage: str, fresh: bo
         assert p.requires_grad == before[1][name][1]
 
 
-def test_a_model_that_is_adapted_otherwise_is_refused(tmp_path: Path) -> None:
+def test_files_for_other_ranks_alphas_or_layers_are_refused(tmp_path: Path) -> None:
     mk.save_lora(two_layers(), tmp_path)
     for options, message in (
         ({"alpha": 4}, "'0' must have rank 2 and alpha 4 as in model, got 2 and 2"),
@@ -593,7 +595,7 @@ def test_a_model_that_is_adapted_otherwise_is_refused(tmp_path: Path) -> None:
         mk.load_lora(two_layers(), tmp_path)
 
 
-def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_keeps_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = two_layers()
     mk.save_lora(model, tmp_path)
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -610,7 +612,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_peft_reads_ours_and_we_read_its(name: str, tmp_path: Path) -> None:
+def test_files_can_be_exchanged_with_peft(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = SAVED[name]().double().eval()
     batch = tokens(1)["input_ids"][0]
@@ -628,8 +630,8 @@ def test_peft_reads_ours_and_we_read_its(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-def test_ranks_alphas_and_scales_as_peft_has_them(tmp_path: Path) -> None:
-    """A pattern of ranks and alphas, rank-stabilized, read from PEFT and written for it."""
+def test_rank_and_alpha_patterns_can_be_exchanged_with_peft(tmp_path: Path) -> None:
+    """Also with rank-stabilized scales (rsLoRA)."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)
     base = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3), nn.Tanh(), nn.Linear(3, 3)).double()

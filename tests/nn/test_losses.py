@@ -1,4 +1,4 @@
-"""The losses of one task, and what they refuse."""
+"""The losses of one task, and their errors."""
 
 from __future__ import annotations
 

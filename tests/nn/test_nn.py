@@ -1,4 +1,4 @@
-"""metakern.nn: torch.nn's state dicts, calls and outputs, and the derivatives that torch.nn lacks."""
+"""metakern.nn: the state dicts, calls and outputs of torch.nn, and exact second derivatives."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPES = [
 
 
 def pair(name: str, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
-    """The module of torch.nn and ours with its state dict, in float64."""
+    """Return a module of metakern.nn and the one of torch.nn, with equal random parameters in float64."""
     torch.manual_seed(3)
     theirs = getattr(nn, name)(*args, **kwargs).double()
     ours = getattr(mk.nn, name)(*args, **kwargs).double()
@@ -43,7 +43,7 @@ def draw(*shape: int, seed: int = 5) -> Tensor:
 
 
 def double_backward(module: nn.Module, *args: Tensor, **kwargs: Any) -> list[Tensor]:
-    """Outputs, first derivatives and those of a random functional of these, for all parameters and inputs."""
+    """Return outputs, derivatives by parameters and inputs, and derivatives of a random linear function of those."""
     args = tuple(a.clone().requires_grad_() for a in args)
     wrt = [*module.parameters(), *args]
     outputs = [o for o in tree_leaves(module(*args, **kwargs)) if o is not None]
@@ -109,7 +109,7 @@ def test_packed_sequences_equal_torch_to_second_order(cell: str, lengths: list[i
 
 
 class Tagger(nn.Module):
-    """Packs its sequences, as models for torch.nn's layers do."""
+    """A model that packs its sequences."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,8 +172,8 @@ def test_dropout_between_layers_only_in_training() -> None:
 
 
 @pytest.mark.parametrize("cell", RECURRENT)
-def test_parameters_may_be_replaced_and_mapped(cell: str) -> None:
-    """vmap over tasks of forward over reverse through functional_call equals a loop over the tasks."""
+def test_hessian_vector_products_under_vmap_equal_a_loop(cell: str) -> None:
+    """Forward over reverse through functional_call, with the parameters of each task."""
     name, extra = RECURRENT[cell]
     module, _ = pair(name, 3, 4, batch_first=True, **extra)
     before = [p.detach().clone() for p in module.parameters()]
@@ -192,7 +192,7 @@ def test_parameters_may_be_replaced_and_mapped(cell: str) -> None:
 
 
 @pytest.mark.parametrize("cell", RECURRENT)
-def test_weights_of_each_task_run_all_layers_at_once(cell: str) -> None:
+def test_layers_run_with_the_weights_of_each_task(cell: str) -> None:
     name, extra = RECURRENT[cell]
     module, _ = pair(name, 3, 4, num_layers=2, bidirectional=True, batch_first=True, **extra)
     theta = {n: draw(3, *p.shape, seed=i) for i, (n, p) in enumerate(module.named_parameters())}
@@ -204,7 +204,7 @@ def test_weights_of_each_task_run_all_layers_at_once(cell: str) -> None:
         close([y[t], *(s[:, t] for s in states)], [expected, *final])
 
 
-def test_recurrent_refuses_what_it_cannot_do() -> None:
+def test_recurrent_layers_refuse_wrong_arguments() -> None:
     with pytest.raises(ValueError, match=r"^LSTM: proj_size must be 0, got 2$"):
         mk.nn.LSTM(3, 4, proj_size=2)
     gru = mk.nn.GRU(3, 4)
@@ -229,7 +229,7 @@ def test_recurrent_refuses_what_it_cannot_do() -> None:
 
 
 @pytest.mark.parametrize("cell", RECURRENT)
-def test_no_steps_and_no_sequences(cell: str) -> None:
+def test_sequences_of_no_steps_and_batches_of_no_sequences(cell: str) -> None:
     name, extra = RECURRENT[cell]
     ours, _ = pair(name, 3, 4, num_layers=2, bidirectional=True, **extra)
     hx: Any = draw(4, 2, 4)
@@ -242,7 +242,7 @@ def test_no_steps_and_no_sequences(cell: str) -> None:
 
 
 @pytest.mark.parametrize("cell", RECURRENT)
-def test_recurrent_names_what_lies_elsewhere_or_has_another_dtype(cell: str) -> None:
+def test_recurrent_layers_refuse_other_devices_and_dtypes(cell: str) -> None:
     name, extra = RECURRENT[cell]
     module, x, op = getattr(mk.nn, name)(3, 4, **extra), torch.zeros(5, 2, 3), name.lower()
     with pytest.raises(ValueError, match=rf"^{op}: w_ih must be on meta like the other arguments, got cpu$"):
@@ -277,7 +277,7 @@ def test_layer_norm_without_a_bias() -> None:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
-    """The options of each call of the fused op."""
+    """A list of the options of each call of `mk.ops.attention`."""
     calls: list[dict] = []
     op = mk.ops.attention
 
@@ -352,7 +352,7 @@ def test_attention_dropout_only_in_training(fused: list[dict]) -> None:
     assert len(fused) == 2
 
 
-def test_a_query_that_sees_no_key_gives_the_bias() -> None:
+def test_a_query_that_sees_no_key_gives_the_output_bias() -> None:
     ours, _ = pair("MultiheadAttention", 8, 2, batch_first=True)
     x = draw(2, 5, 8)
     y, weights = ours(x, x, x, key_padding_mask=torch.tensor([[True] * 5, [False] * 5]))
@@ -361,7 +361,7 @@ def test_a_query_that_sees_no_key_gives_the_bias() -> None:
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(y.sum(), list(ours.parameters())))
 
 
-def test_attention_refuses_what_it_cannot_do() -> None:
+def test_attention_refuses_wrong_arguments() -> None:
     for name in ("add_bias_kv", "add_zero_attn"):
         with pytest.raises(ValueError, match=rf"^MultiheadAttention: {name} must be False, got True$"):
             mk.nn.MultiheadAttention(4, 2, **{name: True})

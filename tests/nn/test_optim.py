@@ -1,4 +1,4 @@
-"""Inner optimizers: one step equals torch.optim's, and the meta-gradient through them equals plain autograd's."""
+"""Inner optimizers: their steps equal those of torch.optim, and meta-gradients through them equal plain autograd."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def clipped(g: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonalized(g: list[Tensor]) -> list[Tensor]:
-    """Muon of matrices, descent of the others at half the rate."""
+    """Muon's direction for matrices [1, rows, columns], and half of the gradient for the others."""
 
     def of(x: Tensor) -> Tensor:
         a, b, c = 3.4445, -4.7750, 2.0315
@@ -79,7 +79,7 @@ def orthogonalized(g: list[Tensor]) -> list[Tensor]:
     return [of(gi[0])[None] * max(1, gi.shape[1] / gi.shape[2]) ** 0.5 if gi.dim() == 3 else gi / 2 for gi in g]
 
 
-# What torch.optim has not: plain descent along another direction.
+# Optimizers that torch.optim lacks, with the direction along which they descend.
 DIRECTIONS: dict[str, tuple[mk.optim.InnerOptimizer, Callable[[list[Tensor]], list[Tensor]]]] = {
     "normalized": (mk.optim.NormalizedSGD(0.2, eps=0.1), normalized),
     "normalized-each": (mk.optim.NormalizedSGD(0.2, eps=0.1, norm="parameter"), normalized_each),
@@ -104,7 +104,7 @@ def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Plain:
-    """Descent along a direction of ordinary operations, as an optimizer of the parameters of one task."""
+    """Descent along a direction, by plain operations, with the interface of an inner optimizer."""
 
     def __init__(self, direction: Callable[[list[Tensor]], list[Tensor]], lr: float) -> None:
         self.direction, self.lr = direction, lr
@@ -117,7 +117,7 @@ class Plain:
 
 
 def unrolled(net: nn.Module, inner: Any) -> Tensor:
-    """Plain autograd through `inner.update`, a task at a time."""
+    """Return the mean query loss after K steps of `inner.update`, task by task, by plain autograd."""
     total, (sx, sy), (qx, qy) = 0.0, batch(1), batch(2)
     names = [name for name, _ in net.named_parameters()]
     for t in range(T):
@@ -136,7 +136,7 @@ def unrolled(net: nn.Module, inner: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", INNER)
-def test_adapts_as_torch_optim_does(name: str) -> None:
+def test_steps_equal_those_of_torch_optim(name: str) -> None:
     ours, theirs = INNER[name]
     net = model()
     phi = mk.MAML(net, loss, inner=ours(), steps=K).adapt(batch(1))
@@ -152,13 +152,13 @@ def test_adapts_as_torch_optim_does(name: str) -> None:
 
 
 def learned(name: str, per: str, steps: int | None = None) -> mk.optim.InnerOptimizer:
-    """One of INNER that learns all of its hyper-parameters but those that are absent."""
+    """Return an optimizer of `INNER` that learns all of the hyper-parameters that it uses."""
     names = [n for n in INNER[name][0]().names if not getattr(INNER[name][0](), n).absent]
     return INNER[name][0](learn=names, per=per, steps=steps)
 
 
 def perturbed(inner: mk.optim.InnerOptimizer) -> None:
-    """Hyper-parameters that differ in all that they may differ in."""
+    """Scale each learned value at random, so that parameters, elements and steps have different ones."""
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for h in inner.parameters():
@@ -167,8 +167,8 @@ def perturbed(inner: mk.optim.InnerOptimizer) -> None:
 
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_muon_adapts_as_torch_optim_does(nesterov: bool, adjust: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of torch.optim, without its rounding to bfloat16."""
+def test_steps_of_muon_equal_those_of_torch_optim(nesterov: bool, adjust: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the rounding to bfloat16 in torch.optim."""
     converted = Tensor.to
     monkeypatch.setattr(Tensor, "bfloat16", Tensor.clone)
     monkeypatch.setattr(
@@ -193,7 +193,7 @@ def test_muon_adapts_as_torch_optim_does(nesterov: bool, adjust: str, monkeypatc
 @pytest.mark.parametrize("strategy", ["store", "recompute"])
 @pytest.mark.parametrize("name", INNER)
 def test_meta_gradient_and_hyper_parameters_equal_plain_autograd(name: str, strategy: str, per: str) -> None:
-    """Without steps of their own, for elements; otherwise for two of the four steps, the second one of which stays."""
+    """Per element, all steps share the values; otherwise the last three of the four steps share the second ones."""
     net = model()
     inner = learned(name, per, None if per == "element" else 2)
     maml = mk.MAML(net, loss, inner=inner, steps=K, strategy=strategy).double()
@@ -220,7 +220,7 @@ def test_other_directions_equal_plain_autograd(name: str, batching: str, strateg
         assert (parameter.grad - right).norm() <= 1e-10 * right.norm()
 
 
-def test_first_order_learns_its_rate_exactly_given_constant_gradients() -> None:
+def test_the_rate_of_fomaml_has_the_derivative_of_one_step() -> None:
     for strategy in ("store", "recompute"):
         net = model()
         maml = mk.FOMAML(net, loss, inner=mk.optim.SGD(0.2, learn_lr=True), steps=1, strategy=strategy).double()
@@ -242,7 +242,7 @@ EVERY = {name: make for name, (make, _) in INNER.items()} | {
 @pytest.mark.parametrize("strategy", ["store", "recompute"])
 @pytest.mark.parametrize("name", EVERY)
 def test_no_nan_where_gradients_are_zero(name: str, strategy: str) -> None:
-    """An input that is always zero gives weights whose gradients are exactly zero; a task that fits, all of them."""
+    """An input that is always zero makes some gradients exactly zero, and a task that fits makes all of them zero."""
     net = model()
     x, y = batch(1)
     x[..., 0] = 0
@@ -254,7 +254,7 @@ def test_no_nan_where_gradients_are_zero(name: str, strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["store", "recompute"])
 @pytest.mark.parametrize("name", EVERY)
-def test_captured_numbers_are_those_of_ordinary_runs(name: str, strategy: str) -> None:
+def test_captured_meta_gradients_equal_those_of_ordinary_runs(name: str, strategy: str) -> None:
     inner = learned(name, "element", 2) if name in INNER else EVERY[name]()
     net = model()
     ordinary, captured = (mk.MAML(net, loss, inner, 2, strategy=strategy, capture=c).double() for c in (False, True))
@@ -268,7 +268,7 @@ def test_captured_numbers_are_those_of_ordinary_runs(name: str, strategy: str) -
             found.append([p.grad.clone() for p in maml.parameters()])
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
         perturbed(inner)
-    assert not calls  # by the program
+    assert not calls  # the last run was that of the program
 
 
 @pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])
@@ -280,7 +280,7 @@ def test_captured_numbers_are_those_of_ordinary_runs(name: str, strategy: str) -
         *((name, "fixed") for name in DIRECTIONS),
     ],
 )
-def test_kernels_are_launched_where_there_are_some(name: str, per: str, launched: list[str]) -> None:
+def test_every_optimizer_launches_its_triton_kernels(name: str, per: str, launched: list[str]) -> None:
     net, results = model(), []
     inner = EVERY[name]() if per == "fixed" else learned(name, per)
     for backend in ("reference", "triton"):
@@ -294,8 +294,8 @@ def test_kernels_are_launched_where_there_are_some(name: str, per: str, launched
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_tasks_of_a_chunk_do_not_mix_and_dtypes_may(name: str) -> None:
-    """The first weight in float32, the others in float64; every task as if it were alone."""
+def test_tasks_of_a_chunk_do_not_mix(name: str) -> None:
+    """Each task is updated as if it were alone; the first weight is float32, the others are float64."""
     inner, draw = EVERY[name](), torch.Generator().manual_seed(4)
     net = model()
     inner.prepare(dict(net.named_parameters()))
@@ -328,13 +328,13 @@ def test_learned_hyper_parameters_are_saved(name: str) -> None:
     assert all(map(torch.equal, saved.inner.parameters(), loaded.inner.parameters()))
 
 
-def test_nothing_to_adapt() -> None:
+def test_updates_of_no_parameters_are_empty() -> None:
     for make in EVERY.values():
         inner = make()
         assert inner.update([], [], inner.init([]))[0] == []
 
 
-def test_the_last_steps_values_stay() -> None:
+def test_steps_beyond_the_learned_ones_use_the_last_values() -> None:
     inner = mk.optim.SGD(lr=1.0, learn_lr=True, per="parameter", steps=2)
     inner.prepare({"w": nn.Parameter(torch.zeros(1))})
     with torch.no_grad():
@@ -359,7 +359,7 @@ RATES = {"0.weight": 0.0, "0.bias": 0.2, "2.weight": 0.5, "2.bias": 1.0}
 
 
 def with_rates(net: nn.Module, inner: mk.optim.InnerOptimizer | None = None, **options: Any) -> mk.MAML:
-    """MAML with another learned rate for each parameter."""
+    """Return a MAML whose learned rates are those in `RATES`."""
     inner = inner or mk.optim.SGD(lr=0.1, learn_lr=True, per=options.pop("per", "parameter"))
     maml = mk.MAML(net, loss, inner, **options)
     with torch.no_grad():
@@ -369,7 +369,7 @@ def with_rates(net: nn.Module, inner: mk.optim.InnerOptimizer | None = None, **o
 
 
 def by_hand(net: nn.Module, names: tuple[str, ...], rates: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss after one step with these rates, by plain autograd, and its gradients by theta and by rate."""
+    """Return the loss after one step with these rates, by plain autograd, and its gradients by parameters and rates."""
     theta = dict(net.named_parameters())
     learned = {name: torch.tensor(rates[name], dtype=torch.float64, requires_grad=True) for name in names}
     (sx, sy), (qx, qy) = batch(1), batch(2)
@@ -386,7 +386,7 @@ def by_hand(net: nn.Module, names: tuple[str, ...], rates: dict[str, float]) -> 
 @pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("strategy", ["store", "recompute"])
 def test_rates_follow_the_names_of_parameters(strategy: str, capture: bool) -> None:
-    """Layer by layer frozen and freed again between calls: each parameter keeps its own rate."""
+    """Layers are frozen and freed again between calls; each parameter must keep its own rate."""
     net = model()
     maml = with_rates(net, strategy=strategy, capture=capture)
     inner = maml.inner
@@ -409,7 +409,7 @@ def test_rates_follow_the_names_of_parameters(strategy: str, capture: bool) -> N
 
 @pytest.mark.parametrize("name", ["adam", "momentum", "muon", "clipped"])
 def test_every_optimizer_keeps_rates_by_name(name: str) -> None:
-    """After a layer is frozen it adapts as one that never had that layer's rates."""
+    """After a layer is frozen, an optimizer adapts the others as one that never had rates for that layer."""
 
     def make() -> mk.optim.InnerOptimizer:
         options: dict[str, Any] = {"learn": ("lr", "weight_decay"), "per": "element", "steps": 2}
@@ -456,8 +456,8 @@ def test_unfrozen_parameters_get_rates_of_their_own() -> None:
     assert all(value.grad is not None for value in maml.inner.parameters())
 
 
-def test_an_optimizer_of_two_models_and_a_copy() -> None:
-    """Names that two models have in common share what is learned; other shapes are refused. Calls may alternate."""
+def test_an_optimizer_can_be_shared_by_two_models_and_copied() -> None:
+    """Parameters of the same name share their rate; other shapes are refused. Calls may alternate."""
     whole, half = model(), model()
     half[0].requires_grad_(False)
     inner = mk.optim.SGD(lr=0.1, learn_lr=True, per="parameter")
@@ -501,7 +501,7 @@ def test_names_with_dots_and_colons_are_kept_apart() -> None:
 
 
 def test_lists_of_rates_are_loaded_where_they_fit() -> None:
-    """As state dicts and checkpoints had them before values were kept by name."""
+    """State dicts and checkpoints had lists before values were kept by name."""
     net = model()
     maml = with_rates(net)
     named = maml.state_dict()
@@ -510,7 +510,7 @@ def test_lists_of_rates_are_loaded_where_they_fit() -> None:
     fresh = mk.MAML(model(), loss, mk.optim.SGD(learn_lr=True, per="parameter"))
     fresh.load_state_dict(listed)
     assert [value.item() for _, value in fresh.inner.lr.values.items()] == [10, 11, 12, 13]
-    assert "inner.lr.values.0" in listed, "what the caller holds is left alone"
+    assert "inner.lr.values.0" in listed, "the caller's state dict must not be changed"
     checkpointed = mk.MAML(model(), loss, mk.optim.SGD(learn_lr=True, per="parameter"))
     checkpoint.load_module(checkpointed, listed, Path("old"))
     assert [value.item() for _, value in checkpointed.inner.lr.values.items()] == [10, 11, 12, 13]
@@ -522,13 +522,13 @@ def test_lists_of_rates_are_loaded_where_they_fit() -> None:
         checkpoint.load_module(checkpointed, listed, Path("old"))
 
 
-def test_values_want_their_parameters() -> None:
+def test_update_before_prepare_is_an_error() -> None:
     inner = mk.optim.SGD(lr=1.0, learn_lr=True, per="parameter")
     with pytest.raises(ValueError, match=r"SGD: lr must have values for the 1 parameters of phi, got 0: call prepare"):
         inner.update([torch.zeros(1, 1)], [torch.ones(1, 1)], ())
 
 
-def test_wrong_options_of_optimizers() -> None:
+def test_wrong_arguments_of_optimizers() -> None:
     optimizers = [getattr(mk.optim, name) for name in mk.optim.__all__ if name not in ("Clipped", "InnerOptimizer")]
     assert len(optimizers) == 8
     for make in optimizers:
@@ -576,14 +576,14 @@ def test_wrong_options_of_optimizers() -> None:
 
 
 @pytest.mark.parametrize("name", ["MAML", "FOMAML", "ANIL", "MetaSGD", "Reptile"])
-def test_wrong_options_of_algorithms(name: str) -> None:
+def test_unknown_arguments_of_algorithms(name: str) -> None:
     for options in ({"step": 3}, {"first_ordr": True}, {"task_chunks": 2}):
         (wrong,) = options
         with pytest.raises(TypeError, match=wrong):
             getattr(mk, name)(model(), loss, **options)
 
 
-def test_refusals() -> None:
+def test_values_out_of_range_are_errors() -> None:
     for make, text in (
         (lambda: mk.optim.SGD(lr=-1), "SGD: lr must be at least 0, got -1"),
         (lambda: mk.optim.SGD(momentum=1.0), r"SGD: momentum must be in \[0, 1\), got 1.0"),

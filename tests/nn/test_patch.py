@@ -1,4 +1,4 @@
-"""patch and unpatch: the same objects, parameters, hooks and outputs under another class, and back."""
+"""patch and unpatch: modules get another class and keep their parameters, hooks and outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import metakern as mk
 
 
 class Wide(nn.LayerNorm):
-    """Computes in float64, as some models do in float32."""
+    """A subclass that computes in another dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.double()).to(input.dtype)
@@ -51,7 +51,7 @@ def model() -> nn.Module:
 
 
 def results(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """The outputs, first derivatives, and those of a random functional of these."""
+    """Return the outputs, first derivatives, and derivatives of a linear function of those."""
     parameters = list(model.parameters())
     y = model(x)
     ct = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
@@ -75,7 +75,7 @@ REPLACED = {
 }
 
 
-def test_everything_but_the_class_stays(model: nn.Module) -> None:
+def test_patching_changes_nothing_but_classes(model: nn.Module) -> None:
     x = torch.randn(2, 4, 6, dtype=torch.float64)
     expected, parameters, modules = results(model, x), list(model.parameters()), list(model.modules())
     state, calls = {k: v.clone() for k, v in model.state_dict().items()}, []
@@ -100,7 +100,7 @@ def test_everything_but_the_class_stays(model: nn.Module) -> None:
     assert calls == ["lstm"]
 
 
-def test_is_the_same_again_when_repeated_and_taken_back(model: nn.Module) -> None:
+def test_patching_twice_changes_nothing_and_unpatching_restores_the_classes(model: nn.Module) -> None:
     kinds = [type(m) for m in model.modules()]
     before = {name: set(vars(m)) for name, m in model.named_modules()}
     first = mk.patch(model)
@@ -125,7 +125,7 @@ def test_an_optimizer_goes_on_with_a_patched_model(model: nn.Module) -> None:
     close(list(model.parameters()), list(other.parameters()))
 
 
-def test_copies_stay_patched_and_can_be_taken_back(model: nn.Module) -> None:
+def test_copies_stay_patched_and_can_be_unpatched(model: nn.Module) -> None:
     x = torch.randn(2, 4, 6, dtype=torch.float64)
     mk.patch(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -137,7 +137,7 @@ def test_copies_stay_patched_and_can_be_taken_back(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "LayerNorm", "RMSNorm"])
-def test_the_model_itself_may_be_one(name: str) -> None:
+def test_the_model_itself_can_be_patched(name: str) -> None:
     model = getattr(nn, name)(*((6, 6) if name.isupper() else (6,)))
     report = mk.patch(model)
     assert report.replaced == (("", f"torch.nn.{name}", f"metakern.nn.{name}"),)
@@ -145,7 +145,7 @@ def test_the_model_itself_may_be_one(name: str) -> None:
     assert type(model) is getattr(mk.nn, name)
 
 
-def test_what_can_not_be_replaced_is_left_and_reported() -> None:
+def test_modules_that_cannot_be_replaced_are_left_and_reported() -> None:
     projected, wrapped, own = nn.LSTM(3, 4, proj_size=2), nn.GRU(3, 4), mk.nn.LSTM(3, 4)
     original: Any = wrapped.forward
     wrapped.forward = lambda *args: original(*args)  # type: ignore[method-assign]
@@ -162,7 +162,7 @@ def test_what_can_not_be_replaced_is_left_and_reported() -> None:
 
 
 def test_a_patched_model_has_forward_mode_and_vmap(model: nn.Module) -> None:
-    """What torch.nn's recurrent layers lack."""
+    """The recurrent layers of torch.nn lack both."""
     x = torch.randn(3, 2, 4, 6, dtype=torch.float64)
     mk.patch(model)
     many = torch.func.vmap(model)(x)
@@ -214,7 +214,7 @@ def test_transformers_are_equal_to_second_order(norm_first: bool, monkeypatch: p
         (False, True),
     ]
     model.eval()
-    with torch.no_grad():  # where torch.nn would take a fast path past the modules
+    with torch.no_grad():  # torch.nn would take its fast path, which skips the modules
         close([model(x)], expected[:1])
     assert len(calls) == 6
     assert len(mk.unpatch(model).replaced) == len(report.replaced)
@@ -222,7 +222,7 @@ def test_transformers_are_equal_to_second_order(norm_first: bool, monkeypatch: p
         close(results(model.train(), x), expected)
 
 
-def test_a_stack_of_other_layers_keeps_its_forward() -> None:
+def test_an_encoder_of_other_layers_is_left() -> None:
     class Layer(nn.TransformerEncoderLayer):
         pass
 
@@ -233,7 +233,7 @@ def test_a_stack_of_other_layers_keeps_its_forward() -> None:
     assert type(model) is nn.TransformerEncoder
 
 
-def test_the_report_says_a_kind_in_a_line() -> None:
+def test_the_report_has_a_line_for_each_kind_of_module() -> None:
     block = nn.ModuleDict({"norm": nn.LayerNorm(4), "rnn": nn.LSTM(4, 4, proj_size=2)})
     model = nn.ModuleDict({"blocks": nn.ModuleList([copy.deepcopy(block) for _ in range(12)]), "norm": nn.LayerNorm(4)})
     assert str(mk.patch(model)).splitlines() == [
@@ -244,7 +244,7 @@ def test_the_report_says_a_kind_in_a_line() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
-def test_under_autocast_pytorch_chooses_the_dtypes() -> None:
+def test_autocast_gives_the_results_of_the_unpatched_model() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, 0.0, activation=F.gelu, batch_first=True)
     model, x = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.RMSNorm(8), nn.SiLU()), torch.randn(2, 5, 8)
@@ -255,7 +255,7 @@ def test_under_autocast_pytorch_chooses_the_dtypes() -> None:
     assert model(x).dtype == expected.dtype == torch.float32
 
 
-def test_activations_in_place_are() -> None:
+def test_activations_in_place_stay_in_place() -> None:
     model, x = nn.SiLU(inplace=True), torch.randn(3)
     expected = F.silu(x)
     mk.patch(model)
@@ -263,13 +263,13 @@ def test_activations_in_place_are() -> None:
     assert torch.equal(x, expected)
 
 
-def test_must_be_given_a_module() -> None:
+def test_models_that_are_no_module_are_errors() -> None:
     for f, name in ((mk.patch, "patch"), (mk.unpatch, "unpatch")):
         with pytest.raises(TypeError, match=rf"^{name}: model must be a torch.nn.Module, got list$"):
             f([nn.LSTM(1, 1)])  # type: ignore[arg-type]
 
 
-def test_must_not_be_compiled_or_quantized() -> None:
+def test_compiled_and_quantized_models_are_errors() -> None:
     message = r"^patch: model must not be compiled, got a compiled one: patch it first, then compile it$"
     model = nn.Linear(1, 1)
     with pytest.raises(ValueError, match=message):
@@ -278,6 +278,6 @@ def test_must_not_be_compiled_or_quantized() -> None:
     with pytest.raises(ValueError, match=message):
         mk.patch(model)
     quantized = nn.Linear(1, 1)
-    quantized.is_quantized = True  # as transformers says it
+    quantized.is_quantized = True  # as transformers marks it
     with pytest.raises(ValueError, match=r"^patch: model must not be quantized, got a Linear that is$"):
         mk.patch(quantized)

@@ -1,7 +1,7 @@
-"""Compiles an op's Triton kernels for GPUs that are not here: `python tests/ops/ahead_of_time.py OP` prints JSON.
+"""Compile the Triton kernels of an op without a GPU: `python tests/ops/ahead_of_time.py OP` prints JSON.
 
-The op runs on tensors without memory, of the shapes that `compiled` of its `triton.py` asks for, at both orders and in
-both modes. Instead of running, each launch is compiled, with the argument types, constants and options that it has.
+The op runs on meta tensors of the shapes that `compiled` in its `triton.py` gives, at both orders and in both modes.
+Each launch is compiled in place of being run, with its argument types, constants and options.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from metakern.ops.core.spec import Make, Sample, Spec
 from metakern.ops.core.triton_kernels import launch
 from metakern.ops.core.updates import KERNELS
 
-# The GPUs, and the bytes of shared memory that a program may have there.
+# The GPUs, each with the bytes of shared memory that a program may use.
 TARGETS = {
     GPUTarget("cuda", 80, 32): 163 << 10,
     GPUTarget("cuda", 90, 32): 227 << 10,
@@ -41,7 +41,7 @@ TARGETS = {
     GPUTarget("hip", "gfx942", 64): 64 << 10,
 }
 DTYPES = (torch.float32, torch.bfloat16)
-UPDATES = {name for name, spec in SPECS.items() if spec.op.kernels is KERNELS}  # which share one, in foreach.py
+UPDATES = {name for name, spec in SPECS.items() if spec.op.kernels is KERNELS}  # they share the kernels in foreach.py
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Launch:
     grid: tuple[int, ...]
 
     def bound(self, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
-        """What Triton would compile for this launch, by the steps of JITFunction.run."""
+        """Return the source and options that Triton would compile for this launch, as JITFunction.run makes them."""
         backend = make_backend(target)
         binder = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         arguments, specialization, options = binder(*self.args, **self.options)
@@ -63,7 +63,7 @@ class Launch:
 
 
 def recorded(op: str, target: GPUTarget) -> list[Launch]:
-    """Every launch of the op on such a GPU, at both orders and in both modes."""
+    """Return every launch of the op on a GPU, at both orders and in both modes."""
     launches: list[Launch] = []
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -91,12 +91,12 @@ def recorded(op: str, target: GPUTarget) -> list[Launch]:
 
 
 def of_update(spec: Spec, make: Make) -> list[Sample]:
-    """Real sizes, and rates and other hyper-parameters of each task."""
+    """Return samples of an update op: real sizes, and samples with hyper-parameters of each task."""
     return [*spec.benchmark(make), *(s for s in spec.samples(make) if s.name.endswith(("rate-per-task", "learned")))]
 
 
 def _differentiate(call: Any, sample: Sample) -> None:
-    """Reverse over reverse, and forward over reverse with tangents of everything."""
+    """Run reverse over reverse, and forward over reverse with tangents of inputs and cotangents."""
 
     def leaf(a: Any) -> Any:
         return a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
@@ -120,7 +120,7 @@ def _differentiate(call: Any, sample: Sample) -> None:
 
 
 def compiled(op: str) -> Iterator[dict[str, Any]]:
-    """What each different kernel takes of each GPU."""
+    """Yield the resources that each different kernel takes on each GPU."""
     for target in TARGETS:
         seen = set()
         for launched in recorded(op, target):
@@ -146,7 +146,7 @@ def compiled(op: str) -> Iterator[dict[str, Any]]:
 
 
 def _resources(target: GPUTarget, result: Any) -> tuple[int, int]:
-    """Registers of a thread, and the bytes of them that went to memory."""
+    """Return the registers of a thread, and the bytes that are spilled to memory."""
     if target.backend == "hip":
         code = result.asm["amdgcn"]
 

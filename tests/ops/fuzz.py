@@ -1,9 +1,9 @@
-"""Calls every compiled kernel at sizes, strides and numbers that hypothesis draws; test_sanitizers.py runs it.
+"""Call every compiled kernel with sizes, strides and values that hypothesis draws; test_sanitizers.py runs this.
 
     python tests/ops/fuzz.py LIBRARY EXAMPLES        with LIBRARY a build of metakern._C by METAKERN_SANITIZE=1
 
-Results are not looked at: every tensor is an allocation of its own, so that a step beyond one is seen. NaN, infinities,
-absent tensors, and indices and lengths far out of range are among the numbers.
+Results are not checked: the sanitizer finds accesses beyond a tensor, as each is an allocation of its own. The values
+include NaN, infinities, absent tensors, and indices and lengths far out of range.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ setting = st.tuples(
 
 
 def start(isa: str, threads: int, seed: int) -> torch.Generator:
+    """Set the instruction set and the number of threads; return a random generator."""
     native.C.set_isa(isa)
     torch.set_num_threads(threads)
     return torch.Generator().manual_seed(seed)
@@ -95,7 +96,7 @@ def kernels(chosen: tuple, kernel: str, data: st.DataObject) -> None:
 
 @st.composite
 def matrices(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """A shape, and strides: any order of the dimensions, gaps, and expanded dimensions."""
+    """Draw strides for a shape: any order of the dimensions, gaps, and expanded dimensions."""
     strides, step = [0] * len(shape), 1
     for i in draw(st.permutations(range(len(shape)))):
         if draw(st.integers(0, 5)):
@@ -105,7 +106,7 @@ def matrices(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[list[int], list[i
 
 
 def laid_out(shape: list[int], strides: list[int], dtype: torch.dtype, random: torch.Generator) -> Tensor:
-    """A tensor whose memory ends with its last element."""
+    """Return a tensor whose storage ends with its last element."""
     extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if all(shape) else 0
     return numbers([extent], dtype, random, False).as_strided(shape, strides)
 

@@ -1,10 +1,10 @@
-"""Calls every op on tensors that no kernel may read, in a process of its own: each call gives a result or an error.
+"""Call ops and kernels with tensors that a kernel must not read: each call must return or raise, and never crash.
 
-    python tests/ops/fuzz_ops.py SEED ROUNDS [BACKEND ...]      prints how many calls there were; a signal is a failure
+    python tests/ops/fuzz_ops.py SEED ROUNDS [BACKEND ...]      prints how many calls there were, and how many returned
 
-An argument's storage is freed or cut short, before the call or between the call and its derivatives; it is expanded,
-overlaps, has no elements but sizes of 2**62, is on the device "meta", fake, sparse, nested, complex, a subclass that
-wraps another tensor, or holds indices out of range.
+The storage of an argument is freed or cut short, before the call or between the call and its derivatives. Arguments are
+expanded, overlap, have no elements beside sizes of 2**62, are on the device "meta", fake, sparse, nested, complex, of a
+subclass that wraps another tensor, or hold indices out of range.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def overlapping(x: Tensor) -> Tensor:
 
 
 def huge(x: Tensor) -> Tensor:
-    """No elements, and one or two sizes that multiply to more than any integer."""
+    """Return a tensor without elements, whose other sizes may multiply to more than 2**63."""
     shape = [random.choice([0, 0, size, 2**20, 2**40, 2**62]) for size in x.shape]
     shape[random.randrange(len(shape))] = 0
     return x.new_empty(0).as_strided(shape, [1] * len(shape))
@@ -110,10 +110,11 @@ CHANGES: list[Callable[[Tensor], Any]] = [
 
 
 def changed(x: Tensor) -> Any:
+    """Return x after a random one of `CHANGES`, or x itself where that change does not apply to it."""
     try:
         return random.choice(CHANGES)(x)
     except (RuntimeError, TypeError, IndexError):
-        return x  # there is no such tensor
+        return x
 
 
 def derivatives(y: Any, leaves: list[Tensor], later: Tensor | None) -> None:
@@ -131,7 +132,7 @@ def call_op(backend: str) -> None:
     sample = random.choice(spec.samples(Make(dtype, seed=random.randrange(100))))
     values, tree = tree_flatten((sample.args, dict(sample.kwargs)))
     places = [i for i, v in enumerate(values) if isinstance(v, Tensor) and v.dim()]
-    if random.random() < 0.15:  # all alike, so that checks of shapes pass
+    if random.random() < 0.15:  # the same change for all, so that checks of shapes pass
         make = random.choice([huge, empty, freed])
         values = [make(v) if i in places else v for i, v in enumerate(values)]
     else:

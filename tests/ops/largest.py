@@ -1,4 +1,4 @@
-"""What the tests of memory share."""
+"""A dispatch mode that measures the largest storage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest storage has that any operation gives."""
+    """Records the number of elements of the largest storage that an operation returned within the `with` block."""
 
     elements = 0
 

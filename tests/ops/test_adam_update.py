@@ -1,4 +1,4 @@
-"""What only `adam_update` has: the root at zero, its steps, and errors."""
+"""`adam_update` alone: the square root at zero, and errors."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ ARGUMENTS = [[torch.ones(2, 3)] for _ in range(4)]
 
 @pytest.mark.parametrize("backend", [b for b in ("reference", "triton") if mk.backends()[b] == "available"])
 def test_no_nan_where_gradients_and_moments_are_zero(backend: str) -> None:
-    """There phi' as a function of grad has the slope -lr / eps at the first step, and no curvature."""
+    """At the first step, phi' as a function of grad has the slope -lr / eps there and no second derivative."""
     phi, grad, m, v = (torch.zeros(2, 3, requires_grad=True) for _ in range(4))
     with mk.backend(backend):
         (moved,), _, _ = mk.ops.adam_update([phi], [grad], [m], [v], 0.1, step=1, eps=0.5)
@@ -39,5 +39,5 @@ def test_errors(arguments: list, options: dict, message: str) -> None:
         mk.ops.adam_update(*arguments, **options)
 
 
-def test_nothing_in_nothing_out() -> None:
+def test_updates_of_no_parameters_are_empty() -> None:
     assert mk.ops.adam_update([], [], [], [], 0.1, step=1) == ([], [], [])

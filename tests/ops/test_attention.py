@@ -1,4 +1,4 @@
-"""What only attention has: masks that hide NaN, rows that see nothing, alignment, large scores, and its errors."""
+"""`attention` alone: masks that hide NaN, queries without keys, alignment, windows, large scores, and errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def qkv(B: int, H: int, H_kv: int, L: int, L_k: int, D: int = 3) -> tuple[Tensor
 
 
 def run(f: Callable, *args: Tensor, **kwargs: Any) -> list[Tensor]:
-    """Output, cotangents, the derivatives of a random functional of these, and the same by forward over reverse."""
+    """Return the output, cotangents of the arguments, and second derivatives in both modes, for random cotangents."""
     args, make = tuple(a.detach().clone().requires_grad_() for a in args), Make(seed=9)
     y = f(*args, **kwargs)
     ct, v = make(*y.shape).to(y.dtype), tuple(make(*a.shape).to(a.dtype) for a in args)
@@ -53,8 +53,8 @@ def test_equals_torch_to_first_order(causal: bool) -> None:
     close([ours, *torch.autograd.grad(ours, arguments, ct)], [theirs, *torch.autograd.grad(theirs, arguments, ct)])
 
 
-def test_decoding_continues_the_whole_sequence() -> None:
-    """The last queries alone see what they see among all queries, at every order."""
+def test_the_last_queries_alone_give_their_rows_of_the_whole_sequence() -> None:
+    """As in decoding with a cache, at every order."""
     q, k, v = qkv(2, 4, 2, 6, 6)
 
     def tail(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def test_decoding_continues_the_whole_sequence() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_nothing_beyond_the_lengths_reaches_a_result(causal: bool) -> None:
+def test_keys_beyond_the_lengths_reach_no_result(causal: bool) -> None:
     q, k, v = qkv(3, 2, 1, 4, 4)
     lengths = torch.tensor([4, 0, 2])
     beyond = (torch.arange(4) >= lengths[:, None])[:, None, :, None]
@@ -77,7 +77,7 @@ def test_nothing_beyond_the_lengths_reaches_a_result(causal: bool) -> None:
     close(by_mask, run(mk.ops.attention, q, *clean, **options))
 
 
-def test_lengths_and_mask_hide_together() -> None:
+def test_lengths_and_mask_can_be_combined() -> None:
     q, k, v = qkv(2, 2, 1, 3, 5)
     mask = torch.tensor([[False, True, True, True, True], [True, False, True, True, False]])
     both = run(mk.ops.attention, q, k, v, mask=mask, lengths=torch.tensor([3, 4]), padding="left")
@@ -85,7 +85,7 @@ def test_lengths_and_mask_hide_together() -> None:
     close(both, run(mk.ops.attention, q, k, v, mask=seen))
 
 
-def test_a_window_wider_than_the_sequence_is_none() -> None:
+def test_the_widest_window_hides_nothing_and_the_narrowest_all_but_one_key() -> None:
     q, k, v = qkv(2, 2, 1, 3, 5)
     close(run(mk.ops.attention, q, k, v, window=5), run(mk.ops.attention, q, k, v))
     (y, *_) = run(mk.ops.attention, q, k, v, window=1)
@@ -108,7 +108,7 @@ def test_a_tangent_beyond_the_lengths_reaches_no_result() -> None:
     assert all(torch.equal(a, b) for a, b in zip(tangents(float("nan")), tangents(0.0), strict=True))
 
 
-def test_queries_that_see_nothing_give_zeros_at_every_order() -> None:
+def test_queries_that_see_no_key_give_zeros_at_every_order() -> None:
     q, k, v = qkv(2, 2, 2, 5, 3)
     y, ct_q, _, _, x_q, *_ = run(mk.ops.attention, q, k, v)
     for t in (y, ct_q, x_q):
@@ -118,7 +118,7 @@ def test_queries_that_see_nothing_give_zeros_at_every_order() -> None:
     assert all(torch.equal(t, torch.zeros_like(t)) for t in empty)
 
 
-def test_lengths_hide_what_they_say() -> None:
+def test_lengths_equal_shorter_keys_and_values() -> None:
     q, k, v = qkv(2, 2, 1, 3, 5)
     y = mk.ops.attention(q, k, v, causal=False, lengths=torch.tensor([2, 5], dtype=torch.int32))
     close([y[:1]], [mk.ops.attention(q[:1], k[:1, :, :2], v[:1, :, :2], causal=False)])
@@ -138,9 +138,9 @@ def test_lengths_of_each_task_under_vmap() -> None:
         vmap(attend)(q, k, v, lengths + 1)
 
 
-@pytest.mark.skipif(mk.backends()["cpu"] != "available", reason="the reference holds L x L matrices")
+@pytest.mark.skipif(mk.backends()["cpu"] != "available", reason="the reference backend holds L x L matrices")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_no_matrix_of_queries_and_keys_is_held(dtype: torch.dtype) -> None:
+def test_no_matrix_of_all_queries_and_keys_is_held(dtype: torch.dtype) -> None:
     L = 200
     q, k, v = (t.to(dtype) for t in qkv(1, 1, 1, L, L, D=2))
     for options in ({}, {"window": 70}, {"lengths": torch.tensor([150]), "padding": "left"}):

@@ -1,4 +1,4 @@
-"""Attention's Triton kernels in the interpreter: several blocks both ways, every branch; and the library's kernels."""
+"""Attention's Triton kernels in the interpreter, with several blocks and every branch; PyTorch's flash attention."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of which queries and keys have several, and not the same."""
+    """Make blocks so small that queries and keys have several, of different sizes."""
     from metakern.ops.attention import triton
 
     monkeypatch.setattr(triton, "blocks", lambda *_: (triton.Blocks(4, 2, 4, 1),))
@@ -48,7 +48,7 @@ def qkv(make: Make, B: int, H: int, H_kv: int, L: int, L_k: int, D: int) -> tupl
 
 
 def orders(f: Any, x: tuple[Tensor, ...], make: Make, **options: Any) -> list[Tensor]:
-    """Output, cotangents, and the derivatives of a random functional of both with respect to everything."""
+    """Return the output, cotangents of the arguments, and second derivatives by reverse over reverse."""
     x = tuple(a.detach().clone().requires_grad_() for a in x)
     y = f(*x, **options)
     ct = make(*y.shape).requires_grad_()
@@ -58,7 +58,7 @@ def orders(f: Any, x: tuple[Tensor, ...], make: Make, **options: Any) -> list[Te
 
 
 def tangent_of_vjp(f: Any, x: tuple[Tensor, ...], make: Make, **options: Any) -> tuple[Tensor, ...]:
-    """Forward over reverse, with a tangent of the cotangent."""
+    """Return second derivatives by forward over reverse, where the cotangent has a tangent too."""
     v = tuple(make(*a.shape) for a in x)
 
     def loss(*x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def tangent_of_vjp(f: Any, x: tuple[Tensor, ...], make: Make, **options: Any) ->
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_blocks_equal_plain_at_every_order(name: str) -> None:
+def test_kernels_equal_plain_pytorch_at_every_order(name: str) -> None:
     shape, options = CASES[name]
     x = qkv(Make(seed=3), *shape)
     with mk.backend("triton"):
@@ -79,7 +79,7 @@ def test_blocks_equal_plain_at_every_order(name: str) -> None:
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-11)
 
 
-def test_what_a_mask_hides_reaches_no_result() -> None:
+def test_masked_keys_reach_no_result() -> None:
     q, k, v = qkv(Make(seed=3), 2, 1, 1, 5, 7, 3)
     options = {"mask": torch.stack((HOLES, RIGHT)), "causal": False}
     hidden = ~options["mask"][:, None, :, None]
@@ -93,7 +93,7 @@ def test_what_a_mask_hides_reaches_no_result() -> None:
 
 @pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
 def test_blocks_without_visible_keys_are_not_read() -> None:
-    """NaN there would reach a result if they were: 0 · NaN is NaN."""
+    """They hold NaN, which would reach a result: 0 · NaN is NaN."""
     q, k, v = qkv(Make(seed=3), 1, 1, 1, 8, 8, 3)
     for spoiled, rows, options in ((slice(4, 8), slice(0, 4), {}), (slice(0, 2), slice(4, 8), {"window": 3})):
         bad_k, bad_v = k.clone(), v.clone()
@@ -103,7 +103,7 @@ def test_blocks_without_visible_keys_are_not_read() -> None:
             assert torch.equal(y[:, :, rows], SPEC.call(q, k, v, **options)[:, :, rows])
 
 
-def test_a_result_does_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_sizes_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from metakern.ops.attention import triton
 
     x, found = qkv(Make(seed=3), 1, 2, 1, 7, 9, 3), []
@@ -115,7 +115,7 @@ def test_a_result_does_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-13)
 
 
-def test_float32_is_as_good_as_plain() -> None:
+def test_float32_errors_are_at_most_twice_those_of_plain_pytorch() -> None:
     x = qkv(Make(torch.float32, seed=3), 1, 4, 1, 6, 9, 16)
     with mk.backend("triton"):
         ours = orders(SPEC.call, x, Make(torch.float32, seed=4))
@@ -142,7 +142,7 @@ def test_unwanted_cotangents_are_not_computed(launched: list[str]) -> None:
             assert launched == (["_delta_kernel", *kernels] if wanted else [])
 
 
-def test_half_precision_of_wide_heads_sums_keys_and_values_apart(launched: list[str]) -> None:
+def test_wide_heads_sum_keys_and_values_in_two_launches(launched: list[str]) -> None:
     x = tuple(a.requires_grad_() for a in qkv(Make(seed=3), 1, 1, 1, 2, 2, 130))
     with mk.backend("triton"):
         found = torch.autograd.grad(SPEC.call(*x).square().sum(), x)
@@ -150,7 +150,7 @@ def test_half_precision_of_wide_heads_sums_keys_and_values_apart(launched: list[
     torch.testing.assert_close(found, torch.autograd.grad(SPEC.plain(*x).square().sum(), x), rtol=1e-9, atol=1e-11)
 
 
-def test_the_library_takes_what_its_kernels_can() -> None:
+def test_flash_attention_of_pytorch_is_chosen_where_it_applies() -> None:
     from metakern.ops.attention.triton import by_library
 
     def takes(
@@ -177,7 +177,7 @@ def test_the_library_takes_what_its_kernels_can() -> None:
     assert not takes(window=4)
 
 
-def test_the_library_has_the_signatures_that_are_called() -> None:
+def test_flash_attention_of_pytorch_has_the_signatures_that_are_called() -> None:
     flash = torch.ops.aten._scaled_dot_product_flash_attention.default._schema
     names = "query key value dropout_p is_causal return_debug_mask scale"
     assert [a.name for a in flash.arguments] == names.split()

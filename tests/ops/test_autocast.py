@@ -1,4 +1,4 @@
-"""Within torch.autocast: PyTorch's dtypes, second derivatives, and no NaN where float32 has none."""
+"""Ops under torch.autocast: the dtypes of PyTorch, exact second derivatives, and accurate meta-gradients."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def test_dtypes_are_those_of_pytorch(name: str, dtype: torch.dtype) -> None:
     tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = ours(*tensors), theirs(*tensors)
-    if not name.endswith("norm") or dtype != torch.bfloat16:  # PyTorch's autocast is for norms on GPUs only
+    if not name.endswith("norm") or dtype != torch.bfloat16:  # PyTorch's autocast covers norms on GPUs alone
         assert found.dtype == expected.dtype
     torch.testing.assert_close(found.double(), expected.double(), rtol=3e-2, atol=3e-2)
 
 
-def test_mixed_arguments_are_taken() -> None:
+def test_arguments_of_mixed_dtypes_are_cast() -> None:
     x, weight = torch.randn(2, 3, 8, dtype=torch.bfloat16), torch.randn(8)
     with pytest.raises(TypeError, match="must have the dtype"):
         mk.ops.layer_norm(x, weight)
@@ -51,7 +51,7 @@ def test_mixed_arguments_are_taken() -> None:
         assert output.dtype == torch.bfloat16
 
 
-def test_derivatives_do_not_depend_on_where_they_are_taken() -> None:
+def test_derivatives_are_the_same_inside_and_outside_of_autocast() -> None:
     x, weight = (torch.randn(n, 8, requires_grad=True) for n in (5, 8))
 
     def second(inside: bool) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""What only `cross_entropy` has: extreme logits, tasks without a kept token, and errors."""
+"""`cross_entropy` alone: extreme logits, tasks without a kept token, and errors."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from metakern.ops.core.spec import Make
 
 
 def orders(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses, the gradient of their sum, and a Hessian-vector product."""
+    """Return the losses, the gradient of their sum, and a Hessian-vector product."""
     logits = logits.clone().requires_grad_()
     y = mk.ops.cross_entropy(logits, target)
     (g,) = torch.autograd.grad(y.sum(), logits, create_graph=True)

@@ -1,7 +1,7 @@
-"""The CUDA kernels without a GPU: what the compiler says of them, and what they compute on an emulated one.
+"""The CUDA kernels without a GPU: their results on an emulated GPU, and the report of the compiler.
 
-`cuda_emulation` compiles `csrc/cuda` as it stands, launcher and bindings included, for a GPU whose threads are
-fibers; here the recurrent ops run on it and are held against the reference in float64.
+`cuda_emulation` compiles the unchanged sources in `csrc/cuda`, with launcher and bindings, for a GPU whose threads are
+fibers on the CPU. The recurrent ops run on it and are compared with the reference in float64.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 class Gpu(NamedTuple):
-    """An emulated GPU: 80 or 90, multiprocessors, bytes of shared memory a block, blocks of the largest cluster."""
+    """An emulated GPU: 10 x compute capability, multiprocessors, bytes of shared memory of a block, largest cluster."""
 
     arch: int
     processors: int
     shared: int
     largest_cluster: int = 8
-    idle: bool = False  # launches are checked, and do nothing
+    idle: bool = False  # launches are checked and not run
 
 
 class Emulation:
-    """The compiled emulation, in the place of metakern._cuda and of the device type "cpu"."""
+    """The compiled emulation, which replaces metakern._cuda and the kernels of the device type "cpu"."""
 
     def __init__(self, path: Path) -> None:
         spec = importlib.util.spec_from_file_location("cuda_emulation._cuda", path)
@@ -69,7 +69,7 @@ class Emulation:
         memory: list[Tensor] = []
 
         def allocate(size: int) -> int:
-            memory.append(torch.full((size + 1024,), 0xFF, dtype=torch.uint8))  # NaN, with a guard behind
+            memory.append(torch.full((size + 1024,), 0xFF, dtype=torch.uint8))  # NaN, with a guard behind it
             return memory[-1].data_ptr()
 
         number, bf16 = self.numbers[kernel], dtype == torch.bfloat16
@@ -103,7 +103,7 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
 
 @pytest.fixture
 def on_gpu(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> Emulation:
-    """The backend "cuda" is the emulation, and tensors on the CPU are on the GPU."""
+    """Make the emulation the backend "cuda", which takes tensors on the CPU."""
     monkeypatch.setattr(native, "_cuda", emulation.module)
     device = native._Device(native.CUDA_DTYPES, emulation.run)
     monkeypatch.setitem(native._DEVICES, "cpu", device)
@@ -112,7 +112,7 @@ def on_gpu(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> Emulation:
 
 
 class Case(NamedTuple):
-    """A problem, the emulated GPU that it runs on, and what is to be seen of the launches there."""
+    """A problem, the emulated GPU that runs it, and a condition that the plan of one of its launches must meet."""
 
     gpu: Gpu
     sizes: tuple[int, int, int, int]  # T, B, L, H
@@ -140,17 +140,19 @@ CASES = {
 @every_dtype
 @pytest.mark.parametrize(
     ("cell", "name"),
-    # relu is luck where bf16 rounds over its bend: small cases, averaged
+    # Errors of relu are random where bfloat16 rounds across its kink: small cases alone, averaged over draws.
     [(cell, name) for cell in CELLS for name in CASES if cell != "rnn_relu" or CASES[name].sizes[3] < 100],
 )
-def test_rules_are_as_good_as_plain(on_gpu: Emulation, cell: str, dtype: torch.dtype, name: str) -> None:
+def test_errors_are_at_most_twice_those_of_plain_pytorch(
+    on_gpu: Emulation, cell: str, dtype: torch.dtype, name: str
+) -> None:
     """error(kernels) <= 2 x error(plain PyTorch in that dtype) + eps, a geometric mean over draws, at every order."""
     case, eps, mean = CASES[name], torch.finfo(dtype).eps, []
     on_gpu.use(case.gpu)
     options = {"lengths": case.lengths, "reverse": case.reverse, "shared": case.shared}
     T, B, L, H = case.sizes
-    H *= 2 if cell.startswith("rnn") and H > 100 else 1  # as many weights as those of an LSTM
-    draws = 8 if H < 10 else 3 if cell == "rnn_relu" else 1  # of few numbers an error may be luck
+    H *= 2 if cell.startswith("rnn") and H > 100 else 1  # so that there are as many weights as in an LSTM
+    draws = 8 if H < 10 else 3 if cell == "rnn_relu" else 1  # errors of few numbers are random
     for seed in range(1, draws + 1):
         op, plain, arguments = problem(cell, (T, B, L, H), dtype, seed, **options)
         with mk.backend("reference"):
@@ -165,7 +167,7 @@ def test_rules_are_as_good_as_plain(on_gpu: Emulation, cell: str, dtype: torch.d
 
 @every_cell
 @every_dtype
-def test_a_sequence_does_not_see_its_neighbors(on_gpu: Emulation, cell: str, dtype: torch.dtype) -> None:
+def test_tasks_and_sequences_do_not_depend_on_each_other(on_gpu: Emulation, cell: str, dtype: torch.dtype) -> None:
     """Changing the last task, or the last sequence of each, leaves the others bit-identical."""
     on_gpu.use(Gpu(90, 4, 64 << 10, 2))
     op, _, arguments = problem(cell, (3, 9, 2, 20), dtype, seed=1)
@@ -181,7 +183,7 @@ def test_a_sequence_does_not_see_its_neighbors(on_gpu: Emulation, cell: str, dty
 
 
 @every_cell
-def test_nothing_to_do(on_gpu: Emulation, cell: str) -> None:
+def test_sizes_of_zero(on_gpu: Emulation, cell: str) -> None:
     on_gpu.use(H100)
     for sizes in ((0, 2, 3, 4), (2, 0, 3, 4), (2, 3, 0, 4)):
         op, plain, arguments = problem(cell, sizes, torch.float32, seed=1)
@@ -191,7 +193,7 @@ def test_nothing_to_do(on_gpu: Emulation, cell: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_a_gpu_that_is_too_small_says_so(on_gpu: Emulation) -> None:
+def test_a_gpu_that_is_too_small_or_too_old_is_an_error(on_gpu: Emulation) -> None:
     arguments = torch.ones(1, 1, 1, 28), torch.ones(1, 28, 7), None, None, None
     on_gpu.use(Gpu(90, 1, 1 << 10))
     with pytest.raises(RuntimeError, match="no launch fits this GPU for 7 hidden units: use the reference backend"):
@@ -204,7 +206,7 @@ def test_a_gpu_that_is_too_small_says_so(on_gpu: Emulation) -> None:
 @every_cell
 @pytest.mark.parametrize("gpu", [H100, A100, Gpu(86, 84, 99 << 10)], ids=lambda gpu: f"sm_{gpu.arch}")
 def test_every_size_has_a_launch_that_fits(emulation: Emulation, cell: str, gpu: Gpu) -> None:
-    """Real sizes, planned and launched as on a GPU, which checks shared memory and that all blocks fit."""
+    """Launches of real sizes are planned and checked as on a GPU: shared memory, and that all blocks fit at once."""
     emulation.use(gpu._replace(idle=True))
     for kernel, number in emulation.numbers.items():
         if not kernel.startswith(cell) or kernel.endswith("cotangents"):
@@ -220,12 +222,12 @@ def test_every_size_has_a_launch_that_fits(emulation: Emulation, cell: str, gpu:
                 assert (plan["meeting"] == "cluster") <= (gpu.arch == 90)
 
 
-def test_kernels_are_those_of_the_cpu(emulation: Emulation) -> None:
+def test_recurrent_kernels_of_cuda_and_of_the_cpu_have_the_same_names(emulation: Emulation) -> None:
     assert set(emulation.numbers) == {k for k in native.signatures() if k.startswith(("rnn", "gru", "lstm"))}
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on the path")
-def test_the_build_has_the_kernels(emulation: Emulation) -> None:
+def test_a_build_with_nvcc_has_the_kernels(emulation: Emulation) -> None:
     assert native._cuda is not None, f"reinstall with METAKERN_NATIVE=cuda: {native._cuda_missing}"
     assert native._cuda.names() == emulation.module.names()
 
@@ -233,7 +235,7 @@ def test_the_build_has_the_kernels(emulation: Emulation) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 def test_the_compiler_spills_nothing(cell: str, tmp_path: Path) -> None:
-    """For sm_80 and sm_90: no spills, no stack, registers for 256 threads; shared memory is the launcher's alone."""
+    """On sm_80 and sm_90: no spills, no stack, at most 255 registers, and no static shared memory."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on the path")
@@ -253,7 +255,7 @@ def test_the_compiler_spills_nothing(cell: str, tmp_path: Path) -> None:
             assert "smem" not in text, (arch, name)
 
 
-def test_the_benchmark_asks_for_a_gpu() -> None:
+def test_the_gpu_benchmark_without_a_gpu_is_an_error() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     command = [sys.executable, "-m", "benchmarks.gpu"]

@@ -1,4 +1,4 @@
-"""What only `embedding` has: tokens out of range, and errors."""
+"""`embedding` alone: tokens out of range, and errors."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ def test_equals_torch() -> None:
     assert torch.equal(mk.ops.embedding(tokens, weight), F.embedding(tokens, weight))
 
 
-def test_a_token_out_of_range_never_reads_a_neighbours_table() -> None:
-    """Not even where its caller does not look at the tokens first."""
+def test_tokens_out_of_range_are_errors_and_read_no_table_of_another_task() -> None:
+    """The op itself refuses them too, if its caller does not check the tokens first."""
     weight = torch.zeros(3, 2, 4, 5)
     for wrong in (-1, 4, 7):
         tokens = torch.full((3, 2, 1), wrong)

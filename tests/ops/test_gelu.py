@@ -1,4 +1,4 @@
-"""What only `gelu` has: equality with torch, extreme values, and errors."""
+"""`gelu` alone: equality with torch, extreme values, and errors."""
 
 import pytest
 import torch

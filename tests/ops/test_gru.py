@@ -1,4 +1,4 @@
-"""What only gru has."""
+"""`gru` alone: the order of its gates and its two biases."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import torch
 import metakern as mk
 
 
-def test_gates_stand_in_the_order_reset_update_new() -> None:
+def test_gates_are_in_the_order_reset_update_new() -> None:
     def step(*gates: float) -> float:
-        """From h = 1, whose part in the new gate is 100 where the reset gate lets it through; gates as input bias."""
+        """Return the state after h = 1, with the arguments of the gates as input bias.
+
+        An open reset gate adds 100 to the argument of the new gate.
+        """
         w_hh = torch.tensor([[0.0], [0.0], [100.0]])
         x, w_ih = torch.zeros(1, 1, 1), torch.zeros(3, 1)
         return mk.ops.gru(x, torch.ones(1, 1), w_ih, w_hh, torch.tensor(gates))[1].item()

@@ -1,4 +1,4 @@
-"""What only `layer_norm` has: equality with torch, large means, and errors."""
+"""`layer_norm` alone: equality with torch, large means, and errors."""
 
 import pytest
 import torch

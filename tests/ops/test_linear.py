@@ -1,4 +1,4 @@
-"""What only `linear` has: shared and expanded weights as one product, and errors."""
+"""`linear` alone: expanded weights, which are never copied, and errors."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_equals_torch_on_its_usual_shapes() -> None:
 
 
 def second(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """The second derivatives of a loss that is not linear, with respect to what was given before any expansion."""
+    """Return the second derivatives of a cubic loss by x, weight and bias."""
     y = mk.ops.linear(x, weight, bias)
     g = torch.autograd.grad((y * y * y).sum(), (x, weight, bias), create_graph=True)
     return torch.autograd.grad(sum((gi * gi.detach().sin()).sum() for gi in g), (x, weight, bias))

@@ -1,4 +1,4 @@
-"""What only `linear_cross_entropy` has: it never holds the logits, its chunks, extreme logits, and errors."""
+"""`linear_cross_entropy` alone: it never holds the logits; chunks, extreme logits, and errors."""
 
 import importlib
 from collections.abc import Callable

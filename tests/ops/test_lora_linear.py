@@ -1,4 +1,4 @@
-"""What only `lora_linear` has: a base that is never differentiated nor copied for a task, and errors."""
+"""`lora_linear` alone: a base that has no derivative and is not copied for a task, and errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ORDERS = pytest.mark.parametrize("order", [reverse_over_reverse, forward_over_re
 
 @pytest.fixture
 def problem() -> tuple[Tensor, Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]:
-    """The base, a loss of (x, A, B) by an op like `lora_linear`, the same loss written plainly, and the inputs."""
+    """The base, a loss of (x, A, B) by the op, the same loss by plain operations, and the inputs x, A and B."""
     make = Make(seed=1)
     weight, bias, ct = make(OUT, SIZE), make(OUT), make(T, N, OUT)
     inputs = [make(T, N, SIZE), make(T, R, SIZE), make(T, OUT, R)]
@@ -59,7 +59,7 @@ def mapped(*args: Any) -> Tensor:
 def test_holds_nothing_of_the_size_of_the_base_at_any_order(
     order: Callable, op: Callable, backend: str, problem: Any
 ) -> None:
-    """Neither in the results of operations nor in what autograd saves, be it for a task or once."""
+    """Neither the results of operations nor the tensors that autograd saves have as many elements as the base."""
     weight, ours, merged, inputs = problem
     saved: list[int] = []
 
@@ -78,7 +78,7 @@ def test_holds_nothing_of_the_size_of_the_base_at_any_order(
 
 
 def test_the_base_takes_one_product_over_all_tasks_in_each_rule(problem: Any) -> None:
-    """forward, vjp, jvp and vjp_jvp; where x is no variable, forward alone."""
+    """In all four rules if x requires a gradient, otherwise in the forward alone."""
     weight, ours, _, inputs = problem
     with mk.backend("reference"), Storages(weight) as found:
         reverse_over_reverse(ours, inputs)
@@ -91,7 +91,7 @@ def test_the_base_takes_one_product_over_all_tasks_in_each_rule(problem: Any) ->
 
 @ORDERS
 def test_shared_factors_and_strided_bases(order: Callable, problem: Any) -> None:
-    """A and B that are expanded over the tasks, or without tasks, and a base that is stored transposed."""
+    """A and B are expanded over the tasks, or have no dimension of tasks; the base is stored transposed."""
     weight, _, _, inputs = problem
     x, A, B = inputs[0], inputs[1][0].detach().requires_grad_(), inputs[2][0].detach().requires_grad_()
     stored = weight.mT.contiguous()

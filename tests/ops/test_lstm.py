@@ -1,4 +1,4 @@
-"""What only lstm has."""
+"""`lstm` alone: the order of its gates, and its pair of states."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 import metakern as mk
 
 
-def test_gates_stand_in_the_order_input_forget_cell_output() -> None:
+def test_gates_are_in_the_order_input_forget_cell_output() -> None:
     def step(*gates: float) -> tuple[float, float]:
-        """From c = 0.5, with the gates' arguments as bias."""
+        """Return the state after c = 0.5, with the arguments of the gates as bias."""
         state = torch.zeros(1, 1), torch.full((1, 1), 0.5)
         _, (h, c) = mk.ops.lstm(torch.zeros(1, 1, 1), state, torch.zeros(4, 1), torch.zeros(4, 1), torch.tensor(gates))
         return h.item(), c.item()

@@ -1,8 +1,9 @@
-"""The C++ kernels themselves: every instruction set, any number of threads, hard values, wrong calls, forks."""
+"""The C++ kernels: all instruction sets, numbers of threads, extreme values, wrong calls, and forks."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -29,28 +30,29 @@ Inputs = tuple[Tensor | None, ...]
 
 @pytest.fixture
 def threads() -> Iterator[None]:
+    """Restore the number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
-# A size for each letter of the signatures: small and odd, and large enough for threads and blocks.
+# A size for each letter of the signatures. SMALL has odd sizes; BIG is large enough for several threads and blocks.
 SMALL = {"*": 1003, "T": 2, "N": 5, "V": 37, "B": 2, "H": 2, "L": 3, "D": 38, "G": 1, "M": 4}
 BIG = {"*": 50_000, "T": 3, "N": 700, "D": 62, "V": 150, "B": 2, "H": 5, "L": 600}
-# Of recurrent kernels: fewer tasks than threads, and as many.
+# Sizes of recurrent kernels, with fewer tasks than threads and with as many.
 STEPS = [
     {"T": 1, "B": 9, "L": 3, "H": 37},
     {"T": 3, "B": 5, "L": 4, "H": 33},
     {"T": 2, "B": 1, "L": 5, "H": 70},
     {"T": 1, "B": 2, "L": 1, "H": 90},
 ]
-# Of attention: several blocks of queries and of keys, heads that share one of k and v.
+# Sizes of attention kernels: several blocks of queries and of keys, and heads that share one of k and v.
 BLOCKS = [{"B": 2, "H": 4, "G": 2, "L": 70, "M": 170, "D": 33}]
 RECURRENT = ("lstm", "gru", "rnn")
 
 
 def arguments(kernel: str, sizes: dict[str, int], dtype: torch.dtype = torch.float64, seed: int = 0) -> Inputs:
-    """Random inputs of a kernel, for which a recurrence stays bounded; with some sequences that end early."""
+    """Return random inputs of a kernel: recurrences stay bounded, and lengths are random."""
     make = Make(dtype, seed=seed)
 
     def draw(a: native._Argument) -> Tensor:
@@ -66,7 +68,7 @@ def arguments(kernel: str, sizes: dict[str, int], dtype: torch.dtype = torch.flo
 
 
 def scalars(kernel: str, reverse: bool = False) -> tuple[float, ...]:
-    """Those of a call; `reverse` is another one."""
+    """Return the scalars of a call; `reverse` chooses other ones."""
     if kernel.startswith(RECURRENT):
         return () if kernel.endswith("cotangents") else (float(reverse),)
     if kernel.startswith("attention"):
@@ -92,6 +94,7 @@ def test_every_form_of_a_signature_is_read() -> None:
 
 
 def problems(kernel: str) -> list[dict[str, int]]:
+    """Return the sizes at which a kernel runs with several threads or blocks."""
     return STEPS if kernel.startswith(RECURRENT) else BLOCKS if kernel.startswith("attention") else [BIG]
 
 
@@ -134,7 +137,7 @@ def test_instruction_sets_agree(kernel: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_threads_do_not_change_a_bit(kernel: str, threads: None, isa: str) -> None:
+def test_results_are_bit_identical_for_any_number_of_threads(kernel: str, threads: None, isa: str) -> None:
     for sizes in problems(kernel):
         results = []
         for count in (1, 2, 3, 7):
@@ -147,7 +150,7 @@ def test_threads_do_not_change_a_bit(kernel: str, threads: None, isa: str) -> No
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if native.signatures()[k].inputs[0].dims])
-def test_a_task_of_many_blocks_does_not_see_its_neighbors(kernel: str) -> None:
+def test_the_first_task_does_not_depend_on_the_others(kernel: str) -> None:
     for sizes in problems(kernel):
         alone = native.call(
             kernel, *(a[:1].clone() for a in arguments(kernel, sizes, torch.float32)), scalars=scalars(kernel)
@@ -158,9 +161,9 @@ def test_a_task_of_many_blocks_does_not_see_its_neighbors(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k.startswith(RECURRENT)])
-def test_sequences_do_not_see_each_other(kernel: str, isa: str) -> None:
-    """A sequence's results are the same bits whatever others are in its batch: the row of a tile, and of a thread."""
-    sizes = {"T": 1, "B": 61, "L": 5, "H": 70}  # several blocks of steps where a rule has them
+def test_sequences_do_not_depend_on_each_other(kernel: str, isa: str) -> None:
+    """Results of a sequence are bit-identical in any batch, whatever row of a tile or thread it is in."""
+    sizes = {"T": 1, "B": 61, "L": 5, "H": 70}  # several blocks of steps, in rules that have such blocks
     signature = native.signatures()[kernel]
     inputs = arguments(kernel, sizes, torch.float32)
     batched = [len(a.dims) > 1 and a.dims[1] == (1, "B") for a in signature.inputs]
@@ -178,7 +181,7 @@ def test_sequences_do_not_see_each_other(kernel: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_activations_at_hard_values(dtype: torch.dtype, isa: str) -> None:
+def test_activations_at_extreme_values(dtype: torch.dtype, isa: str) -> None:
     x = torch.cat([torch.linspace(-40, 40, 4001, dtype=torch.float64), torch.tensor([0.0, -0.0, 1e-30, 1e30, -1e30])])
     x = x.to(dtype).double()
     s, zero = torch.sigmoid(x), torch.zeros_like(x)
@@ -210,8 +213,8 @@ def test_cross_entropy_of_infinite_logits(isa: str) -> None:
     assert lse[1] == 1e30
 
 
-def test_targets_out_of_range_are_no_addresses(isa: str) -> None:
-    """The public op refuses them; the kernel must not crash either."""
+def test_targets_out_of_range_are_not_used_as_addresses(isa: str) -> None:
+    """The public op refuses them; the kernel itself must not crash."""
     logits, target = torch.randn(1, 3, 5), torch.tensor([[2, -(2**62), 2**62]])
     y, lse = native.call("cross_entropy_forward", logits, target, scalars=(-100,))
     torch.testing.assert_close(y, (lse[:, 0] - logits[:, 0, 2]))
@@ -228,10 +231,10 @@ def test_empty_sizes(kernel: str, empty: str) -> None:
     for a in native.call(kernel, *arguments(kernel, SMALL | {empty: 0}), scalars=scalars(kernel)):
         assert a is not None
         if empty == "N":
-            assert not a.any()  # a sum over no rows
+            assert not a.any()  # sums over no rows are zero
 
 
-def test_wrong_calls_raise() -> None:
+def test_wrong_calls_of_kernels_raise() -> None:
     x = torch.randn(2, 3, 4)
     with pytest.raises(ValueError, match=r"gelu_tanh_vjp: ct_y must have shape \[2, 3, 4\], got \[3, 4\]"):
         native.call("gelu_tanh_vjp", x, x[0])
@@ -268,7 +271,7 @@ def test_wrong_calls_raise() -> None:
         native.C.set_isa("abacus")
 
 
-def test_strides_zeros_without_memory_and_negated_views() -> None:
+def test_kernels_take_strided_tensors_zero_tensors_and_negated_views() -> None:
     x, ct = torch.randn(6, 4, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
     (expected,) = native.call("gelu_tanh_vjp", x, ct.t().contiguous())
     assert torch.equal(native.call("gelu_tanh_vjp", x, ct.t())[0], expected)
@@ -280,7 +283,7 @@ def test_strides_zeros_without_memory_and_negated_views() -> None:
 
 
 def integers(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
-    """Numbers whose products and sums are exact, in a frame of NaN that must not be read."""
+    """Return small integers, whose products and sums are exact, within a frame of NaN that must not be read."""
     frame = torch.full([2 + size for size in shape], torch.nan, dtype=dtype)
     inner = frame[tuple(slice(1, 1 + size) for size in shape)]
     return inner.copy_(torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)))
@@ -313,8 +316,8 @@ COLUMNS = [
     63,
     65,
     130,
-]  # around its columns: a vector or two, 2 to 16 each
-DEPTHS = [0, 1, 2, 7, 8, 16, 17, 255, 256, 257, 513]  # around what is summed at a time: 256
+]  # around the columns of a tile: one or two vectors of 2 to 16 numbers
+DEPTHS = [0, 1, 2, 7, 8, 16, 17, 255, 256, 257, 513]  # around the number of products that are summed at a time: 256
 SUMMANDS = ["none", "full", "one_row", "row_of_each_task", "columns", "number"]
 
 
@@ -352,7 +355,7 @@ def test_products_of_every_layout(dtype: torch.dtype, isa: str) -> None:
         check_product(dtype, T, M, N, K, layout, shared, add)
 
 
-def test_products_are_the_same_bits_however_they_are_split(threads: None, isa: str) -> None:
+def test_products_are_bit_identical_however_they_are_split(threads: None, isa: str) -> None:
     for T, M, N, K in ((1, 700, 70, 60), (3, 301, 33, 300), (2, 5, 700, 513), (9, 40, 40, 40)):
         make = Make(torch.float32)
         a, b, add = make(T, M, K), make(T, K, N), make(T, M, N)
@@ -368,7 +371,7 @@ def test_products_are_the_same_bits_however_they_are_split(threads: None, isa: s
             assert torch.equal(native.product(a[t : t + 1], b[t : t + 1], add[t : t + 1]), expected[t : t + 1])
 
 
-def test_a_product_may_take_the_memory_of_what_it_is_added_to(isa: str) -> None:
+def test_a_product_can_reuse_the_memory_of_its_summand(isa: str) -> None:
     for T, M, N, K in ((1, 1, 1, 0), (2, 5, 33, 257), (1, 700, 70, 600)):
         make = Make(torch.float32)
         a, b, add = make(T, M, K), make(T, K, N), make(T, M, N)
@@ -377,13 +380,13 @@ def test_a_product_may_take_the_memory_of_what_it_is_added_to(isa: str) -> None:
             row = make(N)
             before = row.clone()
             native.product(a, b, row, reuse=True)
-            assert torch.equal(row, before), "what is one row for all must only be read"
+            assert torch.equal(row, before), "a summand of one row for all must not be written"
         found = native.product(a, b, add, reuse=True)
         assert found.data_ptr() == add.data_ptr()
         assert torch.equal(found, expected)
 
 
-def test_products_of_what_has_no_memory_or_one_sign() -> None:
+def test_products_of_zero_tensors_and_negated_views() -> None:
     a, b = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
     nothing = torch._efficientzerotensor(2, 4, 5, dtype=torch.float64)
     assert not native.product(a, nothing).any()
@@ -414,7 +417,7 @@ def test_wrong_products_raise() -> None:
         native.product(a, b, torch.zeros(4))
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted by Linux")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 @pytest.mark.parametrize(
     ("call", "is_large"),
     [
@@ -426,7 +429,7 @@ def test_wrong_products_raise() -> None:
         ("native.call('lstm_forward', ones(1, 8, 3, 256), ones(1, 256, 64), *[None] * 3, scalars=(0.0,))", True),
     ],
 )
-def test_threads_are_used_where_there_is_enough_to_do(call: str, is_large: bool) -> None:
+def test_threads_are_used_for_large_problems_alone(call: str, is_large: bool) -> None:
     script = f"""
 import os, torch
 from torch import ones
@@ -439,7 +442,7 @@ assert (len(os.listdir("/proc/self/task")) > before) == {is_large}
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-def test_python_threads_share_the_pool(threads: None) -> None:
+def test_python_threads_share_the_pool_of_threads(threads: None) -> None:
     torch.set_num_threads(2)
     problems = [arguments("layer_norm_vjp", BIG, torch.float32, seed) for seed in range(8)]
 
@@ -452,7 +455,7 @@ def test_python_threads_share_the_pool(threads: None) -> None:
             assert all(torch.equal(a, b) for a, b in zip(ours, right, strict=True))
 
 
-def test_a_forked_child_has_a_pool_of_its_own() -> None:
+def test_a_forked_child_has_its_own_pool_of_threads() -> None:
     script = """
 import os, torch
 from metakern import native
@@ -477,7 +480,7 @@ def without_memory(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("backend", [name for name in ("cpu", "reference") if mk.backends()[name] == "available"])
 @pytest.mark.parametrize("op", SPECS)
 def test_ops_refuse_tensors_whose_memory_is_gone(op: str, backend: str) -> None:
-    """Each argument by itself: in PyTorch's own operations, too, such a tensor is a null pointer."""
+    """Each argument in turn: a kernel would read a null pointer, in PyTorch's own operations too."""
     spec = SPECS[op]
     for sample in spec.samples(Make()):
         for i, a in enumerate(sample.args):
@@ -490,7 +493,7 @@ def test_ops_refuse_tensors_whose_memory_is_gone(op: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["layer_norm", "silu", "linear", "lstm", "sgd_update"])
-def test_derivatives_refuse_what_was_freed_since(op: str) -> None:
+def test_derivatives_refuse_tensors_freed_after_the_forward(op: str) -> None:
     spec = SPECS[op]
     sample = next(iter(spec.samples(Make())))
     leaves = [a.clone().requires_grad_() if a.is_floating_point() else a for a in sample.args]
@@ -500,13 +503,12 @@ def test_derivatives_refuse_what_was_freed_since(op: str) -> None:
             y = torch.utils._pytree.tree_leaves(spec.call(*inputs, **sample.kwargs))[0]
             for a in inputs:
                 without_memory(a.detach())
-            if op != "sgd_update":  # which keeps nothing that its first derivative needs
-                with pytest.raises((ValueError, RuntimeError), match=r"memory was freed|out of bounds for storage"):
-                    y.sum().backward()
+            with pytest.raises((ValueError, RuntimeError), match=r"memory was freed|out of bounds for storage"):
+                y.sum().backward()
 
 
-def test_kernels_are_given_no_bad_memory() -> None:
-    """One error that names the argument: storages that are short, tensors of other kinds, fake ones."""
+def test_kernels_refuse_tensors_without_readable_memory() -> None:
+    """Short storages, sparse, nested and fake tensors raise an error that names the argument."""
     x = torch.randn(2, 3)
     short, gaps, gone = torch.randn(100)[10:16].view(2, 3), torch.randn(4, 6)[::2, ::2], torch.randn(3, 3)[1:]
     for bad, left, needed in ((short, 60, 64), (gaps, 64, 68), (gone, 0, 36)):
@@ -516,7 +518,9 @@ def test_kernels_are_given_no_bad_memory() -> None:
             native.call("gelu_tanh_vjp", x, bad)
     rows = torch.randn(4, 6)
     rows.untyped_storage().resize_(80)
-    assert native.call("gelu_tanh_vjp", x, rows[:2, ::2])[0].shape == (2, 3), "what is left of a storage may be read"
+    assert native.call("gelu_tanh_vjp", x, rows[:2, ::2])[0].shape == (2, 3), (
+        "the part of a storage that is left can be read"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         nested = torch.nested.nested_tensor([x, x])
@@ -533,7 +537,7 @@ def test_kernels_are_given_no_bad_memory() -> None:
             native.product(bad, x)
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(torch.randn(4, 3))
-        for tensor in (fake, fake[2:]):  # of which the second has an address
+        for tensor in (fake, fake[2:]):  # the second one has an address
             with pytest.raises(
                 ValueError, match=r"gelu_tanh_vjp: x must have memory that a kernel can read, got .* Fake"
             ):
@@ -542,7 +546,7 @@ def test_kernels_are_given_no_bad_memory() -> None:
         native.call("gelu_tanh_vjp", x, x)
 
 
-def test_sizes_that_no_memory_bounds_are_refused() -> None:
+def test_huge_sizes_beside_a_size_of_zero_are_refused() -> None:
     def empty(*shape: int) -> Tensor:
         return torch.empty(0).as_strided(shape, [1] * len(shape))
 
@@ -550,7 +554,7 @@ def test_sizes_that_no_memory_bounds_are_refused() -> None:
         ValueError, match=r"layer_norm_forward: sizes must multiply to at most 16777216 beside a size of 0"
     ):
         native.call("layer_norm_forward", empty(1, 2**62, 0), empty(1, 0), empty(1, 0), scalars=(1.0,))
-    many = 2**40  # a sequence of no units, that would be walked through
+    many = 2**40  # a loop over 2^40 steps of no units
     with pytest.raises(ValueError, match="rnn_tanh_forward: sizes must multiply"):
         native.call("rnn_tanh_forward", empty(1, 1, many, 0), empty(1, 0, 0), None, None, scalars=(0.0,))
     assert native.product(empty(2**40, 0, 2), torch.ones(1, 2, 3).expand(2**40, 2, 3)).shape == (2**40, 0, 3)
@@ -558,10 +562,10 @@ def test_sizes_that_no_memory_bounds_are_refused() -> None:
         native.product(torch.ones(3), torch.ones(3, 4))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited by Linux's means")
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS limits memory on Linux")
 @pytest.mark.parametrize("forked", [False, True])
-def test_memory_that_threads_cannot_have_is_an_error(forked: bool) -> None:
-    """An exception on a thread of OpenMP's, or of the pool in a forked child, must not end the process."""
+def test_running_out_of_memory_on_a_thread_raises_memory_error(forked: bool) -> None:
+    """The exception on a thread of OpenMP, or of the pool in a forked child, must not end the process."""
     script = f"""
 import os, resource, torch
 from metakern import native
@@ -572,14 +576,14 @@ torch.set_num_threads(2)
 def run(size):
     native.call("rnn_tanh_forward", torch.zeros(2, 1, 1, size), w[:, :size, :size], None, None, scalars=(0.0,))
 w = torch.zeros(2, 2000, 2000)
-run(200)  # its threads are there before memory is short
+run(200)  # starts the threads before memory is limited
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20), resource.RLIM_INFINITY))
 try:
     run(2000)
 except MemoryError:
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    run(2000)  # all threads are as they were
+    run(2000)  # the threads must still work
     os._exit(7)
 """
     run = subprocess.run([sys.executable, "-c", script], check=False, timeout=120, capture_output=True, text=True)
@@ -596,7 +600,9 @@ def test_no_call_ends_the_process(seed: int, rounds: int, backends: list[str]) -
     environment = os.environ | {"PYTHONPATH": str(Path(mk.__file__).parent.parent)}
     fuzz = subprocess.run(command, check=False, timeout=300, capture_output=True, text=True, env=environment)
     assert fuzz.returncode == 0, fuzz.stderr[-4000:]
-    assert fuzz.stdout.startswith(f"{rounds} calls, ")
+    calls, results = map(int, re.findall(r"\d+", fuzz.stdout))
+    assert calls == rounds
+    assert results > rounds / 10  # the others were refused with an error
 
 
 OPS_AT_ONCE = """
@@ -640,7 +646,7 @@ def work(seed):
 
 
 def test_ops_on_several_python_threads() -> None:
-    """Every op at once, each thread with another number of threads below it: nothing hangs, nothing is mixed up."""
+    """Six Python threads run all ops with changing numbers of kernel threads: results stay right and nothing hangs."""
     script = f"""{OPS_AT_ONCE}
 threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
 [thread.start() for thread in threads]
@@ -653,7 +659,7 @@ assert not wrong, wrong
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_ops_in_a_forked_child() -> None:
-    """On one thread: those of PyTorch's own operations do not survive a fork."""
+    """With one thread, as the threads of PyTorch's own operations do not survive a fork."""
     script = f"""{OPS_AT_ONCE}
 torch.set_num_threads(2)
 child = os.fork()

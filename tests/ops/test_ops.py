@@ -1,7 +1,7 @@
-"""The battery: what every op owes, walked over every SPEC on every backend that this machine has, in float64.
+"""The battery: tests of every op on every backend of this machine, in float64.
 
-The truth is `SPEC.plain`, ordinary PyTorch operations differentiated by PyTorch. Cotangents, directions and rates are
-random and differ between tasks: an all-ones cotangent hides a mix-up of tasks.
+Results are compared with `SPEC.plain`, plain PyTorch operations that PyTorch differentiates. Cotangents, directions and
+rates are random and differ between tasks: a cotangent of ones would hide that tasks are mixed up.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ PER_TASK = [case for case in FULL if case.values[1].per_task]
 
 
 def few(cases: list) -> list:
-    """The first case of each op on Triton's interpreter, which is slow, and all cases of the other backends.
+    """Return the first case of each op on Triton, whose interpreter is slow, and all cases of the other backends.
 
-    It is enough for what the factory makes of the rules, and it makes the same of any backend's.
+    It is for tests of what `Op` derives from the rules, which is the same for every backend.
     """
     firsts = {case.values[0].op.name: case for case in reversed(cases) if case.values[2] == "triton"}
     return [case for case in cases if case.values[2] != "triton" or case is firsts[case.values[0].op.name]]
@@ -50,7 +50,7 @@ every_per_task_case = pytest.mark.parametrize(("spec", "sample", "backend"), PER
 
 @pytest.fixture(autouse=True)
 def backend(request: pytest.FixtureRequest) -> Any:
-    """Every test here runs on every backend that the op has kernels on, and on uninitialized memory that holds NaN."""
+    """Run the test on the backend of the case, with NaN in uninitialized memory."""
     torch.use_deterministic_algorithms(True)
     try:
         with mk.backend(request.param):
@@ -60,12 +60,13 @@ def backend(request: pytest.FixtureRequest) -> Any:
 
 
 def differentiable(sample: Sample) -> list[int]:
+    """Return the positions of the arguments that have derivatives."""
     floats = (i for i, a in enumerate(sample.args) if isinstance(a, Tensor) and a.is_floating_point())
     return [i for i in floats if i not in sample.frozen]
 
 
 def function(f: Callable, sample: Sample) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
-    """f as a function of its differentiable inputs alone, giving a flat tuple of tensors; and those inputs."""
+    """Return f as a function of its differentiable inputs that returns a flat tuple, and copies of these inputs."""
     where = differentiable(sample)
 
     def of_inputs(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -87,13 +88,13 @@ def random_like(tensors: Any, seed: int) -> tuple[Tensor, ...]:
 
 
 def first(f: Callable, inputs: list[Tensor], ct: tuple[Tensor, ...], create_graph: bool = False) -> tuple[Tensor, ...]:
-    """ct_x of every input; zeros where an input has no part in the result."""
+    """Return ct_x of every input; zeros for an input that the result does not depend on."""
     y, ct = zip(*((yi, c) for yi, c in zip(f(*inputs), ct, strict=True) if yi.requires_grad), strict=True)
     return torch.autograd.grad(y, inputs, ct, create_graph=create_graph, allow_unused=True, materialize_grads=True)
 
 
 def second(f: Callable, inputs: list[Tensor], ct: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Reverse over reverse: the derivative of ⟨vjp(ct), v⟩ with respect to the inputs and to ct."""
+    """Return the derivatives of ⟨vjp(ct), v⟩ by the inputs and by ct, by reverse over reverse."""
     inputs, ct = leaves(inputs), tuple(c.detach().clone().requires_grad_() for c in ct)
     ct_x = first(f, inputs, ct, create_graph=True)
     return torch.autograd.grad(ct_x, [*inputs, *ct], v, allow_unused=True, materialize_grads=True)
@@ -108,6 +109,7 @@ def close(actual: Any, expected: Any) -> None:
 
 
 def problem(spec: Spec, sample: Sample) -> tuple[Callable, Callable, list[Tensor], tuple, tuple]:
+    """Return the op and plain PyTorch as functions of the inputs, the inputs, random cotangents and directions."""
     op, inputs = function(spec.call, sample)
     plain, _ = function(spec.plain, sample)
     ct = random_like(plain(*inputs), 11)
@@ -141,12 +143,12 @@ def test_gradcheck(spec: Spec, sample: Sample) -> None:
 
 
 def bent(f: Callable) -> Callable:
-    """f with a curved function of its outputs, so that the cotangents of f have tangents."""
+    """Return y + y² / 2 of the outputs y of f, so that the cotangents of f have tangents in forward over reverse."""
     return lambda *x: tuple(y + 0.5 * y * y for y in f(*x))
 
 
 def dual_hvp(f: Callable, inputs: list[Tensor], ct: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Forward over reverse by dual tensors through an ordinary autograd.grad."""
+    """Return the tangents of ct_x, by forward over reverse with dual tensors and torch.autograd.grad."""
     with fwd.dual_level():
         duals = [fwd.make_dual(x, t) for x, t in zip(leaves(inputs), v, strict=True)]
         ct_x = first(f, duals, ct)
@@ -155,7 +157,7 @@ def dual_hvp(f: Callable, inputs: list[Tensor], ct: tuple[Tensor, ...], v: tuple
 
 
 @a_few_cases
-def test_every_nesting_gives_the_same_second_order(spec: Spec, sample: Sample) -> None:
+def test_every_nesting_of_modes_gives_the_same_second_order(spec: Spec, sample: Sample) -> None:
     op, plain, inputs, ct, v = problem(spec, sample)
     op, plain = bent(op), bent(plain)
     expected = second(plain, inputs, ct, v)[: len(inputs)]
@@ -182,7 +184,7 @@ def test_every_nesting_gives_the_same_second_order(spec: Spec, sample: Sample) -
 
 @every_case
 def test_a_missing_tangent_or_cotangent_is_zero(spec: Spec, sample: Sample) -> None:
-    """One input at a time is differentiated, the others are constants: every subset of needs and tangents is exact."""
+    """Each input in turn is differentiated while the others are constants."""
     op, plain, inputs, ct, v = problem(spec, sample)
     for i in range(len(inputs)):
 
@@ -254,11 +256,11 @@ def test_third_order_raises(spec: Spec, sample: Sample) -> None:
 
 @every_per_task_case
 def test_tasks_do_not_mix(spec: Spec, sample: Sample) -> None:
-    """Changing the last task leaves the others bit-identical; permuting tasks permutes results, at every order."""
+    """At every order, changing the last task leaves the others bit-identical, and permuting tasks permutes results."""
     _, _, inputs, ct, v = problem(spec, sample)
     tasks = inputs[0].shape[0]
     if tasks < 2:
-        pytest.fail("a sample that is per task needs at least two tasks")
+        pytest.fail("a sample with per_task must have at least two tasks")
     order = torch.arange(tasks).roll(1)
 
     def results(index: Tensor, disturb: bool) -> list[Tensor]:
@@ -309,10 +311,12 @@ def test_strides_do_not_matter(spec: Spec, sample: Sample) -> None:
 
 @a_few_full_cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_is_as_good_as_plain(spec: Spec, sample: Sample, dtype: torch.dtype) -> None:
+def test_low_precision_errors_are_at_most_twice_those_of_plain_pytorch(
+    spec: Spec, sample: Sample, dtype: torch.dtype
+) -> None:
     """error(op) <= 2 x error(plain PyTorch in that dtype) + eps, against float64, at every order.
 
-    Errors are geometric means over draws: that of a single one, or of the worst, is luck where terms cancel.
+    Errors are geometric means over draws: where terms cancel, the error of a single draw is random.
     """
     draws = [next(s for s in spec.samples(Make(seed=seed)) if s.name == sample.name) for seed in (1, 2, 3, 4)]
     eps = torch.finfo(dtype).eps
@@ -321,7 +325,7 @@ def test_low_precision_is_as_good_as_plain(spec: Spec, sample: Sample, dtype: to
 
 
 def _errors(spec: Spec, sample: Sample, dtype: torch.dtype) -> Tensor:
-    """The relative errors of the op and of plain PyTorch, for every result of every order."""
+    """Return the relative errors of the op and of plain PyTorch, [2, results], for every result of every order."""
     low = replace(sample, args=tuple(_cast(a, dtype) for a in sample.args))
     exact = replace(sample, args=tuple(_cast(a, torch.float64) for a in low.args))
     ct, v = problem(spec, low)[3:]

@@ -1,4 +1,4 @@
-"""What rnn, gru and lstm share: arguments, initial and final states, sharing of weights, and extreme values."""
+"""`rnn`, `gru` and `lstm`: arguments, initial and final states, shared weights, lengths, and extreme values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def states(cell: str, *shape: int, seed: int = 2) -> list[Tensor]:
 
 
 def run(f: Callable, *args: Any) -> list[Tensor]:
-    """Outputs, the cotangents of all arguments, and the derivatives of a random functional of these."""
+    """Return outputs, cotangents of all arguments, and second derivatives by reverse over reverse."""
     args = tuple(None if a is None else a.detach().clone().requires_grad_() for a in args)
     wrt, make = [a for a in args if a is not None], Make(seed=9)
     outputs = tree_leaves(f(*args))
@@ -52,7 +52,7 @@ def close(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @every_cell
-def test_a_sequence_without_steps_leaves_the_state(cell: str) -> None:
+def test_a_sequence_without_steps_returns_the_initial_state(cell: str) -> None:
     arguments = [Make()(2, 3, 0, 3), *states(cell, 2, 3, 2), *weights(cell, 2)]
     y, *final = SPECS[cell].call(*arguments)
     initial = arguments[1:-4]
@@ -74,7 +74,7 @@ def test_a_sequence_without_steps_leaves_the_state(cell: str) -> None:
 
 @every_cell
 def test_shared_parameters_beside_those_of_each_task(cell: str) -> None:
-    """Each subset of the parameters may be shared: the others are each task's own."""
+    """Each subset of the parameters is shared by all tasks, and the others differ between tasks."""
     spec, x, initial = SPECS[cell], Make()(3, 2, 4, 3), states(cell, 3, 2, 2)
     own, shared = weights(cell, 3), weights(cell, seed=5)
     for subset in range(1, 15):
@@ -89,7 +89,7 @@ def test_shared_parameters_beside_those_of_each_task(cell: str) -> None:
 
 
 class Rows(TorchDispatchMode):
-    """Counts the rows of every product with one matrix."""
+    """Records the number of rows of every product of two matrices."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,8 +103,8 @@ class Rows(TorchDispatchMode):
 
 @every_cell
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_weight_of_all_tasks_is_read_once(cell: str, dtype: torch.dtype) -> None:
-    """Shared or expanded, beside weights of each task: the tokens of all tasks are multiplied at once."""
+def test_a_shared_weight_takes_one_product_over_all_tasks(cell: str, dtype: torch.dtype) -> None:
+    """An expanded or shared w_ih, beside other weights of each task, is multiplied with all inputs at once."""
     x, (w_ih, *rest) = Make(dtype)(3, 2, 4, 3).requires_grad_(), [p.to(dtype) for p in weights(cell, 3)]
     gradients = []
     for of_all in (w_ih[:1].expand_as(w_ih), w_ih[0].clone()):
@@ -118,7 +118,7 @@ def test_a_weight_of_all_tasks_is_read_once(cell: str, dtype: torch.dtype) -> No
 
 
 @every_cell
-def test_any_two_arguments_alone_have_their_derivatives(cell: str) -> None:
+def test_derivatives_are_exact_for_any_two_arguments_alone(cell: str) -> None:
     spec, arguments = SPECS[cell], [Make()(2, 2, 3, 3), *states(cell, 2, 2, 2), *weights(cell, 2)]
     for i, j in combinations(range(len(arguments)), 2):
 
@@ -129,8 +129,8 @@ def test_any_two_arguments_alone_have_their_derivatives(cell: str) -> None:
 
 
 @every_cell
-def test_a_tangent_is_only_read(cell: str) -> None:
-    """For a single step too, where a bias's tangent has the memory layout of what a kernel may write into."""
+def test_a_tangent_is_not_written_to(cell: str) -> None:
+    """With one step, the tangent of a bias has the layout of a buffer that a kernel could write to."""
     arguments = [Make()(2, 1, 1, 3), *states(cell, 2, 1, 2), *weights(cell, 2)]
     for i, argument in enumerate(arguments):
         before = Make(seed=i)(*argument.shape)
@@ -152,7 +152,7 @@ def test_saturated_gates_stay_finite(cell: str) -> None:
 
 
 @every_cell
-def test_only_the_final_state_is_used(cell: str) -> None:
+def test_derivatives_of_the_final_state_alone(cell: str) -> None:
     x, initial = Make()(2, 2, 3, 3), states(cell, 2, 2, 2)
 
     def final(f: Callable) -> Callable:
@@ -182,7 +182,7 @@ def test_equals_torch_nn(cell: str) -> None:
 @every_cell
 @pytest.mark.parametrize("reverse", [False, True])
 def test_lengths_equal_packed_sequences_of_torch_nn(cell: str, reverse: bool) -> None:
-    """torch.nn runs backward in time only beside forward: its second direction is the op's."""
+    """With `reverse`, the op is compared with the second direction of a bidirectional module of torch.nn."""
     torch.manual_seed(0)
     module = getattr(nn, cell.upper())(3, 5, bidirectional=True).double()
     named = dict(module.named_parameters())
@@ -206,7 +206,7 @@ def test_lengths_equal_packed_sequences_of_torch_nn(cell: str, reverse: bool) ->
 
 
 @every_cell
-def test_lengths_may_be_mapped(cell: str) -> None:
+def test_lengths_of_each_task_under_vmap(cell: str) -> None:
     x, initial, lengths = Make()(3, 2, 4, 3), states(cell, 3, 2, 2), torch.tensor([[4, 2], [0, 3], [1, 4]])
     own = weights(cell, 3)
     one = torch.func.vmap(SPECS[cell].call)(x, *initial, *own, lengths)
@@ -214,8 +214,8 @@ def test_lengths_may_be_mapped(cell: str) -> None:
 
 
 @every_cell
-def test_what_lies_beyond_a_sequence_is_not_seen(cell: str) -> None:
-    """Not even NaN, forward and backward, in either direction."""
+def test_inputs_beyond_the_lengths_reach_no_result(cell: str) -> None:
+    """In both directions of time; not even NaN reaches the outputs, which are zero there."""
     lengths = torch.tensor([[4, 2], [0, 3]])
     beyond = (torch.arange(4) >= lengths.unsqueeze(-1)).unsqueeze(-1)
     clean, initial, own = Make()(2, 2, 4, 3).masked_fill(beyond, 0), states(cell, 2, 2, 2), weights(cell, 2)
@@ -293,8 +293,8 @@ def test_sizes_of_zero(cell: str, T: int, B: int, L: int, I: int, H: int, backen
 
 @every_cell
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_nan_and_infinity_go_through(cell: str, backend: str) -> None:
-    """What has NaN is NaN; a sequence beside it, and a task beside it, are not."""
+def test_nan_and_infinity_stay_in_their_sequence(cell: str, backend: str) -> None:
+    """NaN reaches all later steps of its sequence; other sequences and tasks stay finite."""
     for bad in (float("nan"), float("inf"), -float("inf")):
         x = Make()(2, 2, 3, 3)
         x[0, 0, 1, 0] = bad
@@ -307,11 +307,11 @@ def test_nan_and_infinity_go_through(cell: str, backend: str) -> None:
 
 
 @every_cell
-def test_strided_and_expanded_tensors_of_every_kind(cell: str) -> None:
+def test_strided_and_expanded_arguments(cell: str) -> None:
     x, initial, own = Make()(3, 2, 4, 3), states(cell, 3, 2, 2), weights(cell, 3)
 
     def scattered(t: Tensor) -> Tensor:
-        """The same numbers in another layout: dimensions in reverse order, and gaps between."""
+        """Return equal values in another layout: dimensions in reverse order, with gaps."""
         wide = torch.full((*reversed(t.shape), 2), float("nan"), dtype=t.dtype)[..., 0]
         return wide.copy_(t.permute(*reversed(range(t.dim())))).permute(*reversed(range(t.dim())))
 

@@ -1,4 +1,4 @@
-"""What only `rms_norm` has: equality with torch, its default eps, and errors."""
+"""`rms_norm` alone: equality with torch, its default eps, and errors."""
 
 import pytest
 import torch

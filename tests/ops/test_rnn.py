@@ -1,4 +1,4 @@
-"""What only rnn has."""
+"""`rnn` alone: its nonlinearities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only `rope` has: Hugging Face's numbers, positions of a sequence's own, and errors."""
+"""`rope` alone: equality with Llama in transformers, positions of each sequence, and errors."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_a_rotation_keeps_lengths_and_is_undone_by_its_vjp() -> None:
     torch.testing.assert_close(torch.autograd.grad(y, x, y.detach())[0], x.detach())
 
 
-def test_sequences_with_positions_of_their_own_do_not_mix() -> None:
+def test_each_sequence_can_have_its_own_positions() -> None:
     make = Make(seed=4)
     x, turn = make(3, 2, 5, 4), angles(make, 3, 5, 4)
     together = mk.ops.rope(x, **turn)

@@ -1,4 +1,4 @@
-"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer: a build of its own, fuzzed in a process of its own."""
+"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a separate build and process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def library(name: str) -> str:
-    """Where the compiler has a library: its path, or its name where it has not."""
+    """Return the path of a library of GCC, or its bare name if GCC or the library is missing."""
     try:
         return subprocess.run(
             ["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -24,12 +24,12 @@ def library(name: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path(library("libasan.so")).is_absolute(), reason="GCC with its sanitizers is not installed")
-def test_no_kernel_leaves_its_memory(tmp_path: Path) -> None:
+def test_no_kernel_accesses_memory_outside_of_its_tensors(tmp_path: Path) -> None:
     build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
     environment = os.environ | {"METAKERN_SANITIZE": "1", "METAKERN_NATIVE": "cpu"}
     subprocess.run(build, cwd=ROOT, env=environment, check=True, timeout=900)
     (built,) = tmp_path.glob("metakern/_C.*")
-    # The C++ library too, else the sanitizer does not find how exceptions are thrown.
+    # Without the C++ library, too, the sanitizer cannot intercept exceptions.
     preload = f"{library('libasan.so')}:{library('libstdc++.so')}"
     options = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     fuzz = subprocess.run(

@@ -1,4 +1,4 @@
-"""What only `sgd_update` has: one launch for all parameters, mixed rates, and errors."""
+"""`sgd_update` alone: one Function for all parameters, mixed rates, and errors."""
 
 import pytest
 import torch
@@ -7,11 +7,11 @@ import metakern as mk
 from metakern.ops.core.spec import Make
 
 
-def test_nothing_in_nothing_out() -> None:
+def test_updates_of_no_parameters_are_empty() -> None:
     assert mk.ops.sgd_update([], [], 0.1) == []
 
 
-def test_a_list_mixes_numbers_and_tensors() -> None:
+def test_rates_can_be_numbers_and_tensors_in_one_list() -> None:
     make = Make(seed=2)
     phi, grad, rate = [make(3, 2), make(3, 4)], [make(3, 2), make(3, 4)], make(3).requires_grad_()
     w, b = mk.ops.sgd_update(phi, grad, [0.5, rate])
@@ -21,7 +21,7 @@ def test_a_list_mixes_numbers_and_tensors() -> None:
     torch.testing.assert_close(torch.autograd.grad(b, rate, ct)[0], -(ct * grad[1]).sum(1))
 
 
-def test_one_function_serves_all_parameters() -> None:
+def test_one_autograd_function_updates_all_parameters() -> None:
     phi = [torch.ones(2, n, requires_grad=True) for n in range(1, 5)]
     y = mk.ops.sgd_update(phi, phi, 0.5)
     assert len({yi.grad_fn for yi in y}) == 1

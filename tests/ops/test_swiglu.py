@@ -1,4 +1,4 @@
-"""What only `swiglu` has: extreme values, and errors."""
+"""`swiglu` alone: extreme values, and errors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Triton's kernels: they are what runs in the interpreter, and they compile for GPUs that are not here."""
+"""Triton kernels: the backend launches them, their rules are right, and they compile for GPUs within their limits."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ ROOT = Path(__file__).parent.parent.parent
 OPS = [name for name, spec in SPECS.items() if "triton" in spec.op.kernels]
 SHARED_BYTES = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
-# What a thread may keep in memory for want of registers, in bytes: ptxas puts hardly anything there now and then.
-HARDLY_ANYTHING = 16
+# Bytes that a thread may spill: ptxas spills a few now and then.
+FEW_BYTES = 16
 SPILLED = {
-    # Attention: where heads are wide, and most of it before and after the loop.
+    # Attention with wide heads, mostly before and after the loop.
     "_queries_kernel": 256,
     "_keys_kernel": 1280,
     "_jvp_kernel": 16,
@@ -51,8 +51,8 @@ def test_the_backend_launches_kernels(spec: Spec, launched: list[str]) -> None:
     ("spec", "sample"),
     [pytest.param(SPECS[op], s, id=f"{op}-{s.name}") for op in OPS for s in SPECS[op].samples(Make(seed=5))],
 )
-def test_every_rule_equals_the_references(spec: Spec, sample: Sample) -> None:
-    """The battery takes one sample of an op through all nestings: here are all of them, with tangents of cotangents."""
+def test_every_rule_equals_that_of_the_reference(spec: Spec, sample: Sample) -> None:
+    """All samples, with tangents of cotangents: the battery takes one sample of an op through all nestings."""
     compare(spec, sample)
 
 
@@ -81,14 +81,16 @@ SEVERAL_BLOCKS = [
 
 
 @pytest.mark.parametrize(("op", "module", "name", "value"), SEVERAL_BLOCKS)
-def test_rows_of_several_blocks(op: str, module: str, name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_take_several_blocks(
+    op: str, module: str, name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(import_module(f"metakern.ops.{module}"), name, value)
     for sample in SPECS[op].samples(Make(seed=5)):
         compare(SPECS[op], sample)
 
 
 def orders(spec: Spec, sample: Sample) -> list[Tensor]:
-    """Outputs, first derivatives, and second ones by reverse over reverse and by forward over reverse."""
+    """Return outputs, first derivatives, and second ones by reverse over reverse and by forward over reverse."""
     draw, options = Make(seed=6), {"allow_unused": True, "materialize_grads": True}
     args = [a.detach().requires_grad_() if differentiable(a) else a for a in sample.args]
     x = [a for a in args if differentiable(a)]
@@ -114,7 +116,7 @@ def differentiable(value: Any) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_compile_for_every_gpu(op: str) -> None:
-    """At real sizes and dtypes, within the chip's shared memory and the launch's limits, in registers alone."""
+    """At real sizes and dtypes, within the limits of shared memory, registers and grids."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = (sys.executable, "tests/ops/ahead_of_time.py", op)
     result = subprocess.run(
@@ -126,5 +128,5 @@ def test_kernels_compile_for_every_gpu(op: str) -> None:
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_BYTES[kernel["target"]], kernel
         assert kernel["tensor_memory"] <= 512, kernel
-        assert kernel["spilled"] <= SPILLED.get(kernel["kernel"], HARDLY_ANYTHING), kernel
+        assert kernel["spilled"] <= SPILLED.get(kernel["kernel"], FEW_BYTES), kernel
         assert all(size <= limit for size, limit in zip(kernel["grid"], LARGEST_GRID, strict=False)), kernel

@@ -1,4 +1,4 @@
-"""Run by `make smoke` on an installed wheel, without a compiler: metakern imports, and a meta-gradient is exact."""
+"""Check an installed wheel without a compiler: metakern imports, and a meta-gradient is exact. `make smoke` runs it."""
 
 import torch
 

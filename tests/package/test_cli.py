@@ -1,4 +1,4 @@
-"""The command line: every command, and every mistake as one line with exit code 2."""
+"""The command line: every command, and every mistake of the user as one line with exit code 2."""
 
 import errno
 import io
@@ -22,7 +22,7 @@ from metakern.tested import TESTED
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run made by the command line alone, with its config file and data beside it."""
+    """A folder with data, a config file, and a run that the command line made of them."""
     folder = tmp_path_factory.mktemp("cli")
     data = write_tasks(folder / "data", tasks=12)
     (folder / "tiny.toml").write_text(tiny_config(data, steps=5, hidden=9, pretrain_steps=2).toml())
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def complaint(capsys, *arguments, code=2):
-    """What a failing command says: one line on the standard error."""
+    """Assert that a command fails with one line on standard error; return the line."""
     assert main([str(argument) for argument in arguments]) == code
     error = capsys.readouterr().err
     assert error.startswith("metakern: ")
@@ -40,13 +40,13 @@ def complaint(capsys, *arguments, code=2):
     return error[len("metakern: ") : -1]
 
 
-def test_flags_are_over_the_file(folder):
+def test_flags_override_the_config_file(folder):
     config = Config.load(folder / "run" / "config.toml")
     assert config == tiny_config(folder / "data", steps=5, hidden=8, pretrain_steps=2)
 
 
 def test_every_key_is_a_flag():
-    told = {
+    special = {
         "learn_lr": ("--no-learn-lr", False),
         "capture": ("--no-capture", False),
         "cosine": ("--no-cosine", False),
@@ -54,7 +54,7 @@ def test_every_key_is_a_flag():
         "lora_targets": ("--lora-targets=q_proj", ("q_proj",)),
     }
     for key in fields(Config):
-        flag, expected = told.get(key.name, (f"--{key.name.replace('_', '-')}={key.default}", key.default))
+        flag, expected = special.get(key.name, (f"--{key.name.replace('_', '-')}={key.default}", key.default))
         parsed = vars(cli._parser().parse_args(["train", flag]))
         assert parsed[key.name] == expected
         assert type(parsed[key.name]) is type(key.default)
@@ -62,7 +62,7 @@ def test_every_key_is_a_flag():
 
 
 @pytest.mark.parametrize("command", ["", "train", "eval", "adapt", "chat", "bench", "doctor"])
-def test_help(command, capsys):
+def test_help_lists_commands_and_flags(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command.split(), "--help"])
     assert end.value.code == 0
@@ -76,7 +76,7 @@ def test_help(command, capsys):
             assert f"\n    {name}" in text
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"metakern {metakern.__version__}\n"
@@ -111,7 +111,7 @@ def test_resume_of_a_finished_run_changes_nothing(folder, capsys):
     assert (folder / "run" / "checkpoints" / "last.json").read_text() == before
 
 
-def test_the_folder_of_a_run_has_a_name(folder, monkeypatch, tmp_path):
+def test_the_default_folder_of_a_run_is_named_by_data_model_and_algorithm(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     write_tasks(tmp_path / "d.a-ta")
     limits = ["--steps", "1", "--pretrain-steps", "0"]
@@ -120,7 +120,7 @@ def test_the_folder_of_a_run_has_a_name(folder, monkeypatch, tmp_path):
     assert (tmp_path / "runs" / "d-a-ta-gru-fomaml" / "config.toml").exists()
 
 
-def test_doctor_tells_whether_a_run_is_exact(folder, capsys):
+def test_doctor_says_whether_the_meta_gradient_of_a_run_is_exact(folder, capsys):
     assert main(["doctor", str(folder / "run")]) == 0
     page = capsys.readouterr().out
     assert page.startswith("The meta-gradient is exact.\n")
@@ -128,7 +128,7 @@ def test_doctor_tells_whether_a_run_is_exact(folder, capsys):
     assert "missing: is not the folder of a run" in complaint(capsys, "doctor", "missing")
 
 
-def test_doctor_tells_the_environment_without_any_extra(capsys, monkeypatch):
+def test_doctor_describes_an_environment_without_extras(capsys, monkeypatch):
     for extra in cli.EXTRAS:
         for module in [name for name in sys.modules if name.partition(".")[0] == extra]:
             monkeypatch.delitem(sys.modules, module)
@@ -145,7 +145,7 @@ def test_doctor_tells_the_environment_without_any_extra(capsys, monkeypatch):
     assert ["transformers", "missing: pip install metakern[hf]"] in lines
 
 
-def test_a_fault_of_our_own_is_called_one(capsys, monkeypatch):
+def test_an_unexpected_error_is_reported_as_a_fault_of_metakern(capsys, monkeypatch):
     def broken():
         raise ValueError("odd")
 
@@ -157,13 +157,13 @@ def test_a_fault_of_our_own_is_called_one(capsys, monkeypatch):
             main(arguments)
 
 
-def test_a_run_may_be_called_as_a_command_is(capsys, tmp_path, monkeypatch):
+def test_a_run_can_have_the_name_of_a_command(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="bench: is not the folder of a run"):
         main(["eval", "bench", "--traceback"])
 
 
-def test_a_full_disk_is_no_fault_of_ours(capsys, monkeypatch):
+def test_an_error_of_the_system_is_no_fault_of_metakern(capsys, monkeypatch):
     def full():
         raise OSError(28, "No space left on device", "runs/log.jsonl")
 
@@ -171,7 +171,7 @@ def test_a_full_disk_is_no_fault_of_ours(capsys, monkeypatch):
     assert complaint(capsys, "doctor") == "runs/log.jsonl: No space left on device"
 
 
-def test_what_the_engine_refuses_is_the_user_s(capsys, monkeypatch):
+def test_an_error_of_the_engine_is_no_fault_of_metakern(capsys, monkeypatch):
     def refused():
         raise ValueError("MAML: no batching is exact for this model and loss")
 
@@ -179,7 +179,7 @@ def test_what_the_engine_refuses_is_the_user_s(capsys, monkeypatch):
     assert complaint(capsys, "doctor") == "MAML: no batching is exact for this model and loss"
 
 
-def test_doctor_says_which_version_is_outside_of_what_was_tested(capsys, monkeypatch):
+def test_doctor_marks_versions_older_or_newer_than_the_tested_ones(capsys, monkeypatch):
     monkeypatch.setattr(cli, "version", lambda name: {"transformers": "99.1", "triton": "3.1.0"}.get(name, "1.0"))
     monkeypatch.setattr(cli.torch, "__version__", "1.0.0+cpu")
     lowest, highest = (TESTED[name][i] for name, i in (("triton", 0), ("transformers", 1)))
@@ -191,8 +191,8 @@ def test_doctor_says_which_version_is_outside_of_what_was_tested(capsys, monkeyp
     assert "  rich                  1.0\n" in page
 
 
-def test_a_warning_of_another_package_ends_no_run(folder):
-    """Deprecations of what we call are errors in these tests, and silent where `metakern` is started."""
+def test_warnings_of_other_packages_end_no_run(folder):
+    """The command hides deprecation and future warnings, and shows other warnings."""
     noisy = """
 import sys, warnings
 import metakern.dialogue.generate as writing
@@ -220,7 +220,7 @@ def missing(name):
     raise cli.PackageNotFoundError(name)
 
 
-def test_mistakes_in_the_arguments(capsys):
+def test_wrong_arguments_are_one_line(capsys):
     assert "invalid choice: 'trian'" in complaint(capsys, "trian")
     assert "required: COMMAND" in complaint(capsys)
     assert complaint(capsys, "train", "--lr", "3") == "unrecognized arguments: --lr 3; see metakern --help"
@@ -230,7 +230,7 @@ def test_mistakes_in_the_arguments(capsys):
     assert "required: --support" in complaint(capsys, "adapt", "run", "--out", "x")
 
 
-def test_mistakes_in_files(folder, tmp_path, capsys):
+def test_wrong_config_files_and_folders_are_one_line(folder, tmp_path, capsys):
     (tmp_path / "bad.toml").write_text("inner_lrr = 1")
     assert complaint(capsys, "train", "--config", tmp_path / "bad.toml") == (
         f"{tmp_path / 'bad.toml'}: unknown key 'inner_lrr', did you mean 'inner_lr'?"
@@ -243,7 +243,7 @@ def test_mistakes_in_files(folder, tmp_path, capsys):
     assert "no such file or directory" in complaint(capsys, "chat", folder / "run", "--support", tmp_path / "none")
 
 
-def test_mistakes_in_data(tmp_path, capsys):
+def test_wrong_data_is_one_line(tmp_path, capsys):
     def says(text, name="data.jsonl", *flags):
         (tmp_path / name).write_bytes(text)
         error = complaint(capsys, "train", "--data", tmp_path / name, "--out", tmp_path / "run", *flags)
@@ -261,14 +261,14 @@ def test_mistakes_in_data(tmp_path, capsys):
     assert "nor packaged data" in complaint(capsys, "train", "--data", "chitchta", "--out", tmp_path / "run")
 
 
-def test_a_vocabulary_of_another_run(folder, tmp_path, capsys):
+def test_the_vocabulary_of_another_run_is_refused(folder, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", "--config", str(folder / "tiny.toml"), "--out", str(out), "--vocab-size=280"]) == 0
     (out / "tokenizer.json").write_bytes((folder / "run" / "tokenizer.json").read_bytes())
     assert "tokenizer.json: is not the vocabulary that" in complaint(capsys, "eval", out)
 
 
-def test_a_checkpoint_cut_short(folder, tmp_path, capsys):
+def test_truncated_checkpoints_are_refused(folder, tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", "--config", str(folder / "tiny.toml"), "--out", str(out), "--steps=1"]) == 0
     for file in (out / "checkpoints").glob("*.safetensors"):
@@ -278,7 +278,7 @@ def test_a_checkpoint_cut_short(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("at", [1, 4, 6, 9])
-def test_a_full_disk(folder, tmp_path, monkeypatch, capsys, at):
+def test_training_on_a_full_disk_is_one_line(folder, tmp_path, monkeypatch, capsys, at):
     arguments = ["train", "--config", folder / "tiny.toml", "--out", tmp_path / "run"]
     real, calls = os.fsync, []
 
@@ -296,14 +296,14 @@ def test_a_full_disk(folder, tmp_path, monkeypatch, capsys, at):
     assert main([str(argument) for argument in [*arguments, *resume]]) == 0
 
 
-def test_a_loss_that_is_not_finite(folder, tmp_path, capsys):
+def test_diverged_training_is_one_line(folder, tmp_path, capsys):
     config = folder / "tiny.toml"
     error = complaint(capsys, "train", "--config", config, "--out", tmp_path / "run", "--outer-lr=1e30", "--warmup=0")
     assert "is not finite at step" in error
     assert "checkpoints/last holds step" in error
 
 
-def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
+def test_ctrl_c_in_training_says_how_to_resume(folder, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "metakern", "train", "--config", str(folder / "tiny.toml"), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -323,7 +323,7 @@ def test_ctrl_c_says_how_to_go_on(folder, tmp_path):
     assert f"stopped at step {step} of train" in error
 
 
-def test_ctrl_c_outside_of_training(monkeypatch, capsys):
+def test_ctrl_c_outside_of_training_ends_with_one_line(monkeypatch, capsys):
     def stop(*arguments, **options):
         raise KeyboardInterrupt
 
@@ -331,7 +331,7 @@ def test_ctrl_c_outside_of_training(monkeypatch, capsys):
     assert complaint(capsys, "doctor", code=130) == "stopped"
 
 
-def test_a_missing_extra_is_named(folder, monkeypatch, capsys):
+def test_a_missing_extra_is_one_line(folder, monkeypatch, capsys):
     for module in [name for name in sys.modules if name.startswith(("matplotlib", "metakern.dialogue.evaluate"))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -340,7 +340,7 @@ def test_a_missing_extra_is_named(folder, monkeypatch, capsys):
     )
 
 
-def test_a_reader_that_goes_away_is_no_error():
+def test_a_closed_standard_output_is_no_error():
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(

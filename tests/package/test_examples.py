@@ -1,4 +1,4 @@
-"""The examples run, as a user runs them, and do what they say."""
+"""The examples run as a user runs them, and print the results that they promise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 
 
 def numbers_of(*command: str) -> list[float]:
-    """What the last lines of an example say."""
+    """Run an example and return the numbers with a decimal point that it prints."""
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, *command],
@@ -30,7 +30,7 @@ def numbers_of(*command: str) -> list[float]:
     return [float(number) for number in NUMBER.findall(run.stdout)]
 
 
-def test_every_example_is_short_and_tested() -> None:
+def test_every_example_has_at_most_60_lines_and_a_test() -> None:
     tested = Path(__file__).read_text()
     for example in EXAMPLES.glob("*.py"):
         assert len(example.read_text().splitlines()) <= 60, example
@@ -39,7 +39,7 @@ def test_every_example_is_short_and_tested() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ["plain_loop.py", "accelerate_loop.py", "mixed_precision.py"])
-def test_loops_learn(example: str) -> None:
+def test_training_loops_learn(example: str) -> None:
     first, last = numbers_of(example)
     assert last < 0.5 * first
 
@@ -58,13 +58,13 @@ def test_the_trainer_of_hugging_face_learns() -> None:
 
 
 @pytest.mark.slow
-def test_torch_func_agrees_with_itself() -> None:
+def test_torch_func_gives_the_same_product_in_two_ways() -> None:
     *_, by_hessian, forward_over_reverse = numbers_of("torch_func.py")
     assert by_hessian == forward_over_reverse
 
 
 @pytest.mark.slow
-def test_the_compiler_breaks_at_our_ops_and_computes_the_same() -> None:
+def test_compiled_models_have_graph_breaks_and_the_same_results() -> None:
     breaks, *results = numbers_of("compile.py")
     assert breaks > 0
     assert results[:2] == pytest.approx(results[2:], rel=1e-4)
@@ -72,5 +72,5 @@ def test_the_compiler_breaks_at_our_ops_and_computes_the_same() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ["distributed.py", "fsdp.py"])
-def test_processes_that_share_the_tasks_equal_one(example: str) -> None:
+def test_two_processes_that_share_the_tasks_equal_one(example: str) -> None:
     assert numbers_of("-m", "torch.distributed.run", "--nproc-per-node", "2", example)[-1] < 1e-6

@@ -1,4 +1,4 @@
-"""The flags and keys that error messages name exist."""
+"""Hints in error messages: the flags and config keys that they name exist."""
 
 import argparse
 import ast
@@ -15,11 +15,11 @@ from metakern.dialogue.config import Config
 
 PACKAGE = Path(metakern.__file__).parent
 FILES = [PACKAGE / "cli.py", *sorted((PACKAGE / "dialogue").rglob("*.py"))]
-OTHERS = {"--no-deps"}  # of pip
+OTHERS = {"--no-deps"}  # a flag of pip
 
 
 def literals(file: Path) -> Iterator[str]:
-    """Yield the string literals of a file, with ? in the places of an f-string's values."""
+    """Yield the string literals of a file, with ? for the fields of f-strings."""
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.JoinedStr):
             yield "".join(part.value if isinstance(part, ast.Constant) else "?" for part in node.values)
@@ -47,6 +47,6 @@ def test_every_flag_and_key_that_a_message_names_exists(file):
             assert key in keys, text
 
 
-def test_the_cure_for_too_little_data_can_be_taken_from_the_command_line():
+def test_the_flags_that_help_with_too_little_data_exist():
     train = commands(_parser())["train"]
     assert {"--min-dialogues", "--min-words", "--max-length"} <= train

@@ -1,4 +1,4 @@
-"""What an installation promises: a light import, a build without PyTorch, clear words where something is missing."""
+"""Installation: a light import, builds without PyTorch, and errors that say what is missing."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def contents(source: Path) -> list[str]:
     return zipfile.ZipFile(wheel).namelist()
 
 
-def test_version_is_one() -> None:
+def test_the_installed_version_is_that_of_the_module() -> None:
     assert version("metakern") == mk.__version__
 
 
-def test_import_is_light() -> None:
-    """No device, no Triton, no extra, no compiler: only torch and numpy."""
+def test_import_needs_only_torch_and_numpy() -> None:
+    """No CUDA context, no Triton, no extra, no compiler, no C++ kernels."""
     extras = {requirement.split(">")[0].split("[")[0] for requirement in PROJECT["optional-dependencies"]["dialogue"]}
     modules = {"pyyaml": "yaml", "chitchat-dataset": "chitchat_dataset", "chatterbot-corpus": "chatterbot_corpus"}
     hidden = sorted(
@@ -62,20 +62,20 @@ NOTHING = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++", "PATH": "/nonexis
 
 
 @pytest.mark.parametrize(("native", "message"), [("cuda", "nvcc was not found; install"), ("gpu", "got 'gpu'")])
-def test_an_impossible_build_says_so(source: Path, native: str, message: str) -> None:
+def test_a_build_that_is_not_possible_is_an_error(source: Path, native: str, message: str) -> None:
     result = build(source, native, **NOTHING)
     assert result.returncode != 0
     assert message in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_none_builds_a_pure_wheel(source: Path) -> None:
+def test_metakern_native_none_builds_a_pure_wheel(source: Path) -> None:
     assert build(source, "none").returncode == 0
     assert [path.name for path in (source / "dist").iterdir()] == [f"metakern-{mk.__version__}-py3-none-any.whl"]
 
 
 @pytest.mark.slow
-def test_without_a_compiler_auto_goes_on_and_cpu_fails(source: Path) -> None:
+def test_without_a_compiler_auto_builds_a_pure_wheel_and_cpu_fails(source: Path) -> None:
     result = build(source, "auto", **NOTHING)
     assert result.returncode == 0, result.stderr
     assert "the C++ kernels were not built" in result.stderr

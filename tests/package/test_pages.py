@@ -1,4 +1,4 @@
-"""The files and functions that the page on the architecture names exist, and the reference has every public name."""
+"""The pages: files and functions of the architecture exist, the reference has every public name, versions are right."""
 
 import re
 from collections.abc import Iterator
@@ -15,17 +15,21 @@ PUBLIC = {"metakern": mk, "metakern.ops": mk.ops, "metakern.nn": mk.nn, "metaker
 
 
 def hops() -> list[tuple[str, str]]:
-    return HOP.findall((ROOT / "docs" / "architecture.md").read_text("utf-8"))
+    """Return the file and the name in each row of the tables of the architecture."""
+    found = HOP.findall((ROOT / "docs" / "architecture.md").read_text("utf-8"))
+    assert len(found) > 20, "the rows of docs/architecture.md must begin with | `file` | `name` |"
+    return found
 
 
 @pytest.mark.parametrize(("file", "name"), hops())
-def test_a_hop_is_where_the_page_says(file: str, name: str) -> None:
+def test_names_in_the_architecture_are_in_their_files(file: str, name: str) -> None:
     text = (ROOT / file).read_text("utf-8")
     for part in name.split("."):
         assert re.search(rf"\b(?:class|def|void|\w+>) {part}\b", text), f"{file} has no {name}"
 
 
 def documented() -> Iterator[str]:
+    """Yield the names that the reference documents."""
     for page in (ROOT / "docs" / "reference").glob("*.rst"):
         yield from re.findall(r"^\.\. auto\w+:: (\S+)$", page.read_text("utf-8"), re.MULTILINE)
 
@@ -37,7 +41,7 @@ def test_every_public_name_is_in_the_reference(path: str, module: ModuleType) ->
 
 
 @pytest.mark.parametrize("package", TESTED)
-def test_the_versions_that_were_tested_are_those_of_the_page(package: str) -> None:
+def test_tested_versions_are_those_of_the_compatibility_page(package: str) -> None:
     page = (ROOT / "docs" / "compatibility.md").read_text("utf-8").lower()
     lowest, _, newest = re.findall(rf"^\| {package} \| (\S+) \| (\S+) \| (\S+) \|$", page, re.MULTILINE)[0]
     assert lowest.startswith(TESTED[package][0])

@@ -1,4 +1,4 @@
-"""The numbers and pictures of the pages are those of the results."""
+"""Numbers and pictures of the pages are those of the results, and links to files resolve."""
 
 import re
 
@@ -9,17 +9,17 @@ from benchmarks.results import ROOT
 
 
 @pytest.mark.parametrize("page", report.PAGES)
-def test_a_page_and_the_results_agree(page: str) -> None:
+def test_tables_of_pages_are_those_of_the_results(page: str) -> None:
     text = (ROOT / page).read_text()
     assert report.with_tables(page, text) == text
 
 
-def test_the_report_and_the_results_agree() -> None:
+def test_the_report_is_that_of_the_results() -> None:
     assert report.FULL.read_text() == report.full()
 
 
 @pytest.mark.parametrize(("page", "least"), [(ROOT / "README.md", 2), (ROOT / "docs/dialogue.md", 1), (report.FULL, 0)])
-def test_every_picture_is_there(page, least) -> None:
+def test_every_picture_exists(page, least) -> None:
     shown = re.findall(r'(?:src|srcset)="([^"]*)"|!\[[^]]*\]\(([^)]*)\)', page.read_text())
     files = {page.parent / (one or other) for one, other in shown}
     assert len(files) >= least

@@ -1,8 +1,9 @@
-// A GPU on a CPU: what csrc/cuda/common.cuh and the CUDA runtime offer the kernels, so that g++ compiles and runs them.
+// An emulated GPU: the parts of csrc/cuda/common.cuh and of the CUDA runtime that the kernels use, so that g++ can compile
+// them for a CPU.
 //
-// Each thread of the blocks that are on the chip at once is a fiber. It runs until it waits: for its block, its warp, its
-// cluster, or a counter. Which one runs next is drawn at random, so that what a barrier should have ordered is soon out of
-// order; shared memory starts as NaN, with a guard behind it. A launch that breaks a limit of the device fails as CUDA's does.
+// Each thread of the blocks that run at once is a fiber. It runs until it waits for its block, its warp, its cluster or a
+// counter. The fiber that runs next is drawn at random, so that a missing barrier soon shows. Shared memory starts as NaN,
+// with a guard behind it. A launch that exceeds a limit of the device fails as it does with CUDA.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +36,7 @@ struct Index {
     unsigned x;
 };
 
-// The blocks of `count` consecutive groups of `blocks` run at once; `body` is a thread.
+// Runs `grid` blocks of `threads` threads, `together` blocks at once, in clusters of `cluster`; `body` is one thread.
 void run(unsigned grid, unsigned threads, unsigned together, unsigned cluster, std::size_t shared,
          const std::function<void()>& body);
 
@@ -43,12 +44,12 @@ enum class Place { warp, block, cluster };
 void meet(Place place);
 void pause();  // lets other threads run
 void* shared_memory();
-// What a lane shows the lanes of its warp, 32 bytes each, from one meet(Place::warp) to the next.
+// 32 bytes for each lane of the warp, valid from one meet(Place::warp) to the next.
 std::uint32_t (*warp_memory())[8];
 
 struct Gpu {
     int id, arch, processors, shared, largest_cluster;
-    bool idle;  // launches are checked, and do nothing
+    bool idle;  // launches are checked and not run
 };
 extern Gpu gpu;
 

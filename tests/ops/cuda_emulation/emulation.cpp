@@ -1,4 +1,4 @@
-// The fibers of common.cuh.
+// The fibers behind common.cuh.
 #include "common.cuh"
 
 #include <ucontext.h>
@@ -23,7 +23,7 @@ struct Fiber {
     bool done;
 };
 
-// A barrier: those who wait at it, until all are there.
+// The fibers that wait at a barrier until all have arrived.
 struct Barrier {
     std::vector<Fiber*> waiting;
 };
@@ -123,7 +123,7 @@ void run(unsigned grid, unsigned threads, unsigned together, unsigned cluster, s
 
 }  // namespace emulation
 
-// Another GPU from here on.
+// Chooses the GPU that is emulated from now on.
 extern "C" __attribute__((visibility("default"))) void emulate(int arch, int processors, int shared, int largest_cluster, int idle) {
     emulation::gpu = {emulation::gpu.id + 1, arch, processors, shared, largest_cluster, idle != 0};
 }
