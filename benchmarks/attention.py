@@ -22,7 +22,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -129,13 +129,13 @@ def named(size: Sizes) -> str:
     return f"{B} x {H}/{H_kv} x {L} x {D}"
 
 
-def main() -> None:
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = Parser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=positive, default=7, help="interleaved rounds (default: %(default)s)")
     parser.add_argument("--threads", type=positive, default=2, help="threads (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="run two sizes, and only print")
     parser.add_argument("--out", type=kept, help="file for the results (default: the machine's file)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if native.obstacle():
         parser.error(str(native.obstacle()))
     torch.set_num_threads(args.threads)

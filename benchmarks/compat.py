@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -39,7 +39,6 @@ WORKLOADS = "mlp:small;mlp;lstm:small,tasks=8;lstm;gpt:small;gpt;gpt:large,tasks
 OUTER_STEPS, INNER_STEPS, TASKS, TOLERANCE = 20, 3, 2, 1e-6
 
 # The inner loop of one task, by the library's classes.
-Loop = Callable[[Any, nn.Module, Callable[[Any, int], Tensor]], Tensor]
 
 
 class Tied(nn.Module):
@@ -239,8 +238,8 @@ def show(library: str, name: str, found: dict[str, Any]) -> None:
         )
 
 
-def main() -> None:
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = Parser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--libraries", default=",".join(LIBRARIES), help="comma-separated (default: %(default)s)")
     parser.add_argument(
         "--workloads", default=WORKLOADS, help="as for benchmarks.maml (default: %(default)s); '' for none"
@@ -257,7 +256,7 @@ def main() -> None:
         help="file for the results (default: benchmarks/results/compat.json)",
     )
     parser.add_argument("--differences", metavar="LIBRARY", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.differences:
         torch.set_num_threads(1)
         with warnings.catch_warnings():

@@ -234,9 +234,10 @@ def show(spec: WorkloadName, found: dict[str, Any]) -> None:
         print(f"{method}: not timed: {reason}")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     every = [f"{name}:{size}" for size in ("small", "medium", "large") for name in families()]
     parser = Parser(
+        prog=prog,
         description=(__doc__ or "").splitlines()[0],
         epilog=f"A workload is family[:size][,key=value...]; families: {', '.join(families())}; sizes: small, medium "
         "(the default), large; keys: those of the family's file in benchmarks/workloads. For example "
@@ -260,7 +261,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="plain PyTorch and metakern on small workloads; only prints"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.rounds = args.rounds or (7 if args.quick else ROUNDS)
     args.out = args.out or (None if args.quick or args.methods or args.against else results.file(results.machine()))
     stored = results.load(args.out) if args.out else {}

@@ -24,7 +24,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -235,8 +235,8 @@ def colored(median: float, low: float, high: float, spread: bool = False) -> str
     return f"[green]{text}[/]" if low > 1 else f"[red]{text}[/]" if high < 1 else text
 
 
-def parsed() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parsed(arguments: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", metavar="NAMES", help="comma-separated (default: all)")
     parser.add_argument("--backends", metavar="NAMES", help="comma-separated (default: all of the device)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
@@ -250,7 +250,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=kept, metavar="FILE", help="file for the results (default: results/<machine>.json)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device must be cpu here, where PyTorch finds no GPU, got cuda")
@@ -292,10 +292,10 @@ def timers(args: argparse.Namespace) -> Iterator[tuple[Timed, Timed | None]]:
         yield processes[0], processes[1]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     from rich.console import Console
 
-    args = parsed()
+    args = parsed(arguments, prog)
     dtype, where = getattr(torch, args.dtype), results.machine()
     out = args.out or (None if args.quick or args.against else results.file(where))
     about = {"machine": where, "device": args.device, "dtype": args.dtype, "rounds": args.rounds}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -152,12 +152,12 @@ def keep_curve(name: str, run: Path) -> None:
     shutil.copyfile(run / "eval.png", FOLDER / f"{name}.png")
 
 
-def main() -> None:
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = Parser(prog=prog, description=(__doc__ or "").splitlines()[0])
     for name in ("demo", "smollm2"):
         text = f"first copy the adaptation curve of this run to results/{name}.json"
         parser.add_argument(f"--{name}", type=Path, metavar="RUN", help=text)
-    for name, folder in vars(parser.parse_args()).items():
+    for name, folder in vars(parser.parse_args(arguments)).items():
         if not folder:
             continue
         try:

@@ -287,9 +287,8 @@ def _bench(benchmark: str, arguments: list[str]) -> None:
             "bench report: must run in a clone of metakern, whose pages it writes, got an installed package"
         )
     sys.path.insert(0, str(package.parent if cloned else package / "_bench"))
-    sys.argv = [f"metakern bench {benchmark}", *arguments]
     try:
-        importlib.import_module(f"benchmarks.{benchmark}").main()
+        importlib.import_module(f"benchmarks.{benchmark}").main(arguments, f"metakern bench {benchmark}")
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in BENCH:

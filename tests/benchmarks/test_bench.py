@@ -115,7 +115,6 @@ def bench(monkeypatch):
     """A function that runs `metakern bench BENCHMARK` with arguments and returns the exit code."""
 
     def run(*arguments, benchmark="ops"):
-        monkeypatch.setattr(sys, "argv", sys.argv)
         monkeypatch.setattr(sys, "path", [*sys.path])
         return cli.main(["bench", benchmark, *arguments])
 

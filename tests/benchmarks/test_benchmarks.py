@@ -346,9 +346,8 @@ def test_a_run_measures_what_earlier_runs_did_not(tmp_path, monkeypatch, capsys)
 
     def command(*options):
         measured.clear()
-        monkeypatch.setattr(sys, "argv", ["maml", "--out", str(out), *options])
         with pytest.raises(SystemExit) as end:
-            maml.main()
+            maml.main(["--out", str(out), *options])
         return end.value.code, list(measured)
 
     monkeypatch.setattr(maml, "measure", measure)
