@@ -272,8 +272,6 @@ def _chat(run: str, support: str | None, steps: int | None, temperature: float, 
     from metakern.dialogue.readers import read
     from metakern.dialogue.run import Run
 
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"chat: --temperature must be at least 0 and --top-p in (0, 1], got {temperature} and {top_p}")
     dialogues = read(support) if support else []
     talk(Chat(Run.open(run), dialogues, steps=steps, temperature=temperature, top_p=top_p, seed=seed))
 

@@ -146,6 +146,7 @@ def load_lora(model: nn.Module, directory: str | Path) -> list[str]:
         The names of the LoRA layers that were read, in the model's order.
 
     Raises:
+        TypeError: If `model` is no `nn.Module`.
         FileNotFoundError: If a file is missing.
         ValueError: If a file is damaged, if the files are of two saves with different alphas, if they hold no LoRA
             layers or a variant that `metakern.nn.LoraLinear` does not compute, or if they do not fit the model, which
@@ -159,6 +160,8 @@ def load_lora(model: nn.Module, directory: str | Path) -> list[str]:
     ...     mk.load_lora(torch.nn.Sequential(torch.nn.Linear(4, 3)), directory)
     ['0']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_lora: model must be a torch.nn.Module, got {type(model).__name__}")
     config, tensors = _read(Path(directory))
     factors, rest = _by_layer(tensors)
     settings = {path: _settings(config, path, A.shape[0]) for path, (A, _) in factors.items()}

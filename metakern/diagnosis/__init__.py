@@ -65,7 +65,7 @@ def doctor(
         A `metakern.diagnosis.Report` with `exact`, `problems`, `plan` and more; print it.
 
     Raises:
-        TypeError: If `model` is no `nn.Module`, or `loss` can't be called.
+        TypeError: If `model` is no `nn.Module`, `loss` can't be called, or `inner` is no inner optimizer.
         ValueError: If there is nothing to check: the loss raises on the first task, is no finite scalar, does not
             depend on the model's parameters, or differs from call to call; the model has no trainable parameters; the
             batches have no tasks, or different numbers of them; `steps` is negative; or `adapt` matches no parameter.
@@ -77,8 +77,8 @@ def doctor(
     >>> report.exact, report.problems, report.plan.batching
     (True, [], 'fold')
     """
-    tasks = _checked(model, loss, support, query, steps, adapt)
     inner = SGD() if inner is None else inner
+    tasks = _checked(model, loss, support, query, inner, steps, adapt)
     with _undisturbed(model), torch.enable_grad():
         patient = treat(model, loss, select(support, 0), select(query, 0), adapt)
         diagnosis = _Diagnosis(patient)
@@ -231,12 +231,14 @@ def _peak(plan: Plan | None, parameters: Parameters, steps: int, tasks: int) -> 
     return min(plan.task_chunk, tasks) * task
 
 
-def _checked(model: Any, loss: Any, support: Any, query: Any, steps: Any, adapt: Adapt) -> int:
+def _checked(model: Any, loss: Any, support: Any, query: Any, inner: Any, steps: Any, adapt: Adapt) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"doctor: model must be an nn.Module, got {type(model).__name__}")
     if not callable(loss):
         raise TypeError(f"doctor: loss must be a function of (model, batch), got {type(loss).__name__}")
-    if not isinstance(steps, int) or steps < 0:
+    if not isinstance(inner, InnerOptimizer):
+        raise TypeError(f"doctor: inner must be one of mk.optim's, got {type(inner).__name__}")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"doctor: steps must be an integer of at least 0, got {steps!r}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("doctor: model must have trainable parameters, got none")

@@ -125,7 +125,9 @@ class Report:
     def _unmeasured(self) -> str:
         if self.plan is None:
             return "mk.MAML does not run this model"
-        return "a surrogate gradient has no exact one" if self.problems else "it has no second-order part"
+        if any(problem.order == 1 and not problem.undo for problem in self.problems):
+            return "a surrogate gradient has no exact one"
+        return "it is zero, or computing it raised" if self.steps else "there is no inner step"
 
     def _verdict(self) -> str:
         if self.exact:

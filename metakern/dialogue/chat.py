@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from metakern import io
 from metakern.dialogue.config import cache_folder
 from metakern.dialogue.episodes import collate
-from metakern.dialogue.generate import generate
+from metakern.dialogue.generate import check_sampling, generate
 from metakern.dialogue.readers import Dialogue, Turn, read
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import on_device_of
@@ -148,6 +148,9 @@ class Chat:
         temperature: As of `generate`.
         top_p: As of `generate`.
         seed: The seed of the sampling.
+
+    Raises:
+        UserError: If `temperature` or `top_p` is out of range, or `support` has nothing to learn.
     """
 
     def __init__(
@@ -160,6 +163,8 @@ class Chat:
         top_p: float = 0.9,
         seed: int = 0,
     ) -> None:
+        with by_the_user():
+            check_sampling(temperature, top_p)
         self.run, self.steps, self.sampling = run, steps, {"temperature": temperature, "top_p": top_p}
         self.generator = torch.Generator().manual_seed(seed)
         self.known, self.turns = list(support), list[Turn]()

@@ -53,10 +53,7 @@ def generate(
     >>> generate(count_up, [3], max_new_tokens=9, temperature=0, eos_id=8)
     [4, 5, 6, 7]
     """
-    if temperature < 0:
-        raise ValueError(f"generate: temperature must be at least 0, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+    check_sampling(temperature, top_p)
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     ids = torch.as_tensor(input_ids, dtype=torch.long, device=None if parameter is None else parameter.device)
     if ids.numel() == 0 or ids.dim() > 2 or (ids.dim() == 2 and ids.shape[0] != 1):
@@ -82,6 +79,14 @@ def generate(
         for module, training in modes:
             module.training = training
     return ids[0, start:].tolist()
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raise ValueError for a temperature below 0 or NaN, or a top_p that is not in (0, 1]."""
+    if not temperature >= 0:
+        raise ValueError(f"generate: temperature must be at least 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
 
 
 def _next(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:

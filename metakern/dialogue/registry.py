@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import metakern as mk
+from metakern.dialogue.episodes import Batch
 from metakern.dialogue.models import build_model
 from metakern.errors import by_the_user
 
 if TYPE_CHECKING:
     from metakern.dialogue.config import Config
     from metakern.dialogue.tokenizer import DialogueTokenizer
-
-Batch = Mapping[str, Tensor]
 
 
 class FineTune(nn.Module):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metakern.dialogue.config import Config
-from metakern.dialogue.episodes import Episodes, Split, TaskData, split_tasks
+from metakern.dialogue.episodes import Batch, Episodes, Split, TaskData, split_tasks
 from metakern.dialogue.readers import read
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import by_the_user
 
 __all__ = ["curve", "episodes", "load_split", "on_device_of"]
-
-Batch = Mapping[str, Tensor]
 
 
 def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

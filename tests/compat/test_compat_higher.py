@@ -411,6 +411,10 @@ def test_learned_settings_are_applied_to_the_optimizer_by_group() -> None:
     assert [g["lr"] for g in other.param_groups] == [0.125, 0.125]
     with pytest.raises(ValueError, match="override: lr must hold one value or one for each of the 2"):
         higher.apply_trainable_opt_params(other, {"lr": [1.0] * 3})
+    with pytest.raises(ValueError, match="override: lr must be a list of values, got Tensor"):
+        higher.apply_trainable_opt_params(other, {"lr": torch.tensor(0.1)})
+    with pytest.raises(KeyError, match="override: rate is no setting of Adam"):
+        higher.apply_trainable_opt_params(other, {"rate": [0.1]})
 
 
 def test_an_inner_loop_and_its_graph_are_freed_without_the_garbage_collector() -> None:

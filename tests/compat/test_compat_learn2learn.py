@@ -453,6 +453,28 @@ def test_gbml_refuses_unused_parameters_unless_allowed() -> None:
         l2l.optim.ParameterUpdate(model.parameters(), lambda p: 1)
     with pytest.raises(ValueError, match="parameters must be the 6 that transforms were made for, got 1"):
         gbml.compute_update(forward(), [model[0].weight])
+    with pytest.raises(TypeError, match=r"GBML.adapt: loss must be a tensor, got float"):
+        learner.adapt(1.0)
+
+
+def test_gbml_adapts_transforms_that_may_be_frozen_or_have_no_parameters() -> None:
+    model, x, y = made("mlp")
+    for transform in (lambda p: None, lambda p: nn.Identity()):
+        learner = adapted(l2l.GBML(model, transform, lr=LR, adapt_transform=True).clone(), x, y)
+        expected = adapted(l2l.GBML(model, transform, lr=LR).clone(), x, y)
+        assert all(torch.equal(a, b) for a, b in zip(learner.parameters(), expected.parameters(), strict=True))
+    gbml = l2l.GBML(model, Gain, lr=LR, adapt_transform=True)
+    next(gbml.compute_update.parameters()).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"GBML.adapt: every parameter of the transform must require a gradient"):
+        adapted(gbml.clone(), x, y)
+    adapted(gbml.clone(allow_nograd=True), x, y)
+
+
+def test_meta_sgd_update_needs_a_rate_for_each_parameter() -> None:
+    model = nn.Linear(2, 1)
+    grads = [torch.ones_like(p) for p in model.parameters()]
+    with pytest.raises(ValueError, match="meta_sgd_update: lrs must have an entry for each of the 2 parameters, got 1"):
+        l2l.meta_sgd_update(l2l.clone_module(model), lrs=[torch.ones(())], grads=grads)
 
 
 def test_transforms_of_gradients() -> None:

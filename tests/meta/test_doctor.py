@@ -299,6 +299,9 @@ def test_wrong_arguments_are_errors_of_one_line():
         "doctor: support must have one number of tasks along dimension 0, got [1, 2]"
     )
     assert complaint(options={"steps": -1}) == "doctor: steps must be an integer of at least 0, got -1"
+    assert complaint(options={"steps": True}) == "doctor: steps must be an integer of at least 0, got True"
+    with pytest.raises(TypeError, match=r"doctor: inner must be one of mk.optim's, got int"):
+        examine(case._replace(options={"inner": 3}))
     assert complaint(options={"adapt": ["missing"]}).startswith("doctor: adapt must match a parameter's name")
     other = nn.Linear(6, 3).double()
     assert complaint(loss=lambda m, b: other(b[0]).sum()) == (

@@ -649,3 +649,8 @@ def test_rank_and_alpha_patterns_can_be_exchanged_with_peft(tmp_path: Path) -> N
     fresh = copy.deepcopy(base)
     mk.load_lora(fresh, tmp_path / "ours")
     assert torch.equal(fresh(x), model(x))
+
+
+def test_what_load_lora_loads_into_must_be_a_module(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"load_lora: model must be a torch.nn.Module, got int"):
+        mk.load_lora(3, tmp_path)  # type: ignore[arg-type]

@@ -516,6 +516,10 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -
     0.25
     """
     for name, values in override.items():
+        if name not in opt.param_groups[0]:
+            raise KeyError(f"override: {name} is no setting of {type(opt).__name__}")
+        if not isinstance(values, Sequence):
+            raise ValueError(f"override: {name} must be a list of values, got {type(values).__name__}")
         if len(values) not in (1, len(opt.param_groups)):
             raise ValueError(
                 f"override: {name} must hold one value or one for each of the {len(opt.param_groups)} "

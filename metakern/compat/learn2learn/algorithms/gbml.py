@@ -135,18 +135,26 @@ class GBML(BaseLearner):
             first_order: As in the constructor, and so are the other arguments; by default as the learner has them.
 
         Raises:
+            TypeError: If `loss` is no tensor.
             ValueError: If a parameter of the module or, with `adapt_transform`, of the transforms is unused or frozen
                 and may not be.
             RuntimeError: If the graph of `loss` was freed or has a reentrant checkpoint.
         """
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"GBML.adapt: loss must be a tensor, got {type(loss).__name__}")
         second_order = not (self.first_order if first_order is None else first_order)
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
         allow_unused = self.allow_unused if allow_unused is None else allow_unused
-        if self.adapt_transform and self._params_updated:
-            psi = list(self.compute_update.parameters())
+        psi = list(self.compute_update.parameters())
+        if self.adapt_transform and self._params_updated and psi:
+            if not allow_nograd and not all(p.requires_grad for p in psi):
+                raise ValueError(
+                    "GBML.adapt: every parameter of the transform must require a gradient, got one that does not: "
+                    "pass allow_nograd=True to leave it as it is"
+                )
             # The loss is differentiated once more below.
             found = gradients("GBML.adapt", loss, psi, create_graph=second_order, retain_graph=True)
-            if not allow_unused and any(g is None for g in found):
+            if not allow_unused and any(g is None and p.requires_grad for g, p in zip(found, psi, strict=True)):
                 raise ValueError(
                     "GBML.adapt: loss must depend on every parameter of the transform, got one that it does not depend "
                     "on: pass allow_unused=True to leave it as it is"

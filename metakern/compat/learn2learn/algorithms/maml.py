@@ -62,12 +62,17 @@ def descend(who: str, model: M, rates: Iterable[float | Tensor], grads: Sequence
         raise ValueError(
             f"{who}: grads must have an entry for each of the {len(places.values)} parameters, got {len(grads)}"
         )
-    places.put(model, _descended(places.values, rates, grads))
+    places.put(model, _descended(who, places.values, rates, grads))
     return model
 
 
-def _descended(phi: list[Tensor], rates: Iterable[float | Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
-    return [p if g is None else p - lr * g for p, lr, g in zip(phi, rates, grads, strict=False)]
+def _descended(
+    who: str, phi: list[Tensor], rates: Iterable[float | Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor]:
+    found = [p if g is None else p - lr * g for p, lr, g in zip(phi, rates, grads, strict=False)]
+    if len(found) != len(phi):
+        raise ValueError(f"{who}: lrs must have an entry for each of the {len(phi)} parameters, got {len(found)}")
+    return found
 
 
 class Learner(BaseLearner):
@@ -140,7 +145,7 @@ class Learner(BaseLearner):
                     f"{who}: loss must depend on every parameter, got one that does not depend on {name!r}: "
                     "pass allow_unused=True to leave it as it is"
                 )
-        places.put(self.module, _descended(phi, rates, grads))
+        places.put(self.module, _descended(who, phi, rates, grads))
 
     def _none_frozen(self, who: str) -> None:
         for name, p in self.module.named_parameters():
