@@ -348,7 +348,7 @@ def test_an_installed_wheel_has_the_benchmarks(source, tmp_path):
     (file,) = written.iterdir()
     assert "cpu float32 embedding" in json.loads(file.read_text())["ops"]
     for name, arguments, message in (
-        ("report", [], "writes the README of a clone"),
+        ("report", [], "must run in a clone of metakern"),
         ("ops", ["--against", "HEAD"], "needs git and a clone"),
     ):
         done = run("-m", "metakern", "bench", name, *arguments)

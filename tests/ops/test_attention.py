@@ -178,7 +178,7 @@ def test_errors_name_the_argument() -> None:
     refuses(ValueError, r"lengths must be between 0 and L_k = 5, got \[-1, 1\]", q, k, v, lengths=torch.tensor([-1, 1]))
     refuses(TypeError, "scale must be a number or None, got Tensor", q, k, v, scale=torch.ones(()))
     mask = torch.ones(2, 5, dtype=torch.bool)
-    refuses(TypeError, "mask must be torch.bool on cpu, got torch.int64 on cpu", q, k, v, mask=mask.long())
+    refuses(TypeError, "mask must be torch.bool, got torch.int64", q, k, v, mask=mask.long())
     refuses(ValueError, r"mask must have shape \[B, L_k\] = \[2, 5\], got \[2, 3\]", q, k, v, mask=mask[:, :3])
     refuses(ValueError, "padding must be left or right, got 'both'", q, k, v, lengths=lengths, padding="both")
     refuses(ValueError, "window must be a positive integer with causal=True, got 0", q, k, v, window=0)

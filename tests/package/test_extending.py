@@ -19,7 +19,7 @@ COPIED = ("metakern", "csrc", "tests", "docs", "benchmarks", "setup.py", "pyproj
 def test_every_block_of_the_page_is_a_step() -> None:
     steps = [(step["path"], step["kind"]) for step in STEP.finditer(PAGE)]
     assert len(steps) == PAGE.count("\n```") / 2
-    assert {kind for path, kind in steps if not path} == {"diff", "sh", "python"}
+    assert {kind for path, kind in steps if not path} == {"diff", "sh"}
     assert {Path(path).suffix for path, _ in steps if path} == {".py", ".cpp"}
 
 
