@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +36,8 @@ from metakern.ops.core.autocast import plain_operations
 from metakern.optim import SGD
 
 TOLERANCE = 1e-6  # relative error of each tensor in float64; a model that computes in float32 inside has about 1e-7
+COSTLY_BYTES = 32 * 2**20  # saved by one task's loss: from here on, second order is verified on smaller tasks if it can
+PROBE_EXAMPLES, PROBE_LENGTH = 2, 32
 STEPS = (1e-6, 1e-7, 1e-5)  # step sizes of the quick comparison; `slopes.judge` decides where all of them disagree
 
 
@@ -82,6 +85,8 @@ class Trial:
         self.python = False  # whether model or loss draw from Python's or NumPy's generators
         self.graph = False  # whether the loss takes derivatives itself, and so fails under `no_grad`
         self.batches: list[Any] = []
+        self.probe: Any = None  # the first batch, or a smaller one, for the second order
+        self._taken: list[tuple[str, int]] = []  # the random operations of a task in the last call of `_truth`
         self.changed: set[tuple[int, str]] = set()  # attributes that a forward pass changes: (id of the module, name)
         self.lost = ""  # "surrogate": the gradient is not the loss's slope; "lost": only the second order is wrong
         self.kinds = [structure(batch) for batch in batches]
@@ -128,7 +133,10 @@ class Trial:
         for again in range(3):
             pair = two_tasks(batch, again)
             try:
-                truth = self._truth(pair, second_order=not self.batches)
+                probe = pair if self.batches or self.first_order else self._probe(pair)
+                truth = self._truth(pair, second_order=not self.batches and probe is pair, exact=probe is pair)
+                if probe is not pair:
+                    truth.append(self._truth(probe, second_order=True)[2])
                 if again < 2 and not all(t is None or t.isfinite().all() for row in truth for t in row):
                     continue
             except Exception:
@@ -139,12 +147,49 @@ class Trial:
             if not losses.isfinite().all():
                 raise ValueError(f"MAML: loss must be finite for a plan to be verified, got {losses.tolist()}")
             self.graph |= self._needs_graph(pair)
+            if not self.batches:
+                self.probe = probe
             self.batches.append(pair)
+            self.draws.append(self._taken)
             differ = [(not torch.equal(t[0], t[1]), t) for t in tensors(pair)]
             inputs = all(apart for apart, t in differ if t.is_floating_point() and t.numel())
             self.apart.append(inputs and any(apart for apart, _ in differ))
             self.truths.append(truth)
             return
+
+    def _probe(self, pair: Any) -> Any:
+        """Return two smaller tasks for the second order, if it is costly and the loss of both has the same graph.
+
+        Second derivatives of plain autograd take much memory and time, for attention the square of the length. The
+        graph of the loss determines them, and it is the same if no step of the model depends on a size.
+        """
+        saved: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        def graph(batch: Any, hooks: AbstractContextManager) -> list[Any]:
+            adapted = [nn.Parameter(p[0]) for p in self.phi]
+            seeded()
+            python, draws = python_states(), Alike()
+            with hooks, self._task(0, batch, adapted, draws) as value:
+                return [] if draws.taken or python_states() != python else _graph_of(value)
+
+        try:
+            whole = graph(pair, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor))
+            if not whole or sum(saved.values()) < COSTLY_BYTES:
+                return pair
+        except Exception:  # the trial on the whole batch says what is wrong
+            return pair
+        for length in (PROBE_LENGTH, None):
+            smaller = _cut(pair, PROBE_EXAMPLES, length)
+            try:
+                if 4 * _numbers(smaller) <= _numbers(pair) and graph(smaller, nullcontext()) == whole:
+                    return smaller
+            except Exception:  # the model or the loss wants sizes that go together in another way
+                continue
+        return pair
 
     def _needs_graph(self, batch: Any) -> bool:
         try:
@@ -155,26 +200,29 @@ class Trial:
         return False
 
     @contextmanager
-    def steady(self) -> Iterator[None]:
-        """Make evaluations within the block repeatable: same attributes, buffers, random states and exact kernels."""
+    def steady(self, exact: bool = True) -> Iterator[None]:
+        """Make evaluations within the block repeatable: same attributes, buffers, random states and kernels.
+
+        With `exact` the kernels have exact second derivatives.
+        """
         self.state.restore()
         seeded()
         if self.roles.adapted and next(iter(self.phi)).dtype == torch.float64:
             torch.set_default_dtype(torch.float64)
         operations = plain_operations() if self.plain else nullcontext()
         try:
-            with comparable(), exact_kernels(self.roles.model), operations:
+            with comparable(), exact_kernels(self.roles.model) if exact else nullcontext(), operations:
                 yield
         finally:
             torch.set_default_dtype(self._default)
             self.state.restore()
 
-    def _task(self, t: int, batch: Any, phi: Sequence[Tensor], draws: Alike) -> Any:
+    def _task(self, t: int, batch: Any, phi: Sequence[Tensor], draws: Alike, exact: bool = True) -> Any:
         """Return a context manager that gives one task's loss with its graph; differentiate it within the block."""
 
         @contextmanager
         def value() -> Iterator[Tensor]:
-            with self.steady(), torch.enable_grad(), self.roles.bound(phi):
+            with self.steady(exact), torch.enable_grad(), self.roles.bound(phi):
                 with draws:
                     value = scalar(self.loss(self.roles.model, mapped(Tensor.clone, select(batch, t))))
                 yield value
@@ -182,8 +230,11 @@ class Trial:
 
         return value()
 
-    def _truth(self, batch: Any, second_order: bool) -> list[list[Tensor | None]]:
-        """Return the losses, gradients and (with `second_order`) Hessian-vector products of both tasks by autograd."""
+    def _truth(self, batch: Any, second_order: bool, exact: bool = True) -> list[list[Tensor | None]]:
+        """Return the losses, gradients and (with `second_order`) Hessian-vector products of both tasks by autograd.
+
+        `exact` is needed for second order; without it PyTorch may take its fused attention, which is faster.
+        """
         rows: list[tuple] = []
         second_order = second_order and not self.first_order
         buffers = {name: (b, b.detach().clone()) for name, b in self.roles.model.named_buffers()}
@@ -193,12 +244,12 @@ class Trial:
             adapted = [nn.Parameter(p[t]) for p in self.phi]
             seeded()
             python, alike = python_states(), Alike()
-            with self._task(t, batch, adapted, alike) as value:
+            with self._task(t, batch, adapted, alike, exact) as value:
                 self.python |= python_states() != python
                 _unchanged(buffers)
                 reached = self._reached(value, adapted, before) if t == 0 else []
                 if reached:  # a leaf that the loss makes anew at each call is not a parameter of it
-                    with self._task(t, batch, adapted, Alike()) as value_again:
+                    with self._task(t, batch, adapted, Alike(), exact) as value_again:
                         again = {id(leaf) for leaf in self._reached(value_again, adapted, before)}
                     self._take_in([leaf for leaf in reached if id(leaf) in again])
                 grads = derivatives(value, [*adapted, *self.shared], create_graph=second_order)
@@ -215,7 +266,7 @@ class Trial:
             drawn = alike.taken
         if second_order and self._slopes:
             self._check_slopes(batch, rows[0][1], rows[0][2])
-        self.draws.append(drawn)
+        self._taken = drawn
         losses, n = torch.stack([value for value, _, _ in rows]), len(self.phi)
         truth: list[list[Tensor | None]] = [[losses], _both(rows[0][1], rows[1][1], n)]
         return [*truth, _both(rows[0][2], rows[1][2], n)] if second_order else truth
@@ -341,7 +392,7 @@ class Trial:
     def _products(self, batching: Batching, hvp: str) -> Sequence[Tensor | None]:
         unroll = Unroll(_Drawing(batching, self._drawn(0)), SGD(), steps=1, hvp=hvp)
         with self.steady():
-            return unroll.hessian_vector_product(self.phi, self.shared, self.batches[0], self.v)[1]
+            return unroll.hessian_vector_product(self.phi, self.shared, self.probe, self.v)[1]
 
     def _trace(self, batching: Folded, batch: Any, kind: Any) -> None:
         """Record which tensors carry the tasks: those whose first dimension grows with their number.
@@ -475,6 +526,54 @@ def modules_of(loss: Any, depth: int = 3) -> list[nn.Module]:
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
     for held in (module._parameters, module._buffers, vars(module)):
         yield from (value for value in held.values() if isinstance(value, Tensor))
+
+
+def _graph_of(value: Tensor) -> list[Any]:
+    """Return the graph of a value: for each node its name and the numbers of the nodes that it leads to.
+
+    The list is empty if the graph has an autograd Function in Python that is not metakern's, as its backward may do
+    different things for different sizes.
+    """
+    nodes: list[Any] = [value.grad_fn]
+    number = {value.grad_fn: 0}
+    for node in nodes:
+        if isinstance(node, BackwardCFunction) and not _module_of(node).startswith("metakern."):
+            return []
+        for following, _ in node.next_functions if node is not None else ():
+            if following is not None and following not in number:
+                number[following] = len(nodes)
+                nodes.append(following)
+    return [(n.name(), [number.get(f) for f, _ in n.next_functions]) for n in nodes if n is not None]
+
+
+def _module_of(node: Any) -> str:
+    """Return the module of the autograd Function that made a node."""
+    return str(node._forward_cls.__module__)
+
+
+def _cut(batch: Any, examples: int, length: int | None) -> Any:
+    """Return the first examples of each task and, unless `length` is None, the first steps of each sequence.
+
+    Dimension 1 of the first tensor that has one counts the examples, dimension 2 the steps of a sequence. All sizes
+    that equal one of the two are cut.
+    """
+    shapes = [t.shape[1:] for t in tensors(batch) if t.dim() > 1]
+    N = next((shape[0] for shape in shapes), 0)
+    L = next((shape[1] for shape in shapes if len(shape) > 1 and shape[0] == N), 0)
+
+    def cut(t: Tensor) -> Tensor:
+        if t.dim() > 1 and t.shape[1] == N:
+            t = t[:, :examples]
+        for d in range(2, t.dim()):
+            if length is not None and t.shape[d] == L:
+                t = t.narrow(d, 0, min(length, L))
+        return t.clone()
+
+    return mapped(cut, batch)
+
+
+def _numbers(batch: Any) -> int:
+    return sum(t.numel() for t in tensors(batch))
 
 
 def _unchanged(buffers: dict[str, tuple[Tensor, Tensor]]) -> None:

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metakern as mk
+from metakern.meta import verify
 from metakern.meta.batches import mapped, select, tasks_of
 from metakern.meta.plan import _left_in_groups
 
@@ -688,3 +690,104 @@ def test_a_loss_that_is_a_module_can_be_replaced_by_a_function() -> None:
     same(ours(maml, support, query), plain(maml.model, ce, support, query))
     maml.loss = Criterion()
     same(ours(maml, support, query), plain(maml.model, lambda model, batch: 2 * ce(model, batch), support, query))
+
+
+class Long(nn.Module):
+    """Attention over a sequence, and a step that may depend on the length."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.embedding, self.attention = nn.Embedding(11, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out, self.step = nn.Linear(8, 11), step
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        return self.out(self.step(self.attention(x, x, x, need_weights=False)[0]))
+
+
+class Lossy(torch.autograd.Function):
+    """x², whose second derivative is lost for long sequences."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, ct_y: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return ct_y * 2 * (x.detach() if x.shape[-2] > 32 else x)
+
+
+def words(model: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
+
+
+def probes_of(monkeypatch: pytest.MonkeyPatch, costly: int = 0) -> list[Any]:
+    """The tasks on which second order is verified, from here on."""
+    probes: list[Any] = []
+    inner = verify.Trial._probe
+
+    def kept(self: verify.Trial, pair: Any) -> Any:
+        probes.append(inner(self, pair))
+        return probes[-1]
+
+    monkeypatch.setattr(verify, "COSTLY_BYTES", costly)
+    monkeypatch.setattr(verify.Trial, "_probe", kept)
+    return probes
+
+
+def sentences(length: int, tasks: int = 2, examples: int = 9) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(length)
+    ids, labels = (torch.randint(11, (tasks, examples, length), generator=random) for _ in range(2))
+    return ids, labels
+
+
+def test_second_order_of_costly_tasks_is_verified_on_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, probes = Long().double(), sentences(70), probes_of(monkeypatch)
+    found = ours(maml_of(model, words), batch, batch)
+    assert [t.shape for t in probes[0]] == [(2, 2, 32)] * 2
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = plain(model, words, batch, batch)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("costly", [0, 10**12])
+@pytest.mark.parametrize("step", [Lossy.apply, lambda x: x if x.shape[-2] < 40 else Lossy.apply(x)])
+def test_lost_second_derivatives_are_found_in_costly_tasks(
+    monkeypatch: pytest.MonkeyPatch, costly: int, step: Callable[[Tensor], Tensor]
+) -> None:
+    probes_of(monkeypatch, costly)
+    batch = sentences(70)
+    with pytest.raises(ValueError, match="MAML: second derivatives must not be lost"):
+        maml_of(Long(step).double(), words)(batch, batch)
+
+
+@pytest.mark.parametrize(
+    ("step", "shape"),
+    [
+        (lambda x: x if x.shape[-2] < 40 else x.tanh(), (2, 2, 70)),  # another graph for short sequences
+        (lambda x: x if x.shape[0] < 4 else x.tanh(), (2, 9, 70)),  # for few examples
+        (lambda x: x.unflatten(-2, (7, 10)).flatten(-3, -2), (2, 2, 70)),  # raises for other lengths
+        (lambda x: Square.apply(x), (2, 9, 70)),  # Python decides what its backward does
+        (lambda x: x * torch.rand(()), (2, 9, 70)),  # draws
+    ],
+)
+def test_what_depends_on_sizes_is_verified_on_whole_tasks(
+    monkeypatch: pytest.MonkeyPatch, step: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    model, batch, probes = Long(step).double(), sentences(70), probes_of(monkeypatch)
+    maml_of(model, words)(batch, batch)
+    assert probes[0][0].shape == shape
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, ct_y: Tensor) -> Tensor:
+        return 2 * ct_y * ctx.saved_tensors[0]
