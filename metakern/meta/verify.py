@@ -173,7 +173,7 @@ class Trial:
             adapted = [nn.Parameter(p[0]) for p in self.phi]
             seeded()
             python, draws = python_states(), Alike()
-            with hooks, self._task(0, batch, adapted, draws) as value:
+            with hooks, self._task(0, batch, adapted, draws, exact=False) as value:
                 return [] if draws.taken or python_states() != python else _graph_of(value)
 
         try:
@@ -193,7 +193,7 @@ class Trial:
 
     def _needs_graph(self, batch: Any) -> bool:
         try:
-            with self.steady(), torch.no_grad(), self.roles.bound([p[0] for p in self.phi]):
+            with self.steady(exact=False), torch.no_grad(), self.roles.bound([p[0] for p in self.phi]):
                 self.loss(self.roles.model, select(batch, 0))
         except Exception:  # with a graph, the same call did not raise
             return True
@@ -341,7 +341,7 @@ class Trial:
             if not all(self.apart):
                 raise MismatchError("two tasks of the batch can't be made to differ, so folding can't be verified")
             batching.fold.within = comparable  # a mode set here has no effect once the fold steps out of vmap
-            for batch, kind in zip(self.batches, self.kinds, strict=True):
+            for batch, kind in zip([self.probe, *self.batches[1:]], self.kinds, strict=True):
                 self._trace(batching, batch, kind)
         bytes_a_task = max(self._first_order(batching, i) for i in range(len(self.batches)))
         if self.first_order:
