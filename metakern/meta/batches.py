@@ -77,7 +77,9 @@ def tasks_of(tree: Any, what: str = "batch") -> int:
     """
     leaves = tensors(tree)
     if not leaves:
-        raise ValueError(f"MAML: {what} must hold tensors, got {type(tree).__name__}")
+        raise ValueError(
+            f"MAML: {what} must hold tensors, got {type(tree).__name__}: torch.as_tensor makes one of a NumPy array"
+        )
     for leaf in leaves:
         if leaf.is_nested:
             raise ValueError(f"MAML: {what} must hold padded tensors, got a nested one: see metakern.pad_tasks")
@@ -87,7 +89,10 @@ def tasks_of(tree: Any, what: str = "batch") -> int:
             raise ValueError(f"MAML: {what} must not require a gradient, got a tensor that does")
     sizes = sorted({leaf.shape[0] for leaf in leaves})
     if len(sizes) > 1:
-        raise ValueError(f"MAML: {what} must have one number of tasks along dimension 0, got {sizes}")
+        raise ValueError(
+            f"MAML: {what} must have one number of tasks along dimension 0, got {sizes}: use in the "
+            "loss what all tasks share, or expand it to [T, ...]"
+        )
     if sizes[0] == 0:
         raise ValueError(f"MAML: {what} must hold at least one task, got 0")
     return sizes[0]

@@ -18,11 +18,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.meta.allocator import keep_freed_memory
@@ -35,10 +37,11 @@ from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Found, Plan, Planner, Wishes
 from metakern.meta.state import INTERNAL, PLAIN, ModuleState, contents, undisturbed
 from metakern.meta.unroll import Unroll
-from metakern.meta.verify import comparable, modules_of
+from metakern.meta.verify import comparable, modules_of, one_line
 from metakern.optim import InnerOptimizer
 
 PLANS = 16  # plans kept; the one unused for longest is dropped
+_FOLDED = ("linear", "embedding", "layer_norm", "rms_norm")  # functions of modules that folding replaces
 SIZES = 256  # batch sizes for which a plan remembers that its folded losses were confirmed
 
 
@@ -118,7 +121,7 @@ class Engine:
         """Return everything that a plan depends on besides the batches, to be compared."""
         parameters = tuple((id(p), p.requires_grad, p.dtype, p.device) for p in self.model.parameters())
         attributes = tuple(self._attributes(loss).items())
-        switches = (_autocast(), torch.get_default_dtype())
+        switches = (_autocast(), torch.get_default_dtype(), nn.Module.__call__, *map(partial(getattr, F), _FOLDED))
         of_loop = (id(loss), id(inner), steps, first_order)
         return of_loop, parameters, attributes, switches, torch.are_deterministic_algorithms_enabled()
 
@@ -144,7 +147,9 @@ class Engine:
                         seen[id(value)] = contents(value, numbers)
                     found[place, name] = seen[id(value)]
             if not numbers:
-                found[place, "__class__"] = type(module)
+                found[place, "__class__"] = type(module), type(module).forward
+                if module._buffers:  # one that is None is another loss than one that is a tensor
+                    found[place, "_buffers"] = tuple((name, b is None) for name, b in module._buffers.items())
                 found[place, "_modules"] = tuple(map(id, module._modules.values()))
                 if hooks := (*module._forward_hooks, *module._forward_pre_hooks):
                     found[place, "hooks"] = hooks
@@ -219,9 +224,15 @@ class Prepared:
                     ) from error
                 continue
             except RuntimeError as error:
-                if not _out_of_memory(error) or tried == 1:
+                if _out_of_memory(error) and tried > 1:
+                    self.plan = self.plan.halved(tried)
+                    continue
+                if not self._auto or _out_of_memory(error) or str(error).startswith("MAML: "):
                     raise
-                self.plan = self.plan.halved(tried)
+                try:  # something may have changed so that this batching fails, and another one does not
+                    self._replan(one_line(error), batches)
+                except Exception:
+                    raise error from None
                 continue
             yield result
             start = part.stop
@@ -258,9 +269,10 @@ class Prepared:
             apart = 1 + 0.1 * torch.arange(tasks) / tasks  # the parameters differ, even if the data of tasks are equal
             theta = [p * apart.to(p).view(-1, *(1,) * (p.dim() - 1)) for p in self.theta(tasks)]
             state = ModuleState(self.parameters.model.modules())
+            alike = partial(comparable, in_float64=False)  # the model's own dtypes: what casts must cast
             tolerance = 1e-3 if theta[0].dtype in (torch.float32, torch.float64) and not _autocast() else 5e-2
-            with undisturbed(theta[0].device), torch.set_grad_enabled(self.unroll.graph), comparable():
-                batching.fold.within = comparable  # the mode set here has no effect once the fold steps out of vmap
+            with undisturbed(theta[0].device), torch.set_grad_enabled(self.unroll.graph), alike():
+                batching.fold.within = alike  # the mode set here has no effect once the fold steps out of vmap
                 try:
                     with Alike(tasks) if self._draws else nullcontext():
                         found = batching.losses(theta, batch)

@@ -633,11 +633,15 @@ def _close(products: Gradients, slopes: Gradients, whole: float) -> bool:
 
 
 class comparable(TorchFunctionMode):  # noqa: N801, a context manager
-    """Within the block dropout is the identity, and casts of float64 tensors to float32 are skipped.
+    """Within the block dropout is the identity and, with `in_float64`, casts of float64 tensors to float32 are skipped.
 
     Otherwise two ways to compute a loss would differ by their dropout masks or by rounding. The casts are skipped where
     gradients are enabled.
     """
+
+    def __init__(self, in_float64: bool = True) -> None:
+        super().__init__()
+        self.in_float64 = in_float64
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -647,7 +651,8 @@ class comparable(TorchFunctionMode):  # noqa: N801, a context manager
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
             kwargs = {**kwargs, "dropout_p": 0.0}
-        if torch.is_grad_enabled() and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+        keeps = self.in_float64 and torch.is_grad_enabled() and args and isinstance(args[0], Tensor)
+        if keeps and args[0].dtype == torch.float64:
             if func is Tensor.float or (func is Tensor.to and any(a is torch.float32 for a in args)):
                 return args[0]  # for example in transformers' norms, which compute in float32 in every model
             if func in _SOFTMAXES and kwargs.get("dtype") == torch.float32:

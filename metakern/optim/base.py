@@ -59,6 +59,17 @@ class InnerOptimizer(nn.Module):
                 raise TypeError(f"{cls.__name__}: {name} is not one of its arguments: {known}")
         return super().__new__(cls)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; a number that is set for a fixed hyper-parameter becomes its value from now on."""
+        hyper = self.__dict__.get("_modules", {}).get(name)
+        if isinstance(hyper, Hyper) and not isinstance(value, nn.Module):
+            number(type(self).__name__, name, value)
+            if hyper.learn:
+                raise ValueError(f"{hyper.title} is learned: change its parameters under torch.no_grad() instead")
+            hyper.initial = float(value)
+        else:
+            super().__setattr__(name, value)
+
     def prepare(self, adapted: Mapping[str, nn.Parameter]) -> None:
         """Prepares the next updates for these parameters, for optimizers with values for each parameter.
 
@@ -229,6 +240,10 @@ class Hyper(nn.Module):
             self.value = nn.Parameter(torch.full(self._steps, self.initial))
         elif learn:
             self.values = ByName(title)
+
+    def extra_repr(self) -> str:
+        steps = "" if self.steps is None else f", one value for each of {self.steps} steps"
+        return f"{self.initial}, learned, per={self.per!r}{steps}" if self.learn else f"{self.initial}"
 
     @property
     def _steps(self) -> tuple[int, ...]:

@@ -6,10 +6,13 @@ Each case in `CASES` is a model, a loss, a change of something that they read, a
 from __future__ import annotations
 
 import array
+import builtins
 import datetime
+import decimal
 import enum
 import functools
 import itertools
+import logging
 import os
 import random
 import sys
@@ -22,6 +25,7 @@ from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +269,52 @@ def a_method_by_a_name_that_is_computed() -> Any:
 @case
 def a_global() -> Any:
     return Net(), times(lambda: GLOBAL), *item(globals(), "GLOBAL", 3.0)
+
+
+@case
+def a_fraction_in_a_global() -> Any:
+    """Of a class of the standard library, with slots."""
+    globals()["HALF"] = Fraction(1, 2)
+    return Net(), times(lambda: float(HALF)), *item(globals(), "HALF", Fraction(3, 2))  # type: ignore[name-defined]  # noqa: F821
+
+
+@case
+def the_order_of_an_ordered_dictionary() -> Any:
+    ordered = OrderedDict(a=1.0, b=3.0)
+    loss = times(lambda: next(iter(ordered.values())))
+    return Net(), loss, lambda: ordered.move_to_end("a"), lambda: ordered.move_to_end("a", last=False)
+
+
+@case
+def the_level_of_a_logger() -> Any:
+    logger = logging.getLogger("metakern.tests.level")
+    loss = times(lambda: 3.0 if logger.isEnabledFor(logging.DEBUG) else 1.0)
+    return Net(), loss, lambda: logger.setLevel(logging.DEBUG), lambda: logger.setLevel(logging.WARNING)
+
+
+@case
+def a_builtin_of_the_user() -> Any:
+    vars(builtins)["FACTOR"] = 1.0
+    loss = times(lambda: FACTOR)  # type: ignore[name-defined]  # noqa: F821
+    return Net(), loss, *item(vars(builtins), "FACTOR", 3.0)
+
+
+@case
+def an_attribute_that_the_user_gave_to_a_library() -> Any:
+    torch.factor = 1.0  # type: ignore[attr-defined]
+    return Net(), times(lambda: torch.factor), *setting(torch, "factor", 3.0)  # type: ignore[attr-defined]
+
+
+@case
+def a_metaclass_that_answers_for_every_name() -> Any:
+    class Meta(type):
+        def __getattr__(cls, name: str) -> float:
+            return {"factor": TABLE["factor"][0]}[name]
+
+    class Config(metaclass=Meta):
+        pass
+
+    return Net(), times(lambda: Config.factor), *item(TABLE["factor"], 0, 3.0)
 
 
 @case
@@ -757,6 +807,9 @@ FILE = Path(__file__)
 UNSEEN: dict[str, tuple[Any, str]] = {
     "environ": (times(lambda: float(os.environ.get("FACTOR_OF_A_TEST", "1"))), r"os\.environ"),
     "getenv": (times(lambda: float(os.getenv("FACTOR_OF_A_TEST", "1"))), r"os\.getenv"),
+    "sys.modules": (times(lambda: getattr(sys.modules[__name__], "GLOBAL")), r"sys\.modules"),  # noqa: B009
+    "decimal.getcontext": (times(lambda: 1.0 + 0 * decimal.getcontext().prec), r"decimal\.getcontext"),
+    "np.geterr": (times(lambda: 1.0 + 0 * len(np.geterr())), r"np\.geterr"),
     "time": (times(lambda: 1.0 + 0 * time.time()), "time"),
     "datetime": (times(lambda: 1.0 + 0 * datetime.datetime.now().year), r"datetime\.now"),
     "random": (times(lambda: 1.0 + 0 * random.random()), "random"),

@@ -791,3 +791,79 @@ class Square(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, ct_y: Tensor) -> Tensor:
         return 2 * ct_y * ctx.saved_tensors[0]
+
+
+class Mine(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def times_ten(self: nn.Linear, x: Tensor) -> Tensor:
+    return 10 * torch.matmul(x, self.weight.mT) + self.bias
+
+
+@pytest.mark.parametrize(
+    ("kind", "holder", "name", "new"),
+    [
+        (Mine, Mine, "forward", times_ten),
+        (nn.Linear, nn.Linear, "forward", times_ten),
+        (nn.Linear, F, "linear", lambda x, weight, bias: torch.matmul(x, 10 * weight.mT) + bias),
+        (nn.Linear, nn.Module, "__call__", lambda self, *args: times_ten(self, *args)),
+    ],
+)
+def test_functions_that_are_replaced_between_calls_run(
+    monkeypatch: pytest.MonkeyPatch, kind: type, holder: Any, name: str, new: Any
+) -> None:
+    torch.manual_seed(0)
+    net, support, query = kind(3, 2).double(), points(1), points(2)
+    maml = maml_of(net, ce)
+    maml(support, query).backward()
+    with monkeypatch.context() as patched:
+        if name == "__call__":
+            inner = nn.Module.__call__
+            new = lambda self, *args: times_ten(self, *args) if self is net else inner(self, *args)  # noqa: E731
+        patched.setattr(holder, name, new)
+        found, exact = ours(maml, support, query), plain(net, ce, support, query)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    again = ours(maml, support, query)
+    for a, b in zip(again, plain(net, ce, support, query), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_another_model_may_be_assigned() -> None:
+    maml = maml_of(Net(), ce)
+    maml(points(1), points(2)).backward()
+    names = [name for name, _ in maml.named_parameters()]
+    maml.model = other = Net()
+    assert [name for name, _ in maml.named_parameters()] == names
+    for a, b in zip(ours(maml, points(1), points(2)), plain(other, ce, points(1), points(2)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    with pytest.raises(TypeError, match=r"MAML: model must be an nn.Module, got int"):
+        maml.model = 3  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("cast", [lambda x: x.float(), lambda x: x.to(torch.float32)])
+def test_data_in_float64_may_be_cast_in_the_loss(cast: Callable[[Tensor], Tensor]) -> None:
+    net, (support, query) = nn.Linear(3, 2), (points(1), points(2))
+    maml = maml_of(net, lambda model, batch: F.cross_entropy(model(cast(batch[0])), batch[1]))
+    found = ours(maml, support, query)
+    assert maml.plan.batching == "fold"
+    expected = ours(
+        maml_of(net, ce), *(mapped(lambda t: t.float() if t.is_floating_point() else t, b) for b in (support, query))
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_loss_that_folding_no_longer_takes_gets_another_batching() -> None:
+    criterion, net = nn.CrossEntropyLoss(label_smoothing=0.1), Net()
+    loss = lambda model, batch: criterion(model(batch[0]), batch[1])  # noqa: E731
+    maml = maml_of(net, loss)
+    maml(points(1), points(2))
+    assert maml.plan.batching == "fold"
+    criterion.weight = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    for a, b in zip(ours(maml, points(1), points(2)), plain(net, loss, points(1), points(2)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # an error of the user's stays what it is
+        maml((points(1)[0][..., :2], points(1)[1]), points(2))

@@ -613,3 +613,16 @@ def test_values_out_of_range_are_errors() -> None:
     for make in (lambda: mk.optim.Clipped(torch.optim.SGD, 1.0), lambda: mk.optim.Muon(others=torch.optim.SGD)):
         with pytest.raises(TypeError, match=r"must be one of metakern\.optim's optimizers, got type"):
             make()
+
+
+def test_a_fixed_hyper_parameter_may_be_set() -> None:
+    sgd = mk.optim.SGD(lr=0.1, momentum=0.5, learn="momentum")
+    sgd.lr = 0.25
+    (phi,), _ = sgd.update([torch.ones(1, 2)], [torch.ones(1, 2)], sgd.init([torch.ones(1, 2)]))
+    assert phi.tolist() == [[0.75, 0.75]]
+    assert "(lr): Hyper(0.25)" in repr(sgd)
+    assert "(momentum): Hyper(0.5, learned, per='all')" in repr(sgd)
+    with pytest.raises(ValueError, match=r"momentum is learned: change its parameters under torch.no_grad\(\)"):
+        sgd.momentum = 0.1
+    with pytest.raises(TypeError, match="SGD: lr must be a number, got 'fast'"):
+        sgd.lr = "fast"

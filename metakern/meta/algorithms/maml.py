@@ -92,26 +92,34 @@ class MAML(nn.Module):
         capture: bool | str = "auto",
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"MAML: model must be an nn.Module, got {type(model).__name__}")
-        if not callable(loss):
-            raise TypeError(f"MAML: loss must be a function of (model, batch), got {type(loss).__name__}")
-        if inner is not None and not isinstance(inner, InnerOptimizer):
-            raise TypeError(f"MAML: inner must be one of metakern.optim's optimizers, got {type(inner).__name__}")
+        if not callable(loss) or type(loss).__module__ == "torch.nn.modules.loss":
+            raise TypeError(
+                f"MAML: loss must be a function of (model, batch), got {type(loss).__name__}: mk.losses.classification "
+                "is one, or write lambda model, batch: criterion(model(batch[0]), batch[1])"
+            )
+        given: Any = inner
+        if given is not None and not isinstance(given, InnerOptimizer):
+            got = given if isinstance(given, type) else type(given)
+            raise TypeError(
+                "MAML: inner must be an optimizer of metakern.optim, such as mk.optim.SGD(lr=0.1), got "
+                f"{got.__module__}.{got.__qualname__}{' itself' if given is got else ''}"
+            )
         if not isinstance(first_order, bool):
             raise TypeError(f"MAML: first_order must be True or False, got {first_order!r}")
         if not isinstance(capture, bool) and capture != "auto":
             raise ValueError(f'MAML: capture must be "auto", True or False, got {capture!r}')
-        self.model, self.inner = model, SGD() if inner is None else inner
+        inner = SGD() if inner is None else inner
+        engine = _engine_of(model, adapt, Wishes(batching, strategy, task_chunk), inner)
+        self.model, self.inner = model, inner
         self.loss, self.steps, self.first_order, self.capture = loss, _non_negative(steps), first_order, capture
-        self._engine = Engine(model, adapt, Wishes(batching, strategy, task_chunk))
-        with running(model):
-            self.inner.prepare(Parameters(model, adapt).adapted)
+        self._engine = engine
         self.query_losses: Tensor | None = None  # [T]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "loss" and not isinstance(value, nn.Module):
             self._modules.pop("loss", None)  # nn.Module refuses to replace a submodule by a plain function
+        if name == "model" and "_engine" in self.__dict__:
+            self._engine = _engine_of(value, self._engine.adapt, self._engine.wishes, self.inner)
         super().__setattr__(name, value)
 
     @property
@@ -215,6 +223,8 @@ class MAML(nn.Module):
         torch.Size([2, 5])
         """
         _count(support, query)
+        if not isinstance(steps, Sequence):
+            raise ValueError(f"MAML: steps must be a sequence of numbers of inner steps, got {_shown(steps)}")
         if not len(steps):
             raise ValueError("MAML: steps must name at least one number of inner steps, got none")
         if torch.is_inference_mode_enabled():  # adaptation takes gradients
@@ -279,7 +289,20 @@ def _count(support: Any, query: Any) -> int:
     return tasks
 
 
+def _engine_of(model: Any, adapt: Adapt, wishes: Wishes, inner: InnerOptimizer) -> Engine:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"MAML: model must be an nn.Module, got {type(model).__name__}")
+    engine = Engine(model, adapt, wishes)
+    with running(model):
+        inner.prepare(Parameters(model, adapt).adapted)
+    return engine
+
+
 def _non_negative(steps: int) -> int:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-        raise ValueError(f"MAML: steps must be an integer of at least 0, got {steps!r}")
+        raise ValueError(f"MAML: steps must be an integer of at least 0, got {_shown(steps)}")
     return steps
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, int | float | str | None) else type(value).__name__

@@ -27,8 +27,9 @@ import dis
 import logging
 import sys
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
 from functools import cached_property, lru_cache, partial
@@ -81,8 +82,11 @@ _UNSEEN: dict[str, set[str] | None] = {
     "posixpath": {"exists", "isfile", "isdir", "getmtime", "getsize"},
     "datetime": {"now", "today", "utcnow"},
     "pathlib": {"open", "read_text", "read_bytes", "exists", "stat", "iterdir", "glob", "rglob", "is_file", "is_dir"},
-    "numpy": {"random", "load", "loadtxt", "fromfile", "memmap", "genfromtxt"},
-    "sys": {"argv", "stdin", "_getframe"},
+    "numpy": {"random", "load", "loadtxt", "fromfile", "memmap", "genfromtxt", "geterr", "get_printoptions"},
+    "sys": {"argv", "stdin", "_getframe", "modules", "getrecursionlimit"},
+    "importlib": {"import_module", "reload"},
+    "decimal": {"getcontext"},
+    "warnings": {"filters"},
     "inspect": {"stack", "currentframe"},
 }
 _UNSEEN_BUILTINS = {"open", "input", "eval", "exec", "globals", "__import__"}
@@ -226,8 +230,9 @@ class Guards:
                     container.clear()
                     (container.update if isinstance(container, set) else container.extend)(parts[-1])
                 elif changed and isinstance(container, dict) and len(parts) == 2:
-                    dict.clear(container)
-                    dict.update(container, zip(*parts, strict=True))
+                    kind = OrderedDict if isinstance(container, OrderedDict) else dict
+                    kind.clear(container)
+                    kind.update(container, zip(*parts, strict=True))
         for (d, key, _), value in zip(self.entries, self._values[start:], strict=False):
             if d.get(key, _MISSING) is not value:
                 d.pop(key) if value is _MISSING else d.__setitem__(key, value)
@@ -345,6 +350,8 @@ class _Walk:
             identity = id(value)
             if not self._check_unseen(value.__module__, path, value.__name__):
                 self._class(value, instance=False)
+                if kind is not type:
+                    self._class(kind, instance=True)
         elif isinstance(value, ModuleType):
             identity = id(value)
             self._module(value, path, None)
@@ -378,6 +385,9 @@ class _Walk:
                 self._object(value, path)
         elif isinstance(value, logging.Logger):
             identity = id(value)
+            for state in (value.getEffectiveLevel, partial(getattr, value, "disabled")):
+                self.guards.getters.append((state, path))
+                self.signature.append((path, state()))
         elif hasattr(kind, "__next__") and _is_library(kind):
             self._obstacle(path, f"(a {kind.__name__}) is an iterator: no guard can see its position")
         elif _attributes(value) is not None or any(vars(c).get("__slots__") for c in kind.__mro__):
@@ -447,8 +457,10 @@ class _Walk:
                 self._when_named(key, enter) if by_name else enter()
         for c in kind.__mro__:
             for name, slot in vars(c).items():
-                if isinstance(slot, MemberDescriptorType) and not _is_library(c):
+                if isinstance(slot, MemberDescriptorType):
                     get = partial(_slot, slot, value)
+                    if _is_library(c) and type(get()) not in _PLAIN:
+                        continue
                     self.guards.getters.append((get, f"{path}.{name}"))
                     self._queue.append((get(), f"{path}.{name}"))
 
@@ -465,7 +477,8 @@ class _Walk:
                     self.guards.getters.append((partial(vars(c).get, "forward"), f"{c.__qualname__}.forward"))
                     self.signature.append((c.__qualname__, id(vars(c)["forward"])))
                 continue
-            copyreg._slotnames(c)  # type: ignore[attr-defined]  # the first copy of an instance would add it to the class
+            with suppress(Exception):  # a metaclass may refuse the question
+                copyreg._slotnames(c)  # type: ignore[attr-defined]  # the first copy of an instance would add it
             self.guards.containers.append((vars(c), f"{c.__qualname__}."))
             for name, value in vars(c).items():
                 visit = partial(self._queue.append, (value, f"{c.__qualname__}.{name}"))
@@ -492,7 +505,7 @@ class _Walk:
                 if (id(value), names) not in self._entered:
                     self._entered.add((id(value), names))
                     self._module(value, f"{path}.{key}", names)
-            elif not library or isinstance(value, FunctionType | BuiltinFunctionType | type):
+            elif not library or isinstance(value, (FunctionType, BuiltinFunctionType, type, *_PLAIN)):
                 self._entry(attributes, key, f"{path}.{key}")
 
     def _function(self, function: FunctionType, path: str) -> Any:
@@ -527,7 +540,10 @@ class _Walk:
                 self._obstacle(
                     f"{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}", f"calls {name}()"
                 )
-            if isinstance(value, ModuleType):
+            known = vars(builtins).get(name)
+            if value is _MISSING and not isinstance(known, BuiltinFunctionType | type | None):
+                self._entry(vars(builtins), name, name)  # a user's own builtin
+            elif isinstance(value, ModuleType):
                 if (id(globals_), name) not in self._entered:
                     self._entered.add((id(globals_), name))
                     self.guards.entries.append((globals_, name, name))
@@ -605,6 +621,8 @@ def _contents(array: np.ndarray) -> tuple:
 def _views(container: Any) -> tuple[Any, ...]:
     if isinstance(container, _View):
         return (container.keys,)
+    if isinstance(container, OrderedDict):  # which has an order of its own
+        return OrderedDict.keys(container), OrderedDict.values(container)
     if isinstance(container, dict):
         return dict.keys(container), dict.values(container)
     return (container.keys(), container.values()) if isinstance(container, Mapping) else (container,)

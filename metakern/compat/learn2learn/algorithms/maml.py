@@ -206,7 +206,7 @@ class Learner(BaseLearner):
             raise ValueError("batch: it must be called on the learner that was cloned, got a clone")
         inner = self._inner()
         key = (steps, first_order, options, inner.lr.initial, *map(id, inner.parameters()))
-        if self._engine[:1] != (loss,) or self._engine[1] != key:
+        if self._engine[:2] != (loss, key) or self._engine[2].model is not self.module:
 
             def task_loss(model: nn.Module, batch: tuple[Any, Any]) -> Tensor:
                 inputs, targets = batch
