@@ -8,7 +8,7 @@ __all__ = ["TESTED", "remark"]
 
 # For each package, the lowest and the highest release with which the tests that need it have passed.
 TESTED: dict[str, tuple[str, str]] = {
-    "python": ("3.10", "3.11"),
+    "python": ("3.10", "3.13"),
     "torch": ("2.10.0", "2.15.0"),
     "numpy": ("1.26.0", "2.4.6"),
     "transformers": ("4.53.0", "5.24.0"),

@@ -299,7 +299,7 @@ class _Walk:
         `own` is a function or class of the module that was reached, `names` the names that reached code uses. Returns
         True if the module or `own` is not to be visited further.
         """
-        module = "numpy.random" if module.startswith("numpy.random") else module
+        module = next((name for name in ("numpy.random", "pathlib") if module.startswith(name)), module)
         unseen = _UNSEEN[module] if module in _UNSEEN else _UNSEEN.get(module.partition(".")[0], set()) and set()
         if unseen is None or own in unseen:
             self._obstacle(path, f"({module}) is state that no guard can see")
