@@ -97,7 +97,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
 #define METAKERN_ENTRY(name, inputs, formula) elementwise[#name] = inputs;
     METAKERN_ELEMENTWISE(METAKERN_ENTRY)
 #undef METAKERN_ENTRY
-    module.attr("elementwise") = elementwise;  // the elementwise passes of an Executable, with their numbers of inputs
+    module.attr("elementwise") = elementwise;  // the elementwise instructions of an Executable, with their numbers of inputs
 
     using metakern::Place;
     using metakern::Executable;
@@ -106,7 +106,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
         .def(py::init<std::int64_t, int>(), py::arg("bytes"), py::arg("bases"))
         .def("kernel", &Executable::kernel)
         .def("product", &Executable::product)
-        .def("pass_", &Executable::pass)
+        .def("instruction", &Executable::instruction)
         .def("take_rows", &Executable::take_rows)
         .def("add_rows", &Executable::add_rows)
         .def("check", &Executable::check)

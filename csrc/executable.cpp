@@ -72,9 +72,9 @@ struct Executable::State {
 namespace {
 
 constexpr std::size_t kMostTensors = 32;
-constexpr std::int64_t kWorthAThread = 1 << 15;  // a pass of fewer elements runs on one thread
+constexpr std::int64_t kWorthAThread = 1 << 15;  // an instruction of fewer elements runs on one thread
 
-// The bytes of an element of tensor number `operand` of a pass; the result is number 0.
+// The bytes of an element of tensor number `operand` of an instruction; the result is number 0.
 std::int64_t element_bytes(int name, int type, int operand) {
     constexpr std::int64_t kBytes[] = {4, 8, 8, 1};
     if (name >= k_from_float32 && name <= k_from_bool && operand == 1) return kBytes[name - k_from_float32];
@@ -82,13 +82,13 @@ std::int64_t element_bytes(int name, int type, int operand) {
     return (compares && operand == 0) || (chooses && operand == 1) ? 1 : kBytes[type];
 }
 
-// The dimension to divide among threads, in which the result's stride is not 0. -1 if there is none, or if the pass has
+// The dimension to divide among threads, in which the result's stride is not 0. -1 if there is none, or if the instruction has
 // too few elements to be worth a thread.
-int dimension_to_split(const Pass& pass) {
+int dimension_to_split(const Instruction& instruction) {
     std::int64_t elements = 1;
-    for (int d = 0; d < pass.dims; ++d) elements *= pass.sizes[d];
-    const int last = pass.dims - 1, d = pass.reduced < 0 && pass.reduced == -last ? last : 0;
-    return elements >= kWorthAThread && pass.reduced < pass.dims && pass.strides[0][d] ? d : -1;
+    for (int d = 0; d < instruction.dims; ++d) elements *= instruction.sizes[d];
+    const int last = instruction.dims - 1, d = instruction.reduced < 0 && instruction.reduced == -last ? last : 0;
+    return elements >= kWorthAThread && instruction.reduced < instruction.dims && instruction.strides[0][d] ? d : -1;
 }
 
 bool within(std::int64_t value, std::int64_t high) { return value >= 0 && value < high; }
@@ -127,26 +127,26 @@ void Executable::product(bool is_double, const std::array<Place, 4>& places, con
     });
 }
 
-void Executable::pass(const std::string& name, int type, int reduced, const std::vector<Place>& places,
+void Executable::instruction(const std::string& name, int type, int reduced, const std::vector<Place>& places,
                 const std::vector<std::int64_t>& sizes, const std::vector<std::vector<std::int64_t>>& strides,
                 const std::array<double, 2>& scalars) {
     static constexpr struct {
         const char* name;
         std::size_t inputs;
-    } kPasses[] = {
+    } kInstructions[] = {
 #define METAKERN_NAME(name, inputs, ...) {#name, inputs},
-        METAKERN_ELEMENTWISE(METAKERN_NAME) METAKERN_OTHER_PASSES(METAKERN_NAME)
+        METAKERN_ELEMENTWISE(METAKERN_NAME) METAKERN_OTHER_INSTRUCTIONS(METAKERN_NAME)
 #undef METAKERN_NAME
     };
     int number = 0;
-    while (number < kPassNames && name != kPasses[number].name) ++number;
+    while (number < kInstructionNames && name != kInstructions[number].name) ++number;
     const auto refuse = [&](const char* what) { throw std::invalid_argument("executable: " + name + ": " + what); };
-    if (number == kPassNames || type < 0 || type >= kPassTypes || !isa_in_use().pass.run[number][type])
-        refuse("there is no such pass for the type");
-    if (places.size() != kPasses[number].inputs + 1 || strides.size() != places.size()) refuse("wrong number of tensors");
+    if (number == kInstructionNames || type < 0 || type >= kElementTypes || !isa_in_use().instructions.run[number][type])
+        refuse("there is no such instruction for the type");
+    if (places.size() != kInstructions[number].inputs + 1 || strides.size() != places.size()) refuse("wrong number of tensors");
     const int dims = static_cast<int>(sizes.size()), operands = static_cast<int>(places.size());
     if (dims < 1 || dims > kMostDims || reduced > dims || reduced <= -dims) refuse("wrong number of dimensions");
-    Pass laid_out{};
+    Instruction laid_out{};
     laid_out.dims = dims;
     laid_out.reduced = reduced;
     for (int d = 0; d < dims; ++d) laid_out.sizes[d] = sizes[d];
@@ -160,13 +160,13 @@ void Executable::pass(const std::string& name, int type, int reduced, const std:
     for (int i = 0; i < 2; ++i) laid_out.scalars[i] = scalars[i];
     const int split = dimension_to_split(laid_out);
     steps_.push_back([=](const State& state) {
-        Pass whole = laid_out;
+        Instruction whole = laid_out;
         for (int i = 0; i < operands; ++i) whole.tensors[i] = state.at(places[i]);
-        const auto run = state.isa.pass.run[number][type];
+        const auto run = state.isa.instructions.run[number][type];
         if (state.threads == 1 || split < 0) return run(whole);
         auto part = [&](std::int64_t i) {
             const std::int64_t size = whole.sizes[split], begin = size * i / state.threads;
-            Pass one = whole;
+            Instruction one = whole;
             one.sizes[split] = size * (i + 1) / state.threads - begin;
             for (int j = 0; j < operands; ++j)
                 one.tensors[j] = static_cast<char*>(one.tensors[j]) + begin * whole.strides[j][split] * bytes[j];
@@ -197,7 +197,7 @@ void Executable::add_rows(bool is_double, const std::array<Place, 3>& places, st
     steps_.push_back([=](const State& state) {
         const auto* index = static_cast<const std::int64_t*>(state.at(places[2]));
         if (!std::all_of(index, index + rows, [=](std::int64_t i) { return within(i, to_rows); })) throw CheckFailed();
-        state.isa.pass.add_rows[is_double](state.at(places[0]), state.at(places[1]), index, rows, D, scale);
+        state.isa.instructions.add_rows[is_double](state.at(places[0]), state.at(places[1]), index, rows, D, scale);
     });
 }
 

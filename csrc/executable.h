@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "parallel.h"
-#include "pass.h"
+#include "instructions.h"
 
 namespace metakern {
 
@@ -30,7 +30,7 @@ public:
                 std::vector<double> scalars);
     void product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
                  const std::array<std::int64_t, 8>& strides, double scale);
-    void pass(const std::string& name, int type, int reduced, const std::vector<Place>& places,
+    void instruction(const std::string& name, int type, int reduced, const std::vector<Place>& places,
               const std::vector<std::int64_t>& sizes, const std::vector<std::vector<std::int64_t>>& strides,
               const std::array<double, 2>& scalars);
     // out[i] = table[index[i]] for rows of `bytes` bytes. Stops the run if an index is not in [0, table_rows).

@@ -15,7 +15,7 @@ namespace metakern {
     namespace isa {                                                       \
     METAKERN_FILES(METAKERN_DECLARE)                                      \
     extern const ProductKernels product_kernels;                          \
-    extern const PassKernels pass_kernels;                                \
+    extern const InstructionKernels instruction_kernels;                                \
     const Kernel* const files[] = {METAKERN_FILES(METAKERN_ENTER)};       \
     }
 
@@ -30,8 +30,8 @@ METAKERN_TABLE(baseline)
 namespace {
 
 template <std::size_t n>
-Isa isa_of(const char* name, const Kernel* const (&files)[n], ProductKernels product, PassKernels pass) {
-    Isa isa{name, {}, product, pass};
+Isa isa_of(const char* name, const Kernel* const (&files)[n], ProductKernels product, InstructionKernels instructions) {
+    Isa isa{name, {}, product, instructions};
     for (const Kernel* file : files)
         for (; file->name; ++file) isa.kernels.emplace_back(*file);
     return isa;
@@ -42,7 +42,7 @@ std::atomic<std::size_t> chosen{0};
 }  // namespace
 
 const std::vector<Isa>& isas() {
-#define METAKERN_FIND(isa) found->push_back(isa_of(#isa, isa::files, isa::product_kernels, isa::pass_kernels));
+#define METAKERN_FIND(isa) found->push_back(isa_of(#isa, isa::files, isa::product_kernels, isa::instruction_kernels));
     static const auto* const list = [] {
         auto* found = new std::vector<Isa>;
 #ifdef METAKERN_HAS_avx512

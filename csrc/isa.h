@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "kernel.h"
-#include "pass.h"
+#include "instructions.h"
 #include "product.h"
 #include "signature.h"
 
@@ -24,7 +24,7 @@ struct Isa {
     std::string name;
     std::vector<Entry> kernels;
     ProductKernels product;
-    PassKernels pass;
+    InstructionKernels instructions;
 };
 
 // The instruction sets that this machine has, best first.

@@ -1,4 +1,4 @@
-// layer_norm: each row is normalized by its own mean and variance.
+// layer_norm: each row is normalized by its own mean and variance. The rules are in norm.h.
 #include "norm.h"
 
 namespace metakern::METAKERN_ISA {

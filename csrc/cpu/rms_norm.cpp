@@ -1,4 +1,4 @@
-// rms_norm: each row is divided by its root mean square.
+// rms_norm: each row is divided by its root mean square. The rules are in norm.h.
 #include "norm.h"
 
 namespace metakern::METAKERN_ISA {

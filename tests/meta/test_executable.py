@@ -1,4 +1,4 @@
-"""Executables compute what their programs do, for every pass, layout and instruction set; some programs have none."""
+"""Executables compute what their programs do, for every instruction, layout and instruction set; some programs have none."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 SHAPE = (3, 5, 37)
 
-PASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+INSTRUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": lambda x, y: torch.add(x, y, alpha=-0.3) + 2,
     "add-broadcast": lambda x, y: x + y[..., :1] if y.dim() else x + y,
     "sub": lambda x, y: torch.sub(x, y, alpha=0.7) - 1.5,
@@ -102,13 +102,13 @@ PASSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_every_pass_on_every_layout(name: str, layout: str, dtype: torch.dtype) -> None:
     def make() -> tuple[Tensor, ...]:
         return torch.randn(SHAPE, dtype=dtype), torch.randn(SHAPE, dtype=dtype)
 
     def function(x: Tensor, y: Tensor) -> list[Tensor]:
-        return [PASSES[name](LAYOUTS[layout](x), LAYOUTS[layout](y))]
+        return [INSTRUCTIONS[name](LAYOUTS[layout](x), LAYOUTS[layout](y))]
 
     check(function, make, 1e-12 if dtype == torch.float64 else 2e-5)
 
@@ -277,17 +277,17 @@ def test_invalid_instructions_are_refused() -> None:
     executable, place = C.Executable(64, 2), C.Place(0, 0)
     for wrong in (C.Place(2, 0), C.Place(-1, 0), C.Place(0, -8)):
         with pytest.raises(ValueError, match="a place must be in one of 2 bases"):
-            executable.pass_("copy", 0, 0, [place, wrong], [1], [[1], [1]], (0.0, 0.0))
-    with pytest.raises(ValueError, match="no such pass"):
-        executable.pass_("nothing", 0, 0, [place], [1], [[1]], (0.0, 0.0))
-    with pytest.raises(ValueError, match="no such pass"):
-        executable.pass_("exp", 2, 0, [place, place], [1], [[1], [1]], (0.0, 0.0))
+            executable.instruction("copy", 0, 0, [place, wrong], [1], [[1], [1]], (0.0, 0.0))
+    with pytest.raises(ValueError, match="no such instruction"):
+        executable.instruction("nothing", 0, 0, [place], [1], [[1]], (0.0, 0.0))
+    with pytest.raises(ValueError, match="no such instruction"):
+        executable.instruction("exp", 2, 0, [place, place], [1], [[1], [1]], (0.0, 0.0))
     with pytest.raises(ValueError, match="wrong number of tensors"):
-        executable.pass_("copy", 0, 0, [place], [1], [[1]], (0.0, 0.0))
+        executable.instruction("copy", 0, 0, [place], [1], [[1]], (0.0, 0.0))
     with pytest.raises(ValueError, match="wrong number of dimensions"):
-        executable.pass_("fill", 0, 0, [place], [1] * 7, [[1] * 7], (0.0, 0.0))
+        executable.instruction("fill", 0, 0, [place], [1] * 7, [[1] * 7], (0.0, 0.0))
     with pytest.raises(ValueError, match="wrong number of strides"):
-        executable.pass_("fill", 0, 0, [place], [1], [[1, 1]], (0.0, 0.0))
+        executable.instruction("fill", 0, 0, [place], [1], [[1, 1]], (0.0, 0.0))
     with pytest.raises(ValueError, match="wrong numbers of arguments"):
         executable.kernel(0, False, [place], [1], [])
     with pytest.raises(IndexError):

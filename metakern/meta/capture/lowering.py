@@ -21,7 +21,7 @@ from metakern.meta.capture.program import Program, Register, Step, registers, re
 from metakern.meta.unroll import random_states, set_random_states
 
 MOST_DIMS = 6
-TYPES = {torch.float32: 0, torch.float64: 1, torch.int64: 2, torch.bool: 3}  # as csrc/pass.h numbers them
+TYPES = {torch.float32: 0, torch.float64: 1, torch.int64: 2, torch.bool: 3}  # as csrc/instructions.h numbers them
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 RANDOM_STATES: Any = (random_states.__wrapped__, set_random_states.__wrapped__)  # type: ignore[attr-defined]
 RULES: dict[Any, Callable[..., Any]] = {}  # operation -> rule(lowering, *arguments as layouts) -> results as layouts
@@ -218,7 +218,7 @@ class Lowering:
         if len(dims) > MOST_DIMS:
             raise LoweringError(f"{name} over {len(dims)} dimensions has no instruction (at most {MOST_DIMS})")
         sizes, *strides = (list(column) for column in zip(*dims, strict=True))
-        self.call("pass_", *tensors, arguments=lambda places: (name, type_, reduced, places, sizes, strides, (s, t)))
+        self.call("instruction", *tensors, arguments=lambda places: (name, type_, reduced, places, sizes, strides, (s, t)))
 
     def in_rows(self, t: Tensor) -> Tensor:
         """Return t, or a contiguous copy of it."""

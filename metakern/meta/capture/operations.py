@@ -48,7 +48,7 @@ def _is_of_tensors(operation: Any, inputs: int) -> bool:
     return len(arguments) == inputs and all(str(argument.type) == "Tensor" for argument in arguments)
 
 
-# Operations of PyTorch that have an instruction of the same name (csrc/pass.h) and take only tensors.
+# Operations of PyTorch that have an instruction of the same name (csrc/instructions.h) and take only tensors.
 for _name, _inputs in getattr(native.C, "elementwise", {}).items():
     for _spelling in (_name, f"{_name}_"):
         _op = getattr(getattr(_aten, _spelling, None), "default", None)

@@ -1,4 +1,4 @@
-"""The rules of rms_norm in Triton, by the kernels that layer_norm and rms_norm share (`norm.py`)."""
+"""The rules of rms_norm in Triton, by the kernels that layer_norm and rms_norm share (ops/core/triton_kernels/norm.py)."""
 
 from __future__ import annotations
 

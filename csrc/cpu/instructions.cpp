@@ -1,5 +1,5 @@
-// The passes of pass.h: loops over the outer dimensions, and vectors along the last one.
-#include "../pass.h"
+// The instructions of instructions.h: loops over the outer dimensions, and vectors along the last one.
+#include "../instructions.h"
 
 #include <utility>
 
@@ -12,7 +12,7 @@ namespace {
 // Calls body(pointers) at each index of the first `dims` dimensions, with the addresses in the result and `inputs`
 // inputs.
 template <int inputs, class Body>
-inline void walk(const Pass& p, int dims, const int64_t (&bytes)[inputs + 1], Body body) {
+inline void walk(const Instruction& p, int dims, const int64_t (&bytes)[inputs + 1], Body body) {
     int64_t index[kMostDims] = {};
     char* at[inputs + 1];
     for (int j = 0; j <= inputs; ++j) at[j] = static_cast<char*>(p.tensors[j]);
@@ -54,7 +54,7 @@ template <class F>
 using Rule = Vec<F> (*)(const Vec<F>* x, F s, F t);
 
 template <class F, int inputs, Rule<F> rule>
-void map(const Pass& p) {
+void map(const Instruction& p) {
     const int last = p.dims - 1;
     const int64_t count = p.sizes[last];
     int64_t bytes[inputs + 1], strides[inputs + 1];
@@ -111,14 +111,14 @@ struct Formula {
 // Sums along the last dimension if that is reduced, else over the other reduced dimensions, for a few vectors of
 // columns at a time.
 template <class F>
-void sum_over(const Pass& p) {
+void sum_over(const Instruction& p) {
     const int last = p.dims - 1;
     const bool along = p.reduced > 0;
     const int kept = along ? p.dims - p.reduced : last + p.reduced;
     const int64_t count = p.sizes[last], stride = p.strides[1][last];
     const F s = static_cast<F>(p.scalars[0]);
     constexpr int64_t bytes[] = {sizeof(F), sizeof(F)};
-    Pass inner = p;  // of one element of the kept dimensions: the reduced dimensions, and the last one
+    Instruction inner = p;  // of one element of the kept dimensions: the reduced dimensions, and the last one
     inner.dims = p.dims - kept;
     for (int d = 0; d < inner.dims; ++d) {
         inner.sizes[d] = p.sizes[kept + d];
@@ -166,9 +166,9 @@ void sum_over(const Pass& p) {
     });
 }
 
-// Passes of integers and masks, one element at a time.
+// Instructions of integers and masks, one element at a time.
 template <class Out, class... In, class Rule, std::size_t... j>
-inline void by_element(const Pass& p, Rule rule, std::index_sequence<j...>) {
+inline void by_element(const Instruction& p, Rule rule, std::index_sequence<j...>) {
     const int64_t bytes[] = {sizeof(Out), sizeof(In)...};
     const int last = p.dims - 1;
     walk<sizeof...(In)>(p, last, bytes, [&](char* const* at) {
@@ -178,51 +178,51 @@ inline void by_element(const Pass& p, Rule rule, std::index_sequence<j...>) {
     });
 }
 template <class Out, class... In, class Rule>
-inline void by_element(const Pass& p, Rule rule) {
+inline void by_element(const Instruction& p, Rule rule) {
     by_element<Out, In...>(p, rule, std::index_sequence_for<In...>());
 }
 
 using Bool = std::uint8_t;
 
 template <class T>
-void copy_any(const Pass& p) {
+void copy_any(const Instruction& p) {
     by_element<T, T>(p, [](T x) { return x; });
 }
 template <class Out, class In>
-void cast(const Pass& p) {
+void cast(const Instruction& p) {
     by_element<Out, In>(p, [](In x) { return x; });
 }
 template <class T>
-void fill_any(const Pass& p) {
+void fill_any(const Instruction& p) {
     by_element<T>(p, [s = static_cast<T>(p.scalars[0])] { return s; });
 }
 template <class T>
-void where_any(const Pass& p) {
+void where_any(const Instruction& p) {
     by_element<T, Bool, T, T>(p, [](Bool mask, T x, T y) { return mask ? x : y; });
 }
-void add_integers(const Pass& p) {
+void add_integers(const Instruction& p) {
     by_element<int64_t, int64_t, int64_t>(p, [s = static_cast<int64_t>(p.scalars[0])](int64_t x, int64_t y) { return x + s * y; });
 }
-void mul_integers(const Pass& p) {
+void mul_integers(const Instruction& p) {
     by_element<int64_t, int64_t, int64_t>(p, [](int64_t x, int64_t y) { return x * y; });
 }
-void affine_integers(const Pass& p) {
+void affine_integers(const Instruction& p) {
     const int64_t s = static_cast<int64_t>(p.scalars[0]), t = static_cast<int64_t>(p.scalars[1]);
     by_element<int64_t, int64_t>(p, [=](int64_t x) { return s * x + t; });
 }
-void logical_and(const Pass& p) {
+void logical_and(const Instruction& p) {
     by_element<Bool, Bool, Bool>(p, [](Bool x, Bool y) { return x && y; });
 }
-void logical_or(const Pass& p) {
+void logical_or(const Instruction& p) {
     by_element<Bool, Bool, Bool>(p, [](Bool x, Bool y) { return x || y; });
 }
-void logical_not(const Pass& p) {
+void logical_not(const Instruction& p) {
     by_element<Bool, Bool>(p, [](Bool x) { return !x; });
 }
 
 #define METAKERN_COMPARISON(name, relation)                                                                \
     template <class T>                                                                                     \
-    void name(const Pass& p) {                                                                             \
+    void name(const Instruction& p) {                                                                             \
         by_element<Bool, T>(p, [s = static_cast<T>(p.scalars[0])](T x) { return x relation s; });          \
     }
 METAKERN_COMPARISON(eq, ==)
@@ -242,8 +242,8 @@ void add_rows(void* to, const void* from, const int64_t* index, int64_t rows, in
     }
 }
 
-constexpr PassKernels kernels() {
-    PassKernels k{};
+constexpr InstructionKernels kernels() {
+    InstructionKernels k{};
 #define METAKERN_FLOATS(name, inputs, formula)                             \
     k.run[k_##name][kFloat32] = map<float, inputs, Formula<float>::name>; \
     k.run[k_##name][kFloat64] = map<double, inputs, Formula<double>::name>;
@@ -288,7 +288,7 @@ constexpr PassKernels kernels() {
 
 }  // namespace
 
-extern const PassKernels pass_kernels;
-const PassKernels pass_kernels = kernels();
+extern const InstructionKernels instruction_kernels;
+const InstructionKernels instruction_kernels = kernels();
 
 }  // namespace metakern::METAKERN_ISA

@@ -1,4 +1,4 @@
-// A pass: an instruction that runs an elementwise operation, a sum or a copy over tensors of any strides.
+// The instructions of an executable over the elements of tensors of any strides: elementwise operations, sums, copies.
 #pragma once
 
 #include <cstdint>
@@ -7,12 +7,12 @@ namespace metakern {
 
 constexpr int kMostDims = 6, kMostOperands = 4;
 
-enum PassType { kFloat32, kFloat64, kInt64, kBool, kPassTypes };
+enum ElementType { kFloat32, kFloat64, kInt64, kBool, kElementTypes };
 
 // out = f(in[0], in[1], …), element by element. Tensors and strides begin with the result's; strides are in elements,
 // sizes from the outermost dimension on. `sum` reduces the last `reduced` dimensions or, if `reduced` is negative, the
 // -`reduced` dimensions before the last one.
-struct Pass {
+struct Instruction {
     int dims, reduced;
     std::int64_t sizes[kMostDims];
     std::int64_t strides[kMostOperands][kMostDims];
@@ -20,9 +20,9 @@ struct Pass {
     double scalars[2];
 };
 
-// Elementwise passes of floats: name, number of inputs, and a formula of vectors x[0], x[1] of type V, with elements of
-// type F, and scalars s, t. An operation of PyTorch whose arguments are all tensors is lowered to the pass of its name,
-// so that one line here is enough to add it.
+// Elementwise instructions of floats: name, number of inputs, and a formula of vectors x[0], x[1] of type V, with
+// elements of type F, and scalars s, t. An operation of PyTorch whose arguments are all tensors is lowered to the
+// instruction of its name, so that one line here is enough to add it.
 #define METAKERN_ELEMENTWISE(X)                                          \
     X(copy, 1, x[0])                                                     \
     X(fill, 0, V{} + s)                                                  \
@@ -49,8 +49,8 @@ struct Pass {
     X(silu, 1, METAKERN_ISA::silu<F>(x[0]).value)                        \
     X(silu_backward, 2, x[0] * METAKERN_ISA::silu<F>(x[1]).first)
 
-// All other passes: name, number of inputs.
-#define METAKERN_OTHER_PASSES(X)                                           \
+// All others: name, number of inputs.
+#define METAKERN_OTHER_INSTRUCTIONS(X)                                           \
     X(from_float32, 1) /* x, from this type to the result's; likewise */   \
     X(from_float64, 1)                                                     \
     X(from_int64, 1)                                                       \
@@ -67,15 +67,16 @@ struct Pass {
     X(logical_or, 2)                                                       \
     X(logical_not, 1)
 
-enum PassName {
+enum InstructionName {
 #define METAKERN_NAME(name, ...) k_##name,
-    METAKERN_ELEMENTWISE(METAKERN_NAME) METAKERN_OTHER_PASSES(METAKERN_NAME)
+    METAKERN_ELEMENTWISE(METAKERN_NAME) METAKERN_OTHER_INSTRUCTIONS(METAKERN_NAME)
 #undef METAKERN_NAME
-    kPassNames
+    kInstructionNames
 };
 
-struct PassKernels {
-    void (*run[kPassNames][kPassTypes])(const Pass&);  // null if the pass does not take the type
+struct InstructionKernels {
+    // null if the instruction does not take the type
+    void (*run[kInstructionNames][kElementTypes])(const Instruction&);
     // to[index[i]] += scale from[i] of rows of D elements, float32 and float64
     void (*add_rows[2])(void* to, const void* from, const std::int64_t* index, std::int64_t rows, std::int64_t D,
                         double scale);
