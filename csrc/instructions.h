@@ -38,6 +38,16 @@ struct Instruction {
     X(sin, 1, by_lane(x[0], [](F lane) { return sine(lane); }))          \
     X(cos, 1, by_lane(x[0], [](F lane) { return cosine(lane); }))        \
     X(exp, 1, METAKERN_ISA::exp<F>(x[0]))                                \
+    X(expm1, 1, by_lane(x[0], [](F lane) { return exp_less_one(lane); })) \
+    X(log, 1, by_lane(x[0], [](F lane) { return logarithm(lane); }))     \
+    X(log1p, 1, by_lane(x[0], [](F lane) { return log_plus_one(lane); })) \
+    X(erf, 1, by_lane(x[0], [](F lane) { return error_function(lane); })) \
+    X(tan, 1, by_lane(x[0], [](F lane) { return tangent(lane); }))       \
+    X(atan, 1, by_lane(x[0], [](F lane) { return arctangent(lane); }))   \
+    X(abs, 1, (x[0] < 0 ? -x[0] : x[0]) + 0) /* -0 becomes 0 */          \
+    X(sign, 1, x[0] > 0 ? V{} + 1 : x[0] < 0 ? V{} - 1 : V{})            \
+    X(maximum, 2, x[0] != x[0] ? x[0] : x[0] > x[1] ? x[0] : x[1])       \
+    X(minimum, 2, x[0] != x[0] ? x[0] : x[0] < x[1] ? x[0] : x[1])       \
     X(relu, 1, x[0] <= 0 ? V{} : x[0]) /* NaN stays NaN */               \
     X(threshold_backward, 2, x[1] <= s ? V{} : x[0])                     \
     X(tanh, 1, tanh_of<F>(x[0]))                                         \
@@ -56,6 +66,7 @@ struct Instruction {
     X(from_int64, 1)                                                       \
     X(from_bool, 1)                                                        \
     X(sum, 1)          /* times s */                                       \
+    X(running_max, 2)  /* the larger one, element after element */         \
     X(where, 3)        /* mask, x, y */                                    \
     X(eq, 1)           /* the mask x == s; likewise */                     \
     X(ne, 1)                                                               \
@@ -63,6 +74,12 @@ struct Instruction {
     X(le, 1)                                                               \
     X(gt, 1)                                                               \
     X(ge, 1)                                                               \
+    X(eq_of, 2)        /* the mask x == y; likewise */                     \
+    X(ne_of, 2)                                                            \
+    X(lt_of, 2)                                                            \
+    X(le_of, 2)                                                            \
+    X(gt_of, 2)                                                            \
+    X(ge_of, 2)                                                            \
     X(logical_and, 2)                                                      \
     X(logical_or, 2)                                                       \
     X(logical_not, 1)

@@ -89,6 +89,18 @@ inline float sine(float x) { return __builtin_sinf(x); }
 inline double sine(double x) { return __builtin_sin(x); }
 inline float cosine(float x) { return __builtin_cosf(x); }
 inline double cosine(double x) { return __builtin_cos(x); }
+inline float tangent(float x) { return __builtin_tanf(x); }
+inline double tangent(double x) { return __builtin_tan(x); }
+inline float arctangent(float x) { return __builtin_atanf(x); }
+inline double arctangent(double x) { return __builtin_atan(x); }
+inline float logarithm(float x) { return __builtin_logf(x); }
+inline double logarithm(double x) { return __builtin_log(x); }
+inline float log_plus_one(float x) { return __builtin_log1pf(x); }
+inline double log_plus_one(double x) { return __builtin_log1p(x); }
+inline float exp_less_one(float x) { return __builtin_expm1f(x); }
+inline double exp_less_one(double x) { return __builtin_expm1(x); }
+inline float error_function(float x) { return __builtin_erff(x); }
+inline double error_function(double x) { return __builtin_erf(x); }
 
 template <class F>
 struct Formula {
@@ -220,10 +232,20 @@ void logical_not(const Instruction& p) {
     by_element<Bool, Bool>(p, [](Bool x) { return !x; });
 }
 
-#define METAKERN_COMPARISON(name, relation)                                                                \
-    template <class T>                                                                                     \
-    void name(const Instruction& p) {                                                                             \
-        by_element<Bool, T>(p, [s = static_cast<T>(p.scalars[0])](T x) { return x relation s; });          \
+// The result may be one of the operands, with stride 0.
+template <class F>
+void running_max(const Instruction& p) {
+    by_element<F, F, F>(p, [](F x, F y) { return x != x || x > y ? x : y; });
+}
+
+#define METAKERN_COMPARISON(name, relation)                                                       \
+    template <class T>                                                                            \
+    void name(const Instruction& p) {                                                             \
+        by_element<Bool, T>(p, [s = static_cast<T>(p.scalars[0])](T x) { return x relation s; }); \
+    }                                                                                             \
+    template <class T>                                                                            \
+    void name##_of(const Instruction& p) {                                                        \
+        by_element<Bool, T, T>(p, [](T x, T y) { return x relation y; });                         \
     }
 METAKERN_COMPARISON(eq, ==)
 METAKERN_COMPARISON(ne, !=)
@@ -263,12 +285,15 @@ constexpr InstructionKernels kernels() {
     k.run[k_##name][kInt64] = rule<int64_t>;    \
     k.run[k_##name][kBool] = rule<Bool>;
     METAKERN_TYPES(where, where_any)
-    METAKERN_TYPES(eq, eq)
-    METAKERN_TYPES(ne, ne)
-    METAKERN_TYPES(lt, lt)
-    METAKERN_TYPES(le, le)
-    METAKERN_TYPES(gt, gt)
-    METAKERN_TYPES(ge, ge)
+#define METAKERN_COMPARISONS(name) METAKERN_TYPES(name, name) METAKERN_TYPES(name##_of, name##_of)
+    METAKERN_COMPARISONS(eq)
+    METAKERN_COMPARISONS(ne)
+    METAKERN_COMPARISONS(lt)
+    METAKERN_COMPARISONS(le)
+    METAKERN_COMPARISONS(gt)
+    METAKERN_COMPARISONS(ge)
+    k.run[k_running_max][kFloat32] = running_max<float>;
+    k.run[k_running_max][kFloat64] = running_max<double>;
     k.run[k_sum][kFloat32] = sum_over<float>;
     k.run[k_sum][kFloat64] = sum_over<double>;
     k.run[k_copy][kInt64] = copy_any<int64_t>;

@@ -1,4 +1,4 @@
-"""Executables compute what their programs do, for every instruction, layout and instruction set; some programs have none."""
+"""Executables compute what their programs do, for every instruction, layout and instruction set; some have none."""
 
 from __future__ import annotations
 
@@ -81,6 +81,16 @@ INSTRUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "exp": lambda x, y: x.exp(),
     "circle": lambda x, y: x.sin() + (40 * y).cos(),
     "pad": lambda x, y: F.pad(x.reshape(-1, 1), (1, 2), value=-2.0) + F.pad(y.reshape(1, -1), (0, 3, 1, 0))[1, 0],
+    "logarithms": lambda x, y: (x.abs() + 1).log() + y.abs().log1p() + x.expm1(),
+    "curves": lambda x, y: x.erf() + (0.3 * y).tan().atan(),
+    "signs": lambda x, y: x.abs() * y.sign() + (x * 0).sign() + 1 / (-(x * 0)).abs(),
+    "extremes": lambda x, y: torch.maximum(x, y) - torch.minimum(x, 2 * y) + x.clamp(-0.5, 0.7) + y.clamp(max=0.1),
+    "extremes-of-nan": lambda x, y: torch.maximum(x.sqrt(), y) + torch.minimum(y, x.sqrt()) + x.sqrt().clamp(0.1, 0.2),
+    "comparisons": lambda x, y: (x > y).to(x.dtype) + 2 * (x <= y).to(x.dtype) + ((x == y) | (x != y)).to(x.dtype),
+    "softmax": lambda x, y: x.softmax(-1) + 0.1 * y.log_softmax(0) + (40 * x).softmax(0),
+    "losses": lambda x, y: F.mse_loss(x, y) + F.l1_loss(x, y) + F.smooth_l1_loss(x, y) + F.huber_loss(x, y, delta=0.4),
+    "activations": lambda x, y: F.elu(x) + F.leaky_relu(y, 0.2) + F.softplus(x) + F.hardtanh(y) + F.softsign(x),
+    "mixed-dtypes": lambda x, y: (x > 0) * y + (y > 0).long() * x,
     "relu": lambda x, y: x.relu() + y,
     "relu-of-nan": lambda x, y: (x.relu() / x.relu()).relu() + y,
     "threshold_backward": lambda x, y: aten.threshold_backward(x, y.relu(), 0.0),  # equal where y < 0
@@ -103,7 +113,7 @@ INSTRUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", INSTRUCTIONS)
-def test_every_pass_on_every_layout(name: str, layout: str, dtype: torch.dtype) -> None:
+def test_every_instruction_on_every_layout(name: str, layout: str, dtype: torch.dtype) -> None:
     def make() -> tuple[Tensor, ...]:
         return torch.randn(SHAPE, dtype=dtype), torch.randn(SHAPE, dtype=dtype)
 
@@ -120,6 +130,23 @@ def test_sums_over_every_set_of_dimensions(layout: str, dims: tuple[int, ...], k
     def function(x: Tensor) -> list[Tensor]:
         x = LAYOUTS[layout](x)
         return [x.sum(dims, keepdim), x.mean(dims, keepdim)]
+
+    check(function, lambda: (torch.randn(4, 6, 75, dtype=torch.float64),))
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2), (-1,)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "permuted", "sliced", "expanded"])
+def test_statistics_over_every_set_of_dimensions(layout: str, dims: tuple[int, ...], keepdim: bool) -> None:
+    def function(x: Tensor) -> list[Tensor]:
+        x, options = LAYOUTS[layout](x), {"keepdim": keepdim}
+        spread = [x.var(dims, correction=0, **options), x.std(dims, correction=0.5, **options)]
+        return [
+            x.amax(dims, **options),
+            (x * 2).sqrt().amax(dims, **options),
+            *spread,
+            torch.linalg.vector_norm(x, dim=dims, **options),
+        ]
 
     check(function, lambda: (torch.randn(4, 6, 75, dtype=torch.float64),))
 
@@ -261,7 +288,6 @@ def test_row_indices_out_of_range_stop_the_run() -> None:
         lambda x: [F.dropout(x, 0.5)],
         lambda x: [x.half() * 2],
         lambda x: [x.add_(1)],
-        lambda x: [x + torch.arange(3)],
         lambda x: [x.complex32() if hasattr(x, "complex32") else x.cfloat()],
     ],
 )
@@ -319,3 +345,35 @@ def test_models_have_executables(name: str, batching: str, strategy: str, monkey
     for i in range(3):
         captured(batch(i), batch(i + 9))
     assert played
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "huber": F.huber_loss,
+    "margin": lambda y, target: F.relu(1 - y * target.sign()).mean(),
+    "attention": lambda y, target: ((y @ y.mT).softmax(-1) @ target - y).square().mean(),
+    "normalized": lambda y, target: (F.normalize(y, dim=-1) - F.layer_norm(target, (3,))).square().mean(),
+    "standardized": lambda y, target: ((y - y.mean(0)) / y.std(0) - target).abs().mean(),
+    "activations": lambda y, target: (
+        (F.elu(y) + F.leaky_relu(y) + F.softplus(y) - target.log_softmax(-1)).square().mean()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_plain_pytorch_have_an_executable(name: str) -> None:
+    """PyTorch's own decompositions lower what has no instruction."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3)).double()
+    batch = torch.randn(4, 6, 5, dtype=torch.float64), torch.randn(4, 6, 3, dtype=torch.float64)
+    gradients = []
+    for captures in (False, True):
+        maml = mk.MAML(model, lambda m, b: LOSSES[name](m(b[0]), b[1]), steps=2, capture=captures)
+        for _ in range(3):
+            model.zero_grad()
+            maml(batch, batch).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, captured in zip(*gradients, strict=True):
+        torch.testing.assert_close(captured, plain, rtol=1e-9, atol=1e-12)
+    assert not [reason for reason in maml.plan.reasons if "captured" in reason]

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from metakern import native
 from metakern.meta.capture.executable import ALIGNMENT, Executable
@@ -26,6 +29,9 @@ COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 RANDOM_STATES: Any = (random_states.__wrapped__, set_random_states.__wrapped__)  # type: ignore[attr-defined]
 RULES: dict[Any, Callable[..., Any]] = {}  # operation -> rule(lowering, *arguments as layouts) -> results as layouts
 FACTORIES: set[Any] = set()  # operations whose result is new memory, which later steps may write to
+
+
+_CLONE = torch.ops.aten.clone.default
 
 
 class LoweringError(Exception):
@@ -138,7 +144,6 @@ class Lowering:
         return {key: self.value(v) for key, v in x.items()} if isinstance(x, dict) else x
 
     def step(self, step: Step) -> None:
-        rule = RULES.get(step.function)
         known = all(r in self.folded for r in registers((step.args, step.kwargs))) and not any(_tensors(step.args))
         if (
             known
@@ -152,14 +157,31 @@ class Lowering:
         for register in step.writes:
             if register not in self.values or _memory(self.values[register]) in self.bases:
                 raise LoweringError("it writes to an input or a constant")
-        args, kwargs = self.value(step.args), self.value(step.kwargs)
-        if rule is not None:
-            results = rule(self, *args, **kwargs)
-        elif _is_view(step.function):
-            results = self.made(step.function, *args, **kwargs)
-        else:
-            raise LoweringError(f"{step.function} has no instruction")
-        self.values.update(_pairs(step.results, results))
+        self.values.update(
+            _pairs(step.results, self.apply(step.function, self.value(step.args), self.value(step.kwargs)))
+        )
+
+    def apply(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Lower one operation on layouts: by its rule, as a view, or by PyTorch's decomposition into others."""
+        if (rule := RULES.get(function)) is not None:
+            return rule(self, *args, **kwargs)
+        if _is_view(function):
+            return self.made(function, *args, **kwargs)
+        decomposition = decomposition_table.get(function)
+        if decomposition is None or function._schema.is_mutable:
+            raise LoweringError(f"{function} has no instruction")
+        given = {_memory(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        try:
+            with _Decomposing(self):
+                results = decomposition(*args, **kwargs)
+        except LoweringError:
+            raise
+        except Exception as error:  # PyTorch's, of an operation inside
+            raise LoweringError(
+                f"{function} has no instruction ({type(error).__name__} in its decomposition)"
+            ) from error
+        # The operation makes new memory, which later steps may write to, even if its decomposition does not.
+        return tree_map_only(Tensor, lambda t: RULES[_CLONE](self, t) if _memory(t) in given else t, results)
 
     def made(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the results of a function of PyTorch on layouts."""
@@ -180,8 +202,8 @@ class Lowering:
             name, s = "ne", 0.0
         if name == "copy" and len(types) > 1:
             name, types = f"from_{str(inputs[0].dtype).removeprefix('torch.')}", {out.dtype}
-        elif name in ("where", *COMPARISONS):
-            types = {inputs[-1].dtype}
+        elif name == "where" or name.removesuffix("_of") in COMPARISONS:
+            types = {x.dtype for x in inputs[name == "where" :]}
         if len(types) > 1 or not types <= set(TYPES):  # C++ refuses a type that it has no kernel for
             raise LoweringError(f"{name} of {' and '.join(sorted(map(str, types)))} has no instruction")
         tensors = (out, *(x.expand(out.shape) for x in inputs))
@@ -218,7 +240,9 @@ class Lowering:
         if len(dims) > MOST_DIMS:
             raise LoweringError(f"{name} over {len(dims)} dimensions has no instruction (at most {MOST_DIMS})")
         sizes, *strides = (list(column) for column in zip(*dims, strict=True))
-        self.call("instruction", *tensors, arguments=lambda places: (name, type_, reduced, places, sizes, strides, (s, t)))
+        self.call(
+            "instruction", *tensors, arguments=lambda places: (name, type_, reduced, places, sizes, strides, (s, t))
+        )
 
     def in_rows(self, t: Tensor) -> Tensor:
         """Return t, or a contiguous copy of it."""
@@ -230,6 +254,20 @@ class Lowering:
         """Add the copy of t to `arranged`, where arranging a call's arguments has made new memory for it."""
         if t is not None and arranged is not None and _memory(t) != _memory(arranged):
             self.map("copy", self.new(arranged), t)
+
+
+class _Decomposing(TorchDispatchMode):
+    """Lowers the operations that a decomposition calls."""
+
+    def __init__(self, lowering: Lowering) -> None:
+        super().__init__()
+        self.lowering = lowering
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def layout(t: Tensor) -> Tensor:
+            return t if t.device.type == "meta" else self.lowering.constant(t)
+
+        return self.lowering.apply(func, *tree_map_only(Tensor, layout, (args, kwargs or {})))
 
 
 class Arena:

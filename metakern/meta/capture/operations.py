@@ -62,6 +62,34 @@ for _name in COMPARISONS:
     RULES[_op] = lambda w, x, s, name=_name: w.map(name, _alike(w, x, dtype=torch.bool), x, s=s)
 
 
+for _name in COMPARISONS:
+    for _op in (getattr(_aten, _name).Tensor, getattr(torch.ops.prims, _name).default):
+        RULES[_op] = lambda w, x, y, name=_name: w.map(f"{name}_of", _alike(w, x, y, dtype=torch.bool), x, y)
+
+
+@_lowers(_aten.clamp.default)
+def _clamp(w: Lowering, x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
+    for name, bound in (("maximum", min), ("minimum", max)):
+        if bound is not None:
+            x = w.map(name, _alike(w, x), x, w.map("fill", w.new(x.new_empty(())), s=bound))
+    return x
+
+
+@_lowers(_aten.clamp_min.default)
+def _clamp_min(w: Lowering, x: Tensor, min: float) -> Tensor:
+    return _clamp(w, x, min)
+
+
+@_lowers(_aten.clamp_min_.Tensor)
+def _clamp_min_in_place(w: Lowering, x: Tensor, min: Tensor) -> Tensor:
+    return w.map("maximum", x, x, min)
+
+
+@_lowers(_aten.clamp_max.default)
+def _clamp_max(w: Lowering, x: Tensor, max: float) -> Tensor:
+    return _clamp(w, x, None, max)
+
+
 @_lowers(_aten.gelu.default)
 def _gelu(w: Lowering, x: Tensor, approximate: str = "none") -> Tensor:
     if approximate != "none":
@@ -79,6 +107,10 @@ def _gelu_backward(w: Lowering, ct: Tensor, x: Tensor, approximate: str = "none"
 @_lowers(_aten.threshold_backward.default)
 def _threshold_backward(w: Lowering, ct: Tensor, x: Tensor, threshold: float) -> Tensor:
     return w.map("threshold_backward", _alike(w, ct, x), ct, x, s=threshold)
+
+
+def _cast(w: Lowering, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else w.map("copy", _alike(w, x, dtype=dtype), x)
 
 
 def _sum_of(w: Lowering, out: Tensor, x: Tensor, y: Tensor | float, scale: float) -> Tensor:
@@ -104,6 +136,8 @@ def _binary(name: str, of: Callable[..., Tensor], *more: float) -> None:
     op, in_place = getattr(_aten, name), getattr(_aten, f"{name}_")
 
     def write(w: Lowering, x: Tensor, y: Any, alpha: float = 1) -> Tensor:
+        if isinstance(y, Tensor) and x.dtype != y.dtype:
+            x, y = (_cast(w, t, torch.result_type(x, y)) for t in (x, y))
         others = (y,) if isinstance(y, Tensor) else ()
         return of(w, _alike(w, x, *others), x, y, *(sign * alpha for sign in more))
 
@@ -118,6 +152,16 @@ _binary("add", _sum_of, 1)
 _binary("sub", _sum_of, -1)
 _binary("mul", _product_of)
 _binary("div", _quotient_of)
+
+
+@_lowers(torch.ops.prims.div.default)
+def _prims_div(w: Lowering, x: Tensor, y: Tensor) -> Tensor:
+    return _quotient_of(w, _alike(w, x, y), x, y)
+
+
+@_lowers(_aten.fill_.Scalar)
+def _fill(w: Lowering, x: Tensor, value: float) -> Tensor:
+    return w.map("fill", x, s=value)
 
 
 @_lowers(_aten.addcmul.default)
@@ -170,6 +214,16 @@ def _and(w: Lowering, x: Tensor, y: Tensor) -> Tensor:
     return w.map("logical_and", _alike(w, x, y), x, y)
 
 
+@_lowers(_aten.masked_fill_.Scalar)
+def _masked_fill_in_place(w: Lowering, x: Tensor, mask: Tensor, value: float) -> Tensor:
+    return w.map("copy", x, _masked_fill(w, x, mask, value))
+
+
+@_lowers(_aten.logical_and_.default)
+def _and_in_place(w: Lowering, x: Tensor, y: Tensor) -> Tensor:
+    return w.map("copy", x, _and(w, x, y))
+
+
 @_lowers(_aten.bitwise_or.Tensor, _aten.logical_or.default)
 def _or(w: Lowering, x: Tensor, y: Tensor) -> Tensor:
     if x.dtype != torch.bool:
@@ -205,11 +259,54 @@ def _all(w: Lowering, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tens
     return out
 
 
+@_lowers(_aten.var.correction)
+def _var(
+    w: Lowering, x: Tensor, dim: Sequence[int] | None = None, correction: float | None = 1, keepdim: bool = False
+) -> Tensor:
+    off = _sum_of(w, _alike(w, x), x, _mean(w, x, dim, keepdim=True), -1)
+    dims, wide, out = _reduced(w, x, dim, keepdim)
+    number = prod(x.shape[d] for d in dims) - (1 if correction is None else correction)
+    w.sum(wide, w.map("square", _alike(w, x), off), dims, 1 / number if number > 0 else torch.nan, None)
+    return out
+
+
+@_lowers(torch.ops.prims.var.default)
+def _prims_var(w: Lowering, x: Tensor, dims: Sequence[int], correction: float = 1, **options: Any) -> Tensor:
+    return _var(w, x, dims, correction)
+
+
+@_lowers(_aten.var_mean.correction)
+def _var_mean(w: Lowering, x: Tensor, dim: Any = None, correction: float | None = 1, keepdim: bool = False) -> tuple:
+    return _var(w, x, dim, correction, keepdim), _mean(w, x, dim, keepdim)
+
+
+@_lowers(_aten.std.correction)
+def _std(w: Lowering, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    variance = _var(w, x, *args, **kwargs)
+    return w.map("sqrt", _alike(w, variance), variance)
+
+
+@_lowers(_aten.amax.default)
+def _amax(w: Lowering, x: Tensor, dim: int | Sequence[int] = (), keepdim: bool = False) -> Tensor:
+    """Lower `amax` to the larger of x and the result, which has stride 0 along the reduced dimensions."""
+    if not x.is_floating_point():
+        raise LoweringError(f"amax of {x.dtype} has no instruction")
+    _, wide, out = _reduced(w, x, dim, keepdim)
+    w.map("fill", wide, s=float("-inf"))
+    w.map("running_max", wide.expand(x.shape), wide.expand(x.shape), x)
+    return out
+
+
 @_lowers(_aten.sum.default, _aten.sum.dim_IntList)
 def _sum(w: Lowering, x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
     dims, wide, out = _reduced(w, x, dim, keepdim)
     w.sum(wide, x, dims, 1.0, dtype)
     return out
+
+
+@_lowers(torch.ops.prims.sum.default)
+def _prims_sum(w: Lowering, x: Tensor, dims: Sequence[int] | None, **options: Any) -> Tensor:
+    return _sum(w, x, dims)
 
 
 @_lowers(_aten.mean.default, _aten.mean.dim)
@@ -224,6 +321,18 @@ def _mean(w: Lowering, x: Tensor, dim: Sequence[int] | None = None, keepdim: boo
 def _zeros(w: Lowering, size: Sequence[int], **options: Any) -> Tensor:
     dtype = options.get("dtype") or torch.get_default_dtype()
     return w.map("fill", w.new(torch.empty(size, dtype=dtype, device="meta")))
+
+
+@_makes(_aten.empty_permuted.default)
+def _empty_permuted(w: Lowering, size: Sequence[int], order: Sequence[int], **options: Any) -> Tensor:
+    dtype = options.get("dtype") or torch.get_default_dtype()
+    return w.new(torch.empty_permuted(list(size), list(order), dtype=dtype, device="meta"))
+
+
+@_makes(_aten.scalar_tensor.default)
+def _scalar_tensor(w: Lowering, value: float, **options: Any) -> Tensor:
+    dtype = options.get("dtype") or torch.get_default_dtype()
+    return w.map("fill", w.new(torch.empty((), dtype=dtype, device="meta")), s=value)
 
 
 @_makes(_aten.new_zeros.default)

@@ -1,4 +1,4 @@
-"""The rules of layer_norm in Triton, by the kernels that layer_norm and rms_norm share (ops/core/triton_kernels/norm.py)."""
+"""The rules of layer_norm in Triton, by the kernels in ops/core/triton_kernels/norm.py that both norms share."""
 
 from __future__ import annotations
 

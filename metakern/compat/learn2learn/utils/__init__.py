@@ -52,7 +52,7 @@ def clone_module(module: M, memo: dict[Tensor, Tensor] | None = None) -> M:
 
     Args:
         module: Any module.
-        memo: The clones made so far, by their originals. Instruction one dictionary for several modules that share parameters.
+        memo: The clones made so far, by their originals. Pass one dictionary for several modules that share parameters.
 
     Returns:
         The copy, of the module's class.
@@ -78,7 +78,7 @@ def update_module(module: M, updates: Sequence[Tensor | None] | None = None, mem
         module: A module whose parameters may be replaced by tensors, as those of a clone.
         updates: A tensor, or None for no update, for each of `module.parameters()`. By default parameters and buffers
             are updated by their attribute `update`, where they have one.
-        memo: The tensors updated so far, by the ones that they replace. Instruction one dictionary for several modules that
+        memo: The tensors updated so far, by the ones that they replace. Pass one dictionary for several modules that
             share parameters.
 
     Returns:
