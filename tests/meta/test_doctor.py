@@ -296,7 +296,8 @@ def test_wrong_arguments_are_errors_of_one_line():
     assert complaint(model=nn.Tanh()) == "doctor: model must have trainable parameters, got none"
     assert complaint(query=(x[:1], y[:1])) == "doctor: query must have the 2 tasks of support, got 1"
     assert complaint(support=(x[:1], y)) == (
-        "doctor: support must have one number of tasks along dimension 0, got [1, 2]"
+        "doctor: support must have one number of tasks along dimension 0, got [1, 2]: use in the loss what all tasks "
+        "share, or expand it to [T, ...]"
     )
     assert complaint(options={"steps": -1}) == "doctor: steps must be an integer of at least 0, got -1"
     assert complaint(options={"steps": True}) == "doctor: steps must be an integer of at least 0, got True"
