@@ -377,3 +377,13 @@ def test_losses_of_plain_pytorch_have_an_executable(name: str) -> None:
     for plain, captured in zip(*gradients, strict=True):
         torch.testing.assert_close(captured, plain, rtol=1e-9, atol=1e-12)
     assert not [reason for reason in maml.plan.reasons if "captured" in reason]
+
+
+def test_the_result_of_a_decomposition_is_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(lowering.decomposition_table, aten.trunc.default, lambda x: x)
+
+    def function(x: Tensor) -> list[Tensor]:
+        doubled = x * 2
+        return [doubled.trunc().add_(1), doubled]
+
+    check(function, lambda: (torch.randint(-9, 9, (5, 7)).double(),))

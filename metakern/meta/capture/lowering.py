@@ -174,12 +174,8 @@ class Lowering:
         try:
             with _Decomposing(self):
                 results = decomposition(*args, **kwargs)
-        except LoweringError:
-            raise
-        except Exception as error:  # PyTorch's, of an operation inside
-            raise LoweringError(
-                f"{function} has no instruction ({type(error).__name__} in its decomposition)"
-            ) from error
+        except Exception as error:  # an operation inside has no instruction, or is not for meta tensors
+            raise LoweringError(f"{function} has no instruction") from error
         # The operation makes new memory, which later steps may write to, even if its decomposition does not.
         return tree_map_only(Tensor, lambda t: RULES[_CLONE](self, t) if _memory(t) in given else t, results)
 
