@@ -41,8 +41,8 @@ from metakern.meta.verify import comparable, modules_of, one_line
 from metakern.optim import InnerOptimizer
 
 PLANS = 16  # plans kept; the one unused for longest is dropped
-_FOLDED = ("linear", "embedding", "layer_norm", "rms_norm")  # functions of modules that folding replaces
 SIZES = 256  # batch sizes for which a plan remembers that its folded losses were confirmed
+_FOLDED = ("linear", "embedding", "layer_norm", "rms_norm")  # functions of modules that folding replaces
 
 
 class Engine:

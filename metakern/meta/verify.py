@@ -36,6 +36,7 @@ from metakern.ops.core.autocast import plain_operations
 from metakern.optim import SGD
 
 TOLERANCE = 1e-6  # relative error of each tensor in float64; a model that computes in float32 inside has about 1e-7
+_Truth = list[list[Tensor | None]]
 COSTLY_BYTES = 32 * 2**20  # saved by one task's loss: from here on, second order is verified on smaller tasks if it can
 PROBE_EXAMPLES, PROBE_LENGTH = 2, 32
 STEPS = (1e-6, 1e-7, 1e-5)  # step sizes of the quick comparison; `slopes.judge` decides where all of them disagree
@@ -86,12 +87,11 @@ class Trial:
         self.graph = False  # whether the loss takes derivatives itself, and so fails under `no_grad`
         self.batches: list[Any] = []
         self.probe: Any = None  # the first batch, or a smaller one, for the second order
-        self._taken: list[tuple[str, int]] = []  # the random operations of a task in the last call of `_truth`
         self.changed: set[tuple[int, str]] = set()  # attributes that a forward pass changes: (id of the module, name)
         self.lost = ""  # "surrogate": the gradient is not the loss's slope; "lost": only the second order is wrong
         self.kinds = [structure(batch) for batch in batches]
         self.apart: list[bool] = []  # for each batch, whether its two tasks differ
-        self.truths: list[list[list[Tensor | None]]] = []  # for each batch, what `_truth` returns
+        self.truths: list[_Truth] = []  # for each batch, what `_truth` returns
         for batch in batches:
             self._look_at(mapped(lambda t: t.to(dtype) if dtype and t.is_floating_point() else t, batch))
         wide = len(self.phi) + len(self.shared)  # a leaf that only a later batch reaches has no row in an earlier one
@@ -134,9 +134,10 @@ class Trial:
             pair = two_tasks(batch, again)
             try:
                 probe = pair if self.batches or self.first_order else self._probe(pair)
-                truth = self._truth(pair, second_order=not self.batches and probe is pair, exact=probe is pair)
-                if probe is not pair:
-                    truth.append(self._truth(probe, second_order=True)[2])
+                whole = probe is pair
+                truth, drawn = self._truth(pair, second_order=whole and not self.batches, exact=whole)
+                if not whole:
+                    truth.append(self._truth(probe, second_order=True)[0][2])
                 if again < 2 and not all(t is None or t.isfinite().all() for row in truth for t in row):
                     continue
             except Exception:
@@ -150,7 +151,7 @@ class Trial:
             if not self.batches:
                 self.probe = probe
             self.batches.append(pair)
-            self.draws.append(self._taken)
+            self.draws.append(drawn)
             differ = [(not torch.equal(t[0], t[1]), t) for t in tensors(pair)]
             inputs = all(apart for apart, t in differ if t.is_floating_point() and t.numel())
             self.apart.append(inputs and any(apart for apart, _ in differ))
@@ -165,10 +166,6 @@ class Trial:
         """
         saved: dict[int, int] = {}
 
-        def count(tensor: Tensor) -> Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         def graph(batch: Any, hooks: AbstractContextManager) -> list[Any]:
             adapted = [nn.Parameter(p[0]) for p in self.phi]
             seeded()
@@ -177,7 +174,7 @@ class Trial:
                 return [] if draws.taken or python_states() != python else _graph_of(value)
 
         try:
-            whole = graph(pair, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor))
+            whole = graph(pair, _counted(saved))
             if not whole or sum(saved.values()) < COSTLY_BYTES:
                 return pair
         except Exception:  # the trial on the whole batch says what is wrong
@@ -230,9 +227,10 @@ class Trial:
 
         return value()
 
-    def _truth(self, batch: Any, second_order: bool, exact: bool = True) -> list[list[Tensor | None]]:
+    def _truth(self, batch: Any, second_order: bool, exact: bool = True) -> tuple[_Truth, list[tuple[str, int]]]:
         """Return the losses, gradients and (with `second_order`) Hessian-vector products of both tasks by autograd.
 
+        Also return the random operations of one task, as `Alike` counts them.
         `exact` is needed for second order; without it PyTorch may take its fused attention, which is faster.
         """
         rows: list[tuple] = []
@@ -266,10 +264,9 @@ class Trial:
             drawn = alike.taken
         if second_order and self._slopes:
             self._check_slopes(batch, rows[0][1], rows[0][2])
-        self._taken = drawn
         losses, n = torch.stack([value for value, _, _ in rows]), len(self.phi)
-        truth: list[list[Tensor | None]] = [[losses], _both(rows[0][1], rows[1][1], n)]
-        return [*truth, _both(rows[0][2], rows[1][2], n)] if second_order else truth
+        truth: _Truth = [[losses], _both(rows[0][1], rows[1][1], n)]
+        return ([*truth, _both(rows[0][2], rows[1][2], n)] if second_order else truth), drawn
 
     def _reached(self, value: Tensor, adapted: Sequence[Tensor], before: int) -> list[Tensor]:
         """Return the leaves of a graph that require a gradient and are no parameters of the model.
@@ -364,14 +361,8 @@ class Trial:
         They are those of the user's dtype, or of float32 if that is wider: norms and losses often take it.
         """
         saved: dict[int, int] = {}
-
-        def count(tensor: Tensor) -> Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        hooks: Any = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
         try:
-            self._losses(batching, i, hooks)
+            self._losses(batching, i, _counted(saved))
         except RuntimeError as error:
             if "hooks" not in str(error):
                 raise
@@ -526,6 +517,16 @@ def modules_of(loss: Any, depth: int = 3) -> list[nn.Module]:
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
     for held in (module._parameters, module._buffers, vars(module)):
         yield from (value for value in held.values() if isinstance(value, Tensor))
+
+
+def _counted(saved: dict[int, int]) -> Any:
+    """Return a context manager in which `saved` gets the bytes of each storage that autograd saves, by its address."""
+
+    def count(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
 
 
 def _graph_of(value: Tensor) -> list[Any]:

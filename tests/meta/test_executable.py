@@ -87,6 +87,7 @@ INSTRUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "extremes": lambda x, y: torch.maximum(x, y) - torch.minimum(x, 2 * y) + x.clamp(-0.5, 0.7) + y.clamp(max=0.1),
     "extremes-of-nan": lambda x, y: torch.maximum(x.sqrt(), y) + torch.minimum(y, x.sqrt()) + x.sqrt().clamp(0.1, 0.2),
     "comparisons": lambda x, y: (x > y).to(x.dtype) + 2 * (x <= y).to(x.dtype) + ((x == y) | (x != y)).to(x.dtype),
+    "comparisons-of-integers": lambda x, y: ((9 * x).long() >= (9 * y).long()) & ((x > 0) < (y > 0)),
     "softmax": lambda x, y: x.softmax(-1) + 0.1 * y.log_softmax(0) + (40 * x).softmax(0),
     "losses": lambda x, y: F.mse_loss(x, y) + F.l1_loss(x, y) + F.smooth_l1_loss(x, y) + F.huber_loss(x, y, delta=0.4),
     "activations": lambda x, y: F.elu(x) + F.leaky_relu(y, 0.2) + F.softplus(x) + F.hardtanh(y) + F.softsign(x),
@@ -137,10 +138,11 @@ def test_sums_over_every_set_of_dimensions(layout: str, dims: tuple[int, ...], k
 @pytest.mark.parametrize("keepdim", [False, True])
 @pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2), (-1,)])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "permuted", "sliced", "expanded"])
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom is <= 0")
 def test_statistics_over_every_set_of_dimensions(layout: str, dims: tuple[int, ...], keepdim: bool) -> None:
     def function(x: Tensor) -> list[Tensor]:
         x, options = LAYOUTS[layout](x), {"keepdim": keepdim}
-        spread = [x.var(dims, correction=0, **options), x.std(dims, correction=0.5, **options)]
+        spread = [x.var(dims, correction=c, **options) for c in (0, 9999)] + [x.std(dims, correction=0.5, **options)]
         return [
             x.amax(dims, **options),
             (x * 2).sqrt().amax(dims, **options),

@@ -266,13 +266,20 @@ def _var(
     off = _sum_of(w, _alike(w, x), x, _mean(w, x, dim, keepdim=True), -1)
     dims, wide, out = _reduced(w, x, dim, keepdim)
     number = prod(x.shape[d] for d in dims) - (1 if correction is None else correction)
-    w.sum(wide, w.map("square", _alike(w, x), off), dims, 1 / number if number > 0 else torch.nan, None)
+    w.sum(wide, w.map("square", _alike(w, x), off), dims, 1 / number if number > 0 else torch.inf, None)
     return out
+
+
+def _some(dims: Sequence[int] | None) -> Sequence[int]:
+    """Return the dimensions of a primitive reduction, for which none named means none reduced, unlike in aten."""
+    if not dims:
+        raise LoweringError("a reduction over no dimension has no instruction")
+    return dims
 
 
 @_lowers(torch.ops.prims.var.default)
 def _prims_var(w: Lowering, x: Tensor, dims: Sequence[int], correction: float = 1, **options: Any) -> Tensor:
-    return _var(w, x, dims, correction)
+    return _var(w, x, _some(dims), correction)
 
 
 @_lowers(_aten.var_mean.correction)
@@ -306,7 +313,7 @@ def _sum(w: Lowering, x: Tensor, dim: Sequence[int] | None = None, keepdim: bool
 
 @_lowers(torch.ops.prims.sum.default)
 def _prims_sum(w: Lowering, x: Tensor, dims: Sequence[int] | None, **options: Any) -> Tensor:
-    return _sum(w, x, dims)
+    return _sum(w, x, _some(dims))
 
 
 @_lowers(_aten.mean.default, _aten.mean.dim)
