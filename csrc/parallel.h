@@ -36,6 +36,7 @@ public:
     }
 
 private:
+    std::int64_t bytes_;
     void* memory_;
 };
 

@@ -36,10 +36,16 @@ inline void transpose(Vec<F> (&v)[kLanes<F>], std::index_sequence<i...>) {
     }
 }
 
+// The sums from which a tile takes long enough for its part of C to come from memory meanwhile.
+constexpr int64_t kLongSum = 48;
+
 // Computes a tile of R rows and P panels. A panel begins `next` elements after the one before.
 template <class F, int R, int P, bool a_is_row_major>
 inline void tile(const F* a, int64_t stride, const F* b, int64_t next, int64_t K, Output<F> c, int64_t width) {
     constexpr int V = P * kPanelVectors;
+    if (K >= kLongSum)
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V && v * kLanes<F> < width; ++v) __builtin_prefetch(c.data + r * c.rows + v * kLanes<F>, 1);
     Vec<F> sum[R][V];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -94,35 +100,56 @@ constexpr int panels_at_once(int R) {
 }
 
 // Cache blocking: kDepth rows of kWide panels of B stay in the L2 cache while all rows of A are multiplied with them,
-// and a strip of A stays in the L1 cache.
+// and a strip of A stays in the L1 cache. What is read next is brought into the cache meanwhile: operands are large
+// and mostly come from memory.
 constexpr int64_t kDepth = 256, kWide = 8;
+// While a row of B is packed, the row that comes so many rows later is brought into the cache.
+constexpr int64_t kRowsAhead = 8;
 
-// Computes R rows of C.
+// A part of a matrix that will be read soon: `count` runs of `size` elements, `stride` elements apart.
+template <class F>
+struct Ahead {
+    const F* data;
+    int64_t stride, count, size;
+
+    // Rows [begin, begin + rows) of a, of K columns.
+    static Ahead rows_of(Matrix<F> a, int64_t begin, int64_t rows, int64_t K) {
+        const F* data = a.data + begin * a.rows;
+        return a.columns == 1 ? Ahead{data, a.rows, rows, K} : Ahead{data, a.columns, rows ? K : 0, rows};
+    }
+
+    // Asks for part i of n to be brought into the L1 cache.
+    void prefetch(int64_t i, int64_t n) const {
+        for (int64_t run = count * i / n; run < count * (i + 1) / n; ++run) {
+            const F* from = data + run * stride;
+            for (int64_t at = 0; at < size; at += 64 / static_cast<int64_t>(sizeof(F))) __builtin_prefetch(from + at);
+            __builtin_prefetch(from + size - 1);
+        }
+    }
+};
+
+// Computes R rows of C, and brings those of A that come next into the cache.
 template <class F, int R, bool a_is_row_major>
-void strip(const F* a, int64_t stride, const F* b, int64_t next, int64_t K, int64_t N, Output<F> c) {
+void strip(const F* a, int64_t stride, const F* b, int64_t next, int64_t K, int64_t N, Output<F> c, Ahead<F> ahead) {
     constexpr int P = panels_at_once(R);
+    const int64_t tiles = (N + P * kPanel<F> - 1) / (P * kPanel<F>);
     int64_t j = 0;
-    for (; j + (P - 1) * kPanel<F> < N; j += P * kPanel<F>, b += P * next)
+    for (int64_t i = 0; j + (P - 1) * kPanel<F> < N; ++i, j += P * kPanel<F>, b += P * next) {
+        ahead.prefetch(i, tiles);
         tile<F, R, P, a_is_row_major>(a, stride, b, next, K, c.at(0, j), N - j);
+    }
     for (; j < N; j += kPanel<F>, b += next) tile<F, R, 1, a_is_row_major>(a, stride, b, next, K, c.at(0, j), N - j);
-}
-
-// Copies R columns of A' [K, M], whose rows lie `stride` elements apart, to a contiguous [K, R].
-template <class F, int R>
-void gather(F* to, const F* a, int64_t stride, int64_t K) {
-    for (int64_t k = 0; k < K; ++k) std::memcpy(to + k * R, a + k * stride, R * sizeof(F));
 }
 
 // The functions for one number of rows.
 template <class F>
 struct Rows {
-    using Strip = void (*)(const F*, int64_t, const F*, int64_t, int64_t, int64_t, Output<F>);
-    Strip row_major, gathered;
-    void (*gather)(F*, const F*, int64_t, int64_t);
+    void (*row_major)(const F*, int64_t, const F*, int64_t, int64_t, int64_t, Output<F>, Ahead<F>);
+    void (*column_major)(const F*, int64_t, const F*, int64_t, int64_t, int64_t, Output<F>, Ahead<F>);
 };
 template <class F, std::size_t... r>
 inline const Rows<F>& rows_of(int64_t rows, std::index_sequence<r...>) {
-    static constexpr Rows<F> all[] = {{strip<F, r + 1, true>, strip<F, r + 1, false>, gather<F, r + 1>}...};
+    static constexpr Rows<F> all[] = {{strip<F, r + 1, true>, strip<F, r + 1, false>}...};
     return all[rows - 1];
 }
 
@@ -134,8 +161,11 @@ void pack(F* to, Matrix<F> b, int64_t K, int64_t N, int64_t begin, int64_t end) 
     const int64_t whole = N / kPanel<F> < end ? N / kPanel<F> : end;
     if (b.columns == 1)
         for (int64_t k = 0; k < K; ++k)
-            for (int64_t p = begin; p < whole; ++p)
-                std::memcpy(to + ((p - begin) * K + k) * kPanel<F>, b.data + k * b.rows + p * kPanel<F>, kPanel<F> * sizeof(F));
+            for (int64_t p = begin; p < whole; ++p) {
+                const F* from = b.data + k * b.rows + p * kPanel<F>;
+                for (int64_t v = 0; v < kPanelVectors; ++v) __builtin_prefetch(from + kRowsAhead * b.rows + v * lanes);
+                std::memcpy(to + ((p - begin) * K + k) * kPanel<F>, from, kPanel<F> * sizeof(F));
+            }
     for (int64_t p = b.columns == 1 && whole > begin ? whole : begin; p < end; ++p) {
         for (int64_t v = 0; v < kPanelVectors; ++v) {
             const int64_t j = p * kPanel<F> + v * lanes, width = N - j < lanes ? N - j : lanes;
@@ -148,6 +178,8 @@ void pack(F* to, Matrix<F> b, int64_t K, int64_t N, int64_t begin, int64_t end) 
                 const F* from = b.data + j * b.columns;
                 int64_t k = 0;
                 for (; k + lanes <= K; k += lanes) {
+                    if (p + 1 < end)  // the columns that are packed after these
+                        for (int64_t i = 0; i < lanes; ++i) __builtin_prefetch(from + (lanes + i) * b.columns + k);
                     Vec<F> block[lanes];
 #pragma GCC unroll 16
                     for (int64_t i = 0; i < lanes; ++i)
@@ -169,7 +201,6 @@ void multiply(int64_t M, int64_t N, int64_t K, Matrix<F> a, const F* b, Output<F
     if (!packed) packed = K;
     const auto sizes = std::make_index_sequence<kRows>();
     const int64_t blocks = (M + kRows - 1) / kRows, wide = blocks > 1 ? kWide * kPanel<F> : N;
-    F together[kRows * kDepth];
     int64_t k = 0;
     do {  // once where K = 0: the sums are empty
         const int64_t depth = K - k < kDepth ? K - k : kDepth;
@@ -178,12 +209,10 @@ void multiply(int64_t M, int64_t N, int64_t K, Matrix<F> a, const F* b, Output<F
                 const int64_t rows = (M - i) / (blocks - block), width = N - j < wide ? N - j : wide;
                 const Rows<F>& run = rows_of<F>(rows, sizes);
                 const F *from = a.data + i * a.rows + k * a.columns, *panel = b + j * packed + k * kPanel<F>;
-                if (a.columns == 1) {
-                    run.row_major(from, a.rows, panel, packed * kPanel<F>, depth, width, c.at(i, j));
-                } else {
-                    run.gather(together, from, a.columns, depth);
-                    run.gathered(together, rows, panel, packed * kPanel<F>, depth, width, c.at(i, j));
-                }
+                const int64_t blocks_left = blocks - block - 1, more = blocks_left ? (M - i - rows) / blocks_left : 0;
+                const Ahead<F> ahead = Ahead<F>::rows_of({from, a.rows, a.columns}, rows, more, depth);
+                (a.columns == 1 ? run.row_major : run.column_major)(
+                    from, a.columns == 1 ? a.rows : a.columns, panel, packed * kPanel<F>, depth, width, c.at(i, j), ahead);
                 i += rows;
             }
         k += kDepth;
@@ -225,8 +254,10 @@ void product(const Product& p, int threads) {
         int64_t k = 0;
         do {
             const int64_t depth = p.K - k < kDepth ? p.K - k : kDepth;
+            const Matrix<F> rows{a + k * p.a_strides[2], p.a_strides[1], p.a_strides[2]};
+            Ahead<F>::rows_of(rows, 0, last - first < kRows ? last - first : kRows, depth).prefetch(0, 1);
             pack<F>(packed, {b + k * p.b_strides[1], p.b_strides[1], p.b_strides[2]}, depth, p.N, begin, end);
-            multiply<F>(last - first, width, depth, {a + k * p.a_strides[2], p.a_strides[1], p.a_strides[2]}, packed, c);
+            multiply<F>(last - first, width, depth, rows, packed, c);
             k += kDepth;
             c.add = c.data;
             c.add_rows = c.rows;
