@@ -110,7 +110,8 @@ class Engine:
         self._volatile |= found.changed & before.keys()
         for i, leaf in enumerate(found.outside):
             roles.shared[f"(loss) {i}"] = leaf  # type: ignore[assignment]
-        unroll = Unroll(found.batching, inner, steps, first_order, found.plan.hvp, found.python, found.graph)
+        plan = found.plan
+        unroll = Unroll(found.batching, inner, steps, first_order, plan.hvp, found.python, found.graph, plan.snapshots)
 
         def again(failed: str, batches: Sequence[Any]) -> Prepared:
             return self._made(loss, inner, steps, first_order, outer, batches, [*without, failed])

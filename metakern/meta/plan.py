@@ -36,6 +36,7 @@ class Plan:
         hvp: The mode of the outer derivative of Hessian-vector products, "forward" or "reverse". Used by "recompute".
         task_chunk: The greatest number of tasks computed at once.
         activation_bytes: An estimate of what one task's loss saves for its backward pass, in bytes.
+        snapshots: The most inner steps whose parameters "recompute" keeps at once, besides the first.
         reasons: One line for each choice.
     """
 
@@ -44,6 +45,7 @@ class Plan:
     hvp: str
     task_chunk: int
     activation_bytes: int
+    snapshots: int
     reasons: tuple[str, ...] = field(repr=False)
 
     def halved(self, tried: int) -> Plan:
@@ -185,6 +187,17 @@ class Planner:
         def fitting(size: int) -> int:
             return wish if isinstance(wish, int) else max(1, room // max(size, 1))
 
+        least = self.wishes.memory == "least"
+        snapshots = inner_steps
+        if least:
+            snapshots = min(inner_steps, LEAST_SNAPSHOTS + int(SNAPSHOT_SHARE * saved / max(copy_bytes, 1)))
+            wish = 1 if wish == "auto" else wish
+        if strategy == "auto" and least:
+            strategy = "recompute"
+            reasons.append(
+                f'memory="least": recompute, one task at a time; the parameters of {snapshots} of {inner_steps} steps'
+                " are kept"
+            )
         if strategy == "auto":
             stored = min(fitting(working), tasks) * (inner_steps * (3 * saved + 2 * copy_bytes) + working)
             strategy = "store" if stored <= free // 4 else "recompute"
@@ -193,15 +206,18 @@ class Planner:
                 f"{strategy}: the graph of {inner_steps} steps, {mib(stored)}, {fits} a quarter of the free memory"
             )
         if strategy == "recompute":  # it keeps the parameters of every step
-            working += inner_steps * copy_bytes
+            working += snapshots * copy_bytes
         chunk = fitting(working)
         if not isinstance(wish, int):
             reasons.append(
                 f"{min(chunk, tasks)} of {tasks} tasks at once: {mib(working)} a task, within {mib(room)} of {where}"
             )
-        return Plan(name, strategy, hvp, chunk, saved, tuple(reasons))
+        return Plan(name, strategy, hvp, chunk, saved, snapshots, tuple(reasons))
 
 
+# memory="least" keeps the parameters of this many inner steps, and of more that fit this share of the activations: then
+# recompute takes at most about 1.4 times the memory that it takes for one step.
+LEAST_SNAPSHOTS, SNAPSHOT_SHARE = 2, 0.5
 WORKING_BYTES = 192 * 2**20  # a CPU's working set of one chunk: a larger one is slower, a smaller one takes more calls
 
 
@@ -212,12 +228,15 @@ class Wishes:
     batching: str = "auto"
     strategy: str = "auto"
     task_chunk: int | str = "auto"
+    memory: str = "auto"
 
     def __post_init__(self) -> None:
         if self.batching not in ("auto", *WAYS):
             raise ValueError(f"MAML: batching must be auto, fold, vmap or loop, got {self.batching!r}")
         if self.strategy not in ("auto", "store", "recompute"):
             raise ValueError(f"MAML: strategy must be auto, store or recompute, got {self.strategy!r}")
+        if self.memory not in ("auto", "least"):
+            raise ValueError(f"MAML: memory must be auto or least, got {self.memory!r}")
         chunk = self.task_chunk
         if chunk != "auto" and not (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1):
             raise ValueError(f'MAML: task_chunk must be "auto" or an integer of at least 1, got {chunk!r}')

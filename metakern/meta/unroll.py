@@ -5,7 +5,9 @@
 store      Keeps the graph of all K steps and differentiates it once: the least arithmetic, and the memory of K steps.
 recompute  Keeps phi_k and s_k of each step (and its gradients, where U needs them) and pulls the cotangent back one
            step at a time: through U, which gives ct_g, and then by one Hessian-vector product, H(phi_k) ct_g. Besides
-           what it keeps, it takes the memory of one step.
+           what it keeps, it takes the memory of one step. With fewer `snapshots` than steps it keeps phi_k and s_k of
+           some steps, and computes the others again from these when they are needed (Griewank, Walther 2000,
+           "Algorithm 799: revolve").
 
 The Hessian-vector product is taken forward over reverse (dual tensors through an ordinary `autograd.grad`), or reverse
 over reverse where a model has an operation without forward mode; both are exact. Parameters that the inner loop doesn't
@@ -17,6 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -52,21 +55,40 @@ class Unroll:
     hvp: str = "forward"  # or "reverse": the mode of the outer derivative of Hessian-vector products
     python: bool = False  # whether model or loss draw from Python's or NumPy's generators too
     graph: bool = False  # whether the loss takes derivatives itself, and so needs gradients enabled
+    snapshots: int | None = None  # the most points that `recompute` keeps besides the first; None for all
 
     def trajectory(self, theta: Sequence[Tensor], support: Any, steps: int) -> Iterator[list[Tensor]]:
         """Yield phi_0, …, phi_steps, without a graph."""
-        yield list(theta)
-        for step in self._forward(theta, support, steps):
-            yield step.after
-
-    def _forward(self, theta: Sequence[Tensor], support: Any, steps: int) -> Iterator[_Step]:
-        phi, state = list(theta), self.inner.init(theta)
+        point = self._start(theta)
+        yield point.phi
         for _ in range(steps):
-            drawn, grads = Random(phi[0].device, self.python), self._grads(phi, support)
-            with torch.no_grad():
-                after, next_state = self.inner.update(phi, grads, state)
-            yield _Step(phi, state, grads, drawn, after)
-            phi, state = after, next_state
+            _, point = self._step(point, support)
+            yield point.phi
+
+    def _start(self, theta: Sequence[Tensor]) -> _Point:
+        return _Point(0, list(theta), self.inner.init(theta), Random(theta[0].device, self.python))
+
+    def _step(self, point: _Point, support: Any) -> tuple[list[Tensor], _Point]:
+        """Return the gradients at a point, and the point after one inner step from there."""
+        grads = self._grads(point.phi, support)
+        with torch.no_grad():
+            phi, state = self.inner.update(point.phi, grads, point.state)
+        return grads, _Point(point.k + 1, phi, state, Random(phi[0].device, self.python))
+
+    def _advance(self, points: list[_Point], support: Any, k: int, keeps_grads: bool) -> _Point:
+        """Return point k, computed from the last of `points`, to which it adds points on the way."""
+        most = self.steps if self.snapshots is None else self.snapshots
+        point, kept = points[-1], points[-1].k
+        point.random.restore()
+        while point.k < k:
+            grads, after = self._step(point, support)
+            if keeps_grads and point is points[-1]:
+                points[-1] = replace(point, grads=grads)
+            point = after
+            if point.k < k and point.k == kept + _first_stop(k - kept, most + 1 - len(points)):
+                points.append(point)
+                kept = point.k
+        return point
 
     def _grads(self, phi: Sequence[Tensor], batch: Any) -> list[Tensor]:
         with torch.enable_grad():
@@ -100,38 +122,41 @@ class Unroll:
         """Return the meta-gradient by pulling the cotangent back one step at a time, from the last to the first."""
         n, hyper = len(theta), self.inner.hyper_parameters()
         keeps_grads = not self.inner.affine or (self.first_order and bool(hyper))
-        history: list[_Step] = []
-        phi = list(theta)
-        for step in self._forward(theta, support, self.steps):
-            history.append(step if keeps_grads else replace(step, grads=None))
-            phi = step.after
+        points = [self._start(theta)]
+        phi = self._advance(points, support, self.steps, keeps_grads).phi
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in phi]
             losses = self.batching.losses(leaves, query)
             ct = derivatives(losses.sum() * weight, [*leaves, *shared])
         after = Random(phi[0].device, self.python)
         ct_phi, ct_shared = ct[:n], ct[n:]
-        ct_state: Gradients = [None] * len(history[0].state if history else ())
+        ct_state: Gradients = [None] * len(points[0].state)
         ct_hyper: Gradients = [None] * len(hyper)
-        while history and any(c is not None for c in ct_phi):
-            step = history.pop()
-            grads = step.grads or step.phi  # an affine update's pullback needs no gradients
-            direct, ct_grads, next_ct_state, _ = self._pullback(step, grads, ct_phi, ct_state)
+        for k in reversed(range(self.steps)):
+            if all(c is None for c in ct_phi):
+                break
+            point = points.pop() if points[-1].k == k else self._advance(points, support, k, keeps_grads)
+            point.random.restore()
+            if point.grads is not None:
+                grads = point.grads
+            else:  # an affine update's pullback needs no gradients
+                grads = self._grads(point.phi, support) if keeps_grads else point.phi
+            direct, ct_grads, next_ct_state, _ = self._pullback(point, grads, ct_phi, ct_state)
             if not self.first_order:
-                step.random.restore()
-                grads, products = self.hessian_vector_product(step.phi, shared, support, ct_grads)
+                point.random.restore()
+                grads, products = self.hessian_vector_product(point.phi, shared, support, ct_grads)
                 direct, ct_shared = added(direct, products[:n]), added(ct_shared, products[n:])
             if hyper:
-                ct_hyper = added(ct_hyper, self._pullback(step, grads, ct_phi, ct_state)[3])
+                ct_hyper = added(ct_hyper, self._pullback(point, grads, ct_phi, ct_state)[3])
             ct_phi, ct_state = direct, next_ct_state
         after.restore()
         return _result(losses, [*ct_phi, *ct_shared, *ct_hyper], n, len(shared))
 
     def _pullback(
-        self, step: _Step, grads: Sequence[Tensor], ct_phi: Gradients, ct_state: Gradients
+        self, point: _Point, grads: Sequence[Tensor], ct_phi: Gradients, ct_state: Gradients
     ) -> tuple[Gradients, Gradients, Gradients, Gradients]:
         """Return the cotangents of phi, grads, state and hyper-parameters, given those of the update's results."""
-        before = [[t.detach().requires_grad_() for t in group] for group in (step.phi, grads, step.state)]
+        before = [[t.detach().requires_grad_() for t in group] for group in (point.phi, grads, point.state)]
         groups: list[list[Tensor]] = [*before, [*self.inner.hyper_parameters()]]
         with torch.enable_grad():
             phi, state = self.inner.update(before[0], before[1], tuple(before[2]))
@@ -172,14 +197,31 @@ class Unroll:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """One inner step: parameters and state before it, its gradients and random state, and the parameters after it."""
+class _Point:
+    """An inner loop before step k: parameters, optimizer state and random state, and maybe the gradients of step k."""
 
+    k: int
     phi: list[Tensor]
     state: tuple[Tensor, ...]
-    grads: list[Tensor] | None
     random: Random
-    after: list[Tensor]
+    grads: list[Tensor] | None = None
+
+
+def _first_stop(steps: int, snapshots: int) -> int:
+    """Return after how many of `steps` steps a point is to be kept next, so that the fewest steps are computed again.
+
+    The first point is kept, and so can be `snapshots` more. With s points and at most r computations of any step, a
+    cotangent can be pulled back through binomial(s + r, s) steps (Griewank, Walther 2000, section 2).
+
+    >>> _first_stop(16, 15), _first_stop(16, 3), _first_stop(16, 0)
+    (1, 6, 16)
+    """
+    if snapshots <= 0 or steps <= 1:
+        return steps
+    s, r = snapshots + 1, 1
+    while comb(s + r, s) < steps:
+        r += 1
+    return min(comb(s + r - 1, s), steps - comb(s + r - 2, s - 1))
 
 
 class Random:

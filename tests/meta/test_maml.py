@@ -66,6 +66,67 @@ def test_float32_is_accurate_in_every_batching_and_strategy() -> None:
             assert_equal(found, truth, 2e-5)
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 9])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: mk.optim.SGD(lr=0.3),
+        lambda: mk.optim.SGD(lr=0.2, momentum=0.5, learn=["lr", "momentum"]),
+        lambda: mk.optim.Adam(lr=0.05, learn=["lr"]),
+    ],
+    ids=["sgd", "learned-momentum", "adam"],
+)
+def test_least_memory_gives_the_numbers_of_all_snapshots(inner: Any, steps: int) -> None:
+    """Points that were not kept are computed again: parameters, optimizer states, gradients that U's pullback needs."""
+    model = mlp().double()
+    for first_order in (False, True):
+        found = []
+        for options in ({"strategy": "store"}, {"strategy": "recompute"}, {"memory": "least", "capture": False}):
+            optimizer = inner().double()
+            maml = mk.MAML(model, regression_loss, optimizer, steps, first_order, **options)
+            value = maml(points(1), points(2))
+            of_model = gradients(model, value)
+            learned = {name: p.grad for name, p in optimizer.named_parameters() if p.grad is not None}
+            found.append(of_model | learned)
+        assert maml.plan.strategy == "recompute"
+        assert (maml.plan.task_chunk, maml.plan.snapshots) == (1, min(steps, 2))
+        for other in found[1:]:
+            assert_equal(other, found[0])
+
+
+def test_least_memory_draws_the_same_dropout_masks() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    support, query = (tree_map(lambda a: a[:1], points(seed)) for seed in (1, 2))  # one task: both draw in one order
+    found = []
+    for options in ({"strategy": "recompute", "batching": "loop"}, {"memory": "least", "batching": "loop"}):
+        maml = mk.MAML(model, regression_loss, mk.optim.SGD(lr=0.3), 7, capture=False, **options)
+        maml(support, query)  # the plan is made
+        torch.manual_seed(0)
+        found.append((gradients(model, maml(support, query)), torch.rand(1)))
+    assert_equal(found[1][0], found[0][0])
+    assert found[1][1] == found[0][1]
+
+
+def test_least_memory_computes_the_fewest_steps_again() -> None:
+    """8 steps with points 0, 4 and 6: steps 6 and 4 are computed once more, and 0, 1 and 2 on the way to point 3."""
+    model, calls = mlp().double(), []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(None)
+        return regression_loss(model, batch)
+
+    counts = []
+    for options in ({"strategy": "recompute"}, {"memory": "least", "task_chunk": 3}):
+        maml = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), 8, capture=False, batching="loop", **options)
+        maml(points(1), points(2))
+        calls.clear()
+        maml(points(1), points(2))
+        counts.append(len(calls))
+    tasks = len(points(1)[0])
+    assert counts[0] == tasks * (8 + 1 + 8)
+    assert counts[1] == tasks * (8 + 1 + 8 + 5)
+
+
 def test_auto_folds_and_the_plan_gives_the_reason() -> None:
     model, loss, support, query, _ = build("gpt-folded")
     maml = mk.MAML(model, loss, steps=2)
@@ -293,6 +354,8 @@ def test_wrong_arguments_and_third_derivatives_are_errors() -> None:
         mk.MAML(model, loss)((support[0].clone().requires_grad_(), support[1]), query)
     with pytest.raises(ValueError, match="strategy must be auto, store or recompute, got 'fast'"):
         mk.MAML(model, loss, strategy="fast")
+    with pytest.raises(ValueError, match="memory must be auto or least, got 'small'"):
+        mk.MAML(model, loss, memory="small")
     for steps in (-1, True, 1.0):
         with pytest.raises(ValueError, match=f"steps must be an integer of at least 0, got {steps}"):
             mk.MAML(model, loss, steps=steps)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ class MAML(nn.Module):
     A batch is a tree of tensors (tuples, lists, dictionaries, dataclasses) with the tasks along dimension 0 of every
     tensor, `[T, ...]`. Anything in it that is not a tensor is the same for all tasks.
 
-    `strategy`, `batching`, `task_chunk` and `capture` change time and memory, not the numbers (up to rounding).
+    `strategy`, `batching`, `task_chunk`, `memory` and `capture` change time and memory, not the numbers (up to rounding).
     `maml.plan` shows what was chosen, and why.
 
     Args:
@@ -58,6 +58,8 @@ class MAML(nn.Module):
             "auto" records at the third call with such batches (at the twelfth, if an operation has no instruction in
             C++), and never warns. False never records. What the model and the loss read besides tensors is guarded,
             and some calls are compared with an ordinary run (see `metakern.meta.capture`).
+        memory: "least" takes less memory and more time: one task at a time, and "recompute" with the parameters of a few
+            inner steps, from which it computes those of the others. What `strategy` and `task_chunk` say goes before.
 
     Attributes:
         query_losses: The query loss of each task at the last call, `[T]`, detached; None before the first call.
@@ -90,6 +92,7 @@ class MAML(nn.Module):
         batching: str = "auto",
         task_chunk: int | str = "auto",
         capture: bool | str = "auto",
+        memory: str = "auto",
     ) -> None:
         super().__init__()
         if not callable(loss) or type(loss).__module__ == "torch.nn.modules.loss":
@@ -109,7 +112,7 @@ class MAML(nn.Module):
         if not isinstance(capture, bool) and capture != "auto":
             raise ValueError(f'MAML: capture must be "auto", True or False, got {capture!r}')
         inner = SGD() if inner is None else inner
-        engine = _engine_of(model, adapt, Wishes(batching, strategy, task_chunk), inner)
+        engine = _engine_of(model, adapt, Wishes(batching, strategy, task_chunk, memory), inner)
         self.model, self.inner = model, inner
         self.loss, self.steps, self.first_order, self.capture = loss, _non_negative(steps), first_order, capture
         self._engine = engine

@@ -75,12 +75,17 @@ class Lowering:
             self.step(step)
         results = [None if value is None else self.value(value) for value in program.outputs]
         outputs = [None if t is None else self.new(torch.empty(t.shape, dtype=t.dtype, device="meta")) for t in results]
+        direct: dict[int, Tensor] = {}  # memory of a temporary that is a whole output -> the output
         for t, output in zip(results, outputs, strict=True):
             if t is not None and output is not None:
+                if _is_whole(t) and not {_memory(t)} & {*self.bases, *direct}:
+                    direct[_memory(t)] = output
+                    continue
                 self.bases[_memory(output)] = -1
                 self.map("copy", output, t)
         given = [*self.inputs, *(meta for _, meta in self.constants.values()), *(t for t in outputs if t is not None)]
         self.bases = {_memory(t): 1 + i for i, t in enumerate(given)}
+        self.bases.update((memory, self.bases[_memory(output)]) for memory, output in direct.items())
         return Executable(self.placed(), [t for t, _ in self.constants.values()], outputs)
 
     def placed(self) -> Any:
@@ -98,7 +103,7 @@ class Lowering:
             for memory in own:
                 if last[memory] == i:
                     arena.give_back(offsets[memory])
-        executable = C.Executable(max(arena.size, ALIGNMENT), 1 + len(self.bases))
+        executable = C.Executable(max(arena.size, ALIGNMENT), 1 + max(self.bases.values(), default=0))
 
         def place(t: Tensor | None) -> Any:
             if t is None:
@@ -287,6 +292,11 @@ class Arena:
 
     def give_back(self, offset: int) -> None:
         del self._taken[offset]
+
+
+def _is_whole(t: Tensor) -> bool:
+    """Whether a tensor is all of its memory, in order."""
+    return t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes
 
 
 def _memory(t: Tensor) -> int:
