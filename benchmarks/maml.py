@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--threads", type=positive, help="threads of each process (default: 2, or 1 on a single core)")
     parser.add_argument("--cores", type=positive, help="run on so many of the machine's cores (default: all)")
     parser.add_argument(
-        "--limit", type=seconds, default=600, help="seconds that a method may take to get ready (default: %(default)s)"
+        "--limit", type=seconds, default=1800, help="seconds that a method may take to get ready (default: %(default)s)"
     )
     parser.add_argument("--against", metavar="REV", help="also time metakern as of another commit; only prints")
     parser.add_argument("--again", action="store_true", help="repeat workloads that are measured")

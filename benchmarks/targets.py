@@ -43,9 +43,12 @@ def over_default(of: Callable[[str], bool]) -> dict[str, float]:
 
 
 def mean_over_default(of: Callable[[str], bool]) -> Value:
-    """The geometric mean of `over_default` over all workloads."""
-    found = over_default(of).values()
-    return (mean := statistics.geometric_mean(found), f"{mean:.2f} x") if found else None
+    """The geometric mean of `over_default` over all workloads that have it, and their number if some have not."""
+    found, count = over_default(of), len(load("maml"))
+    if not found:
+        return None
+    mean = statistics.geometric_mean(found.values())
+    return mean, f"{mean:.2f} x" + f" over {len(found)} of {count} workloads" * (len(found) < count)
 
 
 def extreme(values: dict[str, float], form: str, pick: Callable) -> Value:
