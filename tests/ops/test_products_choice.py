@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import metakern as mk
 from metakern import cli, native
 from metakern.native import choice
 from metakern.ops.core import cpp, matrices
@@ -147,15 +148,20 @@ def test_the_measurement_compares_the_two_products() -> None:
 
 
 def test_no_mode_of_pytorch_sees_the_measurement(cache: Path) -> None:
-    dtype = torch.get_default_dtype()
-    x = torch.ones(2, 8, 8)
+    class Refusing(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise AssertionError(f"{function} was seen")
+
+    dtype, asked = torch.get_default_dtype(), []
+    torch.set_default_dtype(torch.float64)
     try:
-        torch.set_default_dtype(torch.float64)
-        with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
-            found = torch.func.vmap(lambda a: mk.ops.linear(a, a))(x)
+        with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), Refusing():
+            asked.append(native.products())
     finally:
         torch.set_default_dtype(dtype)
-    assert found.shape == (2, 8, 8)
+    native._products.cache_clear()
+    torch.func.vmap(lambda x: (asked.append(native.products()), x)[1])(torch.ones(2))
+    assert asked[0] == asked[1]
     assert len(list(cache.iterdir())) == 1
 
 
