@@ -387,11 +387,11 @@ def test_a_run_measures_what_earlier_runs_did_not(tmp_path, monkeypatch, capsys)
     assert command("--workloads", "mlp:tiny", "--rounds", "20") == (0, ["mlp:tiny"])
     one = "--workloads", "mlp:tiny", "--threads", "1"
     assert command(*one) == (0, ["mlp:tiny"])
-    assert command(*one, "--limit", "900") == (0, [])
-    refused["reason"] = "not ready after 600 s"
+    assert command(*one, "--limit", "3600") == (0, [])
+    refused["reason"] = "not ready after 1800 s"
     assert command(*one, "--again") == (0, ["mlp:tiny"])
     assert command(*one) == (0, [])
-    assert command(*one, "--limit", "900") == (0, ["mlp:tiny"])
+    assert command(*one, "--limit", "3600") == (0, ["mlp:tiny"])
     assert command("--workloads", "mlp:tiny", "--sweep", "tasks")[1][1:] == [f"mlp:tiny,tasks={t}" for t in (4, 16, 64)]
     where |= {"date": "tomorrow"}
     assert command("--workloads", "rnn:tiny") == (0, [])
