@@ -1,4 +1,4 @@
-// The peak rate of the machine: x = a x + b in registers, in chains that do not depend on each other.
+// The peak rate of the machine: multiply-adds in registers, in chains that do not depend on each other.
 #include "../peak.h"
 
 #include <cmath>
@@ -15,8 +15,8 @@ namespace metakern::METAKERN_ISA {
 
 namespace {
 
-// Two multiply-adds begin in each cycle, and a result is ready after four to six cycles. So at least 12 chains are
-// needed, which also leave registers for a and b.
+// Up to two multiply-adds begin in each cycle, and a result is ready after four to six cycles. So 12 chains hide the
+// latency, and leave registers for the factor. AVX-512 has twice as many registers.
 #if defined(__AVX512F__)
 constexpr int kChains = 24;
 #else
