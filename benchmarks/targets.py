@@ -26,7 +26,7 @@ def judged(*targets: tuple[str, str, float, Value]) -> str:
 
 
 def against(workload: str, of: Callable[[str], bool], ratio: str = "over_auto") -> Value:
-    """The time of the fastest peer that satisfies `of`, over that of `metakern auto`, or what else `ratio` compares with."""
+    """The time of the fastest peer that satisfies `of`, over that of the method of ours that `ratio` compares with."""
     rows = exact(load("maml")[workload], of) if workload in load("maml") else {}
     method, row = best(rows, ratio) if rows else ("", {})
     return (row[ratio], f"{row[ratio]:.2f} x ({method})") if ratio in row else None
