@@ -1,26 +1,30 @@
-"""Time one exact second-order meta-gradient, and measure its peak memory: metakern, its peers, the machine's limit.
+"""Time one exact second-order meta-gradient, and measure its peak memory: metakern, its peers, the machine's peak.
 
     python -m benchmarks.maml [--workloads gpt:medium,lstm] [--methods metakern,jax] [--rounds 9] [--threads 2]
     python -m benchmarks.maml --quick                    takes two minutes, and only prints
     python -m benchmarks.maml --sweep K,length [--workloads gpt;llama-lora]
+    python -m benchmarks.maml --cores 1                  as on a machine with one core
     python -m benchmarks.maml --against REV              metakern beside another commit of it; only prints
 
 Every method runs in a process of its own, in an environment that the first run makes under ~/.cache/metakern, on the
 same weights and data. A method is timed only if its meta-gradient agrees with one in float64 to 1e-4. It is compiled
 and warm before the rounds begin. Each round runs every method once, and ratios are taken within a round. Memory is the
 peak of one meta-gradient, less the memory of the idle process with libraries, model and data loaded; "kept" is what
-stays between two meta-gradients (gradients, plans, compiled code). The limit is the time of the matrix products alone:
-their counted FLOP at the rate of a large product, measured in the same rounds. First-order methods are separate rows,
-checked against the first-order gradient.
+stays between two meta-gradients (gradients, plans, compiled code). The peak is the rate of multiply-adds in registers,
+on all threads; "of peak" is the counted FLOP of the workload's matrix products over the time and the peak. The peak and
+the rate of a large torch.mm are measured in the same rounds, and the best round gives the peak. First-order methods are
+separate rows, checked against the first-order gradient.
 
 Each finished workload goes to the machine's file in benchmarks/results at once: to its part "maml", or in a sweep to
 "sweep". A run can be interrupted and started again; it skips what the same code and versions have measured. A run with
-`--methods` only prints, unless `--out` names a file.
+`--cores` has another file, as it stands for another machine. A run with `--methods` only prints, unless `--out` names a
+file.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -31,17 +35,18 @@ from typing import Any
 
 from benchmarks import against, peers, results
 from benchmarks.options import Parser, kept, positive, seconds
-from benchmarks.peers.products import FLOP
+from benchmarks.peers.products import FLOP, PEAKS, PRODUCTS
 from benchmarks.progress import Progress
 from benchmarks.recurrent import quartiles
 from benchmarks.results import ROOT
-from benchmarks.runner import RefusedError, Runner
+from benchmarks.runner import LATE, RefusedError, Runner
 from benchmarks.truth import with_truth
 from benchmarks.workloads import Workload, WorkloadName, families, family, make
 
-PLAIN, AUTO, FIRST, PRODUCTS = "plain PyTorch", "metakern auto", "metakern, first order", "products"
+PLAIN, DEFAULT, AUTO, FIRST = "plain PyTorch", "metakern default", "metakern auto", "metakern, first order"
 JAX = "JAX, task loop, forward over reverse"  # JAX's method in a sweep of a workload that was not measured itself
 QUICK = "mlp:small;gru:small;gpt:small"
+MORE = "gpt:medium,length=1024,tasks=1;gpt:medium,length=2048,tasks=1;gpt:medium,tasks=64;lstm:medium,tasks=64"
 OTHER = " @ "  # in a method's name, stands before the commit whose metakern it runs
 ROUNDS = 9
 
@@ -55,20 +60,26 @@ def measure(
     return {**conditions(args), **summary(seconds, ready, methods, work), "refused": refused}
 
 
+def steps(methods: dict[str, str], args: argparse.Namespace) -> int:
+    """Return how many steps of progress the methods and the machine's rates take: getting ready, and each round."""
+    return (len(methods) + 1 + len(PEAKS)) * (1 + args.rounds)
+
+
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
-    return {"machine": results.machine(), "threads": args.threads, "rounds": args.rounds}
+    return {"machine": results.machine(), "threads": args.threads, "rounds": args.rounds, "limit_s": args.limit}
 
 
 def timed(
     spec: WorkloadName, work: Workload, methods: dict[str, str], args: argparse.Namespace, progress: Progress
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]], dict[str, str]]:
-    """Time all methods, and the product that gives the limit.
+    """Time all methods, and what gives the machine's rates.
 
     Returns seconds by method and round; the first call, memory and error of each method; the reasons of methods that
     were not timed.
     """
     runners: dict[str, Runner] = {}
     refused: dict[str, str] = {}
+    rates = dict.fromkeys((PRODUCTS, *PEAKS.values()), "products")
     with tempfile.TemporaryDirectory() as folder:
         problem, tiny = Path(folder) / "problem.npz", Path(folder) / "tiny.npz"
         progress.say(f"{spec.name}: the meta-gradient in float64")
@@ -76,7 +87,7 @@ def timed(
         small = WorkloadName(spec.family, "tiny", {"K": 1}).name  # one inner step, which is quick to compile
         make(small).problem(small).save(tiny)
         try:
-            for method, peer in (methods | {PRODUCTS: "products"}).items():
+            for method, peer in (methods | rates).items():
                 progress.say(f"{spec.name}: {method} gets ready")
                 name, _, rev = method.partition(OTHER)
                 folder = args.folder if rev else ROOT
@@ -88,6 +99,7 @@ def timed(
             if PRODUCTS in refused:
                 raise RuntimeError(f"the rate of products: {refused[PRODUCTS]}")
             seconds = rounds(spec.name, runners, args.rounds, refused, progress)
+            refused = {method: reason for method, reason in refused.items() if method not in rates}
             return seconds, {method: runners[method].ready for method in seconds}, refused
         finally:
             for runner in runners.values():
@@ -126,7 +138,7 @@ def summary(
         return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
     flop = {order: work.flop(order) for order in (1, 2)}
-    products = seconds[PRODUCTS]
+    peaks = {dtype: FLOP / min(seconds[method]) / 1e9 for dtype, method in PEAKS.items() if method in seconds}
     rows = {}
     for method in methods:
         if method not in seconds:
@@ -139,12 +151,14 @@ def summary(
             "min_ms": min(times) * 1e3,
             "max_ms": max(times) * 1e3,
             "gflop_per_s": counted / statistics.median(times) / 1e9,
-            "of_limit": ratio([counted * t / FLOP for t in products], times),
         }
+        if peak := peaks.get(peers.precision(method)):
+            row["of_peak"] = row["gflop_per_s"] / peak
         if PLAIN in seconds:
             row["speedup"] = ratio(seconds[PLAIN], times)
-        if AUTO in seconds:
-            row["over_auto"] = ratio(times, seconds[AUTO])
+        for ours, key in ((DEFAULT, "over_default"), (AUTO, "over_auto")):
+            if ours in seconds:
+                row[key] = ratio(times, seconds[ours])
         if FIRST in seconds and peers.order(method) == 2:
             row["over_first_order"] = ratio(times, seconds[FIRST])
         this = method.partition(OTHER)[0]
@@ -152,8 +166,8 @@ def summary(
             row["over_this"] = quartiles([a / b for a, b in zip(times, seconds[this], strict=True)])
     return {
         "gflop": flop[2] / 1e9,
-        "gflop_per_s": FLOP / statistics.median(products) / 1e9,
-        "limit_ms": statistics.median(products) * flop[2] / FLOP * 1e3,
+        "gflop_per_s": FLOP / statistics.median(seconds[PRODUCTS]) / 1e9,
+        "peak_gflop_per_s": peaks,
         "methods": rows,
     }
 
@@ -183,7 +197,10 @@ def of_sweep(spec: WorkloadName, found: dict[str, Any]) -> dict[str, str]:
 
 
 def finished(entry: dict[str, Any] | None, methods: dict[str, str], args: argparse.Namespace) -> bool:
-    """Whether the same code and versions have measured all these methods on this machine, in as many rounds."""
+    """Whether the same code and versions have measured all these methods on this machine, in as many rounds.
+
+    A method that was not ready in time is measured again if it is given more time.
+    """
     if entry is None:
         return False
 
@@ -193,7 +210,10 @@ def finished(entry: dict[str, Any] | None, methods: dict[str, str], args: argpar
     here = results.machine()
     same = known(entry["machine"]) == known(here) and str(here["commit"])[-1:] not in ("", "+")
     enough = entry["threads"] == args.threads and entry["rounds"] >= args.rounds
-    return same and enough and methods.keys() <= entry["methods"].keys() | entry["refused"].keys()
+    done = entry["methods"].keys() | entry["refused"].keys()
+    if entry.get("limit_s", args.limit) < args.limit:
+        done -= {method for method, reason in entry["refused"].items() if reason.startswith(LATE)}
+    return same and enough and methods.keys() <= done
 
 
 def parsed(text: str) -> list[WorkloadName]:
@@ -218,13 +238,15 @@ def swept(text: str, specs: Sequence[WorkloadName]) -> list[tuple[WorkloadName, 
 
 
 def show(spec: WorkloadName, found: dict[str, Any]) -> None:
-    limit, rate = found["limit_ms"], found["gflop_per_s"]
-    print(f"\n{spec.name}: {spec.title}\n{found['gflop']:.2f} GFLOP of products: {limit:.1f} ms at {rate:.0f} GFLOP/s")
-    print(f"{'':52}{'ms (min-max)':>22}{'GFLOP/s':>9}{'limit':>7}{'/auto':>7}{'MiB':>7}{'first, s':>9}{'error':>8}")
+    peaks = ", ".join(f"{rate:.0f} in {dtype}" for dtype, rate in found["peak_gflop_per_s"].items()) or "not measured"
+    print(f"\n{spec.name}: {spec.title}\n{found['gflop']:.2f} GFLOP of products")
+    print(f"peak GFLOP/s: {peaks}; torch.mm: {found['gflop_per_s']:.0f}")
+    print(f"{'':52}{'ms (min-max)':>22}{'GFLOP/s':>9}{'peak':>7}{'/auto':>7}{'MiB':>7}{'first, s':>9}{'error':>8}")
     for method, row in sorted(found["methods"].items(), key=lambda item: item[1]["median_ms"]):
         spread = f"{row['median_ms']:.1f} ({row['min_ms']:.1f}-{row['max_ms']:.1f})"
         auto = f"{row['over_auto']:.2f}" if "over_auto" in row else ""
-        print(f"{method:52}{spread:>22}{row['gflop_per_s']:>9.1f}{row['of_limit']:>7.0%}{auto:>7}", end="")
+        peak = f"{row['of_peak']:.0%}" if "of_peak" in row else "-"
+        print(f"{method:52}{spread:>22}{row['gflop_per_s']:>9.1f}{peak:>7}{auto:>7}", end="")
         print(f"{row['peak_mib']:>7.0f}{row['first_s']:>9.1f}{row['error']:>8.0e}")
     for method, row in found["methods"].items():
         if "over_this" in row:
@@ -235,7 +257,7 @@ def show(spec: WorkloadName, found: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    every = [f"{name}:{size}" for size in ("small", "medium", "large") for name in families()]
+    every = [f"{name}:{size}" for size in ("small", "medium", "large") for name in families()] + [MORE]
     parser = Parser(
         prog=prog,
         description=(__doc__ or "").splitlines()[0],
@@ -243,15 +265,19 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         "(the default), large; keys: those of the family's file in benchmarks/workloads. For example "
         "gpt:large or gpt,length=1024,tasks=1.",
     )
-    parser.add_argument("--workloads", help="separated by , or ; (default: every family in every size; see below)")
+    parser.add_argument(
+        "--workloads",
+        help="separated by , or ; (default: every family in every size, and some with changes; see below)",
+    )
     parser.add_argument("--methods", help="comma-separated words in their names, e.g. jax,metakern (default: all)")
     parser.add_argument(
         "--sweep", help="comma-separated keys: run each workload at all values that its family has for a key"
     )
     parser.add_argument("--rounds", type=positive, help=f"interleaved rounds (default: {ROUNDS}; 7 with --quick)")
-    parser.add_argument("--threads", type=positive, default=2, help="threads of each process (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, help="threads of each process (default: 2, or 1 on a single core)")
+    parser.add_argument("--cores", type=positive, help="run on so many of the machine's cores (default: all)")
     parser.add_argument(
-        "--limit", type=seconds, default=600, help="seconds that a method may take to get ready (default: %(default)s)"
+        "--limit", type=seconds, default=1800, help="seconds that a method may take to get ready (default: %(default)s)"
     )
     parser.add_argument("--against", metavar="REV", help="also time metakern as of another commit; only prints")
     parser.add_argument("--again", action="store_true", help="repeat workloads that are measured")
@@ -263,6 +289,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     )
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (7 if args.quick else ROUNDS)
+    if args.cores:
+        if args.cores > results.cores():
+            parser.error(f"--cores must be at most {results.cores()} here, got {args.cores}")
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
+    args.threads = args.threads or min(2, results.cores())
     args.out = args.out or (None if args.quick or args.methods or args.against else results.file(results.machine()))
     stored = results.load(args.out) if args.out else {}
     try:
@@ -285,13 +316,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         )
     failed = False
     try:
-        with Progress(sum(2 + len(wanted) + (1 + len(wanted)) * args.rounds for _, wanted in todo)) as progress:
+        with Progress(sum(1 + steps(wanted, args) for _, wanted in todo)) as progress:
             for spec, wanted in todo:
                 try:
                     found = measure(spec, wanted, args, progress)
                 except RuntimeError as reason:
                     failed = True
-                    progress.skip(1 + len(wanted) + (1 + len(wanted)) * args.rounds)
+                    progress.skip(steps(wanted, args))
                     print(f"\n{spec.name}: not measured: {reason}")
                     continue
                 if args.out:

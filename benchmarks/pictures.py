@@ -10,13 +10,13 @@ from typing import Any
 
 from benchmarks import peers
 from benchmarks.results import FOLDER
-from benchmarks.tables import AUTO, best, exact, is_torch, measured, ms, sweeps
+from benchmarks.tables import best, exact, is_torch, measured, ms, ours, sweeps
 from benchmarks.workloads import WorkloadName
 
 THEMES = {"light": ("#1f2328", "#8b949e", "#d0d7de"), "dark": ("#e6edf3", "#7d8590", "#3d444d")}  # ink, peers, grid
 OURS = "#2f81f7"
 COLORS = {"metakern": OURS, "plain": "#8b949e", "jax": "#d29922"}
-LINES = {"metakern auto": "-", "metakern store": "--", "metakern recompute": ":"}
+LINES = {"metakern default": "-.", "metakern auto": "-", "metakern store": "--", "metakern recompute": ":"}
 
 
 def bases() -> dict[str, dict[str, dict[Any, dict[str, Any]]]]:
@@ -79,12 +79,12 @@ def bars(theme: str) -> Any:
     axes = figure.subplots()
     places, longest = [], 1.0
     for group, found in enumerate(data.values()):
-        own = found["methods"][AUTO]
-        rows = [("metakern", own, 1.0)]
+        method, over = ours(found)
+        rows = [("metakern", found["methods"][method], 1.0)]
         for of in (lambda peer: peer == "jax", is_torch):
             if peer_rows := exact(found, of):
-                method, row = best(peer_rows)
-                rows.append((method.partition(",")[0], row, row["over_auto"]))
+                method, row = best(peer_rows, over)
+                rows.append((method.partition(",")[0], row, row[over]))
         for i, (method, row, ratio) in enumerate(rows):
             place, color = 4 * group + i, OURS if i == 0 else COLORS.get(row["peer"], THEMES[theme][1])
             axes.barh(place, ratio, height=0.9, color=color)

@@ -30,6 +30,11 @@ TOLD = (
 CODE = ("metakern", "csrc", "benchmarks", *(f":!benchmarks/{name}" for name in TOLD))
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def machine() -> dict[str, str | int]:
     """Return this machine, versions, date, and the last commit that changed code, with a + if code is uncommitted."""
     import torch
@@ -40,7 +45,7 @@ def machine() -> dict[str, str | int]:
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {
         "cpu": cpu,
-        "cores": os.cpu_count() or 1,
+        "cores": cores(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "metakern": mk.__version__,

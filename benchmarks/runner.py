@@ -14,6 +14,7 @@ from benchmarks import against, peers
 from benchmarks.results import ROOT
 
 TOLERANCE = 1e-4
+LATE = "not ready after"  # begins the reason of a method that took too long to get ready
 
 
 class RefusedError(Exception):
@@ -60,7 +61,7 @@ class Runner:
             start_new_session=True,
         )
         try:
-            self.ready: dict[str, float] = self._answer("not ready")
+            self.ready: dict[str, float] = self._answer(LATE)
             if self.ready["error"] is not None and not self.ready["error"] <= TOLERANCE:
                 raise RefusedError(f"wrong by {self.ready['error']:.0e}")
         except BaseException:
@@ -84,7 +85,7 @@ class Runner:
         finally:
             timer.cancel()
         if over.is_set():
-            raise RefusedError(f"{late} after {self._limit:.0f} s")
+            raise RefusedError(f"{late} {self._limit:.0f} s")
         if self._process.returncode == -9:
             raise RefusedError("out of memory")
         self._errors.seek(0)
@@ -99,7 +100,7 @@ class Runner:
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # `_answer` reads its errors
-        return self._answer("no result")
+        return self._answer("no result after")
 
     def close(self) -> None:
         self._process.kill()

@@ -10,11 +10,13 @@ from benchmarks.results import FOLDER
 from benchmarks.workloads import SIZES, WorkloadName, families, family
 
 MACHINE = "amd-epyc-2c"  # the machine whose results README.md and RESULTS.md show
-AUTO = "metakern auto"
+ONE_CORE = "amd-epyc-1c"  # the same machine with `--cores 1`
+DEFAULT, AUTO = "metakern default", "metakern auto"
 Rows = dict[str, dict[str, Any]]
-CELLS = {  # heading of a column -> key of a row and format; the cell is blank if the row lacks the key
+CELLS = {  # heading of a column -> key of a row and format
     "GFLOP/s": ("gflop_per_s", "{:.0f}"),
-    "of the limit": ("of_limit", "{:.0%}"),
+    "of peak": ("of_peak", "{:.0%}"),
+    "time / metakern default": ("over_default", "{:.2f} x"),
     "time / metakern auto": ("over_auto", "{:.2f} x"),
     "peak, MiB": ("peak_mib", "{:.0f}"),
     "kept, MiB": ("kept_mib", "{:.0f}"),
@@ -22,13 +24,13 @@ CELLS = {  # heading of a column -> key of a row and format; the cell is blank i
 }
 
 
-def load(part: str) -> dict[str, Any]:
-    return results.load(FOLDER / f"{MACHINE}.json").get(part, {})
+def load(part: str, machine: str = MACHINE) -> dict[str, Any]:
+    return results.load(FOLDER / f"{machine}.json").get(part, {})
 
 
-def measured() -> dict[str, Any]:
+def measured(machine: str = MACHINE) -> dict[str, Any]:
     """The results of the meta-gradient by workload, in the order of families and sizes."""
-    data = load("maml")
+    data = load("maml", machine)
     return {name: data[name] for name in sorted(data, key=_place)}
 
 
@@ -37,7 +39,11 @@ def _place(name: str) -> tuple[int, int, str]:
     return families().index(spec.family), SIZES.index(spec.size), name
 
 
-def exact(found: dict[str, Any], of: Callable[[str], bool] = lambda peer: peer != "metakern") -> Rows:
+def is_peer(peer: str) -> bool:
+    return peer != "metakern"
+
+
+def exact(found: dict[str, Any], of: Callable[[str], bool] = is_peer) -> Rows:
     """The exact second-order methods whose peer satisfies `of`, fastest first."""
     rows = {method: row for method, row in found["methods"].items() if of(row["peer"]) and peers.order(method) == 2}
     return dict(sorted(rows.items(), key=lambda item: item[1]["median_ms"]))
@@ -47,9 +53,22 @@ def is_torch(peer: str) -> bool:
     return peer not in ("metakern", "jax")
 
 
-def best(rows: Rows) -> tuple[str, dict[str, Any]]:
+def best(rows: Rows, ratio: str = "over_auto") -> tuple[str, dict[str, Any]]:
     """The fastest method and its row: by its ratio to metakern within a round if there is one, else by its median."""
-    return min(rows.items(), key=lambda item: item[1].get("over_auto", item[1]["median_ms"]))
+    return min(rows.items(), key=lambda item: item[1].get(ratio, item[1]["median_ms"]))
+
+
+def ours(found: dict[str, Any]) -> tuple[str, str]:
+    """The method of metakern that stands for it, and the key of the ratios to it.
+
+    It is the call without options, or `metakern auto` in results that lack that call.
+    """
+    return (DEFAULT, "over_default") if DEFAULT in found["methods"] else (AUTO, "over_auto")
+
+
+def cell(row: dict[str, Any] | None, key: str, form: str = "{:.2f} x") -> str:
+    """The value of a row as a text, or - if there is none."""
+    return form.format(row[key]) if row and key in row else "-"
 
 
 def ms(value: float) -> str:
@@ -58,7 +77,8 @@ def ms(value: float) -> str:
 
 def described(data: dict[str, Any]) -> str:
     where = data["machine"]
-    return f"{where['cpu']}, {where['cores']} cores, torch {where['torch']}, commit {where['commit']}, {where['date']}."
+    cores = f"{where['cores']} core{'s' * (where['cores'] != 1)}"
+    return f"{where['cpu']}, {cores}, torch {where['torch']}, commit {where['commit']}, {where['date']}."
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -67,29 +87,38 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]])
 
 
-def summary_table(sizes: Sequence[str] = SIZES) -> str:
-    """A row for each workload: `metakern auto` beside the fastest peer and the fastest PyTorch peer."""
+def summary_table(sizes: Sequence[str] = SIZES, machine: str = MACHINE) -> str:
+    """A row for each workload: metakern beside the fastest peer and the fastest PyTorch peer.
+
+    Of metakern a cell has two numbers: of the call without options, and of `metakern auto`, which is captured.
+    """
     rows, where = [], {}
-    for name, found in measured().items():
+    for name, found in measured(machine).items():
         spec = WorkloadName.parse(name)
         if spec.size not in sizes or (spec.changes and sizes is not SIZES):
             continue
-        own, (method, peer), (_, torch) = found["methods"][AUTO], best(exact(found)), best(exact(found, is_torch))
+        auto, default = found["methods"][AUTO], found["methods"].get(DEFAULT)
+        (method, peer), (_, torch) = (best(exact(found, of), ours(found)[1]) for of in (is_peer, is_torch))
+
+        def pair(key: str, form: str, auto: dict[str, Any] = auto, default: dict[str, Any] | None = default) -> str:
+            return f"{cell(default, key, form)} / {cell(auto, key, form)}"
+
         rows.append(
             [
                 name,
-                ms(own["median_ms"]),
+                f"{ms(default['median_ms']) if default else '-'} / {ms(auto['median_ms'])}",
                 f"{ms(peer['median_ms'])} ({method})",
-                *(f"{row['over_auto']:.2f} x" if "over_auto" in row else "" for row in (peer, torch)),
-                f"{own['peak_mib']:.0f} / {peer['peak_mib']:.0f}",
-                f"{own['of_limit']:.0%}" if "of_limit" in own else "",
-                f"{own['first_s']:.1f} / {peer['first_s']:.1f}",
+                *(f"{cell(row, 'over_default')} / {cell(row, 'over_auto')}" for row in (peer, torch)),
+                f"{pair('peak_mib', '{:.0f}')}; {peer['peak_mib']:.0f}",
+                pair("of_peak", "{:.0%}"),
+                f"{pair('first_s', '{:.1f}')}; {peer['first_s']:.1f}",
             ]
         )
         where.setdefault(described(found), []).append(name)
-    head = "workload", "ours, ms", "fastest peer, ms", "peer / ours", "fastest PyTorch peer / ours", "MiB: ours / peer"
+    head = ["workload", "ours, ms: default / captured", "fastest peer, ms", "peer / ours", "PyTorch peer / ours"]
+    head += ["MiB: ours; peer", "of peak", "first call, s: ours; peer"]
     notes = (f"{', '.join(names)}: {text}  " for text, names in where.items())
-    return "\n".join([table([*head, "of the limit", "first call, s: ours / peer"], rows), "", *notes])
+    return "\n".join([table(head, rows), "", *notes])
 
 
 def methods_table(found: dict[str, Any]) -> str:
@@ -97,7 +126,7 @@ def methods_table(found: dict[str, Any]) -> str:
 
     def cells(method: str, row: dict[str, Any]) -> list[str]:
         spread = f"{ms(row['median_ms'])} ({ms(row['min_ms'])}-{ms(row['max_ms'])})"
-        return [method, spread, *(form.format(row[key]) if key in row else "" for key, form in CELLS.values())]
+        return [method, spread, *(cell(row, key, form) for key, form in CELLS.values())]
 
     first = {method: row for method, row in found["methods"].items() if peers.order(method) == 1}
     rows = exact(found, lambda peer: True) | first
@@ -125,12 +154,12 @@ def sweeps() -> dict[tuple[str, str], dict[Any, dict[str, Any]]]:
 def sweep_table(key: str, points: dict[Any, dict[str, Any]]) -> str:
     """Time and peak memory of each method for each value of `key`, then the machines and commits of the points."""
 
-    def cell(point: dict[str, Any], method: str) -> str:
+    def at(point: dict[str, Any], method: str) -> str:
         row = point["methods"].get(method)
         return f"{ms(row['median_ms'])}, {row['peak_mib']:.0f}" if row else point["refused"].get(method, "")
 
     methods = dict.fromkeys(m for point in points.values() for m in (*point["methods"], *point["refused"]))
-    rows = ([method, *(cell(point, method) for point in points.values())] for method in methods)
+    rows = ([method, *(at(point, method) for point in points.values())] for method in methods)
     lines = [table([f"ms, MiB at {key} =", *map(str, points)], rows), ""]
     return "\n".join([*lines, *(f"{line}  " for line in dict.fromkeys(map(described, points.values())))])
 

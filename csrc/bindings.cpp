@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -16,14 +17,6 @@ namespace py = pybind11;
 
 namespace metakern {
 namespace {
-
-bool is_intel() {
-#if defined(__x86_64__)
-    return __builtin_cpu_is("intel");
-#else
-    return false;
-#endif
-}
 
 std::vector<std::string> isa_names() {
     std::vector<std::string> names;
@@ -78,15 +71,29 @@ void product(bool is_double, const std::array<std::uintptr_t, 4>& addresses, con
     isa_in_use().product.run[is_double](p, threads);
 }
 
+// The rate of multiply-adds in FLOP/s, measured over at least `flop` of them.
+double peak(const std::string& dtype, double flop, int threads) {
+    const std::array<const char*, 3> dtypes{"float32", "float64", "bfloat16"};
+    const auto found = std::find(dtypes.begin(), dtypes.end(), dtype);
+    const auto run = found == dtypes.end() ? nullptr : isa_in_use().peak.run[found - dtypes.begin()];
+    if (!run) throw std::invalid_argument("peak: dtype must have multiply-adds on this processor, got " + dtype);
+    if (!(flop > 0 && flop < 1e18)) throw std::invalid_argument("peak: flop must be between 0 and 1e18, got " + std::to_string(flop));
+    py::gil_scoped_release released;
+    const auto start = std::chrono::steady_clock::now();
+    const double done = run(flop, threads);
+    return done / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 }  // namespace
 }  // namespace metakern
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
     module.doc() = "metakern's kernels for CPUs";
     module.def("isa", [] { return metakern::isa_in_use().name; }, "The instruction set in use.");
-    module.def("is_intel", &metakern::is_intel, "Whether the CPU is Intel's.");
     module.def("isas", &metakern::isa_names, "The instruction sets of this machine, best first.");
     module.def("set_isa", &metakern::set_isa, py::arg("name"), "Use the kernels of another instruction set.");
+    module.def("peak", &metakern::peak, py::arg("dtype"), py::arg("flop"), py::arg("threads"),
+               "The rate, in FLOP/s, of multiply-adds in registers, on all threads at once.");
     module.def("signatures", &metakern::signatures, "(name, inputs, outputs) of every kernel; its place is its number. An argument is (name, dims, indices, optional, given_with, memory), as csrc/signature.h says.");
     module.def("call", &metakern::call, py::arg("index"), py::arg("is_double"), py::arg("tensors"), py::arg("sizes"),
                py::arg("scalars"), py::arg("threads"), "Run a kernel. metakern.native.call checks what it is given.");

@@ -15,7 +15,8 @@ namespace metakern {
     namespace isa {                                                       \
     METAKERN_FILES(METAKERN_DECLARE)                                      \
     extern const ProductKernels product_kernels;                          \
-    extern const InstructionKernels instruction_kernels;                                \
+    extern const InstructionKernels instruction_kernels;                  \
+    extern const PeakKernels peak_kernels;                                \
     const Kernel* const files[] = {METAKERN_FILES(METAKERN_ENTER)};       \
     }
 
@@ -30,8 +31,9 @@ METAKERN_TABLE(baseline)
 namespace {
 
 template <std::size_t n>
-Isa isa_of(const char* name, const Kernel* const (&files)[n], ProductKernels product, InstructionKernels instructions) {
-    Isa isa{name, {}, product, instructions};
+Isa isa_of(const char* name, const Kernel* const (&files)[n], ProductKernels product, InstructionKernels instructions,
+           PeakKernels peak) {
+    Isa isa{name, {}, product, instructions, peak};
     for (const Kernel* file : files)
         for (; file->name; ++file) isa.kernels.emplace_back(*file);
     return isa;
@@ -42,13 +44,16 @@ std::atomic<std::size_t> chosen{0};
 }  // namespace
 
 const std::vector<Isa>& isas() {
-#define METAKERN_FIND(isa) found->push_back(isa_of(#isa, isa::files, isa::product_kernels, isa::instruction_kernels));
+#define METAKERN_FIND(isa) \
+    found->push_back(isa_of(#isa, isa::files, isa::product_kernels, isa::instruction_kernels, isa::peak_kernels));
     static const auto* const list = [] {
         auto* found = new std::vector<Isa>;
 #ifdef METAKERN_HAS_avx512
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
             METAKERN_FIND(avx512)
+        if (!__builtin_cpu_supports("avx512bf16"))
+            for (Isa& isa : *found) isa.peak.run[2] = nullptr;
 #endif
 #ifdef METAKERN_HAS_avx2
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) METAKERN_FIND(avx2)

@@ -6,6 +6,7 @@
 
 #include "kernel.h"
 #include "instructions.h"
+#include "peak.h"
 #include "product.h"
 #include "signature.h"
 
@@ -25,6 +26,7 @@ struct Isa {
     std::vector<Entry> kernels;
     ProductKernels product;
     InstructionKernels instructions;
+    PeakKernels peak;
 };
 
 // The instruction sets that this machine has, best first.

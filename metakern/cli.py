@@ -25,6 +25,7 @@ import numpy
 import torch
 
 import metakern
+from metakern import native
 from metakern.dialogue.config import Config, describe
 from metakern.errors import UserError
 from metakern.tested import remark
@@ -320,6 +321,9 @@ def _environment() -> None:
         if words := remark(package, found):
             print(f"{package} {found} is {words}")
     print(f"CPU: {torch.get_num_threads()} threads")
+    if native.obstacle() is None:
+        products = native.products()
+        print(f"matrix products: {'our kernel' if products.is_native else 'torch.bmm'} ({products.why})")
     for i in range(torch.cuda.device_count()):
         print(f"GPU {i}: {torch.cuda.get_device_name(i)}")
     _table("backends", metakern.backends())

@@ -1,4 +1,4 @@
-"""Write files atomically: whole or not at all."""
+"""Write files atomically: whole or not at all. And the folder of files that can be made again."""
 
 from __future__ import annotations
 
@@ -33,3 +33,8 @@ def write(path: Path, data: bytes) -> None:
             with suppress(OSError):
                 temporary.unlink()
         raise CheckpointError(f"{path}: cannot write: {error.strerror}; nothing that was there is lost") from None
+
+
+def cache_folder() -> Path:
+    """Return `$XDG_CACHE_HOME/metakern`, by default `~/.cache/metakern`; everything in it can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakern"

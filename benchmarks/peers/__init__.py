@@ -9,6 +9,10 @@ A peer's file defines
                     meta-gradient, {name of a parameter: array}. It is exact, unless the method's name ends with
                     "first order"
 
+It may also define
+
+    calls_until_steady    {name: calls} for methods that need more than one call to reach their final speed
+
 It imports its library only inside functions, so that these three can be read without the library.
 """
 
@@ -45,6 +49,11 @@ def cache() -> Path:
 def order(method: str) -> int:
     """Return 2 for a method whose meta-gradient is exact, 1 for a first-order method."""
     return 1 if method.endswith("first order") else 2
+
+
+def precision(method: str) -> str:
+    """Return the dtype of a method's matrix products: bfloat16 if its name says so, else float32."""
+    return "bfloat16" if "bfloat16" in method else "float32"
 
 
 def load(peer: str) -> ModuleType:

@@ -1,4 +1,7 @@
-"""metakern with each strategy, captured; `auto` also not captured; and the first-order meta-gradient."""
+"""metakern as a call without options gives it; with each strategy, captured; not captured; and first order.
+
+With `capture=True` the first call records the program. By default the third call does, and the fourth checks it.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,6 @@ def adapted(work: Workload) -> Workload:
 
 
 def method(**options: Any) -> Callable[[Workload], Callable[[], Gradient]]:
-    options = {"capture": True} | options
-
     def prepare(work: Workload) -> Callable[[], Gradient]:
         import metakern as mk
 
@@ -54,6 +55,10 @@ def method(**options: Any) -> Callable[[Workload], Callable[[], Gradient]]:
     return prepare
 
 
-methods = {f"metakern {name}": method(strategy=name) for name in ("store", "recompute", "auto")}
-methods["metakern auto, not captured"] = method(capture=False)
-methods["metakern, first order"] = method(first_order=True)
+methods = {
+    "metakern default": method(),
+    **{f"metakern {name}": method(strategy=name, capture=True) for name in ("store", "recompute", "auto")},
+    "metakern auto, not captured": method(capture=False),
+    "metakern, first order": method(first_order=True, capture=True),
+}
+calls_until_steady = {"metakern default": 4}

@@ -1,4 +1,7 @@
-"""torch.compile of the loss under autograd (it refuses second order), and of the whole meta-gradient of torch.func."""
+"""PyTorch's compiler: of the loss under autograd (it refuses second order), and of torch.func's whole meta-gradient.
+
+The whole is traced either by torch.compile from its Python code, or by make_fx from the operations that it runs.
+"""
 
 from __future__ import annotations
 
@@ -34,4 +37,19 @@ def whole(work: Workload) -> Callable[[], Gradient]:
     return step
 
 
-methods = {"torch.compile of the loss": loss, "torch.compile of torch.func": whole}
+def traced(work: Workload) -> Callable[[], Gradient]:
+    from torch._inductor import compile as inductor
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    theta = {name: p.detach() for name, p in work.theta.items()}
+    with sdpa_kernel(SDPBackend.MATH):
+        graph = make_fx(reverse(work, differentiable(work.model)))(theta, work.support, work.query)
+    compiled = inductor(graph, [theta, work.support, work.query])
+    return lambda: compiled(theta, work.support, work.query)
+
+
+methods = {
+    "torch.compile of the loss": loss,
+    "torch.compile of torch.func": whole,
+    "make_fx of torch.func, Inductor": traced,
+}

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from metakern import io
-from metakern.dialogue.config import cache_folder
 from metakern.dialogue.episodes import collate
 from metakern.dialogue.generate import check_sampling, generate
 from metakern.dialogue.readers import Dialogue, Turn, read
@@ -267,5 +266,5 @@ def _terminal() -> Callable[[str], str]:
         import readline  # noqa: F401  (gives input() a history and editing keys)
 
         return input
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    return PromptSession(history=FileHistory(str(cache_folder() / "history"))).prompt
+    io.cache_folder().mkdir(parents=True, exist_ok=True)
+    return PromptSession(history=FileHistory(str(io.cache_folder() / "history"))).prompt

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -22,7 +21,7 @@ from typing import Any
 from metakern.dialogue.registry import ALGORITHMS, OPTIMIZERS
 from metakern.errors import UserError
 
-__all__ = ["Config", "cache_folder"]
+__all__ = ["Config"]
 
 
 def _option(
@@ -230,11 +229,6 @@ class Config:
 def describe(metadata: Mapping[str, Any]) -> str:
     """Return the help text of a field's metadata, followed by its choices."""
     return metadata["help"] + (f": {', '.join(metadata['choices'])}" if metadata["choices"] else "")
-
-
-def cache_folder() -> Path:
-    """Return `$XDG_CACHE_HOME/metakern`, by default `~/.cache/metakern`; everything in it can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakern"
 
 
 def _check(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None:

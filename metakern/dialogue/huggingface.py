@@ -28,9 +28,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from metakern.dialogue.config import cache_folder
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import DataError
+from metakern.io import cache_folder
 
 __all__ = ["ChatTokenizer", "fingerprint", "load_model"]
 

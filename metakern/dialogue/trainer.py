@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from metakern import io
 from metakern.dialogue import checkpoint
-from metakern.dialogue.config import Config, cache_folder
+from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.registry import FineTune, build_algorithm, tokenizer_class
 from metakern.dialogue.run import Run
@@ -109,7 +109,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, start: str |
         tokenizer = ChatTokenizer.of(config.pretrained, config.system)
     else:
         dialogues = [dialogue for task in split.train for dialogue in task.dialogues]
-        tokenizer = Tokenizer.train(dialogues, config.vocab_size, cache_folder())
+        tokenizer = Tokenizer.train(dialogues, config.vocab_size, io.cache_folder())
     if not resume:
         tokenizer.save(out / "tokenizer.json")
     io.write(out / "config.toml", config.toml().encode())

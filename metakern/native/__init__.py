@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from metakern.native import memory
+from metakern.native import choice, memory
 from metakern.native.record import recordable
 
 
@@ -267,11 +267,25 @@ def _layout(kernel: str, inputs: tuple[tuple[torch.Size, torch.dtype, torch.devi
 
 
 def has_fast_products() -> bool:
-    """Whether `product` is faster than torch.bmm on this CPU: it has AVX-512 and is not Intel's.
+    """Whether `product` is used in place of torch.bmm on this CPU."""
+    return C is not None and products().is_native
 
-    The library behind torch.bmm uses AVX-512 on Intel's CPUs only.
+
+def products() -> choice.Choice:
+    """Returns which batched matrix product is used on this CPU, and why.
+
+    Raises:
+        RuntimeError: The C++ kernels are missing.
+        ValueError: METAKERN_PRODUCTS, which is read at the first product, is neither "native" nor "torch".
     """
-    return C is not None and C.isa() == "avx512" and not C.is_intel()
+    if C is None:
+        raise RuntimeError(obstacle())
+    return _products(C.isa())
+
+
+@cache
+def _products(isa: str) -> choice.Choice:
+    return choice.choose(product, isa)
 
 
 @recordable()

@@ -23,6 +23,7 @@ from benchmarks.gpu.pool import MEMORY, Job, Pool, run
 from benchmarks.gpu.problems import LARGE, Random, cast, enlarged, samples
 from benchmarks.gpu.targets import STREAMED, failures, targets
 from benchmarks.maml import chosen, of_sweep, parsed, summary, swept
+from benchmarks.peers import products
 from benchmarks.peers.plain import first_order, plain
 from benchmarks.problem import Problem
 from benchmarks.results import ROOT
@@ -255,6 +256,9 @@ def test_a_peer_that_cannot_be_installed_is_refused(tmp_path, monkeypatch):
 def test_ratios_of_methods_are_taken_within_a_round():
     seconds = {"products": [1e-3, 2e-3, 4e-3], "plain PyTorch": [2.0, 6.0, 9.0], "metakern auto": [1.0, 2.0, 1.0]}
     seconds["metakern, first order"] = [0.5, 1.0, 0.25]
+    seconds["metakern default"] = [2.0, 2.0, 2.0]
+    seconds["metakern, bfloat16"] = [1.0, 1.0, 1.0]
+    seconds |= {"peak, float32": [2.0, 0.5, 1.0], "peak, bfloat16": [0.25, 0.5, 0.25]}
     methods = dict.fromkeys(seconds, "peer") | {"learn2learn": "learn2learn"}
 
     class Work:
@@ -262,17 +266,37 @@ def test_ratios_of_methods_are_taken_within_a_round():
             return {1: 1, 2: 2}[order] * 2 * 1024**3
 
     found = summary(seconds, {method: {} for method in methods}, methods, Work())
-    assert found["limit_ms"] == 4
+    assert found["gflop_per_s"] == pytest.approx(2 * 1024**3 / 2e-3 / 1e9)
+    assert found["peak_gflop_per_s"] == pytest.approx({"float32": 4 * 1024**3 / 1e9, "bfloat16": 8 * 1024**3 / 1e9})
     row = found["methods"]["plain PyTorch"]
-    assert (row["median_ms"], row["over_auto"], row["speedup"]) == (6e3, 3, 1)
-    assert row["of_limit"] == pytest.approx(8e-3 / 9)
+    assert (row["median_ms"], row["over_auto"], row["over_default"], row["speedup"]) == (6e3, 3, 3, 1)
+    assert row["of_peak"] == pytest.approx(1 / 6)  # of the best round
     assert row["gflop_per_s"] == pytest.approx(4 * 1024**3 / 6e9)
+    assert found["methods"]["metakern, bfloat16"]["of_peak"] == pytest.approx(1 / 2)
     assert found["methods"]["metakern auto"]["speedup"] == 3
     assert found["methods"]["metakern auto"]["over_first_order"] == 2
     first = found["methods"]["metakern, first order"]
     assert first["gflop_per_s"] == pytest.approx(2 * 1024**3 / 0.5e9)
     assert "over_first_order" not in first
     assert "learn2learn" not in found["methods"]
+    without = {method: times for method, times in seconds.items() if "peak" not in method}
+    found = summary(without, {method: {} for method in methods}, methods, Work())
+    assert found["peak_gflop_per_s"] == {}
+    assert "of_peak" not in found["methods"]["plain PyTorch"]
+
+
+@pytest.mark.slow
+def test_the_rates_of_the_machine_are_those_of_as_many_operations(tmp_path):
+    file, rates = tmp_path / "problem.npz", {}
+    make("mlp:tiny").problem("mlp:tiny").save(file)
+    for method in (products.PRODUCTS, products.PEAKS["float32"]):
+        runner = Runner("products", method, file, file, threads=1, limit=100)
+        try:
+            rates[method] = products.FLOP / min(runner.sample() for _ in range(3))
+        finally:
+            runner.close()
+    assert rates["products"] > 1e9
+    assert 1e9 < rates["peak, float32"] < 1e12
 
 
 def test_methods_are_chosen_by_words_of_their_names():
@@ -330,7 +354,8 @@ def test_the_commit_is_the_last_that_changed_code(tmp_path, monkeypatch):
 
 def test_a_run_measures_what_earlier_runs_did_not(tmp_path, monkeypatch, capsys):
     out, measured, where = tmp_path / "maml.json", [], {"cpu": "none", "commit": "abc", "date": "today"}
-    row = {"peer": "plain", "error": 0, "first_s": 1, "peak_mib": 1, "gflop_per_s": 1, "of_limit": 1}
+    refused = {"reason": "wrong by 1e-02"}
+    row = {"peer": "plain", "error": 0, "first_s": 1, "peak_mib": 1, "gflop_per_s": 1, "of_peak": 1}
     row |= {"median_ms": 1, "min_ms": 1, "max_ms": 1}
 
     def measure(spec, methods, args, progress):
@@ -341,8 +366,8 @@ def test_a_run_measures_what_earlier_runs_did_not(tmp_path, monkeypatch, capsys)
         measured.append(spec.name)
         found = {"machine": dict(where), "threads": args.threads, "rounds": args.rounds, "methods": {}, "refused": {}}
         found["methods"] = dict.fromkeys(list(methods)[1:], row)
-        found["refused"] = dict.fromkeys(list(methods)[:1], "wrong by 1e-02")
-        return found | {"gflop": 1, "limit_ms": 1, "gflop_per_s": 1}
+        found["refused"] = dict.fromkeys(list(methods)[:1], refused["reason"])
+        return found | {"gflop": 1, "gflop_per_s": 1, "peak_gflop_per_s": {}, "limit_s": args.limit}
 
     def command(*options):
         measured.clear()
@@ -360,7 +385,13 @@ def test_a_run_measures_what_earlier_runs_did_not(tmp_path, monkeypatch, capsys)
     assert "gru:tiny: not measured: no memory" in capsys.readouterr().out
     assert command("--workloads", "mlp:tiny", "--methods", "plain") == (0, [])
     assert command("--workloads", "mlp:tiny", "--rounds", "20") == (0, ["mlp:tiny"])
-    assert command("--workloads", "mlp:tiny", "--threads", "1") == (0, ["mlp:tiny"])
+    one = "--workloads", "mlp:tiny", "--threads", "1"
+    assert command(*one) == (0, ["mlp:tiny"])
+    assert command(*one, "--limit", "3600") == (0, [])
+    refused["reason"] = "not ready after 1800 s"
+    assert command(*one, "--again") == (0, ["mlp:tiny"])
+    assert command(*one) == (0, [])
+    assert command(*one, "--limit", "3600") == (0, ["mlp:tiny"])
     assert command("--workloads", "mlp:tiny", "--sweep", "tasks")[1][1:] == [f"mlp:tiny,tasks={t}" for t in (4, 16, 64)]
     where |= {"date": "tomorrow"}
     assert command("--workloads", "rnn:tiny") == (0, [])
@@ -369,6 +400,44 @@ def test_a_run_measures_what_earlier_runs_did_not(tmp_path, monkeypatch, capsys)
     assert command("--workloads", "rnn:tiny") == (0, ["rnn:tiny"])  # uncommitted changes: the results may be stale
     assert json.loads(out.read_text()).keys() == {"maml", "sweep"}
     assert command("--workloads", "cnn") == (2, [])
+
+
+def test_a_run_on_one_core_is_kept_as_that_of_another_machine(tmp_path, monkeypatch):
+    cores, kept = os.sched_getaffinity(0), []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "none")
+    monkeypatch.setattr(maml, "measure", lambda spec, methods, args, progress: maml.conditions(args))
+    monkeypatch.setattr(maml, "show", lambda spec, found: None)
+    monkeypatch.setattr(results, "keep", lambda *arguments: kept.append(arguments))
+    try:
+        with pytest.raises(SystemExit) as end:
+            maml.main(["--workloads", "mlp:tiny", "--cores", "1"])
+        assert len(os.sched_getaffinity(0)) == 1
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert end.value.code == 0
+    ((path, part, entry, name),) = kept
+    assert str(path).endswith("-1c.json")
+    assert (part, name, entry["threads"], entry["machine"]["cores"]) == ("maml", "mlp:tiny", 1, 1)
+
+
+def test_the_calls_that_are_counted_for_the_default_are_those_before_its_final_speed():
+    module, work = peers.load("metakern"), of(problem("mlp"))
+    step = module.methods["metakern default"](work)
+
+    def runs_the_loss():
+        """Run a step, and return whether Python ran the loss: a program that is checked answers without it."""
+        seen = []
+        # A profiler, as the program depends on all that the loss can see.
+        sys.setprofile(lambda frame, event, arg: seen.append(frame.f_code is work.loss.__code__))
+        try:
+            step()
+        finally:
+            sys.setprofile(None)
+        return any(seen)
+
+    calls = module.calls_until_steady["metakern default"]
+    assert [runs_the_loss() for _ in range(calls + 2)] == [True] * calls + [False] * 2
 
 
 @pytest.mark.slow

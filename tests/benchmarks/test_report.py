@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import pictures, report, results, tables, targets
 from benchmarks.tables import summary_table, sweep_table, sweeps
-from benchmarks.targets import against, growth, is_fastest, is_leanest, judged, mean_against
+from benchmarks.targets import against, growth, is_fastest, is_leanest, judged, mean_over_default, of_peak
 
 WHERE = {"cpu": "none", "cores": 2, "torch": "2", "commit": "abc", "date": "today"}
 
@@ -24,17 +24,21 @@ def stored(tmp_path, monkeypatch):
     """A folder of made-up results that the report reads."""
     for module in (tables, pictures):
         monkeypatch.setattr(module, "FOLDER", tmp_path)
-    ours = {"metakern_auto": row("metakern", 10, 50, over_auto=1, over_first_order=2.5, of_limit=0.8)}
+    ours = {"metakern_auto": row("metakern", 10, 50, over_auto=1, over_default=0.8, over_first_order=2.5, of_peak=0.8)}
+    ours["metakern_default"] = row("metakern", 12.5, 55, over_auto=1.25, over_default=1, of_peak=0.6)
     ours["metakern_recompute"] = row("metakern", 15, 20, over_auto=1.5)
     ours["metakern__first_order"] = row("metakern", 4, 16, over_auto=0.4)
     # By the ratio within a round, JAX's task loop is faster than its vmap, although its median is larger.
-    jax = {"JAX__vmap": row("jax", 19, 40, over_auto=2.1), "JAX__task_loop": row("jax", 20, 30, over_auto=2)}
-    plain = row("plain", 80, 10, over_auto=8)
+    jax = {"JAX__vmap": row("jax", 19, 40, over_auto=2.1, over_default=1.68)}
+    jax["JAX__task_loop"] = row("jax", 20, 30, over_auto=2, over_default=1.6)
+    plain = row("plain", 80, 10, over_auto=8, over_default=6.4)
     first = {"plain_PyTorch__first_order": row("plain", 2, 5, over_auto=0.2)}
     path = tmp_path / f"{tables.MACHINE}.json"
     results.keep(path, "maml", entry(**ours, **jax, **first, plain_PyTorch=plain), "lstm:small")
     mlp = entry(metakern_auto=row("metakern", 10, 5, over_auto=1), TorchOpt=row("torchopt", 5, 9, over_auto=0.5))
-    results.keep(path, "maml", mlp, "mlp:medium")
+    results.keep(path, "maml", mlp, "mlp:medium")  # as measured before there were the default call and the peak
+    one_core = tmp_path / f"{tables.ONE_CORE}.json"
+    results.keep(one_core, "maml", entry(**ours, **jax, plain_PyTorch=plain), "gpt:large")
     for tasks in (16, 4):
         results.keep(path, "sweep", entry(**ours), f"lstm:small,tasks={tasks}")
     for K, mib in ((16, 30), (1, 20)):
@@ -44,9 +48,43 @@ def stored(tmp_path, monkeypatch):
 
 
 def test_the_summary_compares_with_the_fastest_peer(stored):
-    _, _, mlp, lstm, *_ = summary_table().splitlines()  # in the order of the families
-    assert lstm == "| lstm:small | 10.0 | 20.0 (JAX, task loop) | 2.00 x | 8.00 x | 50 / 30 | 80% | 1.5 / 1.5 |"
-    assert mlp == "| mlp:medium | 10.0 | 5.0 (TorchOpt) | 0.50 x | 0.50 x | 5 / 9 |  | 1.5 / 1.5 |"
+    head, _, mlp, lstm, *_ = summary_table().splitlines()  # in the order of the families
+    assert head.split(" | ")[1] == "ours, ms: default / captured"
+    assert lstm == (
+        "| lstm:small | 12.5 / 10.0 | 20.0 (JAX, task loop) | 1.60 x / 2.00 x | 6.40 x / 8.00 x | 55 / 50; 30 "
+        "| 60% / 80% | 1.5 / 1.5; 1.5 |"
+    )
+    assert mlp == (
+        "| mlp:medium | - / 10.0 | 5.0 (TorchOpt) | - / 0.50 x | - / 0.50 x | - / 5; 9 | - / - | - / 1.5; 1.5 |"
+    )
+
+
+def test_results_of_one_core_have_a_table_of_their_own(stored):
+    assert "| gpt:large |" in summary_table(machine=tables.ONE_CORE)
+    assert "| gpt:large |" not in summary_table()
+    assert "1 core, torch" in tables.described({"machine": WHERE | {"cores": 1}})
+
+
+def test_a_workload_is_headed_by_the_rates_of_the_machine():
+    found = {"gflop": 1.5, "gflop_per_s": 200.4}
+    assert report.rates({}) == ""
+    assert report.rates(found) == " Its products: 1.50 GFLOP. Peak: not measured; torch.mm: 200 GFLOP/s."
+    found["peak_gflop_per_s"] = {"float32": 500.2, "bfloat16": 1000}
+    assert "Peak: 500 GFLOP/s in float32, 1000 GFLOP/s in bfloat16; torch.mm" in report.rates(found)
+
+
+def test_values_that_were_not_measured_are_dashes(stored):
+    found = tables.measured()["mlp:medium"]
+    auto = next(line for line in tables.methods_table(found).splitlines() if line.startswith("| metakern auto"))
+    assert auto == "| metakern auto | 10.0 (10.0-10.0) | - | - | - | 1.00 x | 5 | - | 1.5 |"
+
+
+def test_the_share_of_the_peak_is_the_least_over_three_families(stored):
+    path = stored / f"{tables.MACHINE}.json"
+    for name, share in (("gpt:large", 0.75), ("lstm:large", 0.9), ("mlp:large", 0.1)):
+        results.keep(path, "maml", entry(metakern_default=row("metakern", 10, 5, of_peak=share)), name)
+    assert of_peak("large") == (0.75, "75% at gpt:large")
+    assert of_peak("medium") is None
 
 
 def test_targets_are_judged_by_the_results(stored):
@@ -54,9 +92,13 @@ def test_targets_are_judged_by_the_results(stored):
     assert against("lstm:small", targets.is_torch) == (8, "8.00 x (plain PyTorch)")
     assert against("mlp:medium", targets.is_jax) is None
     assert against("gpt:medium", targets.is_jax) is None
-    assert mean_against(targets.is_torch)[0] == pytest.approx(2)
-    assert growth("lstm:small") == (1.5, "1.50")
+    assert mean_over_default(targets.is_torch) == (pytest.approx(6.4), "6.40 x over 1 of 2 workloads")
+    assert targets.over_default(targets.is_jax) == {"lstm:small": 1.6}
+    assert growth("lstm:small") == 1.5
     assert growth("mlp:medium") is None
+    assert targets.worst_growth() == (1.5, "1.50 at lstm:small")
+    assert [targets.is_large(name) for name in ("gpt:large", "gpt,length=1024", "gpt")] == [True, True, False]
+    assert [targets.is_usual(name) for name in ("gpt:large", "gpt,tasks=64", "gpt:small")] == [False, False, True]
     mlp, lstm = tables.measured().values()
     assert (is_fastest(mlp), is_fastest(lstm)) == (False, True)
     assert (is_leanest(mlp), is_leanest(lstm)) == (False, False)  # TorchOpt is faster, plain PyTorch leaner
@@ -72,9 +114,12 @@ def test_targets_are_judged_by_the_results(stored):
     found = targets.targets_table()
     assert "| workloads where ours is the fastest exact method | all | 1 of 2; not mlp:medium | no |" in found
     assert (
-        "| time of exact second order over our own first order, worst workload | <= 3.3 | 2.50 x at lstm:small | yes |"
+        "| time of exact second order over our own first order, worst workload | <= 2.8 | 2.50 x at lstm:small | yes |"
         in found
     )
+    assert "| geometric mean: the fastest peer over our default | >= 2 | 1.60 x over 1 of 2 workloads | no |" in found
+    assert "| the fastest peer over our default, worst workload | >= 1.5 | 1.60 x at lstm:small | yes |" in found
+    assert "| first call (captured) in s, worst large or long workload | <= 4 | not measured |  |" in found
     assert (
         "memory of recompute over our own first order, worst workload | <= 1.5 | 1.25 x at lstm:small | yes |" in found
     )
@@ -103,7 +148,7 @@ def test_pictures_are_drawn_for_light_and_dark_pages_and_are_reproducible(stored
         for theme in pictures.THEMES
         for kind in ("png", "svg")
     }
-    assert {path.name for path in stored.iterdir()} == names | {f"{tables.MACHINE}.json"}
+    assert {path.name for path in stored.iterdir()} == names | {f"{tables.MACHINE}.json", f"{tables.ONE_CORE}.json"}
     before = (stored / "maml-dark.svg").read_text()
     pictures.save("maml", pictures.bars)
     assert (stored / "maml-dark.svg").read_text() == before

@@ -671,3 +671,27 @@ os._exit(3 if failed else 0)
 """
     run = subprocess.run([sys.executable, "-c", script], check=False, timeout=180, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_the_peak_rate_is_that_of_multiply_adds_that_are_done(dtype: str, isa: str) -> None:
+    rates = []
+    for threads in (1, 2):
+        try:
+            rates.append(max(native.C.peak(dtype, 1e7, threads) for _ in range(20)))
+        except ValueError:
+            if dtype != "bfloat16":
+                raise
+            pytest.skip("the processor has no dot products of bfloat16")
+    lanes = {"avx512": 16, "avx2": 8}.get(isa, 4) * {"float32": 1, "float64": 0.5, "bfloat16": 2}[dtype]
+    most = lanes * 4 * 8e9  # FLOP/s of a thread: two multiply-adds in each cycle, at 8 GHz
+    for threads, rate in enumerate(rates, 1):
+        assert 1e8 < rate < threads * most
+
+
+def test_wrong_arguments_of_the_peak_rate_are_errors() -> None:
+    with pytest.raises(ValueError, match="peak: dtype must have multiply-adds on this processor, got int8"):
+        native.C.peak("int8", 1e6, 1)
+    for flop in (0.0, -1.0, float("nan"), 1e30):
+        with pytest.raises(ValueError, match="peak: flop must be between 0 and 1e18, got"):
+            native.C.peak("float32", flop, 1)

@@ -15,7 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the lowest to the highest; folders of one line must not import each other.
 LAYERS = [
     ("errors", "tested"),
-    ("io", "native"),
+    ("io",),
+    ("native",),
     ("ops",),
     ("nn", "optim"),
     ("adapters", "patching"),

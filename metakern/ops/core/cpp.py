@@ -23,7 +23,7 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False
     With `reuse` the result may take the memory of `add`.
     """
     tasks, rows = a.shape[:2]
-    if not native.has_fast_products() or a.dtype not in native.DTYPES or a.device.type != "cpu":
+    if a.dtype not in native.DTYPES or a.device.type != "cpu" or not native.has_fast_products():
         return matrices.product(a, b, add)
     columns = b.shape[2]
     full = None if add is None else add.expand(tasks, rows, columns)
