@@ -33,8 +33,8 @@ class MAML(nn.Module):
     A batch is a tree of tensors (tuples, lists, dictionaries, dataclasses) with the tasks along dimension 0 of every
     tensor, `[T, ...]`. Anything in it that is not a tensor is the same for all tasks.
 
-    `strategy`, `batching`, `task_chunk`, `memory` and `capture` change time and memory, not the numbers (up to rounding).
-    `maml.plan` shows what was chosen, and why.
+    `strategy`, `batching`, `task_chunk`, `memory` and `capture` change time and memory, not the numbers (up to
+    rounding). `maml.plan` shows what was chosen, and why.
 
     Args:
         model: The model; its parameters are the shared initialisation theta. MAML does not modify it.
@@ -58,8 +58,8 @@ class MAML(nn.Module):
             "auto" records at the third call with such batches (at the twelfth, if an operation has no instruction in
             C++), and never warns. False never records. What the model and the loss read besides tensors is guarded,
             and some calls are compared with an ordinary run (see `metakern.meta.capture`).
-        memory: "least" takes less memory and more time: one task at a time, and "recompute" with the parameters of a few
-            inner steps, from which it computes those of the others. What `strategy` and `task_chunk` say goes before.
+        memory: "least" takes less memory and more time: one task at a time, and "recompute" with the parameters of a
+            few inner steps, from which it computes those of the others. `strategy` and `task_chunk` go before it.
 
     Attributes:
         query_losses: The query loss of each task at the last call, `[T]`, detached; None before the first call.
