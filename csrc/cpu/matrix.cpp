@@ -12,13 +12,15 @@ namespace metakern::METAKERN_ISA {
 namespace {
 
 // kRows: the rows of a tile. kAccumulators: the vectors of sums that fit into the registers beside a panel's row and a
-// broadcast element of A.
+// broadcast element of A. AVX-512 and NEON have 32 registers, the others 16; for NEON neither GCC nor Clang keeps more than
+// 20 sums in registers.
 #if defined(__AVX512F__)
-constexpr int kRows = 12;
+constexpr int kRows = 12, kAccumulators = 24;
+#elif defined(__aarch64__)
+constexpr int kRows = 5, kAccumulators = 20;
 #else
-constexpr int kRows = 6;
+constexpr int kRows = 6, kAccumulators = 12;
 #endif
-constexpr int kAccumulators = kRows * kPanelVectors;
 
 // Transposes kLanes vectors of kLanes elements: log2(kLanes) perfect shuffles.
 template <class F, std::size_t... i>
