@@ -67,7 +67,7 @@ inline void tile(const F* a, int64_t stride, const F* b, int64_t next, int64_t K
             for (int v = 0; v < V; ++v) {
                 const int64_t j = v * kLanes<F>, left = width - j;
                 if (!whole && left <= 0) continue;
-                Vec<F> x = c.scale * sum[r][v];
+                Vec<F> x = rounded(c.scale * sum[r][v]);
                 if (adds) {
                     const F* add = c.add + r * c.add_rows + j;
                     x += whole || left >= kLanes<F> ? load(add) : load(add, left);
