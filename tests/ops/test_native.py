@@ -297,7 +297,7 @@ def summand(kind: str, dtype: torch.dtype, T: int, M: int, N: int) -> Tensor | N
     return add.mT if kind == "columns" else add
 
 
-ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 25]  # around the rows of a tile: 6, or 12 with AVX-512, or 5 with NEON
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 25]  # around the rows of a tile: 5, 6 or 12
 COLUMNS = [
     0,
     1,
