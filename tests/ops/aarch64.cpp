@@ -1,5 +1,6 @@
-// Checks the products and the elementwise instructions of the instruction set in use against long double, and prints
-// their number. test_aarch64.py compiles it for aarch64 and runs it in an emulator, where there is no PyTorch.
+// Checks the products of the instruction set in use against sums in double, and its elementwise instructions against
+// formulas in long double, and prints how many numbers were checked. test_aarch64.py compiles it for aarch64 and runs it in
+// an emulator, where there is no PyTorch.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -42,7 +43,7 @@ bool same(const F* a, const F* b, int64_t count) {
 }
 
 // c = add + scale a b, for a and b with contiguous rows or columns, and `add` absent (0), full (1), or one row for all
-// rows (2). The error is at most K + 4 roundings of the sum of absolute values. A row is the same computed alone, and
+// rows (2). The error is at most 2 (K + 4) roundings of the sum of absolute values, half of them the reference's. A row is the same computed alone, and
 // so is the result with three threads, bit for bit.
 template <class F>
 void product(int64_t T, int64_t M, int64_t N, int64_t K, bool a_by_row, bool b_by_row, int adds) {
@@ -57,18 +58,18 @@ void product(int64_t T, int64_t M, int64_t N, int64_t K, bool a_by_row, bool b_b
     for (int64_t t = 0; t < T; ++t)
         for (int64_t i = 0; i < M; ++i)
             for (int64_t j = 0; j < N; ++j) {
-                const Real first = adds ? add[at(t * M * N + i * p.add_strides[1] + j)] : 0, scale = static_cast<F>(0.7);
-                Real sum = 0, size = 0;
+                const double first = adds ? add[at(t * M * N + i * p.add_strides[1] + j)] : 0, scale = static_cast<F>(0.7);
+                double sum = 0, size = 0;
                 for (int64_t k = 0; k < K; ++k) {
-                    const Real term = Real(a[at(t * M * K + i * p.a_strides[1] + k * p.a_strides[2])]) *
-                                      b[at(t * K * N + k * p.b_strides[1] + j * p.b_strides[2])];
+                    const double term = double(a[at(t * M * K + i * p.a_strides[1] + k * p.a_strides[2])]) *
+                                        b[at(t * K * N + k * p.b_strides[1] + j * p.b_strides[2])];
                     sum += term;
                     size += std::fabs(term);
                 }
-                const Real error = std::fabs(first + scale * sum - c[at((t * M + i) * N + j)]);
-                check(error <= (K + 4) * std::numeric_limits<F>::epsilon() * (size + std::fabs(first)),
+                const double error = std::fabs(first + scale * sum - c[at((t * M + i) * N + j)]);
+                check(error <= 2 * (K + 4) * std::numeric_limits<F>::epsilon() * (size + std::fabs(first)),
                       "product of %d bytes, T %d M %d N %d K %d: element %d %d is off by %g", int(sizeof(F)), int(T), int(M),
-                      int(N), int(K), int(i), int(j), double(error));
+                      int(N), int(K), int(i), int(j), error);
             }
     p.c = alone.data();
     run(p, 3);
@@ -86,11 +87,11 @@ void product(int64_t T, int64_t M, int64_t N, int64_t K, bool a_by_row, bool b_b
 
 template <class F>
 void products() {
-    for (int64_t M : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 23})
-        for (int64_t N : {1, 3, 4, 7, 8, 9, 16, 31, 70})
-            for (int64_t K : {0, 1, 6, 300})
+    for (int64_t M : {1, 2, 3, 4, 5, 6, 9, 23})
+        for (int64_t N : {1, 3, 7, 8, 16, 31, 70})
+            for (int64_t K : {0, 1, 6, 260})
                 for (int layout = 0; layout < 12; ++layout) product<F>(1, M, N, K, layout & 1, layout & 2, layout / 4);
-    for (int layout = 0; layout < 12; ++layout) product<F>(3, 210, 75, 270, layout & 1, layout & 2, layout / 4);
+    for (int layout = 0; layout < 12; ++layout) product<F>(2, 210, 37, 20, layout & 1, layout & 2, layout / 4);
 }
 
 Real sigmoid(Real x) { return 1 / (1 + std::exp(-x)); }
