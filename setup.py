@@ -23,13 +23,15 @@ from setuptools.modified import newer_group
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-pthread", "-fvisibility=hidden"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-# Every file of csrc/cpu is compiled once for each instruction set; csrc/bindings.cpp picks one at load.
+# Every file of csrc/cpu is compiled once for each instruction set; csrc/isa.cpp picks one at load.
 X86 = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
-ISAS = X86 if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+ARM = {"neon": []}  # a part of every 64-bit Arm CPU, fused multiply-add included
+MACHINES = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}
+ISAS = MACHINES.get(platform.machine(), {"baseline": []})
 SANITIZERS = []
 if os.environ.get("METAKERN_SANITIZE") == "1":  # for tests: the kernels abort on a bad memory access
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

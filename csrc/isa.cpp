@@ -26,7 +26,12 @@ METAKERN_TABLE(avx512)
 #ifdef METAKERN_HAS_avx2
 METAKERN_TABLE(avx2)
 #endif
+#ifdef METAKERN_HAS_neon
+METAKERN_TABLE(neon)
+#endif
+#ifdef METAKERN_HAS_baseline
 METAKERN_TABLE(baseline)
+#endif
 
 namespace {
 
@@ -58,7 +63,12 @@ const std::vector<Isa>& isas() {
 #ifdef METAKERN_HAS_avx2
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) METAKERN_FIND(avx2)
 #endif
+#ifdef METAKERN_HAS_neon
+        METAKERN_FIND(neon)
+#endif
+#ifdef METAKERN_HAS_baseline
         METAKERN_FIND(baseline)
+#endif
         return found;
     }();
     return *list;

@@ -1,7 +1,7 @@
 // The threads of parallel.h are those of the OpenMP runtime that PyTorch has loaded, found by the name of its entry
-// point. They spin for a while after each of PyTorch's own parallel regions: so they are awake, and threads of our own
-// would compete with them for the cores. A pool of our own is used without that runtime, and in a forked child, where
-// it does not work.
+// point, which GNU's runtime and LLVM's both have; so the build needs no OpenMP, which Apple's compiler lacks. Its threads
+// spin for a while after each of PyTorch's own parallel regions: so they are awake, and threads of our own would compete
+// with them for the cores. A pool of our own is used without that runtime, and in a forked child, where it does not work.
 #include "parallel.h"
 
 #include <dlfcn.h>

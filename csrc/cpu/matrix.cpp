@@ -12,13 +12,15 @@ namespace metakern::METAKERN_ISA {
 namespace {
 
 // kRows: the rows of a tile. kAccumulators: the vectors of sums that fit into the registers beside a panel's row and a
-// broadcast element of A.
+// broadcast element of A. AVX-512 and NEON have 32 registers, the others 16; for NEON neither GCC nor Clang keeps more than
+// 20 sums in registers.
 #if defined(__AVX512F__)
-constexpr int kRows = 12;
+constexpr int kRows = 12, kAccumulators = 24;
+#elif defined(__aarch64__)
+constexpr int kRows = 5, kAccumulators = 20;
 #else
-constexpr int kRows = 6;
+constexpr int kRows = 6, kAccumulators = 12;
 #endif
-constexpr int kAccumulators = kRows * kPanelVectors;
 
 // Transposes kLanes vectors of kLanes elements: log2(kLanes) perfect shuffles.
 template <class F, std::size_t... i>
@@ -71,7 +73,7 @@ inline void tile(const F* a, int64_t stride, const F* b, int64_t next, int64_t K
             for (int v = 0; v < V; ++v) {
                 const int64_t j = v * kLanes<F>, left = width - j;
                 if (!whole && left <= 0) continue;
-                Vec<F> x = c.scale * sum[r][v];
+                Vec<F> x = rounded(c.scale * sum[r][v]);
                 if (adds) {
                     const F* add = c.add + r * c.add_rows + j;
                     x += whole || left >= kLanes<F> ? load(add) : load(add, left);

@@ -96,6 +96,20 @@ inline void each(int64_t count, Step step) {
 inline float root(float x) { return __builtin_sqrtf(x); }
 inline double root(double x) { return __builtin_sqrt(x); }
 
+// x. A multiplication that computes it is rounded: the compiler does not fuse it with an addition that follows, which it
+// otherwise does where both are in one basic block. So results do not depend on the path that computes them.
+template <class V>
+inline V rounded(V x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#else
+    asm("" : "+m"(x));
+#endif
+    return x;
+}
+
 // The sum of all lanes, in a fixed order.
 template <class F>
 inline F sum(Vec<F> v) {
