@@ -132,6 +132,6 @@ def test_the_sums_of_a_tile_stay_in_registers(compiler: Compiler, setup: dict[st
     products = [sum("fmla" in line for line in loop) for loop in loops]
     tiles = [loop for loop, count in zip(loops, products, strict=True) if count >= ACCUMULATORS]
     assert max(products) == ACCUMULATORS
-    assert len(tiles) == 4  # float32 and float64, of A in place and of A gathered
+    assert len(tiles) == 4  # float32 and float64, of the rows and the columns of A
     for loop in tiles:
         assert not [line for line in loop if re.search(r"\[(sp|x29, ?#?-)|\b(st[rp]|dup|f?mov)\s+[qdv]\d", line)], loop
