@@ -35,6 +35,7 @@ from metakern.meta.draws import Alike
 from metakern.meta.fold import FoldError
 from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Found, Plan, Planner, Wishes
+from metakern.meta.seconds import Stopwatch
 from metakern.meta.state import INTERNAL, PLAIN, ModuleState, contents, undisturbed
 from metakern.meta.unroll import Unroll
 from metakern.meta.verify import comparable, modules_of, one_line
@@ -96,7 +97,9 @@ class Engine:
         outer: bool,
         batches: Sequence[Any],
         without: Sequence[str] = (),
+        watch: Stopwatch | None = None,
     ) -> Prepared:
+        watch = watch or Stopwatch()
         roles = Parameters(self.model, self.adapt)
         inner.prepare(roles.adapted)
         before = {**self._attributes(loss), **self._attributes(loss, numbers=True)}
@@ -105,7 +108,7 @@ class Engine:
             kinds[structure(batch)] = batch
         first = structure(batches[0])  # the support comes first: its second derivatives are verified
         tried = [kinds.pop(first), *kinds.values()]
-        planner = Planner(roles, loss, self.wishes)
+        planner = Planner(roles, loss, self.wishes, watch)
         found = planner.plan(tried, steps, first_order or not outer, without)
         self._volatile |= found.changed & before.keys()
         for i, leaf in enumerate(found.outside):
@@ -113,9 +116,9 @@ class Engine:
         unroll = Unroll(found.batching, inner, steps, first_order, found.plan.hvp, found.python, found.graph)
 
         def again(failed: str, batches: Sequence[Any]) -> Prepared:
-            return self._made(loss, inner, steps, first_order, outer, batches, [*without, failed])
+            return self._made(loss, inner, steps, first_order, outer, batches, [*without, failed], watch)
 
-        return Prepared(roles, found, unroll, loss, again, self.wishes.batching == "auto")
+        return Prepared(roles, found, unroll, loss, again, self.wishes.batching == "auto", watch)
 
     def _base(self, loss: Loss, inner: InnerOptimizer, steps: int, first_order: bool) -> tuple:
         """Return everything that a plan depends on besides the batches, to be compared."""
@@ -167,8 +170,9 @@ class Prepared:
         loss: Loss,
         again: Callable[[str, Sequence[Any]], Prepared],
         auto: bool,
+        watch: Stopwatch,
     ) -> None:
-        self.loss, self._again, self._auto = loss, again, auto
+        self.loss, self._again, self._auto, self._watch = loss, again, auto, watch
         self._confirmed: OrderedDict[Any, None] = OrderedDict()
         self._take(found, unroll, parameters)
 
@@ -183,14 +187,14 @@ class Prepared:
     def explained(self) -> Plan:
         """The plan; its reasons also say which meta-gradients aren't captured, or have no executable, and why."""
         reasons = [reason for captures in self._captures.values() for reason in captures.explained]
-        return replace(self.plan, reasons=(*self.plan.reasons, *reasons))
+        return replace(self.plan, reasons=(*self.plan.reasons, *reasons), seconds=self._watch.seconds)
 
     def captures(self, capture: bool | str) -> Captures:
         """Return the captured programs of this plan for a value of the option `capture`."""
         if capture not in self._captures:
             roots = self.parameters.model, self.unroll.inner, self.loss
             names = ["the query losses", *self.parameters.adapted, *self.parameters.shared]
-            self._captures[capture] = Captures(roots, capture, names)
+            self._captures[capture] = Captures(roots, capture, names, self._watch)
         return self._captures[capture]
 
     def theta(self, tasks: int) -> list[Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from metakern.meta.batches import tasks_of
 from metakern.meta.batching import WAYS, Batching, Loss
 from metakern.meta.parameters import Parameters
+from metakern.meta.seconds import Seconds, Stopwatch
 from metakern.meta.verify import Trial, one_line, opened
 
 FLOAT64_PARAMETERS = 200_000_000
@@ -37,6 +38,7 @@ class Plan:
         task_chunk: The greatest number of tasks computed at once.
         activation_bytes: An estimate of what one task's loss saves for its backward pass, in bytes.
         reasons: One line for each choice.
+        seconds: What verification and captured programs took so far. It does not count when plans are compared.
     """
 
     batching: str
@@ -45,6 +47,7 @@ class Plan:
     task_chunk: int
     activation_bytes: int
     reasons: tuple[str, ...] = field(repr=False)
+    seconds: Seconds = field(default=Seconds(), repr=False, compare=False)
 
     def halved(self, tried: int) -> Plan:
         """Return the plan to use after memory ran out with `tried` tasks at once."""
@@ -57,7 +60,7 @@ class Plan:
         lines = [f"batching {self.batching}, strategy {self.strategy}", f"task_chunk {self.task_chunk}"]
         if self.strategy == "recompute":
             lines[0] += f" (Hessian-vector products {self.hvp} over reverse)"
-        return "\n".join([*lines, *(f"  - {reason}" for reason in self.reasons)])
+        return "\n".join([*lines, *(f"  - {reason}" for reason in self.reasons), f"  - {self.seconds}"])
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ class Found:
 class Planner:
     """Makes plans for one model and loss, as far as the options of the user (`wishes`) leave a choice."""
 
-    def __init__(self, parameters: Parameters, loss: Loss, wishes: Wishes) -> None:
-        self.parameters, self.loss, self.wishes = parameters, loss, wishes
+    def __init__(self, parameters: Parameters, loss: Loss, wishes: Wishes, watch: Stopwatch | None = None) -> None:
+        self.parameters, self.loss, self.wishes, self.watch = parameters, loss, wishes, watch or Stopwatch()
 
     def plan(
         self,
@@ -103,7 +106,7 @@ class Planner:
         names = list(WAYS) if self.wishes.batching == "auto" else [self.wishes.batching]
         names = [name for name in names if name not in without]
         reasons = [f"{name} is not possible: it failed on a later batch" for name in without]
-        with opened(self.parameters, self.loss, batches, first_order, double, slopes) as trial:
+        with opened(self.parameters, self.loss, batches, first_order, double, slopes, self.watch) as trial:
             found = self._tried(trial, names, trial.plain, batches, inner_steps, reasons)
             if found is None and not trial.plain and any("third derivatives" in reason for reason in reasons):
                 found = self._tried(trial, names, True, batches, inner_steps, reasons)

@@ -29,6 +29,7 @@ from metakern.meta.batching import Batching, Folded, Loss, exact_kernels, scalar
 from metakern.meta.draws import ZEROS, Alike, python_states
 from metakern.meta.functions import REPAIRED
 from metakern.meta.parameters import Parameters
+from metakern.meta.seconds import Stopwatch
 from metakern.meta.slopes import direction, judge, norm
 from metakern.meta.state import ModuleState, seeded, undisturbed
 from metakern.meta.unroll import Gradients, Unroll, derivatives
@@ -61,7 +62,9 @@ class Trial:
         slopes: bool,
         dtype: torch.dtype | None,
         plain: bool,
+        watch: Stopwatch,
     ) -> None:
+        self._watch = watch
         self._slopes = slopes and not first_order
         self.loss, self.first_order, self.plain, self.note, self.worst = loss, first_order, plain, "", 0.0
         self._modules = list(dict.fromkeys(m for root in (roles.model, *modules_of(loss)) for m in root.modules()))
@@ -166,6 +169,7 @@ class Trial:
         """
         saved: dict[int, int] = {}
 
+        @self._watch.part("sizes")
         def graph(batch: Any, hooks: AbstractContextManager) -> list[Any]:
             adapted = [nn.Parameter(p[0]) for p in self.phi]
             seeded()
@@ -242,7 +246,7 @@ class Trial:
             adapted = [nn.Parameter(p[t]) for p in self.phi]
             seeded()
             python, alike = python_states(), Alike()
-            with self._task(t, batch, adapted, alike, exact) as value:
+            with self._watch.part("truth, first order"), self._task(t, batch, adapted, alike, exact) as value:
                 self.python |= python_states() != python
                 _unchanged(buffers)
                 reached = self._reached(value, adapted, before) if t == 0 else []
@@ -259,11 +263,13 @@ class Trial:
                 pairs = [(g, v[t]) for g, v in zip(grads, self.v, strict=False) if g is not None]
                 products: Gradients = [None] * len(grads)
                 if second_order:
-                    products = derivatives([g for g, _ in pairs], [*adapted, *self.shared], [v for _, v in pairs])
+                    with self._watch.part("truth, second order"):
+                        products = derivatives([g for g, _ in pairs], [*adapted, *self.shared], [v for _, v in pairs])
             rows.append((value.detach(), [None if g is None else g.detach() for g in grads], products))
             drawn = alike.taken
         if second_order and self._slopes:
-            self._check_slopes(batch, rows[0][1], rows[0][2])
+            with self._watch.part("slopes"):
+                self._check_slopes(batch, rows[0][1], rows[0][2])
         losses, n = torch.stack([value for value, _, _ in rows]), len(self.phi)
         truth: _Truth = [[losses], _both(rows[0][1], rows[1][1], n)]
         return ([*truth, _both(rows[0][2], rows[1][2], n)] if second_order else truth), drawn
@@ -334,22 +340,28 @@ class Trial:
         """
         if self.python and batching.name != "loop":
             raise MismatchError("only 'loop' draws from Python's or NumPy's generators for each task")
-        if isinstance(batching, Folded):
-            if not all(self.apart):
-                raise MismatchError("two tasks of the batch can't be made to differ, so folding can't be verified")
-            batching.fold.within = comparable  # a mode set here has no effect once the fold steps out of vmap
-            for batch, kind in zip([self.probe, *self.batches[1:]], self.kinds, strict=True):
-                self._trace(batching, batch, kind)
-        bytes_a_task = max(self._first_order(batching, i) for i in range(len(self.batches)))
+        with self._watch.part(f"{batching.name}, first order"):
+            if isinstance(batching, Folded):
+                if not all(self.apart):
+                    raise MismatchError("two tasks of the batch can't be made to differ, so folding can't be verified")
+                batching.fold.within = comparable  # a mode set here has no effect once the fold steps out of vmap
+                for batch, kind in zip([self.probe, *self.batches[1:]], self.kinds, strict=True):
+                    self._trace(batching, batch, kind)
+            bytes_a_task = max(self._first_order(batching, i) for i in range(len(self.batches)))
         if self.first_order:
             return "reverse", bytes_a_task
+        with self._watch.part(f"{batching.name}, second order"):
+            return self._second_order(batching), bytes_a_task
+
+    def _second_order(self, batching: Batching) -> str:
+        """Check the Hessian-vector products of a batching, and return their mode."""
         self._compare("Hessian-vector product", self._products(batching, "reverse"), self.truths[0][2])
         try:
             self._compare("Hessian-vector product", self._products(batching, "forward"), self.truths[0][2])
         except RuntimeError as error:
             self.note = f"Hessian-vector products reverse over reverse, for want of forward mode: {one_line(error)}"
-            return "reverse", bytes_a_task
-        return "forward", bytes_a_task
+            return "reverse"
+        return "forward"
 
     def _drawn(self, i: int) -> list[tuple[str, int]] | None:
         """Return the random operations of one task of batch i, or None where nothing is drawn."""
@@ -443,7 +455,13 @@ class _Drawing:
 
 @contextmanager
 def opened(
-    roles: Parameters, loss: Loss, batches: Sequence[Any], first_order: bool, double: bool, slopes: bool = True
+    roles: Parameters,
+    loss: Loss,
+    batches: Sequence[Any],
+    first_order: bool,
+    double: bool,
+    slopes: bool,
+    watch: Stopwatch,
 ) -> Iterator[Trial]:
     """Open a trial: in float64 if `double` is set and model and loss allow it, else in the model's own dtype.
 
@@ -454,7 +472,7 @@ def opened(
     users = ModuleState(dict.fromkeys(m for root in (roles.model, *modules_of(loss)) for m in root.modules()))
     with undisturbed(device):
         try:
-            yield _first(roles, loss, batches, first_order, slopes, double, users)
+            yield _first(roles, loss, batches, first_order, slopes, double, users, watch)
         finally:
             users.restore()
 
@@ -467,6 +485,7 @@ def _first(
     slopes: bool,
     double: bool,
     users: ModuleState,
+    watch: Stopwatch,
 ) -> Trial:
     """Return the first trial that does not raise: in float64, then in the model's own dtype.
 
@@ -478,7 +497,7 @@ def _first(
         if plain and not (raised and _wants_plain(raised[-1])):
             continue
         try:
-            return Trial(roles, loss, batches, first_order, slopes, dtype, plain)
+            return Trial(roles, loss, batches, first_order, slopes, dtype, plain, watch)
         except Exception as error:
             users.restore()
             if dtype is None and not (not plain and _wants_plain(error)):
