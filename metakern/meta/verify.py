@@ -38,7 +38,7 @@ from metakern.optim import SGD
 
 TOLERANCE = 1e-6  # relative error of each tensor in float64; a model that computes in float32 inside has about 1e-7
 _Truth = list[list[Tensor | None]]
-COSTLY_BYTES = 32 * 2**20  # saved by one task's loss: from here on, second order is verified on smaller tasks if it can
+COSTLY_BYTES = 8 * 2**20  # saved by one task's loss: from here on, second order is verified on smaller tasks if it can
 PROBE_EXAMPLES, PROBE_LENGTH = 2, 32
 STEPS = (1e-6, 1e-7, 1e-5)  # step sizes of the quick comparison; `slopes.judge` decides where all of them disagree
 
@@ -77,7 +77,7 @@ class Trial:
         random = torch.Generator().manual_seed(0)
 
         def noise(p: Tensor) -> Tensor:
-            return torch.randn(2, *p.shape, generator=random, dtype=torch.float64, device="cpu").to(p)
+            return torch.randn(2, *p.shape, generator=random, dtype=torch.float32, device="cpu").to(p)
 
         theta = [p.detach() for p in self.roles.adapted.values()]
         self.phi = [p + 0.05 * (p.abs().mean() + 0.01) * noise(p) for p in theta]
@@ -89,6 +89,7 @@ class Trial:
         self.python = False  # whether model or loss draw from Python's or NumPy's generators
         self.graph = False  # whether the loss takes derivatives itself, and so fails under `no_grad`
         self.batches: list[Any] = []
+        self.parts: list[float] = []  # for each batch, what autograd saves for it over that for the user's two tasks
         self.probe: Any = None  # the first batch, or a smaller one, for the second order
         self.changed: set[tuple[int, str]] = set()  # attributes that a forward pass changes: (id of the module, name)
         self.lost = ""  # "surrogate": the gradient is not the loss's slope; "lost": only the second order is wrong
@@ -136,7 +137,7 @@ class Trial:
         for again in range(3):
             pair = two_tasks(batch, again)
             try:
-                probe = pair if self.batches or self.first_order else self._probe(pair)
+                pair, probe, part = (pair, pair, 1.0) if self.batches or self.first_order else self._smaller(pair)
                 whole = probe is pair
                 truth, drawn = self._truth(pair, second_order=whole and not self.batches, exact=whole)
                 if not whole:
@@ -150,10 +151,11 @@ class Trial:
             losses = cast(Tensor, truth[0][0])
             if not losses.isfinite().all():
                 raise ValueError(f"MAML: loss must be finite for a plan to be verified, got {losses.tolist()}")
-            self.graph |= self._needs_graph(pair)
+            self.graph |= self._needs_graph(probe)
             if not self.batches:
                 self.probe = probe
             self.batches.append(pair)
+            self.parts.append(part)
             self.draws.append(drawn)
             differ = [(not torch.equal(t[0], t[1]), t) for t in tensors(pair)]
             inputs = all(apart for apart, t in differ if t.is_floating_point() and t.numel())
@@ -161,36 +163,48 @@ class Trial:
             self.truths.append(truth)
             return
 
-    def _probe(self, pair: Any) -> Any:
-        """Return two smaller tasks for the second order, if it is costly and the loss of both has the same graph.
+    def _smaller(self, pair: Any) -> tuple[Any, Any, float]:
+        """Return two tasks with fewer examples, and with shorter sequences too: for the first and the second order.
 
-        Second derivatives of plain autograd take much memory and time, for attention the square of the length. The
-        graph of the loss determines them, and it is the same if no step of the model depends on a size.
+        Also return what autograd saves for those with fewer examples, over what it saves for `pair`. They are `pair` itself unless autograd saves much for its loss and the loss of the smaller tasks has the same
+        graph. Plain autograd takes much memory and time, for attention the square of the length. The graph of the loss
+        determines its derivatives, and it is the same if no step of the model depends on a size.
         """
-        saved: dict[int, int] = {}
 
         @self._watch.part("sizes")
-        def graph(batch: Any, hooks: AbstractContextManager) -> list[Any]:
+        def graph(batch: Any) -> tuple[list[Any], int]:
+            saved: dict[int, int] = {}
             adapted = [nn.Parameter(p[0]) for p in self.phi]
             seeded()
             python, draws = python_states(), Alike()
-            with hooks, self._task(0, batch, adapted, draws, exact=False) as value:
-                return [] if draws.taken or python_states() != python else _graph_of(value)
+            with _counted(saved), self._task(0, batch, adapted, draws, exact=False) as value:
+                found = [] if draws.taken or python_states() != python else _graph_of(value)
+            for p in (*adapted, *self.roles.model.parameters()):
+                saved.pop(p.untyped_storage().data_ptr(), None)
+            return found, sum(saved.values())
 
         try:
-            whole = graph(pair, _counted(saved))
-            if not whole or sum(saved.values()) < COSTLY_BYTES:
-                return pair
+            whole, size = graph(pair)
+            if not whole or size < COSTLY_BYTES:
+                return pair, pair, 1.0
         except Exception:  # the trial on the whole batch says what is wrong
-            return pair
-        for length in (PROBE_LENGTH, None):
+            return pair, pair, 1.0
+
+        def cut(length: int | None, times: int) -> tuple[Any, float]:
             smaller = _cut(pair, PROBE_EXAMPLES, length)
             try:
-                if 4 * _numbers(smaller) <= _numbers(pair) and graph(smaller, nullcontext()) == whole:
-                    return smaller
+                if times * _numbers(smaller) <= _numbers(pair):
+                    found, saved = graph(smaller)
+                    if found == whole:
+                        return smaller, saved / max(size, 1)
             except Exception:  # the model or the loss wants sizes that go together in another way
-                continue
-        return pair
+                pass
+            return pair, 1.0
+
+        (fewer, part), (shorter, _) = cut(None, 2), cut(PROBE_LENGTH, 4)
+        if shorter is pair and 4 * _numbers(fewer) <= _numbers(pair):
+            shorter = fewer
+        return fewer, shorter, part
 
     def _needs_graph(self, batch: Any) -> bool:
         try:
@@ -368,7 +382,7 @@ class Trial:
         return self.draws[i] if self.draws[i] or self.python else None
 
     def _first_order(self, batching: Batching, i: int) -> int:
-        """Check the losses and gradients of batch i; return the bytes that autograd saves for one task of it.
+        """Check the losses and gradients of batch i; return the bytes that autograd saves for one whole task of it.
 
         They are those of the user's dtype, or of float32 if that is wider: norms and losses often take it.
         """
@@ -381,7 +395,7 @@ class Trial:
             self._losses(batching, i, nullcontext())  # torch.func in the loss forbids hooks: nothing is counted
         for p in (*self.phi, *self.roles.model.parameters()):
             saved.pop(p.untyped_storage().data_ptr(), None)
-        return int(sum(saved.values()) * self._scale) // 2
+        return int(sum(saved.values()) * self._scale / self.parts[i]) // 2
 
     def _losses(self, batching: Batching, i: int, hooks: AbstractContextManager) -> None:
         with self.steady(), torch.enable_grad():

@@ -190,9 +190,7 @@ def scaled_loss(factor: Any, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_a_value_of_the_data_in_a_program_raises_at_the_next_call(
-    chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_value_of_the_data_in_a_program_raises_at_the_next_call(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The program of one task runs the other tasks of its first batch before it was compared on their data."""
     monkeypatch.setattr(capture, "MICROBATCH_BYTES", 1)
     library: dict[str, Any] = {"__name__": "torch.of_a_test", "read": ctypes.c_double.from_address}
@@ -234,8 +232,10 @@ def test_the_plan_says_what_its_first_calls_took() -> None:
     parts = [name for name, seconds in first.parts if seconds > 0]
     assert parts[:4] == ["sizes", "truth, first order", "truth, second order", "slopes"]
     assert {"fold, first order", "fold, second order", "recording", "comparison"} <= {*parts}
-    assert first.total == pytest.approx(sum(first[part] for part in parts)) and first["loop, first order"] == 0
-    assert str(first) in str(plan) and f"recording {first['recording']:.2f}" in str(plan)
+    assert first.total == pytest.approx(sum(first[part] for part in parts))
+    assert first["loop, first order"] == 0
+    assert f"recording {first['recording']:.2f}" in str(first)
+    assert str(first) in str(plan)
     captured(points(1), points(10))
     assert captured.plan == plan
     assert captured.plan.seconds["comparison"] > first["comparison"]
