@@ -166,19 +166,23 @@ class Trial:
     def _smaller(self, pair: Any) -> tuple[Any, Any, float]:
         """Return two tasks with fewer examples, and with shorter sequences too: for the first and the second order.
 
-        Also return what autograd saves for those with fewer examples, over what it saves for `pair`. They are `pair` itself unless autograd saves much for its loss and the loss of the smaller tasks has the same
-        graph. Plain autograd takes much memory and time, for attention the square of the length. The graph of the loss
-        determines its derivatives, and it is the same if no step of the model depends on a size.
+        Also return what autograd saves for those with fewer examples, over what it saves for `pair`.
+
+        Plain autograd takes much memory and time, for attention the square of the length. The graph of the loss
+        determines its derivatives, and it is the same if no step of the model depends on a size. So smaller tasks are
+        taken if autograd saves much for the loss of `pair` and the loss of both smaller ones has the same graph. A loss
+        that is 0 or not finite, as where no label is left, tells nothing.
         """
 
         @self._watch.part("sizes")
-        def graph(batch: Any) -> tuple[list[Any], int]:
+        def graph(batch: Any, t: int = 0) -> tuple[list[Any], int]:
             saved: dict[int, int] = {}
-            adapted = [nn.Parameter(p[0]) for p in self.phi]
+            adapted = [nn.Parameter(p[t]) for p in self.phi]
             seeded()
             python, draws = python_states(), Alike()
-            with _counted(saved), self._task(0, batch, adapted, draws, exact=False) as value:
-                found = [] if draws.taken or python_states() != python else _graph_of(value)
+            with _counted(saved), self._task(t, batch, adapted, draws, exact=False) as value:
+                tells = value.isfinite() and value != 0 and not draws.taken and python_states() == python
+                found = _graph_of(value) if tells else []
             for p in (*adapted, *self.roles.model.parameters()):
                 saved.pop(p.untyped_storage().data_ptr(), None)
             return found, sum(saved.values())
@@ -194,8 +198,8 @@ class Trial:
             smaller = _cut(pair, PROBE_EXAMPLES, length)
             try:
                 if times * _numbers(smaller) <= _numbers(pair):
-                    found, saved = graph(smaller)
-                    if found == whole:
+                    (found, saved), (other, _) = graph(smaller), graph(smaller, 1)
+                    if found == other == whole:
                         return smaller, saved / max(size, 1)
             except Exception:  # the model or the loss wants sizes that go together in another way
                 pass

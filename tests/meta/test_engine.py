@@ -788,6 +788,22 @@ def test_what_depends_on_sizes_is_verified_on_whole_tasks(
     assert [tasks[0].shape for tasks in probes[0]] == [(2, examples, 70)] * 2
 
 
+@pytest.mark.parametrize(
+    ("unlabelled", "sizes"),
+    [
+        (np.s_[:, :, :32], [(2, 70), (2, 70)]),
+        (np.s_[1, :, :32], [(2, 70), (2, 70)]),
+        (np.s_[:, :2], [(9, 70), (9, 70)]),
+        (np.s_[:, 2:, 32:], [(2, 70), (2, 32)]),
+    ],
+)
+def test_smaller_tasks_have_labels(monkeypatch: pytest.MonkeyPatch, unlabelled: Any, sizes: Any) -> None:
+    (ids, labels), probes = sentences(70), probes_of(monkeypatch)
+    labels[unlabelled] = -100
+    maml_of(Long().double(), words)((ids, labels), (ids, labels))
+    assert [tuple(tasks[0].shape[1:]) for tasks in probes[0]] == sizes
+
+
 class Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
