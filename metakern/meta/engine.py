@@ -269,29 +269,34 @@ class Prepared:
             size = tuple(t.shape for t in tensors(batch)), structure(batch), self.numbers
             if size in self._confirmed:
                 continue
-            tasks = tasks_of(batch)
-            apart = 1 + 0.1 * torch.arange(tasks) / tasks  # the parameters differ, even if the data of tasks are equal
-            theta = [p * apart.to(p).view(-1, *(1,) * (p.dim() - 1)) for p in self.theta(tasks)]
-            state = ModuleState(self.parameters.model.modules())
-            alike = partial(comparable, in_float64=False)  # the model's own dtypes: what casts must cast
-            tolerance = 1e-3 if theta[0].dtype in (torch.float32, torch.float64) and not _autocast() else 5e-2
-            with undisturbed(theta[0].device), torch.set_grad_enabled(self.unroll.graph), alike():
-                batching.fold.within = alike  # the mode set here has no effect once the fold steps out of vmap
-                try:
-                    with Alike(tasks) if self._draws else nullcontext():
-                        found = batching.losses(theta, batch)
-                finally:
-                    batching.fold.within = nullcontext
-                    state.restore()
-                for t in {0, tasks - 1}:
-                    with Alike() if self._draws else nullcontext():
-                        alone = batching.one(select(batch, t), [p[t] for p in theta])
-                    state.restore()
-                    if not torch.allclose(found[t], alone, rtol=tolerance, atol=tolerance / 100, equal_nan=True):
-                        raise FoldError("the losses of folded tasks differ from those of a task alone at this size")
+            with self._watch.part("confirmation"):
+                self._compare_folded(batching, batch)
             self._confirmed[size] = None
             if len(self._confirmed) > SIZES:
                 self._confirmed.popitem(last=False)
+
+    def _compare_folded(self, batching: Folded, batch: Any) -> None:
+        """Compare folded losses with those of the first and the last task alone; raise FoldError where they differ."""
+        tasks = tasks_of(batch)
+        apart = 1 + 0.1 * torch.arange(tasks) / tasks  # the parameters differ, even if the data of tasks are equal
+        theta = [p * apart.to(p).view(-1, *(1,) * (p.dim() - 1)) for p in self.theta(tasks)]
+        state = ModuleState(self.parameters.model.modules())
+        alike = partial(comparable, in_float64=False)  # the model's own dtypes: what casts must cast
+        tolerance = 1e-3 if theta[0].dtype in (torch.float32, torch.float64) and not _autocast() else 5e-2
+        with undisturbed(theta[0].device), torch.set_grad_enabled(self.unroll.graph), alike():
+            batching.fold.within = alike  # the mode set here has no effect once the fold steps out of vmap
+            try:
+                with Alike(tasks) if self._draws else nullcontext():
+                    found = batching.losses(theta, batch)
+            finally:
+                batching.fold.within = nullcontext
+                state.restore()
+            for t in {0, tasks - 1}:
+                with Alike() if self._draws else nullcontext():
+                    alone = batching.one(select(batch, t), [p[t] for p in theta])
+                state.restore()
+                if not torch.allclose(found[t], alone, rtol=tolerance, atol=tolerance / 100, equal_nan=True):
+                    raise FoldError("the losses of folded tasks differ from those of a task alone at this size")
 
 
 def _autocast() -> bool:

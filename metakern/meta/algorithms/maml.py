@@ -54,10 +54,10 @@ class MAML(nn.Module):
         task_chunk: How many tasks are computed at once. "auto" takes as many as need 192 MiB of memory on a CPU, or
             half of a GPU's free memory.
         capture: On a CPU, whether to record the kernel calls of a meta-gradient and run them in C++ for later batches
-            of the same shapes, without Python or autograd. True records at the first call, and warns if it can't.
-            "auto" records at the third call with such batches (at the twelfth, if an operation has no instruction in
-            C++), and never warns. False never records. What the model and the loss read besides tensors is guarded,
-            and some calls are compared with an ordinary run (see `metakern.meta.capture`).
+            whose tasks have the same shapes, without Python or autograd. True records at the first call, and warns if
+            it can't. "auto" records at the third call with such tasks (at the twelfth, if an operation has no
+            instruction in C++), and never warns. False never records. What the model and the loss read besides tensors
+            is guarded, and some calls are compared with an ordinary run (see `metakern.meta.capture`).
 
     Attributes:
         query_losses: The query loss of each task at the last call, `[T]`, detached; None before the first call.

@@ -6,8 +6,9 @@ computes what an ordinary run (one by Python and autograd) would compute:
 guards   A program is used only while everything else that it depends on is unchanged (`guards.py`): attributes,
          globals, closures and hooks of the model, the inner optimizer and the loss, and PyTorch's settings. When these
          change, another program is recorded; when they change back, the first one is used again.
-checks   The results of a new program, and those for its next batch, must equal those of an ordinary run. Otherwise the
-         program is dropped.
+checks   The results of a new program must equal those of the recorded run, and its first results in the next call of
+         MAML those of an ordinary run. Otherwise the program is dropped; StaleCaptureError is raised if the call that
+         recorded it used it for other tasks too.
 audits   The results of its uses 4, 8, 16, …, 1024, and of every 1024th one after that, must equal those of an ordinary
          run. Otherwise StaleCaptureError is raised.
 
@@ -68,8 +69,8 @@ class Captures:
 
     Args:
         roots: Model, inner optimizer and loss. Everything that they can reach is guarded.
-        capture: True records at the first call, and warns if it can't. "auto" records at the third call with batches
-            of one kind (at the twelfth, if the program has no executable), and never warns.
+        capture: True records at the first call, and warns if it can't. "auto" records at the third call with tasks of
+            one kind (at the twelfth, if the program has no executable), and never warns.
         names: Names of the function's results, for messages.
         watch: Adds up the time of recording, lowering and comparison.
     """
