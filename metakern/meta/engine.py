@@ -35,7 +35,7 @@ from metakern.meta.draws import Alike
 from metakern.meta.fold import FoldError
 from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Found, Plan, Planner, Wishes
-from metakern.meta.seconds import Stopwatch
+from metakern.meta.seconds import Stopwatch, Usage
 from metakern.meta.state import INTERNAL, PLAIN, ModuleState, contents, undisturbed
 from metakern.meta.unroll import Unroll
 from metakern.meta.verify import comparable, modules_of, one_line
@@ -185,9 +185,10 @@ class Prepared:
 
     @property
     def explained(self) -> Plan:
-        """The plan; its reasons also say which meta-gradients aren't captured, or have no executable, and why."""
+        """The plan, with what it took so far, and why meta-gradients are not captured or have no executable."""
         reasons = [reason for captures in self._captures.values() for reason in captures.explained]
-        return replace(self.plan, reasons=(*self.plan.reasons, *reasons), seconds=self._watch.seconds)
+        usage = sum((captures.usage for captures in self._captures.values()), Usage())
+        return replace(self.plan, reasons=(*self.plan.reasons, *reasons), seconds=self._watch.seconds, usage=usage)
 
     def captures(self, capture: bool | str) -> Captures:
         """Return the captured programs of this plan for a value of the option `capture`."""

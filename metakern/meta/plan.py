@@ -20,7 +20,7 @@ from torch import Tensor
 from metakern.meta.batches import tasks_of
 from metakern.meta.batching import WAYS, Batching, Loss
 from metakern.meta.parameters import Parameters
-from metakern.meta.seconds import Seconds, Stopwatch
+from metakern.meta.seconds import Seconds, Stopwatch, Usage
 from metakern.meta.verify import Trial, one_line, opened
 
 FLOAT64_PARAMETERS = 200_000_000
@@ -38,7 +38,8 @@ class Plan:
         task_chunk: The greatest number of tasks computed at once.
         activation_bytes: An estimate of what one task's loss saves for its backward pass, in bytes.
         reasons: One line for each choice.
-        seconds: What verification and captured programs took so far. It does not count when plans are compared.
+        seconds: What verification and captured programs took so far.
+        usage: How many programs were captured, and how often they ran. Neither counts when plans are compared.
     """
 
     batching: str
@@ -48,6 +49,7 @@ class Plan:
     activation_bytes: int
     reasons: tuple[str, ...] = field(repr=False)
     seconds: Seconds = field(default=Seconds(), repr=False, compare=False)
+    usage: Usage = field(default=Usage(), repr=False, compare=False)
 
     def halved(self, tried: int) -> Plan:
         """Return the plan to use after memory ran out with `tried` tasks at once."""
@@ -60,7 +62,7 @@ class Plan:
         lines = [f"batching {self.batching}, strategy {self.strategy}", f"task_chunk {self.task_chunk}"]
         if self.strategy == "recompute":
             lines[0] += f" (Hessian-vector products {self.hvp} over reverse)"
-        return "\n".join([*lines, *(f"  - {reason}" for reason in self.reasons), f"  - {self.seconds}"])
+        return "\n".join([*lines, *(f"  - {line}" for line in (*self.reasons, self.usage, self.seconds))])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Wall time of the work that a plan causes besides the meta-gradients themselves."""
+"""What a plan reports about its calls: the wall time besides meta-gradients, and the use of captured programs."""
 
 from __future__ import annotations
 
@@ -33,6 +33,27 @@ class Seconds:
     def __str__(self) -> str:
         parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in self.parts)
         return f"{self.total:.2f} s besides meta-gradients" + f" ({parts})" * bool(parts)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How meta-gradients were computed so far. `print(usage)` shows it in one line.
+
+    Attributes:
+        programs: The number of captured programs.
+        captured: The number of chunks of tasks that programs ran, those included that recorded them.
+        ordinary: The number of the other chunks.
+    """
+
+    programs: int = 0
+    captured: int = 0
+    ordinary: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.programs + other.programs, self.captured + other.captured, self.ordinary + other.ordinary)
+
+    def __str__(self) -> str:
+        return f"{self.programs} programs; chunks of tasks: {self.captured} by programs, {self.ordinary} ordinary"
 
 
 class Stopwatch:

@@ -222,6 +222,10 @@ def test_another_number_of_tasks_uses_the_same_programs(
         torch.testing.assert_close(captured.query_losses.mean(), captured(support, query).detach())
         if microbatch_bytes == 1 and i > 3:
             assert not calls
+    if microbatch_bytes == 1:
+        assert captured.plan.usage.programs == 1
+        assert captured.plan.usage.captured > captured.plan.usage.ordinary > 0
+        assert f"  - {captured.plan.usage}\n" in str(captured.plan)
 
 
 def test_the_plan_says_what_its_first_calls_took() -> None:

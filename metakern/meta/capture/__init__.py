@@ -41,7 +41,7 @@ from metakern.meta.capture.lowering import LoweringError, lower
 from metakern.meta.capture.program import Program
 from metakern.meta.capture.recorder import RecordError, record
 from metakern.meta.capture.rewrite import rewritten
-from metakern.meta.seconds import Stopwatch
+from metakern.meta.seconds import Stopwatch, Usage
 from metakern.meta.unroll import Random
 from metakern.native.memory import check
 
@@ -84,6 +84,7 @@ class Captures:
     ) -> None:
         self._roots, self._auto, self._names, self._watch = roots, capture == "auto", names, watch or Stopwatch()
         self._at = 0  # the number of the call of MAML
+        self._chunks = self._captured = 0  # chunks of tasks that ran, and those of them that programs ran
         self._states: list[_State] = []  # in the order of last use, the latest first
         self._numbered = self._new_states = self._changed = 0
         self._programs: dict[Any, _Captured | None] = {}  # None: calls of this key run ordinarily
@@ -105,6 +106,12 @@ class Captures:
         slow = (f"captured without an executable, as {reason}" for reason in self._run_by_python)
         return [*(f"not captured: {reason}" for reason in self._reasons), *slow]
 
+    @property
+    def usage(self) -> Usage:
+        """How many programs there are, and how many chunks of tasks ran by them and ordinarily."""
+        programs = sum(captured is not None for captured in self._programs.values())
+        return Usage(programs, self._captured, self._chunks - self._captured)
+
     def begin(self) -> None:
         """Begin a call of MAML; all batches until the next one are its chunks."""
         self._at += 1
@@ -115,6 +122,7 @@ class Captures:
         Programs are kept by the structure, shapes and other values of the batches, and by the guarded state.
         """
         tasks = tasks_of(batches[0])
+        self._chunks += 1
         self._late.clear()
         state = self._state()
         whole = _Application(function, batches)
@@ -142,6 +150,7 @@ class Captures:
         parts = [whole.part(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
         truths = {one.key: truth} if truth and parts[0].key == one.key else {}
         losses, *gradients = zip(*self._run(parts, state.guards, truths), strict=True)
+        self._captured += all(self._programs.get(part.key) is not None for part in parts)
         while self._late:
             self._note(self._late.pop())
         return [torch.cat(losses), *(None if g[0] is None else reduce(torch.add, g) for g in gradients)]
@@ -261,6 +270,7 @@ class Captures:
                 give_back()
             difference = _difference(found[0], truth, self._names) if found and truth is not None else ""
             if found and difference and captured.was_ahead:
+                before.restore()
                 self._audit(captured, calls[0], found[0])
                 difference = ""
         if found and not difference:
