@@ -38,7 +38,7 @@ from metakern.optim import SGD
 
 TOLERANCE = 1e-6  # relative error of each tensor in float64; a model that computes in float32 inside has about 1e-7
 _Truth = list[list[Tensor | None]]
-COSTLY_BYTES = 8 * 2**20  # saved by one task's loss: from here on, second order is verified on smaller tasks if it can
+COSTLY_BYTES = 8 * 2**20  # saved by one task's loss: from here on, smaller tasks are tried if they can be
 PROBE_EXAMPLES, PROBE_LENGTH = 2, 32
 STEPS = (1e-6, 1e-7, 1e-5)  # step sizes of the quick comparison; `slopes.judge` decides where all of them disagree
 
@@ -196,13 +196,11 @@ class Trial:
 
         def cut(length: int | None, times: int) -> tuple[Any, float]:
             smaller = _cut(pair, PROBE_EXAMPLES, length)
-            try:
-                if times * _numbers(smaller) <= _numbers(pair):
+            if times * _numbers(smaller) <= _numbers(pair):
+                with suppress(Exception):  # the model or the loss may want sizes that go together in another way
                     (found, saved), (other, _) = graph(smaller), graph(smaller, 1)
                     if found == other == whole:
-                        return smaller, saved / max(size, 1)
-            except Exception:  # the model or the loss wants sizes that go together in another way
-                pass
+                        return smaller, max(saved, 1) / max(size, 1)
             return pair, 1.0
 
         (fewer, part), (shorter, _) = cut(None, 2), cut(PROBE_LENGTH, 4)
