@@ -64,9 +64,8 @@ class Costs:
             stack.enter_context(Taps(frozenset(site for p in repaired for site in p.undo)).open())
             for path in {p.path for p in repaired if repairable(p) and not p.undo}:
                 _repair(stack, self.patient.model.get_submodule(path))
-            found = strategy(_Steady(self.patient))(
-                [p.detach().expand(1, *p.shape) for p in theta], shared, support, query, 1.0
-            )
+            phi = [p.detach().expand(1, *p.shape) for p in theta]
+            found = strategy(_Steady(self.patient))(phi, shared, support, query)
         return [g.detach() for g in with_zeros([*found.theta, *found.shared], [*theta, *shared])]
 
 

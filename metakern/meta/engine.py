@@ -35,6 +35,7 @@ from metakern.meta.draws import Alike
 from metakern.meta.fold import FoldError
 from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Found, Plan, Planner, Wishes
+from metakern.meta.seconds import Stopwatch, Usage
 from metakern.meta.state import INTERNAL, PLAIN, ModuleState, contents, undisturbed
 from metakern.meta.unroll import Unroll
 from metakern.meta.verify import comparable, modules_of, one_line
@@ -96,7 +97,9 @@ class Engine:
         outer: bool,
         batches: Sequence[Any],
         without: Sequence[str] = (),
+        watch: Stopwatch | None = None,
     ) -> Prepared:
+        watch = watch or Stopwatch()
         roles = Parameters(self.model, self.adapt)
         inner.prepare(roles.adapted)
         before = {**self._attributes(loss), **self._attributes(loss, numbers=True)}
@@ -105,7 +108,7 @@ class Engine:
             kinds[structure(batch)] = batch
         first = structure(batches[0])  # the support comes first: its second derivatives are verified
         tried = [kinds.pop(first), *kinds.values()]
-        planner = Planner(roles, loss, self.wishes)
+        planner = Planner(roles, loss, self.wishes, watch)
         found = planner.plan(tried, steps, first_order or not outer, without)
         self._volatile |= found.changed & before.keys()
         for i, leaf in enumerate(found.outside):
@@ -114,9 +117,9 @@ class Engine:
         unroll = Unroll(found.batching, inner, steps, first_order, plan.hvp, found.python, found.graph, plan.snapshots)
 
         def again(failed: str, batches: Sequence[Any]) -> Prepared:
-            return self._made(loss, inner, steps, first_order, outer, batches, [*without, failed])
+            return self._made(loss, inner, steps, first_order, outer, batches, [*without, failed], watch)
 
-        return Prepared(roles, found, unroll, loss, again, self.wishes.batching == "auto")
+        return Prepared(roles, found, unroll, loss, again, self.wishes.batching == "auto", watch)
 
     def _base(self, loss: Loss, inner: InnerOptimizer, steps: int, first_order: bool) -> tuple:
         """Return everything that a plan depends on besides the batches, to be compared."""
@@ -168,8 +171,9 @@ class Prepared:
         loss: Loss,
         again: Callable[[str, Sequence[Any]], Prepared],
         auto: bool,
+        watch: Stopwatch,
     ) -> None:
-        self.loss, self._again, self._auto = loss, again, auto
+        self.loss, self._again, self._auto, self._watch = loss, again, auto, watch
         self._confirmed: OrderedDict[Any, None] = OrderedDict()
         self._take(found, unroll, parameters)
 
@@ -182,16 +186,17 @@ class Prepared:
 
     @property
     def explained(self) -> Plan:
-        """The plan; its reasons also say which meta-gradients aren't captured, or have no executable, and why."""
+        """The plan, with what it took so far, and why meta-gradients are not captured or have no executable."""
         reasons = [reason for captures in self._captures.values() for reason in captures.explained]
-        return replace(self.plan, reasons=(*self.plan.reasons, *reasons))
+        usage = sum((captures.usage for captures in self._captures.values()), Usage())
+        return replace(self.plan, reasons=(*self.plan.reasons, *reasons), seconds=self._watch.seconds, usage=usage)
 
     def captures(self, capture: bool | str) -> Captures:
         """Return the captured programs of this plan for a value of the option `capture`."""
         if capture not in self._captures:
             roots = self.parameters.model, self.unroll.inner, self.loss
             names = ["the query losses", *self.parameters.adapted, *self.parameters.shared]
-            self._captures[capture] = Captures(roots, capture, names)
+            self._captures[capture] = Captures(roots, capture, names, self._watch)
         return self._captures[capture]
 
     def theta(self, tasks: int) -> list[Tensor]:
@@ -266,29 +271,34 @@ class Prepared:
             size = tuple(t.shape for t in tensors(batch)), structure(batch), self.numbers
             if size in self._confirmed:
                 continue
-            tasks = tasks_of(batch)
-            apart = 1 + 0.1 * torch.arange(tasks) / tasks  # the parameters differ, even if the data of tasks are equal
-            theta = [p * apart.to(p).view(-1, *(1,) * (p.dim() - 1)) for p in self.theta(tasks)]
-            state = ModuleState(self.parameters.model.modules())
-            alike = partial(comparable, in_float64=False)  # the model's own dtypes: what casts must cast
-            tolerance = 1e-3 if theta[0].dtype in (torch.float32, torch.float64) and not _autocast() else 5e-2
-            with undisturbed(theta[0].device), torch.set_grad_enabled(self.unroll.graph), alike():
-                batching.fold.within = alike  # the mode set here has no effect once the fold steps out of vmap
-                try:
-                    with Alike(tasks) if self._draws else nullcontext():
-                        found = batching.losses(theta, batch)
-                finally:
-                    batching.fold.within = nullcontext
-                    state.restore()
-                for t in {0, tasks - 1}:
-                    with Alike() if self._draws else nullcontext():
-                        alone = batching.one(select(batch, t), [p[t] for p in theta])
-                    state.restore()
-                    if not torch.allclose(found[t], alone, rtol=tolerance, atol=tolerance / 100, equal_nan=True):
-                        raise FoldError("the losses of folded tasks differ from those of a task alone at this size")
+            with self._watch.part("confirmation"):
+                self._compare_folded(batching, batch)
             self._confirmed[size] = None
             if len(self._confirmed) > SIZES:
                 self._confirmed.popitem(last=False)
+
+    def _compare_folded(self, batching: Folded, batch: Any) -> None:
+        """Compare folded losses with those of the first and the last task alone; raise FoldError where they differ."""
+        tasks = tasks_of(batch)
+        apart = 1 + 0.1 * torch.arange(tasks) / tasks  # the parameters differ, even if the data of tasks are equal
+        theta = [p * apart.to(p).view(-1, *(1,) * (p.dim() - 1)) for p in self.theta(tasks)]
+        state = ModuleState(self.parameters.model.modules())
+        alike = partial(comparable, in_float64=False)  # the model's own dtypes: what casts must cast
+        tolerance = 1e-3 if theta[0].dtype in (torch.float32, torch.float64) and not _autocast() else 5e-2
+        with undisturbed(theta[0].device), torch.set_grad_enabled(self.unroll.graph), alike():
+            batching.fold.within = alike  # the mode set here has no effect once the fold steps out of vmap
+            try:
+                with Alike(tasks) if self._draws else nullcontext():
+                    found = batching.losses(theta, batch)
+            finally:
+                batching.fold.within = nullcontext
+                state.restore()
+            for t in {0, tasks - 1}:
+                with Alike() if self._draws else nullcontext():
+                    alone = batching.one(select(batch, t), [p[t] for p in theta])
+                state.restore()
+                if not torch.allclose(found[t], alone, rtol=tolerance, atol=tolerance / 100, equal_nan=True):
+                    raise FoldError("the losses of folded tasks differ from those of a task alone at this size")
 
 
 def _autocast() -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 from metakern.meta.batches import tasks_of
 from metakern.meta.batching import WAYS, Batching, Loss
 from metakern.meta.parameters import Parameters
+from metakern.meta.seconds import Seconds, Stopwatch, Usage
 from metakern.meta.verify import Trial, one_line, opened
 
 FLOAT64_PARAMETERS = 200_000_000
@@ -38,6 +39,8 @@ class Plan:
         activation_bytes: An estimate of what one task's loss saves for its backward pass, in bytes.
         snapshots: The most inner steps whose parameters "recompute" keeps at once, besides the first.
         reasons: One line for each choice.
+        seconds: What verification and captured programs took so far.
+        usage: How many programs were captured, and how often they ran. Neither counts when plans are compared.
     """
 
     batching: str
@@ -47,6 +50,8 @@ class Plan:
     activation_bytes: int
     snapshots: int
     reasons: tuple[str, ...] = field(repr=False)
+    seconds: Seconds = field(default=Seconds(), repr=False, compare=False)
+    usage: Usage = field(default=Usage(), repr=False, compare=False)
 
     def halved(self, tried: int) -> Plan:
         """Return the plan to use after memory ran out with `tried` tasks at once."""
@@ -59,7 +64,7 @@ class Plan:
         lines = [f"batching {self.batching}, strategy {self.strategy}", f"task_chunk {self.task_chunk}"]
         if self.strategy == "recompute":
             lines[0] += f" (Hessian-vector products {self.hvp} over reverse)"
-        return "\n".join([*lines, *(f"  - {reason}" for reason in self.reasons)])
+        return "\n".join([*lines, *(f"  - {line}" for line in (*self.reasons, self.usage, self.seconds))])
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,8 @@ class Found:
 class Planner:
     """Makes plans for one model and loss, as far as the options of the user (`wishes`) leave a choice."""
 
-    def __init__(self, parameters: Parameters, loss: Loss, wishes: Wishes) -> None:
-        self.parameters, self.loss, self.wishes = parameters, loss, wishes
+    def __init__(self, parameters: Parameters, loss: Loss, wishes: Wishes, watch: Stopwatch | None = None) -> None:
+        self.parameters, self.loss, self.wishes, self.watch = parameters, loss, wishes, watch or Stopwatch()
 
     def plan(
         self,
@@ -105,7 +110,7 @@ class Planner:
         names = list(WAYS) if self.wishes.batching == "auto" else [self.wishes.batching]
         names = [name for name in names if name not in without]
         reasons = [f"{name} is not possible: it failed on a later batch" for name in without]
-        with opened(self.parameters, self.loss, batches, first_order, double, slopes) as trial:
+        with opened(self.parameters, self.loss, batches, first_order, double, slopes, self.watch) as trial:
             found = self._tried(trial, names, trial.plain, batches, inner_steps, reasons)
             if found is None and not trial.plain and any("third derivatives" in reason for reason in reasons):
                 found = self._tried(trial, names, True, batches, inner_steps, reasons)

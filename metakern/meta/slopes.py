@@ -254,7 +254,7 @@ def direction(z: Tensors, seed: int) -> list[Tensor]:
     direction = []
     for t in z:
         size = norm([t]) / max(t.numel(), 1) ** 0.5 or 0.1 * typical
-        direction.append(size * torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t))
+        direction.append(size * torch.randn(t.shape, generator=generator, dtype=torch.float32, device="cpu").to(t))
     return direction
 
 

@@ -1,6 +1,6 @@
 """The inner loop and its exact meta-gradient, by two strategies that give the same numbers.
 
-    phi_0 = theta        phi_{k+1}, s_{k+1} = U(phi_k, grad S(phi_k), s_k; h)        L = sum_t Q_t(phi_K) weight
+    phi_0 = theta        phi_{k+1}, s_{k+1} = U(phi_k, grad S(phi_k), s_k; h)        L = sum_t Q_t(phi_K)
 
 store      Keeps the graph of all K steps and differentiates it once: the least arithmetic, and the memory of K steps.
 recompute  Keeps phi_k and s_k of each step (and its gradients, where U needs them) and pulls the cotangent back one
@@ -36,7 +36,7 @@ Gradients = Sequence[Tensor | None]
 
 @dataclass(frozen=True)
 class Result:
-    """Query losses [T], and the gradients of their weighted sum with respect to theta, shared and hyper-parameters."""
+    """Query losses [T], and the gradients of their sum with respect to theta, shared and hyper-parameters."""
 
     losses: Tensor
     theta: Gradients
@@ -100,9 +100,7 @@ class Unroll:
         with torch.set_grad_enabled(self.graph):
             return self.batching.losses(phi, query).detach()
 
-    def store(
-        self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, query: Any, weight: float
-    ) -> Result:
+    def store(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, query: Any) -> Result:
         """Return the meta-gradient by one reverse pass through the graph of the whole inner loop."""
         hyper = self.inner.hyper_parameters()
         with torch.enable_grad():
@@ -113,12 +111,10 @@ class Unroll:
                 grads = with_zeros(derivatives(total, phi, create_graph=not self.first_order), phi)
                 phi, state = self.inner.update(phi, grads, state)
             losses = self.batching.losses(phi, query)
-            ct = derivatives(losses.sum() * weight, [*theta, *shared, *hyper])
+            ct = derivatives(losses.sum(), [*theta, *shared, *hyper])
         return _result(losses, ct, len(theta), len(shared))
 
-    def recompute(
-        self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, query: Any, weight: float
-    ) -> Result:
+    def recompute(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, query: Any) -> Result:
         """Return the meta-gradient by pulling the cotangent back one step at a time, from the last to the first."""
         n, hyper = len(theta), self.inner.hyper_parameters()
         keeps_grads = not self.inner.affine or (self.first_order and bool(hyper))
@@ -127,7 +123,7 @@ class Unroll:
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in phi]
             losses = self.batching.losses(leaves, query)
-            ct = derivatives(losses.sum() * weight, [*leaves, *shared])
+            ct = derivatives(losses.sum(), [*leaves, *shared])
         after = Random(phi[0].device, self.python)
         ct_phi, ct_shared = ct[:n], ct[n:]
         ct_state: Gradients = [None] * len(points[0].state)

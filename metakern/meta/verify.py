@@ -29,6 +29,7 @@ from metakern.meta.batching import Batching, Folded, Loss, exact_kernels, scalar
 from metakern.meta.draws import ZEROS, Alike, python_states
 from metakern.meta.functions import REPAIRED
 from metakern.meta.parameters import Parameters
+from metakern.meta.seconds import Stopwatch
 from metakern.meta.slopes import direction, judge, norm
 from metakern.meta.state import ModuleState, seeded, undisturbed
 from metakern.meta.unroll import Gradients, Unroll, derivatives
@@ -37,7 +38,7 @@ from metakern.optim import SGD
 
 TOLERANCE = 1e-6  # relative error of each tensor in float64; a model that computes in float32 inside has about 1e-7
 _Truth = list[list[Tensor | None]]
-COSTLY_BYTES = 32 * 2**20  # saved by one task's loss: from here on, second order is verified on smaller tasks if it can
+COSTLY_BYTES = 8 * 2**20  # saved by one task's loss: from here on, smaller tasks are tried if they can be
 PROBE_EXAMPLES, PROBE_LENGTH = 2, 32
 STEPS = (1e-6, 1e-7, 1e-5)  # step sizes of the quick comparison; `slopes.judge` decides where all of them disagree
 
@@ -61,7 +62,9 @@ class Trial:
         slopes: bool,
         dtype: torch.dtype | None,
         plain: bool,
+        watch: Stopwatch,
     ) -> None:
+        self._watch = watch
         self._slopes = slopes and not first_order
         self.loss, self.first_order, self.plain, self.note, self.worst = loss, first_order, plain, "", 0.0
         self._modules = list(dict.fromkeys(m for root in (roles.model, *modules_of(loss)) for m in root.modules()))
@@ -74,7 +77,7 @@ class Trial:
         random = torch.Generator().manual_seed(0)
 
         def noise(p: Tensor) -> Tensor:
-            return torch.randn(2, *p.shape, generator=random, dtype=torch.float64, device="cpu").to(p)
+            return torch.randn(2, *p.shape, generator=random, dtype=torch.float32, device="cpu").to(p)
 
         theta = [p.detach() for p in self.roles.adapted.values()]
         self.phi = [p + 0.05 * (p.abs().mean() + 0.01) * noise(p) for p in theta]
@@ -86,6 +89,7 @@ class Trial:
         self.python = False  # whether model or loss draw from Python's or NumPy's generators
         self.graph = False  # whether the loss takes derivatives itself, and so fails under `no_grad`
         self.batches: list[Any] = []
+        self.parts: list[float] = []  # for each batch, what autograd saves for it over that for the user's two tasks
         self.probe: Any = None  # the first batch, or a smaller one, for the second order
         self.changed: set[tuple[int, str]] = set()  # attributes that a forward pass changes: (id of the module, name)
         self.lost = ""  # "surrogate": the gradient is not the loss's slope; "lost": only the second order is wrong
@@ -133,7 +137,7 @@ class Trial:
         for again in range(3):
             pair = two_tasks(batch, again)
             try:
-                probe = pair if self.batches or self.first_order else self._probe(pair)
+                pair, probe, part = (pair, pair, 1.0) if self.batches or self.first_order else self._smaller(pair)
                 whole = probe is pair
                 truth, drawn = self._truth(pair, second_order=whole and not self.batches, exact=whole)
                 if not whole:
@@ -147,10 +151,11 @@ class Trial:
             losses = cast(Tensor, truth[0][0])
             if not losses.isfinite().all():
                 raise ValueError(f"MAML: loss must be finite for a plan to be verified, got {losses.tolist()}")
-            self.graph |= self._needs_graph(pair)
+            self.graph |= self._needs_graph(probe)
             if not self.batches:
                 self.probe = probe
             self.batches.append(pair)
+            self.parts.append(part)
             self.draws.append(drawn)
             differ = [(not torch.equal(t[0], t[1]), t) for t in tensors(pair)]
             inputs = all(apart for apart, t in differ if t.is_floating_point() and t.numel())
@@ -158,35 +163,50 @@ class Trial:
             self.truths.append(truth)
             return
 
-    def _probe(self, pair: Any) -> Any:
-        """Return two smaller tasks for the second order, if it is costly and the loss of both has the same graph.
+    def _smaller(self, pair: Any) -> tuple[Any, Any, float]:
+        """Return two tasks with fewer examples, and with shorter sequences too: for the first and the second order.
 
-        Second derivatives of plain autograd take much memory and time, for attention the square of the length. The
-        graph of the loss determines them, and it is the same if no step of the model depends on a size.
+        Also return what autograd saves for those with fewer examples, over what it saves for `pair`.
+
+        Plain autograd takes much memory and time, for attention the square of the length. The graph of the loss
+        determines its derivatives, and it is the same if no step of the model depends on a size. So smaller tasks are
+        taken if autograd saves much for the loss of `pair` and the loss of both smaller ones has the same graph. A loss
+        that is 0 or not finite, as where no label is left, tells nothing.
         """
-        saved: dict[int, int] = {}
 
-        def graph(batch: Any, hooks: AbstractContextManager) -> list[Any]:
-            adapted = [nn.Parameter(p[0]) for p in self.phi]
+        @self._watch.part("sizes")
+        def graph(batch: Any, t: int = 0) -> tuple[list[Any], int]:
+            saved: dict[int, int] = {}
+            adapted = [nn.Parameter(p[t]) for p in self.phi]
             seeded()
             python, draws = python_states(), Alike()
-            with hooks, self._task(0, batch, adapted, draws, exact=False) as value:
-                return [] if draws.taken or python_states() != python else _graph_of(value)
+            with _counted(saved), self._task(t, batch, adapted, draws, exact=False) as value:
+                tells = value.isfinite() and value != 0 and not draws.taken and python_states() == python
+                found = _graph_of(value) if tells else []
+            for p in (*adapted, *self.roles.model.parameters()):
+                saved.pop(p.untyped_storage().data_ptr(), None)
+            return found, sum(saved.values())
 
         try:
-            whole = graph(pair, _counted(saved))
-            if not whole or sum(saved.values()) < COSTLY_BYTES:
-                return pair
+            whole, size = graph(pair)
+            if not whole or size < COSTLY_BYTES:
+                return pair, pair, 1.0
         except Exception:  # the trial on the whole batch says what is wrong
-            return pair
-        for length in (PROBE_LENGTH, None):
+            return pair, pair, 1.0
+
+        def cut(length: int | None, times: int) -> tuple[Any, float]:
             smaller = _cut(pair, PROBE_EXAMPLES, length)
-            try:
-                if 4 * _numbers(smaller) <= _numbers(pair) and graph(smaller, nullcontext()) == whole:
-                    return smaller
-            except Exception:  # the model or the loss wants sizes that go together in another way
-                continue
-        return pair
+            if times * _numbers(smaller) <= _numbers(pair):
+                with suppress(Exception):  # the model or the loss may want sizes that go together in another way
+                    (found, saved), (other, _) = graph(smaller), graph(smaller, 1)
+                    if found == other == whole:
+                        return smaller, max(saved, 1) / max(size, 1)
+            return pair, 1.0
+
+        (fewer, part), (shorter, _) = cut(None, 2), cut(PROBE_LENGTH, 4)
+        if shorter is pair and 4 * _numbers(fewer) <= _numbers(pair):
+            shorter = fewer
+        return fewer, shorter, part
 
     def _needs_graph(self, batch: Any) -> bool:
         try:
@@ -242,7 +262,7 @@ class Trial:
             adapted = [nn.Parameter(p[t]) for p in self.phi]
             seeded()
             python, alike = python_states(), Alike()
-            with self._task(t, batch, adapted, alike, exact) as value:
+            with self._watch.part("truth, first order"), self._task(t, batch, adapted, alike, exact) as value:
                 self.python |= python_states() != python
                 _unchanged(buffers)
                 reached = self._reached(value, adapted, before) if t == 0 else []
@@ -259,11 +279,13 @@ class Trial:
                 pairs = [(g, v[t]) for g, v in zip(grads, self.v, strict=False) if g is not None]
                 products: Gradients = [None] * len(grads)
                 if second_order:
-                    products = derivatives([g for g, _ in pairs], [*adapted, *self.shared], [v for _, v in pairs])
+                    with self._watch.part("truth, second order"):
+                        products = derivatives([g for g, _ in pairs], [*adapted, *self.shared], [v for _, v in pairs])
             rows.append((value.detach(), [None if g is None else g.detach() for g in grads], products))
             drawn = alike.taken
         if second_order and self._slopes:
-            self._check_slopes(batch, rows[0][1], rows[0][2])
+            with self._watch.part("slopes"):
+                self._check_slopes(batch, rows[0][1], rows[0][2])
         losses, n = torch.stack([value for value, _, _ in rows]), len(self.phi)
         truth: _Truth = [[losses], _both(rows[0][1], rows[1][1], n)]
         return ([*truth, _both(rows[0][2], rows[1][2], n)] if second_order else truth), drawn
@@ -334,29 +356,35 @@ class Trial:
         """
         if self.python and batching.name != "loop":
             raise MismatchError("only 'loop' draws from Python's or NumPy's generators for each task")
-        if isinstance(batching, Folded):
-            if not all(self.apart):
-                raise MismatchError("two tasks of the batch can't be made to differ, so folding can't be verified")
-            batching.fold.within = comparable  # a mode set here has no effect once the fold steps out of vmap
-            for batch, kind in zip([self.probe, *self.batches[1:]], self.kinds, strict=True):
-                self._trace(batching, batch, kind)
-        bytes_a_task = max(self._first_order(batching, i) for i in range(len(self.batches)))
+        with self._watch.part(f"{batching.name}, first order"):
+            if isinstance(batching, Folded):
+                if not all(self.apart):
+                    raise MismatchError("two tasks of the batch can't be made to differ, so folding can't be verified")
+                batching.fold.within = comparable  # a mode set here has no effect once the fold steps out of vmap
+                for batch, kind in zip([self.probe, *self.batches[1:]], self.kinds, strict=True):
+                    self._trace(batching, batch, kind)
+            bytes_a_task = max(self._first_order(batching, i) for i in range(len(self.batches)))
         if self.first_order:
             return "reverse", bytes_a_task
+        with self._watch.part(f"{batching.name}, second order"):
+            return self._second_order(batching), bytes_a_task
+
+    def _second_order(self, batching: Batching) -> str:
+        """Check the Hessian-vector products of a batching, and return their mode."""
         self._compare("Hessian-vector product", self._products(batching, "reverse"), self.truths[0][2])
         try:
             self._compare("Hessian-vector product", self._products(batching, "forward"), self.truths[0][2])
         except RuntimeError as error:
             self.note = f"Hessian-vector products reverse over reverse, for want of forward mode: {one_line(error)}"
-            return "reverse", bytes_a_task
-        return "forward", bytes_a_task
+            return "reverse"
+        return "forward"
 
     def _drawn(self, i: int) -> list[tuple[str, int]] | None:
         """Return the random operations of one task of batch i, or None where nothing is drawn."""
         return self.draws[i] if self.draws[i] or self.python else None
 
     def _first_order(self, batching: Batching, i: int) -> int:
-        """Check the losses and gradients of batch i; return the bytes that autograd saves for one task of it.
+        """Check the losses and gradients of batch i; return the bytes that autograd saves for one whole task of it.
 
         They are those of the user's dtype, or of float32 if that is wider: norms and losses often take it.
         """
@@ -369,7 +397,7 @@ class Trial:
             self._losses(batching, i, nullcontext())  # torch.func in the loss forbids hooks: nothing is counted
         for p in (*self.phi, *self.roles.model.parameters()):
             saved.pop(p.untyped_storage().data_ptr(), None)
-        return int(sum(saved.values()) * self._scale) // 2
+        return int(sum(saved.values()) * self._scale / self.parts[i]) // 2
 
     def _losses(self, batching: Batching, i: int, hooks: AbstractContextManager) -> None:
         with self.steady(), torch.enable_grad():
@@ -443,7 +471,13 @@ class _Drawing:
 
 @contextmanager
 def opened(
-    roles: Parameters, loss: Loss, batches: Sequence[Any], first_order: bool, double: bool, slopes: bool = True
+    roles: Parameters,
+    loss: Loss,
+    batches: Sequence[Any],
+    first_order: bool,
+    double: bool,
+    slopes: bool,
+    watch: Stopwatch,
 ) -> Iterator[Trial]:
     """Open a trial: in float64 if `double` is set and model and loss allow it, else in the model's own dtype.
 
@@ -454,7 +488,7 @@ def opened(
     users = ModuleState(dict.fromkeys(m for root in (roles.model, *modules_of(loss)) for m in root.modules()))
     with undisturbed(device):
         try:
-            yield _first(roles, loss, batches, first_order, slopes, double, users)
+            yield _first(roles, loss, batches, first_order, slopes, double, users, watch)
         finally:
             users.restore()
 
@@ -467,6 +501,7 @@ def _first(
     slopes: bool,
     double: bool,
     users: ModuleState,
+    watch: Stopwatch,
 ) -> Trial:
     """Return the first trial that does not raise: in float64, then in the model's own dtype.
 
@@ -478,7 +513,7 @@ def _first(
         if plain and not (raised and _wants_plain(raised[-1])):
             continue
         try:
-            return Trial(roles, loss, batches, first_order, slopes, dtype, plain)
+            return Trial(roles, loss, batches, first_order, slopes, dtype, plain, watch)
         except Exception as error:
             users.restore()
             if dtype is None and not (not plain and _wants_plain(error)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import pickle
 from typing import Any
@@ -56,7 +57,7 @@ def test_captured_meta_gradients_equal_those_of_ordinary_runs(name: str, batchin
 def test_chunks_share_a_program_and_other_shapes_get_their_own() -> None:
     model, loss, _, _, _ = build("mlp")
     captured = mk.MAML(model, loss, steps=2, task_chunk=1, capture=True)
-    for i, size in enumerate((4, 4, 3)):
+    for i, size in enumerate((4, 4, 3, 3)):
         support, query = (tuple(t[:, :size] for t in points(i + j)) for j in (0, 9))
         truth = gradients(model, plain_loss(model, loss, support, query, 2, sgd(0.01)))
         assert_equal(gradients(model, captured(support, query)), truth)
@@ -160,11 +161,7 @@ def test_numbers_and_hooks_that_change_are_noticed(monkeypatch: pytest.MonkeyPat
     assert_equal(gradients(model, captured(points(1), points(2))), gradients(model, plain))
 
 
-@pytest.mark.parametrize("microbatch_bytes", [capture.MICROBATCH_BYTES, 1])
-def test_a_program_that_differs_from_its_ordinary_run_is_not_used(
-    microbatch_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(capture, "MICROBATCH_BYTES", microbatch_bytes)
+def test_a_program_that_differs_from_its_ordinary_run_is_not_used() -> None:
     model, library = Scaled().double(), {"__name__": "torch.of_a_test", "FACTOR": 1.0}
     exec("def factor(): return FACTOR", library)  # a function of a library: guards take its globals for constants
 
@@ -184,8 +181,69 @@ def test_a_program_that_differs_from_its_ordinary_run_is_not_used(
         assert_equal(found, truth)
 
 
+def loss_times_first(first: Any, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return regression_loss(model, batch) * first(batch[0].clone())
+
+
 def scaled_loss(factor: Any, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     return regression_loss(model, batch) * factor()
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_value_of_the_data_in_a_program_raises_at_the_next_call(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program of one task runs the other tasks of its first batch before it was compared on their data."""
+    monkeypatch.setattr(capture, "MICROBATCH_BYTES", 1)
+    library: dict[str, Any] = {"__name__": "torch.of_a_test", "read": ctypes.c_double.from_address}
+    exec("def first(x): return read(x.data_ptr()).value", library)  # a function of a library that PyTorch can't see
+    model, loss = Scaled().double(), functools.partial(loss_times_first, library["first"])
+    captured = mk.MAML(model, loss, steps=2, batching="loop", task_chunk=chunk, capture=True)
+    captured(points(0), points(9))
+    with pytest.raises(capture.StaleCaptureError, match="at its use 1: the query losses differs by"):
+        captured(points(1), points(10))
+    truth = gradients(model, plain_loss(model, loss, points(2), points(11), 2, sgd(0.01)))
+    assert_equal(gradients(model, captured(points(2), points(11))), truth)
+
+
+@pytest.mark.parametrize("chunk", [2, "auto"])
+@pytest.mark.parametrize("microbatch_bytes", [capture.MICROBATCH_BYTES, 1])
+def test_another_number_of_tasks_uses_the_same_programs(
+    microbatch_bytes: int, chunk: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "MICROBATCH_BYTES", microbatch_bytes)
+    monkeypatch.setattr(capture, "FIRST_AUDIT", 2**20)
+    model, loss, _, _, _ = build("mlp")
+    captured = mk.MAML(model, loss, steps=2, task_chunk=chunk, capture="auto")
+    calls = calls_of(captured)
+    for i, tasks in enumerate((4, 5, 3, 3, 1, 4, 2, 5)):
+        support, query = (tuple(t.repeat(2, 1, 1)[:tasks] for t in points(i + j)) for j in (0, 9))
+        truth = gradients(model, plain_loss(model, loss, support, query, 2, sgd(0.01)))
+        calls.clear()
+        assert_equal(gradients(model, captured(support, query)), truth)
+        torch.testing.assert_close(captured.query_losses.mean(), captured(support, query).detach())
+        if microbatch_bytes == 1 and i > 3:
+            assert not calls
+    if microbatch_bytes == 1:
+        assert captured.plan.usage.programs == 1
+        assert captured.plan.usage.captured > captured.plan.usage.ordinary > 0
+        assert f"  - {captured.plan.usage}\n" in str(captured.plan)
+
+
+def test_the_plan_says_what_its_first_calls_took() -> None:
+    model, loss, _, _, _ = build("mlp")
+    captured = mk.MAML(model, loss, steps=2, capture=True)
+    captured(points(0), points(9))
+    plan, first = captured.plan, captured.plan.seconds
+    parts = [name for name, seconds in first.parts if seconds > 0]
+    assert parts[:4] == ["sizes", "truth, first order", "truth, second order", "slopes"]
+    assert {"fold, first order", "fold, second order", "recording", "comparison"} <= {*parts}
+    assert first.total == pytest.approx(sum(first[part] for part in parts))
+    assert first["loop, first order"] == 0
+    assert f"recording {first['recording']:.2f}" in str(first)
+    assert str(first) in str(plan)
+    captured(points(1), points(10))
+    assert captured.plan == plan
+    assert captured.plan.seconds["comparison"] > first["comparison"]
+    assert captured.plan.seconds["recording"] == first["recording"]
 
 
 def test_copies_have_programs_of_their_own() -> None:

@@ -1276,11 +1276,12 @@ def test_values_in_a_batch_other_than_tensors_are_compared_by_value(make: Any) -
         if isinstance(reused, np.ndarray):
             reused[1000] = k  # in the same memory
         x, leaf = points(i)[0], reused if isinstance(reused, np.ndarray) else make(k)
+        captures.begin()
         if isinstance(leaf, Opaque) and i == 0:
             with pytest.warns(UserWarning, match="holds a Opaque, which can't be compared"):
-                (found,) = captures(function, (), (x, leaf))
+                (found,) = captures(function, (x, leaf))
         else:
-            (found,) = captures(function, (), (x, leaf))
+            (found,) = captures(function, (x, leaf))
         torch.testing.assert_close(found, x.square().sum((1, 2)) * k)
     programs = [program.uses for program in captures._programs.values()]
     assert sum(programs) == (0 if isinstance(leaf, Opaque) else 4)
@@ -1296,7 +1297,8 @@ def test_programs_do_not_read_the_memory_of_an_earlier_batch() -> None:
     for i in range(5):
         array = first if i < 2 else np.ones(2)
         x = points(i)[0]
-        (found,) = captures(function, (), (x, array))
+        captures.begin()
+        (found,) = captures(function, (x, array))
         torch.testing.assert_close(found, x.square().sum((1, 2)) * 2)
         first[:] = 1.0 if i < 1 else 5.0
     assert sum(program.uses for program in captures._programs.values()) == 3

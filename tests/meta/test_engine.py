@@ -724,16 +724,17 @@ def words(model: Any, batch: Any) -> Tensor:
 
 
 def probes_of(monkeypatch: pytest.MonkeyPatch, costly: int = 0) -> list[Any]:
-    """The tasks on which second order is verified, from here on."""
+    """The tasks on which first order and second order are verified, from here on."""
     probes: list[Any] = []
-    inner = verify.Trial._probe
+    inner = verify.Trial._smaller
 
     def kept(self: verify.Trial, pair: Any) -> Any:
-        probes.append(inner(self, pair))
-        return probes[-1]
+        *tasks, part = inner(self, pair)
+        probes.append(tasks)
+        return *tasks, part
 
     monkeypatch.setattr(verify, "COSTLY_BYTES", costly)
-    monkeypatch.setattr(verify.Trial, "_probe", kept)
+    monkeypatch.setattr(verify.Trial, "_smaller", kept)
     return probes
 
 
@@ -743,10 +744,15 @@ def sentences(length: int, tasks: int = 2, examples: int = 9) -> tuple[Tensor, T
     return ids, labels
 
 
-def test_second_order_of_costly_tasks_is_verified_on_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch, probes = Long().double(), sentences(70), probes_of(monkeypatch)
-    found = ours(maml_of(model, words), batch, batch)
-    assert [t.shape for t in probes[0]] == [(2, 2, 32)] * 2
+def test_costly_tasks_are_verified_on_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = Long().double(), sentences(70)
+    whole = maml_of(model, words)
+    whole(batch, batch)
+    probes = probes_of(monkeypatch)
+    maml = maml_of(model, words)
+    found = ours(maml, batch, batch)
+    assert [[t.shape for t in probe] for probe in probes[0]] == [[(2, 2, 70)] * 2, [(2, 2, 32)] * 2]
+    assert maml.plan.activation_bytes == pytest.approx(whole.plan.activation_bytes, rel=0.35)
     with sdpa_kernel(SDPBackend.MATH):
         exact = plain(model, words, batch, batch)
     for a, b in zip(found, exact, strict=True):
@@ -765,21 +771,37 @@ def test_lost_second_derivatives_are_found_in_costly_tasks(
 
 
 @pytest.mark.parametrize(
-    ("step", "shape"),
+    ("step", "examples"),
     [
-        (lambda x: x if x.shape[-2] < 40 else x.tanh(), (2, 2, 70)),  # another graph for short sequences
-        (lambda x: x if x.shape[0] < 4 else x.tanh(), (2, 9, 70)),  # for few examples
-        (lambda x: x.unflatten(-2, (7, 10)).flatten(-3, -2), (2, 2, 70)),  # raises for other lengths
-        (lambda x: Square.apply(x), (2, 9, 70)),  # Python decides what its backward does
-        (lambda x: x * torch.rand(()), (2, 9, 70)),  # draws
+        (lambda x: x if x.shape[-2] < 40 else x.tanh(), 2),  # another graph for short sequences
+        (lambda x: x if x.shape[0] < 4 else x.tanh(), 9),  # for few examples
+        (lambda x: x.unflatten(-2, (7, 10)).flatten(-3, -2), 2),  # raises for other lengths
+        (lambda x: Square.apply(x), 9),  # Python decides what its backward does
+        (lambda x: x * torch.rand(()), 9),  # draws
     ],
 )
 def test_what_depends_on_sizes_is_verified_on_whole_tasks(
-    monkeypatch: pytest.MonkeyPatch, step: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+    monkeypatch: pytest.MonkeyPatch, step: Callable[[Tensor], Tensor], examples: int
 ) -> None:
     model, batch, probes = Long(step).double(), sentences(70), probes_of(monkeypatch)
     maml_of(model, words)(batch, batch)
-    assert probes[0][0].shape == shape
+    assert [tasks[0].shape for tasks in probes[0]] == [(2, examples, 70)] * 2
+
+
+@pytest.mark.parametrize(
+    ("unlabelled", "sizes"),
+    [
+        (np.s_[:, :, :32], [(2, 70), (2, 70)]),
+        (np.s_[1, :, :32], [(2, 70), (2, 70)]),
+        (np.s_[:, :2], [(9, 70), (9, 70)]),
+        (np.s_[:, 2:, 32:], [(2, 70), (2, 32)]),
+    ],
+)
+def test_smaller_tasks_have_labels(monkeypatch: pytest.MonkeyPatch, unlabelled: Any, sizes: Any) -> None:
+    (ids, labels), probes = sentences(70), probes_of(monkeypatch)
+    labels[unlabelled] = -100
+    maml_of(Long().double(), words)((ids, labels), (ids, labels))
+    assert [tuple(tasks[0].shape[1:]) for tasks in probes[0]] == sizes
 
 
 class Square(torch.autograd.Function):

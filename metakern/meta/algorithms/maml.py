@@ -54,10 +54,10 @@ class MAML(nn.Module):
         task_chunk: How many tasks are computed at once. "auto" takes as many as need 192 MiB of memory on a CPU, or
             half of a GPU's free memory.
         capture: On a CPU, whether to record the kernel calls of a meta-gradient and run them in C++ for later batches
-            of the same shapes, without Python or autograd. True records at the first call, and warns if it can't.
-            "auto" records at the third call with such batches (at the twelfth, if an operation has no instruction in
-            C++), and never warns. False never records. What the model and the loss read besides tensors is guarded,
-            and some calls are compared with an ordinary run (see `metakern.meta.capture`).
+            whose tasks have the same shapes, without Python or autograd. True records at the first call, and warns if
+            it can't. "auto" records at the third call with such tasks (at the twelfth, if an operation has no
+            instruction in C++), and never warns. False never records. What the model and the loss read besides tensors
+            is guarded, and some calls are compared with an ordinary run (see `metakern.meta.capture`).
         memory: "least" takes less memory and more time: one task at a time, and "recompute" with the parameters of a
             few inner steps, from which it computes those of the others. `strategy` and `task_chunk` go before it.
 
@@ -155,7 +155,7 @@ class MAML(nn.Module):
             StaleCaptureError: A captured program no longer equals an ordinary run, because something changed that no
                 guard sees.
         """
-        tasks = _count(support, query)
+        _count(support, query)
         if not torch.is_grad_enabled():
             self.query_losses = self.evaluate(support, query, (self.steps,))[0]
             return self.query_losses.mean()
@@ -163,14 +163,16 @@ class MAML(nn.Module):
         prepared = self._prepare(support, query, outer=True)
         gradients: Gradients = [None] * len(prepared.outer)
         losses = []
-        run = partial(self._meta_gradient, prepared, 1 / tasks)
+        run = partial(self._meta_gradient, prepared)
         if self.capture is True or (self.capture and prepared.outer[0].device.type == "cpu"):
-            run = partial(prepared.captures(self.capture), run, (tasks,))
+            captures = prepared.captures(self.capture)
+            captures.begin()
+            run = partial(captures, run)
         for found in prepared.by_chunks(run, support, query):
             losses.append(found[0])
             gradients = added(gradients, found[1:])
         self.query_losses = torch.cat(losses)
-        return _MetaGradient.apply(self.query_losses.mean(), gradients, *prepared.outer)
+        return _MetaGradient.apply(self.query_losses, gradients, *prepared.outer)
 
     def adapt(self, support: Any, steps: int | None = None) -> dict[str, Tensor]:
         """Return the adapted parameters of each task.
@@ -244,14 +246,14 @@ class MAML(nn.Module):
 
         return torch.cat(list(prepared.by_chunks(compute, support, query)), dim=1)
 
-    def _meta_gradient(self, prepared: Prepared, weight: float, support: Any, query: Any) -> list[Tensor | None]:
-        """Return the query losses `[T]` of one chunk of tasks, then the gradients of `weight` times their sum.
+    def _meta_gradient(self, prepared: Prepared, support: Any, query: Any) -> list[Tensor | None]:
+        """Return the query losses `[T]` of one chunk of tasks, then the gradients of their sum.
 
         The gradients are in the order of `prepared.outer`.
         """
         unroll, plan = prepared.unroll, prepared.plan
         compute = unroll.store if plan.strategy == "store" else unroll.recompute
-        found = compute(prepared.theta(tasks_of(support)), prepared.shared, support, query, weight)
+        found = compute(prepared.theta(tasks_of(support)), prepared.shared, support, query)
         return [found.losses, *found.theta, *found.shared, *found.hyper]
 
     def _prepare(self, *batches: Any, outer: bool = False) -> Prepared:
@@ -261,16 +263,19 @@ class MAML(nn.Module):
 
 
 class _MetaGradient(Function):
-    """The one autograd node of a meta-step. Its inputs are the parameters, whose gradients are already computed."""
+    """The one autograd node of a meta-step: the mean of the losses `[T]`, given the gradients of their sum.
+
+    Its inputs are the parameters.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: Gradients, *parameters: Tensor) -> Tensor:
-        ctx.gradients, ctx.parameters = gradients, parameters
-        return value.clone()
+    def forward(ctx: Any, losses: Tensor, gradients: Gradients, *parameters: Tensor) -> Tensor:
+        ctx.gradients, ctx.parameters, ctx.tasks = gradients, parameters, len(losses)
+        return losses.mean()
 
     @staticmethod
     def backward(ctx: Any, ct: Tensor) -> tuple:
-        return (None, None, *_Known.apply(ctx.gradients, ct, *ctx.parameters))
+        return (None, None, *_Known.apply(ctx.gradients, ct / ctx.tasks, *ctx.parameters))
 
 
 class _Known(Function):

@@ -39,9 +39,9 @@ class Reptile(MAML):
     def __init__(self, model: nn.Module, loss: Loss, **options: Any) -> None:
         super().__init__(model, loss, **options | {"first_order": True})
 
-    def _meta_gradient(self, prepared: Prepared, weight: float, support: Any, query: Any) -> list[Tensor | None]:
+    def _meta_gradient(self, prepared: Prepared, support: Any, query: Any) -> list[Tensor | None]:
         unroll, theta = prepared.unroll, prepared.theta(tasks_of(support))
         *_, phi = unroll.trajectory(theta, support, self.steps)
-        moved = [(start - end).sum(0) * weight for start, end in zip(theta, phi, strict=True)]
+        moved = [(start - end).sum(0) for start, end in zip(theta, phi, strict=True)]
         hyper = unroll.inner.hyper_parameters()
         return [unroll.query(phi, query), *moved, *[None] * (len(prepared.shared) + len(hyper))]

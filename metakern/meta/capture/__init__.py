@@ -6,8 +6,9 @@ computes what an ordinary run (one by Python and autograd) would compute:
 guards   A program is used only while everything else that it depends on is unchanged (`guards.py`): attributes,
          globals, closures and hooks of the model, the inner optimizer and the loss, and PyTorch's settings. When these
          change, another program is recorded; when they change back, the first one is used again.
-checks   The results of a new program, and those for its next batch, must equal those of an ordinary run. Otherwise the
-         program is dropped.
+checks   The results of a new program must equal those of the recorded run, and its first results in the next call of
+         MAML those of an ordinary run. Otherwise the program is dropped; StaleCaptureError is raised if the call that
+         recorded it used it for other tasks too.
 audits   The results of its uses 4, 8, 16, …, 1024, and of every 1024th one after that, must equal those of an ordinary
          run. Otherwise StaleCaptureError is raised.
 
@@ -40,6 +41,7 @@ from metakern.meta.capture.lowering import LoweringError, lower
 from metakern.meta.capture.program import Program
 from metakern.meta.capture.recorder import RecordError, record
 from metakern.meta.capture.rewrite import rewritten
+from metakern.meta.seconds import Stopwatch, Usage
 from metakern.meta.unroll import Random
 from metakern.native.memory import check
 
@@ -67,18 +69,28 @@ class Captures:
 
     Args:
         roots: Model, inner optimizer and loss. Everything that they can reach is guarded.
-        capture: True records at the first call, and warns if it can't. "auto" records at the third call with batches
-            of one kind (at the twelfth, if the program has no executable), and never warns.
+        capture: True records at the first call, and warns if it can't. "auto" records at the third call with tasks of
+            one kind (at the twelfth, if the program has no executable), and never warns.
         names: Names of the function's results, for messages.
+        watch: Adds up the time of recording, lowering and comparison.
     """
 
-    def __init__(self, roots: tuple[Any, Any, Any], capture: bool | str = True, names: Sequence[str] = ()) -> None:
-        self._roots, self._auto, self._names = roots, capture == "auto", names
+    def __init__(
+        self,
+        roots: tuple[Any, Any, Any],
+        capture: bool | str = True,
+        names: Sequence[str] = (),
+        watch: Stopwatch | None = None,
+    ) -> None:
+        self._roots, self._auto, self._names, self._watch = roots, capture == "auto", names, watch or Stopwatch()
+        self._at = 0  # the number of the call of MAML
+        self._chunks = self._captured = 0  # chunks of tasks that ran, and those of them that programs ran
         self._states: list[_State] = []  # in the order of last use, the latest first
         self._numbered = self._new_states = self._changed = 0
         self._programs: dict[Any, _Captured | None] = {}  # None: calls of this key run ordinarily
         self._microbatch: dict[Any, int] = {}  # key of a batch -> tasks in each microbatch
-        self._calls: dict[Any, int] = {}  # key of a batch -> calls left until "auto" captures
+        self._calls: dict[Any, tuple[int, int]] = {}  # key of a task -> calls with such tasks, and the last of them
+        self._slow: dict[Any, None] = {}  # keys of tasks whose program has no executable
         self._reasons: dict[str, None] = {}
         self._run_by_python: dict[str, None] = {}  # reasons why programs have no executable
         self._late: list[str] = []  # reasons to be noted at the end of the call, if an ordinary run succeeds
@@ -94,12 +106,23 @@ class Captures:
         slow = (f"captured without an executable, as {reason}" for reason in self._run_by_python)
         return [*(f"not captured: {reason}" for reason in self._reasons), *slow]
 
-    def __call__(self, function: Callable[..., Sequence[Tensor | None]], key: tuple, *batches: Any) -> Results:
+    @property
+    def usage(self) -> Usage:
+        """How many programs there are, and how many chunks of tasks ran by them and ordinarily."""
+        programs = sum(captured is not None for captured in self._programs.values())
+        return Usage(programs, self._captured, self._chunks - self._captured)
+
+    def begin(self) -> None:
+        """Begin a call of MAML; all batches until the next one are its chunks."""
+        self._at += 1
+
+    def __call__(self, function: Callable[..., Sequence[Tensor | None]], *batches: Any) -> Results:
         """Return `function(*batches)`, by a captured program where there is one.
 
-        Programs are kept by `key`, by the structure, shapes and other values of the batches, and by the guarded state.
+        Programs are kept by the structure, shapes and other values of the batches, and by the guarded state.
         """
         tasks = tasks_of(batches[0])
+        self._chunks += 1
         self._late.clear()
         state = self._state()
         whole = _Application(function, batches)
@@ -107,23 +130,27 @@ class Captures:
             if whole.obstacle:
                 self._note(whole.obstacle)
             return list(function(*batches))
-        whole.kind = (state.number, *key, *whole.kind)
-        if self._auto and self._too_early(whole.key):
+        whole.kind = (state.number, *whole.kind)
+        one = whole.part(slice(1))
+        if self._auto and self._too_early(one.key):
             return list(function(*batches))
-        microbatch, first = self._microbatch.pop(whole.key, 0), None
+        microbatch, truth = self._microbatch.pop(whole.key, 0), None
         is_new = not microbatch
         if is_new:
-            microbatch, first = self._microbatch_of(whole, tasks, state.guards)
+            microbatch, truth = self._microbatch_of(whole, one, tasks, state.guards)
         self._microbatch[whole.key] = microbatch
         _drop_oldest(self._microbatch)
-        if is_new and self._auto and self._is_for_python(whole):
-            self._calls[whole.key] = PYTHON_CALLS - AUTO_CALLS
+        if self._auto and is_new and self._is_for_python(one, whole) and one.key not in self._slow:
+            self._slow[one.key] = None
+            _drop_oldest(self._slow)
             return list(function(*batches))
         number = -(-tasks // microbatch)
         sizes = sorted((len(range(i, tasks, number)) for i in range(number)), reverse=True)  # equal sizes are adjacent
         ends = accumulate(sizes)
         parts = [whole.part(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-        losses, *gradients = zip(*self._run(parts, first, state.guards), strict=True)
+        truths = {one.key: truth} if truth and parts[0].key == one.key else {}
+        losses, *gradients = zip(*self._run(parts, state.guards, truths), strict=True)
+        self._captured += all(self._programs.get(part.key) is not None for part in parts)
         while self._late:
             self._note(self._late.pop())
         return [torch.cat(losses), *(None if g[0] is None else reduce(torch.add, g) for g in gradients)]
@@ -158,85 +185,111 @@ class Captures:
         return state
 
     def _too_early(self, key: Any) -> bool:
-        left = self._calls.pop(key, AUTO_CALLS) - 1
-        self._calls[key] = max(left, 0)
+        """Count the call; return whether "auto" still waits with tasks of this key."""
+        seen, last = self._calls.pop(key, (0, -1))
+        seen += last != self._at
+        self._calls[key] = seen, self._at
         _drop_oldest(self._calls)
-        return left > 0
+        return seen < (PYTHON_CALLS if key in self._slow else AUTO_CALLS)
 
-    def _is_for_python(self, whole: _Application) -> bool:
+    def _is_for_python(self, one: _Application, whole: _Application) -> bool:
         """Whether the program of one task has no executable, and the whole batch was not recorded yet."""
-        captured = self._programs.get(whole.part(slice(1)).key)
+        captured = self._programs.get(one.key)
         return captured is not None and captured.executable is None and whole.key not in self._programs
 
-    def _microbatch_of(self, whole: _Application, tasks: int, guards: Guards) -> tuple[int, Results | None]:
-        """Return the number of tasks in a microbatch, and the results of the first one if they are known already.
+    def _microbatch_of(
+        self, whole: _Application, one: _Application, tasks: int, guards: Guards
+    ) -> tuple[int, Results | None]:
+        """Return the number of tasks in a microbatch, and the results of task `one` if it was recorded just now.
 
         A microbatch has as many tasks as fit a core's cache, at most a thread's share of the batch. It is the whole
         batch where that has fewer tasks than there are threads, or where one task's program has no executable.
         """
-        threads, one, first = torch.get_num_threads(), whole.part(slice(1)), None
+        threads, truth = torch.get_num_threads(), None
         if tasks < threads:
             return tasks, None
         if one.key not in self._programs:
             before = _Before(one, guards)
-            first = self._recorded(one, guards, is_all=tasks == 1)
+            truth = self._recorded(one, guards, is_all=tasks == 1)
             if tasks > 1:
                 before.restore()
         captured = self._programs.get(one.key)
         if captured is None or captured.executable is None:
             if one.key in self._programs and captured is None:
                 self._programs[whole.key] = None
-            return tasks, first if tasks == 1 else None
+            return tasks, truth
         fewest = -(-tasks // (threads * max(1, MICROBATCH_BYTES // captured.executable.bytes)))
         rounds = next(
             (r for r in range(fewest, 2 * fewest) if tasks % (threads * r) == 0), fewest
         )  # equal microbatches
-        microbatch = -(-tasks // (threads * rounds))
-        return microbatch, first if microbatch == 1 else None
+        return -(-tasks // (threads * rounds)), truth
 
-    def _run(self, calls: list[_Application], first: Results | None, guards: Guards) -> list[Results]:
-        """Return the results of the calls; `first` are those of the first call, if known.
+    def _run(self, calls: list[_Application], guards: Guards, truths: dict[Any, Results]) -> list[Results]:
+        """Return the results of the calls.
 
-        A new program is compared with an ordinary run once when it is recorded and once in the next batch.
+        `truths`: the results of runs that were recorded just now, by the key of the program; the first call with such a
+        key is the one that was recorded.
         """
-        results: list[Results] = [] if first is None else [first]
-        new = {call.key for call in calls[: len(results)]}
-        ready: list[tuple[_Captured, _Application]] = []
-        sure = set()
-        for call in calls[len(results) :]:
-            captured = self._programs.get(call.key)
+        results: list[Results] = []
+        for key, alike in groupby(calls, key=lambda call: call.key):
+            group = list(alike)
+            captured = self._programs.get(key)
             if captured is not None and captured.moved():
-                del self._programs[call.key]
-            if call.key not in self._programs:
-                new.add(call.key)
-                results.append(self._recorded(call, guards))
-                continue
-            captured = self._programs[call.key] = self._programs.pop(call.key)
-            if captured is None:
-                results.append(list(call()))
-            elif captured.checked or call.key in sure:
-                ready.append((captured, call))
-                results.append([])
+                del self._programs[key]
+            if key not in self._programs and key not in truths:
+                truths[key] = self._recorded(group[0], guards)
+            captured = self._programs.get(key)
+            if captured is not None:
+                self._programs[key] = self._programs.pop(key)  # the one used last is dropped last
+                sure = captured.checked
+                results += self._played(captured, group) if sure else self._tried(captured, group, truths.get(key))
             else:
-                found, right = self._compared(captured, call)
-                results.append(found)
-                captured.checked = right and call.key not in new
-                if right:
-                    sure.add(call.key)
-        found_ready = iter(self._played(ready))
-        return [result or next(found_ready) for result in results]
+                first = [truths[key]] if key in truths else []
+                results += [*first, *(list(call()) for call in group[len(first) :])]
+        return results
 
-    def _played(self, ready: list[tuple[_Captured, _Application]]) -> list[Results]:
-        """Return the results of the programs, after the audits that are due."""
-        due = {id(captured) for captured in {id(c): c for c, _ in ready}.values() if captured.is_due()}
-        before = Random(ready[0][1].inputs[0].device) if due else None
-        results = list(_played([(captured, call.inputs) for captured, call in ready]))
+    def _tried(self, captured: _Captured, calls: list[_Application], truth: Results | None) -> list[Results]:
+        """Return the results of a program that is not checked yet, or those of ordinary runs where it is wrong.
+
+        `truth` are the results of the recorded run of the first call, None if the program is older. In the call of MAML
+        that recorded the program, its other results are not compared. The next call of MAML compares its first results,
+        which are for other data; a difference is then an error, as results that may be wrong were used.
+        """
+        is_next = captured.recorded_at != self._at
+        before, reason, found = Random(calls[0].inputs[0].device), "", list[Results]()
+        try:
+            found = list(_played(captured, [call.inputs for call in calls]))
+        except Exception as error:
+            reason = str(error)
+        with self._watch.part("comparison"):
+            if truth is None and (is_next or not captured.agreed or not found):
+                if captured.executable is not None:
+                    captured.executable.release()  # frees the arenas, as an ordinary run needs as much memory
+                before.restore()
+                truth = list(calls[0]())
+                give_back()
+            difference = _difference(found[0], truth, self._names) if found and truth is not None else ""
+            if found and difference and captured.was_ahead:
+                before.restore()
+                self._audit(captured, calls[0], found[0])
+                difference = ""
+        if found and not difference:
+            captured.agreed, captured.checked = True, is_next
+            captured.was_ahead |= not is_next and (len(calls) > 1 or truth is None)
+            return found
+        results = [truth or found[0], *(list(call()) for call in calls[1:])]
+        if not found or all(t is None or t.isfinite().all() for t in results[0]):  # infinite results decide nothing
+            self._give_up(calls[0].key, reason or f"it would give other results than an ordinary run: {difference}")
+        return results
+
+    def _played(self, captured: _Captured, calls: list[_Application]) -> list[Results]:
+        """Return the results of a program, after the audits that are due."""
+        before = Random(calls[0].inputs[0].device) if captured.is_due() else None
+        results = list(_played(captured, [call.inputs for call in calls]))
         if before is not None:
             before.restore()
-            for (captured, call), found in zip(ready, results, strict=True):
-                # Only programs that Python runs draw random numbers. All of them are audited, in order, so that each
-                # ordinary run draws what its program drew.
-                if id(captured) in due or captured.executable is None:
+            with self._watch.part("comparison"):
+                for call, found in zip(calls, results, strict=True):
                     self._audit(captured, call, found)
         return results
 
@@ -246,7 +299,8 @@ class Captures:
         if not difference or self._would_be_recorded_again(captured, call, found):
             return
         self._programs[call.key] = None
-        reason = f"a captured program gave other results than an ordinary run at its use {captured.uses}: {difference}"
+        use = max(captured.uses, 1)
+        reason = f"a captured program gave other results than an ordinary run at its use {use}: {difference}"
         self._reasons[reason] = None
         raise StaleCaptureError(
             f"MAML: {reason}. Something that no guard sees has changed since it was recorded. Pass what changes as a "
@@ -279,12 +333,13 @@ class Captures:
         try:
             if call.inputs[0].device.type != "cpu":
                 raise RecordError("programs run on CPUs only")
-            program, results = record(call, call.inputs, rewritten)
-            changed = [*guards.changes(), *before.drawn()]
+            with self._watch.part("recording"):
+                program, results = record(call, call.inputs, rewritten)
+                changed = [*guards.changes(), *before.drawn()]
             if not changed:
                 pinned = _pinned(program, guards, call.arrays)
                 executable = self._lowered(program, call.inputs)
-                captured = self._programs[call.key] = _Captured(program, executable, pinned)
+                self._programs[call.key] = _Captured(program, executable, pinned, self._at)
         except Exception as error:  # an ordinary run may succeed; if not, its own error is raised
             before.restore()
             results = list(call()) if is_all else []  # not for a part: what an ordinary run changes must change once
@@ -298,34 +353,12 @@ class Captures:
             return results
         before.random.restore()
         give_back()
-        return self._compared(captured, call, results)[0]
-
-    def _compared(self, captured: _Captured, call: _Application, truth: Results | None = None) -> tuple[Results, bool]:
-        """Compare the program with an ordinary run (`truth`, made here if None).
-
-        Returns the program's results and True if they agree, else those of the ordinary run and False.
-        """
-        before, reason = Random(call.inputs[0].device), ""
-        try:
-            (found,) = captured([call.inputs], 1)
-        except Exception as error:
-            found, reason = [], str(error)
-        if truth is None:
-            if captured.executable is not None:
-                captured.executable.release()  # frees the arenas, as an ordinary run needs as much memory
-            before.restore()
-            truth = list(call())
-            give_back()
-        difference = _difference(found, truth, self._names) if found else ""
-        if found and not difference:
-            return found, True
-        if not found or all(t is None or t.isfinite().all() for t in truth):  # infinite results decide nothing
-            self._give_up(call.key, reason or f"it would give other results than an ordinary run: {difference}")
-        return truth, False
+        return results
 
     def _lowered(self, program: Program, inputs: Sequence[Tensor]) -> Executable | None:
         try:
-            return lower(program, inputs)
+            with self._watch.part("lowering"):
+                return lower(program, inputs)
         except LoweringError as error:
             self._run_by_python[str(error)] = None
             return None
@@ -428,10 +461,18 @@ def _value(leaf: Any) -> Any:
 
 
 class _Captured:
-    """A program with its executable (or None) and its count of uses. The memory of `pinned` tensors must not move."""
+    """A program with its executable (or None) and its count of uses. The memory of `pinned` tensors must not move.
 
-    def __init__(self, program: Program, executable: Executable | None, pinned: Sequence[Tensor] = ()) -> None:
-        self.program, self.executable, self.checked, self.uses = program, executable, False, 0
+    `recorded_at` is the number of the call of MAML that recorded it. `agreed`: it gave the results of an ordinary run.
+    `checked`: it did so in a later call. `was_ahead`: before that, results for other data than the recorded ones were
+    used.
+    """
+
+    def __init__(
+        self, program: Program, executable: Executable | None, pinned: Sequence[Tensor] = (), recorded_at: int = 0
+    ) -> None:
+        self.program, self.executable, self.uses, self.recorded_at = program, executable, 0, recorded_at
+        self.agreed = self.checked = self.was_ahead = False
         self._pinned = [(t, _address(t)) for t in pinned]
         self._constants = program.constants
 
@@ -488,13 +529,11 @@ def _drop_oldest(kept: dict[Any, Any]) -> None:
         del kept[next(iter(kept))]
 
 
-def _played(microbatches: Sequence[tuple[_Captured, list[Tensor]]]) -> Iterator[Results]:
-    """Yield the results of the microbatches, running as many of one program at a time as there are threads."""
+def _played(captured: _Captured, microbatches: Sequence[list[Tensor]]) -> Iterator[Results]:
+    """Yield the results of the microbatches, running as many at a time as there are threads."""
     threads = torch.get_num_threads()
-    for _, alike in groupby(microbatches, key=lambda microbatch: id(microbatch[0])):
-        captured, inputs = zip(*alike, strict=True)
-        for i in range(0, len(inputs), threads):
-            yield from captured[0](inputs[i : i + threads], threads)
+    for i in range(0, len(microbatches), threads):
+        yield from captured(microbatches[i : i + threads], threads)
 
 
 def _difference(found: Results, truth: Results, names: Sequence[str], exponent: float = 0.6) -> str:

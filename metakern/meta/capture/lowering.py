@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from metakern import native
 from metakern.meta.capture.executable import ALIGNMENT, Executable
-from metakern.meta.capture.program import Program, Register, Step, registers, renamed
+from metakern.meta.capture.program import Program, Register, Step, renamed
 from metakern.meta.unroll import random_states, set_random_states
 
 MOST_DIMS = 6
@@ -149,7 +149,7 @@ class Lowering:
         return {key: self.value(v) for key, v in x.items()} if isinstance(x, dict) else x
 
     def step(self, step: Step) -> None:
-        known = all(r in self.folded for r in registers((step.args, step.kwargs))) and not any(_tensors(step.args))
+        known = all(r in self.folded for r in step.reads) and not any(_tensors(step.args))
         if (
             known
             and not step.has_side_effects

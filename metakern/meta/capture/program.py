@@ -8,16 +8,17 @@ those of the recorded run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
+_NESTED = (list, tuple, dict)
 _SECOND_NAME = {_aten.detach.default, _aten.alias.default}
 # Calls of Tensor's methods are faster than calls of the operators they stand for.
 _BINDINGS: dict[Any, Callable[..., Any]] = {
@@ -64,6 +65,22 @@ class Step:
     def checks(self) -> bool:
         return self.results is None and not isinstance(self.function, OpOverload)
 
+    @cached_property
+    def reads(self) -> list[Register]:
+        """The registers among its arguments."""
+        return registers((self.args, self.kwargs))
+
+    @cached_property
+    def makes(self) -> list[Register]:
+        """The registers among its results."""
+        return registers(self.results)
+
+    def reading(self, names: dict[Register, Any]) -> Step:
+        """Return the step with each argument that is a register replaced by its entry in `names`, if it has one."""
+        if names.keys().isdisjoint(self.reads):
+            return self
+        return replace(self, args=renamed(self.args, names), kwargs=renamed(self.kwargs, names))
+
 
 Rewrite = Callable[[list[Step], list[Any]], list[Step]]  # (steps, outputs) -> steps
 
@@ -76,26 +93,39 @@ class Program:
         steps, self.outputs = _with_one_name(steps, outputs)
         self.inputs = inputs
         self.steps = dce(rewrite(dce(steps, self.outputs), self.outputs), self.outputs)
-        self._run = _compiled(inputs, self.steps, self.outputs)
 
     @property
     def constants(self) -> list[Tensor]:
         """The tensors that the program reads at each call besides its inputs."""
-        found = [t for step in self.steps for t in tree_leaves((step.args, step.kwargs)) if isinstance(t, Tensor)]
-        return list({id(t): t for t in [*found, *(t for t in self.outputs if isinstance(t, Tensor))]}.values())
+        found = [t for step in self.steps for t in leaves((step.args, step.kwargs), Tensor)]
+        return list({id(t): t for t in [*found, *leaves(self.outputs, Tensor)]}.values())
+
+    @cached_property
+    def _run(self) -> Callable[..., list[Tensor | None]]:
+        return _compiled(self.inputs, self.steps, self.outputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             return self._run(*inputs)
 
 
-def registers(value: Any) -> Iterator[Register]:
-    """Yield the registers in nested lists, tuples and dictionaries."""
-    if isinstance(value, Register):
-        yield value
-    elif isinstance(value, list | tuple | dict):
+def registers(value: Any) -> list[Register]:
+    """Return the registers in nested lists, tuples and dictionaries, in order."""
+    return leaves(value, Register)
+
+
+def leaves(value: Any, kind: type) -> list[Any]:
+    """Return the values of a type in nested lists, tuples and dictionaries, in order."""
+    if isinstance(value, kind):
+        return [value]
+    found: list[Any] = []
+    if isinstance(value, _NESTED):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from registers(part)
+            if isinstance(part, kind):
+                found.append(part)
+            elif isinstance(part, _NESTED):
+                found += leaves(part, kind)
+    return found
 
 
 def renamed(value: Any, names: dict[Register, Any]) -> Any:
@@ -117,9 +147,11 @@ def _with_one_name(steps: list[Step], outputs: Any) -> tuple[list[Step], Any]:
     names: dict[Register, Any] = {}
     kept = []
     for step in steps:
-        step = replace(step, args=renamed(step.args, names), kwargs=renamed(step.kwargs, names))
+        step = step.reading(names)
         if step.function in _SECOND_NAME and isinstance(step.args[0], Register):
             names[step.results] = step.args[0]
+        elif names.keys().isdisjoint(step.makes):
+            kept.append(step)
         else:
             kept.append(replace(step, results=renamed(step.results, names)))
     return kept, renamed(outputs, names)
@@ -129,8 +161,8 @@ def dce(steps: list[Step], outputs: Any) -> list[Step]:
     """Dead-code elimination: return the steps that the outputs depend on, side effects and checks."""
     used, kept = set(registers(outputs)), []
     for step in reversed(steps):
-        if step.has_side_effects or step.checks or used.intersection(registers(step.results)):
-            used.update(registers((step.args, step.kwargs)))
+        if step.has_side_effects or step.checks or not used.isdisjoint(step.makes):
+            used.update(step.reads)
             kept.append(step)
     return kept[::-1]
 
@@ -155,7 +187,7 @@ def _compiled(inputs: Sequence[Register], steps: Sequence[Step], outputs: Any) -
 
     last: dict[Register, int] = {}
     for i, step in enumerate(steps):
-        last.update(dict.fromkeys(registers((step.args, step.kwargs, step.results)), i))
+        last.update(dict.fromkeys((*step.reads, *step.makes), i))
     for register in registers(outputs):
         last[register] = len(steps)
     functions: dict[Any, str] = {}
@@ -165,9 +197,9 @@ def _compiled(inputs: Sequence[Register], steps: Sequence[Step], outputs: Any) -
             direct = _BINDINGS.get(step.function) or getattr(step.function, "_op", step.function)
             functions[step.function] = constant(direct)
         args = [*map(text, step.args), *(f"{key}={text(value)}" for key, value in step.kwargs.items())]
-        results = list(registers(step.results))
+        results = step.makes
         to = f"{text(step.results).replace('None', '_')} = " if results else ""
-        mentioned = dict.fromkeys((*registers((step.args, step.kwargs)), *results))
+        mentioned = dict.fromkeys((*step.reads, *results))
         dead = "".join(f"{text(r)} = " for r in mentioned if last[r] == i)
         lines.append(f"    {to}{functions[step.function]}({', '.join(args)})")
         lines += [f"    {dead}None"] * bool(dead)

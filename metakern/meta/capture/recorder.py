@@ -19,10 +19,9 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from metakern.meta.capture.program import Program, Register, Rewrite, Step, registers
+from metakern.meta.capture.program import Program, Register, Rewrite, Step, leaves, registers
 from metakern.meta.draws import ZEROS
 from metakern.native.record import Recording
 
@@ -121,19 +120,19 @@ class Recorder(Recording):
     def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], has_side_effects: bool) -> Any:
         """Call the function and record it as one step; calls within it are not recorded."""
         named_args, named_kwargs = self.named(args), self.named(kwargs)
-        before = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        before = {_storage(t) for t in leaves((args, kwargs), Tensor)}
         with _disable_current_modes():
             if isinstance(function, OpOverload) and function._schema.is_mutable:
                 self._keep(function, args, kwargs)
             result = function(*args, **kwargs)
-        self._own |= {_storage(t) for t in tree_leaves(result) if isinstance(t, Tensor)} - before
+        self._own |= {_storage(t) for t in leaves(result, Tensor)} - before
         named_result = self._made(result)
         if isinstance(function, OpOverload):
             marks = [a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments]
             written = [named_kwargs.get(a.name) for a, w in zip(function._schema.arguments, marks, strict=True) if w]
             written += [arg for arg, w in zip(named_args, marks, strict=False) if w]
         else:
-            made = {_memory(t) for t in tree_leaves(result) if isinstance(t, Tensor)}
+            made = {_memory(t) for t in leaves(result, Tensor)}
             pairs = zip(args, named_args, strict=True)
             written = [name for arg, name in pairs if isinstance(arg, Tensor) and _memory(arg) in made - {0}]
         writes = tuple(registers(written))
@@ -147,8 +146,8 @@ class Recorder(Recording):
         for i, argument in enumerate(function._schema.arguments):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write:
-                for t in tree_leaves(value):
-                    if isinstance(t, Tensor) and _storage(t) not in self._own:
+                for t in leaves(value, Tensor):
+                    if _storage(t) not in self._own:
                         self._overwritten.append((t, t.clone()))
                         self.error = RecordError(f"it writes to a tensor {list(t.shape)} that it did not make")
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from metakern import native
-from metakern.meta.capture.program import Register, Step, registers, renamed
+from metakern.meta.capture.program import Register, Step, registers
 
 _PRODUCT: Any = native.product.__wrapped__  # type: ignore[attr-defined]
 _aten = torch.ops.aten
@@ -40,10 +40,10 @@ def cse(steps: list[Step], outputs: list[Any]) -> list[Step]:
     bases: dict[Register, Register] = {}  # result of a view -> the tensor that it views
     kept = []
     for step in steps:
-        step = replace(step, args=renamed(step.args, names), kwargs=renamed(step.kwargs, names))
-        made = list(registers(step.results))
+        step = step.reading(names)
+        made = step.makes
         light = _is_view(step) or all(r.shape.numel() <= SMALL for r in made)
-        if light and not step.has_side_effects and fixed.isdisjoint(registers((step.args, step.kwargs, step.results))):
+        if light and not step.has_side_effects and fixed.isdisjoint((*step.reads, *made)):
             if step.function is _VIEW and isinstance(step.args[0], Register):
                 base = bases[step.results] = bases.get(step.args[0], step.args[0])
                 if base.shape == step.results.shape:
@@ -52,7 +52,7 @@ def cse(steps: list[Step], outputs: list[Any]) -> list[Step]:
                 step = replace(step, args=(base, step.args[1]))
             before = first.setdefault((step.function, _hashable((step.args, step.kwargs))), step)
             if before is not step:
-                names.update(zip(made, registers(before.results), strict=True))
+                names.update(zip(made, before.makes, strict=True))
                 continue
         kept.append(step)
     return kept
@@ -82,7 +82,7 @@ def fuse_scales(steps: list[Step], outputs: list[Any]) -> list[Step]:
     kept = []
     for i, step in enumerate(steps):
         if step.results not in names:
-            step = replace(step, args=renamed(step.args, names), kwargs=renamed(step.kwargs, names))
+            step = step.reading(names)
             kept.append(_times(step, factors[i]) if i in factors else step)
     return kept
 
@@ -153,7 +153,7 @@ def _times(product: Step, factor: float) -> Step:
 def _users(steps: Sequence[Step]) -> dict[Register, list[int]]:
     users: dict[Register, list[int]] = defaultdict(list)
     for i, step in enumerate(steps):
-        for register in registers((step.args, step.kwargs)):
+        for register in step.reads:
             users[register].append(i)
     return users
 
@@ -172,6 +172,6 @@ def _written(steps: Sequence[Step]) -> set[Register]:
     for step in steps:
         if _is_view(step) and isinstance(step.args[0], Register):
             of = origin.get(step.args[0], step.args[0])
-            origin.update(dict.fromkeys(registers(step.results), of))
+            origin.update(dict.fromkeys(step.makes, of))
     written = {origin.get(register, register) for step in steps for register in step.writes}
     return written | {register for register, of in origin.items() if of in written}
