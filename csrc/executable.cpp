@@ -102,7 +102,7 @@ void Executable::known(const Place& place, bool may_be_absent) const {
 }
 
 void Executable::kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
-                  std::vector<double> scalars) {
+                  std::vector<double> scalars, bool bfloat16) {
     const Entry& entry = isa_in_use().kernels.at(index);
     const Signature& signature = entry.signature;
     if (places.size() != signature.tensors() || places.size() > kMostTensors || sizes.size() != signature.sizes ||
@@ -112,17 +112,17 @@ void Executable::kernel(std::size_t index, bool is_double, std::vector<Place> pl
     steps_.push_back([=](const State& state) {
         void* tensors[kMostTensors];
         for (std::size_t i = 0; i < places.size(); ++i) tensors[i] = state.at(places[i]);
-        state.isa.kernels[index].kernel.run[is_double]({tensors, sizes.data(), scalars.data(), state.threads});
+        state.isa.kernels[index].kernel.run[is_double]({tensors, sizes.data(), scalars.data(), state.threads, bfloat16});
     });
 }
 
 void Executable::product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
-                   const std::array<std::int64_t, 8>& s, double scale) {
+                   const std::array<std::int64_t, 8>& s, double scale, bool bfloat16) {
     for (int i = 0; i < 4; ++i) known(places[i], i == 2);
     steps_.push_back([=](const State& state) {
         const Product product{state.at(places[0]), state.at(places[1]), state.at(places[2]), state.at(places[3]),
                               sizes[0], sizes[1], sizes[2], sizes[3],
-                              {s[0], s[1], s[2]}, {s[3], s[4], s[5]}, {s[6], s[7]}, scale};
+                              {s[0], s[1], s[2]}, {s[3], s[4], s[5]}, {s[6], s[7]}, scale, bfloat16};
         state.isa.product.run[is_double](product, state.threads);
     });
 }

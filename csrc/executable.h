@@ -27,9 +27,9 @@ public:
     // Each of these appends an instruction. The lowering has checked shapes and layouts; bases and counts are checked
     // here.
     void kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
-                std::vector<double> scalars);
+                std::vector<double> scalars, bool bfloat16);
     void product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
-                 const std::array<std::int64_t, 8>& strides, double scale);
+                 const std::array<std::int64_t, 8>& strides, double scale, bool bfloat16);
     void instruction(const std::string& name, int type, int reduced, const std::vector<Place>& places,
               const std::vector<std::int64_t>& sizes, const std::vector<std::vector<std::int64_t>>& strides,
               const std::array<double, 2>& scalars);

@@ -20,22 +20,6 @@ constexpr int kRows = 6;
 #endif
 constexpr int kAccumulators = kRows * kPanelVectors;
 
-// Transposes kLanes vectors of kLanes elements: log2(kLanes) perfect shuffles.
-template <class F, std::size_t... i>
-inline void transpose(Vec<F> (&v)[kLanes<F>], std::index_sequence<i...>) {
-    constexpr int lanes = kLanes<F>;
-    for (int stage = 1; stage < lanes; stage *= 2) {
-        Vec<F> w[lanes];
-#pragma GCC unroll 16
-        for (int j = 0; j < lanes / 2; ++j) {
-            w[2 * j] = __builtin_shufflevector(v[j], v[j + lanes / 2], (i / 2 + (i % 2) * lanes)...);
-            w[2 * j + 1] = __builtin_shufflevector(v[j], v[j + lanes / 2], (lanes / 2 + i / 2 + (i % 2) * lanes)...);
-        }
-#pragma GCC unroll 16
-        for (int j = 0; j < lanes; ++j) v[j] = w[j];
-    }
-}
-
 // Computes a tile of R rows and P panels. A panel begins `next` elements after the one before.
 template <class F, int R, int P, bool a_is_row_major>
 inline void tile(const F* a, int64_t stride, const F* b, int64_t next, int64_t K, Output<F> c, int64_t width) {
@@ -207,6 +191,7 @@ template <class F>
 void product(const Product& p, int threads) {
     if (!p.M || !p.N) return;
     if (p.T * p.M * p.N * (p.K + 1) < kSmall) threads = 1;
+    const Products<F> products{p.bfloat16};
     const int64_t all = panels<F>(p.N), groups = (all + kWide - 1) / kWide, few = (p.M + kMostRows - 1) / kMostRows;
     const int64_t wanted = threads > 1 ? 4 * threads / (p.T * groups + 1) : 1, many = p.M / kLeastRows;
     const int64_t parts = wanted <= few || many <= few ? few : wanted < many ? wanted : many;
@@ -225,8 +210,8 @@ void product(const Product& p, int threads) {
         int64_t k = 0;
         do {
             const int64_t depth = p.K - k < kDepth ? p.K - k : kDepth;
-            pack<F>(packed, {b + k * p.b_strides[1], p.b_strides[1], p.b_strides[2]}, depth, p.N, begin, end);
-            multiply<F>(last - first, width, depth, {a + k * p.a_strides[2], p.a_strides[1], p.a_strides[2]}, packed, c);
+            products.pack(packed, {b + k * p.b_strides[1], p.b_strides[1], p.b_strides[2]}, depth, p.N, begin, end);
+            products.multiply(last - first, width, depth, {a + k * p.a_strides[2], p.a_strides[1], p.a_strides[2]}, packed, c);
             k += kDepth;
             c.add = c.data;
             c.add_rows = c.rows;

@@ -102,9 +102,10 @@ def _run_on_cpu(
     sizes: tuple[int, ...],
     scalars: Sequence[float],
     device: torch.device,
+    bfloat16: bool,
 ) -> None:
     number = signatures()[kernel].number
-    C.call(number, dtype == torch.float64, addresses, sizes, scalars, torch.get_num_threads())
+    C.call(number, dtype == torch.float64, addresses, sizes, scalars, torch.get_num_threads(), bfloat16)
 
 
 @cache
@@ -121,6 +122,7 @@ def _run_on_gpu(
     sizes: tuple[int, ...],
     scalars: Sequence[float],
     device: torch.device,
+    bfloat16: bool,
 ) -> None:
     memory = []  # freed at return: PyTorch reuses it only for later work on the same stream
 
@@ -135,7 +137,7 @@ def _run_on_gpu(
 
 class _Device(NamedTuple):
     dtypes: frozenset[torch.dtype]
-    run: Callable[[str, torch.dtype, list[int], tuple[int, ...], Sequence[float], torch.device], None] | None
+    run: Callable[[str, torch.dtype, list[int], tuple[int, ...], Sequence[float], torch.device, bool], None] | None
 
 
 _DEVICES = {
@@ -145,9 +147,13 @@ _DEVICES = {
 }
 
 
-@recordable()
-def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple[Tensor | None, ...]:
+@recordable(multiplies=True)
+def call(
+    kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = (), bfloat16: bool = False
+) -> tuple[Tensor | None, ...]:
     """Runs a kernel on the device of its tensors and returns its outputs.
+
+    With `bfloat16`, a float32 kernel on a CPU rounds the operands of its matrix products, as `product` does.
 
     Raises ValueError or TypeError, before anything runs, if the inputs do not fit the kernel's signature.
 
@@ -165,7 +171,7 @@ def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> 
         0 if tensor is None else memory.address(kernel, name, tensor)
         for name, tensor in zip(signatures()[kernel].names, tensors, strict=True)
     ]
-    run(kernel, arranged.dtype, addresses, arranged.sizes, scalars, device)
+    run(kernel, arranged.dtype, addresses, arranged.sizes, scalars, device, bfloat16)
     return arranged.outputs
 
 
@@ -274,11 +280,19 @@ def has_fast_products() -> bool:
     return C is not None and C.isa() == "avx512" and not C.is_intel()
 
 
-@recordable()
-def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False, scale: float = 1.0) -> Tensor:
+@recordable(multiplies=True)
+def product(
+    a: Tensor,
+    b: Tensor,
+    add: Tensor | None = None,
+    reuse: bool = False,
+    scale: float = 1.0,
+    bfloat16: bool = False,
+) -> Tensor:
     """Returns add + scale a b, [T, M, N], for CPU tensors a [T, M, K] and b [T, K, N].
 
-    `add` is expanded to [T, M, N]. With `reuse` the result overwrites it if it is contiguous.
+    `add` is expanded to [T, M, N]. With `reuse` the result overwrites it if it is contiguous. With `bfloat16`, elements
+    of a and b in float32 are rounded to bfloat16, and their products are summed in float32.
 
     >>> import pytest
     >>> _ = C or pytest.skip(obstacle())
@@ -298,7 +312,7 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False
         memory.address("product", "the result", c),
     ]
     is_double, threads = a.dtype == torch.float64, torch.get_num_threads()
-    C.product(is_double, addresses, arranged.sizes, arranged.strides, scale, threads)
+    C.product(is_double, addresses, arranged.sizes, arranged.strides, scale, threads, bfloat16)
     return c
 
 

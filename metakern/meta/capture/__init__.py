@@ -51,6 +51,7 @@ MICROBATCH_BYTES = 4 * 2**20  # a core's share of the caches
 AUTO_CALLS = 3  # "auto" captures at this call with batches of one kind
 PYTHON_CALLS = 12  # the same for programs that Python runs: recording one takes the time that ten calls of it save
 FIRST_AUDIT, AUDIT_EVERY = 4, 1024  # uses of a program
+BFLOAT16_TOLERANCE = 2.0**-8  # relative difference of results whose products are in bfloat16: one rounding
 _ROOTS = ("model", "inner", "loss")
 Results = list[Tensor | None]
 
@@ -70,10 +71,18 @@ class Captures:
         capture: True records at the first call, and warns if it can't. "auto" records at the third call with batches
             of one kind (at the twelfth, if the program has no executable), and never warns.
         names: Names of the function's results, for messages.
+        precision: "bfloat16" if the function computes its products so, else None.
     """
 
-    def __init__(self, roots: tuple[Any, Any, Any], capture: bool | str = True, names: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        roots: tuple[Any, Any, Any],
+        capture: bool | str = True,
+        names: Sequence[str] = (),
+        precision: str | None = None,
+    ) -> None:
         self._roots, self._auto, self._names = roots, capture == "auto", names
+        self._tolerance = None if precision is None else BFLOAT16_TOLERANCE
         self._states: list[_State] = []  # in the order of last use, the latest first
         self._numbered = self._new_states = self._changed = 0
         self._programs: dict[Any, _Captured | None] = {}  # None: calls of this key run ordinarily
@@ -242,7 +251,7 @@ class Captures:
 
     def _audit(self, captured: _Captured, call: _Application, found: Results) -> None:
         truth = list(call())
-        difference = _difference(found, truth, self._names)
+        difference = _difference(found, truth, self._names, self._tolerance)
         if not difference or self._would_be_recorded_again(captured, call, found):
             return
         self._programs[call.key] = None
@@ -316,7 +325,7 @@ class Captures:
             before.restore()
             truth = list(call())
             give_back()
-        difference = _difference(found, truth, self._names) if found else ""
+        difference = _difference(found, truth, self._names, self._tolerance) if found else ""
         if found and not difference:
             return found, True
         if not found or all(t is None or t.isfinite().all() for t in truth):  # infinite results decide nothing
@@ -497,12 +506,14 @@ def _played(microbatches: Sequence[tuple[_Captured, list[Tensor]]]) -> Iterator[
             yield from captured[0](inputs[i : i + threads], threads)
 
 
-def _difference(found: Results, truth: Results, names: Sequence[str], exponent: float = 0.6) -> str:
+def _difference(
+    found: Results, truth: Results, names: Sequence[str], tolerance: float | None = None, exponent: float = 0.6
+) -> str:
     """Describe the first result that differs by more than rounding, or return "".
 
-    The tolerance is eps**exponent, relative to the norm of the result, or to a thousandth of the largest norm if that
-    is more: a small gradient may be the rest of large terms that cancel. Elements that are infinite or NaN on both
-    sides are not compared.
+    The tolerance, by default eps**exponent, is relative to the norm of the result, or to a thousandth of the largest
+    norm if that is more: a small gradient may be the rest of large terms that cancel. Elements that are infinite or NaN
+    on both sides are not compared.
     """
     finite = [None if t is None else t.where(t.isfinite(), 0) for t in truth]
     norms = [0.0 if t is None else t.norm().item() for t in finite]
@@ -512,7 +523,7 @@ def _difference(found: Results, truth: Results, names: Sequence[str], exponent: 
             return f"{name} is {'missing' if a is None else 'there'}"
         if a is not None and b is not None:
             error = torch.where(b.isfinite() | a.isfinite(), a - b, 0).norm().item()
-            tolerance = torch.finfo(b.dtype).eps ** exponent
-            if not error <= tolerance * max(norm, 1e-3 * max(norms)):
+            allowed = torch.finfo(b.dtype).eps ** exponent if tolerance is None else tolerance
+            if not error <= allowed * max(norm, 1e-3 * max(norms)):
                 return f"{name} differs by {error:.1e}, of {norm:.1e}"
     return ""
