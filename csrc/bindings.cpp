@@ -112,5 +112,5 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
         .def("check", &Executable::check)
         .def_property_readonly("bytes", &Executable::bytes)
         .def("release", &Executable::release)
-        .def("run", &Executable::run, py::arg("bases"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+        .def("run", &Executable::run, py::arg("bases"), py::arg("threads"), py::arg("bfloat16"), py::call_guard<py::gil_scoped_release>());
 }

@@ -27,9 +27,9 @@ public:
     // Each of these appends an instruction. The lowering has checked shapes and layouts; bases and counts are checked
     // here.
     void kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
-                std::vector<double> scalars, bool bfloat16);
+                std::vector<double> scalars);
     void product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
-                 const std::array<std::int64_t, 8>& strides, double scale, bool bfloat16);
+                 const std::array<std::int64_t, 8>& strides, double scale);
     void instruction(const std::string& name, int type, int reduced, const std::vector<Place>& places,
               const std::vector<std::int64_t>& sizes, const std::vector<std::vector<std::int64_t>>& strides,
               const std::array<double, 2>& scalars);
@@ -42,8 +42,9 @@ public:
     void check(Place value, std::int64_t count, std::int64_t high, std::int64_t ignored);
 
     // Runs the instructions once for each row of `bases`, in parallel; the first entry of a row is replaced by the
-    // arena. Returns whether all checks held. The results of a run that stopped are incomplete.
-    bool run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads);
+    // arena. With `bfloat16`, products of float32 matrices round their operands (product.h). Returns whether all checks
+    // held. The results of a run that stopped are incomplete.
+    bool run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads, bool bfloat16);
 
     std::int64_t bytes() const { return bytes_; }
 

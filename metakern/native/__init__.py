@@ -8,6 +8,7 @@ signature, in float32 or bfloat16, on PyTorch's current stream. A kernel is name
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import cache, lru_cache
 from importlib import import_module
 from math import prod
@@ -33,6 +34,8 @@ _cuda, _cuda_missing = _module("metakern._cuda")
 
 DTYPES = frozenset({torch.float32, torch.float64})
 LARGEST_EMPTY = 2**24
+# Whether float32 kernels on a CPU round the operands of their matrix products to bfloat16 (`metakern.native.bfloat16`).
+in_bfloat16: ContextVar[bool] = ContextVar("metakern_products_in_bfloat16", default=False)
 CUDA_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
@@ -102,10 +105,9 @@ def _run_on_cpu(
     sizes: tuple[int, ...],
     scalars: Sequence[float],
     device: torch.device,
-    bfloat16: bool,
 ) -> None:
     number = signatures()[kernel].number
-    C.call(number, dtype == torch.float64, addresses, sizes, scalars, torch.get_num_threads(), bfloat16)
+    C.call(number, dtype == torch.float64, addresses, sizes, scalars, torch.get_num_threads(), in_bfloat16.get())
 
 
 @cache
@@ -122,7 +124,6 @@ def _run_on_gpu(
     sizes: tuple[int, ...],
     scalars: Sequence[float],
     device: torch.device,
-    bfloat16: bool,
 ) -> None:
     memory = []  # freed at return: PyTorch reuses it only for later work on the same stream
 
@@ -137,7 +138,7 @@ def _run_on_gpu(
 
 class _Device(NamedTuple):
     dtypes: frozenset[torch.dtype]
-    run: Callable[[str, torch.dtype, list[int], tuple[int, ...], Sequence[float], torch.device, bool], None] | None
+    run: Callable[[str, torch.dtype, list[int], tuple[int, ...], Sequence[float], torch.device], None] | None
 
 
 _DEVICES = {
@@ -147,13 +148,9 @@ _DEVICES = {
 }
 
 
-@recordable(multiplies=True)
-def call(
-    kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = (), bfloat16: bool = False
-) -> tuple[Tensor | None, ...]:
+@recordable()
+def call(kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple[Tensor | None, ...]:
     """Runs a kernel on the device of its tensors and returns its outputs.
-
-    With `bfloat16`, a float32 kernel on a CPU rounds the operands of its matrix products, as `product` does.
 
     Raises ValueError or TypeError, before anything runs, if the inputs do not fit the kernel's signature.
 
@@ -171,7 +168,7 @@ def call(
         0 if tensor is None else memory.address(kernel, name, tensor)
         for name, tensor in zip(signatures()[kernel].names, tensors, strict=True)
     ]
-    run(kernel, arranged.dtype, addresses, arranged.sizes, scalars, device, bfloat16)
+    run(kernel, arranged.dtype, addresses, arranged.sizes, scalars, device)
     return arranged.outputs
 
 
@@ -280,19 +277,11 @@ def has_fast_products() -> bool:
     return C is not None and C.isa() == "avx512" and not C.is_intel()
 
 
-@recordable(multiplies=True)
-def product(
-    a: Tensor,
-    b: Tensor,
-    add: Tensor | None = None,
-    reuse: bool = False,
-    scale: float = 1.0,
-    bfloat16: bool = False,
-) -> Tensor:
+@recordable()
+def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False, scale: float = 1.0) -> Tensor:
     """Returns add + scale a b, [T, M, N], for CPU tensors a [T, M, K] and b [T, K, N].
 
-    `add` is expanded to [T, M, N]. With `reuse` the result overwrites it if it is contiguous. With `bfloat16`, elements
-    of a and b in float32 are rounded to bfloat16, and their products are summed in float32.
+    `add` is expanded to [T, M, N]. With `reuse` the result overwrites it if it is contiguous.
 
     >>> import pytest
     >>> _ = C or pytest.skip(obstacle())
@@ -312,7 +301,7 @@ def product(
         memory.address("product", "the result", c),
     ]
     is_double, threads = a.dtype == torch.float64, torch.get_num_threads()
-    C.product(is_double, addresses, arranged.sizes, arranged.strides, scale, threads, bfloat16)
+    C.product(is_double, addresses, arranged.sizes, arranged.strides, scale, threads, in_bfloat16.get())
     return c
 
 

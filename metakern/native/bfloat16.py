@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metakern import native
-from metakern.native.record import in_bfloat16
 
 _aten = torch.ops.aten
 
@@ -24,12 +23,12 @@ _aten = torch.ops.aten
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
     """Round the operands of float32 matrix products to bfloat16 within the block, in this thread."""
-    token = in_bfloat16.set(True)
+    token = native.in_bfloat16.set(True)
     try:
         with _Products():
             yield
     finally:
-        in_bfloat16.reset(token)
+        native.in_bfloat16.reset(token)
 
 
 class _Products(TorchDispatchMode):

@@ -6,7 +6,6 @@ It is separate from the recorder (`metakern.meta.capture.recorder`), so that ops
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -16,8 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-in_bfloat16: ContextVar[bool] = ContextVar("metakern_products_in_bfloat16", default=False)
-
 
 class Recording(TorchDispatchMode):
     """A dispatch mode whose `run` is called in place of each recordable function."""
@@ -26,20 +23,17 @@ class Recording(TorchDispatchMode):
         raise NotImplementedError
 
 
-def recordable(has_side_effects: bool = False, multiplies: bool = False) -> Callable[[F], F]:
+def recordable(has_side_effects: bool = False) -> Callable[[F], F]:
     """Returns a decorator for a function that PyTorch's dispatcher does not see, such as a kernel call.
 
     A recorder records each call of the function as one step. Set `has_side_effects` if it reads hidden state (such as
     the random generator) or writes to anything but its results. A function that returns None is a check, and dead-code
-    elimination keeps it. Set `multiplies` if it computes products of matrices: where these are in bfloat16
-    (`metakern.native.bfloat16`), it is called, and recorded, with `bfloat16=True`.
+    elimination keeps it.
     """
 
     def decorated(function: F) -> F:
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if multiplies and in_bfloat16.get():
-                kwargs["bfloat16"] = True
             if torch._C._len_torch_dispatch_stack():
                 for mode in _get_current_dispatch_mode_stack():
                     if isinstance(mode, Recording):

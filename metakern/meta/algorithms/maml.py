@@ -173,9 +173,11 @@ class MAML(nn.Module):
         prepared = self._prepare(support, query, outer=True)
         gradients: Gradients = [None] * len(prepared.outer)
         losses = []
-        run = in_precision(self.precision)(partial(self._meta_gradient, prepared, 1 / tasks))
+        run = partial(self._meta_gradient, prepared, 1 / tasks)
         if self.capture is True or (self.capture and prepared.outer[0].device.type == "cpu"):
             run = partial(prepared.captures(self.capture, self.precision), run, (tasks,))
+        else:
+            run = in_precision(self.precision)(run)
         for found in prepared.by_chunks(run, support, query):
             losses.append(found[0])
             gradients = added(gradients, found[1:])

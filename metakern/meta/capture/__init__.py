@@ -23,7 +23,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from functools import reduce
+from functools import partial, reduce
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -40,6 +40,7 @@ from metakern.meta.capture.lowering import LoweringError, lower
 from metakern.meta.capture.program import Program
 from metakern.meta.capture.recorder import RecordError, record
 from metakern.meta.capture.rewrite import rewritten
+from metakern.meta.precision import in_precision
 from metakern.meta.unroll import Random
 from metakern.native.memory import check
 
@@ -51,7 +52,6 @@ MICROBATCH_BYTES = 4 * 2**20  # a core's share of the caches
 AUTO_CALLS = 3  # "auto" captures at this call with batches of one kind
 PYTHON_CALLS = 12  # the same for programs that Python runs: recording one takes the time that ten calls of it save
 FIRST_AUDIT, AUDIT_EVERY = 4, 1024  # uses of a program
-BFLOAT16_TOLERANCE = 2.0**-8  # relative difference of results whose products are in bfloat16: one rounding
 _ROOTS = ("model", "inner", "loss")
 Results = list[Tensor | None]
 
@@ -71,7 +71,8 @@ class Captures:
         capture: True records at the first call, and warns if it can't. "auto" records at the third call with batches
             of one kind (at the twelfth, if the program has no executable), and never warns.
         names: Names of the function's results, for messages.
-        precision: "bfloat16" if the function computes its products so, else None.
+        precision: The precision of products, None or "bfloat16". Programs do not depend on it: they are recorded,
+            checked and audited in float32, and run in this precision.
     """
 
     def __init__(
@@ -81,8 +82,7 @@ class Captures:
         names: Sequence[str] = (),
         precision: str | None = None,
     ) -> None:
-        self._roots, self._auto, self._names = roots, capture == "auto", names
-        self._tolerance = None if precision is None else BFLOAT16_TOLERANCE
+        self._roots, self._auto, self._names, self._precision = roots, capture == "auto", names, precision
         self._states: list[_State] = []  # in the order of last use, the latest first
         self._numbered = self._new_states = self._changed = 0
         self._programs: dict[Any, _Captured | None] = {}  # None: calls of this key run ordinarily
@@ -115,10 +115,10 @@ class Captures:
         if state is None or whole.obstacle:
             if whole.obstacle:
                 self._note(whole.obstacle)
-            return list(function(*batches))
+            return self._ordinary(partial(function, *batches))
         whole.kind = (state.number, *key, *whole.kind)
         if self._auto and self._too_early(whole.key):
-            return list(function(*batches))
+            return self._ordinary(partial(function, *batches))
         microbatch, first = self._microbatch.pop(whole.key, 0), None
         is_new = not microbatch
         if is_new:
@@ -127,7 +127,7 @@ class Captures:
         _drop_oldest(self._microbatch)
         if is_new and self._auto and self._is_for_python(whole):
             self._calls[whole.key] = PYTHON_CALLS - AUTO_CALLS
-            return list(function(*batches))
+            return self._ordinary(partial(function, *batches))
         number = -(-tasks // microbatch)
         sizes = sorted((len(range(i, tasks, number)) for i in range(number)), reverse=True)  # equal sizes are adjacent
         ends = accumulate(sizes)
@@ -136,6 +136,10 @@ class Captures:
         while self._late:
             self._note(self._late.pop())
         return [torch.cat(losses), *(None if g[0] is None else reduce(torch.add, g) for g in gradients)]
+
+    def _ordinary(self, function: Callable[[], Sequence[Tensor | None]]) -> Results:
+        """Return `function()`, run by Python and autograd."""
+        return list(in_precision(self._precision)(function)())
 
     def _state(self) -> _State | None:
         """Return the current guarded state, or None if nothing is captured in it."""
@@ -222,7 +226,7 @@ class Captures:
                 continue
             captured = self._programs[call.key] = self._programs.pop(call.key)
             if captured is None:
-                results.append(list(call()))
+                results.append(self._ordinary(call))
             elif captured.checked or call.key in sure:
                 ready.append((captured, call))
                 results.append([])
@@ -239,7 +243,7 @@ class Captures:
         """Return the results of the programs, after the audits that are due."""
         due = {id(captured) for captured in {id(c): c for c, _ in ready}.values() if captured.is_due()}
         before = Random(ready[0][1].inputs[0].device) if due else None
-        results = list(_played([(captured, call.inputs) for captured, call in ready]))
+        results = list(_played([(captured, call.inputs) for captured, call in ready], self._precision))
         if before is not None:
             before.restore()
             for (captured, call), found in zip(ready, results, strict=True):
@@ -250,8 +254,12 @@ class Captures:
         return results
 
     def _audit(self, captured: _Captured, call: _Application, found: Results) -> None:
+        if self._precision is not None:
+            before = Random(call.inputs[0].device)
+            (found,) = captured([call.inputs], 1)
+            before.restore()
         truth = list(call())
-        difference = _difference(found, truth, self._names, self._tolerance)
+        difference = _difference(found, truth, self._names)
         if not difference or self._would_be_recorded_again(captured, call, found):
             return
         self._programs[call.key] = None
@@ -296,7 +304,9 @@ class Captures:
                 captured = self._programs[call.key] = _Captured(program, executable, pinned)
         except Exception as error:  # an ordinary run may succeed; if not, its own error is raised
             before.restore()
-            results = list(call()) if is_all else []  # not for a part: what an ordinary run changes must change once
+            results = (
+                self._ordinary(call) if is_all else []
+            )  # not for a part: what an ordinary run changes must change once
             self._programs[call.key] = None
             self._note(str(error)) if is_all else self._late.append(str(error))
             return results
@@ -310,7 +320,7 @@ class Captures:
         return self._compared(captured, call, results)[0]
 
     def _compared(self, captured: _Captured, call: _Application, truth: Results | None = None) -> tuple[Results, bool]:
-        """Compare the program with an ordinary run (`truth`, made here if None).
+        """Compare the program with an ordinary run (`truth`, made here if None), both in float32.
 
         Returns the program's results and True if they agree, else those of the ordinary run and False.
         """
@@ -325,12 +335,14 @@ class Captures:
             before.restore()
             truth = list(call())
             give_back()
-        difference = _difference(found, truth, self._names, self._tolerance) if found else ""
-        if found and not difference:
-            return found, True
-        if not found or all(t is None or t.isfinite().all() for t in truth):  # infinite results decide nothing
+        difference = _difference(found, truth, self._names) if found else ""
+        right = bool(found) and not difference
+        if not right and (not found or all(t is None or t.isfinite().all() for t in truth)):  # infinite: undecided
             self._give_up(call.key, reason or f"it would give other results than an ordinary run: {difference}")
-        return truth, False
+        if self._precision is not None:
+            before.restore()
+            return (captured([call.inputs], 1, self._precision)[0] if right else self._ordinary(call)), right
+        return (found if right else truth), right
 
     def _lowered(self, program: Program, inputs: Sequence[Tensor]) -> Executable | None:
         try:
@@ -453,12 +465,17 @@ class _Captured:
         doubled = self.uses >= FIRST_AUDIT and self.uses & (self.uses - 1) == 0
         return doubled if self.uses <= AUDIT_EVERY else self.uses % AUDIT_EVERY == 0
 
-    def __call__(self, microbatches: Sequence[Sequence[Tensor]], threads: int) -> list[Results]:
+    def __call__(
+        self, microbatches: Sequence[Sequence[Tensor]], threads: int, precision: str | None = None
+    ) -> list[Results]:
         for t in (*self._constants, *(t for inputs in microbatches for t in inputs)):
             check("MAML", "a tensor of a captured program", t)
-        results = self.executable(microbatches, threads) if self.executable is not None else None
-        # None: there is no executable, or a check failed in C++; run by Python, the same check raises its error.
-        return [self.program(inputs) for inputs in microbatches] if results is None else results
+        bfloat16 = precision == "bfloat16"
+        results = self.executable(microbatches, threads, bfloat16) if self.executable is not None else None
+        if results is None:  # there is no executable, or a check failed in C++; by Python, it raises its error
+            program = in_precision(precision)(self.program)
+            results = [program(inputs) for inputs in microbatches]
+        return results
 
 
 def _address(t: Tensor) -> int:
@@ -497,23 +514,21 @@ def _drop_oldest(kept: dict[Any, Any]) -> None:
         del kept[next(iter(kept))]
 
 
-def _played(microbatches: Sequence[tuple[_Captured, list[Tensor]]]) -> Iterator[Results]:
+def _played(microbatches: Sequence[tuple[_Captured, list[Tensor]]], precision: str | None) -> Iterator[Results]:
     """Yield the results of the microbatches, running as many of one program at a time as there are threads."""
     threads = torch.get_num_threads()
     for _, alike in groupby(microbatches, key=lambda microbatch: id(microbatch[0])):
         captured, inputs = zip(*alike, strict=True)
         for i in range(0, len(inputs), threads):
-            yield from captured[0](inputs[i : i + threads], threads)
+            yield from captured[0](inputs[i : i + threads], threads, precision)
 
 
-def _difference(
-    found: Results, truth: Results, names: Sequence[str], tolerance: float | None = None, exponent: float = 0.6
-) -> str:
+def _difference(found: Results, truth: Results, names: Sequence[str], exponent: float = 0.6) -> str:
     """Describe the first result that differs by more than rounding, or return "".
 
-    The tolerance, by default eps**exponent, is relative to the norm of the result, or to a thousandth of the largest
-    norm if that is more: a small gradient may be the rest of large terms that cancel. Elements that are infinite or NaN
-    on both sides are not compared.
+    The tolerance is eps**exponent, relative to the norm of the result, or to a thousandth of the largest norm if that
+    is more: a small gradient may be the rest of large terms that cancel. Elements that are infinite or NaN on both
+    sides are not compared.
     """
     finite = [None if t is None else t.where(t.isfinite(), 0) for t in truth]
     norms = [0.0 if t is None else t.norm().item() for t in finite]
@@ -523,7 +538,7 @@ def _difference(
             return f"{name} is {'missing' if a is None else 'there'}"
         if a is not None and b is not None:
             error = torch.where(b.isfinite() | a.isfinite(), a - b, 0).norm().item()
-            allowed = torch.finfo(b.dtype).eps ** exponent if tolerance is None else tolerance
-            if not error <= allowed * max(norm, 1e-3 * max(norms)):
+            tolerance = torch.finfo(b.dtype).eps ** exponent
+            if not error <= tolerance * max(norm, 1e-3 * max(norms)):
                 return f"{name} differs by {error:.1e}, of {norm:.1e}"
     return ""

@@ -499,20 +499,14 @@ def _embedding_backward(w: Lowering, ct: Tensor, index: Tensor, rows: int, paddi
 
 @_lowers(native.product.__wrapped__)  # type: ignore[attr-defined]
 def _product(
-    w: Lowering,
-    a: Tensor,
-    b: Tensor,
-    add: Tensor | None = None,
-    reuse: bool = False,
-    scale: float = 1.0,
-    bfloat16: bool = False,
+    w: Lowering, a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False, scale: float = 1.0
 ) -> Tensor:
     arranged = native.arrange_product(a, b, add, reuse)
     for t, made in zip((a, b, add), arranged.tensors, strict=False):
         w.copied(t, made)
     is_double, sizes, strides = a.dtype == torch.float64, arranged.sizes, arranged.strides
     w.new(arranged.tensors[3])
-    w.call("product", *arranged.tensors, arguments=lambda places: (is_double, places, sizes, strides, scale, bfloat16))
+    w.call("product", *arranged.tensors, arguments=lambda places: (is_double, places, sizes, strides, scale))
     return arranged.tensors[3]
 
 
@@ -543,9 +537,7 @@ def _addmm(w: Lowering, add: Tensor, a: Tensor, b: Tensor, beta: float = 1, alph
 
 
 @_lowers(native.call.__wrapped__)  # type: ignore[attr-defined]
-def _kernel(
-    w: Lowering, kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = (), bfloat16: bool = False
-) -> tuple:
+def _kernel(w: Lowering, kernel: str, *inputs: Tensor | None, scalars: Sequence[float] = ()) -> tuple:
     signature = native.signatures()[kernel]
     inputs = tuple(
         w.map("copy", w.new(torch.empty_like(t, dtype=torch.int64)), t)
@@ -564,7 +556,7 @@ def _kernel(
         "kernel",
         *arranged.inputs,
         *arranged.outputs,
-        arguments=lambda places: (number, is_double, places, sizes, list(scalars), bfloat16),
+        arguments=lambda places: (number, is_double, places, sizes, list(scalars)),
     )
     return arranged.outputs
 

@@ -95,17 +95,14 @@ def _is_multiple(step: Step) -> bool:
 
 
 def _products_of(y: Register, steps: list[Step], users: dict[Register, list[int]], fixed: set[Register]) -> list[int]:
-    """Return the matrix products that y or a view of it is an operand of; none if y has any other use.
-
-    A product in bfloat16 counts as another use, since it rounds s x and x differently.
-    """
+    """Return the matrix products that y or a view of it is an operand of; none if y has any other use."""
     found, names = [], [y]
     for name in names:
         if name in fixed:
             return []
         for i in users[name]:
             step = steps[i]
-            if step.function is _PRODUCT and name not in registers(step.args[2:]) and "bfloat16" not in step.kwargs:
+            if step.function is _PRODUCT and name not in registers(step.args[2:]):
                 found.append(i)
             elif _is_view(step):
                 names.append(step.results)
