@@ -20,8 +20,8 @@ ALIGNMENT = 64  # of tensors in an arena, in bytes
 class Executable:
     """A lowered program: `executable([inputs, …], threads)` returns the outputs for each list of inputs.
 
-    With `bfloat16`, its products of float32 matrices round their operands. It returns None where a check fails, or where
-    a constant has another layout than when the program was lowered.
+    With `bfloat16`, its products of float32 matrices round their operands. It returns None where a check fails, or
+    where a constant has another layout than when the program was lowered.
     """
 
     def __init__(self, native: Any, constants: list[Tensor], outputs: list[Tensor | None]) -> None:
