@@ -63,7 +63,7 @@ void multiply_rounded(int64_t M, int64_t N, int64_t K, Matrix<float> a, const fl
 
 constexpr int kRows = 12;  // of a tile
 constexpr int kLanes32 = 16;
-constexpr int64_t kWide = 8;  // panels of B that stay in the L2 cache while all rows of A are multiplied with them
+constexpr int64_t kWide = 16;  // panels of B that stay in the L2 cache while all rows of A are multiplied with them
 
 bool has_instructions() {
     static const bool has = __builtin_cpu_supports("avx512bf16");
@@ -80,9 +80,9 @@ inline __mmask16 first_lanes(int64_t n) {
 // Pairs (x_i, y_i) of the first n elements at x and y, and zeros. y may be null, for zeros.
 METAKERN_BFLOAT16 inline __m512i pairs_of(const float* x, const float* y, __mmask16 lanes) {
     const __m512 first = _mm512_maskz_loadu_ps(lanes, x), second = y ? _mm512_maskz_loadu_ps(lanes, y) : __m512{};
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    std::uint16_t order[2 * kLanes32];
+    for (int i = 0; i < 2 * kLanes32; ++i) order[i] = static_cast<std::uint16_t>(i / 2 + i % 2 * kLanes32);
+    return _mm512_permutexvar_epi16(_mm512_loadu_si512(order), (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 
 // The pairs of n elements at x, up to 32 of them, and zeros.

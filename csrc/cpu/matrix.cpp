@@ -192,7 +192,8 @@ void product(const Product& p, int threads) {
     if (!p.M || !p.N) return;
     if (p.T * p.M * p.N * (p.K + 1) < kSmall) threads = 1;
     const Products<F> products{p.bfloat16};
-    const int64_t all = panels<F>(p.N), groups = (all + kWide - 1) / kWide, few = (p.M + kMostRows - 1) / kMostRows;
+    const int64_t wide = p.bfloat16 ? 2 * kWide : kWide;  // panels of bfloat16 take half of the cache
+    const int64_t all = panels<F>(p.N), groups = (all + wide - 1) / wide, few = (p.M + kMostRows - 1) / kMostRows;
     const int64_t wanted = threads > 1 ? 4 * threads / (p.T * groups + 1) : 1, many = p.M / kLeastRows;
     const int64_t parts = wanted <= few || many <= few ? few : wanted < many ? wanted : many;
     parallel_for(p.T * groups * parts, threads, [&](int64_t unit) {
