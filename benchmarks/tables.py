@@ -39,8 +39,12 @@ def _place(name: str) -> tuple[int, int, str]:
 
 def exact(found: dict[str, Any], of: Callable[[str], bool] = lambda peer: peer != "metakern") -> Rows:
     """The exact second-order methods whose peer satisfies `of`, fastest first."""
-    rows = {method: row for method, row in found["methods"].items() if of(row["peer"]) and peers.order(method) == 2}
+    rows = {method: row for method, row in found["methods"].items() if of(row["peer"]) and is_exact(method)}
     return dict(sorted(rows.items(), key=lambda item: item[1]["median_ms"]))
+
+
+def is_exact(method: str) -> bool:
+    return peers.order(method) == 2 and not peers.is_rounded(method)
 
 
 def is_torch(peer: str) -> bool:
@@ -93,15 +97,18 @@ def summary_table(sizes: Sequence[str] = SIZES) -> str:
 
 
 def methods_table(found: dict[str, Any]) -> str:
-    """All methods of a workload, fastest first; first-order methods stand at the end."""
+    """All methods of a workload, fastest first; those that are not exact stand at the end."""
 
     def cells(method: str, row: dict[str, Any]) -> list[str]:
         spread = f"{ms(row['median_ms'])} ({ms(row['min_ms'])}-{ms(row['max_ms'])})"
         return [method, spread, *(form.format(row[key]) if key in row else "" for key, form in CELLS.values())]
 
-    first = {method: row for method, row in found["methods"].items() if peers.order(method) == 1}
-    rows = exact(found, lambda peer: True) | first
+    others = {method: row for method, row in found["methods"].items() if not is_exact(method)}
+    rows = exact(found, lambda peer: True) | others
     lines = [table(["method", "time, ms (min-max)", *CELLS], (cells(*item) for item in rows.items())), ""]
+    for method, row in others.items():
+        if peers.is_rounded(method):
+            lines.append(f"Error of {method} against float64: {row['error']:.1e}, cosine {row['cosine']:.6f}  ")
     lines += [f"Not timed: {method}: {reason}  " for method, reason in found["refused"].items()]
     return "\n".join([*lines, described(found)])
 

@@ -7,7 +7,7 @@ A peer's file defines
     shares_torch    whether it uses PyTorch; if not, it gets a `Problem` of arrays instead of a `Workload`
     methods         {name: prepare}; prepare(workload) returns a function without arguments that computes one
                     meta-gradient, {name of a parameter: array}. It is exact, unless the method's name ends with
-                    "first order"
+                    "first order" or with "bfloat16"
 
 It imports its library only inside functions, so that these three can be read without the library.
 """
@@ -45,6 +45,11 @@ def cache() -> Path:
 def order(method: str) -> int:
     """Return 2 for a method whose meta-gradient is exact, 1 for a first-order method."""
     return 1 if method.endswith("first order") else 2
+
+
+def is_rounded(method: str) -> bool:
+    """Whether a method rounds the operands of its products to bfloat16: its error is reported, and refuses nothing."""
+    return method.endswith("bfloat16")
 
 
 def load(peer: str) -> ModuleType:

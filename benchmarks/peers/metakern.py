@@ -1,4 +1,4 @@
-"""metakern with each strategy, captured; `auto` also not captured; and the first-order meta-gradient."""
+"""metakern with each strategy, captured; `auto` also not captured, and in bfloat16; the first-order meta-gradient."""
 
 from __future__ import annotations
 
@@ -56,4 +56,5 @@ def method(**options: Any) -> Callable[[Workload], Callable[[], Gradient]]:
 
 methods = {f"metakern {name}": method(strategy=name) for name in ("store", "recompute", "auto")}
 methods["metakern auto, not captured"] = method(capture=False)
+methods["metakern auto, bfloat16"] = method(precision="bfloat16")
 methods["metakern, first order"] = method(first_order=True)
