@@ -106,7 +106,7 @@ def test_every_inner_optimizer_of_a_config_can_be_built() -> None:
 def test_the_precision_of_a_config_reaches_the_algorithm() -> None:
     for algorithm in ALGORITHMS:
         config = Config(algorithm=algorithm, precision="bfloat16")
-        for given, expected in ((config, "bfloat16"), (replace(config, precision="float32"), None)):
-            built = build_algorithm(given, torch.nn.Linear(3, 2))
+        for settings, expected in ((config, "bfloat16"), (replace(config, precision="float32"), None)):
+            built = build_algorithm(settings, torch.nn.Linear(3, 2))
             maml = built.adapt.__self__ if algorithm == "finetune" else built
             assert maml.precision == expected
