@@ -304,9 +304,8 @@ class Captures:
                 captured = self._programs[call.key] = _Captured(program, executable, pinned)
         except Exception as error:  # an ordinary run may succeed; if not, its own error is raised
             before.restore()
-            results = (
-                self._ordinary(call) if is_all else []
-            )  # not for a part: what an ordinary run changes must change once
+            # Not for a part: what an ordinary run changes must change once.
+            results = self._ordinary(call) if is_all else []
             self._programs[call.key] = None
             self._note(str(error)) if is_all else self._late.append(str(error))
             return results
