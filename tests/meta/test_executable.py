@@ -321,7 +321,7 @@ def test_invalid_instructions_are_refused() -> None:
     with pytest.raises(IndexError):
         executable.kernel(10**6, False, [place], [1], [])
     with pytest.raises(ValueError, match="wrong number of bases"):
-        executable.run([[0]], 1)
+        executable.run([[0]], 1, False)
 
 
 @pytest.mark.parametrize("strategy", ["store", "recompute"])
