@@ -336,8 +336,8 @@ def test_models_have_executables(name: str, batching: str, strategy: str, monkey
     played: list[int] = []
     play = capture._Captured.__call__
 
-    def noted(self: Any, microbatches: list, threads: int) -> list:
-        found = play(self, microbatches, threads)
+    def noted(self: Any, microbatches: list, *rest: Any) -> list:
+        found = play(self, microbatches, *rest)
         if self.executable is not None:
             assert self.executable(microbatches, 1) is not None
             played.append(len(microbatches))
