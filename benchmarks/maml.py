@@ -7,13 +7,14 @@
     python -m benchmarks.maml --against REV              metakern beside another commit of it; only prints
 
 Every method runs in a process of its own, in an environment that the first run makes under ~/.cache/metakern, on the
-same weights and data. A method is timed only if its meta-gradient agrees with one in float64 to 1e-4. It is compiled
-and warm before the rounds begin. Each round runs every method once, and ratios are taken within a round. Memory is the
-peak of one meta-gradient, less the memory of the idle process with libraries, model and data loaded; "kept" is what
-stays between two meta-gradients (gradients, plans, compiled code). The peak is the rate of multiply-adds in registers,
-on all threads; "of peak" is the counted FLOP of the workload's matrix products over the time and the peak. The peak and
-the rate of a large torch.mm are measured in the same rounds, and the best round gives the peak. First-order methods are
-separate rows, checked against the first-order gradient.
+same weights and data. A method is timed only if its meta-gradient agrees with one in float64 to 1e-4; of one in
+bfloat16, the error and the cosine are reported instead. It is compiled and warm before the rounds begin. Each round
+runs every method once, and ratios are taken within a round. Memory is the peak of one meta-gradient, less the memory of
+the idle process with libraries, model and data loaded; "kept" is what stays between two meta-gradients (gradients,
+plans, compiled code). The peak is the rate of multiply-adds in registers, on all threads; "of peak" is the counted FLOP
+of the workload's matrix products over the time and the peak. The peak and the rate of a large torch.mm are measured in
+the same rounds, and the best round gives the peak. First-order methods are separate rows, checked against the first-
+order gradient.
 
 Each finished workload goes to the machine's file in benchmarks/results at once: to its part "maml", or in a sweep to
 "sweep". A run can be interrupted and started again; it skips what the same code and versions have measured. A run with
@@ -40,6 +41,7 @@ from benchmarks.progress import Progress
 from benchmarks.recurrent import quartiles
 from benchmarks.results import ROOT
 from benchmarks.runner import LATE, RefusedError, Runner
+from benchmarks.tables import is_exact
 from benchmarks.truth import with_truth
 from benchmarks.workloads import Workload, WorkloadName, families, family, make
 
@@ -184,7 +186,7 @@ def chosen(wanted: str) -> dict[str, str]:
 
 def beside(methods: dict[str, str], rev: str) -> dict[str, str]:
     """Return the methods, with each exact method of metakern also as of commit `rev`."""
-    ours = [method for method, peer in methods.items() if peer == "metakern" and peers.order(method) == 2]
+    ours = [method for method, peer in methods.items() if peer == "metakern" and is_exact(method)]
     return methods | {f"{method}{OTHER}{rev}": "metakern" for method in ours}
 
 

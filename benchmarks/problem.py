@@ -50,8 +50,17 @@ class Problem:
 
     def error(self, gradient: Arrays, order: int = 2) -> float:
         """Return the relative error of a meta-gradient of this order, over all parameters."""
+        found, truth = self._vectors(gradient, order)
+        return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
+
+    def cosine(self, gradient: Arrays, order: int = 2) -> float:
+        """Return the cosine of the angle between a meta-gradient of this order and the true one."""
+        found, truth = self._vectors(gradient, order)
+        return float(found @ truth / (np.linalg.norm(found) * np.linalg.norm(truth)))
+
+    def _vectors(self, gradient: Arrays, order: int) -> tuple[np.ndarray, np.ndarray]:
         truth = self.truth if order == 2 else self.first
         if set(gradient) != set(truth):
             raise ValueError(f"a meta-gradient must name {sorted(truth)}, got {sorted(gradient)}")
-        distance = sum(np.square(np.asarray(gradient[name], np.float64) - t).sum() for name, t in truth.items())
-        return float(np.sqrt(distance / sum(np.square(t).sum() for t in truth.values())))
+        found = [np.asarray(gradient[name], np.float64).ravel() for name in truth]
+        return np.concatenate(found), np.concatenate([np.ravel(t).astype(np.float64) for t in truth.values()])

@@ -45,8 +45,12 @@ def is_peer(peer: str) -> bool:
 
 def exact(found: dict[str, Any], of: Callable[[str], bool] = is_peer) -> Rows:
     """The exact second-order methods whose peer satisfies `of`, fastest first."""
-    rows = {method: row for method, row in found["methods"].items() if of(row["peer"]) and peers.order(method) == 2}
+    rows = {method: row for method, row in found["methods"].items() if of(row["peer"]) and is_exact(method)}
     return dict(sorted(rows.items(), key=lambda item: item[1]["median_ms"]))
+
+
+def is_exact(method: str) -> bool:
+    return peers.order(method) == 2 and peers.precision(method) == "float32"
 
 
 def is_torch(peer: str) -> bool:
@@ -122,15 +126,18 @@ def summary_table(sizes: Sequence[str] = SIZES, machine: str = MACHINE) -> str:
 
 
 def methods_table(found: dict[str, Any]) -> str:
-    """All methods of a workload, fastest first; first-order methods stand at the end."""
+    """All methods of a workload, fastest first; those that are not exact stand at the end."""
 
     def cells(method: str, row: dict[str, Any]) -> list[str]:
         spread = f"{ms(row['median_ms'])} ({ms(row['min_ms'])}-{ms(row['max_ms'])})"
         return [method, spread, *(cell(row, key, form) for key, form in CELLS.values())]
 
-    first = {method: row for method, row in found["methods"].items() if peers.order(method) == 1}
-    rows = exact(found, lambda peer: True) | first
+    others = {method: row for method, row in found["methods"].items() if not is_exact(method)}
+    rows = exact(found, lambda peer: True) | others
     lines = [table(["method", "time, ms (min-max)", *CELLS], (cells(*item) for item in rows.items())), ""]
+    for method, row in others.items():
+        if peers.precision(method) == "bfloat16":
+            lines.append(f"Error of {method} against float64: {row['error']:.1e}, cosine {row['cosine']:.6f}  ")
     lines += [f"Not timed: {method}: {reason}  " for method, reason in found["refused"].items()]
     return "\n".join([*lines, described(found)])
 

@@ -69,7 +69,9 @@ def main(peer: str, name: str, file: str, tiny: str, threads: str) -> None:
     for _ in range(max(1, calls - 1)):
         gradient = step()
     first = time.perf_counter() - start
-    error = problem.error(gradient, peers.order(name)) if gradient is not None and problem.truth else None
+    compared = gradient is not None and problem.truth
+    error = problem.error(gradient, peers.order(name)) if compared else None
+    cosine = problem.cosine(gradient, peers.order(name)) if compared else None
     del gradient
     settle()
     kept = resident("VmRSS")
@@ -81,7 +83,8 @@ def main(peer: str, name: str, file: str, tiny: str, threads: str) -> None:
     step()
     repeats = max(1, math.ceil(SAMPLE / (time.perf_counter() - start)))
     peak = resident("VmHWM")
-    hello = {"error": error, "first_s": first, "peak_mib": (peak - idle) / 1024, "kept_mib": (kept - idle) / 1024}
+    memory = {"peak_mib": (peak - idle) / 1024, "kept_mib": (kept - idle) / 1024}
+    hello = {"error": error, "cosine": cosine, "first_s": first, **memory}
     print(json.dumps(hello), file=answer, flush=True)
     for _ in sys.stdin:
         if repeats > 1:  # fills the caches again, which other processes have used

@@ -38,7 +38,7 @@ py::list signatures() {
 }
 
 void call(std::size_t index, bool is_double, const std::vector<std::uintptr_t>& tensors,
-          const std::vector<std::int64_t>& sizes, const std::vector<double>& scalars, int threads) {
+          const std::vector<std::int64_t>& sizes, const std::vector<double>& scalars, int threads, bool bfloat16) {
     const std::vector<Entry>& kernels = isa_in_use().kernels;
     if (index >= kernels.size()) throw std::out_of_range("no kernel has the number " + std::to_string(index));
     const Entry& entry = kernels[index];
@@ -57,16 +57,16 @@ void call(std::size_t index, bool is_double, const std::vector<std::uintptr_t>& 
     std::vector<void*> addresses;
     for (const std::uintptr_t address : tensors) addresses.push_back(reinterpret_cast<void*>(address));
     py::gil_scoped_release released;
-    entry.kernel.run[is_double]({addresses.data(), sizes.data(), scalars.data(), threads});
+    entry.kernel.run[is_double]({addresses.data(), sizes.data(), scalars.data(), threads, bfloat16});
 }
 
 // Sizes T, M, N, K and the strides of product.h; metakern.native.product has checked them.
 void product(bool is_double, const std::array<std::uintptr_t, 4>& addresses, const std::array<std::int64_t, 4>& sizes,
-             const std::array<std::int64_t, 8>& strides, double scale, int threads) {
+             const std::array<std::int64_t, 8>& strides, double scale, int threads, bool bfloat16) {
     const auto at = [&](int i) { return reinterpret_cast<void*>(addresses[i]); };
     const auto& s = strides;
     const Product p{at(0),    at(1),    at(2), at(3), sizes[0], sizes[1], sizes[2], sizes[3], {s[0], s[1], s[2]},
-                    {s[3], s[4], s[5]}, {s[6], s[7]}, scale};
+                    {s[3], s[4], s[5]}, {s[6], s[7]}, scale, bfloat16};
     py::gil_scoped_release released;
     isa_in_use().product.run[is_double](p, threads);
 }
@@ -96,9 +96,9 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
                "The rate, in FLOP/s, of multiply-adds in registers, on all threads at once.");
     module.def("signatures", &metakern::signatures, "(name, inputs, outputs) of every kernel; its place is its number. An argument is (name, dims, indices, optional, given_with, memory), as csrc/signature.h says.");
     module.def("call", &metakern::call, py::arg("index"), py::arg("is_double"), py::arg("tensors"), py::arg("sizes"),
-               py::arg("scalars"), py::arg("threads"), "Run a kernel. metakern.native.call checks what it is given.");
+               py::arg("scalars"), py::arg("threads"), py::arg("bfloat16"), "Run a kernel. metakern.native.call checks what it is given.");
     module.def("product", &metakern::product, py::arg("is_double"), py::arg("addresses"), py::arg("sizes"),
-               py::arg("strides"), py::arg("scale"), py::arg("threads"), "A batched matrix product; metakern.native.product checks.");
+               py::arg("strides"), py::arg("scale"), py::arg("threads"), py::arg("bfloat16"), "A batched matrix product; metakern.native.product checks.");
 
     py::dict elementwise;
 #define METAKERN_ENTRY(name, inputs, formula) elementwise[#name] = inputs;
@@ -119,5 +119,5 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
         .def("check", &Executable::check)
         .def_property_readonly("bytes", &Executable::bytes)
         .def("release", &Executable::release)
-        .def("run", &Executable::run, py::arg("bases"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+        .def("run", &Executable::run, py::arg("bases"), py::arg("threads"), py::arg("bfloat16"), py::call_guard<py::gil_scoped_release>());
 }

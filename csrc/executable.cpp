@@ -62,6 +62,7 @@ Executable::Executable(std::int64_t bytes, int bases) : bytes_(bytes), bases_(ba
 struct Executable::State {
     const std::uintptr_t* bases;
     int threads;
+    bool bfloat16;
     const Isa& isa;
 
     void* at(const Place& place) const {
@@ -112,7 +113,7 @@ void Executable::kernel(std::size_t index, bool is_double, std::vector<Place> pl
     steps_.push_back([=](const State& state) {
         void* tensors[kMostTensors];
         for (std::size_t i = 0; i < places.size(); ++i) tensors[i] = state.at(places[i]);
-        state.isa.kernels[index].kernel.run[is_double]({tensors, sizes.data(), scalars.data(), state.threads});
+        state.isa.kernels[index].kernel.run[is_double]({tensors, sizes.data(), scalars.data(), state.threads, state.bfloat16});
     });
 }
 
@@ -122,7 +123,7 @@ void Executable::product(bool is_double, const std::array<Place, 4>& places, con
     steps_.push_back([=](const State& state) {
         const Product product{state.at(places[0]), state.at(places[1]), state.at(places[2]), state.at(places[3]),
                               sizes[0], sizes[1], sizes[2], sizes[3],
-                              {s[0], s[1], s[2]}, {s[3], s[4], s[5]}, {s[6], s[7]}, scale};
+                              {s[0], s[1], s[2]}, {s[3], s[4], s[5]}, {s[6], s[7]}, scale, state.bfloat16};
         state.isa.product.run[is_double](product, state.threads);
     });
 }
@@ -212,15 +213,16 @@ void Executable::check(Place value, std::int64_t count, std::int64_t high, std::
 
 void Executable::release() { memory_->release(); }
 
-bool Executable::run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads) {
+bool Executable::run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads, bool bfloat16) {
     for (const auto& row : bases)
         if (static_cast<int>(row.size()) != bases_) throw std::invalid_argument("executable: wrong number of bases");
     struct Runs {
         Executable& executable;
         std::vector<std::vector<std::uintptr_t>> bases;
         int threads;
+        bool bfloat16;
         std::atomic<bool> held{true}, memory_ran_out{false};
-    } runs{*this, bases, bases.size() > 1 ? 1 : threads};
+    } runs{*this, bases, bases.size() > 1 ? 1 : threads, bfloat16};
     const std::unique_lock<std::mutex> lock = memory_->lock();
     Memory own;
     for (std::size_t i = 0; i < bases.size(); ++i)
@@ -229,7 +231,7 @@ bool Executable::run(const std::vector<std::vector<std::uintptr_t>>& bases, int 
         static_cast<std::int64_t>(bases.size()), threads,
         [](void* context, std::int64_t i) {
             auto& runs = *static_cast<Runs*>(context);
-            const State state{runs.bases[static_cast<std::size_t>(i)].data(), runs.threads, isa_in_use()};
+            const State state{runs.bases[static_cast<std::size_t>(i)].data(), runs.threads, runs.bfloat16, isa_in_use()};
             try {  // no exception may leave a thread of OpenMP
                 for (const auto& step : runs.executable.steps_) step(state);
             } catch (const CheckFailed&) {

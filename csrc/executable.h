@@ -42,8 +42,9 @@ public:
     void check(Place value, std::int64_t count, std::int64_t high, std::int64_t ignored);
 
     // Runs the instructions once for each row of `bases`, in parallel; the first entry of a row is replaced by the
-    // arena. Returns whether all checks held. The results of a run that stopped are incomplete.
-    bool run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads);
+    // arena. With `bfloat16`, products of float32 matrices round their operands (product.h). Returns whether all checks
+    // held. The results of a run that stopped are incomplete.
+    bool run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads, bool bfloat16);
 
     std::int64_t bytes() const { return bytes_; }
 

@@ -5,12 +5,14 @@
 
 namespace metakern {
 
-// The arguments of a call: the tensors in the order of the signature (null if absent), the sizes and the scalars.
+// The arguments of a call: the tensors in the order of the signature (null if absent), the sizes and the scalars. With
+// `bfloat16`, float32 kernels round the operands of their matrix products to bfloat16; all else stays float32.
 struct Args {
     void* const* tensors;
     const std::int64_t* sizes;
     const double* scalars;
     int threads;
+    bool bfloat16;
 
     template <class F>
     F* tensor(int i) const {

@@ -7,13 +7,15 @@ namespace metakern {
 
 // c [T, M, N] = add + scale a [T, M, K] b [T, K, N]. Strides are in elements. Those of a and b are
 // over T, rows and columns, and one of the last two is 1. `add` may be null; its strides are over T and rows, and its
-// columns are contiguous. c is contiguous.
+// columns are contiguous. c is contiguous. With `bfloat16`, a and b are float32 matrices whose elements are rounded to
+// bfloat16, and the sums are float32.
 struct Product {
     const void *a, *b, *add;
     void* c;
     std::int64_t T, M, N, K;
     std::int64_t a_strides[3], b_strides[3], add_strides[2];
     double scale;
+    bool bfloat16;
 };
 
 struct ProductKernels {

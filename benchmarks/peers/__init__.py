@@ -7,7 +7,7 @@ A peer's file defines
     shares_torch    whether it uses PyTorch; if not, it gets a `Problem` of arrays instead of a `Workload`
     methods         {name: prepare}; prepare(workload) returns a function without arguments that computes one
                     meta-gradient, {name of a parameter: array}. It is exact, unless the method's name ends with
-                    "first order"
+                    "first order" or with "bfloat16"
 
 It may also define
 

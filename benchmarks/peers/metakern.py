@@ -59,6 +59,8 @@ methods = {
     "metakern default": method(),
     **{f"metakern {name}": method(strategy=name, capture=True) for name in ("store", "recompute", "auto")},
     "metakern auto, not captured": method(capture=False),
+    "metakern auto, bfloat16": method(capture=True, precision="bfloat16"),
+    "metakern least memory": method(capture=True, memory="least"),
     "metakern, first order": method(first_order=True, capture=True),
 }
 calls_until_steady = {"metakern default": 4}

@@ -66,7 +66,7 @@ public:
     // Takes memory for `tiles` tiles [kQueries, kKeys], 2 * `sides` packed blocks of keys or queries, and `vectors`
     // vectors of a number for each query of the unit.
     Unit(const Call<F>& call, int64_t b, int64_t g, int64_t tiles, int64_t sides, int64_t vectors)
-        : c(call), b_(b), g_(g) {
+        : c(call), products_{call.args.bfloat16}, b_(b), g_(g) {
         const int64_t tile = kQueries * kKeys, side = kKeys * c.wide, vector = (c.group * c.L + 15) / 16 * 16;
         const int64_t count = tiles * tile + 2 * sides * side + vectors * vector + kKeys + kKeys * ((c.D + 15) / 16 * 16);
         next_ = static_cast<F*>(thread_memory(count * static_cast<int64_t>(sizeof(F))));
@@ -110,32 +110,32 @@ public:
     // Packs a block of x [M, D] (keys or values), with zeros for keys that the mask hides, as the right factor of a
     // product: transposed for products with rows of queries, and as it is for products with tiles.
     void pack_for_scores(F* to, const F* x, int64_t j, int64_t width) {
-        pack<F>(to, {shown(x, j, width), 1, c.D}, c.D, width, 0, panels<F>(width));
+        products_.pack(to, {shown(x, j, width), 1, c.D}, c.D, width, 0, panels<F>(width));
     }
     void pack_for_sums(F* to, const F* x, int64_t j, int64_t width) {
-        pack<F>(to, {shown(x, j, width), c.D, 1}, width, c.D, 0, panels<F>(c.D));
+        products_.pack(to, {shown(x, j, width), c.D, 1}, width, c.D, 0, panels<F>(c.D));
     }
     // Packs a block of queries of x as the right factor of a product with a transposed tile.
     void pack_queries(F* to, const F* x, const Block& k) {
-        pack<F>(to, {x + (k.h * c.L + k.i) * c.D, c.D, 1}, k.rows, c.D, 0, panels<F>(c.D));
+        products_.pack(to, {x + (k.h * c.L + k.i) * c.D, c.D, 1}, k.rows, c.D, 0, panels<F>(c.D));
     }
 
     // tile = or += x keysᵀ
     void scores(F* tile, const F* x, const F* keys, const Block& k, bool more = false) const {
         F* to = tile + k.begin;
-        multiply<F>(k.rows, k.end - k.begin, c.D, {x + (k.h * c.L + k.i) * c.D, c.D, 1}, keys + k.begin * c.D,
+        products_.multiply(k.rows, k.end - k.begin, c.D, {x + (k.h * c.L + k.i) * c.D, c.D, 1}, keys + k.begin * c.D,
                     {to, kKeys, more ? to : nullptr, kKeys});
     }
     // x += tile keys
     void sum_to_queries(F* x, const F* tile, const F* keys, const Block& k) const {
         F* to = x + (k.h * c.L + k.i) * c.D;
-        multiply<F>(k.rows, c.D, k.end - k.begin, {tile + k.begin, kKeys, 1}, keys + k.begin * kPanel<F>,
+        products_.multiply(k.rows, c.D, k.end - k.begin, {tile + k.begin, kKeys, 1}, keys + products_.row(k.begin),
                     {to, c.D, to, c.D}, k.width);
     }
     // x += tileᵀ queries
     void sum_to_keys(F* x, const F* tile, const F* queries, const Block& k) const {
         F* to = x + (k.j + k.begin) * c.D;
-        multiply<F>(k.end - k.begin, c.D, k.rows, {tile + k.begin, 1, kKeys}, queries, {to, c.D, to, c.D});
+        products_.multiply(k.end - k.begin, c.D, k.rows, {tile + k.begin, 1, kKeys}, queries, {to, c.D, to, c.D});
     }
 
     // Calls row(n, query, range of seen keys) for each row of a block; n counts the rows of the block, `query` those of
@@ -197,6 +197,7 @@ private:
     }
 
     const Call<F>& c;
+    const Products<F> products_;
     const int64_t b_, g_;
     F *next_, *bias_, *copy_;
 };

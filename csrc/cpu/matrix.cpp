@@ -22,22 +22,6 @@ constexpr int kRows = 5, kAccumulators = 20;
 constexpr int kRows = 6, kAccumulators = 12;
 #endif
 
-// Transposes kLanes vectors of kLanes elements: log2(kLanes) perfect shuffles.
-template <class F, std::size_t... i>
-inline void transpose(Vec<F> (&v)[kLanes<F>], std::index_sequence<i...>) {
-    constexpr int lanes = kLanes<F>;
-    for (int stage = 1; stage < lanes; stage *= 2) {
-        Vec<F> w[lanes];
-#pragma GCC unroll 16
-        for (int j = 0; j < lanes / 2; ++j) {
-            w[2 * j] = __builtin_shufflevector(v[j], v[j + lanes / 2], (i / 2 + (i % 2) * lanes)...);
-            w[2 * j + 1] = __builtin_shufflevector(v[j], v[j + lanes / 2], (lanes / 2 + i / 2 + (i % 2) * lanes)...);
-        }
-#pragma GCC unroll 16
-        for (int j = 0; j < lanes; ++j) v[j] = w[j];
-    }
-}
-
 // The sums from which a tile takes long enough for its part of C to come from memory meanwhile.
 constexpr int64_t kLongSum = 48;
 
@@ -73,7 +57,7 @@ inline void tile(const F* a, int64_t stride, const F* b, int64_t next, int64_t K
             for (int v = 0; v < V; ++v) {
                 const int64_t j = v * kLanes<F>, left = width - j;
                 if (!whole && left <= 0) continue;
-                Vec<F> x = rounded(c.scale * sum[r][v]);
+                Vec<F> x = unfused(c.scale * sum[r][v]);
                 if (adds) {
                     const F* add = c.add + r * c.add_rows + j;
                     x += whole || left >= kLanes<F> ? load(add) : load(add, left);
@@ -238,7 +222,9 @@ template <class F>
 void product(const Product& p, int threads) {
     if (!p.M || !p.N) return;
     if (p.T * p.M * p.N * (p.K + 1) < kSmall) threads = 1;
-    const int64_t all = panels<F>(p.N), groups = (all + kWide - 1) / kWide, few = (p.M + kMostRows - 1) / kMostRows;
+    const Products<F> products{p.bfloat16};
+    const int64_t wide = p.bfloat16 ? 2 * kWide : kWide;  // panels of bfloat16 take half of the cache
+    const int64_t all = panels<F>(p.N), groups = (all + wide - 1) / wide, few = (p.M + kMostRows - 1) / kMostRows;
     const int64_t wanted = threads > 1 ? 4 * threads / (p.T * groups + 1) : 1, many = p.M / kLeastRows;
     const int64_t parts = wanted <= few || many <= few ? few : wanted < many ? wanted : many;
     parallel_for(p.T * groups * parts, threads, [&](int64_t unit) {
@@ -258,8 +244,8 @@ void product(const Product& p, int threads) {
             const int64_t depth = p.K - k < kDepth ? p.K - k : kDepth;
             const Matrix<F> rows{a + k * p.a_strides[2], p.a_strides[1], p.a_strides[2]};
             Ahead<F>::rows_of(rows, 0, last - first < kRows ? last - first : kRows, depth).prefetch(0, 1);
-            pack<F>(packed, {b + k * p.b_strides[1], p.b_strides[1], p.b_strides[2]}, depth, p.N, begin, end);
-            multiply<F>(last - first, width, depth, rows, packed, c);
+            products.pack(packed, {b + k * p.b_strides[1], p.b_strides[1], p.b_strides[2]}, depth, p.N, begin, end);
+            products.multiply(last - first, width, depth, rows, packed, c);
             k += kDepth;
             c.add = c.data;
             c.add_rows = c.rows;

@@ -39,6 +39,7 @@ struct Sequences {
     const int64_t* lengths;  // [T, B], or null: all L
     bool reverse;
     int threads;
+    Products<F> products;
 
     bool active(int64_t row, int64_t l) const { return !lengths || l < lengths[row]; }
 
@@ -62,7 +63,7 @@ struct Sequences {
         if (together)
             parallel_for(T * panels<F>(to), wanted, [&](int64_t unit) {
                 const int64_t t = unit / panels<F>(to), p = unit % panels<F>(to);
-                pack<F>(shared.as<F>() + t * packed_size + p * kPanel<F> * from, matrix(t), from, to, p, p + 1);
+                products.pack(shared.as<F>() + t * packed_size + p * kPanel<F> * from, matrix(t), from, to, p, p + 1);
             });
         parallel_for(T * parts, wanted, [&](int64_t unit) {
             const int64_t t = unit / parts, part = unit % parts;
@@ -70,13 +71,13 @@ struct Sequences {
             F* memory = static_cast<F*>(thread_memory(
                 ((together ? 0 : packed_size) + rows * (left_row + product_row + carry)) * static_cast<int64_t>(sizeof(F))));
             F* packed = together ? shared.as<F>() + t * packed_size : memory;
-            if (!together) pack<F>(packed, matrix(t), from, to, 0, panels<F>(to)), memory += packed_size;
+            if (!together) products.pack(packed, matrix(t), from, to, 0, panels<F>(to)), memory += packed_size;
             F *left = memory, *product = left + rows * left_row, *carried = product + rows * product_row;
             const auto sequence = [=](int64_t i) {
                 return Sequence<F>{left + i * left_row, product + i * product_row, carried + i * carry};
             };
             const auto multiply_all = [=] {
-                multiply<F>(rows, to, from, {left, left_row, 1}, packed, {product, product_row, nullptr, 0});
+                products.multiply(rows, to, from, {left, left_row, 1}, packed, {product, product_row, nullptr, 0});
             };
             for (int64_t i = 0; i < rows; ++i) rule.begin(first + i, sequence(i));
             for (int64_t step = 0; step < L; ++step) {
@@ -163,7 +164,7 @@ struct Recurrent {
 
     static Sequences<F> sequences(const Args& args, const F* lengths, int64_t H) {
         return {args.sizes[0], args.sizes[1], args.sizes[2], H, reinterpret_cast<const int64_t*>(lengths),
-                args.scalars[0] != 0, args.threads};
+                args.scalars[0] != 0, args.threads, {args.bfloat16}};
     }
 
     struct Forward {

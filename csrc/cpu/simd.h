@@ -99,7 +99,7 @@ inline double root(double x) { return __builtin_sqrt(x); }
 // x. A multiplication that computes it is rounded: the compiler does not fuse it with an addition that follows, which it
 // otherwise does where both are in one basic block. So results do not depend on the path that computes them.
 template <class V>
-inline V rounded(V x) {
+inline V unfused(V x) {
 #if defined(__x86_64__)
     asm("" : "+v"(x));
 #elif defined(__aarch64__)

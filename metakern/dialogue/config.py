@@ -46,7 +46,7 @@ class Config:
 
     Raises:
         UserError: If a value has the wrong type, is not finite, is out of range or is none of the choices; also if
-            `lora` is not 0 and `model` is not `hf:PATH`.
+            `lora` is not 0 and `model` is not `hf:PATH`, or `precision` is not float32 and `device` is not cpu.
 
     >>> Config(steps=10).steps
     10
@@ -123,6 +123,11 @@ class Config:
     capture: bool = _option(
         True, "record the kernels of a meta-gradient and run them from C++ (on a CPU, not for hf models)"
     )
+    precision: str = _option(
+        "float32",
+        "precision of matrix products in meta-gradients and adaptation; all else is float32 (bfloat16 on a CPU only)",
+        choices=("float32", "bfloat16"),
+    )
 
     outer_lr: float = _option(1e-3, "learning rate of the outer optimizer, AdamW", above=0)
     rate_lr: float = _option(1e-3, "outer learning rate of the learned inner rates", above=0)
@@ -161,6 +166,8 @@ class Config:
                 f"lora must be 0 for the model {self.model}, which is not pretrained, got {self.lora}:"
                 " choose a model hf:PATH for it"
             )
+        if self.precision != "float32" and self.device != "cpu":
+            raise UserError(f"precision must be float32 for the device {self.device}, got {self.precision!r}")
 
     @property
     def pretrained(self) -> str:

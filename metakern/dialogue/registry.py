@@ -64,7 +64,8 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
     Raises:
         UserError: If the model or a setting does not suit the algorithm.
     """
-    options: dict[str, Any] = {"steps": config.inner_steps}
+    precision = None if config.precision == "float32" else config.precision
+    options: dict[str, Any] = {"steps": config.inner_steps, "precision": precision}
     if config.adapt:
         options["adapt"] = list(config.adapt)
     if config.algorithm != "finetune":  # recording a pretrained model takes seconds for each length of a batch

@@ -180,7 +180,7 @@ class Prepared:
     def _take(self, found: Found, unroll: Unroll, parameters: Parameters) -> None:
         self.plan, self.unroll, self.parameters, self._draws = found.plan, unroll, parameters, found.draws
         self._keeps = bool(found.changed)
-        self._captures, self.numbers = dict[bool | str, Captures](), tuple[Any, ...]()
+        self._captures, self.numbers = dict[tuple[bool | str, str | None], Captures](), tuple[Any, ...]()
         self.shared: list[Tensor] = list(parameters.shared.values())
         self.outer: list[Tensor] = [*parameters.adapted.values(), *self.shared, *unroll.inner.hyper_parameters()]
 
@@ -191,13 +191,13 @@ class Prepared:
         usage = sum((captures.usage for captures in self._captures.values()), Usage())
         return replace(self.plan, reasons=(*self.plan.reasons, *reasons), seconds=self._watch.seconds, usage=usage)
 
-    def captures(self, capture: bool | str) -> Captures:
-        """Return the captured programs of this plan for a value of the option `capture`."""
-        if capture not in self._captures:
+    def captures(self, capture: bool | str, precision: str | None = None) -> Captures:
+        """Return the captured programs of this plan for values of the options `capture` and `precision`."""
+        if (capture, precision) not in self._captures:
             roots = self.parameters.model, self.unroll.inner, self.loss
             names = ["the query losses", *self.parameters.adapted, *self.parameters.shared]
-            self._captures[capture] = Captures(roots, capture, names, self._watch)
-        return self._captures[capture]
+            self._captures[capture, precision] = Captures(roots, capture, names, precision, self._watch)
+        return self._captures[capture, precision]
 
     def theta(self, tasks: int) -> list[Tensor]:
         """Return phi_0: the shared initialisation, expanded to `[tasks, *shape]`."""

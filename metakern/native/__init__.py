@@ -8,6 +8,7 @@ signature, in float32 or bfloat16, on PyTorch's current stream. A kernel is name
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import cache, lru_cache
 from importlib import import_module
 from math import prod
@@ -33,6 +34,8 @@ _cuda, _cuda_missing = _module("metakern._cuda")
 
 DTYPES = frozenset({torch.float32, torch.float64})
 LARGEST_EMPTY = 2**24
+# Whether float32 kernels on a CPU round the operands of their matrix products to bfloat16 (`metakern.native.bfloat16`).
+in_bfloat16: ContextVar[bool] = ContextVar("metakern_products_in_bfloat16", default=False)
 CUDA_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
@@ -104,7 +107,7 @@ def _run_on_cpu(
     device: torch.device,
 ) -> None:
     number = signatures()[kernel].number
-    C.call(number, dtype == torch.float64, addresses, sizes, scalars, torch.get_num_threads())
+    C.call(number, dtype == torch.float64, addresses, sizes, scalars, torch.get_num_threads(), in_bfloat16.get())
 
 
 @cache
@@ -312,7 +315,7 @@ def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False
         memory.address("product", "the result", c),
     ]
     is_double, threads = a.dtype == torch.float64, torch.get_num_threads()
-    C.product(is_double, addresses, arranged.sizes, arranged.strides, scale, threads)
+    C.product(is_double, addresses, arranged.sizes, arranged.strides, scale, threads, in_bfloat16.get())
     return c
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metakern.dialogue.config import Config
-from metakern.dialogue.registry import OPTIMIZERS, build_algorithm
+from metakern.dialogue.registry import ALGORITHMS, OPTIMIZERS, build_algorithm
 from metakern.errors import UserError
 
 
@@ -31,7 +31,9 @@ def values_of(key):
 @given(st.data())
 def test_a_written_config_is_read_back(tmp_path_factory, data):
     values = {key.name: data.draw(values_of(key), key.name) for key in fields(Config)}
-    config = Config(**values | {"lora": values["lora"] if values["model"].startswith("hf:") else 0})
+    values["lora"] = values["lora"] if values["model"].startswith("hf:") else 0
+    values["precision"] = values["precision"] if values["device"] == "cpu" else "float32"
+    config = Config(**values)
     file = tmp_path_factory.mktemp("config") / "c.toml"
     file.write_text(config.toml(), "utf-8")
     assert Config.load(file) == config
@@ -69,6 +71,8 @@ def test_files_override_defaults_and_flags_override_files(tmp_path):
         ("model = 'gtp'", "model must be one of rnn, gru, lstm, gpt, hf:PATH, got 'gtp'"),
         ("model = 'hf:'", "model must be one of rnn, gru, lstm, gpt, hf:PATH, got 'hf:'"),
         ("lora = 8", "lora must be 0 for the model gru, which is not pretrained, got 8"),
+        ("precision = 'half'", "precision must be one of float32, bfloat16, got 'half'"),
+        ("precision = 'bfloat16'\ndevice = 'cuda'", "precision must be float32 for the device cuda, got 'bfloat16'"),
         ("steps = ", "is not TOML"),
     ],
 )
@@ -97,3 +101,12 @@ def test_every_inner_optimizer_of_a_config_can_be_built() -> None:
         inner = build_algorithm(Config(inner=name), torch.nn.Linear(3, 2)).inner
         assert inner.lr.values["weight"].shape == ()
         assert inner.lr.initial == Config().inner_lr
+
+
+def test_the_precision_of_a_config_reaches_the_algorithm() -> None:
+    for algorithm in ALGORITHMS:
+        config = Config(algorithm=algorithm, precision="bfloat16")
+        for settings, expected in ((config, "bfloat16"), (replace(config, precision="float32"), None)):
+            built = build_algorithm(settings, torch.nn.Linear(3, 2))
+            maml = built.adapt.__self__ if algorithm == "finetune" else built
+            assert maml.precision == expected

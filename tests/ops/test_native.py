@@ -261,12 +261,12 @@ def test_wrong_calls_of_kernels_raise() -> None:
     call = native.C.call
     number = native.signatures()["gelu_tanh_vjp"].number
     with pytest.raises(IndexError):
-        call(1_000_000, False, [], [], [], 1)
+        call(1_000_000, False, [], [], [], 1, False)
     for tensors, sizes, values in (([1], [1], []), ([1] * 3, [], []), ([1] * 3, [1], [0.5]), ([1, 0, 1], [1], [])):
         with pytest.raises(ValueError, match="gelu_tanh_vjp: "):
-            call(number, False, tensors, sizes, values, 1)
+            call(number, False, tensors, sizes, values, 1, False)
     with pytest.raises(ValueError, match="sizes must not be negative"):
-        call(number, False, [1] * 3, [-1], [], 1)
+        call(number, False, [1] * 3, [-1], [], 1, False)
     with pytest.raises(ValueError, match="isa must be one of this machine's, got 'abacus'"):
         native.C.set_isa("abacus")
 

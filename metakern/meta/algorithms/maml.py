@@ -8,6 +8,7 @@ Finn, Abbeel, Levine 2017, "Model-agnostic meta-learning for fast adaptation of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from metakern.meta.batching import Loss
 from metakern.meta.engine import Engine, Prepared, running
 from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Plan, Wishes
+from metakern.meta.precision import check, in_precision
 from metakern.meta.unroll import Gradients, added
 from metakern.optim import SGD, InnerOptimizer
 
@@ -60,6 +62,10 @@ class MAML(nn.Module):
             is guarded, and some calls are compared with an ordinary run (see `metakern.meta.capture`).
         memory: "least" takes less memory and more time: one task at a time, and "recompute" with the parameters of a
             few inner steps, from which it computes those of the others. `strategy` and `task_chunk` go before it.
+        precision: None, or "bfloat16" to round the operands of every product of matrices to bfloat16, on a CPU. Sums,
+            parameters, losses, norms, softmax and the states of optimizers stay float32. The derivatives are those of
+            the float32 model at all orders, with each of their products evaluated in bfloat16, so the meta-gradient
+            is that of the model up to the rounding. Products with vectors and convolutions stay float32.
 
     Attributes:
         query_losses: The query loss of each task at the last call, `[T]`, detached; None before the first call.
@@ -69,7 +75,9 @@ class MAML(nn.Module):
             `metakern.optim`, `first_order` is not a bool, or `adapt` is not None, a predicate or strings.
         ValueError: Another argument has a value that is not named above; the model has no trainable parameters;
             `adapt` matches no parameter, or one that does not require a gradient; or `inner` has learned values for
-            parameters of other shapes.
+            parameters of other shapes. At a call: `precision` is "bfloat16" inside `torch.autocast`, or where a
+            parameter is not float32 or not on a CPU.
+        RuntimeError: `precision` is "bfloat16", and the C++ kernels are missing.
 
     >>> import torch, metakern as mk
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
@@ -93,6 +101,7 @@ class MAML(nn.Module):
         task_chunk: int | str = "auto",
         capture: bool | str = "auto",
         memory: str = "auto",
+        precision: str | None = None,
     ) -> None:
         super().__init__()
         if not callable(loss) or type(loss).__module__ == "torch.nn.modules.loss":
@@ -112,9 +121,11 @@ class MAML(nn.Module):
         if not isinstance(capture, bool) and capture != "auto":
             raise ValueError(f'MAML: capture must be "auto", True or False, got {capture!r}')
         inner = SGD() if inner is None else inner
+        check(precision, ())
         engine = _engine_of(model, adapt, Wishes(batching, strategy, task_chunk, memory), inner)
         self.model, self.inner = model, inner
         self.loss, self.steps, self.first_order, self.capture = loss, _non_negative(steps), first_order, capture
+        self.precision = precision
         self._engine = engine
         self.query_losses: Tensor | None = None  # [T]
 
@@ -134,7 +145,9 @@ class MAML(nn.Module):
         """
         if self._engine.last is None:
             raise RuntimeError("MAML: plan must be read after a batch was seen, got none: call maml(support, query)")
-        return self._engine.last.explained
+        plan = self._engine.last.explained
+        note = "precision bfloat16: products of matrices take operands rounded to bfloat16; all else is float32"
+        return plan if self.precision is None else replace(plan, reasons=(*plan.reasons, note))
 
     def forward(self, support: Any, query: Any) -> Tensor:
         """Return the mean query loss over the tasks after adaptation, a scalar.
@@ -165,9 +178,11 @@ class MAML(nn.Module):
         losses = []
         run = partial(self._meta_gradient, prepared)
         if self.capture is True or (self.capture and prepared.outer[0].device.type == "cpu"):
-            captures = prepared.captures(self.capture)
+            captures = prepared.captures(self.capture, self.precision)
             captures.begin()
             run = partial(captures, run)
+        else:
+            run = in_precision(self.precision)(run)
         for found in prepared.by_chunks(run, support, query):
             losses.append(found[0])
             gradients = added(gradients, found[1:])
@@ -199,6 +214,7 @@ class MAML(nn.Module):
                 return self.adapt(ordinary(support), steps)
         prepared = self._prepare(support)
 
+        @in_precision(self.precision)
         def compute(support: Any) -> list[Tensor]:
             *_, phi = prepared.unroll.trajectory(prepared.theta(tasks_of(support)), support, steps)
             return phi
@@ -238,6 +254,7 @@ class MAML(nn.Module):
         prepared = self._prepare(support, query)
         wanted = [_non_negative(step) for step in steps]
 
+        @in_precision(self.precision)
         def compute(support: Any, query: Any) -> Tensor:
             theta = prepared.theta(tasks_of(support))
             trajectory = enumerate(prepared.unroll.trajectory(theta, support, max(wanted, default=0)))
@@ -258,6 +275,7 @@ class MAML(nn.Module):
 
     def _prepare(self, *batches: Any, outer: bool = False) -> Prepared:
         """Return the verified plan for these batches, support first. `outer`: also for meta-gradients."""
+        check(self.precision, self.model.parameters())
         with running(self.model):
             return self._engine.prepared(self.loss, self.inner, self.steps, self.first_order, outer, batches)
 

@@ -24,7 +24,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from functools import reduce
+from functools import partial, reduce
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -41,6 +41,7 @@ from metakern.meta.capture.lowering import LoweringError, lower
 from metakern.meta.capture.program import Program
 from metakern.meta.capture.recorder import RecordError, record
 from metakern.meta.capture.rewrite import rewritten
+from metakern.meta.precision import in_precision
 from metakern.meta.seconds import Stopwatch, Usage
 from metakern.meta.unroll import Random
 from metakern.native.memory import check
@@ -72,6 +73,8 @@ class Captures:
         capture: True records at the first call, and warns if it can't. "auto" records at the third call with tasks of
             one kind (at the twelfth, if the program has no executable), and never warns.
         names: Names of the function's results, for messages.
+        precision: The precision of products, None or "bfloat16". Programs do not depend on it: they are recorded,
+            checked and audited in float32, and run in this precision.
         watch: Adds up the time of recording, lowering and comparison.
     """
 
@@ -80,9 +83,11 @@ class Captures:
         roots: tuple[Any, Any, Any],
         capture: bool | str = True,
         names: Sequence[str] = (),
+        precision: str | None = None,
         watch: Stopwatch | None = None,
     ) -> None:
-        self._roots, self._auto, self._names, self._watch = roots, capture == "auto", names, watch or Stopwatch()
+        self._roots, self._auto, self._names, self._precision = roots, capture == "auto", names, precision
+        self._watch = watch or Stopwatch()
         self._at = 0  # the number of the call of MAML
         self._chunks = self._captured = 0  # chunks of tasks that ran, and those of them that programs ran
         self._states: list[_State] = []  # in the order of last use, the latest first
@@ -129,11 +134,11 @@ class Captures:
         if state is None or whole.obstacle:
             if whole.obstacle:
                 self._note(whole.obstacle)
-            return list(function(*batches))
+            return self._ordinary(partial(function, *batches))
         whole.kind = (state.number, *whole.kind)
         one = whole.part(slice(1))
         if self._auto and self._too_early(one.key):
-            return list(function(*batches))
+            return self._ordinary(partial(function, *batches))
         microbatch, truth = self._microbatch.pop(whole.key, 0), None
         is_new = not microbatch
         if is_new:
@@ -143,7 +148,7 @@ class Captures:
         if self._auto and is_new and self._is_for_python(one, whole) and one.key not in self._slow:
             self._slow[one.key] = None
             _drop_oldest(self._slow)
-            return list(function(*batches))
+            return self._ordinary(partial(function, *batches))
         number = -(-tasks // microbatch)
         sizes = sorted((len(range(i, tasks, number)) for i in range(number)), reverse=True)  # equal sizes are adjacent
         ends = accumulate(sizes)
@@ -154,6 +159,10 @@ class Captures:
         while self._late:
             self._note(self._late.pop())
         return [torch.cat(losses), *(None if g[0] is None else reduce(torch.add, g) for g in gradients)]
+
+    def _ordinary(self, function: Callable[[], Sequence[Tensor | None]]) -> Results:
+        """Return `function()`, run by Python and autograd."""
+        return list(in_precision(self._precision)(function)())
 
     def _state(self) -> _State | None:
         """Return the current guarded state, or None if nothing is captured in it."""
@@ -245,7 +254,7 @@ class Captures:
                 results += self._played(captured, group) if sure else self._tried(captured, group, truths.get(key))
             else:
                 first = [truths[key]] if key in truths else []
-                results += [*first, *(list(call()) for call in group[len(first) :])]
+                results += [*first, *map(self._ordinary, group[len(first) :])]
         return results
 
     def _tried(self, captured: _Captured, calls: list[_Application], truth: Results | None) -> list[Results]:
@@ -276,20 +285,31 @@ class Captures:
         if found and not difference:
             captured.agreed, captured.checked = True, is_next
             captured.was_ahead |= not is_next and (len(calls) > 1 or truth is None)
-            return found
+            if self._precision is None:
+                return found
+            before.restore()
+            return list(_played(captured, [call.inputs for call in calls], self._precision))
         results = [truth or found[0], *(list(call()) for call in calls[1:])]
         if not found or all(t is None or t.isfinite().all() for t in results[0]):  # infinite results decide nothing
             self._give_up(calls[0].key, reason or f"it would give other results than an ordinary run: {difference}")
-        return results
+        if self._precision is None:
+            return results
+        before.restore()
+        return [self._ordinary(call) for call in calls]
 
     def _played(self, captured: _Captured, calls: list[_Application]) -> list[Results]:
         """Return the results of a program, after the audits that are due."""
         before = Random(calls[0].inputs[0].device) if captured.is_due() else None
-        results = list(_played(captured, [call.inputs for call in calls]))
+        inputs = [call.inputs for call in calls]
+        results = list(_played(captured, inputs, self._precision))
         if before is not None:
             before.restore()
             with self._watch.part("comparison"):
-                for call, found in zip(calls, results, strict=True):
+                in_float32 = results
+                if self._precision is not None:
+                    in_float32 = list(_played(captured, inputs))
+                    before.restore()
+                for call, found in zip(calls, in_float32, strict=True):
                     self._audit(captured, call, found)
         return results
 
@@ -342,7 +362,8 @@ class Captures:
                 self._programs[call.key] = _Captured(program, executable, pinned, self._at)
         except Exception as error:  # an ordinary run may succeed; if not, its own error is raised
             before.restore()
-            results = list(call()) if is_all else []  # not for a part: what an ordinary run changes must change once
+            # Not for a part: what an ordinary run changes must change once.
+            results = self._ordinary(call) if is_all else []
             self._programs[call.key] = None
             self._note(str(error)) if is_all else self._late.append(str(error))
             return results
@@ -485,12 +506,17 @@ class _Captured:
         doubled = self.uses >= FIRST_AUDIT and self.uses & (self.uses - 1) == 0
         return doubled if self.uses <= AUDIT_EVERY else self.uses % AUDIT_EVERY == 0
 
-    def __call__(self, microbatches: Sequence[Sequence[Tensor]], threads: int) -> list[Results]:
+    def __call__(
+        self, microbatches: Sequence[Sequence[Tensor]], threads: int, precision: str | None = None
+    ) -> list[Results]:
         for t in (*self._constants, *(t for inputs in microbatches for t in inputs)):
             check("MAML", "a tensor of a captured program", t)
-        results = self.executable(microbatches, threads) if self.executable is not None else None
-        # None: there is no executable, or a check failed in C++; run by Python, the same check raises its error.
-        return [self.program(inputs) for inputs in microbatches] if results is None else results
+        bfloat16 = precision == "bfloat16"
+        results = self.executable(microbatches, threads, bfloat16) if self.executable is not None else None
+        if results is None:  # there is no executable, or a check failed in C++; by Python, it raises its error
+            program = in_precision(precision)(self.program)
+            results = [program(inputs) for inputs in microbatches]
+        return results
 
 
 def _address(t: Tensor) -> int:
@@ -529,11 +555,13 @@ def _drop_oldest(kept: dict[Any, Any]) -> None:
         del kept[next(iter(kept))]
 
 
-def _played(captured: _Captured, microbatches: Sequence[list[Tensor]]) -> Iterator[Results]:
+def _played(
+    captured: _Captured, microbatches: Sequence[list[Tensor]], precision: str | None = None
+) -> Iterator[Results]:
     """Yield the results of the microbatches, running as many at a time as there are threads."""
     threads = torch.get_num_threads()
     for i in range(0, len(microbatches), threads):
-        yield from captured(microbatches[i : i + threads], threads)
+        yield from captured(microbatches[i : i + threads], threads, precision)
 
 
 def _difference(found: Results, truth: Results, names: Sequence[str], exponent: float = 0.6) -> str:

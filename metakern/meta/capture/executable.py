@@ -20,7 +20,8 @@ ALIGNMENT = 64  # of tensors in an arena, in bytes
 class Executable:
     """A lowered program: `executable([inputs, …], threads)` returns the outputs for each list of inputs.
 
-    It returns None where a check fails, or where a constant has another layout than when the program was lowered.
+    With `bfloat16`, its products of float32 matrices round their operands. It returns None where a check fails, or
+    where a constant has another layout than when the program was lowered.
     """
 
     def __init__(self, native: Any, constants: list[Tensor], outputs: list[Tensor | None]) -> None:
@@ -36,7 +37,9 @@ class Executable:
         """Free the memory of the arenas of all executables until one runs again."""
         self._native.release()
 
-    def __call__(self, microbatches: Sequence[Sequence[Tensor]], threads: int) -> list[list[Tensor | None]] | None:
+    def __call__(
+        self, microbatches: Sequence[Sequence[Tensor]], threads: int, bfloat16: bool = False
+    ) -> list[list[Tensor | None]] | None:
         if [_layout(t) for t in self._constants] != self._layouts:
             return None
         results, bases = [], []
@@ -46,7 +49,7 @@ class Executable:
             addresses = (address("MAML", "a tensor of a captured program", t) for t in addressed)
             bases.append([0, *addresses])  # 0: the arena
             results.append(made)
-        return results if self._native.run(bases, threads) else None
+        return results if self._native.run(bases, threads, bfloat16) else None
 
 
 def _layout(t: Tensor) -> tuple:
