@@ -31,17 +31,17 @@ struct Instruction {
     X(div, 2, x[0] / x[1])                                               \
     X(affine, 1, s * x[0] + t)                                           \
     X(reciprocal, 1, s / x[0])                                           \
-    X(power, 1, by_lane(x[0], [s](F lane) { return raised(lane, s); }))  \
+    X(power, 1, power_of(x[0], s))                                       \
     X(square, 1, x[0] * x[0])                                            \
     X(sqrt, 1, by_lane(x[0], [](F lane) { return root(lane); }))         \
     X(rsqrt, 1, F(1) / by_lane(x[0], [](F lane) { return root(lane); })) \
     X(sin, 1, by_lane(x[0], [](F lane) { return sine(lane); }))          \
     X(cos, 1, by_lane(x[0], [](F lane) { return cosine(lane); }))        \
     X(exp, 1, METAKERN_ISA::exp<F>(x[0]))                                \
-    X(expm1, 1, by_lane(x[0], [](F lane) { return exp_less_one(lane); })) \
-    X(log, 1, by_lane(x[0], [](F lane) { return logarithm(lane); }))     \
-    X(log1p, 1, by_lane(x[0], [](F lane) { return log_plus_one(lane); })) \
-    X(erf, 1, by_lane(x[0], [](F lane) { return error_function(lane); })) \
+    X(expm1, 1, METAKERN_ISA::expm1<F>(x[0]))                            \
+    X(log, 1, METAKERN_ISA::log<F>(x[0]))                                \
+    X(log1p, 1, METAKERN_ISA::log1p<F>(x[0]))                            \
+    X(erf, 1, METAKERN_ISA::erf<F>(x[0]))                                \
     X(tan, 1, by_lane(x[0], [](F lane) { return tangent(lane); }))       \
     X(atan, 1, by_lane(x[0], [](F lane) { return arctangent(lane); }))   \
     X(abs, 1, (x[0] < 0 ? -x[0] : x[0]) + 0) /* -0 becomes 0 */          \

@@ -1,6 +1,7 @@
 // The instructions of instructions.h: loops over the outer dimensions, and vectors along the last one.
 #include "../instructions.h"
 
+#include <tuple>
 #include <utility>
 
 #include "elementwise.h"
@@ -58,11 +59,12 @@ void map(const Instruction& p) {
     const int last = p.dims - 1;
     const int64_t count = p.sizes[last];
     int64_t bytes[inputs + 1], strides[inputs + 1];
-    bool together = true;
+    bool together = true, rows = p.strides[0][last] == 1;  // rows: each input is contiguous, or one number for a row
     for (int j = 0; j <= inputs; ++j) {
         bytes[j] = sizeof(F);
         strides[j] = p.strides[j][last];
         together = together && strides[j] == 1;
+        rows = rows && (strides[j] == 0 || strides[j] == 1);
     }
     const F s = static_cast<F>(p.scalars[0]), t = static_cast<F>(p.scalars[1]);
     walk<inputs>(p, last, bytes, [&](char* const* at) {
@@ -73,7 +75,18 @@ void map(const Instruction& p) {
                 for (int j = 0; j < inputs; ++j) x[j] = load(reinterpret_cast<const F*>(at[j + 1]) + i, n...);
                 store(out + i, rule(x, s, t), n...);
             });
-        else
+        else if (rows && count) {
+            const F* from[inputs + 1];
+            Vec<F> number[inputs + 1];
+            for (int j = 0; j < inputs; ++j) {
+                from[j] = reinterpret_cast<const F*>(at[j + 1]);
+                number[j] = Vec<F>{} + *from[j];
+            }
+            each<F>(count, [&](int64_t i, auto... n) {
+                for (int j = 0; j < inputs; ++j) x[j] = strides[j + 1] ? load(from[j] + i, n...) : number[j];
+                store(out + i, rule(x, s, t), n...);
+            });
+        } else
             each<F>(count, [&](int64_t i, auto... n) {
                 for (int j = 0; j < inputs; ++j)
                     x[j] = gathered(reinterpret_cast<const F*>(at[j + 1]), strides[j + 1], i, n...);
@@ -93,14 +106,6 @@ inline float tangent(float x) { return __builtin_tanf(x); }
 inline double tangent(double x) { return __builtin_tan(x); }
 inline float arctangent(float x) { return __builtin_atanf(x); }
 inline double arctangent(double x) { return __builtin_atan(x); }
-inline float logarithm(float x) { return __builtin_logf(x); }
-inline double logarithm(double x) { return __builtin_log(x); }
-inline float log_plus_one(float x) { return __builtin_log1pf(x); }
-inline double log_plus_one(double x) { return __builtin_log1p(x); }
-inline float exp_less_one(float x) { return __builtin_expm1f(x); }
-inline double exp_less_one(double x) { return __builtin_expm1(x); }
-inline float error_function(float x) { return __builtin_erff(x); }
-inline double error_function(double x) { return __builtin_erf(x); }
 
 template <class F>
 struct Formula {
@@ -112,6 +117,15 @@ struct Formula {
         store(lanes, x);
         for (F& lane : lanes) lane = rule(lane);
         return load(lanes);
+    }
+
+    // x^s. Small integers are multiplied out, as PyTorch does for 2 and 3.
+    static V power_of(V x, F s) {
+        if (s == 3) return x * x * x;
+        if (s == 4) return x * x * (x * x);
+        if (s == -1) return F(1) / x;
+        if (s == -2) return F(1) / (x * x);
+        return by_lane(x, [s](F lane) { return raised(lane, s); });
     }
 
 #define METAKERN_FORMULA(name, inputs, formula) \
@@ -183,10 +197,16 @@ template <class Out, class... In, class Rule, std::size_t... j>
 inline void by_element(const Instruction& p, Rule rule, std::index_sequence<j...>) {
     const int64_t bytes[] = {sizeof(Out), sizeof(In)...};
     const int last = p.dims - 1;
+    const bool together = p.strides[0][last] == 1 && ((p.strides[j + 1][last] == 1) && ...);
+    const int64_t count = p.sizes[last];
     walk<sizeof...(In)>(p, last, bytes, [&](char* const* at) {
-        for (int64_t i = 0; i < p.sizes[last]; ++i)
-            reinterpret_cast<Out*>(at[0])[i * p.strides[0][last]] =
-                static_cast<Out>(rule(reinterpret_cast<const In*>(at[j + 1])[i * p.strides[j + 1][last]]...));
+        Out* const out = reinterpret_cast<Out*>(at[0]);
+        const std::tuple<const In*...> from{reinterpret_cast<const In*>(at[j + 1])...};
+        if (together)
+            for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Out>(rule(std::get<j>(from)[i]...));
+        else
+            for (int64_t i = 0; i < count; ++i)
+                out[i * p.strides[0][last]] = static_cast<Out>(rule(std::get<j>(from)[i * p.strides[j + 1][last]]...));
     });
 }
 template <class Out, class... In, class Rule>
@@ -232,10 +252,30 @@ void logical_not(const Instruction& p) {
     by_element<Bool, Bool>(p, [](Bool x) { return !x; });
 }
 
-// The result may be one of the operands, with stride 0.
+// The result may be the first operand, with stride 0 along the last dimension: then a row is reduced in registers.
 template <class F>
 void running_max(const Instruction& p) {
-    by_element<F, F, F>(p, [](F x, F y) { return x != x || x > y ? x : y; });
+    const int last = p.dims - 1;
+    const int64_t count = p.sizes[last];
+    if (p.strides[0][last] || p.strides[1][last] || p.strides[2][last] != 1 || p.tensors[0] != p.tensors[1])
+        return by_element<F, F, F>(p, [](F x, F y) { return x != x || x > y ? x : y; });
+    constexpr int64_t bytes[] = {sizeof(F), sizeof(F), sizeof(F)};
+    walk<2>(p, last, bytes, [&](char* const* at) {
+        F* out = reinterpret_cast<F*>(at[0]);
+        const F* x = reinterpret_cast<const F*>(at[2]);
+        Vec<F> most = Vec<F>{} + *out;
+        int64_t i = 0;
+        for (; i + kLanes<F> <= count; i += kLanes<F>) {
+            const Vec<F> v = load(x + i);
+            most = (most != most) | (most > v) ? most : v;
+        }
+        F lanes[kLanes<F>];
+        store(lanes, most);
+        F highest = *out;
+        for (F lane : lanes) highest = highest != highest || highest > lane ? highest : lane;
+        for (; i < count; ++i) highest = highest != highest || highest > x[i] ? highest : x[i];
+        *out = highest;
+    });
 }
 
 #define METAKERN_COMPARISON(name, relation)                                                       \

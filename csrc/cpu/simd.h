@@ -184,6 +184,69 @@ inline Vec<F> exp(Vec<F> x) {
     return polynomial(r, E::taylor) * (Vec<F>)(half << E::mantissa) * (Vec<F>)((biased - half) << E::mantissa);
 }
 
+// exp(x) - 1 with a small relative error: for |x| < 1 by the Taylor polynomial of expm1(r), with r as in exp.
+template <class F>
+inline Vec<F> expm1(Vec<F> x) {
+    using E = Exp<F>;
+    constexpr F one_over_factorial[] = {1,          1 / F(2),      1 / F(6),       1 / F(24),       1 / F(120),       1 / F(720),
+                                        1 / F(5040), 1 / F(40320), 1 / F(362880), 1 / F(3628800), 1 / F(39916800), 1 / F(479001600),
+                                        1 / F(6227020800)};
+    const Vec<F> limited = clamp<F>(x, -1, 1);
+    const Vec<F> k = (limited * F(1.4426950408889634) + E::round) - E::round;
+    const Vec<F> r = (limited - k * E::ln2_high) - k * E::ln2_low;
+    const Vec<F> scale = k > 0 ? Vec<F>{} + F(2) : k < 0 ? Vec<F>{} + F(0.5) : Vec<F>{} + F(1);
+    const Vec<F> small = scale * (r * polynomial(r, one_over_factorial)) + (scale - F(1));
+    return (x < F(-1)) | (x > F(1)) ? exp<F>(x) - F(1) : x == 0 ? x : small;  // -0 stays -0
+}
+
+// log(u) + c / u for u = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)], as in Sun's fdlibm: with s = f / (2 + f),
+// log(1 + f) = f - f^2/2 + s (f^2/2 + R(s^2)). The correction c / u is small.
+template <class F>
+struct Log;
+template <>
+struct Log<float> {
+    static constexpr float terms[] = {0xaaaaaa.0p-24f, 0xccce13.0p-25f, 0x91e9ee.0p-25f, 0xf89e26.0p-26f};
+    static constexpr float least = 0x1p-126f, up = 0x1p25f;
+    static constexpr int up_bits = 25;
+    static constexpr std::uint32_t root_half = 0x3f3504f3;
+};
+template <>
+struct Log<double> {
+    static constexpr double terms[] = {6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01,
+                                       2.222219843214978396e-01, 1.818357216161805012e-01, 1.531383769920937332e-01,
+                                       1.479819860511658591e-01};
+    static constexpr double least = 0x1p-1022, up = 0x1p54;
+    static constexpr int up_bits = 54;
+    static constexpr std::uint64_t root_half = 0x3fe6a09e667f3bcd;
+};
+template <class F>
+inline Vec<F> log_near(Vec<F> u, Vec<F> c) {
+    using E = Exp<F>;
+    using L = Log<F>;
+    const auto subnormal = u < L::least;
+    const Vec<F> scaled = subnormal ? u * L::up : u;
+    const Bits<F> above = (Bits<F>)scaled - L::root_half;  // its exponent is k, modulo the width of a number
+    const Bits<F> bits = (above & (((Bits<F>{} + 1) << E::mantissa) - 1)) + L::root_half;
+    // k as a number: the exponent, made positive, in the last bits of a large number.
+    const Bits<F> k_bits = ((above >> E::mantissa) + 2 * (E::bias + 1)) & (4 * E::bias + 3);
+    const Vec<F> shifted = (Vec<F>)(k_bits + (Bits<F>)(Vec<F>{} + E::round)) - E::round - F(2 * (E::bias + 1));
+    const Vec<F> k = subnormal ? shifted - F(L::up_bits) : shifted;
+    const Vec<F> f = (Vec<F>)bits - F(1), s = f / (F(2) + f), z = s * s, half = F(0.5) * f * f;
+    const Vec<F> y = k * E::ln2_high - ((half - (s * (half + z * polynomial(z, L::terms)) + (k * E::ln2_low + c / u))) - f);
+    const Vec<F> infinite = Vec<F>{} + F(__builtin_inf());
+    return u == 0 ? -infinite : u < 0 ? Vec<F>{} + F(__builtin_nan("")) : (u == infinite) | (u != u) ? u : y;
+}
+template <class F>
+inline Vec<F> log(Vec<F> x) {
+    return log_near<F>(x, Vec<F>{});
+}
+// log(1 + x), with the part of x that 1 + x loses as the correction.
+template <class F>
+inline Vec<F> log1p(Vec<F> x) {
+    const Vec<F> u = F(1) + x, lost = x < F(1) ? x - (u - F(1)) : F(1) - (u - x);
+    return x == 0 ? x : log_near<F>(u, u == u + u ? Vec<F>{} : lost);
+}
+
 template <class F>
 inline Vec<F> abs(Vec<F> x) {
     return x < 0 ? -x : x;
@@ -245,6 +308,19 @@ inline Normal<F> normal(Vec<F> x) {
     const Vec<F> size = abs<F>(x);
     const Vec<F> tail = e * normal_tail((size - F(4)) / (size + F(4))) / (F(1) + F(0.5) * size);
     return {e * F(0.39894228040143268), x < 0 ? tail : F(1) - tail};
+}
+
+// erf by a rational function near zero, which keeps the relative error small (S. Moshier, Cephes), and by Phi beyond.
+template <class F>
+inline Vec<F> erf(Vec<F> x) {
+    constexpr F p[] = {F(5.55923013010394962768e4), F(7.00332514112805075473e3), F(2.23200534594684319226e3),
+                       F(9.00260197203842689217e1), F(9.60497373987051638749)};
+    constexpr F q[] = {F(4.92673942608635921086e4), F(2.26290000613890934246e4), F(4.59432382970980127987e3),
+                       F(5.21357949780152679795e2), F(3.35617141647503099647e1), F(1)};
+    const Vec<F> square = x * x, near = x * (polynomial(square, p) / polynomial(square, q));
+    const Vec<F> tail = F(2) * normal<F>(clamp<F>(abs<F>(x), 0, 10) * F(-1.4142135623730951)).distribution;
+    const Vec<F> far = F(1) - tail;
+    return abs<F>(x) < F(1) ? near : x < 0 ? -far : x > 0 ? far : x;
 }
 
 }  // namespace metakern::METAKERN_ISA

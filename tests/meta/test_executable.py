@@ -77,6 +77,7 @@ INSTRUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "reciprocal": lambda x, y: (x + 9).reciprocal(),
     "square": lambda x, y: x**2 + y**1,
     "power": lambda x, y: (x + 9) ** -1.5,
+    "integer-powers": lambda x, y: x**3 + y**4 + (x + 9) ** -1 + (y + 9) ** -2 + (x - 9) ** 5,
     "roots": lambda x, y: (x + 9).sqrt() + (y + 9).rsqrt(),
     "exp": lambda x, y: x.exp(),
     "circle": lambda x, y: x.sin() + (40 * y).cos(),
@@ -114,7 +115,7 @@ INSTRUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", INSTRUCTIONS)
-def test_every_instruction_on_every_layout(name: str, layout: str, dtype: torch.dtype) -> None:
+def test_every_instruction_on_every_layout(name: str, layout: str, dtype: torch.dtype, isa: str) -> None:
     def make() -> tuple[Tensor, ...]:
         return torch.randn(SHAPE, dtype=dtype), torch.randn(SHAPE, dtype=dtype)
 
@@ -122,6 +123,46 @@ def test_every_instruction_on_every_layout(name: str, layout: str, dtype: torch.
         return [INSTRUCTIONS[name](LAYOUTS[layout](x), LAYOUTS[layout](y))]
 
     check(function, make, 1e-12 if dtype == torch.float64 else 2e-5)
+
+
+FUNCTIONS = {"exp": torch.exp, "expm1": torch.expm1, "log": torch.log, "log1p": torch.log1p, "erf": torch.erf}
+
+
+def computed(name: str, x: Tensor) -> Tensor:
+    """Run one elementwise instruction."""
+    y, run = torch.empty_like(x), native.C.Executable(64, 3)
+    places, is_double = [native.C.Place(1, 0), native.C.Place(2, 0)], int(x.dtype == torch.float64)
+    run.instruction(name, is_double, 0, places, [x.numel()], [[1], [1]], (0.0, 0.0))
+    run.run([[0, y.data_ptr(), x.data_ptr()]], 1, False)
+    return y
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_right_to_the_last_bits_in_all_of_their_range(name: str, isa: str) -> None:
+    """Against float64 in float32, whose relative error is at most 2 units in the last place; and PyTorch in float64."""
+    far = torch.logspace(-30, 30, 4001, base=10, dtype=torch.float64)
+    near = torch.linspace(-3, 3, 6001, dtype=torch.float64)
+    x = torch.cat([near, far, -far, 1 + near * 1e-3, torch.linspace(-87, 88, 4001, dtype=torch.float64)])
+    for dtype, units in ((torch.float32, 2), (torch.float64, 4)):
+        given = x.to(dtype)
+        found, truth = computed(name, given).double(), FUNCTIONS[name](given.double())
+        normal = truth.abs() >= torch.finfo(dtype).tiny
+        assert normal.sum() > 6000
+        error = (found - truth).abs() / truth.abs().where(truth != 0, 1)
+        beyond = truth.abs() > torch.finfo(dtype).max
+        assert found[beyond & ~truth.isnan()].isinf().all()
+        assert error[normal & ~beyond].max() <= units * torch.finfo(dtype).eps
+        assert torch.equal(found.isnan(), truth.isnan())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_functions_of_special_values(name: str, dtype: torch.dtype, isa: str) -> None:
+    info, infinity = torch.finfo(dtype), float("inf")
+    x = torch.tensor([0.0, -0.0, infinity, -infinity, float("nan"), -1, 1, info.max, -info.max, info.tiny], dtype=dtype)
+    found, truth = computed(name, x), FUNCTIONS[name](x)
+    torch.testing.assert_close(found, truth, rtol=4 * info.eps, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit() & ~found.isnan(), truth.signbit() & ~truth.isnan())
 
 
 @pytest.mark.parametrize("keepdim", [False, True])
