@@ -461,7 +461,7 @@ def test_reading_values_in_python_stops_a_recording(look: Any) -> None:
 
 def test_an_ordinary_run_that_confirms_a_program_gets_the_memory_of_its_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    model, released = mlp(), Executable.release
+    model, released = mlp().double(), Executable.release
     captured = mk.MAML(model, regression_loss, steps=2, capture=True, task_chunk=1)
     run = captured._meta_gradient
     monkeypatch.setattr(Executable, "release", lambda self: (events.append("release"), released(self))[1])
