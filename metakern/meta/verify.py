@@ -559,7 +559,7 @@ def _counted(saved: dict[int, int]) -> Any:
 
     def count(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # a node that saved its own result would keep itself, and its graph, alive
 
     return torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
 

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 import metakern as mk
 from metakern.meta import capture
+from metakern.meta.capture.executable import Executable
 from metakern.meta.capture.recorder import RecordError, record
 from metakern.meta.capture.rewrite import rewritten
 from metakern.meta.unroll import Random
@@ -456,3 +457,18 @@ def test_reading_values_in_python_stops_a_recording(look: Any) -> None:
     x = torch.randn(4)
     with pytest.raises(RecordError, match="looks at the values"):
         record(lambda: [look(x) and x], [x])
+
+
+def test_an_ordinary_run_that_confirms_a_program_gets_the_memory_of_its_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    model, released = mlp().double(), Executable.release
+    captured = mk.MAML(model, regression_loss, steps=2, capture=True, task_chunk=1)
+    run = captured._meta_gradient
+    monkeypatch.setattr(Executable, "release", lambda self: (events.append("release"), released(self))[1])
+    monkeypatch.setattr(captured, "_meta_gradient", lambda *args: (events.append("run"), run(*args))[1])
+    captured(points(0), points(9))
+    for i in range(1, 4):  # checked, then audited at uses 4 and 8
+        events.clear()
+        captured(points(i), points(9 + i))
+        assert events == ["release", "run"] * (len(events) // 2)
+        assert events

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import threading
 import types
@@ -889,3 +890,14 @@ def test_a_loss_that_folding_no_longer_takes_gets_another_batching() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # an error of the user's stays what it is
         maml((points(1)[0][..., :2], points(1)[1]), points(2))
+
+
+def test_a_verified_plan_keeps_no_tensor_of_its_trial() -> None:
+    def trials() -> int:
+        gc.collect()
+        return sum(type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float64 for x in gc.get_objects())
+
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))  # tanh and the loss save their own results
+    maml, before = mk.MAML(model, mk.losses.classification, steps=2, capture=False), trials()
+    maml((torch.randn(2, 6, 5), torch.randint(3, (2, 6))), (torch.randn(2, 6, 5), torch.randint(3, (2, 6)))).backward()
+    assert trials() == before

@@ -272,11 +272,8 @@ class Captures:
             reason = str(error)
         with self._watch.part("comparison"):
             if truth is None and (is_next or not captured.agreed or not found):
-                if captured.executable is not None:
-                    captured.executable.release()  # frees the arenas, as an ordinary run needs as much memory
                 before.restore()
-                truth = list(calls[0]())
-                give_back()
+                truth = captured.truth(calls[0])
             difference = _difference(found[0], truth, self._names) if found and truth is not None else ""
             if found and difference and captured.was_ahead:
                 before.restore()
@@ -314,7 +311,7 @@ class Captures:
         return results
 
     def _audit(self, captured: _Captured, call: _Application, found: Results) -> None:
-        truth = list(call())
+        truth = captured.truth(call)
         difference = _difference(found, truth, self._names)
         if not difference or self._would_be_recorded_again(captured, call, found):
             return
@@ -505,6 +502,14 @@ class _Captured:
         self.uses += 1
         doubled = self.uses >= FIRST_AUDIT and self.uses & (self.uses - 1) == 0
         return doubled if self.uses <= AUDIT_EVERY else self.uses % AUDIT_EVERY == 0
+
+    def truth(self, call: _Application) -> Results:
+        """Return the results of an ordinary run of the call, which gets the memory of the arenas meanwhile."""
+        if self.executable is not None:
+            self.executable.release()
+        results = list(call())
+        give_back()
+        return results
 
     def __call__(
         self, microbatches: Sequence[Sequence[Tensor]], threads: int, precision: str | None = None
