@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from metakern.meta.capture.program import Program, Register, Rewrite, Step, dce, leaves, registers
+from metakern.meta.capture.rewrite import written
 from metakern.meta.draws import ZEROS
 from metakern.native.record import Recording
 
@@ -80,14 +81,17 @@ def record(
 def _steps_to(numbers: list[Any], steps: Sequence[Step]) -> list[Step]:
     """Return the steps that compute numbers which Python read.
 
-    Raises RecordError unless they are of integers and booleans alone, which nothing writes to.
+    Raises RecordError unless they are operations of PyTorch on the inputs, without parameters and without writes.
     """
     found = dce([replace(step, has_side_effects=False) for step in steps if step.results is not None], numbers)
-    written = (register for step in steps for register in step.writes)
-    if not all(r.dtype in _INTEGERS for r in (*(r for step in found for r in step.makes), *registers(numbers))) or any(
-        register.dtype in _INTEGERS for register in written
+    values = {*registers(numbers), *(register for step in found for register in (*step.reads, *step.makes))}
+    given = [t for step in found for t in leaves((step.args, step.kwargs), Tensor)]
+    if (
+        any(t.is_floating_point() for t in given)
+        or not all(isinstance(step.function, OpOverload) and _RANDOM not in step.function.tags for step in found)
+        or not values.isdisjoint(written(steps))
     ):
-        raise RecordError("Python looks at the values of a tensor that is computed from floats, or written to")
+        raise RecordError("Python looks at the values of a tensor that is computed from parameters, or written to")
     return found
 
 
