@@ -292,7 +292,7 @@ def test_losses_that_read_values_in_python_are_not_captured() -> None:
         assert_equal(found, truth)
 
 
-@pytest.mark.parametrize("tasks", [1, 5])
+@pytest.mark.parametrize("tasks", [1, 3])
 def test_what_python_reads_from_a_mask_decides_which_program_runs(tasks: int) -> None:
     def loss(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
         x, y, mask = batch
@@ -300,7 +300,7 @@ def test_what_python_reads_from_a_mask_decides_which_program_runs(tasks: int) ->
         return error.mean() if mask.all() else (error * mask).sum() / int(mask.sum())
 
     def data(seed: int, kinds: list[int]) -> tuple[Tensor, ...]:
-        x, y = points(seed, tasks=tasks)
+        x, y = (t[:tasks] for t in points(seed))
         mask = torch.ones(x.shape[:2], dtype=torch.bool)
         for task, kind in enumerate(kinds):
             mask[task, x.shape[1] - kind :] = False
@@ -308,8 +308,8 @@ def test_what_python_reads_from_a_mask_decides_which_program_runs(tasks: int) ->
 
     model = mlp().double()
     ways = [mk.MAML(model, loss, steps=2, batching="loop", capture=capture) for capture in (True, False)]
-    for i, kinds in enumerate([[0] * tasks, [1] * tasks, [0, 1, 0, 1, 1][:tasks], [1, 0, 0, 0, 1][:tasks]]):
-        support, query = data(i, kinds), data(i + 9, kinds[::-1])
+    for i, kinds in enumerate([[0, 0, 0], [1, 1, 1], [0, 1, 0], [1, 0, 0]]):
+        support, query = data(i, kinds[:tasks]), data(i + 9, kinds[::-1][:tasks])
         found, truth = (gradients(model, maml(support, query)) for maml in ways)
         assert_equal(found, truth)
     captures = ways[0]._engine.last.captures(True)
@@ -324,10 +324,12 @@ def test_a_count_that_always_differs_is_not_captured() -> None:
 
     model = mlp().double()
     ways = [mk.MAML(model, loss, steps=1, batching="loop", capture=capture) for capture in (True, False)]
-    with pytest.warns(UserWarning, match="Python looks at values of tensors that differ from batch to batch"):
-        for i in range(10):
-            batch = (*points(i, tasks=1), torch.tensor([[i + 2]]))
-            assert_equal(*(gradients(model, maml(batch, batch)) for maml in ways))
+    for i in range(10):
+        batch = (*(t[:1] for t in points(i)), torch.tensor([[i + 2]]))
+        if i == 8:
+            with pytest.warns(UserWarning, match="Python looks at values of tensors that differ from batch to batch"):
+                ways[0](batch, batch)
+        assert_equal(*(gradients(model, maml(batch, batch)) for maml in ways))
 
 
 def test_losses_that_fail_when_recorded_are_not_captured() -> None:
