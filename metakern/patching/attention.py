@@ -124,7 +124,7 @@ def rotary(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tupl
     """
 
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if args or kwargs or q.dim() != 4 or cos.dim() != 3 or mixed(q, k, cos, sin):
+        if args or kwargs or q.dim() != 4 or cos.dim() != 3 or cos.shape[-1] % 2 or mixed(q, k, cos, sin):
             return original(q, k, cos, sin, *args, **kwargs)
         return _turned(q, cos, sin), _turned(k, cos, sin)
 

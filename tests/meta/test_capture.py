@@ -293,6 +293,46 @@ def test_losses_that_read_values_in_python_are_not_captured() -> None:
         assert_equal(found, truth)
 
 
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_what_python_reads_from_a_mask_decides_which_program_runs(tasks: int) -> None:
+    def loss(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
+        x, y, mask = batch
+        error = (model(x) - y).square().mean(-1)
+        return error.mean() if mask.all() else (error * mask).sum() / int(mask.sum())
+
+    def data(seed: int, kinds: list[int]) -> tuple[Tensor, ...]:
+        x, y = (t[:tasks] for t in points(seed))
+        mask = torch.ones(x.shape[:2], dtype=torch.bool)
+        for task, kind in enumerate(kinds):
+            mask[task, x.shape[1] - kind :] = False
+        return x, y, mask
+
+    model = mlp().double()
+    ways = [mk.MAML(model, loss, steps=2, batching="loop", capture=capture) for capture in (True, False)]
+    for i, kinds in enumerate([[0, 0, 0], [1, 1, 1], [0, 1, 0], [1, 0, 0]]):
+        support, query = data(i, kinds[:tasks]), data(i + 9, kinds[::-1][:tasks])
+        found, truth = (gradients(model, maml(support, query)) for maml in ways)
+        assert_equal(found, truth)
+    captures = ways[0]._engine.last.captures(True)
+    assert not captures.reasons
+    assert len(captures._programs) >= 2
+    assert all(program is not None for program in captures._programs.values())
+
+
+def test_a_count_that_always_differs_is_not_captured() -> None:
+    def loss(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().sum() / int(batch[2].sum())
+
+    model = mlp().double()
+    ways = [mk.MAML(model, loss, steps=1, batching="loop", capture=capture) for capture in (True, False)]
+    for i in range(10):
+        batch = (*(t[:1] for t in points(i)), torch.tensor([[i + 2]]))
+        if i == 8:
+            with pytest.warns(UserWarning, match="Python looks at values of tensors that differ from batch to batch"):
+                ways[0](batch, batch)
+        assert_equal(*(gradients(model, maml(batch, batch)) for maml in ways))
+
+
 def test_losses_that_fail_when_recorded_are_not_captured() -> None:
     def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
         if any(isinstance(mode, mk.native.record.Recording) for mode in _get_current_dispatch_mode_stack()):
@@ -452,7 +492,7 @@ def test_rewritten_programs_compute_the_same(function: Any, fewer: tuple[str, ..
     assert not set(names).intersection(fewer), names
 
 
-@pytest.mark.parametrize("look", [lambda x: bool(x[0] > 0), lambda x: x[x > 0].sum(), lambda x: torch.equal(x, x)])
+@pytest.mark.parametrize("look", [lambda x: x[0].item(), lambda x: x[x > 0].sum(), lambda x: torch.equal(x, x)])
 def test_reading_values_in_python_stops_a_recording(look: Any) -> None:
     x = torch.randn(4)
     with pytest.raises(RecordError, match="looks at the values"):

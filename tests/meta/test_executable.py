@@ -238,6 +238,53 @@ def test_integer_passes_and_row_gathers() -> None:
     check(function, lambda: (torch.randint(-1, 8, (2, 4)), torch.randn(2, 4, 5, dtype=torch.float64)))
 
 
+def scatters(x: Tensor, i: Tensor, j: Tensor) -> list[Tensor]:
+    index, zeros = torch.where(i < 0, 0, i)[None].expand(2, 3, 2), torch.zeros_like(x)
+    one = (x[:, :1] > 0).long()
+    return [
+        x.index_put((i,), x[i] * 2, accumulate=True),
+        aten._index_put_impl_(zeros.clone(), [None, i, j], x[:, i, j], True, True),
+        aten._index_put_impl_(zeros.clone(), [i, None, j], x[i, :, j], True, True),
+        aten._index_put_impl_(x.mT.clone().mT, [None, i], x[:, :1, None].expand(4, 1, 2, 5), True, True),
+        x.scatter_add(1, index, x * 2),
+        x.mT.scatter_add(2, index, x),
+        x.scatter(1, one, -1.0),
+        F.nll_loss(x.flatten(0, 1).log_softmax(-1), (x[..., 0].flatten() > 0).long()),
+    ]
+
+
+GATHERS: dict[str, Callable[[Tensor, Tensor, Tensor], list[Tensor]]] = {
+    "index": lambda x, i, j: [x[i], x[:, i], x[i, :, j], x[:, i, j], x[i, i, j], x[..., j]],
+    "index_select": lambda x, i, j: [x.index_select(1, j), x.mT.index_select(-1, j), x.flip((0, 2))],
+    "gather": lambda x, i, j: [x.gather(-1, j.view(1, 1, 2)), x.mT.gather(1, torch.where(i < 0, 0, i)[None])],
+    "scatter": scatters,
+    "cumsum": lambda x, i, j: [x.cumsum(0), x.mT.cumsum(-1), (x > 0).cumsum(1), i.cumsum(0), x[..., :0].cumsum(2)],
+    "triangles": lambda x, i, j: [x.tril(), x.triu(1), (x > 0).tril(-1), x.mT.tril(2) * 2],
+    "counts": lambda x, i, j: [(x > 0).sum(1), i.sum(), (x > 0).sum((0, 2), True), (x > 1).any(), (x > 1).any(2)],
+    "integers": lambda x, i, j: [torch.minimum(i, j), torch.maximum(i, j), torch.zeros_like(i).fill_(j.sum())],
+}
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_indices_and_counts(name: str) -> None:
+    def make() -> tuple[Tensor, ...]:
+        return torch.randn(4, 6, 5, dtype=torch.float64), torch.randint(-4, 4, (3, 2)), torch.randint(0, 5, (2,))
+
+    check(GATHERS[name], make)
+
+
+def test_indices_out_of_range_stop_the_run() -> None:
+    for function in (lambda x, i: [x[:, i]], lambda x, i: [x.gather(1, i.expand(2, 1))]):
+        executable = lowered(function, torch.randn(2, 3), torch.tensor([0]))
+        assert executable([[torch.randn(2, 3), torch.tensor([2])]], 1) is not None
+        assert executable([[torch.randn(2, 3), torch.tensor([3])]], 1) is None
+        assert executable([[torch.randn(2, 3), torch.tensor([-4])]], 1) is None
+
+
+def test_a_known_tensor_that_is_written_to_is_made_anew() -> None:
+    check(lambda x: [torch.arange(5).add(0).add_(x)], lambda: (torch.randint(9, (5,)),))
+
+
 def test_products() -> None:
     def function(a: Tensor, b: Tensor) -> list[Tensor]:
         return [
@@ -327,7 +374,7 @@ def test_row_indices_out_of_range_stop_the_run() -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: [x.cumsum(0)],
+        lambda x: [x.cumprod(0)],
         lambda x: [F.dropout(x, 0.5)],
         lambda x: [x.half() * 2],
         lambda x: [x.add_(1)],

@@ -539,3 +539,22 @@ def test_a_decorated_forward_keeps_its_decorators(name: str, monkeypatch: pytest
     assert len(turned) == 4  # of queries and keys, in two layers of the patched model
     assert calls == [kind.__name__] * 8
     assert kind.forward.__wrapped__.__wrapped__ is forward
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_padded_batches_are_captured(name: str, is_patched: bool) -> None:
+    """Batches with and without padding have programs of their own where the model looks at its mask."""
+    model = build(name).float()
+    if is_patched:
+        mk.patch(model)
+    ways = [mk.MAML(model, mk.losses.causal_lm, mk.optim.SGD(0.05), 1, capture=capture) for capture in (True, False)]
+    for seed, padding in enumerate((None, "right", "right", None)):
+        support, query = batch(seed, 2, padding=padding), batch(seed + 9, 2, padding=padding)
+        found = []
+        for maml in ways:
+            model.zero_grad()
+            maml(support, query).backward()
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert (found[0] - found[1]).norm() <= 1e-4 * found[1].norm()
+    assert not [reason for reason in ways[0].plan.reasons if "captured" in reason]

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from functools import partial, reduce
-from itertools import accumulate, groupby
+from itertools import accumulate, count, groupby, takewhile
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ from metakern.native.memory import check
 PROGRAMS = 32  # programs kept; the one unused for longest is dropped
 STATES = 8  # guarded states kept; the one unseen for longest is dropped
 MOST_NEW_STATES = 16  # after more new states in a row, nothing more is recorded
+MOST_BRANCHES = 8  # programs for batches of one kind, which differ in the numbers that Python read
 MOST_CHANGED = 2  # recorded runs that may change guarded values before recording is given up
 MICROBATCH_BYTES = 4 * 2**20  # a core's share of the caches
 AUTO_CALLS = 3  # "auto" captures at this call with batches of one kind
@@ -93,6 +94,9 @@ class Captures:
         self._states: list[_State] = []  # in the order of last use, the latest first
         self._numbered = self._new_states = self._changed = 0
         self._programs: dict[Any, _Captured | None] = {}  # None: calls of this key run ordinarily
+        # Key of a batch -> by number, its programs that depend on numbers that Python read; None: for any numbers.
+        self._branches: dict[Any, dict[int, Program | None]] = {}
+        self._next_branch = count(1)
         self._microbatch: dict[Any, int] = {}  # key of a batch -> tasks in each microbatch
         self._calls: dict[Any, tuple[int, int]] = {}  # key of a task -> calls with such tasks, and the last of them
         self._slow: dict[Any, None] = {}  # keys of tasks whose program has no executable
@@ -124,7 +128,8 @@ class Captures:
     def __call__(self, function: Callable[..., Sequence[Tensor | None]], *batches: Any) -> Results:
         """Return `function(*batches)`, by a captured program where there is one.
 
-        Programs are kept by the structure, shapes and other values of the batches, and by the guarded state.
+        Programs are kept by the structure, shapes and other values of the batches, by the guarded state, and by the
+        integers and booleans that Python reads from the batches' tensors.
         """
         tasks = tasks_of(batches[0])
         self._chunks += 1
@@ -137,23 +142,26 @@ class Captures:
             return self._ordinary(partial(function, *batches))
         whole.kind = (state.number, *whole.kind)
         one = whole.part(slice(1))
-        if self._auto and self._too_early(one.key):
+        if self._auto and self._too_early(one.batch):
             return self._ordinary(partial(function, *batches))
-        microbatch, truth = self._microbatch.pop(whole.key, 0), None
+        microbatch, truth = self._microbatch.pop(whole.batch, 0), None
         is_new = not microbatch
         if is_new:
             microbatch, truth = self._microbatch_of(whole, one, tasks, state.guards)
-        self._microbatch[whole.key] = microbatch
+        self._microbatch[whole.batch] = microbatch
         _drop_oldest(self._microbatch)
-        if self._auto and is_new and self._is_for_python(one, whole) and one.key not in self._slow:
-            self._slow[one.key] = None
+        if self._auto and is_new and self._is_for_python(one, whole) and one.batch not in self._slow:
+            self._slow[one.batch] = None
             _drop_oldest(self._slow)
             return self._ordinary(partial(function, *batches))
         number = -(-tasks // microbatch)
         sizes = sorted((len(range(i, tasks, number)) for i in range(number)), reverse=True)  # equal sizes are adjacent
         ends = accumulate(sizes)
         parts = [whole.part(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-        truths = {one.key: truth} if truth and parts[0].key == one.key else {}
+        truths = {}
+        if truth and parts[0].batch == one.batch:
+            parts[0].branch = one.branch
+            truths[one.key] = truth
         losses, *gradients = zip(*self._run(parts, state.guards, truths), strict=True)
         self._captured += all(self._programs.get(part.key) is not None for part in parts)
         while self._late:
@@ -204,7 +212,7 @@ class Captures:
     def _is_for_python(self, one: _Application, whole: _Application) -> bool:
         """Whether the program of one task has no executable, and the whole batch was not recorded yet."""
         captured = self._programs.get(one.key)
-        return captured is not None and captured.executable is None and whole.key not in self._programs
+        return captured is not None and captured.executable is None and not self._branch_of(whole)
 
     def _microbatch_of(
         self, whole: _Application, one: _Application, tasks: int, guards: Guards
@@ -217,6 +225,7 @@ class Captures:
         threads, truth = torch.get_num_threads(), None
         if tasks < threads:
             return tasks, None
+        one.branch = self._branch_of(one) or next(self._next_branch)
         if one.key not in self._programs:
             before = _Before(one, guards)
             truth = self._recorded(one, guards, is_all=tasks == 1)
@@ -224,8 +233,9 @@ class Captures:
                 before.restore()
         captured = self._programs.get(one.key)
         if captured is None or captured.executable is None:
-            if one.key in self._programs and captured is None:
-                self._programs[whole.key] = None
+            if one.key in self._programs and captured is None and not self._branch_of(whole):
+                whole.branch = next(self._next_branch)
+                self._keep(whole, None)
             return tasks, truth
         fewest = -(-tasks // (threads * max(1, MICROBATCH_BYTES // captured.executable.bytes)))
         rounds = next(
@@ -240,22 +250,52 @@ class Captures:
         key is the one that was recorded.
         """
         results: list[Results] = []
-        for key, alike in groupby(calls, key=lambda call: call.key):
-            group = list(alike)
-            captured = self._programs.get(key)
-            if captured is not None and captured.moved():
-                del self._programs[key]
-            if key not in self._programs and key not in truths:
-                truths[key] = self._recorded(group[0], guards)
-            captured = self._programs.get(key)
-            if captured is not None:
-                self._programs[key] = self._programs.pop(key)  # the one used last is dropped last
-                sure = captured.checked
-                results += self._played(captured, group) if sure else self._tried(captured, group, truths.get(key))
-            else:
-                first = [truths[key]] if key in truths else []
-                results += [*first, *map(self._ordinary, group[len(first) :])]
+        for _, alike in groupby(calls, key=lambda call: call.batch):
+            rest = list(alike)
+            while rest:
+                first = rest[0]
+                first.branch = first.branch or self._branch_of(first) or next(self._next_branch)
+                captured = self._programs.get(first.key)
+                if captured is not None and captured.moved():
+                    del self._programs[first.key]
+                if first.key not in self._programs and first.key not in truths:
+                    truths[first.key] = self._recorded(first, guards)
+                group = [first, *takewhile(partial(self._joins, first), rest[1:])]
+                rest = rest[len(group) :]
+                captured = self._programs.get(first.key)
+                if captured is not None:
+                    self._programs[first.key] = self._programs.pop(first.key)  # the one used last is dropped last
+                    sure = captured.checked
+                    results += (
+                        self._played(captured, group) if sure else self._tried(captured, group, truths.get(first.key))
+                    )
+                else:
+                    done = [truths[first.key]] if first.key in truths else []
+                    results += [*done, *map(self._ordinary, group[len(done) :])]
         return results
+
+    def _branch_of(self, call: _Application) -> int:
+        """Return the number of the program for the numbers that Python reads in this call, or 0 if there is none."""
+        branches = self._branches.get(call.batch, {})
+        return next((i for i, program in branches.items() if program is None or program.is_for(call.inputs)), 0)
+
+    def _joins(self, first: _Application, call: _Application) -> bool:
+        """Whether a call runs as `first` does; if so, give it the same branch."""
+        known = first.branch in self._branches.get(first.batch, {})
+        if known and self._branch_of(call) != first.branch:
+            return False
+        call.branch = first.branch
+        return True
+
+    def _keep(self, call: _Application, captured: _Captured | None) -> None:
+        """Keep the program of a call, or None if such calls run ordinarily."""
+        self._programs[call.key] = captured
+        branches = self._branches.setdefault(call.batch, {})
+        if captured is not None:
+            branches[call.branch] = captured.program if captured.program.decisions is not None else None
+        else:
+            branches.setdefault(call.branch, None)
+        _drop_oldest(self._branches)
 
     def _tried(self, captured: _Captured, calls: list[_Application], truth: Results | None) -> list[Results]:
         """Return the results of a program that is not checked yet, or those of ordinary runs where it is wrong.
@@ -288,7 +328,7 @@ class Captures:
             return list(_played(captured, [call.inputs for call in calls], self._precision))
         results = [truth or found[0], *(list(call()) for call in calls[1:])]
         if not found or all(t is None or t.isfinite().all() for t in results[0]):  # infinite results decide nothing
-            self._give_up(calls[0].key, reason or f"it would give other results than an ordinary run: {difference}")
+            self._give_up(calls[0], reason or f"it would give other results than an ordinary run: {difference}")
         if self._precision is None:
             return results
         before.restore()
@@ -350,24 +390,26 @@ class Captures:
         try:
             if call.inputs[0].device.type != "cpu":
                 raise RecordError("programs run on CPUs only")
+            if len(self._branches.get(call.batch, {})) >= MOST_BRANCHES:
+                raise RecordError("Python looks at values of tensors that differ from batch to batch")
             with self._watch.part("recording"):
                 program, results = record(call, call.inputs, rewritten)
                 changed = [*guards.changes(), *before.drawn()]
             if not changed:
                 pinned = _pinned(program, guards, call.arrays)
                 executable = self._lowered(program, call.inputs)
-                self._programs[call.key] = _Captured(program, executable, pinned, self._at)
+                self._keep(call, _Captured(program, executable, pinned, self._at))
         except Exception as error:  # an ordinary run may succeed; if not, its own error is raised
             before.restore()
             # Not for a part: what an ordinary run changes must change once.
             results = self._ordinary(call) if is_all else []
-            self._programs[call.key] = None
+            self._keep(call, None)
             self._note(str(error)) if is_all else self._late.append(str(error))
             return results
         if changed:
             self._changed += 1  # the first runs may fill a cache, which later ones leave alone
             if self._changed > MOST_CHANGED:
-                self._give_up(call.key, f"a run changes {', '.join(changed[:3])}")
+                self._give_up(call, f"a run changes {', '.join(changed[:3])}")
             return results
         before.random.restore()
         give_back()
@@ -381,8 +423,8 @@ class Captures:
             self._run_by_python[str(error)] = None
             return None
 
-    def _give_up(self, key: Any, reason: str) -> None:
-        self._programs[key] = None
+    def _give_up(self, call: _Application, reason: str) -> None:
+        self._keep(call, None)
         self._note(reason)
 
     def _note(self, reason: str) -> None:
@@ -422,7 +464,12 @@ class _Before:
 
 
 class _Application:
-    """A function with its batches. Their tensors are the inputs of a program; `obstacle` says why there can be none."""
+    """A function with its batches. Their tensors are the inputs of a program; `obstacle` says why there can be none.
+
+    `branch` is the number of its program among those for such batches (`Captures._branches`), 0 if it is not known yet.
+    """
+
+    branch = 0
 
     def __init__(self, function: Callable[..., Sequence[Tensor | None]], batches: tuple) -> None:
         self._function = function
@@ -452,8 +499,14 @@ class _Application:
         self._layouts = tuple((t.shape, t.dtype, t.device) for t in inputs)
 
     @property
-    def key(self) -> tuple:
+    def batch(self) -> tuple:
+        """The key of the batches: their structure, shapes and values that are no tensors."""
         return (self.kind, self._layouts)
+
+    @property
+    def key(self) -> tuple:
+        """The key of its program."""
+        return (*self.batch, self.branch)
 
     def __call__(self) -> Sequence[Tensor | None]:
         leaves = [*self._leaves]

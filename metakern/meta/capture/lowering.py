@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from metakern import native
 from metakern.meta.capture.executable import ALIGNMENT, Executable
 from metakern.meta.capture.program import Program, Register, Step, renamed
+from metakern.meta.capture.rewrite import written
 from metakern.meta.unroll import random_states, set_random_states
 
 MOST_DIMS = 6
@@ -61,6 +62,7 @@ class Lowering:
         self.calls: list[_Instruction] = []
         self.values: dict[Register, Tensor] = {}
         self.folded: dict[Register, Tensor] = {}  # values known at lowering (constant folding)
+        self.written: set[Register] = set()  # what some step writes to
         self.bases: dict[int, int] = {}  # memory whose address is passed at each run -> its index among the addresses
         self.constants: dict[int, tuple[Tensor, Tensor]] = {}  # id -> the tensor and its layout
         self.filled: set[int] = set()  # memory with defined contents, unlike a copy that PyTorch makes on meta tensors
@@ -71,6 +73,7 @@ class Lowering:
         if any(torch.Tag.nondeterministic_seeded in getattr(step.function, "tags", ()) for step in program.steps):
             raise LoweringError("random numbers have no instruction")
         steps = [step for step in program.steps if step.function not in RANDOM_STATES]  # no step reads the states
+        self.written = written(steps)
         for step in steps:
             self.step(step)
         results = [None if value is None else self.value(value) for value in program.outputs]
@@ -155,6 +158,7 @@ class Lowering:
             and not step.has_side_effects
             and isinstance(step.function, OpOverload)
             and step.function not in FACTORIES
+            and self.written.isdisjoint(step.makes)
         ):
             args, kwargs = renamed((step.args, step.kwargs), self.folded)
             self.folded.update(_pairs(step.results, step.function(*args, **kwargs)))

@@ -67,6 +67,21 @@ for _name in COMPARISONS:
         RULES[_op] = lambda w, x, y, name=_name: w.map(f"{name}_of", _alike(w, x, y, dtype=torch.bool), x, y)
 
 
+def _extreme(name: str, comparison: str) -> None:
+    """Register the rule of `maximum` or `minimum`; integers are chosen by a comparison."""
+
+    def rule(w: Lowering, x: Tensor, y: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return w.map(name, _alike(w, x, y), x, y)
+        return _where(w, w.map(comparison, _alike(w, x, y, dtype=torch.bool), x, y), x, y)
+
+    RULES[getattr(_aten, name).default] = rule
+
+
+_extreme("maximum", "gt_of")
+_extreme("minimum", "lt_of")
+
+
 @_lowers(_aten.clamp.default)
 def _clamp(w: Lowering, x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
     for name, bound in (("maximum", min), ("minimum", max)):
@@ -164,6 +179,11 @@ def _fill(w: Lowering, x: Tensor, value: float) -> Tensor:
     return w.map("fill", x, s=value)
 
 
+@_lowers(_aten.fill_.Tensor)
+def _fill_with_tensor(w: Lowering, x: Tensor, value: Tensor) -> Tensor:
+    return w.map("copy", x, value)
+
+
 @_lowers(_aten.addcmul.default)
 def _addcmul(w: Lowering, x: Tensor, y: Tensor, z: Tensor, value: float = 1) -> Tensor:
     return _sum_of(w, _alike(w, x, y, z), x, _product_of(w, _alike(w, y, z), y, z), value)
@@ -259,6 +279,33 @@ def _all(w: Lowering, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tens
     return out
 
 
+@_lowers(_aten.any.default, _aten.any.dim, _aten.any.dims)
+def _any(w: Lowering, x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+    return _not(w, _all(w, _not(w, x), dim, keepdim))
+
+
+@_lowers(_aten.cumsum.default)
+def _cumsum(w: Lowering, x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Lower `cumsum` to log2 n sums of y and y moved by 1, 2, 4, … elements (Hillis, Steele 1986)."""
+    y = _cast(w, x, dtype or (x.dtype if x.is_floating_point() else torch.int64))
+    size = x.shape[dim] if x.dim() else 0
+    for offset in (1 << i for i in range(max(size - 1, 0).bit_length())):
+        moved, rest = y.narrow(dim, 0, size - offset), y.narrow(dim, offset, size - offset)
+        y = w.map("copy", _alike(w, y), y)
+        w.map("add", y.narrow(dim, offset, size - offset), rest, moved, s=1.0)
+    return y
+
+
+@_lowers(_aten.tril.default)
+def _tril(w: Lowering, x: Tensor, diagonal: int = 0) -> Tensor:
+    return _masked_fill(w, x, w.constant(~torch.ones(x.shape[-2:], dtype=torch.bool).tril(diagonal)), 0)
+
+
+@_lowers(_aten.triu.default)
+def _triu(w: Lowering, x: Tensor, diagonal: int = 0) -> Tensor:
+    return _masked_fill(w, x, w.constant(~torch.ones(x.shape[-2:], dtype=torch.bool).triu(diagonal)), 0)
+
+
 @_lowers(_aten.var.correction)
 def _var(
     w: Lowering, x: Tensor, dim: Sequence[int] | None = None, correction: float | None = 1, keepdim: bool = False
@@ -306,6 +353,9 @@ def _amax(w: Lowering, x: Tensor, dim: int | Sequence[int] = (), keepdim: bool =
 
 @_lowers(_aten.sum.default, _aten.sum.dim_IntList)
 def _sum(w: Lowering, x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    """Lower `sum`; integers are added as doubles, which is exact below 2^53."""
+    if not x.is_floating_point():
+        return _cast(w, _sum(w, _cast(w, x, torch.float64), dim, keepdim), dtype or torch.int64)
     dims, wide, out = _reduced(w, x, dim, keepdim)
     w.sum(wide, x, dims, 1.0, dtype)
     return out
@@ -461,9 +511,121 @@ def _embedding(w: Lowering, table: Tensor, index: Tensor, *_: Any) -> Tensor:
 
 @_lowers(_aten.index_select.default)
 def _index_select(w: Lowering, table: Tensor, dim: int, index: Tensor) -> Tensor:
-    if dim % max(table.dim(), 1):
-        raise LoweringError("index_select along another dimension than 0 has no instruction")
-    return _rows(w, table, index)
+    return _rows(w, table.movedim(dim, 0), index).movedim(0, dim) if table.dim() else _rows(w, table, index)
+
+
+@_lowers(_aten.flip.default)
+def _flip(w: Lowering, x: Tensor, dims: Sequence[int]) -> Tensor:
+    for dim in dims:
+        x = _index_select(w, x, dim, w.constant(torch.arange(x.shape[dim]).flip(0)))
+    return x
+
+
+@_lowers(_aten.index.Tensor, _aten._unsafe_index.Tensor)
+def _index(w: Lowering, x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+    table, index, dims, place = _table(w, x, indices)
+    rows = _rows(w, w.in_rows(table).flatten(0, len(dims) - 1), index)
+    return rows.movedim([*range(index.dim())], [*range(place, place + index.dim())])
+
+
+@_lowers(_aten._index_put_impl_.default, _aten.index_put_.default)
+def _index_put_in_place(
+    w: Lowering,
+    x: Tensor,
+    indices: Sequence[Tensor | None],
+    values: Tensor,
+    accumulate: bool = False,
+    unsafe: bool = False,
+) -> Tensor:
+    if not accumulate:
+        raise LoweringError("index_put without accumulate has no instruction")
+    view, index, dims, place = _table(w, x, indices)
+    table, rest = w.in_rows(view), view.shape[len(dims) :]
+    values = values.expand(*rest[:place], *index.shape, *rest[place:])
+    values = values.movedim([*range(place, place + index.dim())], [*range(index.dim())])
+    rows = table.flatten(0, len(dims) - 1).view(-1, prod(rest))
+    _index_add(w, rows, 0, w.in_rows(index).view(-1), w.in_rows(values).view(-1, prod(rest)))
+    if table is not view:
+        w.map("copy", view, table)
+    return x
+
+
+@_lowers(_aten.index_put.default)
+def _index_put(w: Lowering, x: Tensor, *args: Any) -> Tensor:
+    return _index_put_in_place(w, _clone(w, x, memory_format=torch.contiguous_format), *args)
+
+
+def _table(w: Lowering, x: Tensor, indices: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, list[int], int]:
+    """Return what indexing by tensors reads: x with the indexed dimensions first, and the numbers of its rows.
+
+    Returns also the indexed dimensions, and the place of theirs in the result: that of the first one if they are
+    adjacent, else 0.
+    """
+    dims = [d for d, index in enumerate(indices) if index is not None]
+    rows: Tensor | None = None
+    for d in dims:
+        index = _within(w, indices[d], x.shape[d])  # type: ignore[arg-type]
+        if rows is not None:
+            index = w.map("add", _alike(w, rows, index), w.affine(_alike(w, rows), rows, x.shape[d], 0), index, s=1.0)
+        rows = index
+    assert rows is not None
+    place = dims[0] if dims[-1] - dims[0] == len(dims) - 1 else 0
+    return x.permute(*dims, *(d for d in range(x.dim()) if d not in dims)), rows, dims, place
+
+
+def _within(w: Lowering, index: Tensor, size: int) -> Tensor:
+    """Lower the check that an index is in [-size, size); return it counted from the front."""
+    if index.dtype != torch.int64:
+        raise LoweringError(f"indexing by {index.dtype} has no instruction")
+    is_negative = w.map("lt", _alike(w, index, dtype=torch.bool), index, s=0.0)
+    index = w.map("where", _alike(w, index), is_negative, w.affine(_alike(w, index), index, 1, size), index)
+    w.call("check", w.in_rows(index), arguments=lambda places: (places[0], index.numel(), size, 0))
+    return index
+
+
+@_lowers(_aten.gather.default)
+def _gather(w: Lowering, x: Tensor, dim: int, index: Tensor, sparse_grad: bool = False) -> Tensor:
+    return _rows(w, w.in_rows(x).view(-1), _element_numbers(w, x.shape, dim, index))
+
+
+@_lowers(_aten.scatter_add_.default)
+def _scatter_add_in_place(w: Lowering, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    if not x.is_contiguous():
+        raise LoweringError("scatter_add_ to a tensor that is not contiguous has no instruction")
+    source = w.in_rows(source[tuple(map(slice, index.shape))])
+    _index_add(w, x.view(-1), 0, _element_numbers(w, x.shape, dim, index).view(-1), source.view(-1))
+    return x
+
+
+@_lowers(_aten.scatter_add.default)
+def _scatter_add(w: Lowering, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    return _scatter_add_in_place(w, _clone(w, x, memory_format=torch.contiguous_format), dim, index, source)
+
+
+def _element_numbers(w: Lowering, shape: Sequence[int], dim: int, index: Tensor) -> Tensor:
+    """Return the numbers, in a contiguous tensor of this shape, of the elements that an index along `dim` names."""
+    if not index.dim():
+        return _within(w, index, 1)
+    strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
+    others = torch.zeros(index.shape, dtype=torch.int64)
+    for d, size in enumerate(index.shape):
+        if d != dim % len(shape):
+            others += strides[d] * torch.arange(size).view(-1, *(1,) * (len(shape) - d - 1))
+    along = _within(w, index, shape[dim])
+    out = w.new(torch.empty(index.shape, dtype=torch.int64, device="meta"))
+    return w.map("add", out, w.constant(others), along, s=float(strides[dim]))
+
+
+@_lowers(_aten.scatter.value)
+def _scatter_value(w: Lowering, x: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
+    """Lower `scatter` of a number to one place along a dimension, as the derivative of a negative log-likelihood is."""
+    one = [1 if d == dim % x.dim() else size for d, size in enumerate(x.shape)]
+    if list(index.shape) != one:
+        raise LoweringError("scatter of a number to several places along a dimension has no instruction")
+    index = _within(w, index, x.shape[dim])
+    places = w.constant(torch.arange(x.shape[dim]).view(-1, *(1,) * (x.dim() - dim % x.dim() - 1)))
+    is_there = w.map("eq_of", w.new(x.new_empty(x.shape, dtype=torch.bool)), places, index)
+    return _masked_fill(w, x, is_there, value)
 
 
 def _rows(w: Lowering, table: Tensor, index: Tensor) -> Tensor:

@@ -90,6 +90,8 @@ class Program:
 
     def __init__(self, inputs: list[Register], steps: list[Step], outputs: list[Any], rewrite: Rewrite) -> None:
         self.made: list[Tensor] = []  # tensors that the recorded run made from Python numbers
+        self.decisions: Program | None = None  # computes the numbers that Python read in the recorded run
+        self.decided: list[int] = []  # these numbers
         steps, self.outputs = _with_one_name(steps, outputs)
         self.inputs = inputs
         self.steps = dce(rewrite(dce(steps, self.outputs), self.outputs), self.outputs)
@@ -98,7 +100,8 @@ class Program:
     def constants(self) -> list[Tensor]:
         """The tensors that the program reads at each call besides its inputs."""
         found = [t for step in self.steps for t in leaves((step.args, step.kwargs), Tensor)]
-        return list({id(t): t for t in [*found, *leaves(self.outputs, Tensor)]}.values())
+        found += leaves(self.outputs, Tensor) + (self.decisions.constants if self.decisions is not None else [])
+        return list({id(t): t for t in found}.values())
 
     @cached_property
     def _run(self) -> Callable[..., list[Tensor | None]]:
@@ -107,6 +110,10 @@ class Program:
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             return self._run(*inputs)
+
+    def is_for(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether Python would read the same numbers with these inputs as in the recorded run."""
+        return self.decisions is None or [int(t) for t in self.decisions(inputs) if t is not None] == self.decided
 
 
 def registers(value: Any) -> list[Register]:

@@ -4,13 +4,17 @@
 
 It records PyTorch's operations below autograd and the calls of our own kernels (`metakern.native.record.recordable`).
 
-RecordError is raised where Python reads values of a tensor (`.item()`, `.tolist()`, `.numpy()`, the indices of a mask),
-and where an operation writes to a tensor that outlives the run.
+An integer or a boolean that Python reads, as in `if mask.all()`, is a decision: the program is right only for inputs
+that give the same number. `program.decisions` computes these numbers, and `program.decided` has those of the run.
+
+RecordError is raised where Python reads other values of a tensor (`.item()` of a float, `.tolist()`, `.numpy()`, the
+indices of a mask), and where an operation writes to a tensor that outlives the run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -21,12 +25,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from metakern.meta.capture.program import Program, Register, Rewrite, Step, leaves, registers
+from metakern.meta.capture.program import Program, Register, Rewrite, Step, dce, leaves, registers
+from metakern.meta.capture.rewrite import written
 from metakern.meta.draws import ZEROS
 from metakern.native.record import Recording
 
 _aten = torch.ops.aten
 _LOOKS_AT_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_INTEGERS = {torch.bool, torch.int64, torch.int32}
 _RANDOM = torch.Tag.nondeterministic_seeded
 _LIFTS = {_aten.lift_fresh.default, _aten.lift.default}
 _LEAVES_PYTORCH = {
@@ -63,9 +69,30 @@ def record(
     except BaseException:
         recorder.undo()
         raise
-    program = Program(recorder.named(list(inputs)), recorder.steps, recorder.named(results), rewrite)
+    names = recorder.named(list(inputs))
+    program = Program(names, recorder.steps, recorder.named(results), rewrite)
     program.made = [*recorder.lifted, *watcher.made]
+    if recorder.decisions:
+        numbers, program.decided = map(list, zip(*recorder.decisions, strict=True))
+        program.decisions = Program(names, _steps_to(numbers, recorder.steps), numbers, rewrite)
     return program, results
+
+
+def _steps_to(numbers: list[Any], steps: Sequence[Step]) -> list[Step]:
+    """Return the steps that compute numbers which Python read.
+
+    Raises RecordError unless they are operations of PyTorch on the inputs, without parameters and without writes.
+    """
+    found = dce([replace(step, has_side_effects=False) for step in steps if step.results is not None], numbers)
+    values = {*registers(numbers), *(register for step in found for register in (*step.reads, *step.makes))}
+    given = [t for step in found for t in leaves((step.args, step.kwargs), Tensor)]
+    if (
+        any(t.is_floating_point() for t in given)
+        or not all(isinstance(step.function, OpOverload) and _RANDOM not in step.function.tags for step in found)
+        or not values.isdisjoint(written(steps))
+    ):
+        raise RecordError("Python looks at the values of a tensor that is computed from parameters, or written to")
+    return found
 
 
 class _Watcher(TorchFunctionMode):
@@ -99,6 +126,7 @@ class Recorder(Recording):
         self._overwritten: list[tuple[Tensor, Tensor]] = []  # tensors, with copies of their former values
         self._own = {_storage(t) for t in inputs}  # memory that the run may write to: inputs, and what it made
         self.error: RecordError | None = None
+        self.decisions: list[tuple[Any, int]] = []  # registers or constants that Python read, and their values
         self._numbers, self._next = WeakTensorKeyDictionary(), count()
         self._made(tuple(inputs))
 
@@ -107,7 +135,11 @@ class Recorder(Recording):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _LOOKS_AT_DATA.intersection(func.tags):
+        if func is _aten._local_scalar_dense.default and args[0].dtype in _INTEGERS:
+            with _disable_current_modes():
+                self.decisions.append((self.named(args[0]), args[0].item()))
+            return self.decisions[-1][1]
+        if _LOOKS_AT_DATA.intersection(func.tags) and not _is_of_integers(func, args):
             self.error = RecordError(f"Python looks at the values of a tensor ({func})")
             raise self.error
         if func is ZEROS:
@@ -168,6 +200,11 @@ class Recorder(Recording):
         if isinstance(value, Tensor):
             return self._numbers.setdefault(value, Register(next(self._next), value.shape, value.dtype))  # or known
         return tuple(map(self._made, value)) if isinstance(value, list | tuple) else None
+
+
+def _is_of_integers(function: OpOverload, args: tuple) -> bool:
+    """Whether a call indexes by integers alone: the shape of the result then depends on shapes alone."""
+    return function is _aten.index.Tensor and all(t is None or t.dtype is not torch.bool for t in args[1])
 
 
 def _memory(tensor: Tensor) -> int:

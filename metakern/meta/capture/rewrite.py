@@ -34,7 +34,7 @@ def rewritten(steps: list[Step], outputs: list[Any]) -> list[Step]:
 
 def cse(steps: list[Step], outputs: list[Any]) -> list[Step]:
     """Common-subexpression elimination: return the steps without repeated calls whose results are small or views."""
-    fixed = _written(steps) | set(registers(outputs))
+    fixed = written(steps) | set(registers(outputs))
     names: dict[Register, Register] = {}
     first: dict[Any, Step] = {}
     bases: dict[Register, Register] = {}  # result of a view -> the tensor that it views
@@ -69,7 +69,7 @@ def _hashable(value: Any) -> Any:
 
 def fuse_scales(steps: list[Step], outputs: list[Any]) -> list[Step]:
     """Return the steps with multiplications by a number moved into the matrix products that read them."""
-    users, fixed = _users(steps), _written(steps) | set(registers(outputs))
+    users, fixed = _users(steps), written(steps) | set(registers(outputs))
     names: dict[Register, Register] = {}
     factors: dict[int, float] = defaultdict(lambda: 1.0)
     for step in steps:
@@ -113,7 +113,7 @@ def _products_of(y: Register, steps: list[Step], users: dict[Register, list[int]
 
 def fuse_sums(steps: list[Step], outputs: list[Any]) -> list[Step]:
     """Return the steps with sums moved into the matrix products whose results they add."""
-    users, fixed = _users(steps), _written(steps) | set(registers(outputs))
+    users, fixed = _users(steps), written(steps) | set(registers(outputs))
     products = {step.results: i for i, step in enumerate(steps) if _can_add(step, users, fixed)}
     kept: list[Step | None] = []
     for step in steps:
@@ -166,7 +166,7 @@ def _is_view(step: Step) -> bool:
     return schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
 
 
-def _written(steps: Sequence[Step]) -> set[Register]:
+def written(steps: Sequence[Step]) -> set[Register]:
     """Return the registers that share memory with a register which some step writes to."""
     origin: dict[Register, Register] = {}
     for step in steps:
