@@ -49,7 +49,7 @@ template <class F>
 void product(int64_t T, int64_t M, int64_t N, int64_t K, bool a_by_row, bool b_by_row, int adds) {
     const auto a = draw<F>(T * M * K, 1), b = draw<F>(T * K * N, 2), add = draw<F>(T * M * N, 3);
     std::vector<F> c(static_cast<std::size_t>(T * M * N)), alone = c;
-    Product p{a.data(), b.data(), adds ? add.data() : nullptr, c.data(), T, M, N, K, {M * K, K, 1}, {K * N, N, 1}, {M * N, adds == 1 ? N : 0}, 0.7};
+    Product p{a.data(), b.data(), adds ? add.data() : nullptr, c.data(), T, M, N, K, {M * K, K, 1}, {K * N, N, 1}, {M * N, adds == 1 ? N : 0}, 0.7, false};
     if (!a_by_row) p.a_strides[1] = 1, p.a_strides[2] = M;
     if (!b_by_row) p.b_strides[1] = 1, p.b_strides[2] = K;
     const auto run = isa_in_use().product.run[sizeof(F) == 8];

@@ -578,15 +578,15 @@ if child:
 torch.set_num_threads(2)
 def run(size):
     native.call("rnn_tanh_forward", torch.zeros(2, 1, 1, size), w[:, :size, :size], None, None, scalars=(0.0,))
-w = torch.zeros(2, 2000, 2000)
+w = torch.zeros(2, 4200, 4200)  # 67 MiB for each thread: more than what malloc has reserved for it
 run(200)  # starts the threads before memory is limited
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 20), resource.RLIM_INFINITY))
 try:
-    run(2000)
+    run(4200)
 except MemoryError:
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    run(2000)  # the threads must still work
+    run(4200)  # the threads must still work
     os._exit(7)
 """
     run = subprocess.run([sys.executable, "-c", script], check=False, timeout=120, capture_output=True, text=True)
