@@ -267,7 +267,7 @@ void running_max(const Instruction& p) {
         int64_t i = 0;
         for (; i + kLanes<F> <= count; i += kLanes<F>) {
             const Vec<F> v = load(x + i);
-            most = (most != most) | (most > v) ? most : v;
+            most = ((most != most) | (most > v)) ? most : v;
         }
         F lanes[kLanes<F>];
         store(lanes, most);

@@ -196,7 +196,7 @@ inline Vec<F> expm1(Vec<F> x) {
     const Vec<F> r = (limited - k * E::ln2_high) - k * E::ln2_low;
     const Vec<F> scale = k > 0 ? Vec<F>{} + F(2) : k < 0 ? Vec<F>{} + F(0.5) : Vec<F>{} + F(1);
     const Vec<F> small = scale * (r * polynomial(r, one_over_factorial)) + (scale - F(1));
-    return (x < F(-1)) | (x > F(1)) ? exp<F>(x) - F(1) : x == 0 ? x : small;  // -0 stays -0
+    return ((x < F(-1)) | (x > F(1))) ? exp<F>(x) - F(1) : x == 0 ? x : small;  // -0 stays -0
 }
 
 // log(u) + c / u for u = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)], as in Sun's fdlibm: with s = f / (2 + f),
@@ -234,7 +234,7 @@ inline Vec<F> log_near(Vec<F> u, Vec<F> c) {
     const Vec<F> f = (Vec<F>)bits - F(1), s = f / (F(2) + f), z = s * s, half = F(0.5) * f * f;
     const Vec<F> y = k * E::ln2_high - ((half - (s * (half + z * polynomial(z, L::terms)) + (k * E::ln2_low + c / u))) - f);
     const Vec<F> infinite = Vec<F>{} + F(__builtin_inf());
-    return u == 0 ? -infinite : u < 0 ? Vec<F>{} + F(__builtin_nan("")) : (u == infinite) | (u != u) ? u : y;
+    return u == 0 ? -infinite : u < 0 ? Vec<F>{} + F(__builtin_nan("")) : ((u == infinite) | (u != u)) ? u : y;
 }
 template <class F>
 inline Vec<F> log(Vec<F> x) {
