@@ -220,7 +220,8 @@ class Planner:
         return Plan(name, strategy, hvp, chunk, saved, snapshots, tuple(reasons))
 
 
-# memory="least" keeps the parameters of this many inner steps, and of as many more as fit this share of the activations.
+# memory="least" keeps the parameters of this many inner steps, and of as many more as this share of the activations
+# has room for.
 LEAST_SNAPSHOTS, SNAPSHOT_SHARE = 2, 0.5
 WORKING_BYTES = 192 * 2**20  # a CPU's working set of one chunk: a larger one is slower, a smaller one takes more calls
 
