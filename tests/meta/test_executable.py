@@ -70,6 +70,7 @@ INSTRUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": lambda x, y: torch.add(x, y, alpha=-0.3) + 2,
     "add-broadcast": lambda x, y: x + y[..., :1] if y.dim() else x + y,
     "sub": lambda x, y: torch.sub(x, y, alpha=0.7) - 1.5,
+    "number-first": lambda x, y: aten.mul.Tensor(0.5, x) - aten.sub.Tensor(1.5, y) + aten.div.Tensor(2.0, x + 9),
     "rsub": lambda x, y: 2 - x,
     "mul": lambda x, y: x * y * 0.3,
     "div": lambda x, y: x / (y + 9) / 3,

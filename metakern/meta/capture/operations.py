@@ -150,7 +150,9 @@ def _binary(name: str, of: Callable[..., Tensor], *more: float) -> None:
     """
     op, in_place = getattr(_aten, name), getattr(_aten, f"{name}_")
 
-    def write(w: Lowering, x: Tensor, y: Any, alpha: float = 1) -> Tensor:
+    def write(w: Lowering, x: Any, y: Any, alpha: float = 1) -> Tensor:
+        if not isinstance(x, Tensor):  # a number on the left of a tensor
+            x = w.map("fill", w.new(torch.empty((), dtype=torch.result_type(x, y), device="meta")), s=x)
         if isinstance(y, Tensor) and x.dtype != y.dtype:
             x, y = (_cast(w, t, torch.result_type(x, y)) for t in (x, y))
         others = (y,) if isinstance(y, Tensor) else ()
