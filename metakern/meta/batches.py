@@ -3,6 +3,8 @@
 A tree is made of lists, tuples, named tuples, dictionaries of any kind (also transformers' BatchEncoding), dataclasses
 and `types.SimpleNamespace`. All its tensors have the tasks along dimension 0. Everything else in it (None, strings,
 numbers, NumPy arrays) is the same for all tasks and is passed to the loss as it is.
+
+Where the inner steps take different data, a `PerStep` holds a batch for each of them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,82 @@ from torch import Tensor
 
 Rebuild = Callable[[Sequence[Any]], Any]
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class PerStep:
+    """A batch for each inner step, in place of one for all.
+
+    As a support, it holds the batches of steps 0, ..., K - 1. As a query, it holds those of the losses after 0, ..., K
+    steps; batches of losses that are not taken may be None.
+
+    Args:
+        *batches: The batches, with the same tasks.
+
+    Raises:
+        ValueError: There are none.
+
+    >>> import torch, metakern as mk
+    >>> maml = mk.MAML(torch.nn.Linear(8, 4), mk.losses.classification, steps=2, capture=False)
+    >>> first, second, query = ((torch.randn(5, 10, 8), torch.randint(4, (5, 10))) for _ in range(3))
+    >>> maml(mk.PerStep(first, second), query).shape
+    torch.Size([])
+    """
+
+    batches: tuple[Any, ...]
+
+    def __init__(self, *batches: Any) -> None:
+        if not batches:
+            raise ValueError("PerStep: batches must hold one for each inner step, got none")
+        object.__setattr__(self, "batches", batches)
+
+    @classmethod
+    def split(cls, batch: Any) -> PerStep:
+        """Return the batches `[T, ...]` that a batch `[T, K, ...]` holds along dimension 1 of every tensor.
+
+        Raises:
+            ValueError: The tensors differ in the size of dimension 1, or have none.
+        """
+        sizes = {t.shape[1] if t.dim() > 1 else 0 for t in tensors(batch)}
+        if len(sizes) != 1 or not (steps := max(sizes)):
+            raise ValueError(f"PerStep: tensors must have the steps along dimension 1, got sizes {sorted(sizes)}")
+        return cls(*(mapped(lambda t, k=k: t[:, k], batch) for k in range(steps)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    """What the outer loop minimises: for each task, a weighted sum of its query losses after some inner steps.
+
+    Attributes:
+        batch: The query batch, or a `PerStep` with one for each number of steps from 0 to K.
+        steps: After how many inner steps the query loss counts, ascending.
+        weights: `[T, len(steps)]`, or None where all are 1.
+    """
+
+    batch: Any
+    steps: tuple[int, ...]
+    weights: Tensor | None = None
+
+    @property
+    def last(self) -> int:
+        """The number of inner steps that count."""
+        return self.steps[-1]
+
+    def weighted(self, losses: Tensor, k: int) -> Tensor:
+        """Return the query losses `[T]` after k steps, times their weights."""
+        return losses if self.weights is None else losses * self.weights[:, self.steps.index(k)]
+
+
+def at_step(batch: Any, k: int) -> Any:
+    """Return the batch of step k, or of the loss after k steps."""
+    return batch.batches[k] if isinstance(batch, PerStep) else batch
+
+
+def whole(*batches: Any) -> list[Any]:
+    """Return the batches that the loss gets: those within each `PerStep` and `Outer`, and the others themselves."""
+    opened = [batch.batch if isinstance(batch, Outer) else batch for batch in batches]
+    parts = [batch.batches if isinstance(batch, PerStep) else (batch,) for batch in opened]
+    return [part for group in parts for part in group if part is not None]
 
 
 def flatten(tree: Any) -> tuple[list[Any], Rebuild]:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.meta.allocator import keep_freed_memory
-from metakern.meta.batches import select, structure, tasks_of, tensors
+from metakern.meta.batches import select, structure, tasks_of, tensors, whole
 from metakern.meta.batching import Folded, Loss, exact_kernels
 from metakern.meta.capture import Captures
 from metakern.meta.draws import Alike
@@ -68,6 +68,7 @@ class Engine:
         """
         for batch, what in zip(batches, ("support", "query"), strict=False):
             tasks_of(batch, what)
+        batches = whole(*batches)
         kinds = frozenset(map(_sizes, batches))
         found = self._kept(self._base(loss, inner, steps, first_order), kinds, outer)
         if found is None:
@@ -217,7 +218,7 @@ class Prepared:
             try:
                 with running(self.parameters.model), exact_kernels(self.parameters.model), self._kept_tensors():
                     chunk = [select(batch, part) for batch in batches]
-                    self._confirm(chunk)
+                    self._confirm(whole(*chunk))
                     result = compute(*chunk)
             except FoldError as error:
                 if not self._auto:
@@ -255,7 +256,7 @@ class Prepared:
 
     def _replan(self, why: str, batches: Sequence[Any]) -> None:
         """Replace this plan by one with the next batching, after this batching failed on a later batch."""
-        name, other = self.unroll.batching.name, self._again(self.unroll.batching.name, batches)
+        name, other = self.unroll.batching.name, self._again(self.unroll.batching.name, whole(*batches))
         self.__dict__.update(other.__dict__)
         self.plan = replace(self.plan, reasons=(*self.plan.reasons, f"{name} failed on a later batch: {why}"))
 

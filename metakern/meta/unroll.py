@@ -1,6 +1,6 @@
 """The inner loop and its exact meta-gradient, by two strategies that give the same numbers.
 
-    phi_0 = theta        phi_{k+1}, s_{k+1} = U(phi_k, grad S(phi_k), s_k; h)        L = sum_t Q_t(phi_K)
+    phi_0 = theta        phi_{k+1}, s_{k+1} = U(phi_k, grad S(phi_k), s_k; h)        L = sum_t sum_k w_tk Q_t(phi_k)
 
 store      Keeps the graph of all K steps and differentiates it once: the least arithmetic, and the memory of K steps.
 recompute  Keeps phi_k and s_k of each step (and its gradients, where U needs them) and pulls the cotangent back one
@@ -27,6 +27,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from metakern.meta.batches import Outer, at_step
 from metakern.meta.batching import Batching
 from metakern.native.record import recordable
 from metakern.optim import InnerOptimizer
@@ -36,7 +37,7 @@ Gradients = Sequence[Tensor | None]
 
 @dataclass(frozen=True)
 class Result:
-    """Query losses [T], and the gradients of their sum with respect to theta, shared and hyper-parameters."""
+    """Outer losses [T], and the gradients of their sum with respect to theta, shared and hyper-parameters."""
 
     losses: Tensor
     theta: Gradients
@@ -70,7 +71,7 @@ class Unroll:
 
     def _step(self, point: _Point, support: Any) -> tuple[list[Tensor], _Point]:
         """Return the gradients at a point, and the point after one inner step from there."""
-        grads = self._grads(point.phi, support)
+        grads = self._grads(point.phi, at_step(support, point.k))
         with torch.no_grad():
             phi, state = self.inner.update(point.phi, grads, point.state)
         return grads, _Point(point.k + 1, phi, state, Random(phi[0].device, self.python))
@@ -100,53 +101,69 @@ class Unroll:
         with torch.set_grad_enabled(self.graph):
             return self.batching.losses(phi, query).detach()
 
-    def store(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, query: Any) -> Result:
+    def store(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, outer: Outer) -> Result:
         """Return the meta-gradient by one reverse pass through the graph of the whole inner loop."""
-        hyper = self.inner.hyper_parameters()
+        hyper, losses = self.inner.hyper_parameters(), None
         with torch.enable_grad():
             theta = [p.detach().requires_grad_() for p in theta]
             phi, state = list(theta), self.inner.init(theta)
-            for _ in range(self.steps):
-                total = self.batching.losses(phi, support).sum()
-                grads = with_zeros(derivatives(total, phi, create_graph=not self.first_order), phi)
-                phi, state = self.inner.update(phi, grads, state)
-            losses = self.batching.losses(phi, query)
+            for k in range(outer.last + 1):
+                if k in outer.steps:
+                    found = outer.weighted(self.batching.losses(phi, at_step(outer.batch, k)), k)
+                    losses = found if losses is None else losses + found
+                if k < outer.last:
+                    total = self.batching.losses(phi, at_step(support, k)).sum()
+                    grads = with_zeros(derivatives(total, phi, create_graph=not self.first_order), phi)
+                    phi, state = self.inner.update(phi, grads, state)
             ct = derivatives(losses.sum(), [*theta, *shared, *hyper])
         return _result(losses, ct, len(theta), len(shared))
 
-    def recompute(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, query: Any) -> Result:
+    def recompute(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, outer: Outer) -> Result:
         """Return the meta-gradient by pulling the cotangent back one step at a time, from the last to the first."""
         n, hyper = len(theta), self.inner.hyper_parameters()
         keeps_grads = not self.inner.affine or (self.first_order and bool(hyper))
         points = [self._start(theta)]
-        phi = self._advance(points, support, self.steps, keeps_grads).phi
-        with torch.enable_grad():
-            leaves = [p.detach().requires_grad_() for p in phi]
-            losses = self.batching.losses(leaves, query)
-            ct = derivatives(losses.sum(), [*leaves, *shared])
+        phi = self._advance(points, support, outer.last, keeps_grads).phi
+        losses, ct = self._of_query(phi, shared, outer, outer.last)
         after = Random(phi[0].device, self.python)
         ct_phi, ct_shared = ct[:n], ct[n:]
         ct_state: Gradients = [None] * len(points[0].state)
         ct_hyper: Gradients = [None] * len(hyper)
-        for k in reversed(range(self.steps)):
-            if all(c is None for c in ct_phi):
+        for k in reversed(range(outer.last)):
+            reached = any(c is not None for c in ct_phi)
+            if not reached and k < outer.steps[0]:
                 break
             point = points.pop() if points[-1].k == k else self._advance(points, support, k, keeps_grads)
-            point.random.restore()
-            if point.grads is not None:
-                grads = point.grads
-            else:  # an affine update's pullback needs no gradients
-                grads = self._grads(point.phi, support) if keeps_grads else point.phi
-            direct, ct_grads, next_ct_state, _ = self._pullback(point, grads, ct_phi, ct_state)
-            if not self.first_order:
+            if reached:
+                batch = at_step(support, k)
                 point.random.restore()
-                grads, products = self.hessian_vector_product(point.phi, shared, support, ct_grads)
-                direct, ct_shared = added(direct, products[:n]), added(ct_shared, products[n:])
-            if hyper:
-                ct_hyper = added(ct_hyper, self._pullback(point, grads, ct_phi, ct_state)[3])
-            ct_phi, ct_state = direct, next_ct_state
+                if point.grads is not None:
+                    grads = point.grads
+                else:  # an affine update's pullback needs no gradients
+                    grads = self._grads(point.phi, batch) if keeps_grads else point.phi
+                direct, ct_grads, next_ct_state, _ = self._pullback(point, grads, ct_phi, ct_state)
+                if not self.first_order:
+                    point.random.restore()
+                    grads, products = self.hessian_vector_product(point.phi, shared, batch, ct_grads)
+                    direct, ct_shared = added(direct, products[:n]), added(ct_shared, products[n:])
+                if hyper:
+                    ct_hyper = added(ct_hyper, self._pullback(point, grads, ct_phi, ct_state)[3])
+                ct_phi, ct_state = direct, next_ct_state
+            if k in outer.steps:
+                after.restore()
+                found, ct = self._of_query(point.phi, shared, outer, k)
+                after = Random(phi[0].device, self.python)
+                losses, ct_phi, ct_shared = losses + found, added(ct_phi, ct[:n]), added(ct_shared, ct[n:])
         after.restore()
         return _result(losses, [*ct_phi, *ct_shared, *ct_hyper], n, len(shared))
+
+    def _of_query(self, phi: Sequence[Tensor], shared: Sequence[Tensor], outer: Outer, k: int) -> tuple[Tensor, Gradients]:
+        """Return the weighted query losses after k steps, [T], and the gradients of their sum (phi, then shared)."""
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in phi]
+            losses = outer.weighted(self.batching.losses(leaves, at_step(outer.batch, k)), k)
+            ct = derivatives(losses.sum(), [*leaves, *shared])
+        return losses.detach(), ct
 
     def _pullback(
         self, point: _Point, grads: Sequence[Tensor], ct_phi: Gradients, ct_state: Gradients

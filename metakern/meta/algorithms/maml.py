@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from metakern.meta.batches import ordinary, tasks_of
+from metakern.meta.batches import Outer, PerStep, at_step, ordinary, tasks_of
 from metakern.meta.batching import Loss
 from metakern.meta.engine import Engine, Prepared, running
 from metakern.meta.parameters import Adapt, Parameters
@@ -33,7 +35,8 @@ class MAML(nn.Module):
     the mean query loss over the tasks, a scalar. Its `backward()` adds the meta-gradient to the parameters' `.grad`.
 
     A batch is a tree of tensors (tuples, lists, dictionaries, dataclasses) with the tasks along dimension 0 of every
-    tensor, `[T, ...]`. Anything in it that is not a tensor is the same for all tasks.
+    tensor, `[T, ...]`. Anything in it that is not a tensor is the same for all tasks. A `metakern.PerStep` holds a batch
+    for each inner step.
 
     `strategy`, `batching`, `task_chunk`, `memory` and `capture` change time and memory, not the numbers (up to
     rounding). `maml.plan` shows what was chosen, and why.
@@ -66,9 +69,12 @@ class MAML(nn.Module):
             parameters, losses, norms, softmax and the states of optimizers stay float32. The derivatives are those of
             the float32 model at all orders, with each of their products evaluated in bfloat16, so the meta-gradient
             is that of the model up to the rounding. Products with vectors and convolutions stay float32.
+        query_weights: The weights of the query losses after 0, 1, ..., K inner steps in the outer loss (Antoniou,
+            Edwards, Storkey 2019, "How to train your MAML", section 4), `steps` + 1 numbers. A loss of weight 0 is not
+            computed. None counts the loss after K steps alone. It may be set anew at each call.
 
     Attributes:
-        query_losses: The query loss of each task at the last call, `[T]`, detached; None before the first call.
+        query_losses: The outer loss of each task at the last call, `[T]`, detached; None before the first call.
 
     Raises:
         TypeError: `model` is not an `nn.Module`, `loss` is not callable, `inner` is not an optimizer of
@@ -102,6 +108,7 @@ class MAML(nn.Module):
         capture: bool | str = "auto",
         memory: str = "auto",
         precision: str | None = None,
+        query_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if not callable(loss) or type(loss).__module__ == "torch.nn.modules.loss":
@@ -125,7 +132,7 @@ class MAML(nn.Module):
         engine = _engine_of(model, adapt, Wishes(batching, strategy, task_chunk, memory), inner)
         self.model, self.inner = model, inner
         self.loss, self.steps, self.first_order, self.capture = loss, _non_negative(steps), first_order, capture
-        self.precision = precision
+        self.precision, self.query_weights = precision, query_weights
         self._engine = engine
         self.query_losses: Tensor | None = None  # [T]
 
@@ -150,7 +157,7 @@ class MAML(nn.Module):
         return plan if self.precision is None else replace(plan, reasons=(*plan.reasons, note))
 
     def forward(self, support: Any, query: Any) -> Tensor:
-        """Return the mean query loss over the tasks after adaptation, a scalar.
+        """Return the mean outer loss over the tasks, a scalar: of the query loss after adaptation, or as weighted.
 
         Its `backward()` adds the meta-gradient to `.grad`; derivatives of the meta-gradient raise NotImplementedError.
         Where gradients are disabled (`torch.no_grad`), only the loss is computed.
@@ -160,7 +167,8 @@ class MAML(nn.Module):
             query: The batch of the outer loss, a tree of tensors `[T, ...]`, with the same tasks.
 
         Raises:
-            ValueError: A batch is not a tree of tensors with one number of tasks; the loss is not a scalar, is not
+            ValueError: A batch is not a tree of tensors with one number of tasks; a `PerStep` has too few batches, or
+            `query_weights` has not `steps` + 1 finite numbers, one of them not 0; the loss is not a scalar, is not
                 finite when the plan is verified, or depends on no adapted parameter; no batching is exact for this
                 model and loss; or second derivatives are lost (`metakern.doctor` finds the place).
             RuntimeError: A later batch can't be folded like the first one, and `batching` is "fold", or earlier chunks
@@ -168,12 +176,14 @@ class MAML(nn.Module):
             StaleCaptureError: A captured program no longer equals an ordinary run, because something changed that no
                 guard sees.
         """
-        _count(support, query)
+        outer = self._outer(query, _count(support, query))
+        _reaches(support, query, outer.last)
         if not torch.is_grad_enabled():
-            self.query_losses = self.evaluate(support, query, (self.steps,))[0]
+            losses = self.evaluate(support, query, outer.steps)
+            self.query_losses = losses[0] if outer.weights is None else (losses * outer.weights.T).sum(0)
             return self.query_losses.mean()
-        support, query = ordinary(support), ordinary(query)
-        prepared = self._prepare(support, query, outer=True)
+        support, outer = ordinary(support), ordinary(outer)
+        prepared = self._prepare(support, outer, outer=True)
         gradients: Gradients = [None] * len(prepared.outer)
         losses = []
         run = partial(self._meta_gradient, prepared)
@@ -183,7 +193,7 @@ class MAML(nn.Module):
             run = partial(captures, run)
         else:
             run = in_precision(self.precision)(run)
-        for found in prepared.by_chunks(run, support, query):
+        for found in prepared.by_chunks(run, support, outer):
             losses.append(found[0])
             gradients = added(gradients, found[1:])
         self.query_losses = torch.cat(losses)
@@ -209,6 +219,7 @@ class MAML(nn.Module):
         torch.Size([5, 4, 8])
         """
         steps = self.steps if steps is None else _non_negative(steps)
+        _reaches(support, None, steps)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return self.adapt(ordinary(support), steps)
@@ -253,24 +264,34 @@ class MAML(nn.Module):
                 return self.evaluate(ordinary(support), ordinary(query), steps)
         prepared = self._prepare(support, query)
         wanted = [_non_negative(step) for step in steps]
+        _reaches(support, query, max(wanted))
 
         @in_precision(self.precision)
         def compute(support: Any, query: Any) -> Tensor:
             theta = prepared.theta(tasks_of(support))
-            trajectory = enumerate(prepared.unroll.trajectory(theta, support, max(wanted, default=0)))
-            losses = {k: prepared.unroll.query(phi, query) for k, phi in trajectory if k in wanted}
+            trajectory = enumerate(prepared.unroll.trajectory(theta, support, max(wanted)))
+            losses = {k: prepared.unroll.query(phi, at_step(query, k)) for k, phi in trajectory if k in wanted}
             return torch.stack([losses[k] for k in wanted])
 
         return torch.cat(list(prepared.by_chunks(compute, support, query)), dim=1)
 
-    def _meta_gradient(self, prepared: Prepared, support: Any, query: Any) -> list[Tensor | None]:
-        """Return the query losses `[T]` of one chunk of tasks, then the gradients of their sum.
+    def _outer(self, query: Any, tasks: int) -> Outer:
+        """Return the outer loss by `steps` and `query_weights`."""
+        if self.query_weights is None:
+            return Outer(query, (self.steps,))
+        weights = _weights(self.query_weights, self.steps)
+        counted = tuple(k for k, weight in enumerate(weights) if weight)
+        like = next(iter(self.model.parameters()))
+        return Outer(query, counted, like.new_tensor([weights[k] for k in counted]).expand(tasks, -1))
+
+    def _meta_gradient(self, prepared: Prepared, support: Any, outer: Outer) -> list[Tensor | None]:
+        """Return the outer losses `[T]` of one chunk of tasks, then the gradients of their sum.
 
         The gradients are in the order of `prepared.outer`.
         """
         unroll, plan = prepared.unroll, prepared.plan
         compute = unroll.store if plan.strategy == "store" else unroll.recompute
-        found = compute(prepared.theta(tasks_of(support)), prepared.shared, support, query)
+        found = compute(prepared.theta(tasks_of(support)), prepared.shared, support, outer)
         return [found.losses, *found.theta, *found.shared, *found.hyper]
 
     def _prepare(self, *batches: Any, outer: bool = False) -> Prepared:
@@ -313,6 +334,23 @@ def _count(support: Any, query: Any) -> int:
     if tasks != others:
         raise ValueError(f"MAML: query must have the {tasks} tasks of support, got {others}")
     return tasks
+
+
+def _reaches(support: Any, query: Any, steps: int) -> None:
+    """Check that batches which differ from step to step hold one for each of `steps` inner steps."""
+    for batch, what, count in ((support, "support", steps), (query, "query", steps + 1)):
+        if isinstance(batch, PerStep) and len(batch.batches) < count:
+            raise ValueError(
+                f"MAML: {what} must hold {count} batches for {steps} inner steps, got {len(batch.batches)}"
+            )
+
+
+def _weights(weights: Any, steps: int) -> list[float]:
+    if isinstance(weights, str | Tensor) or not isinstance(weights, Sequence) or len(weights) != steps + 1:
+        raise ValueError(f"MAML: query_weights must be {steps + 1} numbers, for 0 to {steps} steps, got {weights!r}")
+    if not all(isinstance(w, Real) and not isinstance(w, bool) and isfinite(w) for w in weights) or not any(weights):
+        raise ValueError(f"MAML: query_weights must be finite numbers, not all 0, got {weights!r}")
+    return [float(w) for w in weights]
 
 
 def _engine_of(model: Any, adapt: Adapt, wishes: Wishes, inner: InnerOptimizer) -> Engine:

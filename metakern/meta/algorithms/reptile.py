@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metakern.meta.algorithms.maml import MAML
-from metakern.meta.batches import tasks_of
+from metakern.meta.batches import Outer, at_step, tasks_of
 from metakern.meta.batching import Loss
 from metakern.meta.engine import Prepared
 
@@ -37,11 +37,11 @@ class Reptile(MAML):
     """
 
     def __init__(self, model: nn.Module, loss: Loss, **options: Any) -> None:
-        super().__init__(model, loss, **options | {"first_order": True})
+        super().__init__(model, loss, **options | {"first_order": True, "query_weights": None})
 
-    def _meta_gradient(self, prepared: Prepared, support: Any, query: Any) -> list[Tensor | None]:
+    def _meta_gradient(self, prepared: Prepared, support: Any, outer: Outer) -> list[Tensor | None]:
         unroll, theta = prepared.unroll, prepared.theta(tasks_of(support))
         *_, phi = unroll.trajectory(theta, support, self.steps)
         moved = [(start - end).sum(0) for start, end in zip(theta, phi, strict=True)]
         hyper = unroll.inner.hyper_parameters()
-        return [unroll.query(phi, query), *moved, *[None] * (len(prepared.shared) + len(hyper))]
+        return [unroll.query(phi, at_step(outer.batch, self.steps)), *moved, *[None] * (len(prepared.shared) + len(hyper))]
