@@ -4,7 +4,7 @@ from metakern import losses, nn, ops, optim
 from metakern.adapters.lora import lora, merge_lora, remove_lora
 from metakern.adapters.peft import load_lora, save_lora
 from metakern.diagnosis import doctor
-from metakern.meta.algorithms import ANIL, FOMAML, MAML, MetaSGD, Reptile
+from metakern.meta.algorithms import ANIL, BOIL, FOMAML, IMAML, MAML, MAMLPlusPlus, MetaSGD, Reptile, Streaming
 from metakern.meta.batches import PerStep, pad_tasks
 from metakern.meta.capture import StaleCaptureError
 from metakern.ops.core.backend import backend, backends
@@ -13,12 +13,16 @@ from metakern.patching import patch, unpatch
 __version__ = "0.1.0"
 __all__ = [
     "ANIL",
+    "BOIL",
     "FOMAML",
+    "IMAML",
     "MAML",
+    "MAMLPlusPlus",
     "MetaSGD",
     "PerStep",
     "Reptile",
     "StaleCaptureError",
+    "Streaming",
     "backend",
     "backends",
     "doctor",

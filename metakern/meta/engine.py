@@ -204,10 +204,11 @@ class Prepared:
         """Return phi_0: the shared initialisation, expanded to `[tasks, *shape]`."""
         return [p.detach().expand(tasks, *p.shape) for p in self.parameters.adapted.values()]
 
-    def by_chunks(self, compute: Callable[..., Any], *batches: Any) -> Iterator[Any]:
+    def by_chunks(self, compute: Callable[..., Any], *batches: Any, more: Sequence[Any] = ()) -> Iterator[Any]:
         """Yield `compute(*chunk)` for chunks of about equal size, at most the plan's.
 
-        Where memory runs out, the chunk size is halved from there on.
+        `more`: further trees of tensors `[T, ...]` for `compute`, which the loss does not get. Where memory runs out,
+        the chunk size is halved from there on.
         """
         keep_freed_memory()
         start, tasks = 0, tasks_of(batches[0])
@@ -219,7 +220,7 @@ class Prepared:
                 with running(self.parameters.model), exact_kernels(self.parameters.model), self._kept_tensors():
                     chunk = [select(batch, part) for batch in batches]
                     self._confirm(whole(*chunk))
-                    result = compute(*chunk)
+                    result = compute(*chunk, *(select(tree, part) for tree in more))
             except FoldError as error:
                 if not self._auto:
                     raise

@@ -34,7 +34,7 @@ class Parameters:
 
     def __init__(self, model: nn.Module, adapt: Adapt = None) -> None:
         self.model = model
-        selected = _selector(adapt)
+        selected = selector(adapt)
         self.adapted: dict[str, nn.Parameter] = {}
         self.shared: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
@@ -100,7 +100,7 @@ def twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return copied if dtype is None else nn.Module.to(copied, dtype)
 
 
-def _selector(adapt: Adapt) -> Callable[[str], bool]:
+def selector(adapt: Adapt) -> Callable[[str], bool]:
     if adapt is None:
         return lambda name: True
     if callable(adapt):

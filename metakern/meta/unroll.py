@@ -124,7 +124,7 @@ class Unroll:
         keeps_grads = not self.inner.affine or (self.first_order and bool(hyper))
         points = [self._start(theta)]
         phi = self._advance(points, support, outer.last, keeps_grads).phi
-        losses, ct = self._of_query(phi, shared, outer, outer.last)
+        losses, ct = self.of_query(phi, shared, outer, outer.last)
         after = Random(phi[0].device, self.python)
         ct_phi, ct_shared = ct[:n], ct[n:]
         ct_state: Gradients = [None] * len(points[0].state)
@@ -151,13 +151,13 @@ class Unroll:
                 ct_phi, ct_state = direct, next_ct_state
             if k in outer.steps:
                 after.restore()
-                found, ct = self._of_query(point.phi, shared, outer, k)
+                found, ct = self.of_query(point.phi, shared, outer, k)
                 after = Random(phi[0].device, self.python)
                 losses, ct_phi, ct_shared = losses + found, added(ct_phi, ct[:n]), added(ct_shared, ct[n:])
         after.restore()
         return _result(losses, [*ct_phi, *ct_shared, *ct_hyper], n, len(shared))
 
-    def _of_query(self, phi: Sequence[Tensor], shared: Sequence[Tensor], outer: Outer, k: int) -> tuple[Tensor, Gradients]:
+    def of_query(self, phi: Sequence[Tensor], shared: Sequence[Tensor], outer: Outer, k: int) -> tuple[Tensor, Gradients]:
         """Return the weighted query losses after k steps, [T], and the gradients of their sum (phi, then shared)."""
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in phi]

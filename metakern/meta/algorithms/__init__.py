@@ -1,9 +1,13 @@
 """Meta-learning algorithms, one file each; a call `algorithm(support, query)` returns the mean query loss."""
 
 from metakern.meta.algorithms.anil import ANIL
+from metakern.meta.algorithms.boil import BOIL
 from metakern.meta.algorithms.fomaml import FOMAML
+from metakern.meta.algorithms.imaml import IMAML
 from metakern.meta.algorithms.maml import MAML
+from metakern.meta.algorithms.mamlplusplus import MAMLPlusPlus
 from metakern.meta.algorithms.metasgd import MetaSGD
 from metakern.meta.algorithms.reptile import Reptile
+from metakern.meta.algorithms.streaming import Streaming
 
-__all__ = ["ANIL", "FOMAML", "MAML", "MetaSGD", "Reptile"]
+__all__ = ["ANIL", "BOIL", "FOMAML", "IMAML", "MAML", "MAMLPlusPlus", "MetaSGD", "Reptile", "Streaming"]

@@ -37,10 +37,10 @@ class ANIL(MAML):
     """
 
     def __init__(self, model: nn.Module, loss: Loss, adapt: Adapt = None, **options: Any) -> None:
-        super().__init__(model, loss, adapt=_head(model) if adapt is None else adapt, **options)
+        super().__init__(model, loss, adapt=head_of(model) if adapt is None else adapt, **options)
 
 
-def _head(model: nn.Module) -> list[str]:
+def head_of(model: nn.Module) -> list[str]:
     """Return the names of the trainable parameters of the last module that owns any.
 
     A tied parameter has the name of its first place in `model.named_parameters()`.

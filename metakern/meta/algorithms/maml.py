@@ -7,7 +7,7 @@ Finn, Abbeel, Levine 2017, "Model-agnostic meta-learning for fast adaptation of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import isfinite
@@ -182,6 +182,15 @@ class MAML(nn.Module):
             losses = self.evaluate(support, query, outer.steps)
             self.query_losses = losses[0] if outer.weights is None else (losses * outer.weights.T).sum(0)
             return self.query_losses.mean()
+        self.query_losses, gradients, leaves = self._gradients(support, outer)
+        return meta_gradient(self.query_losses, gradients, leaves)
+
+    def _gradients(self, support: Any, outer: Outer, *start: list[Tensor]) -> tuple[Tensor, Gradients, list[Tensor]]:
+        """Return the outer losses `[T]`, the gradients of their sum, and the leaves that these are gradients of.
+
+        `start` may hold one list, of tensors `[T, *shape]`: what the adapted parameters start from in place of theta.
+        Its derivative with respect to theta counts as the identity.
+        """
         support, outer = ordinary(support), ordinary(outer)
         prepared = self._prepare(support, outer, outer=True)
         gradients: Gradients = [None] * len(prepared.outer)
@@ -193,24 +202,28 @@ class MAML(nn.Module):
             run = partial(captures, run)
         else:
             run = in_precision(self.precision)(run)
-        for found in prepared.by_chunks(run, support, outer):
+        for found in prepared.by_chunks(run, support, outer, more=start):
             losses.append(found[0])
             gradients = added(gradients, found[1:])
-        self.query_losses = torch.cat(losses)
-        return _MetaGradient.apply(self.query_losses, gradients, *prepared.outer)
+        return torch.cat(losses), gradients, prepared.outer
 
-    def adapt(self, support: Any, steps: int | None = None) -> dict[str, Tensor]:
+    def adapt(
+        self, support: Any, steps: int | None = None, start: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Return the adapted parameters of each task.
 
         Args:
             support: The batch of the inner steps, a tree of tensors `[T, ...]`.
             steps: The number of inner steps; by default that of the constructor.
+            start: What an earlier call returned, to adapt further from there: continual adaptation. The optimizer's
+                state begins anew. By default the shared initialisation.
 
         Returns:
             A dictionary from the name of each adapted parameter to a detached tensor `[T, *shape]`.
 
         Raises:
-            ValueError: `steps` is not an integer of at least 0, or as for a call.
+            ValueError: `steps` is not an integer of at least 0; `start` has not exactly the adapted parameters, each
+                `[T, *shape]`; or as for a call.
 
         >>> import torch, metakern as mk
         >>> maml = mk.MAML(torch.nn.Linear(8, 4), mk.losses.classification, steps=3)
@@ -222,15 +235,18 @@ class MAML(nn.Module):
         _reaches(support, None, steps)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
-                return self.adapt(ordinary(support), steps)
+                return self.adapt(ordinary(support), steps, start)
         prepared = self._prepare(support)
 
         @in_precision(self.precision)
-        def compute(support: Any) -> list[Tensor]:
-            *_, phi = prepared.unroll.trajectory(prepared.theta(tasks_of(support)), support, steps)
+        def compute(support: Any, *start: list[Tensor]) -> list[Tensor]:
+            theta = start[0] if start else prepared.theta(tasks_of(support))
+            *_, phi = prepared.unroll.trajectory(theta, support, steps)
             return phi
 
-        chunks = list(prepared.by_chunks(compute, support))
+        theta = dict(zip(prepared.parameters.adapted, prepared.theta(tasks_of(support)), strict=True))
+        given = [] if start is None else [_started(start, theta)]
+        chunks = list(prepared.by_chunks(compute, support, more=given))
         phi = (torch.cat(parts).detach().clone() for parts in zip(*chunks, strict=True))
         return dict(zip(prepared.parameters.adapted, phi, strict=True))
 
@@ -279,19 +295,25 @@ class MAML(nn.Module):
         """Return the outer loss by `steps` and `query_weights`."""
         if self.query_weights is None:
             return Outer(query, (self.steps,))
-        weights = _weights(self.query_weights, self.steps)
+        weights = _checked(self.query_weights, self.steps)
         counted = tuple(k for k, weight in enumerate(weights) if weight)
-        like = next(iter(self.model.parameters()))
-        return Outer(query, counted, like.new_tensor([weights[k] for k in counted]).expand(tasks, -1))
+        return Outer(query, counted, self._weights([weights[k] for k in counted], tasks))
 
-    def _meta_gradient(self, prepared: Prepared, support: Any, outer: Outer) -> list[Tensor | None]:
+    def _weights(self, weights: Sequence[float], tasks: int) -> Tensor:
+        """Return the weights of query losses for each task, `[tasks, len(weights)]`."""
+        return next(self.model.parameters()).new_tensor(weights).expand(tasks, -1)
+
+    def _meta_gradient(
+        self, prepared: Prepared, support: Any, outer: Outer, *start: list[Tensor]
+    ) -> list[Tensor | None]:
         """Return the outer losses `[T]` of one chunk of tasks, then the gradients of their sum.
 
         The gradients are in the order of `prepared.outer`.
         """
         unroll, plan = prepared.unroll, prepared.plan
         compute = unroll.store if plan.strategy == "store" else unroll.recompute
-        found = compute(prepared.theta(tasks_of(support)), prepared.shared, support, outer)
+        theta = start[0] if start else prepared.theta(tasks_of(support))
+        found = compute(theta, prepared.shared, support, outer)
         return [found.losses, *found.theta, *found.shared, *found.hyper]
 
     def _prepare(self, *batches: Any, outer: bool = False) -> Prepared:
@@ -299,6 +321,11 @@ class MAML(nn.Module):
         check(self.precision, self.model.parameters())
         with running(self.model):
             return self._engine.prepared(self.loss, self.inner, self.steps, self.first_order, outer, batches)
+
+
+def meta_gradient(losses: Tensor, gradients: Gradients, parameters: Sequence[Tensor]) -> Tensor:
+    """Return the mean of the losses `[T]`; its `backward()` gives the parameters `gradients`, over the number T."""
+    return _MetaGradient.apply(losses, gradients, *parameters)
 
 
 class _MetaGradient(Function):
@@ -345,12 +372,25 @@ def _reaches(support: Any, query: Any, steps: int) -> None:
             )
 
 
-def _weights(weights: Any, steps: int) -> list[float]:
+def _checked(weights: Any, steps: int) -> list[float]:
     if isinstance(weights, str | Tensor) or not isinstance(weights, Sequence) or len(weights) != steps + 1:
         raise ValueError(f"MAML: query_weights must be {steps + 1} numbers, for 0 to {steps} steps, got {weights!r}")
     if not all(isinstance(w, Real) and not isinstance(w, bool) and isfinite(w) for w in weights) or not any(weights):
         raise ValueError(f"MAML: query_weights must be finite numbers, not all 0, got {weights!r}")
     return [float(w) for w in weights]
+
+
+def _started(start: Any, theta: dict[str, Tensor]) -> list[Tensor]:
+    """Return the tensors of `start` in the order of theta, with its dtypes and devices; check names and shapes."""
+    shapes = {name: tuple(p.shape) for name, p in theta.items()}
+    given = {name: tuple(p.shape) for name, p in start.items()} if isinstance(start, Mapping) else None
+    if given != shapes:
+        wrong = sorted(name for name in {**shapes, **(given or {})} if (given or {}).get(name) != shapes.get(name))
+        raise ValueError(
+            "MAML: start must hold each adapted parameter for each task, as adapt() returns them, got another "
+            + (f"{wrong[0]!r}" if given is not None else type(start).__name__)
+        )
+    return [start[name].detach().to(p) for name, p in theta.items()]
 
 
 def _engine_of(model: Any, adapt: Adapt, wishes: Wishes, inner: InnerOptimizer) -> Engine:
