@@ -1,4 +1,4 @@
-"""FOMAML, ANIL, Meta-SGD and Reptile against their definitions in plain autograd."""
+"""The algorithms against their definitions in plain autograd."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_equal, build, gradients, plain_loss, sgd
+from models import Functional, T, assert_equal, build, gradients, mlp, plain_loss, points, regression_loss, sgd
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
 
 import metakern as mk
 
@@ -83,3 +84,159 @@ def test_reptile_takes_models_without_second_derivatives() -> None:
         torch.testing.assert_close(found[name], (p - phi[name]).mean(0).detach())
     with pytest.raises(ValueError, match="second"):
         mk.MAML(model, mk.losses.classification, steps=2)(batch, batch)
+
+
+def test_boil_adapts_all_but_the_head() -> None:
+    model, loss, support, query, _ = build("mlp")
+    body = lambda name: not name.startswith("2.")  # noqa: E731
+    truth = gradients(model, plain_loss(model, loss, support, query, 3, sgd(0.3), body))
+    boil = mk.BOIL(model, loss, inner=mk.optim.SGD(lr=0.3), steps=3)
+    assert_equal(gradients(model, boil(support, query)), truth)
+    assert sorted(boil.adapt(support)) == ["0.bias", "0.weight"]
+    assert sorted(mk.BOIL(model, loss, head=["0"], steps=3).adapt(support)) == ["2.bias", "2.weight"]
+    with pytest.raises(ValueError, match="adapt must match"):
+        mk.BOIL(model, loss, head=["*"])
+
+
+def test_maml_plus_plus_anneals_the_weights_and_the_order_of_its_derivatives() -> None:
+    model, loss, support, query, _ = build("mlp")
+    maml = mk.MAMLPlusPlus(model, loss, mk.optim.SGD(lr=0.3), steps=3, anneal=4, first_order_calls=2)
+    for calls in range(6):
+        each = max(1 - calls / 4, 0.03) / 3
+        weights = (0, each, each, 1 - 2 * each)
+        plain = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), 3, first_order=calls < 2, query_weights=weights)
+        truth = gradients(model, plain(support, query))
+        with torch.no_grad():
+            maml(support, query)  # counts no training call
+        assert maml.calls == calls
+        assert_equal(gradients(model, maml(support, query)), truth)
+        assert maml.query_weights == pytest.approx(weights)
+    other = mk.MAMLPlusPlus(model, loss, mk.optim.SGD(lr=0.3), steps=3)
+    other.load_state_dict(maml.state_dict())
+    assert other.calls == 6
+    default = mk.MAMLPlusPlus(model, loss, steps=3).inner
+    assert [tuple(p.shape) for p in default.parameters()] == [(3,)] * 4
+    assert mk.MAMLPlusPlus(model, loss, steps=3, anneal=0).weights(0)[1:] == pytest.approx((0.01, 0.01, 0.98))
+    for wrong in ({"steps": 0}, {"anneal": -1}, {"first_order_calls": True}):
+        with pytest.raises(ValueError, match="MAMLPlusPlus: "):
+            mk.MAMLPlusPlus(model, loss, **wrong)  # type: ignore[arg-type]
+
+
+def implicit(model: nn.Module, support: Any, query: Any, strength: float, adapted: list[str]) -> dict[str, Tensor]:
+    """Return iMAML's gradient by Newton's method and a dense solve, from plain autograd, for a regression loss."""
+    theta = {name: p.detach() for name, p in model.named_parameters()}
+    sizes = [theta[name].numel() for name in adapted]
+    start = torch.cat([theta[name].flatten() for name in adapted])
+
+    def loss(flat: Tensor, others: dict[str, Tensor], batch: Any, t: int) -> Tensor:
+        parts = zip(adapted, flat.split(sizes), strict=True)
+        phi = others | {name: part.view_as(theta[name]) for name, part in parts}
+        return regression_loss(Functional(model, phi), tree_map(lambda a: a[t], batch))
+
+    shared = {name: p for name, p in theta.items() if name not in adapted}
+    total = {name: torch.zeros_like(p) for name, p in theta.items()}
+    for t in range(T):
+        inner = lambda z, s, t=t: loss(z, s, support, t) + strength / 2 * (z - start).square().sum()  # noqa: E731
+        z = start
+        for _ in range(50):
+            H = torch.func.hessian(inner)(z, shared)
+            z = z - torch.linalg.solve(H, torch.func.grad(inner)(z, shared))
+        of_phi, of_shared = torch.func.grad(loss, (0, 1))(z, shared, query, t)
+        x = torch.linalg.solve(H, of_phi)
+        for name, part in zip(adapted, (strength * x).split(sizes), strict=True):
+            total[name] += part.view_as(theta[name]) / T
+        mixed = torch.func.grad(lambda s, z=z, x=x, inner=inner: torch.func.grad(inner)(z, s) @ x)(shared)
+        for name in shared:
+            total[name] += (of_shared[name] - mixed[name]) / T
+    return total
+
+
+@pytest.mark.parametrize("adapt", [None, ["2"]], ids=["all", "head"])
+@pytest.mark.parametrize("solver", ["cg", "neumann"])
+def test_imaml_is_the_implicit_gradient_at_the_minimum(solver: str, adapt: list[str] | None) -> None:
+    model, support, query = mlp().double(), points(1), points(2)
+    adapted = [name for name, _ in model.named_parameters() if adapt is None or name.startswith("2.")]
+    truth = implicit(model, support, query, 6.0, adapted)
+    options: dict[str, Any] = {"steps": 60, "strength": 6.0, "solver": solver, "solver_steps": 30, "adapt": adapt}
+    imaml = mk.IMAML(model, regression_loss, mk.optim.SGD(lr=0.13), capture=False, **options)
+    assert_equal(gradients(model, imaml(support, query)), truth, 1e-9)
+    assert imaml.residuals.shape == (T,)
+    assert imaml.residuals.max() < 1e-9
+    captured = mk.IMAML(model, regression_loss, mk.optim.SGD(lr=0.13), capture=True, **options)
+    for _ in range(3):
+        assert_equal(gradients(model, captured(support, query)), truth, 1e-9)
+    assert captured.plan.usage.programs >= 1
+
+
+def test_imaml_equals_maml_at_a_converged_inner_loop() -> None:
+    model, support, query = mlp().double(), points(1), points(2)
+
+    class Anchored(mk.optim.InnerOptimizer):
+        """SGD on the loss plus (3/2) |phi - phi_0|²; phi_0 is the state."""
+
+        def init(self, phi: Any) -> Any:
+            return tuple(phi)
+
+        def update(self, phi: Any, grads: Any, state: Any) -> Any:
+            return [p - 0.2 * (g + 3.0 * (p - s)) for p, g, s in zip(phi, grads, state, strict=True)], state
+
+    truth = gradients(model, mk.MAML(model, regression_loss, Anchored(), 80, capture=False)(support, query))
+    imaml = mk.IMAML(model, regression_loss, mk.optim.SGD(lr=0.2), 80, strength=3.0, solver_steps=40, capture=False)
+    assert_equal(gradients(model, imaml(support, query)), truth, 1e-6)
+
+
+def test_imaml_reports_a_solver_that_does_not_converge_and_refuses_what_has_no_minimum() -> None:
+    model, support, query = mlp().double(), points(1), points(2)
+    with pytest.warns(UserWarning, match="IMAML: the solver must reach a relative residual of 0.1, got"):
+        mk.IMAML(model, regression_loss, strength=1e-3, solver="neumann", capture=False)(support, query)
+    for wrong in (
+        {"strength": 0.0},
+        {"solver": "lu"},
+        {"solver_steps": 0},
+        {"tolerance": -1.0},
+        {"inner": mk.optim.SGD(lr=0.1, learn_lr=True)},
+    ):
+        with pytest.raises(ValueError, match="IMAML: "):
+            mk.IMAML(model, regression_loss, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="support must be one batch"):
+        mk.IMAML(model, regression_loss, steps=1)(mk.PerStep(support), query)
+
+
+def plain_stream(model: nn.Module, chunks: list[Any], window: int) -> Tensor:
+    """Return the mean loss over all chunks; at the start of a window, phi counts as theta plus a constant."""
+    total: Any = 0.0
+    for t in range(T):
+        phi: dict[str, Tensor] = dict(model.named_parameters())
+        for k, chunk in enumerate(chunks):
+            if k % window == 0 and k:
+                phi = {name: p + (phi[name] - p).detach() for name, p in model.named_parameters()}
+            value = regression_loss(Functional(model, phi), tree_map(lambda a, t=t: a[t], chunk))
+            total = total + value / (T * len(chunks))
+            grads = torch.autograd.grad(value, list(phi.values()), create_graph=True)
+            phi = {name: p - 0.3 * g for (name, p), g in zip(phi.items(), grads, strict=True)}
+    return total
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 9])
+def test_streaming_learns_from_each_chunk_after_predicting_it(window: int | None) -> None:
+    model, chunks = mlp().double(), [points(seed) for seed in range(5)]
+    value = plain_stream(model, chunks, window or len(chunks))
+    truth = gradients(model, value)
+    joined = tree_map(lambda *parts: torch.stack(parts, 1), *chunks)
+    for options in ({"strategy": "store"}, {"strategy": "recompute"}, {"capture": True}, {"task_chunk": 2}):
+        streaming = mk.Streaming(model, regression_loss, mk.optim.SGD(lr=0.3), window, **options)
+        for stream in (joined, mk.PerStep(*chunks), joined):
+            ours = streaming(stream)
+            torch.testing.assert_close(ours, value.detach())
+            assert_equal(gradients(model, ours), truth)
+        with torch.no_grad():
+            torch.testing.assert_close(streaming(joined), value.detach())
+
+
+def test_streaming_refuses_windows_that_would_lose_the_optimizer_state() -> None:
+    model, chunks = mlp().double(), mk.PerStep(*(points(seed) for seed in range(4)))
+    with pytest.raises(ValueError, match="window must be None for an inner optimizer with a state"):
+        mk.Streaming(model, regression_loss, mk.optim.Adam(), window=2)(chunks)
+    mk.Streaming(model, regression_loss, mk.optim.Adam())(chunks).backward()
+    with pytest.raises(ValueError, match="window must be None or an integer"):
+        mk.Streaming(model, regression_loss, window=0)
