@@ -11,14 +11,14 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from metakern.dialogue.registry import ALGORITHMS, OPTIMIZERS
+from metakern.dialogue.registry import ALGORITHMS, OPTIMIZERS, find_algorithm
 from metakern.errors import UserError
 
 __all__ = ["Config"]
@@ -28,7 +28,7 @@ def _option(
     default: Any,
     text: str,
     *,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
@@ -106,9 +106,14 @@ class Config:
     dropout: float = _option(0.0, "dropout probability (not for hf models)", least=0)
 
     algorithm: str = _option(
-        "maml", "how to train; finetune is the baseline without meta-learning", choices=tuple(ALGORITHMS)
+        "maml",
+        "how to train; finetune is the baseline without meta-learning; other packages may register more",
+        choices=ALGORITHMS,
     )
-    inner: str = _option("sgd", "inner optimizer (metasgd has its own)", choices=tuple(OPTIMIZERS))
+    algorithm_options: tuple[str, ...] = _option(
+        (), "further arguments of the algorithm, as name=value: strength=1.0 of imaml, anneal=500 of mamlplusplus"
+    )
+    inner: str = _option("sgd", "inner optimizer (metasgd and mamlplusplus have their own)", choices=tuple(OPTIMIZERS))
     inner_lr: float = _option(0.1, "inner learning rate; with a learned rate, its initial value", above=0)
     learn_lr: bool = _option(True, "learn the inner learning rate in the outer loop (not in finetune)")
     lr_per: str = _option(
@@ -159,6 +164,7 @@ class Config:
     threads: int = _option(0, "CPU threads for PyTorch; 0: PyTorch's default", least=0)
 
     def __post_init__(self) -> None:
+        find_algorithm(self.algorithm)
         for key in fields(self):
             _check(key.name, getattr(self, key.name), key.default, key.metadata)
         if self.lora and not self.pretrained:
@@ -260,7 +266,7 @@ def _check(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None
         raise UserError(f"{name} must be less than {rule['below']}, got {value}")
 
 
-def _among(value: str, choices: tuple[str, ...]) -> bool:
+def _among(value: str, choices: Collection[str]) -> bool:
     """Return whether `value` is one of `choices`; the choice `hf:PATH` stands for `hf:` followed by any text."""
     prefixes = tuple(choice.removesuffix("PATH") for choice in choices if choice.endswith(":PATH"))
     return value in choices or (value.startswith(prefixes) and value not in prefixes)

@@ -31,7 +31,7 @@ from metakern import io
 from metakern.dialogue import checkpoint
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.metrics import interval, paired_interval
-from metakern.dialogue.registry import ALGORITHMS
+from metakern.dialogue.registry import ALGORITHMS, find_algorithm
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import curve, episodes, load_split
 from metakern.dialogue.trainer import train
@@ -80,7 +80,7 @@ def evaluate(
     2
     """
     for name in compare:
-        if name not in ALGORITHMS:
+        if not find_algorithm(name):
             raise UserError(f"eval: compare must be among {', '.join(ALGORITHMS)}, got {name!r}")
     if not steps or min(steps) < 0:
         raise UserError(f"eval: steps must be whole numbers of at least 0, got {list(steps)}")
@@ -124,6 +124,8 @@ def _baseline(run: Run, name: str) -> Run:
         cure = f"go on with: metakern train --resume --out {run.path}"
         raise UserError(f"{run.path}: has not been trained yet, so it has no baseline; {cure}")
     config = replace(run.config, algorithm=name, steps=state["step"], minutes=0.0)
+    if name != run.config.algorithm:
+        config = replace(config, algorithm_options=())
     if name == "finetune":
         config = replace(config, outer_lr=config.finetune_lr or config.outer_lr)
     folder = run.path / name

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +14,8 @@ from torch import Tensor, nn
 import metakern as mk
 from metakern.dialogue.episodes import Batch
 from metakern.dialogue.models import build_model
-from metakern.errors import by_the_user
+from metakern.errors import UserError, by_the_user
+from metakern.optim import InnerOptimizer
 
 if TYPE_CHECKING:
     from metakern.dialogue.config import Config
@@ -38,13 +42,31 @@ class FineTune(nn.Module):
         return self.loss(self.model, {k: torch.cat([support[k], query[k]], 1).flatten(0, 1) for k in support})
 
 
+@dataclass(frozen=True)
+class Algorithm:
+    """An algorithm that configs may name.
+
+    Attributes:
+        make: `make(model, loss, **options)` returns a module with `(support, query) -> loss`, `adapt` and `evaluate`,
+            and an attribute `inner`, the inner optimizer; `options` are those of `metakern.MAML`.
+        rates: "learned" where the outer loop may learn the rates of the inner optimizer, "fixed" where it may not, and
+            "own" where the algorithm has its own inner optimizer, and takes `lr` in place of `inner`.
+    """
+
+    make: Callable[..., Any]
+    rates: str = "learned"
+
+
 ALGORITHMS = {
-    "maml": mk.MAML,
-    "fomaml": mk.FOMAML,
-    "anil": mk.ANIL,
-    "metasgd": mk.MetaSGD,
-    "reptile": mk.Reptile,
-    "finetune": FineTune,
+    "maml": Algorithm(mk.MAML),
+    "mamlplusplus": Algorithm(mk.MAMLPlusPlus, "own"),
+    "fomaml": Algorithm(mk.FOMAML),
+    "anil": Algorithm(mk.ANIL),
+    "boil": Algorithm(mk.BOIL),
+    "metasgd": Algorithm(mk.MetaSGD, "own"),
+    "imaml": Algorithm(mk.IMAML, "fixed"),
+    "reptile": Algorithm(mk.Reptile),
+    "finetune": Algorithm(FineTune, "fixed"),
 }
 OPTIMIZERS: dict[str, Any] = {
     "sgd": mk.optim.SGD,
@@ -54,7 +76,44 @@ OPTIMIZERS: dict[str, Any] = {
     "adagrad": mk.optim.Adagrad,
     "normalized": mk.optim.NormalizedSGD,
     "muon": mk.optim.Muon,
+    "metacurvature": mk.optim.MetaCurvature,
 }
+
+
+def register_algorithm(name: str, make: Callable[..., Any], rates: str = "learned") -> None:
+    """Let configs and `metakern train --algorithm` name an algorithm of another package.
+
+    A package is found without a call if its metadata has an entry point `name = "module:class"` in the group
+    `metakern.algorithms`; its rates are then "learned", or what the attribute `rates` of the class says.
+
+    Args:
+        name: Its name in configs.
+        make: `make(model, loss, **options)`, such as a subclass of `metakern.MAML`.
+        rates: "learned", "fixed" or "own", as `Algorithm` explains them.
+
+    Raises:
+        ValueError: The name is taken, or `rates` is none of the three.
+
+    >>> import metakern as mk
+    >>> register_algorithm("signs", mk.FOMAML)
+    >>> ALGORITHMS.pop("signs").make
+    <class 'metakern.meta.algorithms.fomaml.FOMAML'>
+    """
+    if name in ALGORITHMS:
+        raise ValueError(f"register_algorithm: name must be a new one, got {name!r}")
+    if rates not in ("learned", "fixed", "own"):
+        raise ValueError(f"register_algorithm: rates must be learned, fixed or own, got {rates!r}")
+    ALGORITHMS[name] = Algorithm(make, rates)
+
+
+def find_algorithm(name: Any) -> bool:
+    """Return whether `name` is an algorithm, after a look at the entry points of installed packages."""
+    if name not in ALGORITHMS:
+        for point in entry_points(group="metakern.algorithms", name=str(name)):
+            make = point.load()
+            register_algorithm(name, make, getattr(make, "rates", "learned"))
+            break
+    return name in ALGORITHMS
 
 
 @by_the_user()
@@ -70,12 +129,40 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
         options["adapt"] = list(config.adapt)
     if config.algorithm != "finetune":  # recording a pretrained model takes seconds for each length of a batch
         options["capture"] = config.capture and config.device == "cpu" and not config.pretrained
-    if config.algorithm == "metasgd":
+    algorithm = ALGORITHMS[config.algorithm]
+    if algorithm.rates == "own":
         options["lr"] = config.inner_lr
     else:
-        learn_lr = config.learn_lr and config.algorithm != "finetune"
-        options["inner"] = OPTIMIZERS[config.inner](lr=config.inner_lr, learn_lr=learn_lr, per=config.lr_per)
-    return ALGORITHMS[config.algorithm](model, mk.losses.causal_lm, **options)
+        learned = config.learn_lr and algorithm.rates == "learned"
+        options["inner"] = inner_optimizer(config, learned)
+    try:
+        return algorithm.make(model, mk.losses.causal_lm, **options | _options(config.algorithm_options))
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error) or not config.algorithm_options:
+            raise
+        raise UserError(f"algorithm_options must be arguments of {config.algorithm}, got {error}") from None
+
+
+def inner_optimizer(config: Config, learned: bool) -> InnerOptimizer:
+    """Return the inner optimizer of `config`; `learned`: the outer loop learns its rates."""
+    make = OPTIMIZERS[config.inner]
+    if make is mk.optim.MetaCurvature:
+        return make(lr=config.inner_lr)
+    return make(lr=config.inner_lr, learn_lr=learned, per=config.lr_per)
+
+
+def _options(texts: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments that `name=value` texts stand for; values are numbers, true, false, none or words."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"algorithm_options must be name=value, got {text!r}")
+        try:
+            found[name] = json.loads({"none": "null"}.get(value.lower(), value.lower()))
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def tokenizer_class(config: Config) -> type[DialogueTokenizer]:

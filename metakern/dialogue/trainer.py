@@ -115,7 +115,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, start: str |
     io.write(out / "config.toml", config.toml().encode())
 
     run = Run.create(out, config, tokenizer)
-    plain = build_algorithm(replace(config, algorithm="finetune"), run.model)
+    plain = build_algorithm(replace(config, algorithm="finetune", algorithm_options=()), run.model)
     language = episodes(config, split.train, tokenizer, train_on=config.pretrain_on, seed=config.seed + 1)
     tasks = episodes(config, split.train, tokenizer)
     phases = [

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,7 +62,7 @@ class PerStep:
         sizes = {t.shape[1] if t.dim() > 1 else 0 for t in tensors(batch)}
         if len(sizes) != 1 or not (steps := max(sizes)):
             raise ValueError(f"PerStep: tensors must have the steps along dimension 1, got sizes {sorted(sizes)}")
-        return cls(*(mapped(lambda t, k=k: t[:, k], batch) for k in range(steps)))
+        return cls(*(mapped(partial(torch.select, dim=1, index=k), batch) for k in range(steps)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import comb
 from typing import Any
 
@@ -103,18 +104,18 @@ class Unroll:
 
     def store(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, outer: Outer) -> Result:
         """Return the meta-gradient by one reverse pass through the graph of the whole inner loop."""
-        hyper, losses = self.inner.hyper_parameters(), None
+        hyper, taken = self.inner.hyper_parameters(), list[Tensor]()
         with torch.enable_grad():
             theta = [p.detach().requires_grad_() for p in theta]
             phi, state = list(theta), self.inner.init(theta)
             for k in range(outer.last + 1):
                 if k in outer.steps:
-                    found = outer.weighted(self.batching.losses(phi, at_step(outer.batch, k)), k)
-                    losses = found if losses is None else losses + found
+                    taken.append(outer.weighted(self.batching.losses(phi, at_step(outer.batch, k)), k))
                 if k < outer.last:
                     total = self.batching.losses(phi, at_step(support, k)).sum()
                     grads = with_zeros(derivatives(total, phi, create_graph=not self.first_order), phi)
                     phi, state = self.inner.update(phi, grads, state)
+            losses = reduce(torch.add, taken)
             ct = derivatives(losses.sum(), [*theta, *shared, *hyper])
         return _result(losses, ct, len(theta), len(shared))
 
@@ -157,7 +158,9 @@ class Unroll:
         after.restore()
         return _result(losses, [*ct_phi, *ct_shared, *ct_hyper], n, len(shared))
 
-    def of_query(self, phi: Sequence[Tensor], shared: Sequence[Tensor], outer: Outer, k: int) -> tuple[Tensor, Gradients]:
+    def of_query(
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], outer: Outer, k: int
+    ) -> tuple[Tensor, Gradients]:
         """Return the weighted query losses after k steps, [T], and the gradients of their sum (phi, then shared)."""
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in phi]

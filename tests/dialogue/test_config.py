@@ -1,14 +1,16 @@
 """Configs: defaults, files and flags, and one line for each mistake."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import metakern as mk
 from metakern.dialogue.config import Config
-from metakern.dialogue.registry import ALGORITHMS, OPTIMIZERS, build_algorithm
+from metakern.dialogue.registry import ALGORITHMS, OPTIMIZERS, build_algorithm, register_algorithm
 from metakern.errors import UserError
 
 
@@ -16,7 +18,7 @@ def values_of(key):
     """Return a strategy of allowed values of a field."""
     rule = key.metadata
     if rule["choices"]:
-        return st.sampled_from(rule["choices"])
+        return st.sampled_from(list(rule["choices"]))
     if isinstance(key.default, bool):
         return st.booleans()
     if isinstance(key.default, int):
@@ -99,6 +101,9 @@ def test_files_that_cannot_be_read_are_errors(tmp_path):
 def test_every_inner_optimizer_of_a_config_can_be_built() -> None:
     for name in OPTIMIZERS:
         inner = build_algorithm(Config(inner=name), torch.nn.Linear(3, 2)).inner
+        if name == "metacurvature":
+            assert inner.lr == Config().inner_lr
+            continue
         assert inner.lr.values["weight"].shape == ()
         assert inner.lr.initial == Config().inner_lr
 
@@ -107,6 +112,43 @@ def test_the_precision_of_a_config_reaches_the_algorithm() -> None:
     for algorithm in ALGORITHMS:
         config = Config(algorithm=algorithm, precision="bfloat16")
         for settings, expected in ((config, "bfloat16"), (replace(config, precision="float32"), None)):
-            built = build_algorithm(settings, torch.nn.Linear(3, 2))
+            built = build_algorithm(settings, torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)))
             maml = built.adapt.__self__ if algorithm == "finetune" else built
             assert maml.precision == expected
+
+
+def test_options_of_an_algorithm_reach_it() -> None:
+    config = Config(algorithm="imaml", algorithm_options=("strength=3", "solver=neumann", "capture=false"))
+    imaml = build_algorithm(config, torch.nn.Linear(3, 2))
+    assert (imaml.inner.strength, imaml.solver, imaml.capture) == (3.0, "neumann", False)
+    plus = build_algorithm(Config(algorithm="mamlplusplus", algorithm_options=("anneal=7",)), torch.nn.Linear(3, 2))
+    assert (plus.anneal, plus.steps) == (7, Config().inner_steps)
+    assert plus.inner.lr.values["weight"].shape == (Config().inner_steps,)
+    for options, message in (
+        (("strength",), "algorithm_options must be name=value, got 'strength'"),
+        (("rank=2",), "algorithm_options must be arguments of imaml"),
+        (("strength=-1",), "IMAML: strength must be positive"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_algorithm(replace(config, algorithm_options=options), torch.nn.Linear(3, 2))
+
+
+def test_algorithms_of_other_packages_are_found_by_their_entry_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "signs.py").write_text("import metakern as mk\nclass Signs(mk.FOMAML):\n    rates = 'fixed'\n")
+    info = tmp_path / "signs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: signs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[metakern.algorithms]\nsigns = signs:Signs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        built = build_algorithm(Config(algorithm="signs"), torch.nn.Linear(3, 2))
+        assert type(built).__name__ == "Signs"
+        assert not list(built.inner.parameters())  # its rates are fixed
+    finally:
+        ALGORITHMS.pop("signs", None)
+    with pytest.raises(UserError, match=r"algorithm must be one of maml, .*, got 'sings'"):
+        Config(algorithm="sings")
+    with pytest.raises(ValueError, match="name must be a new one"):
+        register_algorithm("maml", mk.MAML)

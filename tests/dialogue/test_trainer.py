@@ -57,6 +57,9 @@ def stop_after(monkeypatch, samples, number=signal.SIGINT):
         (("train", 1), {"model": "gpt", "heads": 2, "algorithm": "fomaml", "learn_lr": False}),
         (("train", 4), {"algorithm": "metasgd", "inner_lr": 0.1, "pretrain_steps": 0}),
         (("train", 2), {"algorithm": "finetune", "model": "lstm"}),
+        (("train", 3), {"algorithm": "mamlplusplus", "algorithm_options": ("anneal=4", "first_order_calls=1")}),
+        (("train", 2), {"algorithm": "imaml", "algorithm_options": ("tolerance=1e9",)}),
+        (("train", 2), {"algorithm": "boil", "inner": "metacurvature"}),
     ],
 )
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, data, monkeypatch, stopped_at, changes):

@@ -94,7 +94,7 @@ def test_boil_adapts_all_but_the_head() -> None:
     assert_equal(gradients(model, boil(support, query)), truth)
     assert sorted(boil.adapt(support)) == ["0.bias", "0.weight"]
     assert sorted(mk.BOIL(model, loss, head=["0"], steps=3).adapt(support)) == ["2.bias", "2.weight"]
-    with pytest.raises(ValueError, match="adapt must match"):
+    with pytest.raises(ValueError, match="BOIL: model must have trainable parameters outside of the head"):
         mk.BOIL(model, loss, head=["*"])
 
 

@@ -147,7 +147,7 @@ def test_too_few_batches_for_the_steps_are_refused() -> None:
 
 
 def test_adaptation_goes_on_from_adapted_parameters() -> None:
-    model, loss, support, query, _ = build("gpt-folded")
+    model, loss, support, _, _ = build("gpt-folded")
     maml = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), steps=5)
     first = maml.adapt(support, 2)
     second = maml.adapt(support, 3, start=first)

@@ -626,3 +626,48 @@ def test_a_fixed_hyper_parameter_may_be_set() -> None:
         sgd.momentum = 0.1
     with pytest.raises(TypeError, match="SGD: lr must be a number, got 'fast'"):
         sgd.lr = "fast"
+
+
+def test_meta_curvature_is_a_product_with_a_matrix_along_each_dimension() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 2)).double()
+    inner = mk.optim.MetaCurvature(lr=0.1, largest=4)
+    x, y = torch.randn(2, T, B, 2, 3, dtype=torch.float64), torch.randn(2, T, B, 2, dtype=torch.float64)
+    loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()  # noqa: E731
+    makes = {"strategy": ("store", "recompute"), "capture": (False, True)}
+    maml = mk.MAML(model, loss, inner, steps=2)
+    for _, matrix in inner.matrices.items():
+        matrix.data += 0.3 * torch.randn_like(matrix)
+    assert [name for name, _ in inner.matrices.items()] == [
+        "0.weight/0", "0.weight/1", "0.weight/2", "0.bias/0", "3.weight/0", "3.bias/0",
+    ]  # fmt: skip
+
+    def update(p: Tensor, g: Tensor, name: str) -> Tensor:
+        letters = "abc"[: g.dim()]
+        for d, letter in enumerate(letters):
+            if f"{name}/{d}" in inner.matrices:
+                g = torch.einsum(
+                    f"z{letter},{letters}->{letters.replace(letter, 'z')}", inner.matrices[f"{name}/{d}"], g
+                )
+        return p - 0.1 * g
+
+    total: Any = 0.0
+    for t in range(T):
+        phi: dict[str, Tensor] = dict(model.named_parameters())
+        call = lambda phi, b, t=t: (functional_call(model, phi, x[b, t]) - y[b, t]).square().mean()  # noqa: E731
+        for _ in range(2):
+            grads = torch.autograd.grad(call(phi, 0), list(phi.values()), create_graph=True)
+            phi = {name: update(p, g, name) for (name, p), g in zip(phi.items(), grads, strict=True)}
+        total = total + call(phi, 1) / T
+    leaves = [*model.parameters(), *inner.parameters()]
+    truth = torch.autograd.grad(total, leaves)
+    for strategy in makes["strategy"]:
+        for capture in makes["capture"]:
+            maml = mk.MAML(model, loss, inner, steps=2, strategy=strategy, capture=capture)
+            found = torch.autograd.grad(maml((x[0], y[0]), (x[1], y[1])), leaves)
+            for a, b in zip(found, truth, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="give each model an optimizer of its own"):
+        mk.MAML(nn.Sequential(nn.Conv1d(2, 4, 2)), loss, inner)
+    with pytest.raises(ValueError, match="largest must be"):
+        mk.optim.MetaCurvature(largest=0)

@@ -38,5 +38,7 @@ class BOIL(MAML):
 
     def __init__(self, model: nn.Module, loss: Loss, head: Adapt = None, **options: Any) -> None:
         in_head = selector(head_of(model) if head is None else head)
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        super().__init__(model, loss, adapt=lambda name: name in trained and not in_head(name), **options)
+        body = [name for name, p in model.named_parameters() if p.requires_grad and not in_head(name)]
+        if not body:
+            raise ValueError("BOIL: model must have trainable parameters outside of the head, got none")
+        super().__init__(model, loss, adapt=body.__contains__, **options)

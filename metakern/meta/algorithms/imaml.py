@@ -1,10 +1,11 @@
 """Implicit MAML: the meta-gradient at a minimum of the inner problem, whatever path led there.
 
-    phi* = argmin S_t(phi) + (lambda / 2) |phi - theta|²        dL/dtheta = mean_t lambda (H_t + lambda I)^-1 grad Q_t(phi*)
+    phi* = argmin S_t(phi) + (lambda / 2) |phi - theta|²
+    dL/dtheta = mean_t lambda (H_t + lambda I)^-1 grad Q_t(phi*)
 
-with H_t the Hessian of S_t at phi*. Memory does not grow with the number of inner steps. Rajeswaran, Finn, Kakade, Levine
-2019, "Meta-learning with implicit gradients", section 3; the Neumann series is that of Lorraine, Vicol, Duvenaud 2020,
-"Optimizing millions of hyperparameters by implicit differentiation", section 3.
+with H_t the Hessian of S_t at phi*. Memory does not grow with the number of inner steps. Rajeswaran, Finn, Kakade,
+Levine 2019, "Meta-learning with implicit gradients", section 3; the Neumann series is that of Lorraine, Vicol, Duvenaud
+2020, "Optimizing millions of hyperparameters by implicit differentiation", section 3.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class IMAML(MAML):
             raise ValueError(f"IMAML: solver_steps must be an integer of at least 1, got {solver_steps!r}")
         inner = SGD() if inner is None else inner
         if isinstance(inner, InnerOptimizer) and any(p.requires_grad for p in inner.parameters()):
-            raise ValueError("IMAML: inner must have fixed hyper-parameters, as the gradient does not depend on the path")
+            raise ValueError(
+                "IMAML: inner must have fixed hyper-parameters, as the gradient does not depend on the path"
+            )
         super().__init__(model, loss, inner, steps, **options | {"strategy": "recompute"})
         self.inner = Proximal(self.inner, strength)
         self.solver, self.solver_steps, self.tolerance = solver, solver_steps, tolerance
@@ -99,7 +102,9 @@ class IMAML(MAML):
         Warns where the solver did not converge.
         """
         if isinstance(support, PerStep):
-            raise ValueError("IMAML: support must be one batch for all inner steps, got a PerStep: its minimum is sought")
+            raise ValueError(
+                "IMAML: support must be one batch for all inner steps, got a PerStep: its minimum is sought"
+            )
         return super().forward(support, query)
 
     def _gradients(self, support: Any, outer: Outer, *start: list[Tensor]) -> tuple[Tensor, Gradients, list[Tensor]]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import isfinite
-from numbers import Real
 from typing import Any
 
 import torch
@@ -35,8 +34,8 @@ class MAML(nn.Module):
     the mean query loss over the tasks, a scalar. Its `backward()` adds the meta-gradient to the parameters' `.grad`.
 
     A batch is a tree of tensors (tuples, lists, dictionaries, dataclasses) with the tasks along dimension 0 of every
-    tensor, `[T, ...]`. Anything in it that is not a tensor is the same for all tasks. A `metakern.PerStep` holds a batch
-    for each inner step.
+    tensor, `[T, ...]`. Anything in it that is not a tensor is the same for all tasks. A `metakern.PerStep` holds a
+    batch for each inner step.
 
     `strategy`, `batching`, `task_chunk`, `memory` and `capture` change time and memory, not the numbers (up to
     rounding). `maml.plan` shows what was chosen, and why.
@@ -375,7 +374,8 @@ def _reaches(support: Any, query: Any, steps: int) -> None:
 def _checked(weights: Any, steps: int) -> list[float]:
     if isinstance(weights, str | Tensor) or not isinstance(weights, Sequence) or len(weights) != steps + 1:
         raise ValueError(f"MAML: query_weights must be {steps + 1} numbers, for 0 to {steps} steps, got {weights!r}")
-    if not all(isinstance(w, Real) and not isinstance(w, bool) and isfinite(w) for w in weights) or not any(weights):
+    numbers = all(isinstance(w, int | float) and not isinstance(w, bool) and isfinite(w) for w in weights)
+    if not numbers or not any(weights):
         raise ValueError(f"MAML: query_weights must be finite numbers, not all 0, got {weights!r}")
     return [float(w) for w in weights]
 

@@ -39,7 +39,7 @@ class MAMLPlusPlus(MAML):
         **options: The other arguments of `metakern.MAML`, except `first_order` and `query_weights`.
 
     Attributes:
-        calls: The number of training calls so far. It is part of the state dict.
+        calls: The number of training calls so far, a buffer, so that training can go on from a state dict.
 
     Raises:
         TypeError: As `metakern.MAML` raises it.
@@ -52,6 +52,8 @@ class MAMLPlusPlus(MAML):
     >>> maml.query_weights
     (0.0, 0.5, 0.5)
     """
+
+    calls: Tensor
 
     def __init__(
         self,
@@ -71,12 +73,16 @@ class MAMLPlusPlus(MAML):
                 raise ValueError(f"MAMLPlusPlus: {name} must be an integer of at least 0, got {value!r}")
         inner = SGD(lr, learn_lr=True, per="parameter", steps=steps) if inner is None else inner
         super().__init__(model, loss, inner, steps, **options)
-        self.anneal, self.first_order_calls, self.calls = anneal, first_order_calls, 0
+        self.anneal, self.first_order_calls = anneal, first_order_calls
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def forward(self, support: Any, query: Any) -> Tensor:
-        """Return the mean outer loss over the tasks, as `metakern.MAML` does; count the call where gradients are enabled."""
-        self.query_weights = self.weights(self.calls)
-        self.first_order = self.calls < self.first_order_calls
+        """Return the mean outer loss over the tasks, as `metakern.MAML` does.
+
+        The call counts as a training call where gradients are enabled.
+        """
+        calls = int(self.calls)
+        self.query_weights, self.first_order = self.weights(calls), calls < self.first_order_calls
         value = super().forward(support, query)
         self.calls += torch.is_grad_enabled()
         return value
@@ -86,9 +92,3 @@ class MAMLPlusPlus(MAML):
         done = min(calls / self.anneal, 1.0) if self.anneal else 1.0
         each = max(1 - done, LEAST) / self.steps
         return (0.0, *[each] * (self.steps - 1), 1 - (self.steps - 1) * each)
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.calls)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.calls = int(state)

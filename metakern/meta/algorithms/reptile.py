@@ -21,8 +21,8 @@ from metakern.meta.engine import Prepared
 class Reptile(MAML):
     """Reptile's gradient with MAML's interface.
 
-    The arguments are those of `metakern.MAML`; `strategy` and `first_order` have no effect, as no second derivative is
-    taken. Parameters that are not adapted, and learned hyper-parameters of the inner optimizer, get no gradient.
+    The arguments are those of `metakern.MAML`; `strategy`, `first_order` and `query_weights` have no effect, as neither
+    second derivatives nor gradients of the query are taken. Parameters that are not adapted, and learned hyper-parameters of the inner optimizer, get no gradient.
 
     Raises:
         TypeError: As `metakern.MAML` raises it.
@@ -39,9 +39,15 @@ class Reptile(MAML):
     def __init__(self, model: nn.Module, loss: Loss, **options: Any) -> None:
         super().__init__(model, loss, **options | {"first_order": True, "query_weights": None})
 
-    def _meta_gradient(self, prepared: Prepared, support: Any, outer: Outer) -> list[Tensor | None]:
+    def _meta_gradient(
+        self, prepared: Prepared, support: Any, outer: Outer, *start: list[Tensor]
+    ) -> list[Tensor | None]:
         unroll, theta = prepared.unroll, prepared.theta(tasks_of(support))
         *_, phi = unroll.trajectory(theta, support, self.steps)
         moved = [(start - end).sum(0) for start, end in zip(theta, phi, strict=True)]
         hyper = unroll.inner.hyper_parameters()
-        return [unroll.query(phi, at_step(outer.batch, self.steps)), *moved, *[None] * (len(prepared.shared) + len(hyper))]
+        return [
+            unroll.query(phi, at_step(outer.batch, self.steps)),
+            *moved,
+            *[None] * (len(prepared.shared) + len(hyper)),
+        ]

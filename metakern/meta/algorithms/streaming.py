@@ -60,7 +60,7 @@ class Streaming(MAML):
         super().__init__(model, loss, inner, **options)
         self.window = window
 
-    def forward(self, stream: Any) -> Tensor:
+    def forward(self, stream: Any) -> Tensor:  # type: ignore[override]
         """Return the mean loss over all chunks of all streams, a scalar.
 
         Args:
@@ -78,13 +78,14 @@ class Streaming(MAML):
             return self.query_losses.mean()
         window = min(self.window or chunks, chunks)
         self.steps = window - 1
-        losses, gradients = torch.zeros(()), []
+        losses, gradients = torch.zeros(()), list[Tensor | None]()
         for first, start in self._starts(stream, window):
             part = PerStep(*stream.batches[first : first + window])
             counted = tuple(range(len(part.batches)))
             weights = self._weights([1 / chunks] * len(counted), tasks)
             found, of_window, leaves = self._gradients(part, Outer(part, counted, weights), *start)
-            losses, gradients = losses.to(found) + found, added(gradients or [None] * len(leaves), of_window)
+            losses = losses.to(found) + found
+            gradients = [*added(gradients or [None] * len(leaves), of_window)]
         self.query_losses = losses
         return meta_gradient(losses, gradients, leaves)
 
