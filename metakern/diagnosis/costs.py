@@ -29,7 +29,7 @@ from metakern.diagnosis.report import LOSS, Problem
 from metakern.meta.batching import Loop
 from metakern.meta.parameters import put
 from metakern.meta.slopes import Tensors, norm, slope
-from metakern.meta.unroll import Gradients, Unroll, derivatives, with_zeros
+from metakern.meta.unroll import Gradients, Unroll, added, derivatives, with_zeros
 from metakern.optim import InnerOptimizer
 
 
@@ -95,15 +95,19 @@ class _ByDifferences(Unroll):
     """The engine's unroll with Hessian-vector products by finite differences of the gradient."""
 
     def hessian_vector_product(
-        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, ct_losses: Tensor | None = None
     ) -> tuple[list[Tensor], Gradients]:
-        def gradients(at: Tensors) -> list[Tensor]:
+        def gradients(at: Tensors, weights: Tensor | None = None) -> list[Tensor]:
             with torch.enable_grad():
                 leaves = [p.detach().requires_grad_() for p in at]
-                inputs = [*leaves, *shared]
-                return with_zeros(derivatives(self.batching.losses(leaves, batch).sum(), inputs), inputs)
+                inputs, losses = [*leaves, *shared], self.batching.losses(leaves, batch)
+                total = losses.sum() if weights is None else losses @ weights
+                return with_zeros(derivatives(total, inputs), inputs)
 
-        return gradients(phi)[: len(phi)], slope(gradients, phi, with_zeros(v, phi))
+        products: Gradients = slope(gradients, phi, with_zeros(v, phi))
+        if ct_losses is not None:
+            products = added(products, gradients(phi, ct_losses))
+        return gradients(phi)[: len(phi)], products
 
 
 def _repair(stack: ExitStack, module: nn.Module) -> None:

@@ -4,8 +4,9 @@
 
 store      Keeps the graph of all K steps and differentiates it once: the least arithmetic, and the memory of K steps.
 recompute  Keeps phi_k and s_k of each step (and its gradients, where U needs them) and pulls the cotangent back one
-           step at a time: through U, which gives ct_g, and then by one Hessian-vector product, H(phi_k) ct_g. Besides
-           what it keeps, it takes the memory of one step. With fewer `snapshots` than steps it keeps phi_k and s_k of
+           step at a time: through U, which gives ct_g, and then by one Hessian-vector product, H(phi_k) ct_g. Where
+           U reads the losses S too, the same pass adds their gradients, weighted by ct_S. Besides what it keeps, it
+           takes the memory of one step. With fewer `snapshots` than steps it keeps phi_k and s_k of
            some steps, and computes the others again from these when they are needed (Griewank, Walther 2000,
            "Algorithm 799: revolve").
 
@@ -32,6 +33,7 @@ from metakern.meta.batches import Outer, at_step
 from metakern.meta.batching import Batching
 from metakern.native.record import recordable
 from metakern.optim import InnerOptimizer
+from metakern.optim.base import State
 
 Gradients = Sequence[Tensor | None]
 
@@ -70,32 +72,37 @@ class Unroll:
     def _start(self, theta: Sequence[Tensor]) -> _Point:
         return _Point(0, list(theta), self.inner.init(theta), Random(theta[0].device, self.python))
 
-    def _step(self, point: _Point, support: Any) -> tuple[list[Tensor], _Point]:
-        """Return the gradients at a point, and the point after one inner step from there."""
-        grads = self._grads(point.phi, at_step(support, point.k))
+    def _step(self, point: _Point, support: Any) -> tuple[_Slope, _Point]:
+        """Return the slope at a point, and the point after one inner step from there."""
+        slope = self._slope(point.phi, at_step(support, point.k))
         with torch.no_grad():
-            phi, state = self.inner.update(point.phi, grads, point.state)
-        return grads, _Point(point.k + 1, phi, state, Random(phi[0].device, self.python))
+            phi, state = self._updated(point.phi, slope, point.state)
+        return slope, _Point(point.k + 1, phi, state, Random(phi[0].device, self.python))
 
-    def _advance(self, points: list[_Point], support: Any, k: int, keeps_grads: bool) -> _Point:
+    def _updated(self, phi: Sequence[Tensor], slope: _Slope, state: State) -> tuple[list[Tensor], State]:
+        losses = (slope.losses,) if self.inner.takes_losses else ()
+        return self.inner.update(phi, slope.grads, state, *losses)
+
+    def _advance(self, points: list[_Point], support: Any, k: int, keeps_slopes: bool) -> _Point:
         """Return point k, computed from the last of `points`, to which it adds points on the way."""
         most = self.steps if self.snapshots is None else self.snapshots
         point, kept = points[-1], points[-1].k
         point.random.restore()
         while point.k < k:
-            grads, after = self._step(point, support)
-            if keeps_grads and point is points[-1]:
-                points[-1] = replace(point, grads=grads)
+            slope, after = self._step(point, support)
+            if keeps_slopes and point is points[-1]:
+                points[-1] = replace(point, slope=slope)
             point = after
             if point.k < k and point.k == kept + _first_stop(k - kept, most + 1 - len(points)):
                 points.append(point)
                 kept = point.k
         return point
 
-    def _grads(self, phi: Sequence[Tensor], batch: Any) -> list[Tensor]:
+    def _slope(self, phi: Sequence[Tensor], batch: Any) -> _Slope:
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in phi]
-            return with_zeros(derivatives(self.batching.losses(leaves, batch).sum(), leaves), phi)
+            losses = self.batching.losses(leaves, batch)
+            return _Slope(with_zeros(derivatives(losses.sum(), leaves), phi), losses.detach())
 
     def query(self, phi: Sequence[Tensor], query: Any) -> Tensor:
         """Return Q_t(phi) for each task, [T], without a graph."""
@@ -112,9 +119,10 @@ class Unroll:
                 if k in outer.steps:
                     taken.append(outer.weighted(self.batching.losses(phi, at_step(outer.batch, k)), k))
                 if k < outer.last:
-                    total = self.batching.losses(phi, at_step(support, k)).sum()
-                    grads = with_zeros(derivatives(total, phi, create_graph=not self.first_order), phi)
-                    phi, state = self.inner.update(phi, grads, state)
+                    losses = self.batching.losses(phi, at_step(support, k))
+                    grads = with_zeros(derivatives(losses.sum(), phi, create_graph=not self.first_order), phi)
+                    slope = _Slope(grads, losses.detach() if self.first_order else losses)
+                    phi, state = self._updated(phi, slope, state)
             losses = reduce(torch.add, taken)
             ct = derivatives(losses.sum(), [*theta, *shared, *hyper])
         return _result(losses, ct, len(theta), len(shared))
@@ -122,41 +130,43 @@ class Unroll:
     def recompute(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, outer: Outer) -> Result:
         """Return the meta-gradient by pulling the cotangent back one step at a time, from the last to the first."""
         n, hyper = len(theta), self.inner.hyper_parameters()
-        keeps_grads = not self.inner.affine or (self.first_order and bool(hyper))
+        keeps_slopes = not self.inner.affine or self.inner.takes_losses or (self.first_order and bool(hyper))
         points = [self._start(theta)]
-        phi = self._advance(points, support, outer.last, keeps_grads).phi
+        phi = self._advance(points, support, outer.last, keeps_slopes).phi
         losses, ct = self.of_query(phi, shared, outer, outer.last)
         after = Random(phi[0].device, self.python)
         ct_phi, ct_shared = ct[:n], ct[n:]
         ct_state: Gradients = [None] * len(points[0].state)
         ct_hyper: Gradients = [None] * len(hyper)
         for k in reversed(range(outer.last)):
-            reached = any(c is not None for c in ct_phi)
+            reached = any(c is not None for c in (*ct_phi, *ct_state))
             if not reached and k < outer.steps[0]:
                 break
-            point = points.pop() if points[-1].k == k else self._advance(points, support, k, keeps_grads)
+            point = points.pop() if points[-1].k == k else self._advance(points, support, k, keeps_slopes)
             if reached:
                 batch = at_step(support, k)
                 point.random.restore()
-                if point.grads is not None:
-                    grads = point.grads
+                if point.slope is not None:
+                    slope = point.slope
                 else:  # an affine update's pullback needs no gradients
-                    grads = self._grads(point.phi, batch) if keeps_grads else point.phi
-                direct, ct_grads, next_ct_state, _ = self._pullback(point, grads, ct_phi, ct_state)
-                if not self.first_order:
+                    slope = self._slope(point.phi, batch) if keeps_slopes else _Slope(point.phi, losses)
+                direct, ct_slope, next_ct_state, _ = self._pullback(point, slope, ct_phi, ct_state)
+                if not self.first_order and any(c is not None for c in ct_slope):
                     point.random.restore()
-                    grads, products = self.hessian_vector_product(point.phi, shared, batch, ct_grads)
+                    grads, products = self.hessian_vector_product(point.phi, shared, batch, ct_slope[:n], *ct_slope[n:])
+                    slope = replace(slope, grads=grads)
                     direct, ct_shared = added(direct, products[:n]), added(ct_shared, products[n:])
                 if hyper:
-                    ct_hyper = added(ct_hyper, self._pullback(point, grads, ct_phi, ct_state)[3])
+                    ct_hyper = added(ct_hyper, self._pullback(point, slope, ct_phi, ct_state)[3])
                 ct_phi, ct_state = direct, next_ct_state
             if k in outer.steps:
                 after.restore()
                 found, ct = self.of_query(point.phi, shared, outer, k)
                 after = Random(phi[0].device, self.python)
                 losses, ct_phi, ct_shared = losses + found, added(ct_phi, ct[:n]), added(ct_shared, ct[n:])
+        direct, of_hyper = self._initial_pullback(theta, ct_state)
         after.restore()
-        return _result(losses, [*ct_phi, *ct_shared, *ct_hyper], n, len(shared))
+        return _result(losses, [*added(ct_phi, direct), *ct_shared, *added(ct_hyper, of_hyper)], n, len(shared))
 
     def of_query(
         self, phi: Sequence[Tensor], shared: Sequence[Tensor], outer: Outer, k: int
@@ -169,58 +179,86 @@ class Unroll:
         return losses.detach(), ct
 
     def _pullback(
-        self, point: _Point, grads: Sequence[Tensor], ct_phi: Gradients, ct_state: Gradients
+        self, point: _Point, slope: _Slope, ct_phi: Gradients, ct_state: Gradients
     ) -> tuple[Gradients, Gradients, Gradients, Gradients]:
-        """Return the cotangents of phi, grads, state and hyper-parameters, given those of the update's results."""
-        before = [[t.detach().requires_grad_() for t in group] for group in (point.phi, grads, point.state)]
+        """Return the cotangents of phi, the slope, state and hyper-parameters, given those of the update's results.
+
+        The slope's are those of the gradients, and then, if the optimizer takes losses, that of the losses.
+        """
+        n, read = len(slope.grads), [*slope.grads, *([slope.losses] if self.inner.takes_losses else [])]
+        before = [[t.detach().requires_grad_() for t in group] for group in (point.phi, read, point.state)]
         groups: list[list[Tensor]] = [*before, [*self.inner.hyper_parameters()]]
         with torch.enable_grad():
-            phi, state = self.inner.update(before[0], before[1], tuple(before[2]))
-            pairs = [(y, ct) for y, ct in zip([*phi, *state], [*ct_phi, *ct_state], strict=True) if ct is not None]
-            ct = derivatives([y for y, _ in pairs], [t for group in groups for t in group], [ct for _, ct in pairs])
+            phi, state = self.inner.update(before[0], before[1][:n], tuple(before[2]), *before[1][n:])
+            ct = _pulled_back([*phi, *state], [*ct_phi, *ct_state], [t for group in groups for t in group])
         rest = iter(ct)
-        of_phi, of_grads, of_state, of_hyper = ([next(rest) for _ in group] for group in groups)
-        return of_phi, of_grads, of_state, of_hyper
+        of_phi, of_slope, of_state, of_hyper = ([next(rest) for _ in group] for group in groups)
+        return of_phi, of_slope, of_state, of_hyper
+
+    def _initial_pullback(self, theta: Sequence[Tensor], ct_state: Gradients) -> tuple[Gradients, Gradients]:
+        """Return the cotangents of theta and of the hyper-parameters, given those of the initial state."""
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in theta]
+            ct = _pulled_back(self.inner.init(leaves), ct_state, [*leaves, *self.inner.hyper_parameters()])
+        return ct[: len(leaves)], ct[len(leaves) :]
 
     def hessian_vector_product(
-        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, ct_losses: Tensor | None = None
     ) -> tuple[list[Tensor], Gradients]:
-        """Return the gradient of S with respect to phi, and the products of [∂²S/∂phi², ∂²S/∂shared∂phi] with v."""
+        """Return the gradient of S with respect to phi, and the products of [∂²S/∂phi², ∂²S/∂shared∂phi] with v.
+
+        With the cotangents of the losses, `ct_losses` [T], the gradients of the losses weighted by them are added to
+        the products.
+        """
         product = self._forward_over_reverse if self.hvp == "forward" else self._reverse_over_reverse
-        grads, products = product(phi, shared, batch, v)
+        grads, products = product(phi, shared, batch, v, ct_losses)
         return with_zeros(grads, phi), products
 
     def _forward_over_reverse(
-        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, ct_losses: Tensor | None
     ) -> tuple[Gradients, Gradients]:
         with torch.enable_grad(), forward_ad.dual_level():
             # A tangent has its primal's strides, so an expanded theta becomes a copy for each task.
             leaves = [p.detach().contiguous().requires_grad_() for p in phi]
             duals = [p if t is None else forward_ad.make_dual(p, t) for p, t in zip(leaves, v, strict=True)]
-            ct = derivatives(self.batching.losses(duals, batch).sum(), [*duals, *shared])
+            losses = self.batching.losses(duals, batch)
+            if ct_losses is None:
+                ct = derivatives(losses.sum(), [*duals, *shared])
+            else:  # gradients are linear in the losses' cotangents, so that the tangents of these add the weighted ones
+                ones = forward_ad.make_dual(torch.ones_like(ct_losses), ct_losses)
+                ct = derivatives([losses], [*duals, *shared], [ones])
             parts = [(None, None) if c is None else forward_ad.unpack_dual(c) for c in ct]
             return [None if c is None else c.detach() for c, _ in parts[: len(phi)]], [t for _, t in parts]
 
     def _reverse_over_reverse(
-        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, ct_losses: Tensor | None
     ) -> tuple[Gradients, Gradients]:
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in phi]
-            grads = derivatives(self.batching.losses(leaves, batch).sum(), leaves, create_graph=True)
-            pairs = [(g, t) for g, t in zip(grads, v, strict=True) if g is not None and t is not None]
-            products = derivatives([g for g, _ in pairs], [*leaves, *shared], [t for _, t in pairs])
+            losses = self.batching.losses(leaves, batch)
+            grads = derivatives(losses.sum(), leaves, create_graph=True)
+            known = [(g, t) for g, t in zip([*grads, losses], [*v, ct_losses], strict=True) if g is not None]
+            products = _pulled_back([g for g, _ in known], [t for _, t in known], [*leaves, *shared])
         return [None if g is None else g.detach() for g in grads], products
 
 
 @dataclass(frozen=True)
+class _Slope:
+    """What an update reads of the support losses: their gradients, and their values [T]."""
+
+    grads: Sequence[Tensor]
+    losses: Tensor
+
+
+@dataclass(frozen=True)
 class _Point:
-    """An inner loop before step k: parameters, optimizer state and random state, and maybe the gradients of step k."""
+    """An inner loop before step k: parameters, optimizer state and random state, and maybe the slope of step k."""
 
     k: int
     phi: list[Tensor]
-    state: tuple[Tensor, ...]
+    state: State
     random: Random
-    grads: list[Tensor] | None = None
+    slope: _Slope | None = None
 
 
 def _first_stop(steps: int, snapshots: int) -> int:
@@ -288,6 +326,12 @@ def derivatives(
         )
     )
     return [next(found) if x.requires_grad else None for x in inputs]
+
+
+def _pulled_back(outputs: Sequence[Tensor], ct: Gradients, inputs: Sequence[Tensor]) -> Gradients:
+    """Return the cotangents of the inputs, given those of the outputs, of which some may be None."""
+    pairs = [(y, c) for y, c in zip(outputs, ct, strict=True) if c is not None]
+    return derivatives([y for y, _ in pairs], inputs, [c for _, c in pairs])
 
 
 def with_zeros(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

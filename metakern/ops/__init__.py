@@ -20,6 +20,7 @@ from metakern.ops.linear import linear
 from metakern.ops.linear_cross_entropy import linear_cross_entropy
 from metakern.ops.lora_linear import lora_linear
 from metakern.ops.lstm import lstm
+from metakern.ops.metalstm_update import metalstm_update
 from metakern.ops.newton_schulz import newton_schulz
 from metakern.ops.rms_norm import rms_norm
 from metakern.ops.rmsprop_update import rmsprop_update
@@ -45,6 +46,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "lstm",
+    "metalstm_update",
     "newton_schulz",
     "rms_norm",
     "rmsprop_update",

@@ -4,6 +4,7 @@ from metakern.optim.adagrad import Adagrad
 from metakern.optim.adam import Adam, AdamW
 from metakern.optim.base import InnerOptimizer
 from metakern.optim.clipped import Clipped
+from metakern.optim.lstm import LSTMOptimizer
 from metakern.optim.metacurvature import MetaCurvature
 from metakern.optim.metasgd import MetaSGD
 from metakern.optim.muon import Muon
@@ -18,6 +19,7 @@ __all__ = [
     "AdamW",
     "Clipped",
     "InnerOptimizer",
+    "LSTMOptimizer",
     "MetaCurvature",
     "MetaSGD",
     "Muon",

@@ -29,7 +29,8 @@ class InnerOptimizer(nn.Module):
     Every tensor of phi and g is `[T, *shape]`, a parameter of T tasks. An optimizer is a module, so that the outer loop
     can learn its hyper-parameters: each `nn.Parameter` of it gets its exact gradient. A subclass defines `update`, and
     `init` if it has a state. It sets `affine` if its update is affine in (phi, g, state), so that the VJP of the update
-    depends on none of them.
+    depends on none of them. It sets `takes_losses` if its update reads the support losses, which then are the fourth
+    argument of `update`.
 
     Raises:
         TypeError: For an option that the class does not have; the error names the most similar one.
@@ -43,6 +44,7 @@ class InnerOptimizer(nn.Module):
     """
 
     affine = False
+    takes_losses = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -91,13 +93,14 @@ class InnerOptimizer(nn.Module):
         """
         return ()
 
-    def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
+    def update(self, phi: Tensors, grads: Tensors, state: State, *losses: Tensor) -> tuple[list[Tensor], State]:
         """Takes one step, with differentiable operations.
 
         Args:
             phi: The parameters of all tasks, [T, ...] each.
             grads: The gradients of the support losses, shaped like `phi`.
             state: The state after the last step, or of `init`.
+            losses: One tensor [T], the support losses at `phi`, if the optimizer has `takes_losses`; otherwise none.
 
         Returns:
             (parameters, state) after the step, in the same forms.
@@ -187,12 +190,12 @@ class Stepwise(InnerOptimizer):
         tensors = tuple(torch.full_like(p, fill) for fill in self.fills for p in phi)
         return (*tensors, torch.zeros((), dtype=torch.float64, device="cpu")) if self.counts else tensors
 
-    def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
+    def update(self, phi: Tensors, grads: Tensors, state: State, *losses: Tensor) -> tuple[list[Tensor], State]:
         n, counted = len(phi), (state[-1] + 1,) if self.counts else ()
         number = known(counted[0]) if counted else 1
         lists = [phi, grads, *(state[i * n : (i + 1) * n] for i in range(len(self.fills)))]
         results: list[list[Any]] = [[None] * n for _ in lists[1:]]
-        for places in _alike(phi):
+        for places in alike(phi):
             hyper = {name: getattr(self, name).of(phi, places, int(number)) for name in self.names}
             made = self.step(int(number), *([values[i] for i in places] for values in lists), **hyper)
             for result, values in zip(results, made, strict=True):
@@ -201,7 +204,7 @@ class Stepwise(InnerOptimizer):
         return results[0], (*(tensor for result in results[1:] for tensor in result), *counted)
 
 
-def _alike(phi: Tensors) -> list[list[int]]:
+def alike(phi: Tensors) -> list[list[int]]:
     """Returns the indices in phi, grouped by dtype and device."""
     groups: dict[Any, list[int]] = {}
     for i, p in enumerate(phi):
@@ -211,14 +214,14 @@ def _alike(phi: Tensors) -> list[list[int]]:
 
 def norms(x: Tensors) -> Tensor:
     """Returns the norm over all tensors x for each task, [T], on the device of the first tensor."""
-    parts = [ops.global_norm([x[i] for i in places]) for places in _alike(x)]
+    parts = [ops.global_norm([x[i] for i in places]) for places in alike(x)]
     return parts[0] if len(parts) == 1 else ops.global_norm([part.to(wide(x[0])) for part in parts])
 
 
 def scaled(x: Tensors, s: Tensor) -> list[Tensor]:
     """Returns each tensor of x times s [T], task by task."""
     found: list[Any] = [None] * len(x)
-    for places in _alike(x):
+    for places in alike(x):
         for i, y in zip(places, ops.scale([x[i] for i in places], s.to(x[places[0]])), strict=True):
             found[i] = y
     return found

@@ -53,12 +53,16 @@ class Clipped(InnerOptimizer):
     def prepare(self, adapted: Mapping[str, nn.Parameter]) -> None:
         self.inner.prepare(adapted)
 
+    @property
+    def takes_losses(self) -> bool:  # type: ignore[override]
+        return self.inner.takes_losses
+
     def init(self, phi: Tensors) -> State:
         return self.inner.init(phi)
 
-    def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
+    def update(self, phi: Tensors, grads: Tensors, state: State, *losses: Tensor) -> tuple[list[Tensor], State]:
         if grads:
             n = norms(grads) + 1e-6
             limit = self.norm.to(n) if isinstance(self.norm, Tensor) else self.norm
             grads = scaled(grads, torch.where(n < limit, 1, limit / n))
-        return self.inner.update(phi, grads, state)
+        return self.inner.update(phi, grads, state, *losses)

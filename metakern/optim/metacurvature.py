@@ -72,7 +72,7 @@ class MetaCurvature(InnerOptimizer):
         found = [self.matrices[key] for names in self.bound for key in names.values()]
         return [m for m in found if m.requires_grad]
 
-    def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
+    def update(self, phi: Tensors, grads: Tensors, state: State, *losses: Tensor) -> tuple[list[Tensor], State]:
         if len(phi) != len(self.bound):
             raise ValueError(
                 f"MetaCurvature: matrices must be there for the {len(phi)} parameters of phi, got {len(self.bound)}:"

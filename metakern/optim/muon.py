@@ -115,10 +115,14 @@ class Muon(Stepwise):
         matrices, others = _split(phi, phi)
         return (*super().init(matrices), *self.others.init(others))
 
-    def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
+    @property
+    def takes_losses(self) -> bool:  # type: ignore[override]
+        return self.others.takes_losses
+
+    def update(self, phi: Tensors, grads: Tensors, state: State, *losses: Tensor) -> tuple[list[Tensor], State]:
         kept = sum(p.dim() == 3 for p in phi) + self.counts
         matrices, others = zip(_split(phi, phi), _split(phi, grads), (state[:kept], state[kept:]), strict=True)
-        (mine, state_of_mine), (rest, state_of_rest) = super().update(*matrices), self.others.update(*others)
+        (mine, state_of_mine), (rest, state_of_rest) = super().update(*matrices), self.others.update(*others, *losses)
         each = {True: iter(mine), False: iter(rest)}
         return [next(each[p.dim() == 3]) for p in phi], (*state_of_mine, *state_of_rest)
 

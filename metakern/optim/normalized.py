@@ -59,7 +59,7 @@ class NormalizedSGD(SGD):
             raise ValueError(f"NormalizedSGD: norm must be 'all' or 'parameter', got {norm!r}")
         self.eps, self.norm = eps, norm
 
-    def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
+    def update(self, phi: Tensors, grads: Tensors, state: State, *losses: Tensor) -> tuple[list[Tensor], State]:
         groups = [grads] if self.norm == "all" and grads else [[g] for g in grads]
         normalized = [g for group in groups for g in scaled(group, 1 / (norms(group) + self.eps))]
         return super().update(phi, normalized, state)

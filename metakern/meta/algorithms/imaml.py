@@ -148,7 +148,7 @@ class Proximal(InnerOptimizer):
 
     def __init__(self, inner: InnerOptimizer, strength: float) -> None:
         super().__init__()
-        self.inner, self.strength = inner, float(strength)
+        self.inner, self.strength, self.takes_losses = inner, float(strength), inner.takes_losses
 
     def prepare(self, adapted: Mapping[str, nn.Parameter]) -> None:
         self.inner.prepare(adapted)
@@ -157,10 +157,10 @@ class Proximal(InnerOptimizer):
         """Returns phi_0, then the state of the inner optimizer."""
         return (*phi, *self.inner.init(phi))
 
-    def update(self, phi: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
+    def update(self, phi: Tensors, grads: Tensors, state: State, *losses: Tensor) -> tuple[list[Tensor], State]:
         start, rest = state[: len(phi)], state[len(phi) :]
         pulled = [g + self.strength * (p - p0) for p, g, p0 in zip(phi, grads, start, strict=True)]
-        phi, rest = self.inner.update(phi, pulled, rest)
+        phi, rest = self.inner.update(phi, pulled, rest, *losses)
         return list(phi), (*start, *rest)
 
 
