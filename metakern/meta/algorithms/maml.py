@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from metakern.meta.batches import ordinary, tasks_of
+from metakern.meta.batches import ordinary, same_tasks, tasks_of
 from metakern.meta.batching import Loss
 from metakern.meta.engine import Engine, Prepared, running
 from metakern.meta.parameters import Adapt, Parameters
@@ -124,7 +124,7 @@ class MAML(nn.Module):
         check(precision, ())
         engine = _engine_of(model, adapt, Wishes(batching, strategy, task_chunk, memory), inner)
         self.model, self.inner = model, inner
-        self.loss, self.steps, self.first_order, self.capture = loss, _non_negative(steps), first_order, capture
+        self.loss, self.steps, self.first_order, self.capture = loss, non_negative(steps), first_order, capture
         self.precision = precision
         self._engine = engine
         self.query_losses: Tensor | None = None  # [T]
@@ -168,7 +168,7 @@ class MAML(nn.Module):
             StaleCaptureError: A captured program no longer equals an ordinary run, because something changed that no
                 guard sees.
         """
-        _count(support, query)
+        same_tasks(support, query)
         if not torch.is_grad_enabled():
             self.query_losses = self.evaluate(support, query, (self.steps,))[0]
             return self.query_losses.mean()
@@ -208,7 +208,7 @@ class MAML(nn.Module):
         >>> phi["weight"].shape
         torch.Size([5, 4, 8])
         """
-        steps = self.steps if steps is None else _non_negative(steps)
+        steps = self.steps if steps is None else non_negative(steps)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 return self.adapt(ordinary(support), steps)
@@ -243,16 +243,12 @@ class MAML(nn.Module):
         >>> maml.evaluate((x, y), (x, y), steps=(0, 1)).shape
         torch.Size([2, 5])
         """
-        _count(support, query)
-        if not isinstance(steps, Sequence):
-            raise ValueError(f"MAML: steps must be a sequence of numbers of inner steps, got {_shown(steps)}")
-        if not len(steps):
-            raise ValueError("MAML: steps must name at least one number of inner steps, got none")
+        same_tasks(support, query)
+        wanted = counts(steps)
         if torch.is_inference_mode_enabled():  # adaptation takes gradients
             with torch.inference_mode(False):
                 return self.evaluate(ordinary(support), ordinary(query), steps)
         prepared = self._prepare(support, query)
-        wanted = [_non_negative(step) for step in steps]
 
         @in_precision(self.precision)
         def compute(support: Any, query: Any) -> Tensor:
@@ -308,13 +304,6 @@ class _Known(Function):
         raise NotImplementedError("MAML: derivatives of the meta-gradient are not implemented")
 
 
-def _count(support: Any, query: Any) -> int:
-    tasks, others = tasks_of(support, "support"), tasks_of(query, "query")
-    if tasks != others:
-        raise ValueError(f"MAML: query must have the {tasks} tasks of support, got {others}")
-    return tasks
-
-
 def _engine_of(model: Any, adapt: Adapt, wishes: Wishes, inner: InnerOptimizer) -> Engine:
     if not isinstance(model, nn.Module):
         raise TypeError(f"MAML: model must be an nn.Module, got {type(model).__name__}")
@@ -324,7 +313,16 @@ def _engine_of(model: Any, adapt: Adapt, wishes: Wishes, inner: InnerOptimizer) 
     return engine
 
 
-def _non_negative(steps: int) -> int:
+def counts(steps: Any) -> list[int]:
+    """Return the numbers of inner steps of an adaptation curve. Raises ValueError where they are no such sequence."""
+    if not isinstance(steps, Sequence):
+        raise ValueError(f"MAML: steps must be a sequence of numbers of inner steps, got {_shown(steps)}")
+    if not len(steps):
+        raise ValueError("MAML: steps must name at least one number of inner steps, got none")
+    return [non_negative(step) for step in steps]
+
+
+def non_negative(steps: int) -> int:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"MAML: steps must be an integer of at least 0, got {_shown(steps)}")
     return steps
