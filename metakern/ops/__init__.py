@@ -21,6 +21,7 @@ from metakern.ops.linear_cross_entropy import linear_cross_entropy
 from metakern.ops.lora_linear import lora_linear
 from metakern.ops.lstm import lstm
 from metakern.ops.newton_schulz import newton_schulz
+from metakern.ops.prototype_log_softmax import prototype_log_softmax
 from metakern.ops.rms_norm import rms_norm
 from metakern.ops.rmsprop_update import rmsprop_update
 from metakern.ops.rnn import rnn
@@ -46,6 +47,7 @@ __all__ = [
     "lora_linear",
     "lstm",
     "newton_schulz",
+    "prototype_log_softmax",
     "rms_norm",
     "rmsprop_update",
     "rnn",
