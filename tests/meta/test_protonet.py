@@ -178,7 +178,120 @@ def test_wrong_arguments_are_refused() -> None:
             mk.ProtoNet(model(), **options)
     with pytest.raises(TypeError, match=r"ProtoNet: model must be an nn.Module, got function"):
         mk.ProtoNet(lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="ProtoNet: labels must be below classes = 2, got 3"):
+    with pytest.raises(ValueError, match="ProtoNet: labels must be below the 2 classes, got 3"):
         mk.ProtoNet(model(), classes=2)(X, Q)
     with pytest.raises(ValueError, match=r"ProtoNet: model must return embeddings \[B, D\], got \[27\]"):
         mk.ProtoNet(nn.Sequential(nn.Linear(D, 1), nn.Flatten(0)).double())(X, Q)
+
+
+def plain_protomaml(
+    encoder: nn.Module, support: Any, query: Any, steps: int, lr: float, first_order: bool = False
+) -> Tensor:
+    """Return the query losses [T] of ProtoMAML with SGD, one task at a time; each task has a head of its classes."""
+    losses = []
+    for t in range(T):
+        (sx, sy), (qx, qy) = ([part[t][batch[1][t] >= 0] for part in batch] for batch in (support, query))
+        classes = sy.unique().tolist()
+        s_target, q_target = (torch.tensor([classes.index(c) for c in y.tolist()]) for y in (sy, qy))
+        features = encoder(sx)
+        p = torch.stack([features[sy == c].mean(0) for c in classes])
+        theta = {name: value.clone() for name, value in encoder.named_parameters()}  # of which w and b are no functions
+        phi = {**theta, "w": 2 * p, "b": -p.square().sum(-1)}
+
+        def loss(phi: dict[str, Tensor], x: Tensor, target: Tensor) -> Tensor:
+            body = {name: value for name, value in phi.items() if name not in ("w", "b")}
+            return F.cross_entropy(F.linear(torch.func.functional_call(encoder, body, x), phi["w"], phi["b"]), target)
+
+        for _ in range(steps):
+            grads = torch.autograd.grad(loss(phi, sx, s_target), list(phi.values()), create_graph=not first_order)
+            phi = {name: value - lr * g for (name, value), g in zip(phi.items(), grads, strict=True)}
+        losses.append(loss(phi, qx, q_target))
+    return torch.stack(losses)
+
+
+def classifier() -> nn.Sequential:
+    return nn.Sequential(model(), nn.Linear(6, C)).double()
+
+
+def without_padding(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the batch with the label -100, which the losses ignore, in place of -1."""
+    return batch[0], batch[1].where(batch[1] >= 0, -100)
+
+
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+@pytest.mark.parametrize("batching", ["fold", "vmap", "loop"])
+@pytest.mark.parametrize("draw", [examples, ragged])
+def test_protomaml_is_plain_autograd(draw: Any, batching: str, strategy: str) -> None:
+    net, support, query = classifier(), without_padding(draw(9, 1)), without_padding(draw(7, 2))
+    options = {"inner": mk.optim.SGD(lr=0.2), "steps": 2, "strategy": strategy, "batching": batching}
+    protomaml = mk.ProtoMAML(net, mk.losses.classification, capture=False, **options)
+    value = protomaml(support, query)
+    truth = plain_protomaml(net[0], support, query, 2, 0.2)
+    torch.testing.assert_close(protomaml.query_losses, truth.detach(), rtol=1e-10, atol=1e-12)
+    found, exact = gradients(net, value), gradients(net, truth.mean())
+    assert_equal(found, exact, 1e-9)
+    assert {name.split(".")[0] for name in found} == {"0"}
+    through_constants = gradients(net, plain_protomaml(net[0], support, query, 2, 0.2, first_order=True).mean())
+    assert any((found[n] - through_constants[n]).norm() > 1e-3 * found[n].norm() for n in found)
+
+
+def test_protomaml_of_first_order_differentiates_the_initial_head() -> None:
+    net, support, query = classifier(), examples(9, 1), examples(7, 2)
+    options = {"inner": mk.optim.SGD(lr=0.2), "steps": 2, "first_order": True}
+    found = gradients(net, mk.ProtoMAML(net, mk.losses.classification, **options)(support, query))
+    assert_equal(found, gradients(net, plain_protomaml(net[0], support, query, 2, 0.2, first_order=True).mean()), 1e-9)
+
+
+def test_protomaml_is_captured() -> None:
+    net, batches = classifier(), [(examples(9, 10 + i), examples(7, 20 + i)) for i in range(4)]
+    captured = mk.ProtoMAML(net, mk.losses.classification, inner=mk.optim.SGD(lr=0.2), steps=2, capture=True)
+    for support, query in batches:
+        found = gradients(net, captured(support, query))
+        assert_equal(found, gradients(net, plain_protomaml(net[0], support, query, 2, 0.2).mean()), 1e-9)
+    assert captured.plan.usage.captured
+
+
+def test_protomaml_learns_hyper_parameters_and_adam() -> None:
+    net, support, query = classifier(), examples(9, 1), examples(7, 2)
+    values = []
+    for strategy in ("store", "recompute"):
+        inner = mk.optim.Adam(lr=0.05, learn_lr=True).double()
+        protomaml = mk.ProtoMAML(net, mk.losses.classification, inner=inner, steps=3, strategy=strategy)
+        values.append({**gradients(net, protomaml(support, query)), "lr": next(inner.parameters()).grad})
+    assert_equal(*values, 1e-9)
+    assert values[0]["lr"].abs() > 0
+
+
+def test_protomaml_starts_at_the_prototypes() -> None:
+    net, support, query = classifier(), examples(9, 1), examples(7, 2)
+    protomaml = mk.ProtoMAML(net, mk.losses.classification, steps=3)
+    found = protomaml.evaluate(support, query, steps=(0, 3))
+    torch.testing.assert_close(found[0], mk.ProtoNet(net[0]).evaluate(support, query)[0])
+    assert not torch.allclose(found[0], found[1])
+    phi = protomaml.adapt(support, steps=0)
+    torch.testing.assert_close(phi["1.weight"], 2 * mk.ProtoNet(net[0]).adapt(support)["prototypes"])
+    assert phi["1.bias"][1, 3] == -torch.inf
+
+
+def test_protomaml_refuses_what_it_cannot_initialise() -> None:
+    make, loss = mk.ProtoMAML, mk.losses.classification
+    with pytest.raises(ValueError, match=r"ProtoMAML: head must name a linear layer with a bias, got '0.1'"):
+        make(classifier(), loss, head="0.1")
+    with pytest.raises(ValueError, match=r"ProtoMAML: head must name a linear layer with a bias, got None"):
+        make(nn.Conv1d(2, 2, 1), loss)
+    with pytest.raises(ValueError, match=r"ProtoMAML: the head's '1.weight' must be adapted and not shared"):
+        make(classifier(), loss, adapt=["0"])
+    with pytest.raises(
+        ValueError, match=r"ProtoMAML: support must hold examples of at least two classes .* one in task 2"
+    ):
+        make(classifier(), loss)(_with(X, 2, 0), Q)
+    with pytest.raises(ValueError, match=r"ProtoMAML: query must have classes of its task's support, got class 3"):
+        make(classifier(), loss)(X, _with(Q, 1, 3))
+    decays = mk.optim.SGD(lr=0.1, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"ProtoMAML: inner must have no weight_decay .* got class 3 .* in task 1"):
+        make(classifier(), loss, inner=decays)(X, Q)
+    longer = nn.Sequential(nn.Unflatten(1, (D, 1)), nn.Linear(1, C)).double()
+    with pytest.raises(
+        ValueError, match=r"the model must call its head once, on embeddings \[B, D\], got \[\[27, 5, 1\]\]"
+    ):
+        make(longer, lambda net, batch: loss(lambda x: net(x).mean(1), batch))(X, (Q[0], Q[1].clamp(max=1)))

@@ -4,7 +4,8 @@ from metakern.meta.algorithms.anil import ANIL
 from metakern.meta.algorithms.fomaml import FOMAML
 from metakern.meta.algorithms.maml import MAML
 from metakern.meta.algorithms.metasgd import MetaSGD
+from metakern.meta.algorithms.protomaml import ProtoMAML
 from metakern.meta.algorithms.protonet import ProtoNet
 from metakern.meta.algorithms.reptile import Reptile
 
-__all__ = ["ANIL", "FOMAML", "MAML", "MetaSGD", "ProtoNet", "Reptile"]
+__all__ = ["ANIL", "FOMAML", "MAML", "MetaSGD", "ProtoMAML", "ProtoNet", "Reptile"]

@@ -22,7 +22,7 @@ from metakern.meta.engine import Engine, Prepared, running
 from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Plan, Wishes
 from metakern.meta.precision import check, in_precision
-from metakern.meta.unroll import Gradients, added
+from metakern.meta.unroll import Gradients, added, derivatives
 from metakern.optim import SGD, InnerOptimizer
 
 
@@ -216,7 +216,7 @@ class MAML(nn.Module):
 
         @in_precision(self.precision)
         def compute(support: Any) -> list[Tensor]:
-            *_, phi = prepared.unroll.trajectory(prepared.theta(tasks_of(support)), support, steps)
+            *_, phi = prepared.unroll.trajectory(self._theta(prepared, support), support, steps)
             return phi
 
         chunks = list(prepared.by_chunks(compute, support))
@@ -252,7 +252,7 @@ class MAML(nn.Module):
 
         @in_precision(self.precision)
         def compute(support: Any, query: Any) -> Tensor:
-            theta = prepared.theta(tasks_of(support))
+            theta = self._theta(prepared, support)
             trajectory = enumerate(prepared.unroll.trajectory(theta, support, max(wanted, default=0)))
             losses = {k: prepared.unroll.query(phi, query) for k, phi in trajectory if k in wanted}
             return torch.stack([losses[k] for k in wanted])
@@ -266,8 +266,29 @@ class MAML(nn.Module):
         """
         unroll, plan = prepared.unroll, prepared.plan
         compute = unroll.store if plan.strategy == "store" else unroll.recompute
-        found = compute(prepared.theta(tasks_of(support)), prepared.shared, support, query)
-        return [found.losses, *found.theta, *found.shared, *found.hyper]
+        with torch.enable_grad():
+            own = self._initial(support)
+        found = compute(prepared.theta(tasks_of(support), own), prepared.shared, support, query)
+        if not own:
+            return [found.losses, *found.summed, *found.shared, *found.hyper]
+        names = list(prepared.parameters.adapted)
+        ct_own = {name: ct for name, ct in zip(names, found.theta, strict=True) if name in own and ct is not None}
+        ct_theta = [None if name in own else ct for name, ct in zip(names, found.summed, strict=True)]
+        through = derivatives([own[name] for name in ct_own], prepared.outer, list(ct_own.values()))
+        return [found.losses, *added([*ct_theta, *found.shared, *found.hyper], through)]
+
+    def _initial(self, support: Any) -> dict[str, Tensor]:
+        """Return the initial values `[T, *shape]` of adapted parameters that depend on the task, by name.
+
+        The others start at the shared parameters. The values come with their graph: the gradient with respect to them
+        is pulled back through it to the parameters that they were computed from.
+        """
+        return {}
+
+    def _theta(self, prepared: Prepared, support: Any) -> list[Tensor]:
+        """Return phi_0 of the tasks of a batch, without a graph."""
+        with torch.no_grad():
+            return prepared.theta(tasks_of(support), self._initial(support))
 
     def _prepare(self, *batches: Any, outer: bool = False) -> Prepared:
         """Return the verified plan for these batches, support first. `outer`: also for meta-gradients."""

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern.losses import labelled
+from metakern import ops
 from metakern.meta.algorithms.maml import counts
-from metakern.meta.batches import mapped, same_tasks, select, tasks_of
+from metakern.meta.batches import same_tasks, tasks_of
+from metakern.meta.prototypes import check_query, check_support, embedded, labels_of, prototypes, shots_of
 
 DISTANCES = ("euclidean", "cosine")
 
@@ -115,8 +115,7 @@ class ProtoNet(nn.Module):
         """
         with torch.no_grad():
             x, labels, classes = self._support(support)
-            shots = shots_of(labels, classes)
-            return {"prototypes": prototypes(x, labels, shots), "shots": shots}
+            return {"prototypes": prototypes(x, labels, classes), "shots": shots_of(labels, classes)}
 
     def evaluate(self, support: Any, query: Any, steps: Sequence[int] = (0,)) -> Tensor:
         """Return the query losses, detached, `[len(steps), T]`; as there are no inner steps, all rows are equal."""
@@ -129,7 +128,7 @@ class ProtoNet(nn.Module):
         same_tasks(support, query)
         x, labels, classes = self._support(support)
         y, target = self._embedded(query, "query")
-        check_query(shots_of(labels, classes), target)
+        check_query("ProtoNet", target, shots_of(labels, classes))
         kept = target >= 0
         found = self._classified(x, labels, y, classes).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return torch.where(kept, -found, 0.0).sum(1) / kept.sum(1).clamp(min=1)
@@ -137,25 +136,18 @@ class ProtoNet(nn.Module):
     def _support(self, support: Any) -> tuple[Tensor, Tensor, int]:
         """Return the embeddings of the support `[T, S, D]`, the labels `[T, S]` and the number of classes."""
         tasks_of(support, "support")
-        labels = labels_of(support, "support")
-        highest = int(labels.max()) + 1 if labels.numel() else 0
-        classes = max(highest, 2) if self.classes is None else self.classes
-        if highest > classes:
-            raise ValueError(f"ProtoNet: labels must be below classes = {classes}, got {highest - 1}")
-        check_support(shots_of(labels, classes))
+        labels = labels_of("ProtoNet", "support", support)
+        highest = int(labels.max()) if labels.numel() else 0
+        classes = max(highest + 1, 2) if self.classes is None else self.classes
+        check_support("ProtoNet", labels, classes)
         return *self._embedded(support, "support"), classes
 
     def _embedded(self, batch: Any, what: str) -> tuple[Tensor, Tensor]:
         """Return the embeddings `[T, N, D]` and the labels `[T, N]` of a batch."""
-        args, inputs, _ = labelled(batch, f"ProtoNet: {what}")
-        labels = labels_of(batch, what)
-        if any(map(_takes_statistics, self.model.modules())):
-            x = torch.cat([self._called(*select((args, inputs), t)) for t in range(len(labels))])
-        else:
-            x = self._called(*mapped(lambda t: t.flatten(0, 1), (args, inputs)))
-        return x.unflatten(0, labels.shape), labels
+        labels = labels_of("ProtoNet", what, batch)
+        return embedded(self.model, self._called, batch, labels.shape), labels
 
-    def _called(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> Tensor:
+    def _called(self, *args: Any, **inputs: Any) -> Tensor:
         x = self.model(*args, **inputs)
         if not isinstance(x, Tensor) or x.dim() != 2:
             got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -168,69 +160,14 @@ class ProtoNet(nn.Module):
         With norms of 1, -|x - p|² / (2 temperature) is the cosine over the temperature, up to a constant.
         """
         if self.log_temperature is not None:
-            shots = shots_of(labels, classes)
             scale = (-0.5 * self.log_temperature).exp() * 0.5**0.5
-            support = unit(prototypes(support, labels, shots)) * scale
-            query = unit(query) * scale
+            shots = shots_of(labels, classes)
+            support, query = unit(prototypes(support, labels, classes)) * scale, unit(query) * scale
             labels = torch.arange(classes, device=labels.device).where(shots > 0, -1)
-        shots = shots_of(labels, classes)
-        p = prototypes(support, labels, shots)
-        distances = (query.unsqueeze(2) - p.unsqueeze(1)).square().sum(-1)
-        return torch.log_softmax((-distances).masked_fill((shots == 0).unsqueeze(1), -torch.inf), -1)
-
-
-def labels_of(batch: Any, what: str) -> Tensor:
-    """Return the labels of a batch, `[T, N]`, negative for examples that do not count."""
-    labels = labelled(batch, f"ProtoNet: {what}")[2]
-    if labels.dim() != 2 or labels.is_floating_point():
-        raise ValueError(f"ProtoNet: {what} must have integer labels [T, N], got {labels.dtype} {list(labels.shape)}")
-    return labels.long()
-
-
-def shots_of(labels: Tensor, classes: int) -> Tensor:
-    """Return the number of examples of each class, `[T, C]`, int64, given labels `[T, N]`."""
-    return F.one_hot(labels.where(labels >= 0, classes), classes + 1)[..., :classes].sum(1)
-
-
-def prototypes(x: Tensor, labels: Tensor, shots: Tensor) -> Tensor:
-    """Return the mean embedding of each class, `[T, C, D]`, for x `[T, N, D]`; zeros for a class without an example."""
-    member = labels.unsqueeze(1) == torch.arange(shots.shape[1], device=labels.device).unsqueeze(1)  # [T, C, N]
-    kept = torch.where((labels >= 0).unsqueeze(-1), x, 0.0)
-    return member.to(x.dtype) @ kept / shots.clamp(min=1).unsqueeze(-1)
+        return ops.prototype_log_softmax(support, labels, query, classes)
 
 
 def unit(x: Tensor) -> Tensor:
     """Return x `[..., D]` divided by its norm; zeros, as of padding, stay zeros, with finite derivatives."""
     squared = x.square().sum(-1, keepdim=True)
     return x * squared.where(squared > 0, 1.0).rsqrt()
-
-
-def check_support(shots: Tensor) -> None:
-    """Raise ValueError for a task without a support example, or with only one class."""
-    for wrong, got in ((shots.sum(1) == 0, "none"), ((shots > 0).sum(1) == 1, "one")):
-        if wrong.any():
-            raise ValueError(
-                f"ProtoNet: support must hold examples of at least two classes in each task, got {got} in task"
-                f" {int(wrong.nonzero()[0])}"
-            )
-
-
-def check_query(shots: Tensor, labels: Tensor) -> None:
-    """Raise ValueError for a query whose class has no example in the support of its task."""
-    known = F.pad(shots > 0, (0, 1)).gather(1, labels.clamp(0, shots.shape[1]))
-    wrong = (labels >= 0) & ~known
-    if wrong.any():
-        task, place = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"ProtoNet: query must have classes of its task's support, got class {int(labels[task, place])} in task"
-            f" {task}"
-        )
-
-
-def _takes_statistics(module: nn.Module) -> bool:
-    """Whether a module makes the embedding of an example depend on the others of its batch."""
-    if not isinstance(module, nn.modules.batchnorm._NormBase) or isinstance(
-        module, nn.modules.instancenorm._InstanceNorm
-    ):
-        return False
-    return module.training or module.running_mean is None

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from metakern.meta.algorithms.maml import MAML
-from metakern.meta.batches import tasks_of
 from metakern.meta.batching import Loss
 from metakern.meta.engine import Prepared
 
@@ -40,7 +39,7 @@ class Reptile(MAML):
         super().__init__(model, loss, **options | {"first_order": True})
 
     def _meta_gradient(self, prepared: Prepared, support: Any, query: Any) -> list[Tensor | None]:
-        unroll, theta = prepared.unroll, prepared.theta(tasks_of(support))
+        unroll, theta = prepared.unroll, self._theta(prepared, support)
         *_, phi = unroll.trajectory(theta, support, self.steps)
         moved = [(start - end).sum(0) for start, end in zip(theta, phi, strict=True)]
         hyper = unroll.inner.hyper_parameters()
