@@ -4,7 +4,19 @@ from metakern import losses, nn, ops, optim
 from metakern.adapters.lora import lora, merge_lora, remove_lora
 from metakern.adapters.peft import load_lora, save_lora
 from metakern.diagnosis import doctor
-from metakern.meta.algorithms import ANIL, BOIL, FOMAML, IMAML, MAML, MAMLPlusPlus, MetaSGD, Reptile, Streaming
+from metakern.meta.algorithms import (
+    ANIL,
+    BOIL,
+    FOMAML,
+    IMAML,
+    MAML,
+    MAMLPlusPlus,
+    MetaSGD,
+    ProtoMAML,
+    ProtoNet,
+    Reptile,
+    Streaming,
+)
 from metakern.meta.batches import PerStep, pad_tasks
 from metakern.meta.capture import StaleCaptureError
 from metakern.ops.core.backend import backend, backends
@@ -20,6 +32,8 @@ __all__ = [
     "MAMLPlusPlus",
     "MetaSGD",
     "PerStep",
+    "ProtoMAML",
+    "ProtoNet",
     "Reptile",
     "StaleCaptureError",
     "Streaming",

@@ -58,7 +58,8 @@ def classification(model: nn.Module, batch: Any) -> Tensor:
         model: `model(x)` returns logits, [B, classes] or [B, ..., classes], as a tensor, as `.logits`, or as the first
             entry of a tuple.
         batch: (x, y) with labels y, [B] or [B, ...], of which those that are -100 do not count; or (x, y, mask), as
-            `metakern.pad_tasks` returns it, with a bool mask [B], True for the examples that count.
+            `metakern.pad_tasks` returns it, with a bool mask [B], True for the examples that count; or a dictionary
+            with labels and maybe mask, whose other entries are keyword arguments of the model.
 
     Returns:
         A scalar; 0 if no label counts.
@@ -70,14 +71,39 @@ def classification(model: nn.Module, batch: Any) -> Tensor:
     >>> mk.losses.classification(torch.nn.Linear(3, 2), (torch.randn(5, 3), torch.ones(5, dtype=torch.long))).shape
     torch.Size([])
     """
-    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
-        got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
-        raise ValueError(f"classification: batch must be (x, y) or (x, y, mask), got {got}")
-    x, y, *mask = batch
-    if mask:
-        y = y.masked_fill(~mask[0].view(-1, *(1,) * (y.dim() - 1)), -100)
-    logits = _logits(model(x))
+    args, inputs, y = labelled(batch, "classification: batch")
+    logits = _logits(model(*args, **inputs))
     return ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
+
+
+def labelled(batch: Any, what: str) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """Returns the arguments of the model, its keyword arguments, and the labels of a batch for classification.
+
+    Args:
+        batch: One of the forms that `classification` takes, of one task or with the tasks first in every tensor.
+        what: The name of the batch in messages.
+
+    Returns:
+        The labels have -100 where the mask is False.
+
+    Raises:
+        ValueError: For a batch of another form.
+    """
+    if isinstance(batch, Mapping) and "labels" in batch:
+        inputs = dict(batch)
+        args: tuple[Any, ...] = ()
+        y, mask = inputs.pop("labels"), inputs.pop("mask", None)
+    elif isinstance(batch, tuple | list) and len(batch) in (2, 3):
+        inputs, args, y, mask = {}, (batch[0],), batch[1], batch[2] if len(batch) == 3 else None
+    else:
+        if isinstance(batch, Mapping):
+            got = f"a dictionary without labels: {sorted(batch)}"
+        else:
+            got = f"{len(batch)} parts" if isinstance(batch, tuple | list) else type(batch).__name__
+        raise ValueError(f"{what} must be (x, y), (x, y, mask) or a dictionary with labels, got {got}")
+    if mask is not None:
+        y = y.masked_fill(~mask.view(*mask.shape, *(1,) * (y.dim() - mask.dim())), -100)
+    return args, inputs, y
 
 
 def _logits(output: Any) -> Tensor:

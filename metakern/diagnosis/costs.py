@@ -66,7 +66,7 @@ class Costs:
                 _repair(stack, self.patient.model.get_submodule(path))
             phi = [p.detach().expand(1, *p.shape) for p in theta]
             found = strategy(_Steady(self.patient))(phi, shared, support, query)
-        return [g.detach() for g in with_zeros([*found.theta, *found.shared], [*theta, *shared])]
+        return [g.detach() for g in with_zeros([*found.summed, *found.shared], [*theta, *shared])]
 
 
 class _Steady(Loop):

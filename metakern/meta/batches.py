@@ -177,6 +177,14 @@ def tasks_of(tree: Any, what: str = "batch") -> int:
     return sizes[0]
 
 
+def same_tasks(support: Any, query: Any) -> int:
+    """Return the number of tasks of two batches. Raises ValueError if they differ, or as `tasks_of` does."""
+    tasks, others = tasks_of(support, "support"), tasks_of(query, "query")
+    if tasks != others:
+        raise ValueError(f"MAML: query must have the {tasks} tasks of support, got {others}")
+    return tasks
+
+
 def two_tasks(tree: Any, again: int = 0) -> Any:
     """Return two tasks of a batch, changed so that they differ in every tensor, as far as its values allow.
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from math import ceil
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -200,9 +201,10 @@ class Prepared:
             self._captures[capture, precision] = Captures(roots, capture, names, precision, self._watch)
         return self._captures[capture, precision]
 
-    def theta(self, tasks: int) -> list[Tensor]:
-        """Return phi_0: the shared initialisation, expanded to `[tasks, *shape]`."""
-        return [p.detach().expand(tasks, *p.shape) for p in self.parameters.adapted.values()]
+    def theta(self, tasks: int, own: Mapping[str, Tensor] = MappingProxyType({})) -> list[Tensor]:
+        """Return phi_0, `[tasks, *shape]`: the shared initialisation, or the `own` value of each task."""
+        shared = self.parameters.adapted.items()
+        return [own[name].detach() if name in own else p.detach().expand(tasks, *p.shape) for name, p in shared]
 
     def by_chunks(self, compute: Callable[..., Any], *batches: Any, more: Sequence[Any] = ()) -> Iterator[Any]:
         """Yield `compute(*chunk)` for chunks of about equal size, at most the plan's.

@@ -40,12 +40,20 @@ Gradients = Sequence[Tensor | None]
 
 @dataclass(frozen=True)
 class Result:
-    """Outer losses [T], and the gradients of their sum with respect to theta, shared and hyper-parameters."""
+    """Outer losses [T], and the gradients of their sum with respect to theta, shared and hyper-parameters.
+
+    Those of theta are one for each task, [T, *shape].
+    """
 
     losses: Tensor
     theta: Gradients
     shared: Gradients
     hyper: Gradients
+
+    @property
+    def summed(self) -> Gradients:
+        """The gradients of theta, summed over the tasks, which share it."""
+        return [None if c is None else c.sum(0) for c in self.theta]
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,8 @@ class Unroll:
                     phi, state = self._updated(phi, slope, state)
             losses = reduce(torch.add, taken)
             ct = derivatives(losses.sum(), [*theta, *shared, *hyper])
-        return _result(losses, ct, len(theta), len(shared))
+        n, m = len(theta), len(theta) + len(shared)
+        return Result(losses.detach(), ct[:n], ct[n:m], ct[m:])
 
     def recompute(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, outer: Outer) -> Result:
         """Return the meta-gradient by pulling the cotangent back one step at a time, from the last to the first."""
@@ -166,7 +175,7 @@ class Unroll:
                 losses, ct_phi, ct_shared = losses + found, added(ct_phi, ct[:n]), added(ct_shared, ct[n:])
         direct, of_hyper = self._initial_pullback(theta, ct_state)
         after.restore()
-        return _result(losses, [*added(ct_phi, direct), *ct_shared, *added(ct_hyper, of_hyper)], n, len(shared))
+        return Result(losses.detach(), added(ct_phi, direct), ct_shared, added(ct_hyper, of_hyper))
 
     def of_query(
         self, phi: Sequence[Tensor], shared: Sequence[Tensor], outer: Outer, k: int
@@ -342,9 +351,3 @@ def with_zeros(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[
 def added(a: Gradients, b: Gradients) -> Gradients:
     """Return the sums of gradients, in which None counts as zero."""
     return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
-
-
-def _result(losses: Tensor, ct: Gradients, n: int, shared: int) -> Result:
-    """Return the result; theta's gradients, one for each task of the chunk, are summed over the tasks."""
-    theta = [None if c is None else c.sum(0) for c in ct[:n]]
-    return Result(losses.detach(), theta, ct[n : n + shared], ct[n + shared :])

@@ -22,6 +22,7 @@ from metakern.ops.lora_linear import lora_linear
 from metakern.ops.lstm import lstm
 from metakern.ops.metalstm_update import metalstm_update
 from metakern.ops.newton_schulz import newton_schulz
+from metakern.ops.prototype_log_softmax import prototype_log_softmax
 from metakern.ops.rms_norm import rms_norm
 from metakern.ops.rmsprop_update import rmsprop_update
 from metakern.ops.rnn import rnn
@@ -48,6 +49,7 @@ __all__ = [
     "lstm",
     "metalstm_update",
     "newton_schulz",
+    "prototype_log_softmax",
     "rms_norm",
     "rmsprop_update",
     "rnn",

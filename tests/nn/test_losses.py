@@ -49,6 +49,9 @@ def test_causal_lm_passes_the_attention_mask() -> None:
 def test_classification() -> None:
     model, x, y = nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
     torch.testing.assert_close(mk.losses.classification(model, (x, y)), F.cross_entropy(model(x), y))
+    mask = torch.tensor([True, True, True, False, False])
+    named = {"input": x, "labels": y, "mask": mask}
+    torch.testing.assert_close(mk.losses.classification(model, named), F.cross_entropy(model(x[:3]), y[:3]))
 
 
 def test_a_batch_without_labels_is_refused() -> None:
@@ -58,6 +61,8 @@ def test_a_batch_without_labels_is_refused() -> None:
 
 def test_batches_of_another_form_are_refused() -> None:
     x = torch.ones(4, 3)
-    for batch, got in (((x,), "1 parts"), ([x, x, x, x], "4 parts"), (x, "Tensor"), ({"x": x, "y": x}, "dict")):
-        with pytest.raises(ValueError, match=rf"classification: batch must be \(x, y\) or \(x, y, mask\), got {got}"):
+    without = r"a dictionary without labels: \['x', 'y'\]"
+    for batch, got in (((x,), "1 parts"), ([x, x, x, x], "4 parts"), (x, "Tensor"), ({"x": x, "y": x}, without)):
+        forms = r"\(x, y\), \(x, y, mask\) or a dictionary with labels"
+        with pytest.raises(ValueError, match=rf"classification: batch must be {forms}, got {got}"):
             mk.losses.classification(torch.nn.Linear(3, 2), batch)

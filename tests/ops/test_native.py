@@ -37,8 +37,8 @@ def threads() -> Iterator[None]:
 
 
 # A size for each letter of the signatures. SMALL has odd sizes; BIG is large enough for several threads and blocks.
-SMALL = {"*": 1003, "T": 2, "N": 5, "V": 37, "B": 2, "H": 2, "L": 3, "D": 38, "G": 1, "M": 4}
-BIG = {"*": 50_000, "T": 3, "N": 700, "D": 62, "V": 150, "B": 2, "H": 5, "L": 600}
+SMALL = {"*": 1003, "T": 2, "N": 5, "V": 37, "B": 2, "H": 2, "L": 3, "D": 38, "G": 1, "M": 4, "S": 6, "Q": 7, "C": 3}
+BIG = {"*": 50_000, "T": 3, "N": 700, "D": 62, "V": 150, "B": 2, "H": 5, "L": 600, "S": 90, "Q": 110, "C": 4}
 # Sizes of recurrent kernels, with fewer tasks than threads and with as many.
 STEPS = [
     {"T": 1, "B": 9, "L": 3, "H": 37},
@@ -59,6 +59,8 @@ def arguments(kernel: str, sizes: dict[str, int], dtype: torch.dtype = torch.flo
         shape = [times * sizes[size] for times, size in a.dims] or [sizes["*"]]
         if a.name == "mask":
             return make.integers(2, *shape)
+        if a.name == "labels":
+            return make.integers(max(sizes["C"], 1), *shape)
         if a.indices:
             return make.integers(sizes["L"] + 1 if a.name == "lengths" else max(sizes["V"], 1), *shape)
         x = make(*shape)

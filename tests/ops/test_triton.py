@@ -77,6 +77,7 @@ SEVERAL_BLOCKS = [
     ("layer_norm", "core.triton_kernels.norm", "LARGEST", {"forward": 2, "jvp": 4, "vjp": 2}),
     ("rms_norm", "core.triton_kernels.norm", "LARGEST", {"forward": 4, "jvp": 2, "vjp": 2}),
     ("cross_entropy", "cross_entropy.triton", "LARGEST", 2),
+    ("prototype_log_softmax", "prototype_log_softmax.triton", "LARGEST", 16),
 ]
 
 

@@ -7,7 +7,21 @@ from metakern.meta.algorithms.imaml import IMAML
 from metakern.meta.algorithms.maml import MAML
 from metakern.meta.algorithms.mamlplusplus import MAMLPlusPlus
 from metakern.meta.algorithms.metasgd import MetaSGD
+from metakern.meta.algorithms.protomaml import ProtoMAML
+from metakern.meta.algorithms.protonet import ProtoNet
 from metakern.meta.algorithms.reptile import Reptile
 from metakern.meta.algorithms.streaming import Streaming
 
-__all__ = ["ANIL", "BOIL", "FOMAML", "IMAML", "MAML", "MAMLPlusPlus", "MetaSGD", "Reptile", "Streaming"]
+__all__ = [
+    "ANIL",
+    "BOIL",
+    "FOMAML",
+    "IMAML",
+    "MAML",
+    "MAMLPlusPlus",
+    "MetaSGD",
+    "ProtoMAML",
+    "ProtoNet",
+    "Reptile",
+    "Streaming",
+]

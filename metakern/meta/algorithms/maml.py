@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from metakern.meta.batches import Outer, PerStep, at_step, ordinary, tasks_of
+from metakern.meta.batches import Outer, PerStep, at_step, ordinary, same_tasks, tasks_of
 from metakern.meta.batching import Loss
 from metakern.meta.engine import Engine, Prepared, running
 from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Plan, Wishes
 from metakern.meta.precision import check, in_precision
-from metakern.meta.unroll import Gradients, added
+from metakern.meta.unroll import Gradients, added, derivatives
 from metakern.optim import SGD, InnerOptimizer
 
 
@@ -130,7 +130,7 @@ class MAML(nn.Module):
         check(precision, ())
         engine = _engine_of(model, adapt, Wishes(batching, strategy, task_chunk, memory), inner)
         self.model, self.inner = model, inner
-        self.loss, self.steps, self.first_order, self.capture = loss, _non_negative(steps), first_order, capture
+        self.loss, self.steps, self.first_order, self.capture = loss, non_negative(steps), first_order, capture
         self.precision, self.query_weights = precision, query_weights
         self._engine = engine
         self.query_losses: Tensor | None = None  # [T]
@@ -175,7 +175,7 @@ class MAML(nn.Module):
             StaleCaptureError: A captured program no longer equals an ordinary run, because something changed that no
                 guard sees.
         """
-        outer = self._outer(query, _count(support, query))
+        outer = self._outer(query, same_tasks(support, query))
         _reaches(support, query, outer.last)
         if not torch.is_grad_enabled():
             losses = self.evaluate(support, query, outer.steps)
@@ -230,7 +230,7 @@ class MAML(nn.Module):
         >>> phi["weight"].shape
         torch.Size([5, 4, 8])
         """
-        steps = self.steps if steps is None else _non_negative(steps)
+        steps = self.steps if steps is None else non_negative(steps)
         _reaches(support, None, steps)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
@@ -239,8 +239,7 @@ class MAML(nn.Module):
 
         @in_precision(self.precision)
         def compute(support: Any, *start: list[Tensor]) -> list[Tensor]:
-            theta = start[0] if start else prepared.theta(tasks_of(support))
-            *_, phi = prepared.unroll.trajectory(theta, support, steps)
+            *_, phi = prepared.unroll.trajectory(self._theta(prepared, support, *start), support, steps)
             return phi
 
         theta = dict(zip(prepared.parameters.adapted, prepared.theta(tasks_of(support)), strict=True))
@@ -269,22 +268,17 @@ class MAML(nn.Module):
         >>> maml.evaluate((x, y), (x, y), steps=(0, 1)).shape
         torch.Size([2, 5])
         """
-        _count(support, query)
-        if not isinstance(steps, Sequence):
-            raise ValueError(f"MAML: steps must be a sequence of numbers of inner steps, got {_shown(steps)}")
-        if not len(steps):
-            raise ValueError("MAML: steps must name at least one number of inner steps, got none")
+        same_tasks(support, query)
+        wanted = counts(steps)
         if torch.is_inference_mode_enabled():  # adaptation takes gradients
             with torch.inference_mode(False):
                 return self.evaluate(ordinary(support), ordinary(query), steps)
         prepared = self._prepare(support, query)
-        wanted = [_non_negative(step) for step in steps]
         _reaches(support, query, max(wanted))
 
         @in_precision(self.precision)
         def compute(support: Any, query: Any) -> Tensor:
-            theta = prepared.theta(tasks_of(support))
-            trajectory = enumerate(prepared.unroll.trajectory(theta, support, max(wanted)))
+            trajectory = enumerate(prepared.unroll.trajectory(self._theta(prepared, support), support, max(wanted)))
             losses = {k: prepared.unroll.query(phi, at_step(query, k)) for k, phi in trajectory if k in wanted}
             return torch.stack([losses[k] for k in wanted])
 
@@ -311,9 +305,32 @@ class MAML(nn.Module):
         """
         unroll, plan = prepared.unroll, prepared.plan
         compute = unroll.store if plan.strategy == "store" else unroll.recompute
-        theta = start[0] if start else prepared.theta(tasks_of(support))
+        with torch.enable_grad():
+            own = {} if start else self._initial(support)
+        theta = start[0] if start else prepared.theta(tasks_of(support), own)
         found = compute(theta, prepared.shared, support, outer)
-        return [found.losses, *found.theta, *found.shared, *found.hyper]
+        if not own:
+            return [found.losses, *found.summed, *found.shared, *found.hyper]
+        names = list(prepared.parameters.adapted)
+        ct_own = {name: ct for name, ct in zip(names, found.theta, strict=True) if name in own and ct is not None}
+        ct_theta = [None if name in own else ct for name, ct in zip(names, found.summed, strict=True)]
+        through = derivatives([own[name] for name in ct_own], prepared.outer, list(ct_own.values()))
+        return [found.losses, *added([*ct_theta, *found.shared, *found.hyper], through)]
+
+    def _initial(self, support: Any) -> dict[str, Tensor]:
+        """Return the initial values `[T, *shape]` of adapted parameters that depend on the task, by name.
+
+        The others start at the shared parameters. The values come with their graph: the gradient with respect to them
+        is pulled back through it to the parameters that they were computed from.
+        """
+        return {}
+
+    def _theta(self, prepared: Prepared, support: Any, *start: list[Tensor]) -> list[Tensor]:
+        """Return phi_0 of the tasks of a batch, or what they are to start from instead, without a graph."""
+        if start:
+            return start[0]
+        with torch.no_grad():
+            return prepared.theta(tasks_of(support), self._initial(support))
 
     def _prepare(self, *batches: Any, outer: bool = False) -> Prepared:
         """Return the verified plan for these batches, support first. `outer`: also for meta-gradients."""
@@ -353,13 +370,6 @@ class _Known(Function):
     @staticmethod
     def backward(ctx: Any, *ct: Tensor) -> tuple:
         raise NotImplementedError("MAML: derivatives of the meta-gradient are not implemented")
-
-
-def _count(support: Any, query: Any) -> int:
-    tasks, others = tasks_of(support, "support"), tasks_of(query, "query")
-    if tasks != others:
-        raise ValueError(f"MAML: query must have the {tasks} tasks of support, got {others}")
-    return tasks
 
 
 def _reaches(support: Any, query: Any, steps: int) -> None:
@@ -402,7 +412,16 @@ def _engine_of(model: Any, adapt: Adapt, wishes: Wishes, inner: InnerOptimizer) 
     return engine
 
 
-def _non_negative(steps: int) -> int:
+def counts(steps: Any) -> list[int]:
+    """Return the numbers of inner steps of an adaptation curve. Raises ValueError where they are no such sequence."""
+    if not isinstance(steps, Sequence):
+        raise ValueError(f"MAML: steps must be a sequence of numbers of inner steps, got {_shown(steps)}")
+    if not len(steps):
+        raise ValueError("MAML: steps must name at least one number of inner steps, got none")
+    return [non_negative(step) for step in steps]
+
+
+def non_negative(steps: int) -> int:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"MAML: steps must be an integer of at least 0, got {_shown(steps)}")
     return steps

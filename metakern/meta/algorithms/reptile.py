@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metakern.meta.algorithms.maml import MAML
-from metakern.meta.batches import Outer, at_step, tasks_of
+from metakern.meta.batches import Outer, at_step
 from metakern.meta.batching import Loss
 from metakern.meta.engine import Prepared
 
@@ -43,7 +43,7 @@ class Reptile(MAML):
     def _meta_gradient(
         self, prepared: Prepared, support: Any, outer: Outer, *start: list[Tensor]
     ) -> list[Tensor | None]:
-        unroll, theta = prepared.unroll, prepared.theta(tasks_of(support))
+        unroll, theta = prepared.unroll, self._theta(prepared, support, *start)
         *_, phi = unroll.trajectory(theta, support, self.steps)
         moved = [(start - end).sum(0) for start, end in zip(theta, phi, strict=True)]
         hyper = unroll.inner.hyper_parameters()
