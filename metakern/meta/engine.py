@@ -193,10 +193,13 @@ class Prepared:
         usage = sum((captures.usage for captures in self._captures.values()), Usage())
         return replace(self.plan, reasons=(*self.plan.reasons, *reasons), seconds=self._watch.seconds, usage=usage)
 
-    def captures(self, capture: bool | str, precision: str | None = None) -> Captures:
-        """Return the captured programs of this plan for values of the options `capture` and `precision`."""
+    def captures(self, capture: bool | str, precision: str | None = None, **others: Any) -> Captures:
+        """Return the captured programs of this plan for values of the options `capture` and `precision`.
+
+        `others`: what computes besides model, inner optimizer and loss, by name.
+        """
         if (capture, precision) not in self._captures:
-            roots = self.parameters.model, self.unroll.inner, self.loss
+            roots = {"model": self.parameters.model, "inner": self.unroll.inner, "loss": self.loss, **others}
             names = ["the query losses", *self.parameters.adapted, *self.parameters.shared]
             self._captures[capture, precision] = Captures(roots, capture, names, precision, self._watch)
         return self._captures[capture, precision]

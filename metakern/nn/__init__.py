@@ -1,6 +1,6 @@
 """Modules that run metakern's ops, with exact first and second derivatives.
 
-All but `LoraLinear` derive from the modules of the same names in torch.nn and have their constructors, calls and state
+All but `LoraLinear` and `SetEncoder` derive from the modules of the same names in torch.nn and have their constructors, calls and state
 dicts.
 """
 
@@ -10,6 +10,7 @@ from metakern.nn.linear import Linear
 from metakern.nn.lora import LoraLinear
 from metakern.nn.norm import LayerNorm, RMSNorm
 from metakern.nn.recurrent import GRU, LSTM, RNN
+from metakern.nn.set_encoder import SetEncoder
 from metakern.nn.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LoraLinear",
     "MultiheadAttention",
     "RMSNorm",
+    "SetEncoder",
     "SiLU",
     "TransformerDecoderLayer",
     "TransformerEncoder",

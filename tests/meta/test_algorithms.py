@@ -240,3 +240,71 @@ def test_streaming_refuses_windows_that_would_lose_the_optimizer_state() -> None
     mk.Streaming(model, regression_loss, mk.optim.Adam())(chunks).backward()
     with pytest.raises(ValueError, match="window must be None or an integer"):
         mk.Streaming(model, regression_loss, window=0)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 6)
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.net(torch.cat(batch, -1)).tanh().mean(0)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("adapt", [None, ["2"]], ids=["all", "head"])
+def test_hypernetwork_writes_what_the_inner_loop_starts_from(adapt: list[str] | None, steps: int) -> None:
+    torch.manual_seed(0)
+    model, support, query = mlp().double(), points(1), points(2)
+    names = [name for name, _ in model.named_parameters() if adapt is None or name.startswith("2.")]
+    options: dict[str, Any] = {"size": 6, "width": 7, "rank": 2, "steps": steps, "adapt": adapt}
+    hyper = mk.HyperNetwork(model, regression_loss, Encoder().double(), inner=mk.optim.SGD(lr=0.3), **options)
+    starts = hyper.adapt(support, 0)
+    for name in names:
+        torch.testing.assert_close(starts[name], dict(model.named_parameters())[name].expand_as(starts[name]))
+    for p in hyper.generator.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    assert list(starts) == names
+
+    total: Any = 0.0
+    for t in range(T):
+        at = lambda batch, t=t: tree_map(lambda a: a[t], batch)  # noqa: E731
+        written = hyper.generator(hyper.encoder(at(support)).unsqueeze(0))
+        phi = {name: p + written[name][0] if name in written else p for name, p in model.named_parameters()}
+        for _ in range(steps):
+            value = regression_loss(Functional(model, phi), at(support))
+            grads = torch.autograd.grad(value, [phi[name] for name in names], create_graph=True)
+            phi = phi | {name: phi[name] - 0.3 * g for name, g in zip(names, grads, strict=True)}
+        total = total + regression_loss(Functional(model, phi), at(query)) / T
+    truth = gradients(hyper, total)
+    for options_of_plan in ({"strategy": "store"}, {"strategy": "recompute"}, {"capture": True}, {"task_chunk": 2}):
+        other = mk.HyperNetwork(
+            model, regression_loss, hyper.encoder, inner=mk.optim.SGD(lr=0.3), **options, **options_of_plan
+        )
+        other.generator.load_state_dict(hyper.generator.state_dict())
+        for _ in range(3):
+            value = other(support, query)
+            torch.testing.assert_close(value.detach(), total.detach())
+            assert_equal(gradients(other, value), truth)
+            other.zero_grad()
+    with pytest.raises(ValueError, match="encoder must return the embedding"):
+        mk.HyperNetwork(model, regression_loss, Encoder().double(), size=5)(support, query)
+    with pytest.raises(TypeError, match="encoder must be an nn.Module"):
+        mk.HyperNetwork(model, regression_loss, regression_loss, size=5)  # type: ignore[arg-type]
+
+
+def test_a_set_encoder_pools_what_counts() -> None:
+    net = nn.Linear(3, 4).double()
+    x, mask = torch.randn(5, 3).double(), torch.tensor([True, False, True, True, False])
+    for pool in ("mean", "attention"):
+        encoder = mk.nn.SetEncoder(lambda b: net(b[0]), pool, 4, mask=lambda b: b[1], modules=[net]).double()
+        if encoder.query is not None:
+            encoder.query.data.normal_()
+        torch.testing.assert_close(encoder((x, mask)), encoder((x[mask], torch.ones(3, dtype=torch.bool))))
+        assert encoder((x, mask & False)).abs().sum() == 0
+        assert len(list(encoder.parameters())) == 2 + (pool == "attention")
+    torch.testing.assert_close(mk.nn.SetEncoder(net)(x), net(x).mean(0))
+    with pytest.raises(ValueError, match="pool must be"):
+        mk.nn.SetEncoder(net, "max")
+    with pytest.raises(ValueError, match=r"code \[N, D\]"):
+        mk.nn.SetEncoder(net)(x[0])

@@ -1271,7 +1271,7 @@ def test_values_in_a_batch_other_than_tensors_are_compared_by_value(make: Any) -
     def function(batch: Any) -> list[Tensor | None]:
         return [batch[0].square().sum((1, 2)) * number(batch[1])]
 
-    captures, reused = capture.Captures((nn.Identity(), nn.Identity(), function)), make(1.0)
+    captures, reused = capture.Captures({"model": nn.Identity(), "inner": nn.Identity(), "loss": function}), make(1.0)
     for i, k in enumerate((1.0, 1.0, 1.0, 3.0, 1.0, 3.0, 3.0, 1.0)):
         if isinstance(reused, np.ndarray):
             reused[1000] = k  # in the same memory
@@ -1293,7 +1293,7 @@ def test_programs_do_not_read_the_memory_of_an_earlier_batch() -> None:
     def function(batch: Any) -> list[Tensor | None]:
         return [batch[0].square().sum((1, 2)) * torch.from_numpy(batch[1]).sum()]
 
-    captures, first = capture.Captures((nn.Identity(), nn.Identity(), function)), np.ones(2)
+    captures, first = capture.Captures({"model": nn.Identity(), "inner": nn.Identity(), "loss": function}), np.ones(2)
     for i in range(5):
         array = first if i < 2 else np.ones(2)
         x = points(i)[0]

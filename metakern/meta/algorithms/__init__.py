@@ -3,6 +3,7 @@
 from metakern.meta.algorithms.anil import ANIL
 from metakern.meta.algorithms.boil import BOIL
 from metakern.meta.algorithms.fomaml import FOMAML
+from metakern.meta.algorithms.hypernetwork import HyperNetwork
 from metakern.meta.algorithms.imaml import IMAML
 from metakern.meta.algorithms.maml import MAML
 from metakern.meta.algorithms.mamlplusplus import MAMLPlusPlus
@@ -16,6 +17,7 @@ __all__ = [
     "ANIL",
     "BOIL",
     "FOMAML",
+    "HyperNetwork",
     "IMAML",
     "MAML",
     "MAMLPlusPlus",

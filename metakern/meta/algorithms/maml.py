@@ -192,11 +192,12 @@ class MAML(nn.Module):
         """
         support, outer = ordinary(support), ordinary(outer)
         prepared = self._prepare(support, outer, outer=True)
-        gradients: Gradients = [None] * len(prepared.outer)
+        leaves = [*prepared.outer, *self._beside()]
+        gradients: Gradients = [None] * len(leaves)
         losses = []
         run = partial(self._meta_gradient, prepared)
         if self.capture is True or (self.capture and prepared.outer[0].device.type == "cpu"):
-            captures = prepared.captures(self.capture, self.precision)
+            captures = prepared.captures(self.capture, self.precision, **self._others())
             captures.begin()
             run = partial(captures, run)
         else:
@@ -204,7 +205,7 @@ class MAML(nn.Module):
         for found in prepared.by_chunks(run, support, outer, more=start):
             losses.append(found[0])
             gradients = added(gradients, found[1:])
-        return torch.cat(losses), gradients, prepared.outer
+        return torch.cat(losses), gradients, leaves
 
     def adapt(
         self, support: Any, steps: int | None = None, start: Mapping[str, Tensor] | None = None
@@ -314,8 +315,10 @@ class MAML(nn.Module):
         names = list(prepared.parameters.adapted)
         ct_own = {name: ct for name, ct in zip(names, found.theta, strict=True) if name in own and ct is not None}
         ct_theta = [None if name in own else ct for name, ct in zip(names, found.summed, strict=True)]
-        through = derivatives([own[name] for name in ct_own], prepared.outer, list(ct_own.values()))
-        return [found.losses, *added([*ct_theta, *found.shared, *found.hyper], through)]
+        beside = self._beside()
+        through = derivatives([own[name] for name in ct_own], [*prepared.outer, *beside], list(ct_own.values()))
+        direct = [*ct_theta, *found.shared, *found.hyper, *[None] * len(beside)]
+        return [found.losses, *added(direct, through)]
 
     def _initial(self, support: Any) -> dict[str, Tensor]:
         """Return the initial values `[T, *shape]` of adapted parameters that depend on the task, by name.
@@ -324,6 +327,14 @@ class MAML(nn.Module):
         is pulled back through it to the parameters that they were computed from.
         """
         return {}
+
+    def _others(self) -> dict[str, nn.Module]:
+        """Return the modules besides model, inner optimizer and loss that compute initial values, by name."""
+        return {}
+
+    def _beside(self) -> list[Tensor]:
+        """Return the trainable parameters of `_others`."""
+        return [p for module in self._others().values() for p in module.parameters() if p.requires_grad]
 
     def _theta(self, prepared: Prepared, support: Any, *start: list[Tensor]) -> list[Tensor]:
         """Return phi_0 of the tasks of a batch, or what they are to start from instead, without a graph."""

@@ -55,7 +55,6 @@ MICROBATCH_BYTES = 4 * 2**20  # a core's share of the caches
 AUTO_CALLS = 3  # "auto" captures at this call with batches of one kind
 PYTHON_CALLS = 12  # the same for programs that Python runs: recording one takes the time that ten calls of it save
 FIRST_AUDIT, AUDIT_EVERY = 4, 1024  # uses of a program
-_ROOTS = ("model", "inner", "loss")
 Results = list[Tensor | None]
 
 
@@ -70,7 +69,7 @@ class Captures:
     A program that has an executable runs a batch in microbatches.
 
     Args:
-        roots: Model, inner optimizer and loss. Everything that they can reach is guarded.
+        roots: Model, inner optimizer, loss and whatever else computes, by name. All that they can reach is guarded.
         capture: True records at the first call, and warns if it can't. "auto" records at the third call with tasks of
             one kind (at the twelfth, if the program has no executable), and never warns.
         names: Names of the function's results, for messages.
@@ -81,7 +80,7 @@ class Captures:
 
     def __init__(
         self,
-        roots: tuple[Any, Any, Any],
+        roots: dict[str, Any],
         capture: bool | str = True,
         names: Sequence[str] = (),
         precision: str | None = None,
@@ -181,7 +180,7 @@ class Captures:
                 return state if state.number >= 0 else None
         if self._new_states > MOST_NEW_STATES:
             return None
-        guards = Guards(dict(zip(_ROOTS, self._roots, strict=True)))
+        guards = Guards(self._roots)
         for i, state in enumerate(self._states):
             if state.guards.signature == guards.signature:  # equal values in other objects
                 state.guards = guards
