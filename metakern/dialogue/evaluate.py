@@ -29,6 +29,7 @@ from torch import Tensor
 
 from metakern import io
 from metakern.dialogue import checkpoint
+from metakern.dialogue.baselines import FineTune
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.metrics import interval, paired_interval
 from metakern.dialogue.registry import ALGORITHMS, find_algorithm
@@ -49,8 +50,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the adaptation curve of a run on its test tasks, and write `eval.json` and `eval.png` into its folder.
 
-    The baseline finetune has not learned an inner rate. For each number of steps it gets the rate that has the lowest
-    loss on the validation tasks.
+    The baselines finetune and prompt have not learned an inner rate. For each number of steps they get the rate that
+    has the lowest loss on the validation tasks.
 
     Args:
         path: The folder of the run.
@@ -92,7 +93,7 @@ def evaluate(
     own, curves = run.config.algorithm, {}
     for name in (own, *(name for name in compare if name != own)):
         each = run if name == own else _baseline(run, name)
-        if name == "finetune":
+        if isinstance(each.algorithm, FineTune):
             rates = _best_rates(each, validation, steps)
             found = {rate: _at_rate(each, rate, test, steps) for rate in dict.fromkeys(rates)}
             losses = torch.stack([found[rate][i] for i, rate in enumerate(rates)])
@@ -136,7 +137,7 @@ def _baseline(run: Run, name: str) -> Run:
 
 
 def _at_rate(run: Run, rate: float, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> Tensor:
-    """Return the query losses `[len(steps), T]` of a finetune run that adapts at the inner rate `rate`."""
+    """Return the query losses `[len(steps), T]` of a run of a baseline that adapts at the inner rate `rate`."""
     for optimizer in run.algorithm.inner.modules():
         if isinstance(optimizer, Stepwise):
             optimizer.lr.initial = rate

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import metakern as mk
-from metakern.dialogue.episodes import Batch
+from metakern.dialogue.baselines import FineTune, InContext, PromptTuning
 from metakern.dialogue.models import build_model
 from metakern.errors import UserError, by_the_user
 from metakern.optim import InnerOptimizer
@@ -20,26 +19,6 @@ from metakern.optim import InnerOptimizer
 if TYPE_CHECKING:
     from metakern.dialogue.config import Config
     from metakern.dialogue.tokenizer import DialogueTokenizer
-
-
-class FineTune(nn.Module):
-    """The baseline: plain training on support and query together, and MAML's adaptation afterwards.
-
-    `options` are those of `metakern.MAML`.
-    """
-
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], **options: Any) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-        maml = mk.MAML(model, loss, **options)
-        self.inner, self.adapt, self.evaluate = maml.inner, maml.adapt, maml.evaluate
-
-    def forward(self, support: Batch, query: Batch) -> Tensor:
-        """Return the mean loss over all labeled tokens, a scalar.
-
-        The tensors of support, `[T, B, L]`, and query, `[T, C, L]`, are put together to `[T * (B + C), L]`.
-        """
-        return self.loss(self.model, {k: torch.cat([support[k], query[k]], 1).flatten(0, 1) for k in support})
 
 
 @dataclass(frozen=True)
@@ -67,7 +46,10 @@ ALGORITHMS = {
     "imaml": Algorithm(mk.IMAML, "fixed"),
     "reptile": Algorithm(mk.Reptile),
     "finetune": Algorithm(FineTune, "fixed"),
+    "prompt": Algorithm(PromptTuning, "fixed"),
+    "incontext": Algorithm(InContext, "fixed"),
 }
+PLAIN = (FineTune, PromptTuning, InContext)  # trained without an inner loop
 OPTIMIZERS: dict[str, Any] = {
     "sgd": mk.optim.SGD,
     "adam": mk.optim.Adam,
@@ -123,13 +105,13 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
     Raises:
         UserError: If the model or a setting does not suit the algorithm.
     """
+    algorithm = ALGORITHMS[config.algorithm]
     precision = None if config.precision == "float32" else config.precision
     options: dict[str, Any] = {"steps": config.inner_steps, "precision": precision}
     if config.adapt:
         options["adapt"] = list(config.adapt)
-    if config.algorithm != "finetune":  # recording a pretrained model takes seconds for each length of a batch
+    if algorithm.make not in PLAIN:  # recording a pretrained model takes seconds for each length of a batch
         options["capture"] = config.capture and config.device == "cpu" and not config.pretrained
-    algorithm = ALGORITHMS[config.algorithm]
     if algorithm.rates == "own":
         options["lr"] = config.inner_lr
     else:
@@ -177,8 +159,10 @@ def tokenizer_class(config: Config) -> type[DialogueTokenizer]:
 
 
 def _new(config: Config, tokenizer: DialogueTokenizer) -> nn.Module:
+    in_context = config.algorithm == "incontext"
+    longest = config.max_length * (1 + config.support_size * in_context)
     sizes = (
-        {"width": config.width, "heads": config.heads, "max_length": config.max_length}
+        {"width": config.width, "heads": config.heads, "max_length": longest}
         if config.model == "gpt"
         else {"embedding": config.width, "hidden": config.hidden}
     )

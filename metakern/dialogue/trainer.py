@@ -27,9 +27,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from metakern import io
 from metakern.dialogue import checkpoint
+from metakern.dialogue.baselines import FineTune
 from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Episodes
-from metakern.dialogue.registry import FineTune, build_algorithm, tokenizer_class
+from metakern.dialogue.registry import build_algorithm, tokenizer_class
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import curve, episodes, load_split, on_device_of
 from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer

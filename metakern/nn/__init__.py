@@ -1,7 +1,7 @@
 """Modules that run metakern's ops, with exact first and second derivatives.
 
-All but `LoraLinear` and `SetEncoder` derive from the modules of the same names in torch.nn and have their constructors, calls and state
-dicts.
+All but `LoraLinear`, `SetEncoder` and `SoftPrompt` derive from the modules of the same names in torch.nn and have their
+constructors, calls and state dicts.
 """
 
 from metakern.nn.activation import GELU, SiLU
@@ -11,6 +11,7 @@ from metakern.nn.lora import LoraLinear
 from metakern.nn.norm import LayerNorm, RMSNorm
 from metakern.nn.recurrent import GRU, LSTM, RNN
 from metakern.nn.set_encoder import SetEncoder
+from metakern.nn.soft_prompt import SoftPrompt
 from metakern.nn.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "RMSNorm",
     "SetEncoder",
     "SiLU",
+    "SoftPrompt",
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",

@@ -289,7 +289,7 @@ def test_hypernetwork_writes_what_the_inner_loop_starts_from(adapt: list[str] | 
             other.zero_grad()
     with pytest.raises(ValueError, match="encoder must return the embedding"):
         mk.HyperNetwork(model, regression_loss, Encoder().double(), size=5)(support, query)
-    with pytest.raises(TypeError, match="encoder must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"encoder must be an nn\.Module"):
         mk.HyperNetwork(model, regression_loss, regression_loss, size=5)  # type: ignore[arg-type]
 
 

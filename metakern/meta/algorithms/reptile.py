@@ -22,8 +22,8 @@ class Reptile(MAML):
     """Reptile's gradient with MAML's interface.
 
     The arguments are those of `metakern.MAML`; `strategy`, `first_order` and `query_weights` have no effect, as neither
-    second derivatives nor gradients of the query are taken. Parameters that are not adapted, and learned hyper-parameters
-    of the inner optimizer, get no gradient.
+    second derivatives nor gradients of the query are taken. Parameters that are not adapted, and learned
+    hyper-parameters of the inner optimizer, get no gradient.
 
     Raises:
         TypeError: As `metakern.MAML` raises it.

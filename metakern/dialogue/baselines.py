@@ -1,0 +1,101 @@
+"""Baselines without meta-learning, with MAML's interface: plain training, soft prompts, and the support as context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import metakern as mk
+from metakern.dialogue.episodes import Batch
+from metakern.errors import UserError
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+class FineTune(nn.Module):
+    """Plain training on support and query together, and MAML's adaptation afterwards.
+
+    `options` are those of `metakern.MAML`.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, **options: Any) -> None:
+        super().__init__()
+        self.model, self.trained, self.loss = model, model, loss
+        maml = mk.MAML(model, loss, **options)
+        self.inner, self.adapt, self.evaluate = maml.inner, maml.adapt, maml.evaluate
+
+    def forward(self, support: Batch, query: Batch) -> Tensor:
+        """Return the mean loss over all labeled tokens, a scalar.
+
+        The tensors of support, `[T, B, L]`, and query, `[T, C, L]`, are put together to `[T * (B + C), L]`.
+        """
+        return self.loss(self.trained, {k: torch.cat([support[k], query[k]], 1).flatten(0, 1) for k in support})
+
+
+class PromptTuning(FineTune):
+    """Plain training of the model with a soft prompt, of which the adaptation changes the prompt alone.
+
+    Lester et al. 2021, "The power of scale for parameter-efficient prompt tuning". `length` is that of the prompt.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, length: int = 8, **options: Any) -> None:
+        super().__init__(mk.nn.SoftPrompt(model, length), loss, **options | {"adapt": ["prompt"]})
+        self.model, self.adapt = model, _refused
+
+
+class InContext(nn.Module):
+    """Training and evaluation with the support as context before each query, and no gradients at adaptation.
+
+    Min, Lewis, Zettlemoyer, Hajishirzi 2022, "MetaICL", section 3. The windows of the support come first, without their
+    padding; then the query, whose labels alone count.
+
+    Args:
+        model: Without a limit to the length of its input, or with one as its attribute `max_length`.
+        loss: `loss(model, batch)` returns the loss of a batch `[B, L]`.
+        **options: Those of `metakern.MAML`, of which none has an effect, as there is no inner loop.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, **options: Any) -> None:
+        super().__init__()
+        self.model, self.loss, self.inner, self.adapt = model, loss, None, _refused
+
+    def forward(self, support: Batch, query: Batch) -> Tensor:
+        """Return the mean loss over all labeled tokens of the queries, a scalar."""
+        tasks = [self._contexts(support, query, t) for t in range(len(query["input_ids"]))]
+        longest = max(t["input_ids"].shape[1] for t in tasks)
+        joined = [{k: _padded(v, longest, k) for k, v in task.items()} for task in tasks]
+        return self.loss(self.model, {k: torch.cat([task[k] for task in joined]) for k in joined[0]})
+
+    @torch.no_grad()
+    def evaluate(self, support: Batch, query: Batch, steps: Sequence[int] = (0,)) -> Tensor:
+        """Return the query losses `[len(steps), T]`; all rows are equal, as there are no inner steps."""
+        tasks = range(len(query["input_ids"]))
+        losses = [self.loss(self.model, self._contexts(support, query, t)) for t in tasks]
+        return torch.stack(losses).expand(len(steps), -1).clone()
+
+    def _contexts(self, support: Batch, query: Batch, t: int) -> Batch:
+        """Return the queries of task t, `[C, L']`, each after the support's tokens."""
+        ids, mask = support["input_ids"][t], support["attention_mask"][t].bool()
+        limit = getattr(self.model, "max_length", None) or getattr(
+            getattr(self.model, "config", None), "max_position_embeddings", None
+        )
+        length, windows = query["input_ids"].shape[2], [row[kept] for row, kept in zip(ids, mask, strict=True)]
+        while limit and windows and sum(map(len, windows)) + length > limit:
+            windows.pop(0)  # the latest fit
+        context = torch.cat([*windows, ids.new_empty(0)])
+        C, n = query["input_ids"].shape[1], len(context)
+        before = {"input_ids": context.expand(C, -1), "attention_mask": ids.new_ones(C, n)}
+        before["labels"] = ids.new_full((C, n), -100)
+        return {k: torch.cat([before[k], query[k][t]], 1) for k in before}
+
+
+def _refused(*args: Any, **options: Any) -> Any:
+    raise UserError("adapt: prompt and incontext leave a model's weights as they are: adapt a run of another algorithm")
+
+
+def _padded(x: Tensor, length: int, key: str) -> Tensor:
+    """Return x `[C, L]` padded on the right to `[C, length]`."""
+    return nn.functional.pad(x, (0, length - x.shape[1]), value=-100 if key == "labels" else 0)

@@ -1,0 +1,124 @@
+"""Baselines: soft prompts and the support as context, and every algorithm through training and evaluation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_config, write_tasks
+
+import metakern as mk
+from metakern.dialogue.baselines import InContext
+from metakern.dialogue.chat import adapt
+from metakern.dialogue.evaluate import evaluate
+from metakern.dialogue.models import build_model
+from metakern.dialogue.registry import ALGORITHMS
+from metakern.dialogue.trainer import train
+from metakern.errors import UserError
+
+
+def batch(tasks: int, windows: int, length: int, seed: int) -> dict[str, torch.Tensor]:
+    """Return token batches in which window i of task t has its last (i + t) % 3 tokens padded."""
+    ids = torch.randint(1, 20, (tasks, windows, length), generator=torch.Generator().manual_seed(seed))
+    padding = (torch.arange(windows) + torch.arange(tasks)[:, None]) % 3
+    mask = torch.arange(length) < (length - padding)[..., None]
+    return {"input_ids": ids * mask, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+
+
+@pytest.mark.parametrize("name", ["gru", "gpt"])
+def test_in_context_puts_the_tokens_of_the_support_before_each_query(name: str) -> None:
+    sizes = {"width": 8, "heads": 2, "max_length": 64} if name == "gpt" else {"embedding": 8, "hidden": 8}
+    model = build_model(name, 20, **sizes)
+    support, query = batch(3, 2, 6, 1), batch(3, 4, 5, 2)
+    algorithm = InContext(model, mk.losses.causal_lm)
+    losses = algorithm.evaluate(support, query, (0, 3))
+    assert losses.shape == (2, 3)
+    counts = []
+    for t in range(3):
+        context = support["input_ids"][t][support["attention_mask"][t].bool()]
+        total, count = torch.zeros(()), 0
+        for c in range(4):
+            n = int(query["attention_mask"][t, c].sum())
+            ids = torch.cat([context, query["input_ids"][t, c, :n]])
+            logits = model(ids[None])[0, len(context) - 1 : -1]
+            total = total + torch.nn.functional.cross_entropy(logits, ids[len(context) :], reduction="sum")
+            count += n
+        torch.testing.assert_close(losses[0, t], (total / count).detach())
+        counts.append(count)
+    mean = (losses[0] * torch.tensor(counts)).sum() / sum(counts)
+    torch.testing.assert_close(algorithm(support, query).detach(), mean)
+    algorithm(support, query).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    if name == "gpt":  # the latest windows that fit
+        model.max_length = 5 + 6
+        last = {k: v[:, 1:] for k, v in support.items()}
+        torch.testing.assert_close(algorithm.evaluate(support, query), algorithm.evaluate(last, query))
+
+
+@pytest.mark.parametrize("name", ["gru", "gpt"])
+def test_a_soft_prompt_is_adapted_alone(name: str) -> None:
+    sizes = {"width": 8, "heads": 2, "max_length": 64} if name == "gpt" else {"embedding": 8, "hidden": 8}
+    prompted = mk.nn.SoftPrompt(build_model(name, 20, **sizes), 3).double()
+    support, query = batch(2, 2, 6, 1), batch(2, 2, 6, 2)
+    for b in (support, query):
+        b["attention_mask"].fill_(1)
+    at = lambda b, t: {k: v[t] for k, v in b.items()}  # noqa: E731
+    total = torch.zeros((), dtype=torch.float64)
+    for t in range(2):
+        prompt = prompted.prompt
+        for _ in range(2):
+            phi = {"prompt": prompt}
+            call = lambda *a, phi=phi, **k: torch.func.functional_call(prompted, phi, a, k)  # noqa: E731
+            value = mk.losses.causal_lm(call, at(support, t))  # type: ignore[arg-type]
+            prompt = prompt - 0.5 * torch.autograd.grad(value, prompt, create_graph=True)[0]
+        call = lambda *a, phi=prompt, **k: torch.func.functional_call(prompted, {"prompt": phi}, a, k)  # noqa: E731
+        total = total + mk.losses.causal_lm(call, at(query, t)) / 2  # type: ignore[arg-type]
+    truth = torch.autograd.grad(total, list(prompted.parameters()))
+    for strategy in ("store", "recompute"):
+        maml = mk.MAML(
+            prompted, mk.losses.causal_lm, mk.optim.SGD(0.5), 2, adapt=["prompt"], strategy=strategy, capture=False
+        )
+        found = torch.autograd.grad(maml(support, query), list(prompted.parameters()))
+        for a, b in zip(found, truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    logits = prompted(support["input_ids"][0])
+    assert logits.shape == (2, 6, 20)
+    assert sorted(maml.adapt(support)) == ["prompt"]
+
+
+def test_soft_prompts_refuse_what_has_no_place_for_them() -> None:
+    with pytest.raises(ValueError, match="must have an embedding of tokens"):
+        mk.nn.SoftPrompt(torch.nn.Linear(2, 2), 3)
+    with pytest.raises(ValueError, match="length must be an integer of at least 1, got 0"):
+        mk.nn.SoftPrompt(torch.nn.Embedding(2, 2), 0)
+
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(9, 4)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.embedding(ids) + self.embedding(ids)
+
+    with pytest.raises(ValueError, match="one call of its embedding, got 2"):
+        mk.nn.SoftPrompt(Twice(), 3)(torch.zeros(1, 5, dtype=torch.long))
+
+
+def test_every_algorithm_is_trained_and_compared(tmp_path) -> None:
+    data = write_tasks(tmp_path / "data", tasks=20, dialogues=9)
+    config = tiny_config(data, steps=2, pretrain_steps=2, eval_tasks=2)
+    train(config, tmp_path / "run")
+    names = tuple(name for name in ALGORITHMS if name != "maml")
+    report = evaluate(tmp_path / "run", (0, 1), names)
+    assert list(report["curves"]) == ["maml", *names]
+    for curve in report["curves"].values():
+        assert all(math.isfinite(value) for row in curve["loss"] for value in row)
+    in_context = report["curves"]["incontext"]["loss"]
+    assert in_context[0] == in_context[1]
+    for name in ("prompt", "incontext"):
+        with pytest.raises(UserError, match="adapt: prompt and incontext leave"):
+            adapt(tmp_path / "run" / name, str(data), tmp_path / f"adapted-{name}")
+    train(replace(config, algorithm="incontext"), tmp_path / "own")
+    assert evaluate(tmp_path / "own", (0,))["curves"]["incontext"]["perplexity"][0] > 1
