@@ -1,7 +1,7 @@
 """Modules that run metakern's ops, with exact first and second derivatives.
 
-All but `LoraLinear` derive from the modules of the same names in torch.nn and have their constructors, calls and state
-dicts.
+All but `LoraLinear` and `TextEncoder` derive from the modules of the same names in torch.nn and have their
+constructors, calls and state dicts.
 """
 
 from metakern.nn.activation import GELU, SiLU
@@ -10,6 +10,7 @@ from metakern.nn.linear import Linear
 from metakern.nn.lora import LoraLinear
 from metakern.nn.norm import LayerNorm, RMSNorm
 from metakern.nn.recurrent import GRU, LSTM, RNN
+from metakern.nn.text import TextEncoder
 from metakern.nn.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MultiheadAttention",
     "RMSNorm",
     "SiLU",
+    "TextEncoder",
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
