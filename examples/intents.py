@@ -13,13 +13,7 @@ from metakern.dialogue.models import build_model
 
 VERBS = ("book reserve", "cancel drop", "move postpone", "check show", "pay settle", "share send", "rate review")
 THINGS = ("flight plane", "hotel room", "table dinner", "taxi ride", "ticket seat", "parcel package", "course class")
-TEMPLATES = (
-    "please {} the {}",
-    "can you {} my {} today",
-    "i want to {} a {}",
-    "{} {} now",
-    "help me {} this {} please",
-)
+TEMPLATES = ("please {} the {}", "can you {} my {} today", "i want to {} a {}", "{} {} now", "help me {} this {}")
 WORDS = sorted({word for part in (*VERBS, *THINGS, *TEMPLATES) for word in part.split()} - {"{}"})
 Batch = dict[str, torch.Tensor]
 
