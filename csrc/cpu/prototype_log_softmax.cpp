@@ -9,6 +9,8 @@
 // differences are taken before they are squared, so that embeddings far from zero lose no digits.
 #include "rows.h"
 
+#include <type_traits>
+
 namespace metakern::METAKERN_ISA {
 namespace {
 
@@ -68,6 +70,15 @@ void each_task(const Args& args, Body body) {
     });
 }
 
+// body(K, c) for the classes from c to c + K - 1: four at a time, for which a query is loaded once, and whose sums do not
+// wait for each other.
+template <class Body>
+void each_class(int64_t C, Body body) {
+    int64_t c = 0;
+    for (; c + 4 <= C; c += 4) body(std::integral_constant<int, 4>{}, c);
+    for (; c < C; ++c) body(std::integral_constant<int, 1>{}, c);
+}
+
 template <class F>
 void forward(const Args& args) {
     const F *x = args.tensor<F>(0), *u = args.tensor<F>(1);
@@ -78,13 +89,19 @@ void forward(const Args& args) {
         task.means(x + t * task.S * D, means);
         for (int64_t q = t * task.Q; q < (t + 1) * task.Q; ++q) {
             F *row = y + q * C, top = -F(__builtin_inf()), sum_of_exp = 0;
-            for (int64_t c = 0; c < C; ++c) {
-                Vec<F> squares{};
+            each_class(C, [&](auto K, int64_t c) {
+                Vec<F> squares[K] = {};
                 each<F>(D, [&](int64_t d, auto... n) {
-                    const Vec<F> apart = load(u + q * D + d, n...) - load(means + c * D + d, n...);
-                    squares += apart * apart;
+                    const Vec<F> of_u = load(u + q * D + d, n...);
+                    for (int k = 0; k < K; ++k) {
+                        const Vec<F> apart = of_u - load(means + (c + k) * D + d, n...);
+                        squares[k] += apart * apart;
+                    }
                 });
-                row[c] = task.present(c) ? -sum<F>(squares) : -F(__builtin_inf());
+                for (int k = 0; k < K; ++k) row[c + k] = -sum<F>(squares[k]);
+            });
+            for (int64_t c = 0; c < C; ++c) {
+                if (!task.present(c)) row[c] = -F(__builtin_inf());
                 top = row[c] > top ? row[c] : top;
             }
             for (int64_t c = 0; c < C; ++c) sum_of_exp += task.present(c) ? exp(row[c] - top) : F(0);
@@ -107,14 +124,19 @@ void jvp(const Args& args) {
         task.means(t_x + t * task.S * D, t_means);
         for (int64_t q = t * task.Q; q < (t + 1) * task.Q; ++q) {
             F *row = t_y + q * C, expected = 0;
-            for (int64_t c = 0; c < C; ++c) {
-                Vec<F> products{};
+            each_class(C, [&](auto K, int64_t c) {
+                Vec<F> products[K] = {};
                 each<F>(D, [&](int64_t d, auto... n) {
-                    products += (load(u + q * D + d, n...) - load(means + c * D + d, n...)) *
-                                (load(t_u + q * D + d, n...) - load(t_means + c * D + d, n...));
+                    const Vec<F> of_u = load(u + q * D + d, n...), of_t_u = load(t_u + q * D + d, n...);
+                    for (int k = 0; k < K; ++k)
+                        products[k] += (of_u - load(means + (c + k) * D + d, n...)) *
+                                       (of_t_u - load(t_means + (c + k) * D + d, n...));
                 });
-                row[c] = task.present(c) ? F(-2) * sum<F>(products) : F(0);
-                expected += task.present(c) ? exp(y[q * C + c]) * row[c] : F(0);
+                for (int k = 0; k < K; ++k) row[c + k] = F(-2) * sum<F>(products[k]);
+            });
+            for (int64_t c = 0; c < C; ++c) {
+                if (!task.present(c)) row[c] = 0;
+                expected += exp(y[q * C + c]) * row[c];
             }
             for (int64_t c = 0; c < C; ++c)
                 if (task.present(c)) row[c] -= expected;
@@ -133,15 +155,22 @@ void pull(const Task<F>& task, const F* u, const F* p, const F* t_u, const F* t_
     std::memset(ct_u, 0, static_cast<std::size_t>(task.Q * D) * sizeof(F));
     for (int64_t q = 0; q < task.Q; ++q) {
         row(q, a, b);
-        for (int64_t c = 0; c < C; ++c) {
-            if (!task.present(c)) continue;
+        for (int64_t c = 0; c < C; ++c)
+            if (!task.present(c)) a[c] = b[c] = 0;
+        each_class(C, [&](auto K, int64_t c) {
             each<F>(D, [&](int64_t d, auto... n) {
-                Vec<F> v = a[c] * (load(u + q * D + d, n...) - load(p + c * D + d, n...));
-                if (t_u) v += b[c] * (load(t_u + q * D + d, n...) - load(t_p + c * D + d, n...));
-                add(ct_u + q * D + d, v, n...);
-                add(ct_p + c * D + d, -v, n...);
+                const Vec<F> of_u = load(u + q * D + d, n...);
+                Vec<F> total{};
+                for (int k = 0; k < K; ++k) {
+                    const int64_t i = (c + k) * D + d;
+                    Vec<F> v = a[c + k] * (of_u - load(p + i, n...));
+                    if (t_u) v += b[c + k] * (load(t_u + q * D + d, n...) - load(t_p + i, n...));
+                    total += v;
+                    add(ct_p + i, -v, n...);
+                }
+                add(ct_u + q * D + d, total, n...);
             });
-        }
+        });
     }
     task.spread(ct_p, ct_x);
 }

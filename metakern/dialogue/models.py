@@ -81,8 +81,12 @@ class RNNLM(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits `[B, L, V]` of the tokens `input_ids` `[B, L]`, int64."""
+        return self.head(self.hidden_states(input_ids))
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """Return what the head is applied to, `[B, L, D]`."""
         hidden, _ = self.rnn(self.drop(self.embedding(input_ids)))
-        return self.head(self.drop(self.projection(hidden)))
+        return self.drop(self.projection(hidden))
 
 
 class GPT(nn.Module):
@@ -137,13 +141,17 @@ class GPT(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits `[B, L, V]` of the tokens `input_ids` `[B, L]`, int64."""
+        return self.head(self.hidden_states(input_ids))
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """Return what the head is applied to, `[B, L, D]`."""
         if input_ids.shape[-1] > self.max_length:
             raise ValueError(f"GPT: input_ids must be at most {self.max_length} long, got {input_ids.shape[-1]}")
         x = self.drop(self.embedding(input_ids))
         rotation = rotations(x.shape[1], self.head_width, x)
         for block in self.blocks:
             x = block(x, *rotation)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
 
 class Block(nn.Module):

@@ -52,9 +52,9 @@ def shots_of(labels: Tensor, classes: int) -> Tensor:
 
 def prototypes(x: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Return the mean embedding of each class, `[T, C, D]`, for embeddings x `[T, N, D]`."""
-    member = membership(labels, classes)
+    member = membership(labels, classes).to(x.dtype)
     kept = torch.where((labels >= 0).unsqueeze(-1), x, 0.0)
-    return member.to(x.dtype) @ kept / member.sum(-1).clamp(min=1).unsqueeze(-1)
+    return member @ kept / member.sum(-1, keepdim=True).clamp(min=1)
 
 
 def check_support(of: str, labels: Tensor, classes: int) -> None:

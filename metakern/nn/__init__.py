@@ -1,7 +1,7 @@
 """Modules that run metakern's ops, with exact first and second derivatives.
 
-All but `LoraLinear`, `SetEncoder` and `SoftPrompt` derive from the modules of the same names in torch.nn and have their
-constructors, calls and state dicts.
+The layers derive from the modules of the same names in torch.nn and have their constructors, calls and state dicts.
+`LoraLinear`, `SetEncoder`, `SoftPrompt` and `TextEncoder` are metakern's own.
 """
 
 from metakern.nn.activation import GELU, SiLU
@@ -12,6 +12,7 @@ from metakern.nn.norm import LayerNorm, RMSNorm
 from metakern.nn.recurrent import GRU, LSTM, RNN
 from metakern.nn.set_encoder import SetEncoder
 from metakern.nn.soft_prompt import SoftPrompt
+from metakern.nn.text import TextEncoder
 from metakern.nn.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "SetEncoder",
     "SiLU",
     "SoftPrompt",
+    "TextEncoder",
     "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",

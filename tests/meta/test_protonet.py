@@ -249,6 +249,7 @@ def test_protomaml_is_captured() -> None:
         found = gradients(net, captured(support, query))
         assert_equal(found, gradients(net, plain_protomaml(net[0], support, query, 2, 0.2).mean()), 1e-9)
     assert captured.plan.usage.captured
+    assert "without an executable" not in str(captured.plan)
 
 
 def test_protomaml_learns_hyper_parameters_and_adam() -> None:

@@ -45,6 +45,13 @@ def test_training_loops_learn(example: str) -> None:
 
 
 @pytest.mark.slow
+def test_prototypes_classify_intents_that_were_not_trained_on() -> None:
+    before, after = numbers_of("intents.py")
+    assert before < 0.6
+    assert after > 0.85
+
+
+@pytest.mark.slow
 def test_lightning_learns_and_validates() -> None:
     before, _, after, adapted = numbers_of("lightning_module.py")[-4:]
     assert adapted < 0.5 * before
