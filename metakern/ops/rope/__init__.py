@@ -67,7 +67,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     expected, names = (x.shape[-2:], "[L, D]") if cos.dim() == 2 else ((*lead, *x.shape[-2:]), "[B, L, D]")
     for name, value in {"cos": cos, "sin": sin}.items():
         checks.shape("rope", name, value, expected, names)
-    if plain.is_faster(x, x.numel(), _SMALL):
+    learned = cos.requires_grad or sin.requires_grad  # which the op refuses
+    if not learned and plain.is_faster(x, x.numel(), _SMALL):
         return _plain(x, cos, sin)
     if cos.dim() == 2:
         cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
