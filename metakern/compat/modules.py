@@ -42,6 +42,13 @@ _OWN = {
     "_fmodel_source",
     "training",
 }
+# Files whose modules, but for those in _CALLERS, call no function that `fused` replaces.
+_LAYERS = {
+    *(f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "container", "conv", "dropout", "flatten")),
+    *(f"torch.nn.modules.{name}" for name in ("linear", "normalization", "padding", "pooling")),
+    *(f"metakern.nn.{name}" for name in ("activation", "linear", "norm")),
+}
+_CALLERS = {nn.GELU, nn.MultiheadAttention, nn.SiLU}
 # Attributes that hold hooks; most are empty.
 _HOOKS = {name for name in nn.Module().__dict__ if "hook" in name} - _OWN
 
@@ -308,24 +315,34 @@ def stepped(module: nn.Module, changed: Iterable[tuple[Tensor, Tensor]]) -> None
     `changed` holds pairs (old tensor, new tensor). Containers, closures and objects that `copied` made for the tree are
     updated to hold the new tensors.
     """
-    now = torch._C._autograd._get_sequence_nr()
-    for owner in module.modules():
+    now, owners = torch._C._autograd._get_sequence_nr(), list(module.modules())
+    for owner in owners:
         if not isinstance(owner._parameters, Guarded):
             owner.__dict__["_parameters"] = Guarded(owner._parameters)
         owner.__dict__["_parameters"].since = now
-    held = [owner for owner in module.modules() if "_references" in owner.__dict__]
+    held = [owner for owner in owners if "_references" in owner.__dict__]
     if not held:
         return
-    references = References(changed, bounds=module.modules())
+    references = References(changed, bounds=owners)
     for owner in held:
         for name, value in owner.__dict__["_references"].items():
             if owner.__dict__.get(name) is value:  # else the user has set the attribute since, and it stays
                 owner.__dict__["_references"][name] = owner.__dict__[name] = references.mended(value)
 
 
-def is_ours(module: nn.Module) -> bool:
-    """Returns whether the tree has modules of metakern, as after `metakern.patch`."""
-    return any(type(part).__module__.startswith(("metakern.nn.", "metakern.patching.")) for part in module.modules())
+def needs_fused(module: nn.Module) -> bool:
+    """Returns whether a tree must run within `fused`.
+
+    It must if it has modules of metakern, as after `metakern.patch`, and code that may call functions which `fused`
+    replaces. Plain layers of torch.nn call none.
+    """
+    parts = list(module.modules())
+    kinds = set(map(type, parts))
+    if not any(kind.__module__.startswith(("metakern.nn.", "metakern.patching.")) for kind in kinds):
+        return False
+    if any(kind.__module__ not in _LAYERS or kind in _CALLERS for kind in kinds):
+        return True
+    return any("forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
 @contextmanager

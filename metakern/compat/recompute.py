@@ -27,8 +27,10 @@ def recomputes(module: nn.Module) -> bool:
 
 
 def _of_instance(state: dict[str, Any]) -> bool:
-    given = (value for value in state.values() if isinstance(value, FunctionType | MethodType | partial))
-    return "forward" in state or any(_named(value, set()) for value in given)
+    if "forward" in state:
+        return True
+    kinds = {kind for kind in set(map(type, state.values())) if issubclass(kind, FunctionType | MethodType | partial)}
+    return bool(kinds) and any(type(value) in kinds and _named(value, set()) for value in state.values())
 
 
 @cache

@@ -2,12 +2,14 @@
 
 PyTorch's attention with second derivatives stores L x L matrices and runs a dozen kernels per call; its cross-entropy,
 GELU and SiLU run three to eight kernels at second order. A call with arguments that an op doesn't support is left to
-PyTorch.
+PyTorch, and so is one on small tensors (`metakern.ops.core.plain`), but for programs, which call kernels at any size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metakern import ops
+from metakern.ops.core import plain
+
+_SMALL_ATTENTION = 2**19  # multiplications of the scores; see ops/core/plain.py
 
 
 class Repaired(TorchFunctionMode):
@@ -31,8 +36,17 @@ class FusedFunctions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         fused = _FUSED.get(func)
-        found = NotImplemented if fused is None else fused(*args, **kwargs)
+        if fused is None:
+            return func(*args, **kwargs)
+        found = fused(*args, **kwargs)
         return func(*args, **kwargs) if found is NotImplemented else found
+
+
+@contextmanager
+def fused_kernels() -> Iterator[None]:
+    """`FusedFunctions` whose ops run their kernels on small tensors too, as captured programs call these."""
+    with plain.kernels(), FusedFunctions():
+        yield
 
 
 def _attention(
@@ -60,6 +74,8 @@ def _attention(
         if attn_mask.dtype != torch.bool or attn_mask.shape != (B, 1, 1, L_k) or is_causal:
             return NotImplemented
         attn_mask = attn_mask[:, 0, 0]
+    elif plain.is_faster(query, query.numel() * L_k, _SMALL_ATTENTION):
+        return NotImplemented
     return ops.attention(query, key, value, causal=is_causal, mask=attn_mask, scale=scale)
 
 
@@ -92,6 +108,8 @@ def _embedding(
 ) -> Any:
     """Embedding. Unlike PyTorch's under vmap, it never reads the next task's table where a token is out of range."""
     if max_norm is not None or scale_grad_by_freq or sparse or weight.dim() != 2 or not weight.is_floating_point():
+        return NotImplemented
+    if plain.is_faster(weight, input.numel(), inf):
         return NotImplemented
     rows = ops.embedding(input, weight)
     if padding_idx is None or padding_idx < 0:

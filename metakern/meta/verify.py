@@ -33,7 +33,7 @@ from metakern.meta.seconds import Stopwatch
 from metakern.meta.slopes import direction, judge, norm
 from metakern.meta.state import ModuleState, seeded, undisturbed
 from metakern.meta.unroll import Gradients, Unroll, derivatives
-from metakern.ops.core.autocast import plain_operations
+from metakern.ops.core.plain import plain_operations
 from metakern.optim import SGD
 
 TOLERANCE = 1e-6  # relative error of each tensor in float64; a model that computes in float32 inside has about 1e-7

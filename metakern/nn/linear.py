@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern import ops
+from metakern.native import memory
 from metakern.ops.core import autocast
+from metakern.ops.linear import is_small
 
 
 class Linear(nn.Linear):
@@ -28,10 +31,24 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns x Wᵀ + b, by metakern's op, or by PyTorch's function where PyTorch must choose the dtype."""
-    return F.linear(x, weight, bias) if mixed(x, weight) else ops.linear(x, weight, bias)
+    """Returns x Wᵀ + b, by metakern's op, or by PyTorch's function on small tensors and for it to choose the dtype."""
+    with torch._C.DisableTorchFunction():  # else a mode is called for each attribute
+        plain = _fits(x, weight, bias) and is_small(x, weight)
+    return F.linear(x, weight, bias) if plain or mixed(x, weight) else ops.linear(x, weight, bias)
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Returns whether the arguments are right beyond doubt; the op says what is wrong with others."""
+    if not (x.dim() and weight.dim() == 2 and x.shape[-1] == weight.shape[1] and weight.dtype == x.dtype):
+        return False
+    memory.check("linear", "x", x)
+    memory.check("linear", "weight", weight)
+    if bias is not None:
+        memory.check("linear", "bias", bias)
+    return weight.is_cpu and (bias is None or (bias.is_cpu and bias.dtype == x.dtype))
 
 
 def mixed(x: Tensor, *parameters: Tensor | None) -> bool:
     """Returns whether PyTorch must choose the dtype: under autocast, or if a parameter's dtype is not that of x."""
-    return autocast.enabled(x.device) or any(p is not None and p.dtype != x.dtype for p in parameters)
+    with torch._C.DisableTorchFunction():  # else a mode is called for each attribute
+        return autocast.enabled(x.device) or any(p is not None and p.dtype != x.dtype for p in parameters)

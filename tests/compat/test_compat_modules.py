@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import metakern as mk
 from metakern.compat import higher
 from metakern.compat import learn2learn as l2l
+from metakern.compat.modules import needs_fused
 
 LR, STEPS = 0.7, 3
 Step = Callable[[Tensor], Any]
@@ -655,3 +656,20 @@ def test_parameters_of_functional_models_can_be_set() -> None:
         ValueError, match=r"fmodel: parameters must be set in the functional model itself, got 'weight'"
     ):
         copy.deepcopy(higher.monkeypatch(nn.Linear(2, 1))).weight = weight
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * F.gelu(x)
+
+
+def test_only_models_that_may_call_a_replaced_function_run_within_fused() -> None:
+    layers = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    assert not needs_fused(layers)
+    mk.patch(layers)
+    assert not needs_fused(layers)
+    for other in (nn.GELU(), nn.MultiheadAttention(4, 2), nn.Embedding(3, 3), nn.CrossEntropyLoss(), Scaled()):
+        assert needs_fused(nn.Sequential(layers, other))
+    assert needs_fused(nn.Sequential(layers, nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))))
+    layers[1].register_forward_hook(lambda module, args, y: F.gelu(y))
+    assert needs_fused(layers)

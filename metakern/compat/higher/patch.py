@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.compat.modules import Places, apart, copied, fused, is_ours, once, stay, watched
+from metakern.compat.modules import Places, apart, copied, fused, needs_fused, once, stay, watched
 from metakern.compat.recompute import recomputes
 
 Encapsulator = Callable[[Any, nn.Module], None]
@@ -220,7 +220,7 @@ def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None,
         _fmodel_places=Places(fmodule),
         _fmodel_source=(module,) if device is None else (),
         _track_higher_grads=True,
-        _fmodel_fused=is_ours(module),
+        _fmodel_fused=needs_fused(module),
         _fmodel_recomputes=recomputes(module),
         _fmodel_is_new=True,
         _fmodel_replaced=fmodule.__dict__.pop("forward", None),

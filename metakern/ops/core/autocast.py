@@ -7,14 +7,13 @@
 | widest | the widest dtype among the arguments | elementwise ops, embedding |
 
 A float64 tensor stays float64 under every policy. Sums over half precision are accumulated in float32. The rules of an
-op always run with autocast off, even if a derivative is taken inside an autocast region.
+op always run with autocast off, even if a derivative is taken inside an autocast region. An op that was called outside
+of autocast on tensors so small that it ran as plain PyTorch (`plain.py`) has derivatives of plain PyTorch there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import reduce, wraps
 from typing import Any, TypeVar
 
@@ -23,24 +22,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from metakern.native import memory
+from metakern.ops.core import plain
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-_plain: ContextVar[bool] = ContextVar("metakern_plain_operations", default=False)
-
-
-@contextmanager
-def plain_operations() -> Iterator[None]:
-    """Makes public functions decorated with `autocast` run as plain PyTorch inside a `with` block.
-
-    They then call `plain` of their `Spec`, which has derivatives of every order.
-    """
-    token = _plain.set(True)
-    try:
-        yield
-    finally:
-        _plain.reset(token)
 
 
 def enabled(device: torch.device) -> bool:
@@ -53,14 +37,13 @@ def enabled(device: torch.device) -> bool:
 def autocast(policy: str) -> Callable[[F], F]:
     """Returns a decorator that makes the public function of an op follow `torch.autocast`, by the table above.
 
-    The casts are differentiable. The decorated function also obeys `plain_operations`. `__torch_function__` modes do
-    not see inside it.
+    The casts are differentiable. Inside an autocast region an op runs its rules on small tensors too, since autocast
+    would change the derivatives of plain operations. The decorated function also obeys `plain_operations`.
+    `__torch_function__` modes do not see inside it.
     """
 
     def decorated(function: F) -> F:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if not torch._C._is_any_autocast_enabled():
-                return function(*args, **kwargs)
             floats = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()]
             if not floats or not enabled(floats[0].device):
                 return function(*args, **kwargs)
@@ -72,19 +55,20 @@ def autocast(policy: str) -> Callable[[F], F]:
                 memory.check(function.__name__, "every tensor", t)
                 return t.to(dtype)
 
-            with torch.autocast(floats[0].device.type, enabled=False):
+            with torch.autocast(floats[0].device.type, enabled=False), plain.kernels():
                 return function(*tree_map_only(Tensor, cast, args), **tree_map_only(Tensor, cast, kwargs))
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if _plain.get():
+            if plain.everywhere():
                 from metakern.ops import SPECS
 
                 return SPECS[function.__name__].plain(*args, **kwargs)
+            called = run if torch._C._is_any_autocast_enabled() else function
             if torch.compiler.is_dynamo_compiling() or not torch._C._len_torch_function_stack():
-                return run(*args, **kwargs)
+                return called(*args, **kwargs)
             with torch._C.DisableTorchFunction():  # else a mode is called for each attribute, at the cost of a small op
-                return run(*args, **kwargs)
+                return called(*args, **kwargs)
 
         return call  # type: ignore[return-value]
 

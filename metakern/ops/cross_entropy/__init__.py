@@ -26,12 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops.core import checks, cpp, triton_kernels
+from metakern.ops.core import checks, cpp, plain, triton_kernels
 from metakern.ops.core.autocast import autocast
 from metakern.ops.core.autograd import Op
 from metakern.ops.core.matrices import wide
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Cost, Make, Sample, Spec
+
+_SMALL = 2**17  # logits; see core/plain.py
 
 
 @autocast("float32")
@@ -63,6 +65,9 @@ def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int = -100) -> T
     checks.indices("cross_entropy", "target", target, logits.device)
     checks.shape("cross_entropy", "target", target, logits.shape[:-1], "[N]" if logits.dim() == 2 else "[T, N]")
     checks.below("cross_entropy", "target", target, logits.shape[-1], ignore_index)
+    if logits.dim() == 2 and plain.is_faster(logits, logits.numel(), _SMALL):
+        reduction = "mean" if (target != ignore_index).any() else "sum"  # the mean of no tokens would be NaN
+        return F.cross_entropy(logits, target.long(), ignore_index=ignore_index, reduction=reduction)
     if logits.dim() == 3:
         return OP(logits, target=target, ignore_index=ignore_index)[0]
     return OP(logits[None], target=target[None], ignore_index=ignore_index)[0].squeeze(0)

@@ -16,19 +16,21 @@ Residuals: none. The op is linear in W. Sums over a token's occurrences accumula
 
 from __future__ import annotations
 
-from math import prod
+from math import inf, prod
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops.core import checks, triton_kernels
+from metakern.ops.core import checks, plain, triton_kernels
 from metakern.ops.core.autocast import autocast
 from metakern.ops.core.autograd import Op
 from metakern.ops.core.matrices import shared, wide
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Cost, Make, Sample, Spec
+
+_SMALL = inf  # tokens: with one table, on a CPU, indexing is faster at every size; see core/plain.py
 
 
 @autocast("widest")
@@ -62,6 +64,8 @@ def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() == 3 and tokens.shape[:1] != weight.shape[:1]:
         raise ValueError(f"embedding: tokens must have shape [T, ...] = [{len(weight)}, ...], got {list(tokens.shape)}")
     checks.below("embedding", "tokens", tokens, weight.shape[-2])
+    if weight.dim() == 2 and plain.is_faster(weight, tokens.numel(), _SMALL):
+        return _plain(tokens, weight)
     if weight.dim() == 2:
         (y,) = OP(weight[None], tokens=tokens.reshape(1, -1))
     else:

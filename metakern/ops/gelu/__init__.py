@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops.core import checks, cpp, triton_kernels
+from metakern.ops.core import checks, cpp, plain, triton_kernels
 from metakern.ops.core.autocast import autocast
 from metakern.ops.core.autograd import Op
 from metakern.ops.core.matrices import wide
@@ -37,6 +37,8 @@ from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
 _K, _A = sqrt(2 / pi), 0.044715
+
+_SMALL = {"none": 2**18, "tanh": 2**14}  # elements; see core/plain.py
 
 
 @autocast("widest")
@@ -63,6 +65,8 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     checks.floating("gelu", x=x)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate must be 'none' or 'tanh', got {approximate!r}")
+    if plain.is_faster(x, x.numel(), _SMALL[approximate]):
+        return F.gelu(x, approximate=approximate)
     return OP(x.reshape(1, -1), approximate=approximate)[0].reshape(x.shape)
 
 

@@ -30,12 +30,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops.core import checks, cpp, triton_kernels
+from metakern.ops.core import checks, cpp, plain, triton_kernels
 from metakern.ops.core.autocast import autocast
 from metakern.ops.core.autograd import Op
 from metakern.ops.core.matrices import per_row, rows, wide
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Cost, Make, Sample, Spec
+
+_SMALL = 2**16  # elements; see core/plain.py
 
 
 @autocast("float32")
@@ -72,6 +74,8 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         raise ValueError("layer_norm: x must have shape [..., D], got []")
     if weight is not None and bias is not None:
         checks.shape("layer_norm", "bias", bias, weight.shape, "[D]" if tasks is None else "[T, D]")
+    if tasks is None and plain.is_faster(x, x.numel(), _SMALL):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     if tasks is None:
         weight, bias = (None if p is None else p[None] for p in (weight, bias))
     return OP(rows(x, tasks), weight, bias, eps=eps)[0].view(x.shape)

@@ -28,12 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops.core import checks, cpp, matrices, triton_kernels
+from metakern.ops.core import checks, cpp, matrices, plain, triton_kernels
 from metakern.ops.core.autocast import autocast
 from metakern.ops.core.autograd import Op
 from metakern.ops.core.matrices import Product, products, rows
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Cost, Make, Sample, Spec
+
+_SMALL = 2**22  # multiplications of the product; see core/plain.py
 
 
 @autocast("lower")
@@ -63,10 +65,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tasks = checks.tasks("linear", x, "in", weight=(weight, "out, in"))
     if bias is not None:
         checks.shape("linear", "bias", bias, weight.shape[:-1], "[T, out]" if tasks else "[out]")
+    if tasks is None and is_small(x, weight):
+        return _plain(x, weight, bias)
     if tasks is None:
         weight, bias = weight[None], None if bias is None else bias[None]
     (y,) = OP(rows(x, tasks), weight, bias)
     return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def is_small(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether x Wᵀ is faster as PyTorch's own operation, for a weight [out, in] that all tasks share."""
+    return plain.is_faster(x, x.numel() * weight.shape[0], _SMALL)
 
 
 def rules(product: Product, total: Callable[..., Tensor | None]) -> Rules:

@@ -31,12 +31,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops.core import checks, cpp, triton_kernels
+from metakern.ops.core import checks, cpp, plain, triton_kernels
 from metakern.ops.core.autocast import autocast
 from metakern.ops.core.autograd import Op
 from metakern.ops.core.matrices import per_row, rows, wide
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Cost, Make, Sample, Spec
+
+_SMALL = 2**16  # elements; see core/plain.py
 
 
 @autocast("float32")
@@ -67,11 +69,14 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
     tasks = None
     if weight is not None:
         tasks = checks.tasks("rms_norm", x, "D", weight=(weight, "D"))
-        weight = weight if tasks is not None else weight[None]
     elif x.dim() == 0:
         raise ValueError("rms_norm: x must have shape [..., D], got []")
     if eps is None:
         eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    if tasks is None and plain.is_faster(x, x.numel(), _SMALL):
+        return _plain(x, weight, eps)
+    if tasks is None and weight is not None:
+        weight = weight[None]
     return OP(rows(x, tasks), weight, eps=eps)[0].view(x.shape)
 
 

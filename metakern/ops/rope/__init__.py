@@ -22,12 +22,14 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from metakern.ops.core import checks, cpp, triton_kernels
+from metakern.ops.core import checks, cpp, plain, triton_kernels
 from metakern.ops.core.autocast import autocast
 from metakern.ops.core.autograd import Op
 from metakern.ops.core.matrices import wide
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Cost, Make, Sample, Spec
+
+_SMALL = 2**17  # elements; see core/plain.py
 
 
 @autocast("widest")
@@ -65,6 +67,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     expected, names = (x.shape[-2:], "[L, D]") if cos.dim() == 2 else ((*lead, *x.shape[-2:]), "[B, L, D]")
     for name, value in {"cos": cos, "sin": sin}.items():
         checks.shape("rope", name, value, expected, names)
+    learned = cos.requires_grad or sin.requires_grad  # which the op refuses
+    if not learned and plain.is_faster(x, x.numel(), _SMALL):
+        return _plain(x, cos, sin)
     if cos.dim() == 2:
         cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
     folded = x.reshape(*lead, prod(x.shape[len(lead) if own else 0 : -2]), *x.shape[-2:])
