@@ -68,8 +68,8 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
     options: dict[str, Any] = {"steps": config.inner_steps, "precision": precision}
     if config.adapt:
         options["adapt"] = list(config.adapt)
-    if config.algorithm != "finetune":  # recording a pretrained model takes seconds for each length of a batch
-        options["capture"] = config.capture and config.device == "cpu" and not config.pretrained
+    if config.algorithm != "finetune":
+        options["capture"] = config.capture and config.device == "cpu"
     if config.algorithm == "metasgd":
         options["lr"] = config.inner_lr
     else:
