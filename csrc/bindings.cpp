@@ -115,6 +115,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
         .def("product", &Executable::product)
         .def("instruction", &Executable::instruction)
         .def("take_rows", &Executable::take_rows)
+        .def("put_rows", &Executable::put_rows)
         .def("add_rows", &Executable::add_rows)
         .def("check", &Executable::check)
         .def_property_readonly("bytes", &Executable::bytes)

@@ -192,6 +192,19 @@ void Executable::take_rows(const std::array<Place, 3>& places, std::int64_t rows
     });
 }
 
+void Executable::put_rows(const std::array<Place, 3>& places, std::int64_t rows, std::int64_t to_rows, std::int64_t bytes) {
+    for (const Place& place : places) known(place);
+    steps_.push_back([=](const State& state) {
+        char* to = static_cast<char*>(state.at(places[0]));
+        const char* from = static_cast<const char*>(state.at(places[1]));
+        const auto* index = static_cast<const std::int64_t*>(state.at(places[2]));
+        for (std::int64_t i = 0; i < rows; ++i) {
+            if (!within(index[i], to_rows)) throw CheckFailed();
+            std::memcpy(to + index[i] * bytes, from + i * bytes, static_cast<std::size_t>(bytes));
+        }
+    });
+}
+
 void Executable::add_rows(bool is_double, const std::array<Place, 3>& places, std::int64_t rows, std::int64_t to_rows,
                     std::int64_t D, double scale) {
     for (const Place& place : places) known(place);

@@ -35,6 +35,8 @@ public:
               const std::array<double, 2>& scalars);
     // out[i] = table[index[i]] for rows of `bytes` bytes. Stops the run if an index is not in [0, table_rows).
     void take_rows(const std::array<Place, 3>& out_table_index, std::int64_t rows, std::int64_t table_rows, std::int64_t bytes);
+    // to[index[i]] = from[i] for rows of `bytes` bytes; of two equal indices the later row stays. Stops the run as add_rows.
+    void put_rows(const std::array<Place, 3>& to_from_index, std::int64_t rows, std::int64_t to_rows, std::int64_t bytes);
     // to[index[i]] += scale from[i] for rows of D elements. Stops the run if an index is not in [0, to_rows).
     void add_rows(bool is_double, const std::array<Place, 3>& to_from_index, std::int64_t rows, std::int64_t to_rows,
                   std::int64_t D, double scale);

@@ -110,8 +110,8 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
     options: dict[str, Any] = {"steps": config.inner_steps, "precision": precision}
     if config.adapt:
         options["adapt"] = list(config.adapt)
-    if algorithm.make not in PLAIN:  # recording a pretrained model takes seconds for each length of a batch
-        options["capture"] = config.capture and config.device == "cpu" and not config.pretrained
+    if algorithm.make not in PLAIN:
+        options["capture"] = config.capture and config.device == "cpu"
     if algorithm.rates == "own":
         options["lr"] = config.inner_lr
     else:

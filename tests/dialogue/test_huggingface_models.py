@@ -20,6 +20,7 @@ from metakern.dialogue.evaluate import evaluate
 from metakern.dialogue.generate import generate
 from metakern.dialogue.readers import Turn, read
 from metakern.dialogue.run import Run
+from metakern.dialogue.tasks import episodes, load_split
 from metakern.dialogue.tokenizer import IGNORE
 from metakern.dialogue.trainer import StoppedError, _Loop, train
 from metakern.errors import DataError
@@ -217,6 +218,17 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, data, 
         assert whole[1] == cut[1]
         assert whole[0].keys() == cut[0].keys()
         assert all(torch.equal(whole[0][key], cut[0][key]) for key in whole[0])
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_training_a_pretrained_model_is_captured(tmp_path, data, model, lora):
+    config = hf_config(data, model, lora=lora, steps=3, eval_every=3)
+    run = train(config, tmp_path / "run")
+    support, query = episodes(config, load_split(config).train, run.tokenizer).sample(0, config.tasks)
+    run.algorithm(support, query).backward()
+    plan = run.algorithm.plan
+    assert plan.usage.captured > 0
+    assert not [reason for reason in plan.reasons if "captured" in reason]  # such as the want of an executable
 
 
 def stopping(at):

@@ -250,6 +250,9 @@ def scatters(x: Tensor, i: Tensor, j: Tensor) -> list[Tensor]:
         x.scatter_add(1, index, x * 2),
         x.mT.scatter_add(2, index, x),
         x.scatter(1, one, -1.0),
+        x.scatter(1, one, x[:, 1:]),
+        x.mT.scatter(2, torch.arange(5, -1, -1).expand(2, 3, 6), x.mT * 2),
+        (x * 2).scatter_(0, one, torch.where(x > 0, x, torch.inf)),
         F.nll_loss(x.flatten(0, 1).log_softmax(-1), (x[..., 0].flatten() > 0).long()),
     ]
 
@@ -262,7 +265,13 @@ GATHERS: dict[str, Callable[[Tensor, Tensor, Tensor], list[Tensor]]] = {
     "cumsum": lambda x, i, j: [x.cumsum(0), x.mT.cumsum(-1), (x > 0).cumsum(1), i.cumsum(0), x[..., :0].cumsum(2)],
     "triangles": lambda x, i, j: [x.tril(), x.triu(1), (x > 0).tril(-1), x.mT.tril(2) * 2],
     "counts": lambda x, i, j: [(x > 0).sum(1), i.sum(), (x > 0).sum((0, 2), True), (x > 1).any(), (x > 1).any(2)],
-    "integers": lambda x, i, j: [torch.minimum(i, j), torch.maximum(i, j), torch.zeros_like(i).fill_(j.sum())],
+    "integers": lambda x, i, j: [
+        torch.minimum(i, j),
+        torch.maximum(i, j),
+        torch.zeros_like(i).fill_(j.sum()),
+        i.clamp(-2, 1),
+        i.clamp_min(0) + i.clamp(max=1),
+    ],
 }
 
 
@@ -275,7 +284,12 @@ def test_indices_and_counts(name: str) -> None:
 
 
 def test_indices_out_of_range_stop_the_run() -> None:
-    for function in (lambda x, i: [x[:, i]], lambda x, i: [x.gather(1, i.expand(2, 1))]):
+    functions: list[Callable[[Tensor, Tensor], list[Tensor]]] = [
+        lambda x, i: [x[:, i]],
+        lambda x, i: [x.gather(1, i.expand(2, 1))],
+        lambda x, i: [x.scatter(1, i.expand(2, 1), x * 2)],
+    ]
+    for function in functions:
         executable = lowered(function, torch.randn(2, 3), torch.tensor([0]))
         assert executable([[torch.randn(2, 3), torch.tensor([2])]], 1) is not None
         assert executable([[torch.randn(2, 3), torch.tensor([3])]], 1) is None

@@ -84,9 +84,11 @@ _extreme("minimum", "lt_of")
 
 @_lowers(_aten.clamp.default)
 def _clamp(w: Lowering, x: Tensor, min: float | None = None, max: float | None = None) -> Tensor:
-    for name, bound in (("maximum", min), ("minimum", max)):
+    for extreme, bound in ((_aten.maximum.default, min), (_aten.minimum.default, max)):
         if bound is not None:
-            x = w.map(name, _alike(w, x), x, w.map("fill", w.new(x.new_empty(())), s=bound))
+            if not (x.is_floating_point() or isinstance(bound, int)):
+                raise LoweringError(f"clamping {x.dtype} to a float has no instruction")
+            x = RULES[extreme](w, x, w.map("fill", w.new(x.new_empty(())), s=bound))
     return x
 
 
@@ -97,7 +99,11 @@ def _clamp_min(w: Lowering, x: Tensor, min: float) -> Tensor:
 
 @_lowers(_aten.clamp_min_.Tensor)
 def _clamp_min_in_place(w: Lowering, x: Tensor, min: Tensor) -> Tensor:
-    return w.map("maximum", x, x, min)
+    return (
+        w.map("maximum", x, x, min)
+        if x.is_floating_point()
+        else w.map("copy", x, RULES[_aten.maximum.default](w, x, min))
+    )
 
 
 @_lowers(_aten.clamp_max.default)
@@ -602,6 +608,21 @@ def _scatter_add_in_place(w: Lowering, x: Tensor, dim: int, index: Tensor, sourc
 @_lowers(_aten.scatter_add.default)
 def _scatter_add(w: Lowering, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     return _scatter_add_in_place(w, _clone(w, x, memory_format=torch.contiguous_format), dim, index, source)
+
+
+@_lowers(_aten.scatter_.src)
+def _scatter_in_place(w: Lowering, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    if not x.is_contiguous():
+        raise LoweringError("scatter_ to a tensor that is not contiguous has no instruction")
+    numbers = _element_numbers(w, x.shape, dim, index)
+    tensors = x, w.in_rows(source[tuple(map(slice, index.shape))]), numbers
+    w.call("put_rows", *tensors, arguments=lambda places: (places, index.numel(), x.numel(), x.element_size()))
+    return x
+
+
+@_lowers(_aten.scatter.src)
+def _scatter(w: Lowering, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    return _scatter_in_place(w, _clone(w, x, memory_format=torch.contiguous_format), dim, index, source)
 
 
 def _element_numbers(w: Lowering, shape: Sequence[int], dim: int, index: Tensor) -> Tensor:
