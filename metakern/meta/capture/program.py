@@ -34,7 +34,7 @@ _BINDINGS: dict[Any, Callable[..., Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Register:
     """A tensor of a program: an input, or a result of a step."""
 
@@ -43,7 +43,7 @@ class Register:
     dtype: torch.dtype = field(compare=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """A recorded call, with registers in place of tensors.
 
@@ -65,12 +65,12 @@ class Step:
     def checks(self) -> bool:
         return self.results is None and not isinstance(self.function, OpOverload)
 
-    @cached_property
+    @property
     def reads(self) -> list[Register]:
         """The registers among its arguments."""
         return registers((self.args, self.kwargs))
 
-    @cached_property
+    @property
     def makes(self) -> list[Register]:
         """The registers among its results."""
         return registers(self.results)
