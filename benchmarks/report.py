@@ -65,8 +65,8 @@ Why some targets are missed:
   threads, and hold two. The loop takes a multiple of our time.
 - *Memory with recompute*, over first order and over K: `recompute` keeps the adapted weights after some steps,
   four of 16, for each of the two tasks that run at once, beside the activations of one step. A program that runs in
-  C++ holds little else, so these weights are what grows with K, and a first-order step does not keep them. With LoRA they are small,
-  but the activations of the frozen base are more at second order than in a first-order step.
+  C++ holds little else, so these weights are what grows with K, and a first-order step does not keep them. With LoRA
+  they are small, but the activations of the frozen base are more at second order than in a first-order step.
 - *First call* (captured): it verifies the plan in float64 by plain autograd, which holds L x L matrices at length
   1024; it records the program; and it confirms the program by ordinary runs. For large models each of these takes
   seconds.

@@ -194,10 +194,11 @@ class Planner:
             return wish if isinstance(wish, int) else max(1, room // max(size, 1))
 
         least = self.wishes.memory == "least"
-        base = LEAST_SNAPSHOTS if least else max(SNAPSHOTS, fewest_snapshots(inner_steps))
-        snapshots = min(inner_steps, base + int(SNAPSHOT_SHARE * saved / max(copy_bytes, 1)))
-        if least and wish == "auto":
-            wish = 1
+        snapshots = max(SNAPSHOTS, fewest_snapshots(inner_steps))
+        if least:
+            snapshots = LEAST_SNAPSHOTS + int(SNAPSHOT_SHARE * saved / max(copy_bytes, 1))
+            wish = 1 if wish == "auto" else wish
+        snapshots = min(inner_steps, snapshots)
         if strategy == "auto" and least:
             strategy = "recompute"
             reasons.append(
@@ -221,9 +222,9 @@ class Planner:
         return Plan(name, strategy, hvp, chunk, saved, snapshots, tuple(reasons))
 
 
-# "recompute" keeps the parameters of at least this many inner steps, with memory="least" of LEAST_SNAPSHOTS; and of as
-# many more as this share of the activations has room for.
-SNAPSHOTS, LEAST_SNAPSHOTS, SNAPSHOT_SHARE = 4, 2, 0.5
+SNAPSHOTS = 4  # the fewest inner steps whose parameters "recompute" keeps, if there are as many
+# memory="least" keeps those of this many steps, and of as many more as this share of the activations has room for.
+LEAST_SNAPSHOTS, SNAPSHOT_SHARE = 2, 0.5
 WORKING_BYTES = 192 * 2**20  # a CPU's working set of one chunk: a larger one is slower, a smaller one takes more calls
 
 
