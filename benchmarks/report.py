@@ -63,10 +63,10 @@ Why some targets are missed:
 - *As lean as any peer* (the perceptrons, the RNNs, the small GPT): a loop over tasks in plain PyTorch, or in JAX for
   the large perceptron and the large RNN, holds one task at a time and no copy of it. We run one task on each of two
   threads, and hold two. The loop takes a multiple of our time.
-- *Memory with recompute*, over first order and over K: `recompute` keeps the adapted weights after every step, for
-  each of the two tasks that run at once, beside the activations of one step. A program that runs in C++ holds little
-  else, so these weights are what grows with K, and a first-order step does not keep them. With LoRA they are small,
-  but the activations of the frozen base are more at second order than in a first-order step.
+- *Memory with recompute*, over first order and over K: `recompute` keeps the adapted weights after some steps,
+  four of 16, for each of the two tasks that run at once, beside the activations of one step. A program that runs in
+  C++ holds little else, so these weights are what grows with K, and a first-order step does not keep them. With LoRA
+  they are small, but the activations of the frozen base are more at second order than in a first-order step.
 - *First call* (captured): it verifies the plan in float64 by plain autograd, which holds L x L matrices at length
   1024; it records the program; and it confirms the program by ordinary runs. For large models each of these takes
   seconds.

@@ -57,6 +57,12 @@ private:
     std::vector<Piece> pieces_;
 };
 
+Place::Place(std::int64_t base, std::int64_t offset) : base(base), offset(offset) {
+    if (this->base != base || this->offset != offset)
+        throw std::invalid_argument("executable: a place must fit a word, got base " + std::to_string(base) + " and offset " +
+                                    std::to_string(offset));
+}
+
 Executable::Executable(std::int64_t bytes, int bases) : bytes_(bytes), bases_(bases), memory_(Memory::of_all()) {}
 
 struct Executable::State {
@@ -64,15 +70,54 @@ struct Executable::State {
     int threads;
     bool bfloat16;
     const Isa& isa;
-
-    void* at(const Place& place) const {
-        return place.base < 0 ? nullptr : reinterpret_cast<void*>(bases[place.base] + static_cast<std::uintptr_t>(place.offset));
-    }
 };
+
+// The arguments of an instruction in a run, read one word after another.
+class Executable::Arguments {
+public:
+    Arguments(const std::int64_t* words, const State& state) : next_(words), bases_(state.bases) {}
+
+    template <class T>
+    T word() {
+        static_assert(sizeof(T) == sizeof *next_);
+        T value;
+        std::memcpy(&value, next_++, sizeof value);
+        return value;
+    }
+    std::int64_t integer() { return *next_++; }
+    double number() { return word<double>(); }
+    void* tensor() {
+        const auto place = word<Place>();
+        return place.base < 0 ? nullptr : reinterpret_cast<void*>(bases_[place.base] + static_cast<std::uintptr_t>(place.offset));
+    }
+    const std::int64_t* integers(std::size_t count) {
+        next_ += count;
+        return next_ - count;
+    }
+
+private:
+    const std::int64_t* next_;
+    const std::uintptr_t* bases_;
+};
+
+template <class... Values>
+void Executable::append(Function function, const Values&... values) {
+    const std::size_t begin = code_.size();
+    const auto add = [this](const auto& value) {
+        static_assert(sizeof value == sizeof(std::int64_t));
+        std::int64_t word;
+        std::memcpy(&word, &value, sizeof word);
+        code_.push_back(word);
+    };
+    add(std::int64_t{0});
+    add(function);
+    (std::for_each(std::begin(values), std::end(values), add), ...);
+    code_[begin] = static_cast<std::int64_t>(code_.size() - begin);
+}
 
 namespace {
 
-constexpr std::size_t kMostTensors = 32;
+constexpr std::size_t kMostTensors = 32, kMostScalars = 4;
 constexpr std::int64_t kWorthAThread = 1 << 15;  // an instruction of fewer elements runs on one thread
 
 // The bytes of an element of tensor number `operand` of an instruction; the result is number 0.
@@ -92,6 +137,13 @@ int dimension_to_split(const Instruction& instruction) {
     return elements >= kWorthAThread && instruction.reduced < instruction.dims && instruction.strides[0][d] ? d : -1;
 }
 
+// What an elementwise instruction or a sum is, in one word.
+struct Header {
+    std::uint8_t name, type, operands, dims;
+    std::int16_t reduced, split;
+};
+static_assert(kInstructionNames <= 256);
+
 bool within(std::int64_t value, std::int64_t high) { return value >= 0 && value < high; }
 
 }  // namespace
@@ -106,26 +158,43 @@ void Executable::kernel(std::size_t index, bool is_double, std::vector<Place> pl
                   std::vector<double> scalars) {
     const Entry& entry = isa_in_use().kernels.at(index);
     const Signature& signature = entry.signature;
+    const std::size_t count = static_cast<std::size_t>(entry.kernel.scalars);
     if (places.size() != signature.tensors() || places.size() > kMostTensors || sizes.size() != signature.sizes ||
-        scalars.size() != static_cast<std::size_t>(entry.kernel.scalars))
+        scalars.size() != count || count > kMostScalars)
         throw std::invalid_argument(std::string("executable: wrong numbers of arguments for ") + entry.kernel.name);
     for (std::size_t i = 0; i < places.size(); ++i) known(places[i], signature.optional(i));
-    steps_.push_back([=](const State& state) {
+    const auto run = [](const State& state, Arguments next) {
+        const Entry& entry = state.isa.kernels[static_cast<std::size_t>(next.integer())];
+        const bool is_double = next.integer();
         void* tensors[kMostTensors];
-        for (std::size_t i = 0; i < places.size(); ++i) tensors[i] = state.at(places[i]);
-        state.isa.kernels[index].kernel.run[is_double]({tensors, sizes.data(), scalars.data(), state.threads, state.bfloat16});
-    });
+        double scalars[kMostScalars];
+        for (std::size_t i = 0; i < entry.signature.tensors(); ++i) tensors[i] = next.tensor();
+        const std::int64_t* sizes = next.integers(entry.signature.sizes);
+        for (int i = 0; i < entry.kernel.scalars; ++i) scalars[i] = next.number();
+        entry.kernel.run[is_double]({tensors, sizes, scalars, state.threads, state.bfloat16});
+    };
+    append(run, std::array{static_cast<std::int64_t>(index), std::int64_t{is_double}}, places, sizes, scalars);
 }
 
 void Executable::product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
-                   const std::array<std::int64_t, 8>& s, double scale) {
+                   const std::array<std::int64_t, 8>& strides, double scale) {
     for (int i = 0; i < 4; ++i) known(places[i], i == 2);
-    steps_.push_back([=](const State& state) {
-        const Product product{state.at(places[0]), state.at(places[1]), state.at(places[2]), state.at(places[3]),
-                              sizes[0], sizes[1], sizes[2], sizes[3],
-                              {s[0], s[1], s[2]}, {s[3], s[4], s[5]}, {s[6], s[7]}, scale, state.bfloat16};
+    const auto run = [](const State& state, Arguments next) {
+        const bool is_double = next.integer();
+        Product product{};
+        product.a = next.tensor();
+        product.b = next.tensor();
+        product.add = next.tensor();
+        product.c = next.tensor();
+        for (std::int64_t* size : {&product.T, &product.M, &product.N, &product.K}) *size = next.integer();
+        for (std::int64_t& stride : product.a_strides) stride = next.integer();
+        for (std::int64_t& stride : product.b_strides) stride = next.integer();
+        for (std::int64_t& stride : product.add_strides) stride = next.integer();
+        product.scale = next.number();
+        product.bfloat16 = state.bfloat16;
         state.isa.product.run[is_double](product, state.threads);
-    });
+    };
+    append(run, std::array{std::int64_t{is_double}}, places, sizes, strides, std::array{scale});
 }
 
 void Executable::instruction(const std::string& name, int type, int reduced, const std::vector<Place>& places,
@@ -147,49 +216,62 @@ void Executable::instruction(const std::string& name, int type, int reduced, con
     if (places.size() != kInstructions[number].inputs + 1 || strides.size() != places.size()) refuse("wrong number of tensors");
     const int dims = static_cast<int>(sizes.size()), operands = static_cast<int>(places.size());
     if (dims < 1 || dims > kMostDims || reduced > dims || reduced <= -dims) refuse("wrong number of dimensions");
-    Instruction laid_out{};
+    Instruction laid_out;
     laid_out.dims = dims;
     laid_out.reduced = reduced;
-    for (int d = 0; d < dims; ++d) laid_out.sizes[d] = sizes[d];
-    std::array<std::int64_t, kMostOperands> bytes{};
+    std::copy(sizes.begin(), sizes.end(), laid_out.sizes);
+    std::vector<std::int64_t> all_strides;
     for (int i = 0; i < operands; ++i) {
         known(places[i]);
         if (static_cast<int>(strides[i].size()) != dims) refuse("wrong number of strides");
-        for (int d = 0; d < dims; ++d) laid_out.strides[i][d] = strides[i][d];
-        bytes[i] = element_bytes(number, type, i);
+        std::copy(strides[i].begin(), strides[i].end(), laid_out.strides[i]);
+        all_strides.insert(all_strides.end(), strides[i].begin(), strides[i].end());
     }
-    for (int i = 0; i < 2; ++i) laid_out.scalars[i] = scalars[i];
     const int split = dimension_to_split(laid_out);
-    steps_.push_back([=](const State& state) {
-        Instruction whole = laid_out;
-        for (int i = 0; i < operands; ++i) whole.tensors[i] = state.at(places[i]);
-        const auto run = state.isa.instructions.run[number][type];
-        if (state.threads == 1 || split < 0) return run(whole);
+    const Header header{static_cast<std::uint8_t>(number), static_cast<std::uint8_t>(type),
+                        static_cast<std::uint8_t>(operands), static_cast<std::uint8_t>(dims),
+                        static_cast<std::int16_t>(reduced), static_cast<std::int16_t>(split)};
+    const auto run = [](const State& state, Arguments next) {
+        const auto header = next.word<Header>();
+        Instruction whole;
+        whole.dims = header.dims;
+        whole.reduced = header.reduced;
+        for (int i = 0; i < header.operands; ++i) whole.tensors[i] = next.tensor();
+        for (int d = 0; d < header.dims; ++d) whole.sizes[d] = next.integer();
+        for (int i = 0; i < header.operands; ++i)
+            for (int d = 0; d < header.dims; ++d) whole.strides[i][d] = next.integer();
+        for (double& scalar : whole.scalars) scalar = next.number();
+        const auto run = state.isa.instructions.run[header.name][header.type];
+        if (state.threads == 1 || header.split < 0) return run(whole);
         auto part = [&](std::int64_t i) {
-            const std::int64_t size = whole.sizes[split], begin = size * i / state.threads;
+            const std::int64_t size = whole.sizes[header.split], begin = size * i / state.threads;
             Instruction one = whole;
-            one.sizes[split] = size * (i + 1) / state.threads - begin;
-            for (int j = 0; j < operands; ++j)
-                one.tensors[j] = static_cast<char*>(one.tensors[j]) + begin * whole.strides[j][split] * bytes[j];
+            one.sizes[header.split] = size * (i + 1) / state.threads - begin;
+            for (int j = 0; j < header.operands; ++j)
+                one.tensors[j] = static_cast<char*>(one.tensors[j]) +
+                                 begin * whole.strides[j][header.split] * element_bytes(header.name, header.type, j);
             run(one);
         };
         parallel(
             state.threads, state.threads,
             [](void* context, std::int64_t i) { (*static_cast<decltype(part)*>(context))(i); }, &part);
-    });
+    };
+    append(run, std::array{header}, places, sizes, all_strides, scalars);
 }
 
 void Executable::take_rows(const std::array<Place, 3>& places, std::int64_t rows, std::int64_t table_rows, std::int64_t bytes) {
     for (const Place& place : places) known(place);
-    steps_.push_back([=](const State& state) {
-        char* out = static_cast<char*>(state.at(places[0]));
-        const char* table = static_cast<const char*>(state.at(places[1]));
-        const auto* index = static_cast<const std::int64_t*>(state.at(places[2]));
+    const auto run = [](const State&, Arguments next) {
+        char* out = static_cast<char*>(next.tensor());
+        const char* table = static_cast<const char*>(next.tensor());
+        const auto* index = static_cast<const std::int64_t*>(next.tensor());
+        const std::int64_t rows = next.integer(), table_rows = next.integer(), bytes = next.integer();
         for (std::int64_t i = 0; i < rows; ++i) {
             if (!within(index[i], table_rows)) throw CheckFailed();
             std::memcpy(out + i * bytes, table + index[i] * bytes, static_cast<std::size_t>(bytes));
         }
-    });
+    };
+    append(run, places, std::array{rows, table_rows, bytes});
 }
 
 void Executable::put_rows(const std::array<Place, 3>& places, std::int64_t rows, std::int64_t to_rows, std::int64_t bytes) {
@@ -208,20 +290,27 @@ void Executable::put_rows(const std::array<Place, 3>& places, std::int64_t rows,
 void Executable::add_rows(bool is_double, const std::array<Place, 3>& places, std::int64_t rows, std::int64_t to_rows,
                     std::int64_t D, double scale) {
     for (const Place& place : places) known(place);
-    steps_.push_back([=](const State& state) {
-        const auto* index = static_cast<const std::int64_t*>(state.at(places[2]));
+    const auto run = [](const State& state, Arguments next) {
+        void* to = next.tensor();
+        const void* from = next.tensor();
+        const auto* index = static_cast<const std::int64_t*>(next.tensor());
+        const std::int64_t rows = next.integer(), to_rows = next.integer(), D = next.integer();
+        const bool is_double = next.integer();
         if (!std::all_of(index, index + rows, [=](std::int64_t i) { return within(i, to_rows); })) throw CheckFailed();
-        state.isa.instructions.add_rows[is_double](state.at(places[0]), state.at(places[1]), index, rows, D, scale);
-    });
+        state.isa.instructions.add_rows[is_double](to, from, index, rows, D, next.number());
+    };
+    append(run, places, std::array{rows, to_rows, D, std::int64_t{is_double}}, std::array{scale});
 }
 
 void Executable::check(Place value, std::int64_t count, std::int64_t high, std::int64_t ignored) {
     known(value);
-    steps_.push_back([=](const State& state) {
-        const auto* values = static_cast<const std::int64_t*>(state.at(value));
+    const auto run = [](const State&, Arguments next) {
+        const auto* values = static_cast<const std::int64_t*>(next.tensor());
+        const std::int64_t count = next.integer(), high = next.integer(), ignored = next.integer();
         for (std::int64_t i = 0; i < count; ++i)
             if (!within(values[i], high) && values[i] != ignored) throw CheckFailed();
-    });
+    };
+    append(run, std::array{value}, std::array{count, high, ignored});
 }
 
 void Executable::release() { memory_->release(); }
@@ -246,7 +335,12 @@ bool Executable::run(const std::vector<std::vector<std::uintptr_t>>& bases, int 
             auto& runs = *static_cast<Runs*>(context);
             const State state{runs.bases[static_cast<std::size_t>(i)].data(), runs.threads, runs.bfloat16, isa_in_use()};
             try {  // no exception may leave a thread of OpenMP
-                for (const auto& step : runs.executable.steps_) step(state);
+                const std::vector<std::int64_t>& code = runs.executable.code_;
+                for (std::size_t at = 0; at < code.size(); at += static_cast<std::size_t>(code[at])) {
+                    Arguments next(&code[at + 1], state);
+                    const auto function = next.word<Function>();
+                    function(state, next);
+                }
             } catch (const CheckFailed&) {
                 runs.held = false;
             } catch (const std::bad_alloc&) {

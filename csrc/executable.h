@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,10 +13,13 @@
 namespace metakern {
 
 // Where a tensor begins: `offset` bytes after the address of `base`. Base 0 is the arena, base -1 an absent tensor;
-// each run gives the addresses of the others.
+// each run gives the addresses of the others. A place is one word, as a program of many inner steps has very many.
 struct Place {
-    int base;
-    std::int64_t offset;
+    static constexpr int kOffsetBits = 44;
+    std::int64_t base : 64 - kOffsetBits, offset : kOffsetBits;
+
+    Place() = default;
+    Place(std::int64_t base, std::int64_t offset);
 };
 
 class Executable {
@@ -56,11 +58,18 @@ public:
 private:
     class Memory;
     struct State;
+    class Arguments;
+    using Function = void (*)(const State&, Arguments);
+
     void known(const Place& place, bool may_be_absent = false) const;
+    template <class... Values>
+    void append(Function function, const Values&... values);
 
     std::int64_t bytes_;
     int bases_;
-    std::vector<std::function<void(const State&)>> steps_;
+    // The instructions, one after another, in words of eight bytes: the number of its words, the function that runs it,
+    // and its arguments in the order in which this function reads them.
+    std::vector<std::int64_t> code_;
     std::shared_ptr<Memory> memory_;
 };
 

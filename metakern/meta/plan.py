@@ -21,6 +21,7 @@ from metakern.meta.batches import tasks_of
 from metakern.meta.batching import WAYS, Batching, Loss
 from metakern.meta.parameters import Parameters
 from metakern.meta.seconds import Seconds, Stopwatch, Usage
+from metakern.meta.unroll import fewest_snapshots
 from metakern.meta.verify import Trial, one_line, opened
 
 FLOAT64_PARAMETERS = 200_000_000
@@ -193,10 +194,11 @@ class Planner:
             return wish if isinstance(wish, int) else max(1, room // max(size, 1))
 
         least = self.wishes.memory == "least"
-        snapshots = inner_steps
+        snapshots = max(SNAPSHOTS, fewest_snapshots(inner_steps))
         if least:
-            snapshots = min(inner_steps, LEAST_SNAPSHOTS + int(SNAPSHOT_SHARE * saved / max(copy_bytes, 1)))
+            snapshots = LEAST_SNAPSHOTS + int(SNAPSHOT_SHARE * saved / max(copy_bytes, 1))
             wish = 1 if wish == "auto" else wish
+        snapshots = min(inner_steps, snapshots)
         if strategy == "auto" and least:
             strategy = "recompute"
             reasons.append(
@@ -210,7 +212,7 @@ class Planner:
             reasons.append(
                 f"{strategy}: the graph of {inner_steps} steps, {mib(stored)}, {fits} a quarter of the free memory"
             )
-        if strategy == "recompute":  # it keeps the parameters of every step
+        if strategy == "recompute":
             working += snapshots * copy_bytes
         chunk = fitting(working)
         if not isinstance(wish, int):
@@ -220,8 +222,8 @@ class Planner:
         return Plan(name, strategy, hvp, chunk, saved, snapshots, tuple(reasons))
 
 
-# memory="least" keeps the parameters of this many inner steps, and of as many more as this share of the activations
-# has room for.
+SNAPSHOTS = 4  # the fewest inner steps whose parameters "recompute" keeps, if there are as many
+# memory="least" keeps those of this many steps, and of as many more as this share of the activations has room for.
 LEAST_SNAPSHOTS, SNAPSHOT_SHARE = 2, 0.5
 WORKING_BYTES = 192 * 2**20  # a CPU's working set of one chunk: a larger one is slower, a smaller one takes more calls
 

@@ -3,12 +3,11 @@
     phi_0 = theta        phi_{k+1}, s_{k+1} = U(phi_k, grad S(phi_k), s_k; h)        L = sum_t sum_k w_tk Q_t(phi_k)
 
 store      Keeps the graph of all K steps and differentiates it once: the least arithmetic, and the memory of K steps.
-recompute  Keeps phi_k and s_k of each step (and its gradients, where U needs them) and pulls the cotangent back one
+recompute  Keeps phi_k and s_k of some steps (and their gradients, where U needs them) and pulls the cotangent back one
            step at a time: through U, which gives ct_g, and then by one Hessian-vector product, H(phi_k) ct_g. Where
            U reads the losses S too, the same pass adds their gradients, weighted by ct_S. Besides what it keeps, it
-           takes the memory of one step. With fewer `snapshots` than steps it keeps phi_k and s_k of
-           some steps, and computes the others again from these when they are needed (Griewank, Walther 2000,
-           "Algorithm 799: revolve").
+           takes the memory of one step. The steps between `snapshots` are computed again when they are needed (Griewank,
+           Walther 2000, "Algorithm 799: revolve").
 
 The Hessian-vector product is taken forward over reverse (dual tensors through an ordinary `autograd.grad`), or reverse
 over reverse where a model has an operation without forward mode; both are exact. Parameters that the inner loop doesn't
@@ -21,6 +20,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import count
 from math import comb
 from typing import Any
 
@@ -285,6 +285,17 @@ def _first_stop(steps: int, snapshots: int) -> int:
     while comb(s + r, s) < steps:
         r += 1
     return min(comb(s + r - 1, s), steps - comb(s + r - 2, s - 1))
+
+
+def fewest_snapshots(steps: int) -> int:
+    """Return the fewest points, besides the first, with which `recompute` computes no step more than three times.
+
+    They are about the square root of twice the number of steps.
+
+    >>> [fewest_snapshots(steps) for steps in (3, 6, 16, 64)]
+    [0, 1, 4, 9]
+    """
+    return next(s for s in count() if comb(s + 3, 2) >= steps)
 
 
 class Random:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import metakern as mk
+from metakern import native
 from metakern.meta import capture
 from metakern.meta.capture.executable import Executable
 from metakern.meta.capture.recorder import RecordError, record
@@ -64,6 +65,31 @@ def test_chunks_share_a_program_and_other_shapes_get_their_own() -> None:
         assert_equal(gradients(model, captured(support, query)), truth)
     programs = [p for plan in captured._engine._plans.values() for p in plan.captures(True)._programs.values()]
     assert sum(program.checked for program in programs) == 2
+
+
+def test_a_batch_that_the_executable_refuses_runs_ordinarily() -> None:
+    """A program that has an executable keeps no steps; its next batches are not disturbed."""
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)).double()
+
+    def loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def batch(seed: int) -> tuple[Tensor, Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        return torch.randint(5, (3, 6), generator=draw), torch.randint(3, (3, 6), generator=draw)
+
+    maml = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), steps=2, capture=True)
+    for i in range(3):
+        maml(batch(i), batch(i + 9))
+    programs = maml._engine.last.captures(True)._programs.values()
+    if native.obstacle() is None:
+        assert all(program.executable is not None and program._program is None for program in programs)
+    tokens, labels = batch(3)
+    tokens[2, 0] = 5
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, 5\), got 5"):
+        maml((tokens, labels), batch(12))
+    truth = gradients(model, plain_loss(model, loss, batch(4), batch(13), 2, sgd(0.3)))
+    assert_equal(gradients(model, maml(batch(4), batch(13))), truth)
 
 
 def test_the_number_of_programs_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -409,6 +409,9 @@ def test_invalid_instructions_are_refused() -> None:
     for wrong in (C.Place(2, 0), C.Place(-1, 0), C.Place(0, -8)):
         with pytest.raises(ValueError, match="a place must be in one of 2 bases"):
             executable.instruction("copy", 0, 0, [place, wrong], [1], [[1], [1]], (0.0, 0.0))
+    for base, offset in ((2**19, 0), (0, 2**43), (0, -(2**43) - 1)):
+        with pytest.raises(ValueError, match=f"a place must fit a word, got base {base} and offset {offset}"):
+            C.Place(base, offset)
     with pytest.raises(ValueError, match="no such instruction"):
         executable.instruction("nothing", 0, 0, [place], [1], [[1]], (0.0, 0.0))
     with pytest.raises(ValueError, match="no such instruction"):

@@ -49,8 +49,8 @@ class MAML(nn.Module):
         first_order: Treat the inner gradients as constants. The meta-gradient is then cheaper, and biased.
         adapt: Which parameters the inner loop changes: None for all that require a gradient, a list of name patterns
             (`["head.*"]`), or a predicate on names. The others are meta-learned, but not adapted.
-        strategy: "store" keeps the graph of all inner steps. "recompute" keeps only the parameters of each step and
-            computes the step again in the backward pass. "auto" stores where the graph fits a quarter of the free
+        strategy: "store" keeps the graph of all inner steps. "recompute" keeps only the parameters of some steps and
+            computes each step again in the backward pass. "auto" stores where the graph fits a quarter of the free
             memory.
         batching: "fold" puts the tasks into the model's batch dimension, "vmap" maps the loss over the tasks by
             `torch.func.vmap`, and "loop" runs one task at a time. "auto" takes the first of them that equals plain
@@ -62,8 +62,8 @@ class MAML(nn.Module):
             it can't. "auto" records at the third call with such tasks (at the twelfth, if an operation has no
             instruction in C++), and never warns. False never records. What the model and the loss read besides tensors
             is guarded, and some calls are compared with an ordinary run (see `metakern.meta.capture`).
-        memory: "least" takes less memory and more time: one task at a time, and "recompute" with the parameters of a
-            few inner steps, from which it computes those of the others. `strategy` and `task_chunk` go before it.
+        memory: "least" takes less memory and more time: one task at a time, and "recompute" with the parameters of
+            still fewer inner steps. `strategy` and `task_chunk` go before it.
         precision: None, or "bfloat16" to round the operands of every product of matrices to bfloat16, on a CPU. Sums,
             parameters, losses, norms, softmax and the states of optimizers stay float32. The derivatives are those of
             the float32 model at all orders, with each of their products evaluated in bfloat16, so the meta-gradient

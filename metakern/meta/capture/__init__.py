@@ -38,7 +38,7 @@ from metakern.meta.capture import operations  # noqa: F401  (fills the table of 
 from metakern.meta.capture.executable import Executable
 from metakern.meta.capture.guards import MOST_BYTES, Guards, frozen, is_frozen
 from metakern.meta.capture.lowering import LoweringError, lower
-from metakern.meta.capture.program import Program
+from metakern.meta.capture.program import Decisions, Program
 from metakern.meta.capture.recorder import RecordError, record
 from metakern.meta.capture.rewrite import rewritten
 from metakern.meta.precision import in_precision
@@ -93,8 +93,8 @@ class Captures:
         self._states: list[_State] = []  # in the order of last use, the latest first
         self._numbered = self._new_states = self._changed = 0
         self._programs: dict[Any, _Captured | None] = {}  # None: calls of this key run ordinarily
-        # Key of a batch -> by number, its programs that depend on numbers that Python read; None: for any numbers.
-        self._branches: dict[Any, dict[int, Program | None]] = {}
+        # Key of a batch -> the decisions of its programs, by number; None: Python read no numbers.
+        self._branches: dict[Any, dict[int, Decisions | None]] = {}
         self._next_branch = count(1)
         self._microbatch: dict[Any, int] = {}  # key of a batch -> tasks in each microbatch
         self._calls: dict[Any, tuple[int, int]] = {}  # key of a task -> calls with such tasks, and the last of them
@@ -276,7 +276,7 @@ class Captures:
     def _branch_of(self, call: _Application) -> int:
         """Return the number of the program for the numbers that Python reads in this call, or 0 if there is none."""
         branches = self._branches.get(call.batch, {})
-        return next((i for i, program in branches.items() if program is None or program.is_for(call.inputs)), 0)
+        return next((i for i, found in branches.items() if found is None or found.hold(call.inputs)), 0)
 
     def _joins(self, first: _Application, call: _Application) -> bool:
         """Whether a call runs as `first` does; if so, give it the same branch."""
@@ -291,7 +291,7 @@ class Captures:
         self._programs[call.key] = captured
         branches = self._branches.setdefault(call.batch, {})
         if captured is not None:
-            branches[call.branch] = captured.program if captured.program.decisions is not None else None
+            branches[call.branch] = captured.decisions
         else:
             branches.setdefault(call.branch, None)
         _drop_oldest(self._branches)
@@ -306,7 +306,7 @@ class Captures:
         is_next = captured.recorded_at != self._at
         before, reason, found = Random(calls[0].inputs[0].device), "", list[Results]()
         try:
-            found = list(_played(captured, [call.inputs for call in calls]))
+            found = list(_played(captured, calls))
         except Exception as error:
             reason = str(error)
         with self._watch.part("comparison"):
@@ -324,7 +324,7 @@ class Captures:
             if self._precision is None:
                 return found
             before.restore()
-            return list(_played(captured, [call.inputs for call in calls], self._precision))
+            return list(_played(captured, calls, self._precision))
         results = [truth or found[0], *(list(call()) for call in calls[1:])]
         if not found or all(t is None or t.isfinite().all() for t in results[0]):  # infinite results decide nothing
             self._give_up(calls[0], reason or f"it would give other results than an ordinary run: {difference}")
@@ -336,14 +336,13 @@ class Captures:
     def _played(self, captured: _Captured, calls: list[_Application]) -> list[Results]:
         """Return the results of a program, after the audits that are due."""
         before = Random(calls[0].inputs[0].device) if captured.is_due() else None
-        inputs = [call.inputs for call in calls]
-        results = list(_played(captured, inputs, self._precision))
+        results = list(_played(captured, calls, self._precision))
         if before is not None:
             before.restore()
             with self._watch.part("comparison"):
                 in_float32 = results
                 if self._precision is not None:
-                    in_float32 = list(_played(captured, inputs))
+                    in_float32 = list(_played(captured, calls))
                     before.restore()
                 for call, found in zip(calls, in_float32, strict=True):
                     self._audit(captured, call, found)
@@ -373,10 +372,10 @@ class Captures:
             program, _ = record(call, call.inputs, rewritten)
             again = _Captured(program, self._lowered(program, call.inputs))
             before.restore()
-            (results,) = again([call.inputs], 1)
+            results = again([call.inputs], 1)
         except Exception:
             return False
-        return not _difference(found, results, self._names, exponent=0.95)
+        return results is not None and not _difference(found, results[0], self._names, exponent=0.95)
 
     def _recorded(self, call: _Application, guards: Guards, is_all: bool = True) -> Results:
         """Record the call and return its results.
@@ -531,23 +530,28 @@ def _value(leaf: Any) -> Any:
 
 
 class _Captured:
-    """A program with its executable (or None) and its count of uses. The memory of `pinned` tensors must not move.
+    """A program as its executable, or as it was recorded if it has none. The memory of `pinned` tensors must not move.
 
-    `recorded_at` is the number of the call of MAML that recorded it. `agreed`: it gave the results of an ordinary run.
-    `checked`: it did so in a later call. `was_ahead`: before that, results for other data than the recorded ones were
-    used.
+    An executable replaces the recorded steps, whose Python objects take far more memory than its instructions.
+
+    `uses` counts its uses. `recorded_at` is the number of the call of MAML that recorded it. `agreed`: it gave the
+    results of an ordinary run. `checked`: it did so in a later call. `was_ahead`: before that, results for other data
+    than the recorded ones were used.
     """
 
     def __init__(
         self, program: Program, executable: Executable | None, pinned: Sequence[Tensor] = (), recorded_at: int = 0
     ) -> None:
-        self.program, self.executable, self.uses, self.recorded_at = program, executable, 0, recorded_at
+        self._program: Any = program if executable is None else None
+        self.executable, self.uses, self.recorded_at = executable, 0, recorded_at
         self.agreed = self.checked = self.was_ahead = False
         self._pinned = [(t, _address(t)) for t in pinned]
-        self._constants = program.constants
+        self._constants, self.decisions = program.constants, program.decisions
 
     def moved(self) -> bool:
-        return any(_address(t) != address for t, address in self._pinned)
+        """Whether a tensor that it reads has another place or layout than when it was recorded."""
+        fits = self.executable is None or self.executable.fits()
+        return not fits or any(_address(t) != address for t, address in self._pinned)
 
     def is_due(self) -> bool:
         """Count a use, and return whether it is to be audited."""
@@ -565,15 +569,14 @@ class _Captured:
 
     def __call__(
         self, microbatches: Sequence[Sequence[Tensor]], threads: int, precision: str | None = None
-    ) -> list[Results]:
+    ) -> list[Results] | None:
+        """Return the results of each microbatch, or None where the executable refuses one of them."""
         for t in (*self._constants, *(t for inputs in microbatches for t in inputs)):
             check("MAML", "a tensor of a captured program", t)
-        bfloat16 = precision == "bfloat16"
-        results = self.executable(microbatches, threads, bfloat16) if self.executable is not None else None
-        if results is None:  # there is no executable, or a check failed in C++; by Python, it raises its error
-            program = in_precision(precision)(self.program)
-            results = [program(inputs) for inputs in microbatches]
-        return results
+        if self.executable is not None:
+            return self.executable(microbatches, threads, precision == "bfloat16")
+        program = in_precision(precision)(self._program)
+        return [program(inputs) for inputs in microbatches]
 
 
 def _address(t: Tensor) -> int:
@@ -612,13 +615,16 @@ def _drop_oldest(kept: dict[Any, Any]) -> None:
         del kept[next(iter(kept))]
 
 
-def _played(
-    captured: _Captured, microbatches: Sequence[list[Tensor]], precision: str | None = None
-) -> Iterator[Results]:
-    """Yield the results of the microbatches, running as many at a time as there are threads."""
+def _played(captured: _Captured, calls: Sequence[_Application], precision: str | None = None) -> Iterator[Results]:
+    """Yield the results of the microbatches, running as many at a time as there are threads.
+
+    Where the executable refuses one, as an index is out of range, ordinary runs give the results or raise the error.
+    """
     threads = torch.get_num_threads()
-    for i in range(0, len(microbatches), threads):
-        yield from captured(microbatches[i : i + threads], threads, precision)
+    for i in range(0, len(calls), threads):
+        group = calls[i : i + threads]
+        results = captured([call.inputs for call in group], threads, precision)
+        yield from results or map(in_precision(precision)(captured.truth), group)
 
 
 def _difference(found: Results, truth: Results, names: Sequence[str], exponent: float = 0.6) -> str:

@@ -21,7 +21,7 @@ class Executable:
     """A lowered program: `executable([inputs, …], threads)` returns the outputs for each list of inputs.
 
     With `bfloat16`, its products of float32 matrices round their operands. It returns None where a check fails, or
-    where a constant has another layout than when the program was lowered.
+    where it no longer fits its constants.
     """
 
     def __init__(self, native: Any, constants: list[Tensor], outputs: list[Tensor | None]) -> None:
@@ -33,6 +33,10 @@ class Executable:
         """The size of the arena: the memory of a run besides inputs, outputs and constants."""
         return self._native.bytes
 
+    def fits(self) -> bool:
+        """Whether the constants have the layouts that they had when the program was lowered."""
+        return [_layout(t) for t in self._constants] == self._layouts
+
     def release(self) -> None:
         """Free the memory of the arenas of all executables until one runs again."""
         self._native.release()
@@ -40,7 +44,7 @@ class Executable:
     def __call__(
         self, microbatches: Sequence[Sequence[Tensor]], threads: int, bfloat16: bool = False
     ) -> list[list[Tensor | None]] | None:
-        if [_layout(t) for t in self._constants] != self._layouts:
+        if not self.fits():
             return None
         results, bases = [], []
         for inputs in microbatches:

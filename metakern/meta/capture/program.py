@@ -34,7 +34,7 @@ _BINDINGS: dict[Any, Callable[..., Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Register:
     """A tensor of a program: an input, or a result of a step."""
 
@@ -43,7 +43,7 @@ class Register:
     dtype: torch.dtype = field(compare=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """A recorded call, with registers in place of tensors.
 
@@ -65,12 +65,12 @@ class Step:
     def checks(self) -> bool:
         return self.results is None and not isinstance(self.function, OpOverload)
 
-    @cached_property
+    @property
     def reads(self) -> list[Register]:
         """The registers among its arguments."""
         return registers((self.args, self.kwargs))
 
-    @cached_property
+    @property
     def makes(self) -> list[Register]:
         """The registers among its results."""
         return registers(self.results)
@@ -90,8 +90,7 @@ class Program:
 
     def __init__(self, inputs: list[Register], steps: list[Step], outputs: list[Any], rewrite: Rewrite) -> None:
         self.made: list[Tensor] = []  # tensors that the recorded run made from Python numbers
-        self.decisions: Program | None = None  # computes the numbers that Python read in the recorded run
-        self.decided: list[int] = []  # these numbers
+        self.decisions: Decisions | None = None
         steps, self.outputs = _with_one_name(steps, outputs)
         self.inputs = inputs
         self.steps = dce(rewrite(dce(steps, self.outputs), self.outputs), self.outputs)
@@ -100,7 +99,8 @@ class Program:
     def constants(self) -> list[Tensor]:
         """The tensors that the program reads at each call besides its inputs."""
         found = [t for step in self.steps for t in leaves((step.args, step.kwargs), Tensor)]
-        found += leaves(self.outputs, Tensor) + (self.decisions.constants if self.decisions is not None else [])
+        found += leaves(self.outputs, Tensor)
+        found += self.decisions.program.constants if self.decisions is not None else []
         return list({id(t): t for t in found}.values())
 
     @cached_property
@@ -111,9 +111,17 @@ class Program:
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             return self._run(*inputs)
 
-    def is_for(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether Python would read the same numbers with these inputs as in the recorded run."""
-        return self.decisions is None or [int(t) for t in self.decisions(inputs) if t is not None] == self.decided
+
+@dataclass(frozen=True)
+class Decisions:
+    """The numbers that Python read in a recorded run, and the program that computes them."""
+
+    program: Program
+    numbers: list[int]
+
+    def hold(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether Python would read the same numbers with these inputs."""
+        return [int(t) for t in self.program(inputs) if t is not None] == self.numbers
 
 
 def registers(value: Any) -> list[Register]:

@@ -5,7 +5,7 @@
 It records PyTorch's operations below autograd and the calls of our own kernels (`metakern.native.record.recordable`).
 
 An integer or a boolean that Python reads, as in `if mask.all()`, is a decision: the program is right only for inputs
-that give the same number. `program.decisions` computes these numbers, and `program.decided` has those of the run.
+that give the same number. `program.decisions` has the numbers, and a program that computes them.
 
 RecordError is raised where Python reads other values of a tensor (`.item()` of a float, `.tolist()`, `.numpy()`, the
 indices of a mask), and where an operation writes to a tensor that outlives the run.
@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from metakern.meta.capture.program import Program, Register, Rewrite, Step, dce, leaves, registers
+from metakern.meta.capture.program import Decisions, Program, Register, Rewrite, Step, dce, leaves, registers
 from metakern.meta.capture.rewrite import written
 from metakern.meta.draws import ZEROS
 from metakern.native.record import Recording
@@ -73,8 +73,9 @@ def record(
     program = Program(names, recorder.steps, recorder.named(results), rewrite)
     program.made = [*recorder.lifted, *watcher.made]
     if recorder.decisions:
-        numbers, program.decided = map(list, zip(*recorder.decisions, strict=True))
-        program.decisions = Program(names, _steps_to(numbers, recorder.steps), numbers, rewrite)
+        registers, numbers = map(list, zip(*recorder.decisions, strict=True))
+        steps = _steps_to(registers, recorder.steps)
+        program.decisions = Decisions(Program(names, steps, registers, rewrite), numbers)
     return program, results
 
 
