@@ -4,7 +4,7 @@ from metakern import losses, nn, ops, optim
 from metakern.adapters.lora import lora, merge_lora, remove_lora
 from metakern.adapters.peft import load_lora, save_lora
 from metakern.diagnosis import doctor
-from metakern.meta.algorithms import ANIL, FOMAML, MAML, MetaSGD, Reptile
+from metakern.meta.algorithms import ANIL, FOMAML, MAML, MetaLSTM, MetaSGD, Reptile
 from metakern.meta.batches import pad_tasks
 from metakern.meta.capture import StaleCaptureError
 from metakern.ops.core.backend import backend, backends
@@ -15,6 +15,7 @@ __all__ = [
     "ANIL",
     "FOMAML",
     "MAML",
+    "MetaLSTM",
     "MetaSGD",
     "Reptile",
     "StaleCaptureError",
