@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from metakern import native
-from metakern.ops.core import checks, cpp
+from metakern.ops.core import checks, cpp, triton_kernels
 from metakern.ops.core.autograd import Op
 from metakern.ops.core.dual import Dual, linear, rules, sigmoid, tanh
 from metakern.ops.core.rules import Rules, Tensors
@@ -249,11 +249,11 @@ def _on_cpu() -> Rules:
     return cpp.through_float32(Rules(forward, jvp, vjp, vjp_jvp, native.DTYPES))
 
 
-_REFERENCE = rules(_forward, _vjp)
+REFERENCE = rules(_forward, _vjp)
 OP = Op(
     "metalstm_update",
     inputs=("phi", "grad", "h", "c", "gates", "w_x", "w_hh", "b", "w_h", "w_own"),
-    kernels={"reference": _REFERENCE, "cpu": _on_cpu()},
+    kernels={"reference": REFERENCE, "cpu": _on_cpu(), "triton": triton_kernels.rules("metalstm_update")},
     outputs=4,
 )
 
