@@ -27,7 +27,7 @@ from metakern.ops.core.spec import Make, Sample
 from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, precision, wide
 from metakern.ops.metalstm_update import REFERENCE
 
-BLOCK = 16 if INTERPRETED else 32
+BLOCK = 16  # more would not fit into registers
 LARGEST_H = 32
 
 
@@ -130,7 +130,7 @@ def _layers(
 
 
 @triton.jit
-def _forward_kernel(
+def _update_kernel(
     x,
     y,
     N,
@@ -191,7 +191,7 @@ def _argument_vjp(
 
 
 @triton.jit
-def _vjp_kernel(
+def _update_vjp_kernel(
     x,
     ct,
     ct_x,
@@ -257,7 +257,7 @@ def _launch(kernel: Any, c: SimpleNamespace, x: Tensors, *others: Tensors) -> No
         BLOCK_H=max(16, triton.next_power_of_2(H)),
         BLOCK_N=BLOCK,
         PRECISION=precision(),
-        num_warps=8,
+        num_warps=4,
     )
 
 
@@ -272,7 +272,7 @@ def _forward(c: SimpleNamespace, x: Tensors) -> tuple[Tensors, Tensors]:
         return REFERENCE.forward(c, x)
     x = contiguous(*x)
     y = tuple(torch.empty_like(x[i]) for i in (0, 2, 3, 4))
-    _launch(_forward_kernel, c, x, y)
+    _launch(_update_kernel, c, x, y)
     return y, ()
 
 
@@ -283,7 +283,7 @@ def _vjp(c: SimpleNamespace, x: Tensors, r: Tensors, ct_y: Tensors) -> Tensors:
     ct_x = tuple(torch.empty_like(a) for a in x[:5])
     blocks, like = cdiv(x[0].shape[1], BLOCK), matrices.wide(x[0])
     sums = tuple(like.new_empty(w.shape[0], blocks, *w.shape[1:]) for w in x[5:])
-    _launch(_vjp_kernel, c, x, ct_y, ct_x, sums)
+    _launch(_update_vjp_kernel, c, x, ct_y, ct_x, sums)
     return (*ct_x, *(s.sum(1).to(x[0].dtype) for s in sums))
 
 
