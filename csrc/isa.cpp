@@ -5,7 +5,7 @@
 
 // The files of csrc/cpu that have a table of kernels.
 #define METAKERN_FILES(X) \
-    X(attention) X(cross_entropy) X(gelu) X(gru) X(layer_norm) X(lstm) \
+    X(attention) X(cross_entropy) X(gelu) X(gru) X(layer_norm) X(lstm) X(metalstm_update) \
     X(prototype_log_softmax) X(rms_norm) X(rnn) X(rope) X(silu) X(swiglu)
 
 namespace metakern {

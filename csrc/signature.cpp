@@ -34,8 +34,8 @@ Argument argument(const std::string& text) {
     if (!next_is('*')) {
         while (at < text.size() && (is_digit(text[at]) || is_size(text[at]))) {
             const std::string times = take(text, at, is_digit);
-            if (at == text.size() || !is_size(text[at])) refuse();
-            read.dims.emplace_back(times.empty() ? 1 : std::stoi(times), std::string(1, text[at++]));
+            const bool sized = at < text.size() && is_size(text[at]);
+            read.dims.emplace_back(times.empty() ? 1 : std::stoi(times), sized ? std::string(1, text[at++]) : "1");
         }
         if (read.dims.empty()) refuse();
     }
@@ -62,7 +62,8 @@ Signature::Signature(const std::string& text) {
             continue;
         }
         side->push_back(argument(word));
-        for (const auto& [times, size] : side->back().dims) seen.insert(size);
+        for (const auto& [times, size] : side->back().dims)
+            if (size != "1") seen.insert(size);
         if (side->back().dims.empty()) seen.insert("*");
     }
     sizes = seen.size();

@@ -5,6 +5,7 @@
 //     x:TND               a tensor [T, N, D]; the first tensor with a size sets it, the others must agree;
 //                         Args::sizes has the sizes in the order of first appearance
 //     gates:TBL4H         a last dimension of four times the size H
+//     w_own:T6            a last dimension of size 6
 //     x:*                 any shape, the same for all tensors of the kernel; Args::sizes has the number of elements
 //     target:TNi          int64; all other tensors share one floating-point dtype
 //     weight:TD?          an input that may be absent
@@ -23,7 +24,7 @@ namespace metakern {
 
 struct Argument {
     std::string name;
-    std::vector<std::pair<int, std::string>> dims;  // a multiple of a size for each dimension; none: any shape
+    std::vector<std::pair<int, std::string>> dims;  // a multiple of a size, or of "1", for each dimension; none: any shape
     bool indices = false;
     bool optional = false;
     std::string given_with;    // the input without which an output is not made

@@ -43,6 +43,7 @@ ALGORITHMS = {
     "anil": Algorithm(mk.ANIL),
     "boil": Algorithm(mk.BOIL),
     "metasgd": Algorithm(mk.MetaSGD, "own"),
+    "metalstm": Algorithm(mk.MetaLSTM, "own"),
     "imaml": Algorithm(mk.IMAML, "fixed"),
     "reptile": Algorithm(mk.Reptile),
     "finetune": Algorithm(FineTune, "fixed"),

@@ -61,7 +61,7 @@ class Argument(NamedTuple):
     """A tensor of a kernel: a part of its signature, as csrc/signature.h reads it."""
 
     name: str
-    dims: list[tuple[int, str]]  # for each dimension a factor and a size's letter; empty for any shape
+    dims: list[tuple[int, str]]  # for each dimension a factor, and a size's letter or "1"; empty for any shape
     indices: bool
     optional: bool
     given_with: str  # the input without which an output is not made, or ""
@@ -229,6 +229,7 @@ def _layout(kernel: str, inputs: tuple[tuple[torch.Size, torch.dtype, torch.devi
         names = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise TypeError(f"{kernel}: {name} must be {names}, got {dtype}")
     sizes: dict[str, int] = {}
+    fixed = {"1": 1}
     for argument, given in zip(signature.inputs, inputs, strict=True):
         name, dims, indices, optional, *_ = argument
         if given is None:
@@ -246,9 +247,9 @@ def _layout(kernel: str, inputs: tuple[tuple[torch.Size, torch.dtype, torch.devi
         else:
             fits = len(shape) == len(dims)
             for (times, dim), size in zip(dims, shape, strict=False):
-                fits = fits and times * sizes.setdefault(dim, size // times) == size
+                fits = fits and times * (fixed if dim in fixed else sizes).setdefault(dim, size // times) == size
         if not fits:
-            letters = "".join(f"{times if times > 1 else ''}{dim}" for times, dim in dims)
+            letters = "".join(f"{times if times > 1 else ''}{dim if dim not in fixed else ''}" for times, dim in dims)
             expected: Any = f"{letters} with {sizes}" if sizes else list(first)
             raise ValueError(f"{kernel}: {name} must have shape {expected}, got {list(shape)}")
     if not sizes:
@@ -263,7 +264,8 @@ def _layout(kernel: str, inputs: tuple[tuple[torch.Size, torch.dtype, torch.devi
             return place[argument.memory]
         if argument.given_with and inputs[place[argument.given_with]] is None:
             return None
-        return torch.Size([times * sizes[dim] for times, dim in argument.dims]) if argument.dims else first
+        known = sizes | fixed
+        return torch.Size([times * known[dim] for times, dim in argument.dims]) if argument.dims else first
 
     outputs = tuple(map(output, signature.outputs))
     return _Layout(tuple(a.indices for a in signature.inputs), outputs, tuple(sizes.values()), dtype, device)

@@ -239,3 +239,13 @@ def test_wrong_arguments() -> None:
             make(**options)
     with pytest.raises(TypeError, match="update must get the losses"):
         make().update([torch.ones(1, 1)], [torch.ones(1, 1)], make().init([torch.ones(1, 1)]))
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_metalstm_is_maml_with_this_optimizer(first_order: bool) -> None:
+    net = model()
+    metalstm = mk.MetaLSTM(net, loss, lr=0.1, hidden=3, steps=K, first_order=first_order)
+    metalstm.inner = optimizer()
+    truth = torch.autograd.grad(plain(net, metalstm.inner, constant=first_order), list(metalstm.parameters()))
+    assert_equal(found(metalstm), truth)
+    assert mk.MetaLSTM(net, loss, lr=0.1).inner.b_gates[0].sigmoid().item() == pytest.approx(0.1)

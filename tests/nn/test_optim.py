@@ -579,7 +579,7 @@ def test_wrong_arguments_of_optimizers() -> None:
         mk.optim.Muon(ns_coefficients=(1, 2))
 
 
-@pytest.mark.parametrize("name", ["MAML", "FOMAML", "ANIL", "MetaSGD", "Reptile"])
+@pytest.mark.parametrize("name", ["MAML", "FOMAML", "ANIL", "MetaLSTM", "MetaSGD", "Reptile"])
 def test_unknown_arguments_of_algorithms(name: str) -> None:
     for options in ({"step": 3}, {"first_ordr": True}, {"task_chunks": 2}):
         (wrong,) = options

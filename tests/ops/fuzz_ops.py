@@ -155,6 +155,7 @@ def call_kernel() -> None:
     letters = "TBHLNDVGM*"
     many = [0, 1, 2, 3, 2**20, 2**40, 2**61]
     sizes = {letter: random.choice(many if random.random() < 0.2 else [0, 1, 2, 3, 4]) for letter in letters}
+    sizes["1"] = 1
     inputs: list[Any] = []
     for a in native.signatures()[name].inputs:
         shape = [times * sizes[size] for times, size in a.dims] or [sizes["*"]]
@@ -167,7 +168,9 @@ def call_kernel() -> None:
             x = torch.ones(()).expand(shape) if max(shape) > 100 else torch.randn(shape)
         x = x.long() if a.indices else x
         inputs.append(changed(x) if random.random() < 0.2 and max(shape) < 100 else x)
-    one = name.startswith(("layer", "rms", "cross", "lstm", "gru", "rnn")) and not name.endswith("cotangents")
+    one = name.startswith(("layer", "rms", "cross", "lstm", "metalstm", "gru", "rnn")) and not name.endswith(
+        "cotangents"
+    )
     native.call(name, *inputs, scalars=(1.0, 0.0, 0.0) if name.startswith("attention") else (1.0,) * one)
 
 

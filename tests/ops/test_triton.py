@@ -33,6 +33,8 @@ SPILLED = {
     "_queries_kernel": 256,
     "_keys_kernel": 1280,
     "_jvp_kernel": 16,
+    # metalstm_update: both layers and their cotangents.
+    "_update_vjp_kernel": 128,
 }
 
 

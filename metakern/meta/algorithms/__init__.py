@@ -7,6 +7,7 @@ from metakern.meta.algorithms.hypernetwork import HyperNetwork
 from metakern.meta.algorithms.imaml import IMAML
 from metakern.meta.algorithms.maml import MAML
 from metakern.meta.algorithms.mamlplusplus import MAMLPlusPlus
+from metakern.meta.algorithms.metalstm import MetaLSTM
 from metakern.meta.algorithms.metasgd import MetaSGD
 from metakern.meta.algorithms.protomaml import ProtoMAML
 from metakern.meta.algorithms.protonet import ProtoNet
@@ -21,6 +22,7 @@ __all__ = [
     "MAML",
     "HyperNetwork",
     "MAMLPlusPlus",
+    "MetaLSTM",
     "MetaSGD",
     "ProtoMAML",
     "ProtoNet",

@@ -1,7 +1,7 @@
 """Dual numbers of tensors, and the four rules of an op from two functions that are written for tensors.
 
-A dual number x + ε t_x holds a value and its tangent, and ε² = 0. A function of tensors that is computed on dual numbers
-gives its tangent too:
+A dual number x + ε t_x holds a value and its tangent, and ε² = 0. A function of tensors that is computed on dual
+numbers gives its tangent too:
 
     f(x + ε t_x) = y + ε t_y        so that forward gives jvp, and vjp gives vjp_jvp
 """

@@ -28,8 +28,8 @@ vjp: ct_p, ct_h', ct_c' and ct_gates' are the cotangents of the outputs, and ct_
     ct_a: those of torch.nn.LSTM's gates         ct_h = w_hh^T ct_a,  ct_c = σ(a_f) ct_c'
     ct_grad = -i' ct_p + u'(grad)^T w_x^T ct_a   and sums over N for the weights
 
-jvp and vjp_jvp are forward and vjp of dual numbers. Residuals: none; every rule computes the hidden units again, so that
-nothing of their size is kept but the state itself. Half precision is computed in float32.
+jvp and vjp_jvp are forward and vjp of dual numbers. Residuals: none; every rule computes the hidden units again, so
+that nothing of their size is kept but the state itself. Half precision is computed in float32.
 
 Ravi, Larochelle 2017, "Optimization as a model for few-shot learning", sections 3 (the second layer) and 5 (the first);
 Andrychowicz et al. 2016, "Learning to learn by gradient descent by gradient descent", appendix A (u).
@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from metakern import native
-from metakern.ops.core import checks
+from metakern.ops.core import checks, cpp, triton_kernels
 from metakern.ops.core.autograd import Op
 from metakern.ops.core.dual import Dual, linear, rules, sigmoid, tanh
 from metakern.ops.core.rules import Rules, Tensors
@@ -69,8 +69,8 @@ def metalstm_update(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns parameters and state after one step of a learned LSTM; differentiable twice in all tensors.
 
-    Each of N coordinates (elements of all parameters) gets a rate i and a decay f: phi' = f phi - i grad. They come from
-    two layers (Ravi, Larochelle 2017, sections 3 and 5): an LSTM with H hidden units, with the equations of
+    Each of N coordinates (elements of all parameters) gets a rate i and a decay f: phi' = f phi - i grad. They come
+    from two layers (Ravi, Larochelle 2017, sections 3 and 5): an LSTM with H hidden units, with the equations of
     torch.nn.LSTM, and the gates i and f. Half precision is computed in float32.
 
     Args:
@@ -148,10 +148,9 @@ def _slope(z: Any, p: float) -> Any:
 def _layers(p: float, phi: Any, grad: Any, h: Any, c: Any, gates: Any, *weights: Any) -> SimpleNamespace:
     """Returns what both layers compute, from tensors or dual numbers."""
     w_x, w_hh, b, w_h, w_own = weights
+    x: Any = _read(grad.value if isinstance(grad, Dual) else grad, p)
     if isinstance(grad, Dual):
-        x = Dual(_read(grad.value, p), _slope(grad.value, p) * grad.tangent.unsqueeze(1))
-    else:
-        x = _read(grad, p)
+        x = Dual(x, _slope(grad.value, p) * grad.tangent.unsqueeze(1))
     a = w_x @ x + w_hh @ h + _column(b)
     i, f, g, o = (linear(lambda a, k=k: a.unflatten(1, (4, -1))[:, k], a) for k in range(4))
     i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
@@ -215,11 +214,46 @@ def _vjp(c: SimpleNamespace, *tensors: Any) -> Tensors:
     )
 
 
-_REFERENCE = rules(_forward, _vjp)
+def _on_cpu() -> Rules:
+    """Returns the rules of the C++ kernels, in which tensors with a dimension of 2, 3 or 4H columns are flat."""
+
+    def call(rule: str, c: SimpleNamespace, *inputs: Any) -> Tensors:
+        return native.call(f"metalstm_update_{rule}", *inputs, scalars=(c.p,))
+
+    def flat(x: Tensors) -> Tensors:
+        return (*x[:4], *(x[i].flatten(1) if i in (4, 5, 8, 9) else x[i] for i in range(4, 10)))
+
+    def outputs(x: Tensors, y: Tensors) -> Tensors:
+        return tuple(yi.view(xi.shape) for xi, yi in zip((x[0], *x[2:5]), y, strict=True))
+
+    def cotangents(x: Tensors, ct_x: Tensors) -> Tensors:
+        return tuple(ct.view(xi.shape) for xi, ct in zip(x, ct_x, strict=True))
+
+    def flat_ct(ct: Tensors | None) -> Tensors:
+        return (None,) * 4 if ct is None else (*ct[:3], ct[3].flatten(1))
+
+    def forward(c: SimpleNamespace, x: Tensors) -> tuple[Tensors, Tensors]:
+        return outputs(x, call("forward", c, *flat(x))), ()
+
+    def jvp(c: SimpleNamespace, x: Tensors, r: Tensors, t_x: Tensors) -> tuple[Tensors, Tensors]:
+        return outputs(x, call("jvp", c, *flat(x), *flat(t_x))), ()
+
+    def vjp(c: SimpleNamespace, x: Tensors, r: Tensors, ct_y: Tensors) -> Tensors:
+        return cotangents(x, call("vjp", c, *flat(x), *flat_ct(ct_y)))
+
+    def vjp_jvp(
+        c: SimpleNamespace, x: Tensors, r: Tensors, t_x: Tensors, t_r: Tensors, ct_y: Tensors, t_ct_y: Tensors | None
+    ) -> Tensors:
+        return cotangents(x, call("vjp_jvp", c, *flat(x), *flat(t_x), *flat_ct(ct_y), *flat_ct(t_ct_y)))
+
+    return cpp.through_float32(Rules(forward, jvp, vjp, vjp_jvp, native.DTYPES))
+
+
+REFERENCE = rules(_forward, _vjp)
 OP = Op(
     "metalstm_update",
     inputs=("phi", "grad", "h", "c", "gates", "w_x", "w_hh", "b", "w_h", "w_own"),
-    kernels={"reference": _REFERENCE},
+    kernels={"reference": REFERENCE, "cpu": _on_cpu(), "triton": triton_kernels.rules("metalstm_update")},
     outputs=4,
 )
 
