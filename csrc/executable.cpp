@@ -276,15 +276,17 @@ void Executable::take_rows(const std::array<Place, 3>& places, std::int64_t rows
 
 void Executable::put_rows(const std::array<Place, 3>& places, std::int64_t rows, std::int64_t to_rows, std::int64_t bytes) {
     for (const Place& place : places) known(place);
-    steps_.push_back([=](const State& state) {
-        char* to = static_cast<char*>(state.at(places[0]));
-        const char* from = static_cast<const char*>(state.at(places[1]));
-        const auto* index = static_cast<const std::int64_t*>(state.at(places[2]));
+    const auto run = [](const State&, Arguments next) {
+        char* to = static_cast<char*>(next.tensor());
+        const char* from = static_cast<const char*>(next.tensor());
+        const auto* index = static_cast<const std::int64_t*>(next.tensor());
+        const std::int64_t rows = next.integer(), to_rows = next.integer(), bytes = next.integer();
         for (std::int64_t i = 0; i < rows; ++i) {
             if (!within(index[i], to_rows)) throw CheckFailed();
             std::memcpy(to + index[i] * bytes, from + i * bytes, static_cast<std::size_t>(bytes));
         }
-    });
+    };
+    append(run, places, std::array{rows, to_rows, bytes});
 }
 
 void Executable::add_rows(bool is_double, const std::array<Place, 3>& places, std::int64_t rows, std::int64_t to_rows,

@@ -6,8 +6,8 @@ store      Keeps the graph of all K steps and differentiates it once: the least 
 recompute  Keeps phi_k and s_k of some steps (and their gradients, where U needs them) and pulls the cotangent back one
            step at a time: through U, which gives ct_g, and then by one Hessian-vector product, H(phi_k) ct_g. Where
            U reads the losses S too, the same pass adds their gradients, weighted by ct_S. Besides what it keeps, it
-           takes the memory of one step. The steps between `snapshots` are computed again when they are needed (Griewank,
-           Walther 2000, "Algorithm 799: revolve").
+           takes the memory of one step. The steps between `snapshots` are computed again when they are needed
+           (Griewank, Walther 2000, "Algorithm 799: revolve").
 
 The Hessian-vector product is taken forward over reverse (dual tensors through an ordinary `autograd.grad`), or reverse
 over reverse where a model has an operation without forward mode; both are exact. Parameters that the inner loop doesn't

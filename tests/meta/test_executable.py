@@ -294,6 +294,8 @@ def test_indices_out_of_range_stop_the_run() -> None:
         assert executable([[torch.randn(2, 3), torch.tensor([2])]], 1) is not None
         assert executable([[torch.randn(2, 3), torch.tensor([3])]], 1) is None
         assert executable([[torch.randn(2, 3), torch.tensor([-4])]], 1) is None
+        counts_from_the_end = executable([[torch.randn(2, 3), torch.tensor([-1])]], 1) is not None
+        assert counts_from_the_end == (function is functions[0])  # as in PyTorch
 
 
 def test_a_known_tensor_that_is_written_to_is_made_anew() -> None:

@@ -626,17 +626,23 @@ def _scatter(w: Lowering, x: Tensor, dim: int, index: Tensor, source: Tensor) ->
 
 
 def _element_numbers(w: Lowering, shape: Sequence[int], dim: int, index: Tensor) -> Tensor:
-    """Return the numbers, in a contiguous tensor of this shape, of the elements that an index along `dim` names."""
+    """Return the numbers, in a contiguous tensor of this shape, of the elements that an index along `dim` names.
+
+    As in PyTorch, the index must be in [0, size).
+    """
+    if index.dtype != torch.int64:
+        raise LoweringError(f"indexing by {index.dtype} has no instruction")
+    along = shape[dim] if shape else 1
+    w.call("check", w.in_rows(index), arguments=lambda places: (places[0], index.numel(), along, 0))
     if not index.dim():
-        return _within(w, index, 1)
+        return index
     strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
     others = torch.zeros(index.shape, dtype=torch.int64)
     for d, size in enumerate(index.shape):
         if d != dim % len(shape):
             others += strides[d] * torch.arange(size).view(-1, *(1,) * (len(shape) - d - 1))
-    along = _within(w, index, shape[dim])
     out = w.new(torch.empty(index.shape, dtype=torch.int64, device="meta"))
-    return w.map("add", out, w.constant(others), along, s=float(strides[dim]))
+    return w.map("add", out, w.constant(others), index, s=float(strides[dim]))
 
 
 @_lowers(_aten.scatter.value)
