@@ -24,14 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops.core import checks, cpp, plain, triton_kernels
+from metakern.ops.core import checks, cpp, triton_kernels
 from metakern.ops.core.autocast import autocast
 from metakern.ops.core.autograd import Op
 from metakern.ops.core.matrices import wide
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Cost, Make, Sample, Spec
-
-_SMALL = 2**17  # elements; see core/plain.py
 
 
 @autocast("widest")
@@ -54,8 +52,6 @@ def silu(x: Tensor) -> Tensor:
     tensor([0.0000, 0.7311])
     """
     checks.floating("silu", x=x)
-    if plain.is_faster(x, x.numel(), _SMALL):
-        return F.silu(x)
     return OP(x.reshape(1, -1))[0].reshape(x.shape)
 
 

@@ -26,14 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.ops.core import checks, cpp, plain, triton_kernels
+from metakern.ops.core import checks, cpp, triton_kernels
 from metakern.ops.core.autocast import autocast
 from metakern.ops.core.autograd import Op
 from metakern.ops.core.matrices import wide
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Cost, Make, Sample, Spec
-
-_SMALL = 2**17  # elements; see core/plain.py
 
 
 @autocast("widest")
@@ -59,8 +57,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     checks.floating("swiglu", gate=gate, up=up)
     checks.shape("swiglu", "up", up, gate.shape, "that of gate")
-    if plain.is_faster(gate, gate.numel(), _SMALL):
-        return _plain(gate, up)
     return OP(gate.reshape(1, -1), up.reshape(1, -1))[0].reshape(gate.shape)
 
 
