@@ -30,6 +30,10 @@ def numbers_of(*command: str) -> list[float]:
     return [float(number) for number in NUMBER.findall(run.stdout)]
 
 
+def by_fives(numbers: list[float]) -> list[list[float]]:
+    return [numbers[i : i + 5] for i in range(0, len(numbers), 5)]
+
+
 def test_every_example_has_at_most_60_lines_and_a_test() -> None:
     tested = Path(__file__).read_text()
     for example in EXAMPLES.glob("*.py"):
@@ -49,6 +53,36 @@ def test_prototypes_classify_intents_that_were_not_trained_on() -> None:
     before, after = numbers_of("intents.py")
     assert before < 0.6
     assert after > 0.85
+
+
+@pytest.mark.slow
+def test_maml_fits_sine_waves_that_plain_training_does_not() -> None:
+    *_, maml, plain = (row[-1] for row in by_fives(numbers_of("sines.py")))
+    assert maml < 0.3 * plain
+
+
+@pytest.mark.slow
+def test_new_glyphs_are_told_apart_after_adaptation() -> None:
+    before, *_, after = numbers_of("glyphs.py")
+    assert after < 0.5 * before
+
+
+@pytest.mark.slow
+def test_points_walk_better_after_one_step() -> None:
+    *_, before, after = numbers_of("navigation.py")
+    assert after > before + 1
+
+
+@pytest.mark.slow
+def test_a_learned_loss_ignores_wrong_labels() -> None:
+    squared, learned = numbers_of("learned_loss.py")
+    assert learned < 0.5 * squared
+
+
+@pytest.mark.slow
+def test_a_stream_is_predicted_better_after_its_first_chunk() -> None:
+    *_, first, second, _, _, _, _, _, _, _, _, _, last = numbers_of("stream.py")
+    assert max(second, last) < 0.5 * first
 
 
 @pytest.mark.slow
