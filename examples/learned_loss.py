@@ -2,8 +2,8 @@
 
 python examples/learned_loss.py
 
-Every parameter that the loss reaches is meta-learned, so that the network needs nothing but a place in the loss. Bechtle
-et al. 2021, "Meta-learning via learned loss".
+Every parameter that the loss reaches is meta-learned, so that the network needs nothing but a place in the loss.
+Bechtle et al. 2021, "Meta-learning via learned loss".
 """
 
 import torch

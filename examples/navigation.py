@@ -17,7 +17,7 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def walks(policy: nn.Module, phi: dict[str, torch.Tensor], goals: torch.Tensor) -> tuple[Batch, torch.Tensor]:
-    """Walk to `goals` `[T, 2]` by one policy a task; return the batch (positions, steps, advantages) and the returns."""
+    """Walk to `goals` `[T, 2]` by one policy a task; return a batch (positions, steps, advantages) and the returns."""
     position, places, moves, rewards = torch.zeros(len(goals), WALKS, 2), [], [], []
     with torch.no_grad():
         for _ in range(LENGTH):
