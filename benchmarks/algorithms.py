@@ -2,13 +2,14 @@
 
     python -m benchmarks.algorithms [--steps 3000] [--seeds 3] [--algorithms MAML,Reptile]
 
-All algorithms see the same waves in the same order for the same number of outer steps, from the same initial weights: a
-perceptron 1-40-40-1, 25 waves a step with ten points each in support and query, 5 inner steps (Finn et al. 2017, section
-5.1, has 1). The inner rate is the best of a few on other waves, by the error after 5 inner steps. Errors are mean
-squared errors on 500 new waves after several numbers of inner steps; the interval is over seeds.
+All algorithms see the same waves in the same order for the same number of outer steps, from the same initial weights:
+a perceptron 1-40-40-1, 25 waves a step with ten points each in support and query, 5 inner steps (Finn et al. 2017,
+section 5.1, has 1). The inner rate is the best of a few on other waves, by the error after 5 inner steps. Errors are
+mean squared errors on 500 new waves after several numbers of inner steps; the interval is over seeds.
 
 The time of a step is its ratio to a step of MAML that runs in the same process in turn with it: the median, with its
-quartiles. Memory is the peak of a step, less that of the idle process. Results go to benchmarks/results/algorithms.json.
+quartiles. Memory is the peak of a step, less what the process holds between steps. Results go to
+benchmarks/results/algorithms.json.
 """
 
 from __future__ import annotations
@@ -63,16 +64,12 @@ def hypernetwork(model: nn.Module, lr: float, steps: int) -> nn.Module:
 # Algorithm -> a function of the model and the inner rate.
 ALGORITHMS: dict[str, Callable[[nn.Module, float], Any]] = {
     "MAML": lambda model, lr: mk.MAML(model, loss, sgd(lr), INNER_STEPS),
-    "MAML, learned rates": lambda model, lr: mk.MAML(
-        model, loss, sgd(lr, learn_lr=True, per="parameter"), INNER_STEPS
-    ),
+    "MAML, learned rates": lambda model, lr: mk.MAML(model, loss, sgd(lr, learn_lr=True, per="parameter"), INNER_STEPS),
     "MAML++": lambda model, lr: mk.MAMLPlusPlus(model, loss, steps=INNER_STEPS, lr=lr),
     "Meta-SGD": lambda model, lr: mk.MetaSGD(model, loss, lr=lr, steps=INNER_STEPS),
     "Meta-Curvature": lambda model, lr: mk.MAML(model, loss, mk.optim.MetaCurvature(lr), INNER_STEPS),
     "Meta-LSTM": lambda model, lr: mk.MetaLSTM(model, loss, lr=lr, steps=INNER_STEPS),
-    "iMAML": lambda model, lr: mk.IMAML(
-        model, loss, sgd(lr), INNER_STEPS, strength=1.0, solver_steps=5, tolerance=1e9
-    ),
+    "iMAML": lambda model, lr: mk.IMAML(model, loss, sgd(lr), INNER_STEPS, strength=1.0, solver_steps=5, tolerance=1e9),
     "ANIL": lambda model, lr: mk.ANIL(model, loss, inner=sgd(lr), steps=INNER_STEPS),
     "BOIL": lambda model, lr: mk.BOIL(model, loss, inner=sgd(lr), steps=INNER_STEPS),
     "FOMAML": lambda model, lr: mk.FOMAML(model, loss, inner=sgd(lr), steps=INNER_STEPS),
@@ -110,8 +107,6 @@ def errors(algorithm: Any, seed: int) -> list[float]:
 def measured(name: str, steps: int, seeds: int) -> dict[str, Any]:
     """Return the row of one algorithm; it runs in a process of its own."""
     torch.set_num_threads(1)
-    settle()
-    idle = resident("VmRSS")
     at = LOOKS.index(INNER_STEPS)
     trials = {lr: errors(trained(name, lr, -1, int(TRIAL_SHARE * steps))[0], 10_001)[at] for lr in RATES}
     lr = min(trials, key=lambda rate: trials[rate])
@@ -120,6 +115,7 @@ def measured(name: str, steps: int, seeds: int) -> dict[str, Any]:
         algorithm, step = trained(name, lr, seed, steps)
         curves.append(errors(algorithm, 10_000 + seed))
     settle()
+    idle = resident("VmRSS")
     step()
     peak = resident("VmHWM")
     of_maml = trained("MAML", 0.01, 0, 20)[1]
@@ -147,7 +143,7 @@ def main(argv: Sequence[str] = ()) -> None:
     found = results.load(args.out)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for i, name in enumerate(names, start=1):
-            conditions = {"machine": results.machine(), "steps": args.steps, "seeds": args.seeds}
+            conditions = {"machine": results.machine(), "looks": list(LOOKS), "steps": args.steps, "seeds": args.seeds}
             before = found.get(name, {})
             if all(before.get(key) == value for key, value in conditions.items()):
                 continue

@@ -17,6 +17,7 @@ from benchmarks.pictures import bases, draw, markup, stem
 from benchmarks.results import FOLDER, ROOT, machine
 from benchmarks.tables import (
     ONE_CORE,
+    algorithms_table,
     attention_table,
     curve_table,
     measured,
@@ -83,6 +84,10 @@ RNN are in the file).
 BATCH_1 = """\
 The targets for the LSTM. At batch 1 every step reads all recurrent weights, so the rate is limited by the caches, and
 by memory where the weights exceed the caches:"""
+ALGORITHMS = """\
+Every algorithm on the sine waves of the MAML paper (`python -m benchmarks.algorithms`): mean squared errors of new
+waves after 0 to 10 inner steps [least and greatest over the seeds], the inner rate that was chosen on other waves, the
+time of an outer step over that of MAML's [quartiles], and the peak memory of a step."""
 ATTENTION = """\
 Causal attention in float32, by sequences B, heads H of q and H_kv of k and v, length L and head dimension D (`python
 -m benchmarks.attention`).
@@ -135,6 +140,8 @@ def full() -> str:
     for base, keys in bases().items():
         parts += [f"### {base}", markup(stem(base), base).replace("benchmarks/", "")]
         parts += [sweep_table(key, points) for key, points in keys.items()]
+    if algorithms := algorithms_table():
+        parts += ["## Algorithms", ALGORITHMS, algorithms]
     parts += ["## Recurrent cells", RECURRENT, recurrent_table(), BATCH_1, recurrent_targets_table()]
     parts += ["## Attention", ATTENTION, attention_table(), "## Ops", OPS, ops_table()]
     return "\n\n".join(parts) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -193,6 +194,25 @@ def curve_table(name: str) -> str:
         told = (f"{row['before']:.2f} -> {row['after']:.2f} at step {row['step']}" for row in (found[0], found[-1]))
         lines += ["", f"Loss on validation subjects before -> after adaptation: {', '.join(told)}."]
     return "\n".join([*lines, "", described(data)])
+
+
+def algorithms_table() -> str:
+    """Errors after inner steps, time and memory of every algorithm on the sine waves; "" if there are no results."""
+    found = results.load(FOLDER / "algorithms.json")
+    if not found:
+        return ""
+    rows = []
+    for name, row in found.items():
+        columns = list(zip(*row["errors"], strict=True))
+        errors = [f"{statistics.mean(c):.3f} [{min(c):.3f}, {max(c):.3f}]" for c in columns]
+        middle, low, high = row["over_maml"]
+        rows.append(
+            [name, *errors, f"{row['lr']:g}", f"{middle:.2f} [{low:.2f}, {high:.2f}]", f"{row['peak_mib']:.0f}"]
+        )
+    one = next(iter(found.values()))
+    title = f"{one['steps']} outer steps, {one['seeds']} seeds."
+    head = ["", *(f"after {k}" for k in one["looks"]), "rate", "step / MAML's", "MiB"]
+    return f"{title}\n\n{table(head, rows)}\n\n{described(one)}"
 
 
 def recurrent_table() -> str:
