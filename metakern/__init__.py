@@ -7,6 +7,7 @@ from metakern.diagnosis import doctor
 from metakern.meta.algorithms import (
     ANIL,
     BOIL,
+    CAVIA,
     FOMAML,
     IMAML,
     MAML,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ANIL",
     "BOIL",
+    "CAVIA",
     "FOMAML",
     "IMAML",
     "MAML",

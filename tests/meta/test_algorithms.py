@@ -308,3 +308,33 @@ def test_a_set_encoder_pools_what_counts() -> None:
         mk.nn.SetEncoder(net, "max")
     with pytest.raises(ValueError, match=r"code \[N, D\]"):
         mk.nn.SetEncoder(net)(x[0])
+
+
+def test_cavia_starts_each_task_at_a_zero_context() -> None:
+    torch.manual_seed(0)
+    layer = mk.nn.Contextual(nn.Linear(5, 6), size=3)
+    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(6, 3)).double()
+    layer.context.data.normal_()  # has no effect
+    support, query = points(1), points(2)
+    total: Any = 0.0
+    for t in range(T):
+        at = lambda batch, t=t: tree_map(lambda a: a[t], batch)  # noqa: E731
+        phi = dict(model.named_parameters()) | {"0.context": torch.zeros(3, dtype=torch.float64, requires_grad=True)}
+        for _ in range(2):
+            value = regression_loss(Functional(model, phi), at(support))
+            (g,) = torch.autograd.grad(value, phi["0.context"], create_graph=True)
+            phi = phi | {"0.context": phi["0.context"] - 2.0 * g}
+        total = total + regression_loss(Functional(model, phi), at(query)) / T
+    truth = gradients(model, total)
+    for options in ({"strategy": "store"}, {"strategy": "recompute"}, {"capture": True}, {"batching": "vmap"}):
+        cavia = mk.CAVIA(model, regression_loss, inner=mk.optim.SGD(lr=2.0), steps=2, **options)
+        for _ in range(3):
+            assert_equal(gradients(model, cavia(support, query)), truth)
+            assert layer.context.grad is None
+    assert cavia.adapt(support, 0)["0.context"].abs().sum() == 0
+    with pytest.raises(ValueError, match="adapt must match"):
+        mk.CAVIA(mlp(), regression_loss)
+    with pytest.raises(ValueError, match="features must be given for a ReLU"):
+        mk.nn.Contextual(nn.ReLU(), 2)
+    with pytest.raises(ValueError, match="size must be an integer"):
+        mk.nn.Contextual(nn.Linear(2, 2), 0)

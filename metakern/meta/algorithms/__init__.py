@@ -2,6 +2,7 @@
 
 from metakern.meta.algorithms.anil import ANIL
 from metakern.meta.algorithms.boil import BOIL
+from metakern.meta.algorithms.cavia import CAVIA
 from metakern.meta.algorithms.fomaml import FOMAML
 from metakern.meta.algorithms.hypernetwork import HyperNetwork
 from metakern.meta.algorithms.imaml import IMAML
@@ -17,6 +18,7 @@ from metakern.meta.algorithms.streaming import Streaming
 __all__ = [
     "ANIL",
     "BOIL",
+    "CAVIA",
     "FOMAML",
     "IMAML",
     "MAML",
