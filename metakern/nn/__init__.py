@@ -17,11 +17,11 @@ from metakern.nn.text import TextEncoder
 from metakern.nn.transformer import TransformerDecoderLayer, TransformerEncoder, TransformerEncoderLayer
 
 __all__ = [
-    "Contextual",
     "GELU",
     "GRU",
     "LSTM",
     "RNN",
+    "Contextual",
     "LayerNorm",
     "Linear",
     "LoraLinear",
