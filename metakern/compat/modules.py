@@ -8,7 +8,7 @@ copy and its graph are freed as soon as nobody holds them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from metakern.compat.references import PLAIN, References, refreshed
 from metakern.meta.batching import exact_kernels
 from metakern.meta.functions import FusedFunctions
+from metakern.ops.core.plain import where_small
 
 Change = Callable[[Tensor], Tensor]
 
@@ -330,25 +331,26 @@ def stepped(module: nn.Module, changed: Iterable[tuple[Tensor, Tensor]]) -> None
                 owner.__dict__["_references"][name] = owner.__dict__[name] = references.mended(value)
 
 
-def needs_fused(module: nn.Module) -> bool:
-    """Returns whether a tree must run within `fused`.
+def surroundings(module: nn.Module) -> Callable[[], AbstractContextManager]:
+    """Returns in what a tree must run: for modules of metakern, as after `metakern.patch`, ops are plain where small.
 
-    It must if it has modules of metakern, as after `metakern.patch`, and code that may call functions which `fused`
-    replaces. Plain layers of torch.nn call none.
+    It is `fused` if the tree also has code that may call functions which `fused` replaces. Plain layers of torch.nn
+    call none.
     """
     parts = list(module.modules())
     kinds = set(map(type, parts))
     if not any(kind.__module__.startswith(("metakern.nn.", "metakern.patching.")) for kind in kinds):
-        return False
+        return nullcontext
     if any(kind.__module__ not in _LAYERS or kind in _CALLERS for kind in kinds):
-        return True
-    return any("forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks for part in parts)
+        return fused
+    replaced = any("forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks for part in parts)
+    return fused if replaced else where_small
 
 
 @contextmanager
 def fused() -> Iterator[None]:
     """Within the block, torch.nn.functional runs as metakern's ops or as PyTorch's twice differentiable kernels."""
-    with exact_kernels(), FusedFunctions():
+    with exact_kernels(), FusedFunctions(), where_small():
         yield
 
 

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from metakern.diagnosis.causes import Taps
 from metakern.diagnosis.places import Patient, State, is_float
 from metakern.diagnosis.report import LOSS, Problem
+from metakern.meta.batches import Outer
 from metakern.meta.batching import Loop
 from metakern.meta.parameters import put
 from metakern.meta.slopes import Tensors, norm, slope
@@ -65,7 +66,7 @@ class Costs:
             for path in {p.path for p in repaired if repairable(p) and not p.undo}:
                 _repair(stack, self.patient.model.get_submodule(path))
             phi = [p.detach().expand(1, *p.shape) for p in theta]
-            found = strategy(_Steady(self.patient))(phi, shared, support, query)
+            found = strategy(_Steady(self.patient))(phi, shared, support, Outer(query, (self.steps,)))
         return [g.detach() for g in with_zeros([*found.summed, *found.shared], [*theta, *shared])]
 
 

@@ -12,16 +12,16 @@ loop   One task at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import _C, Tensor, nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.meta.batches import over_tasks, select, structure
 from metakern.meta.fold import Fold
-from metakern.meta.functions import Repaired, fused_kernels
+from metakern.meta.functions import FusedFunctions, Repaired
 from metakern.meta.parameters import Parameters
 from metakern.ops.core.plain import plain_operations
 
@@ -54,7 +54,7 @@ class Loop:
     def _operations(self) -> AbstractContextManager:
         """Return the mode in which the loss runs: metakern's ops, or PyTorch's own operations (`plain`)."""
         if not self.plain:
-            return fused_kernels()
+            return FusedFunctions()
         both = ExitStack()
         both.enter_context(plain_operations())
         both.enter_context(Repaired())
@@ -106,34 +106,21 @@ def exact_kernels(model: nn.Module | None = None) -> Iterator[None]:
     Batch norms in training mode get no running statistics: their output does not depend on them, and they stay what
     they are.
     """
-    modules = () if model is None else tuple(model.modules())
-    recurrent = model is None or any(isinstance(module, nn.RNNBase) for module in modules)
-    norms = (module for module in modules if isinstance(module, nn.modules.batchnorm._NormBase))
-    statistics = [(m._buffers, dict(m._buffers)) for m in norms if m.training and m.track_running_stats]
-    # These set only the switch: `cudnn.flags` reads other settings, which may raise. oneDNN has an LSTM for float32.
-    fast, cudnn, onednn = torch.backends.mha.get_fastpath_enabled(), _C._get_cudnn_enabled(), _C._get_mkldnn_enabled()
-    try:
+    fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
+    modules = () if model is None else model.modules()
+    recurrent = model is None or any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with ExitStack() as undo:
+        undo.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)
-        _C._set_cudnn_enabled(cudnn and not recurrent)
-        _C._set_mkldnn_enabled(onednn and not recurrent)
-        for buffers, _ in statistics:
-            buffers.update(dict.fromkeys(buffers))
-        with nullcontext() if _has_math_attention() else sdpa_kernel(SDPBackend.MATH):
+        if recurrent and cudnn:  # sets only the switch: `cudnn.flags` reads other settings, which may raise
+            undo.callback(setattr, torch.backends.cudnn, "enabled", cudnn)
+            torch.backends.cudnn.enabled = False
+        if recurrent and torch._C._get_mkldnn_enabled():  # oneDNN's LSTM (float32 only) has no second derivatives
+            undo.callback(torch._C._set_mkldnn_enabled, True)
+            torch._C._set_mkldnn_enabled(False)
+        for module in modules:
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
+                undo.callback(module._buffers.update, dict(module._buffers))
+                module._buffers.update(dict.fromkeys(module._buffers))
+        with sdpa_kernel(SDPBackend.MATH):
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        _C._set_cudnn_enabled(cudnn)
-        _C._set_mkldnn_enabled(onednn)
-        for buffers, kept in statistics:
-            buffers.update(kept)
-
-
-def _has_math_attention() -> bool:
-    """Returns whether math attention is the only one that is on; to switch the others off takes as long as a layer."""
-    others = (
-        _C._get_flash_sdp_enabled,
-        _C._get_mem_efficient_sdp_enabled,
-        _C._get_cudnn_sdp_enabled,
-        _C._get_overrideable_sdp_enabled,
-    )
-    return _C._get_math_sdp_enabled() and not any(is_on() for is_on in others)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metakern import ops
-from metakern.meta.functions import fused_kernels
+from metakern.meta.functions import FusedFunctions
 from metakern.meta.parameters import Parameters, put
 from metakern.nn import Linear
 from metakern.nn.lora import LoraLinear
@@ -39,7 +39,7 @@ class Fold:
     """A model's units with their rules, and the record of which tensors carry the tasks."""
 
     def __init__(
-        self, parameters: Parameters, operations: Callable[[], AbstractContextManager] = fused_kernels
+        self, parameters: Parameters, operations: Callable[[], AbstractContextManager] = FusedFunctions
     ) -> None:
         self.model, self.parameters, self.operations = parameters.model, parameters, operations
         self.units = _units(parameters)

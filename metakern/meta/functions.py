@@ -2,13 +2,12 @@
 
 PyTorch's attention with second derivatives stores L x L matrices and runs a dozen kernels per call; its cross-entropy,
 GELU and SiLU run three to eight kernels at second order. A call with arguments that an op doesn't support is left to
-PyTorch, and so is one on small tensors (`metakern.ops.core.plain`), but for programs, which call kernels at any size.
+PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import inf
 from typing import Any
 
@@ -40,13 +39,6 @@ class FusedFunctions(TorchFunctionMode):
             return func(*args, **kwargs)
         found = fused(*args, **kwargs)
         return func(*args, **kwargs) if found is NotImplemented else found
-
-
-@contextmanager
-def fused_kernels() -> Iterator[None]:
-    """`FusedFunctions` whose ops run their kernels on small tensors too, as captured programs call these."""
-    with plain.kernels(), FusedFunctions():
-        yield
 
 
 def _attention(

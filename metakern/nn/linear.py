@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metakern import ops
 from metakern.native import memory
-from metakern.ops.core import autocast
+from metakern.ops.core import autocast, plain
 from metakern.ops.linear import is_small
 
 
@@ -31,10 +31,10 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns x Wᵀ + b, by metakern's op, or by PyTorch's function on small tensors and for it to choose the dtype."""
+    """Returns x Wᵀ + b, by metakern's op, or by PyTorch's function where small or for it to choose the dtype."""
     with torch._C.DisableTorchFunction():  # else a mode is called for each attribute
-        plain = _fits(x, weight, bias) and is_small(x, weight)
-    return F.linear(x, weight, bias) if plain or mixed(x, weight) else ops.linear(x, weight, bias)
+        small = plain.allowed_where_small() and _fits(x, weight, bias) and is_small(x, weight)
+    return F.linear(x, weight, bias) if small or mixed(x, weight) else ops.linear(x, weight, bias)
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

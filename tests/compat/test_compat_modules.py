@@ -11,6 +11,7 @@ import pickle
 import types
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 import metakern as mk
 from metakern.compat import higher
 from metakern.compat import learn2learn as l2l
-from metakern.compat.modules import needs_fused
+from metakern.compat.modules import fused, surroundings
+from metakern.ops.core.plain import where_small
 
 LR, STEPS = 0.7, 3
 Step = Callable[[Tensor], Any]
@@ -663,13 +665,14 @@ class Scaled(nn.Module):
         return 2 * F.gelu(x)
 
 
-def test_only_models_that_may_call_a_replaced_function_run_within_fused() -> None:
+def test_only_patched_models_that_may_call_a_replaced_function_run_within_fused() -> None:
     layers = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
-    assert not needs_fused(layers)
+    assert surroundings(layers) is nullcontext
     mk.patch(layers)
-    assert not needs_fused(layers)
+    assert surroundings(layers) is where_small
     for other in (nn.GELU(), nn.MultiheadAttention(4, 2), nn.Embedding(3, 3), nn.CrossEntropyLoss(), Scaled()):
-        assert needs_fused(nn.Sequential(layers, other))
-    assert needs_fused(nn.Sequential(layers, nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))))
+        assert surroundings(nn.Sequential(layers, other)) is fused
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    assert surroundings(nn.Sequential(layers, normed)) is fused
     layers[1].register_forward_hook(lambda module, args, y: F.gelu(y))
-    assert needs_fused(layers)
+    assert surroundings(layers) is fused

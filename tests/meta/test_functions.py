@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import metakern as mk
-from metakern.meta.functions import FusedFunctions, fused_kernels
+from metakern.meta.functions import FusedFunctions
 from metakern.ops.core.spec import Make
 
 SEEN = torch.tensor([[True, True, False], [True, False, False]])
@@ -32,7 +32,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in ("attention", "cross_entropy", "embedding", "gelu", "silu"):
+    for name in ("attention", "cross_entropy", "gelu", "silu"):
         monkeypatch.setattr(mk.ops, name, counted(name, getattr(mk.ops, name)))
     return names
 
@@ -80,7 +80,7 @@ def test_functions_that_an_op_computes_are_replaced_by_it(
         f = cross_entropy(torch.tensor([2, 1, 0]), ignore_index=2)
     expected = orders(f, shapes)
     assert not called
-    with fused_kernels():
+    with FusedFunctions():
         actual = orders(f, shapes)
     assert called == [name]
     for a, e in zip(actual, expected, strict=True):
@@ -108,17 +108,6 @@ def test_functions_that_no_op_computes_are_left_to_pytorch(f: Callable, shapes: 
     with FusedFunctions():
         assert all(torch.equal(a, e) for a, e in zip(orders(f, shapes), expected, strict=True))
     assert not called
-
-
-def test_small_tensors_are_left_to_pytorch_but_for_programs(called: list[str]) -> None:
-    for f, shapes in ((F.embedding, None), (F.scaled_dot_product_attention, attended())):
-        x = [torch.arange(3), torch.randn(4, 2)] if shapes is None else [torch.randn(shape) for shape in shapes]
-        with FusedFunctions():
-            expected = f(*x)
-        assert not called
-        with fused_kernels():
-            torch.testing.assert_close(f(*x), expected)
-        assert called.pop()
 
 
 def test_cross_entropy_without_a_kept_target_is_nan_as_in_pytorch() -> None:

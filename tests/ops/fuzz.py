@@ -30,6 +30,7 @@ from metakern.meta.capture.recorder import record  # noqa: E402
 
 assert native.C.__file__ == library
 LIMITS = {"T": 3, "B": 5, "H": 40, "L": 4, "N": 30, "D": 70, "V": 70, "G": 3, "M": 300, "*": 3000}
+LIMITS |= {"S": 9, "Q": 9, "C": 6}
 ODD = [0, 1, -1, -(2**62), 2**62]
 budget = settings(
     max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -63,7 +64,7 @@ def kernels(chosen: tuple, kernel: str, data: st.DataObject) -> None:
     isa, threads, dtype, seed = chosen
     random, signature = start(isa, threads, seed), native.signatures()[kernel]
     letters = sorted({size for a in signature.inputs for _, size in a.dims} or {"*"})
-    sizes = {size: data.draw(st.integers(0, LIMITS[size]), size) for size in letters}
+    sizes = {size: 1 if size == "1" else data.draw(st.integers(0, LIMITS[size]), size) for size in letters}
     if "N" in sizes and data.draw(st.booleans(), "many rows"):
         sizes["N"] *= 30
     if "G" in sizes:
@@ -89,6 +90,7 @@ def kernels(chosen: tuple, kernel: str, data: st.DataObject) -> None:
         "lstm": (seed % 2,),
         "gru": (seed % 2,),
         "rnn": (seed % 2,),
+        "metalstm": (10.0,),
     }
     given_scalars = () if kernel.endswith("cotangents") else scalars.get(kernel.split("_")[0], ())
     native.call(kernel, *inputs, scalars=given_scalars)

@@ -1,8 +1,8 @@
-"""Ops on small tensors run as plain PyTorch, by sizes alone, where nothing asks for their rules."""
+"""Where it is allowed, ops on small tensors run as plain PyTorch, by sizes alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import metakern as mk
-from metakern.ops.core.plain import kernels
+from metakern.ops.core.plain import where_small
 
 TARGET = torch.arange(8)
 
@@ -38,6 +38,13 @@ OPS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "rope": (turned, 2**14),
 }
 every_op = pytest.mark.parametrize("name", OPS)
+pytestmark = pytest.mark.usefixtures("small_is_plain")
+
+
+@pytest.fixture
+def small_is_plain() -> Iterator[None]:
+    with where_small():
+        yield
 
 
 def by_rules(y: Tensor) -> bool:
@@ -72,7 +79,7 @@ def test_small_calls_equal_the_rules_to_second_order(name: str) -> None:
         return y, first, *torch.autograd.grad(first, x, g), forward
 
     plain = orders()
-    with kernels():
+    with where_small(False):
         assert by_rules(f(x))
         exact = orders()
     for a, e in zip(plain, exact, strict=True):

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metakern.compat.modules import Places, apart, copied, fused, needs_fused, once, stay, watched
+from metakern.compat.modules import Places, apart, copied, once, stay, surroundings, watched
 from metakern.compat.recompute import recomputes
 
 Encapsulator = Callable[[Any, nn.Module], None]
@@ -69,7 +69,7 @@ class FunctionalModule(FunctionalPart):
     _fmodel_places: Places
     _fmodel_source: tuple[nn.Module, ...]  # the original module, if it is on the same device
     _track_higher_grads: bool
-    _fmodel_fused: bool
+    _fmodel_within: Callable[[], AbstractContextManager]
     _fmodel_recomputes: bool
     _fmodel_is_new: bool  # whether it has not run yet
     _fmodel_replaced: Any  # a forward that was set on the module in place of its class's
@@ -97,7 +97,7 @@ class FunctionalModule(FunctionalPart):
 
     def _fmodel_run(self, *args: Any, **kwargs: Any) -> Any:
         forward = super().forward if self._fmodel_replaced is None else self._fmodel_replaced
-        with fused() if self._fmodel_fused else nullcontext():
+        with self._fmodel_within():
             return forward(*args, **kwargs)
 
     def update_params(self, params: Iterable[Tensor]) -> None:
@@ -220,7 +220,7 @@ def make_functional(module: nn.Module, encapsulator: Encapsulator | None = None,
         _fmodel_places=Places(fmodule),
         _fmodel_source=(module,) if device is None else (),
         _track_higher_grads=True,
-        _fmodel_fused=needs_fused(module),
+        _fmodel_within=surroundings(module),
         _fmodel_recomputes=recomputes(module),
         _fmodel_is_new=True,
         _fmodel_replaced=fmodule.__dict__.pop("forward", None),

@@ -7,8 +7,7 @@
 | widest | the widest dtype among the arguments | elementwise ops, embedding |
 
 A float64 tensor stays float64 under every policy. Sums over half precision are accumulated in float32. The rules of an
-op always run with autocast off, even if a derivative is taken inside an autocast region. An op that was called outside
-of autocast on tensors so small that it ran as plain PyTorch (`plain.py`) has derivatives of plain PyTorch there.
+op always run with autocast off, even if a derivative is taken inside an autocast region.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def autocast(policy: str) -> Callable[[F], F]:
                 memory.check(function.__name__, "every tensor", t)
                 return t.to(dtype)
 
-            with torch.autocast(floats[0].device.type, enabled=False), plain.kernels():
+            with torch.autocast(floats[0].device.type, enabled=False), plain.where_small(False):
                 return function(*tree_map_only(Tensor, cast, args), **tree_map_only(Tensor, cast, kwargs))
 
         @wraps(function)

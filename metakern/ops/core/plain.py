@@ -1,8 +1,8 @@
-"""Choose when an op runs as plain PyTorch, by `plain` of its `Spec`, in place of its rules.
+"""Let ops run as plain PyTorch, by `plain` of their `Spec`, in place of their rules.
 
-A call of the rules with both derivatives takes 0.1 to 0.4 ms of Python on a CPU, whatever the sizes. On small tensors
-PyTorch's own operations are faster, and exact at every order. Each op says how much work makes a call of it small: the
-limit is where both take the same time on one core. Sizes alone decide, so that runs repeat bit for bit.
+A call of the rules with both derivatives takes 0.1 to 0.4 ms of Python on a CPU, whatever the sizes, so that on small
+tensors PyTorch's own operations are faster. Each op says how much work makes a call of it small: the limit is where
+both take the same time on one core. Sizes alone decide, so that runs repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from metakern import native
 from metakern.ops.core import backend
 
 _everywhere: ContextVar[bool] = ContextVar("metakern_plain_operations", default=False)
-_nowhere: ContextVar[bool] = ContextVar("metakern_kernels", default=False)
+_where_small: ContextVar[bool] = ContextVar("metakern_plain_where_small", default=False)
 
 
 @contextmanager
@@ -36,16 +36,16 @@ def plain_operations() -> Iterator[None]:
 
 
 @contextmanager
-def kernels() -> Iterator[None]:
-    """Makes ops run their rules inside a `with` block, on small tensors too.
+def where_small(is_on: bool = True) -> Iterator[None]:
+    """Makes ops run as plain PyTorch on small tensors inside a `with` block, or by their rules if `is_on` is False.
 
-    It is for calls that a captured program repeats without Python.
+    Plain PyTorch follows autocast in its derivatives, and ends the process where memory of a graph was freed.
     """
-    token = _nowhere.set(True)
+    token = _where_small.set(is_on)
     try:
         yield
     finally:
-        _nowhere.reset(token)
+        _where_small.reset(token)
 
 
 def everywhere() -> bool:
@@ -53,17 +53,22 @@ def everywhere() -> bool:
     return _everywhere.get()
 
 
-def is_faster(x: Tensor, work: float, limit: float) -> bool:
-    """Returns whether an op of the argument x is faster as plain PyTorch: on a CPU, where `work` is below `limit`.
+def allowed_where_small() -> bool:
+    """Returns whether the call is inside `where_small`."""
+    return _where_small.get()
 
-    It is False where the rules were asked for (a backend chosen by hand, `kernels`), in half precision, which the rules
-    compute in float32, and inside `torch.func` transforms and the compiler.
+
+def is_faster(x: Tensor, work: float, limit: float) -> bool:
+    """Returns whether an op of the argument x runs as plain PyTorch: on a CPU, `work` below `limit`, in `where_small`.
+
+    It is False where the rules were asked for by a backend chosen by hand, in half precision, which the rules compute
+    in float32, and inside `torch.func` transforms and the compiler.
     """
     return (
-        0 < work < limit
+        _where_small.get()
+        and 0 < work < limit
         and x.is_cpu
         and x.dtype in native.DTYPES
-        and not _nowhere.get()
         and not is_dynamo_compiling()
         and not torch._C._are_functorch_transforms_active()
         and backend.chosen() == "auto"

@@ -11,7 +11,7 @@ is recomputed with its own weights. Finn, Abbeel, Levine 2017, algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice, repeat
 from numbers import Real
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from metakern import optim
 from metakern.compat.learn2learn.algorithms.base_learner import BaseLearner
 from metakern.compat.learn2learn.utils import clone_module, update_module
-from metakern.compat.modules import Places, apart, fused, gradients, needs_fused, same_device, stay, watched
+from metakern.compat.modules import Places, apart, gradients, same_device, stay, surroundings, watched
 from metakern.compat.recompute import recomputes
 from metakern.meta.algorithms import maml as engine
 
@@ -88,7 +88,8 @@ class Learner(BaseLearner):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{type(self).__name__}: model must be an nn.Module, got {type(model).__name__}")
         super().__init__(model)
-        self._fused = self._recomputes = self._is_new = False
+        self._recomputes = self._is_new = False
+        self._within: Callable[[], AbstractContextManager] = nullcontext
         # In tuples, so that neither the original of a clone nor the engine becomes a submodule.
         self._source: tuple[nn.Module, ...] = ()
         self._engine: tuple[Any, ...] = ()
@@ -104,7 +105,7 @@ class Learner(BaseLearner):
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        with fused() if self._fused else nullcontext():
+        with self._within():
             if not self._recomputes or not torch.is_grad_enabled():
                 return self.module(*args, **kwargs)
             with apart(self.module) as twin:
@@ -118,7 +119,7 @@ class Learner(BaseLearner):
         return self
 
     def _cloned(self, learner: L) -> L:
-        learner._source, learner._fused = (self.module,), needs_fused(self.module)
+        learner._source, learner._within = (self.module,), surroundings(self.module)
         learner._recomputes, learner._is_new = recomputes(self.module), True
         return learner
 
