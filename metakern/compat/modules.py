@@ -331,26 +331,35 @@ def stepped(module: nn.Module, changed: Iterable[tuple[Tensor, Tensor]]) -> None
                 owner.__dict__["_references"][name] = owner.__dict__[name] = references.mended(value)
 
 
-def surroundings(module: nn.Module) -> Callable[[], AbstractContextManager]:
-    """Returns in what a tree must run: for modules of metakern, as after `metakern.patch`, ops are plain where small.
+def surroundings(module: nn.Module, recomputes: bool) -> Callable[[], AbstractContextManager]:
+    """Returns in what a tree must run if it has modules of metakern, as after `metakern.patch`.
 
-    It is `fused` if the tree also has code that may call functions which `fused` replaces. Plain layers of torch.nn
-    call none.
+    That is `fused`, if the tree has code that may call functions which `fused` replaces; plain layers of torch.nn call
+    none. Ops are also plain where small, except if the tree `recomputes` activations: it does so outside of this block.
     """
     parts = list(module.modules())
     kinds = set(map(type, parts))
     if not any(kind.__module__.startswith(("metakern.nn.", "metakern.patching.")) for kind in kinds):
         return nullcontext
-    if any(kind.__module__ not in _LAYERS or kind in _CALLERS for kind in kinds):
+    if recomputes:
         return fused
+    if any(kind.__module__ not in _LAYERS or kind in _CALLERS for kind in kinds):
+        return fused_where_large
     replaced = any("forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks for part in parts)
-    return fused if replaced else where_small
+    return fused_where_large if replaced else where_small
 
 
 @contextmanager
 def fused() -> Iterator[None]:
     """Within the block, torch.nn.functional runs as metakern's ops or as PyTorch's twice differentiable kernels."""
-    with exact_kernels(), FusedFunctions(), where_small():
+    with exact_kernels(), FusedFunctions():
+        yield
+
+
+@contextmanager
+def fused_where_large() -> Iterator[None]:
+    """As `fused`, with PyTorch's twice differentiable operations where they are faster."""
+    with fused(), where_small():
         yield
 
 

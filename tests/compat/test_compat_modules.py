@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import metakern as mk
 from metakern.compat import higher
 from metakern.compat import learn2learn as l2l
-from metakern.compat.modules import fused, surroundings
+from metakern.compat.modules import fused, fused_where_large, surroundings
 from metakern.ops.core.plain import where_small
 
 LR, STEPS = 0.7, 3
@@ -667,12 +667,13 @@ class Scaled(nn.Module):
 
 def test_only_patched_models_that_may_call_a_replaced_function_run_within_fused() -> None:
     layers = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
-    assert surroundings(layers) is nullcontext
+    assert surroundings(layers, False) is nullcontext
     mk.patch(layers)
-    assert surroundings(layers) is where_small
+    assert surroundings(layers, False) is where_small
+    assert surroundings(layers, True) is fused
     for other in (nn.GELU(), nn.MultiheadAttention(4, 2), nn.Embedding(3, 3), nn.CrossEntropyLoss(), Scaled()):
-        assert surroundings(nn.Sequential(layers, other)) is fused
+        assert surroundings(nn.Sequential(layers, other), False) is fused_where_large
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
-    assert surroundings(nn.Sequential(layers, normed)) is fused
+    assert surroundings(nn.Sequential(layers, normed), False) is fused_where_large
     layers[1].register_forward_hook(lambda module, args, y: F.gelu(y))
-    assert surroundings(layers) is fused
+    assert surroundings(layers, False) is fused_where_large

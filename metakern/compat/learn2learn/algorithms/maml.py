@@ -119,8 +119,8 @@ class Learner(BaseLearner):
         return self
 
     def _cloned(self, learner: L) -> L:
-        learner._source, learner._within = (self.module,), surroundings(self.module)
         learner._recomputes, learner._is_new = recomputes(self.module), True
+        learner._source, learner._within = (self.module,), surroundings(self.module, learner._recomputes)
         return learner
 
     def _inner(self) -> optim.SGD:
