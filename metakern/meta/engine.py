@@ -182,7 +182,7 @@ class Prepared:
     def _take(self, found: Found, unroll: Unroll, parameters: Parameters) -> None:
         self.plan, self.unroll, self.parameters, self._draws = found.plan, unroll, parameters, found.draws
         self._keeps = bool(found.changed)
-        self._captures, self.numbers = dict[tuple[bool | str, str | None], Captures](), tuple[Any, ...]()
+        self._captures, self.numbers = dict[tuple[Any, ...], Captures](), tuple[Any, ...]()
         self.shared: list[Tensor] = list(parameters.shared.values())
         self.outer: list[Tensor] = [*parameters.adapted.values(), *self.shared, *unroll.inner.hyper_parameters()]
 
@@ -196,13 +196,14 @@ class Prepared:
     def captures(self, capture: bool | str, precision: str | None = None, **others: Any) -> Captures:
         """Return the captured programs of this plan for values of the options `capture` and `precision`.
 
-        `others`: what computes besides model, inner optimizer and loss, by name.
+        `others`: modules that compute besides model, inner optimizer and loss, and settings, by name.
         """
-        if (capture, precision) not in self._captures:
+        key = capture, precision, *(id(x) if isinstance(x, nn.Module) else x for x in others.values())
+        if key not in self._captures:
             roots = {"model": self.parameters.model, "inner": self.unroll.inner, "loss": self.loss, **others}
             names = ["the query losses", *self.parameters.adapted, *self.parameters.shared]
-            self._captures[capture, precision] = Captures(roots, capture, names, precision, self._watch)
-        return self._captures[capture, precision]
+            self._captures[key] = Captures(roots, capture, names, precision, self._watch)
+        return self._captures[key]
 
     def theta(self, tasks: int, own: Mapping[str, Tensor] = MappingProxyType({})) -> list[Tensor]:
         """Return phi_0, `[tasks, *shape]`: the shared initialisation, or the `own` value of each task."""

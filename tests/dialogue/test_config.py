@@ -120,7 +120,7 @@ def test_the_precision_of_a_config_reaches_the_algorithm() -> None:
 def test_options_of_an_algorithm_reach_it() -> None:
     config = Config(algorithm="imaml", algorithm_options=("strength=3", "solver=neumann", "capture=false"))
     imaml = build_algorithm(config, torch.nn.Linear(3, 2))
-    assert (imaml.inner.strength, imaml.solver, imaml.capture) == (3.0, "neumann", False)
+    assert (imaml.strength, imaml.solver, imaml.capture) == (3.0, "neumann", False)
     plus = build_algorithm(Config(algorithm="mamlplusplus", algorithm_options=("anneal=7",)), torch.nn.Linear(3, 2))
     assert (plus.anneal, plus.steps) == (7, Config().inner_steps)
     assert plus.inner.lr.values["weight"].shape == (Config().inner_steps,)

@@ -166,6 +166,13 @@ def test_imaml_is_the_implicit_gradient_at_the_minimum(solver: str, adapt: list[
     for _ in range(3):
         assert_equal(gradients(model, captured(support, query)), truth, 1e-9)
     assert captured.plan.usage.programs >= 1
+    captured.strength = 9.0  # after a program was recorded
+    imaml.strength = 9.0
+    assert_equal(gradients(model, captured(support, query)), gradients(model, imaml(support, query)), 1e-9)
+    captured.solver_steps = imaml.solver_steps = 2
+    captured.inner.lr = imaml.inner.lr = 0.05
+    assert_equal(gradients(model, captured(support, query)), gradients(model, imaml(support, query)), 1e-9)
+    assert imaml.residuals.max() > 1e-9
 
 
 def test_imaml_equals_maml_at_a_converged_inner_loop() -> None:
@@ -287,6 +294,13 @@ def test_hypernetwork_writes_what_the_inner_loop_starts_from(adapt: list[str] | 
             torch.testing.assert_close(value.detach(), total.detach())
             assert_equal(gradients(other, value), truth)
             other.zero_grad()
+    captured = mk.HyperNetwork(
+        model, regression_loss, Encoder().double(), inner=mk.optim.SGD(lr=0.3), **options, capture=True
+    )
+    captured.generator.load_state_dict(hyper.generator.state_dict())
+    captured(support, query)
+    captured.encoder = hyper.encoder  # after a program was recorded
+    torch.testing.assert_close(captured(support, query).detach(), total.detach())
     with pytest.raises(ValueError, match="encoder must return the embedding"):
         mk.HyperNetwork(model, regression_loss, Encoder().double(), size=5)(support, query)
     with pytest.raises(TypeError, match=r"encoder must be an nn\.Module"):

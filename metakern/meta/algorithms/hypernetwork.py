@@ -83,7 +83,7 @@ class HyperNetwork(MAML):
         self.encoder, self.size = encoder, size
         self.generator = Generator(Parameters(model, self._engine.adapt).adapted, size, width, rank)
 
-    def _others(self) -> dict[str, nn.Module]:
+    def _others(self) -> dict[str, Any]:
         return {"encoder": self.encoder, "generator": self.generator}
 
     def _initial(self, support: Any) -> dict[str, Tensor]:

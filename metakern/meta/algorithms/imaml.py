@@ -67,8 +67,6 @@ class IMAML(MAML):
     True
     """
 
-    inner: Proximal
-
     def __init__(
         self,
         model: nn.Module,
@@ -92,8 +90,7 @@ class IMAML(MAML):
                 "IMAML: inner must have fixed hyper-parameters, as the gradient does not depend on the path"
             )
         super().__init__(model, loss, inner, steps, **options | {"strategy": "recompute"})
-        self.inner = Proximal(self.inner, strength)
-        self.solver, self.solver_steps, self.tolerance = solver, solver_steps, tolerance
+        self.strength, self.solver, self.solver_steps, self.tolerance = strength, solver, solver_steps, tolerance
         self.residuals: Tensor | None = None  # [T]
 
     def forward(self, support: Any, query: Any) -> Tensor:
@@ -118,10 +115,20 @@ class IMAML(MAML):
             )
         return losses, gradients, leaves
 
+    def _others(self) -> dict[str, Any]:
+        return {"strength": self.strength, "solver": self.solver, "solver_steps": self.solver_steps}
+
+    def _optimizer(self) -> InnerOptimizer:
+        """Return the inner optimizer with the penalty; the same object as long as neither changes."""
+        kept = self.__dict__.get("_proximal")
+        if kept is None or (kept.inner, kept.strength) != (self.inner, self.strength):
+            kept = self.__dict__["_proximal"] = Proximal(self.inner, self.strength)
+        return kept
+
     def _meta_gradient(
         self, prepared: Prepared, support: Any, outer: Outer, *start: list[Tensor]
     ) -> list[Tensor | None]:
-        unroll, strength = prepared.unroll, self.inner.strength
+        unroll, strength = prepared.unroll, self.strength
         theta = prepared.theta(tasks_of(support))
         *_, phi = unroll.trajectory(theta, support, self.steps)
         losses, ct = unroll.of_query(phi, prepared.shared, outer, outer.last)

@@ -328,13 +328,14 @@ class MAML(nn.Module):
         """
         return {}
 
-    def _others(self) -> dict[str, nn.Module]:
-        """Return the modules besides model, inner optimizer and loss that compute initial values, by name."""
+    def _others(self) -> dict[str, Any]:
+        """Return what else a meta-gradient depends on, by name: settings, and modules that compute initial values."""
         return {}
 
     def _beside(self) -> list[Tensor]:
-        """Return the trainable parameters of `_others`."""
-        return [p for module in self._others().values() for p in module.parameters() if p.requires_grad]
+        """Return the trainable parameters of the modules in `_others`."""
+        modules = [module for module in self._others().values() if isinstance(module, nn.Module)]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def _theta(self, prepared: Prepared, support: Any, *start: list[Tensor]) -> list[Tensor]:
         """Return phi_0 of the tasks of a batch, or what they are to start from instead, without a graph."""
@@ -343,11 +344,15 @@ class MAML(nn.Module):
         with torch.no_grad():
             return prepared.theta(tasks_of(support), self._initial(support))
 
+    def _optimizer(self) -> InnerOptimizer:
+        """Return the optimizer of the inner loop."""
+        return self.inner
+
     def _prepare(self, *batches: Any, outer: bool = False) -> Prepared:
         """Return the verified plan for these batches, support first. `outer`: also for meta-gradients."""
         check(self.precision, self.model.parameters())
         with running(self.model):
-            return self._engine.prepared(self.loss, self.inner, self.steps, self.first_order, outer, batches)
+            return self._engine.prepared(self.loss, self._optimizer(), self.steps, self.first_order, outer, batches)
 
 
 def meta_gradient(losses: Tensor, gradients: Gradients, parameters: Sequence[Tensor]) -> Tensor:
