@@ -110,7 +110,7 @@ class Engine:
             kinds[structure(batch)] = batch
         first = structure(batches[0])  # the support comes first: its second derivatives are verified
         tried = [kinds.pop(first), *kinds.values()]
-        planner = Planner(roles, loss, self.wishes, watch)
+        planner = Planner(roles, loss, self.wishes, watch, inner)
         found = planner.plan(tried, steps, first_order or not outer, without)
         self._volatile |= found.changed & before.keys()
         for i, leaf in enumerate(found.outside):

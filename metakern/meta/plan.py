@@ -23,6 +23,7 @@ from metakern.meta.parameters import Parameters
 from metakern.meta.seconds import Seconds, Stopwatch, Usage
 from metakern.meta.unroll import fewest_snapshots
 from metakern.meta.verify import Trial, one_line, opened
+from metakern.optim import InnerOptimizer
 
 FLOAT64_PARAMETERS = 200_000_000
 TRIAL_COPIES = 10  # estimate of how many copies of all trainable parameters a trial holds at once
@@ -84,8 +85,16 @@ class Found:
 class Planner:
     """Makes plans for one model and loss, as far as the options of the user (`wishes`) leave a choice."""
 
-    def __init__(self, parameters: Parameters, loss: Loss, wishes: Wishes, watch: Stopwatch | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Parameters,
+        loss: Loss,
+        wishes: Wishes,
+        watch: Stopwatch | None = None,
+        inner: InnerOptimizer | None = None,
+    ) -> None:
         self.parameters, self.loss, self.wishes, self.watch = parameters, loss, wishes, watch or Stopwatch()
+        self.inner = inner
 
     def plan(
         self,
@@ -182,9 +191,12 @@ class Planner:
         return numbers + frozen <= FLOAT64_PARAMETERS and needed <= free_bytes(device) // 2
 
     def _sized(self, name: str, hvp: str, saved: int, tasks: int, inner_steps: int, reasons: list[str]) -> Plan:
-        adapted = self.parameters.adapted.values()
+        adapted = list(self.parameters.adapted.values())
         device = next(iter(adapted)).device
         copy_bytes = sum(p.numel() * p.element_size() for p in adapted)
+        if self.inner is not None:  # its state is as much a part of a step as the parameters
+            with torch.no_grad():
+                copy_bytes += sum(s.nbytes for s in self.inner.init([p.detach()[None] for p in adapted]))
         working, free = saved + 3 * copy_bytes, free_bytes(device)
         wish, strategy = self.wishes.task_chunk, self.wishes.strategy
         on_cpu = device.type == "cpu"

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import metakern as mk
 from metakern.meta import verify
 from metakern.meta.batches import mapped, select, tasks_of
-from metakern.meta.plan import _left_in_groups
+from metakern.meta.plan import WORKING_BYTES, _left_in_groups
 
 T, LR = 3, 0.3
 Loss = Callable[[Any, Any], Tensor]
@@ -901,3 +901,16 @@ def test_a_verified_plan_keeps_no_tensor_of_its_trial() -> None:
     maml, before = mk.MAML(model, mk.losses.classification, steps=2, capture=False), trials()
     maml((torch.randn(2, 6, 5), torch.randint(3, (2, 6))), (torch.randn(2, 6, 5), torch.randint(3, (2, 6)))).backward()
     assert trials() == before
+
+
+def test_the_plan_counts_the_state_of_the_inner_optimizer() -> None:
+    """Adam has two more numbers for each parameter, and momentum one."""
+    model, batch = nn.Linear(200, 100), (torch.randn(2, 5, 200), torch.randn(2, 5, 100))
+    loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()  # noqa: E731
+    needed = {}
+    for name, inner in (("sgd", mk.optim.SGD()), ("momentum", mk.optim.SGD(momentum=0.5)), ("adam", mk.optim.Adam())):
+        maml = mk.MAML(model, loss, inner, steps=2, strategy="recompute", capture=False)
+        maml(batch, batch)
+        needed[name] = WORKING_BYTES / maml.plan.task_chunk
+    assert needed["momentum"] > 1.7 * needed["sgd"]
+    assert needed["adam"] > 2.5 * needed["sgd"]
