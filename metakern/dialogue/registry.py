@@ -12,6 +12,7 @@ from torch import nn
 
 import metakern as mk
 from metakern.dialogue.baselines import FineTune, InContext, PromptTuning
+from metakern.dialogue.hypernetwork import TextHyperNetwork
 from metakern.dialogue.models import build_model
 from metakern.errors import UserError, by_the_user
 from metakern.optim import InnerOptimizer
@@ -45,6 +46,7 @@ ALGORITHMS = {
     "metasgd": Algorithm(mk.MetaSGD, "own"),
     "metalstm": Algorithm(mk.MetaLSTM, "own"),
     "imaml": Algorithm(mk.IMAML, "fixed"),
+    "hypernetwork": Algorithm(TextHyperNetwork),
     "reptile": Algorithm(mk.Reptile),
     "finetune": Algorithm(FineTune, "fixed"),
     "prompt": Algorithm(PromptTuning, "fixed"),

@@ -109,7 +109,7 @@ def test_every_inner_optimizer_of_a_config_can_be_built() -> None:
 
 
 def test_the_precision_of_a_config_reaches_the_algorithm() -> None:
-    for algorithm in ALGORITHMS.keys() - {"prompt", "incontext"}:
+    for algorithm in ALGORITHMS.keys() - {"prompt", "incontext", "hypernetwork"}:
         config = Config(algorithm=algorithm, precision="bfloat16")
         for settings, expected in ((config, "bfloat16"), (replace(config, precision="float32"), None)):
             built = build_algorithm(settings, torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)))

@@ -60,6 +60,7 @@ def stop_after(monkeypatch, samples, number=signal.SIGINT):
         (("train", 3), {"algorithm": "mamlplusplus", "algorithm_options": ("anneal=4", "first_order_calls=1")}),
         (("train", 2), {"algorithm": "imaml", "algorithm_options": ("tolerance=1e9",)}),
         (("train", 2), {"algorithm": "boil", "inner": "metacurvature"}),
+        (("train", 2), {"algorithm": "hypernetwork", "algorithm_options": ("width=8", "rank=2")}),
     ],
 )
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, data, monkeypatch, stopped_at, changes):
