@@ -20,6 +20,7 @@ from metakern.meta.algorithms import (
     Reptile,
     Streaming,
 )
+from metakern.meta.algorithms.registry import register_algorithm
 from metakern.meta.batches import PerStep, pad_tasks
 from metakern.meta.capture import StaleCaptureError
 from metakern.ops.core.backend import backend, backends
@@ -55,6 +56,7 @@ __all__ = [
     "optim",
     "pad_tasks",
     "patch",
+    "register_algorithm",
     "remove_lora",
     "save_lora",
     "unpatch",

@@ -18,8 +18,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from metakern.dialogue.registry import ALGORITHMS, OPTIMIZERS, find_algorithm
+from metakern.dialogue.registry import OPTIMIZERS
 from metakern.errors import UserError
+from metakern.meta.algorithms.registry import ALGORITHMS, find_algorithm
 
 __all__ = ["Config"]
 

@@ -32,11 +32,11 @@ from metakern.dialogue import checkpoint
 from metakern.dialogue.baselines import FineTune
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.metrics import interval, paired_interval
-from metakern.dialogue.registry import ALGORITHMS, find_algorithm
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import curve, episodes, load_split
 from metakern.dialogue.trainer import train
 from metakern.errors import UserError
+from metakern.meta.algorithms.registry import ALGORITHMS, find_algorithm
 from metakern.optim.base import Stepwise
 
 __all__ = ["evaluate", "plot", "show"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.metadata import entry_points
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,6 +13,7 @@ from metakern.dialogue.baselines import FineTune, InContext, PromptTuning
 from metakern.dialogue.hypernetwork import TextHyperNetwork
 from metakern.dialogue.models import build_model
 from metakern.errors import UserError, by_the_user
+from metakern.meta.algorithms.registry import ALGORITHMS
 from metakern.optim import InnerOptimizer
 
 if TYPE_CHECKING:
@@ -22,36 +21,22 @@ if TYPE_CHECKING:
     from metakern.dialogue.tokenizer import DialogueTokenizer
 
 
-@dataclass(frozen=True)
-class Algorithm:
-    """An algorithm that configs may name.
-
-    Attributes:
-        make: `make(model, loss, **options)` returns a module with `(support, query) -> loss`, `adapt` and `evaluate`,
-            and an attribute `inner`, the inner optimizer; `options` are those of `metakern.MAML`.
-        rates: "learned" where the outer loop may learn the rates of the inner optimizer, "fixed" where it may not, and
-            "own" where the algorithm has its own inner optimizer, and takes `lr` in place of `inner`.
-    """
-
-    make: Callable[..., Any]
-    rates: str = "learned"
-
-
-ALGORITHMS = {
-    "maml": Algorithm(mk.MAML),
-    "mamlplusplus": Algorithm(mk.MAMLPlusPlus, "own"),
-    "fomaml": Algorithm(mk.FOMAML),
-    "anil": Algorithm(mk.ANIL),
-    "boil": Algorithm(mk.BOIL),
-    "metasgd": Algorithm(mk.MetaSGD, "own"),
-    "metalstm": Algorithm(mk.MetaLSTM, "own"),
-    "imaml": Algorithm(mk.IMAML, "fixed"),
-    "hypernetwork": Algorithm(TextHyperNetwork),
-    "reptile": Algorithm(mk.Reptile),
-    "finetune": Algorithm(FineTune, "fixed"),
-    "prompt": Algorithm(PromptTuning, "fixed"),
-    "incontext": Algorithm(InContext, "fixed"),
-}
+for name, make, rates in (
+    ("maml", mk.MAML, "learned"),
+    ("mamlplusplus", mk.MAMLPlusPlus, "own"),
+    ("fomaml", mk.FOMAML, "learned"),
+    ("anil", mk.ANIL, "learned"),
+    ("boil", mk.BOIL, "learned"),
+    ("metasgd", mk.MetaSGD, "own"),
+    ("metalstm", mk.MetaLSTM, "own"),
+    ("imaml", mk.IMAML, "fixed"),
+    ("hypernetwork", TextHyperNetwork, "learned"),
+    ("reptile", mk.Reptile, "learned"),
+    ("finetune", FineTune, "fixed"),
+    ("prompt", PromptTuning, "fixed"),
+    ("incontext", InContext, "fixed"),
+):
+    mk.register_algorithm(name, make, rates)
 PLAIN = (FineTune, PromptTuning, InContext)  # trained without an inner loop
 OPTIMIZERS: dict[str, Any] = {
     "sgd": mk.optim.SGD,
@@ -63,42 +48,6 @@ OPTIMIZERS: dict[str, Any] = {
     "muon": mk.optim.Muon,
     "metacurvature": mk.optim.MetaCurvature,
 }
-
-
-def register_algorithm(name: str, make: Callable[..., Any], rates: str = "learned") -> None:
-    """Let configs and `metakern train --algorithm` name an algorithm of another package.
-
-    A package is found without a call if its metadata has an entry point `name = "module:class"` in the group
-    `metakern.algorithms`; its rates are then "learned", or what the attribute `rates` of the class says.
-
-    Args:
-        name: Its name in configs.
-        make: `make(model, loss, **options)`, such as a subclass of `metakern.MAML`.
-        rates: "learned", "fixed" or "own", as `Algorithm` explains them.
-
-    Raises:
-        ValueError: The name is taken, or `rates` is none of the three.
-
-    >>> import metakern as mk
-    >>> register_algorithm("signs", mk.FOMAML)
-    >>> ALGORITHMS.pop("signs").make
-    <class 'metakern.meta.algorithms.fomaml.FOMAML'>
-    """
-    if name in ALGORITHMS:
-        raise ValueError(f"register_algorithm: name must be a new one, got {name!r}")
-    if rates not in ("learned", "fixed", "own"):
-        raise ValueError(f"register_algorithm: rates must be learned, fixed or own, got {rates!r}")
-    ALGORITHMS[name] = Algorithm(make, rates)
-
-
-def find_algorithm(name: Any) -> bool:
-    """Return whether `name` is an algorithm, after a look at the entry points of installed packages."""
-    if name not in ALGORITHMS:
-        for point in entry_points(group="metakern.algorithms", name=str(name)):
-            make = point.load()
-            register_algorithm(name, make, getattr(make, "rates", "learned"))
-            break
-    return name in ALGORITHMS
 
 
 @by_the_user()

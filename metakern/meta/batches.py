@@ -14,7 +14,7 @@ import dataclasses
 from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from types import SimpleNamespace
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,16 @@ class Outer:
     def weighted(self, losses: Tensor, k: int) -> Tensor:
         """Return the query losses `[T]` after k steps, times their weights."""
         return losses if self.weights is None else losses * self.weights[:, self.steps.index(k)]
+
+
+def per_step(support: Any, steps: int) -> Any:
+    """Return the batches that a function of the number of a step returns as a `PerStep`, and other supports as given.
+
+    Without steps, it is called once all the same, as the batch tells the number of tasks.
+    """
+    if isinstance(support, FunctionType | MethodType | partial):
+        return PerStep(*(support(k) for k in range(max(steps, 1))))
+    return support
 
 
 def at_step(batch: Any, k: int) -> Any:

@@ -14,9 +14,9 @@ from metakern.dialogue.baselines import InContext
 from metakern.dialogue.chat import adapt
 from metakern.dialogue.evaluate import evaluate
 from metakern.dialogue.models import build_model
-from metakern.dialogue.registry import ALGORITHMS
 from metakern.dialogue.trainer import train
 from metakern.errors import UserError
+from metakern.meta.algorithms.registry import ALGORITHMS
 
 
 def batch(tasks: int, windows: int, length: int, seed: int) -> dict[str, torch.Tensor]:

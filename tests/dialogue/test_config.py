@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import metakern as mk
 from metakern.dialogue.config import Config
-from metakern.dialogue.registry import ALGORITHMS, OPTIMIZERS, build_algorithm, register_algorithm
+from metakern.dialogue.registry import OPTIMIZERS, build_algorithm
 from metakern.errors import UserError
+from metakern.meta.algorithms.registry import ALGORITHMS
 
 
 def values_of(key):
@@ -151,4 +152,4 @@ def test_algorithms_of_other_packages_are_found_by_their_entry_points(
     with pytest.raises(UserError, match=r"algorithm must be one of maml, .*, got 'sings'"):
         Config(algorithm="sings")
     with pytest.raises(ValueError, match="name must be a new one"):
-        register_algorithm("maml", mk.MAML)
+        mk.register_algorithm("maml", mk.MAML)

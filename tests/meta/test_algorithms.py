@@ -207,6 +207,8 @@ def test_imaml_reports_a_solver_that_does_not_converge_and_refuses_what_has_no_m
             mk.IMAML(model, regression_loss, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="support must be one batch"):
         mk.IMAML(model, regression_loss, steps=1)(mk.PerStep(support), query)
+    with pytest.raises(ValueError, match="support must be one batch"):
+        mk.IMAML(model, regression_loss, steps=1)(lambda k: support, query)
 
 
 def plain_stream(model: nn.Module, chunks: list[Any], window: int) -> Tensor:

@@ -93,6 +93,18 @@ def test_first_order_and_learned_rates_with_weighted_losses() -> None:
     assert_equal(rates[1], rates[0])
 
 
+def test_a_support_may_be_a_function_of_the_step() -> None:
+    model, batches, query = mlp().double(), [points(1), points(2), points(3)], points(4)
+    maml = mk.MAML(model, regression_loss, mk.optim.SGD(LR), 2)
+    truth = gradients(model, maml(mk.PerStep(*batches), query))
+    assert_equal(gradients(model, maml(lambda k: batches[k], query)), truth)
+    torch.testing.assert_close(
+        maml.evaluate(lambda k: batches[k], query, (0, 3)), maml.evaluate(mk.PerStep(*batches), query, (0, 3))
+    )
+    assert_equal(maml.adapt(lambda k: batches[k], 3), maml.adapt(mk.PerStep(*batches), 3))
+    assert_equal(maml.adapt(lambda k: batches[k], 0), maml.adapt(batches[0], 0))
+
+
 def test_batches_of_steps_may_differ_in_size_and_losses_that_do_not_count_need_none() -> None:
     model = mlp().double()
     supports = [points(1), tree_map(lambda a: a[:, :2], points(2))]

@@ -93,18 +93,9 @@ class IMAML(MAML):
         self.strength, self.solver, self.solver_steps, self.tolerance = strength, solver, solver_steps, tolerance
         self.residuals: Tensor | None = None  # [T]
 
-    def forward(self, support: Any, query: Any) -> Tensor:
-        """Return the mean query loss over the tasks after adaptation, as `metakern.MAML` does.
-
-        Warns where the solver did not converge.
-        """
-        if isinstance(support, PerStep):
-            raise ValueError(
-                "IMAML: support must be one batch for all inner steps, got a PerStep: its minimum is sought"
-            )
-        return super().forward(support, query)
-
     def _gradients(self, support: Any, outer: Outer, *start: list[Tensor]) -> tuple[Tensor, Gradients, list[Tensor]]:
+        if isinstance(support, PerStep):
+            raise ValueError("IMAML: support must be one batch for all inner steps, whose minimum is sought, got several")
         found, gradients, leaves = super()._gradients(support, outer, *start)
         losses, self.residuals = found.unbind(1)
         if not (worst := self.residuals.max().item()) <= self.tolerance:

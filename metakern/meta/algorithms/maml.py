@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from metakern.meta.batches import Outer, PerStep, at_step, ordinary, same_tasks, tasks_of
+from metakern.meta.batches import Outer, PerStep, at_step, ordinary, per_step, same_tasks, tasks_of
 from metakern.meta.batching import Loss
 from metakern.meta.engine import Engine, Prepared, running
 from metakern.meta.parameters import Adapt, Parameters
@@ -162,7 +162,8 @@ class MAML(nn.Module):
         Where gradients are disabled (`torch.no_grad`), only the loss is computed.
 
         Args:
-            support: The batch of the inner steps, a tree of tensors `[T, ...]`.
+            support: The batch of the inner steps, a tree of tensors `[T, ...]`; or a function of the number of an inner
+                step, from 0, that returns its batch.
             query: The batch of the outer loss, a tree of tensors `[T, ...]`, with the same tasks.
 
         Raises:
@@ -175,6 +176,7 @@ class MAML(nn.Module):
             StaleCaptureError: A captured program no longer equals an ordinary run, because something changed that no
                 guard sees.
         """
+        support = per_step(support, self.steps)
         outer = self._outer(query, same_tasks(support, query))
         _reaches(support, query, outer.last)
         if not torch.is_grad_enabled():
@@ -232,6 +234,7 @@ class MAML(nn.Module):
         torch.Size([5, 4, 8])
         """
         steps = self.steps if steps is None else non_negative(steps)
+        support = per_step(support, steps)
         _reaches(support, None, steps)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
@@ -269,8 +272,9 @@ class MAML(nn.Module):
         >>> maml.evaluate((x, y), (x, y), steps=(0, 1)).shape
         torch.Size([2, 5])
         """
-        same_tasks(support, query)
         wanted = counts(steps)
+        support = per_step(support, max(wanted))
+        same_tasks(support, query)
         if torch.is_inference_mode_enabled():  # adaptation takes gradients
             with torch.inference_mode(False):
                 return self.evaluate(ordinary(support), ordinary(query), steps)
