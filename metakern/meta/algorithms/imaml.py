@@ -95,7 +95,9 @@ class IMAML(MAML):
 
     def _gradients(self, support: Any, outer: Outer, *start: list[Tensor]) -> tuple[Tensor, Gradients, list[Tensor]]:
         if isinstance(support, PerStep):
-            raise ValueError("IMAML: support must be one batch for all inner steps, whose minimum is sought, got several")
+            raise ValueError(
+                "IMAML: support must be one batch for all inner steps, whose minimum is sought, got several"
+            )
         found, gradients, leaves = super()._gradients(support, outer, *start)
         losses, self.residuals = found.unbind(1)
         if not (worst := self.residuals.max().item()) <= self.tolerance:
