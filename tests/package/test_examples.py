@@ -86,6 +86,14 @@ def test_a_stream_is_predicted_better_after_its_first_chunk() -> None:
 
 
 @pytest.mark.slow
+def test_a_replay_keeps_what_was_adapted_first() -> None:
+    first, _, forgotten, second, kept, both = numbers_of("continual.py")
+    assert forgotten > 5 * first
+    assert kept < 0.2 * forgotten
+    assert both < 3 * second
+
+
+@pytest.mark.slow
 def test_lightning_learns_and_validates() -> None:
     before, _, after, adapted = numbers_of("lightning_module.py")[-4:]
     assert adapted < 0.5 * before
