@@ -31,9 +31,9 @@ SOLVERS = ("cg", "neumann")
 class IMAML(MAML):
     """MAML with implicit gradients, for inner loops that run close to a minimum.
 
-    The inner loss is the loss of the support plus `strength / 2 * |phi - theta|²`, which `adapt` and `evaluate` minimise
-    too. The gradient is exact at a minimum of it; away from one it is biased. Parameters that are not adapted get the
-    implicit gradient too. A linear system is solved for each task, with a Hessian-vector product in each of
+    The inner loss is the loss of the support plus `strength / 2 * |phi - theta|²`, which `adapt` and `evaluate`
+    minimise too. The gradient is exact at a minimum of it; away from one it is biased. Parameters that are not adapted
+    get the implicit gradient too. A linear system is solved for each task, with a Hessian-vector product in each of
     `solver_steps` iterations.
 
     Args:
