@@ -55,7 +55,8 @@ agree with a meta-gradient in float64.
 - Ours is either the default, `metakern.MAML(model, loss)` without options, or captured: `metakern auto` with
   `capture=True`, which records at the first call. The default records at the third call. Its time is that of later
   calls, and its "first call" is the sum of the four calls before.
-- A method that needs a compiler is given half an hour to get ready; "first call" says what it took."""
+- A method that needs a compiler is given 90 seconds to half an hour to get ready, as each workload says where it was
+  too little; "first call" says what it took."""
 ONE = "The same machine with `--cores 1`: one core, one thread."
 TARGETS = "The targets that we set for this machine, and what was measured:"
 WHY_NOT = """\
