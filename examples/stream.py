@@ -33,10 +33,10 @@ def main(outer_steps: int = 400) -> None:
     model = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
     streaming = mk.Streaming(model, loss, mk.optim.SGD(lr=0.02, learn_lr=True, per="parameter"))
     optimizer = torch.optim.Adam(streaming.parameters(), lr=2e-3)
-    test = mk.PerStep.split(streams(200))
+    test = streams(200)
     for step in range(outer_steps + 1):
         if step % 200 == 0:
-            errors = streaming.evaluate(test, test, range(CHUNKS)).mean(1)
+            errors = streaming.evaluate(test).mean(1)
             print(f"step {step}: error of chunks 1 to {CHUNKS}", *(f"{x:.2f}" for x in errors.tolist()))
         optimizer.zero_grad()
         streaming(streams(16)).backward()

@@ -240,6 +240,11 @@ def test_streaming_learns_from_each_chunk_after_predicting_it(window: int | None
             assert_equal(gradients(model, ours), truth)
         with torch.no_grad():
             torch.testing.assert_close(streaming(joined), value.detach())
+        losses = streaming.evaluate(joined)
+        assert losses.shape == (len(chunks), T)
+        torch.testing.assert_close(losses, streaming.evaluate(mk.PerStep(*chunks), steps=range(len(chunks))))
+        plain = mk.MAML(model, regression_loss, mk.optim.SGD(lr=0.3))
+        assert_equal(streaming.adapt(joined), plain.adapt(mk.PerStep(*chunks), len(chunks)))
 
 
 def test_streaming_refuses_windows_that_would_lose_the_optimizer_state() -> None:

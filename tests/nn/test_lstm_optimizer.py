@@ -112,11 +112,16 @@ def test_meta_gradient_equals_plain_autograd(
     net, inner = model(), optimizer()
     maml = mk.MAML(net, loss, inner, steps=K, strategy=strategy, batching=batching, task_chunk=2)
     truth = torch.autograd.grad(plain(net, inner), list(maml.parameters()))
-    maml.adapt(batch(1))
-    if hvp == "reverse":
-        product = mk.meta.unroll.Unroll._reverse_over_reverse
-        monkeypatch.setattr(mk.meta.unroll.Unroll, "_forward_over_reverse", product)
+    found(maml)  # makes the plan, whose trial takes products too
+    calls, product = list[str](), getattr(mk.meta.unroll.Unroll, f"_{hvp}_over_reverse")
+
+    def counted(*args: Any) -> Any:
+        calls.append(hvp)
+        return product(*args)
+
+    monkeypatch.setattr(mk.meta.unroll.Unroll, "_forward_over_reverse", counted)
     assert_equal(found(maml), truth)
+    assert bool(calls) == (strategy == "recompute")
 
 
 @pytest.mark.parametrize("strategy", ["store", "recompute"])

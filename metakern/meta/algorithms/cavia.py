@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from metakern.meta.algorithms.maml import MAML
 from metakern.meta.batches import tasks_of
 from metakern.meta.batching import Loss
-from metakern.meta.parameters import Adapt, Parameters
+from metakern.meta.engine import Prepared
+from metakern.meta.parameters import Adapt
 
 
 class CAVIA(MAML):
@@ -46,6 +47,6 @@ class CAVIA(MAML):
     def __init__(self, model: nn.Module, loss: Loss, context: Adapt = ("context", "*.context"), **options: Any) -> None:
         super().__init__(model, loss, adapt=context, **options)
 
-    def _initial(self, support: Any) -> dict[str, Tensor]:
-        adapted, tasks = Parameters(self.model, self._engine.adapt).adapted, tasks_of(support)
+    def _initial(self, prepared: Prepared, support: Any) -> dict[str, Tensor]:
+        adapted, tasks = prepared.parameters.adapted, tasks_of(support)
         return {name: torch.zeros_like(p).expand(tasks, *p.shape) for name, p in adapted.items()}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from metakern.meta.algorithms.maml import MAML
 from metakern.meta.batches import at_step, over_tasks
 from metakern.meta.batching import Loss
+from metakern.meta.engine import Prepared
 from metakern.meta.parameters import Parameters
 from metakern.optim import InnerOptimizer
 
@@ -86,7 +87,7 @@ class HyperNetwork(MAML):
     def _others(self) -> dict[str, Any]:
         return {"encoder": self.encoder, "generator": self.generator}
 
-    def _initial(self, support: Any) -> dict[str, Tensor]:
+    def _initial(self, prepared: Prepared, support: Any) -> dict[str, Tensor]:
         def one(batch: Any) -> Tensor:
             found = self.encoder(batch)
             if not isinstance(found, Tensor) or found.shape != (self.size,):
@@ -94,9 +95,9 @@ class HyperNetwork(MAML):
                 raise ValueError(f"HyperNetwork: encoder must return the embedding [{self.size}] of a task, got {got}")
             return found
 
-        parameters = dict(self.model.named_parameters())
         written = self.generator(over_tasks(one, at_step(support, 0)))
-        return {name: parameters[name] + change.to(parameters[name]) for name, change in written.items()}
+        adapted = prepared.parameters.adapted.items()  # of which those that were frozen before have no output
+        return {name: p + written[name].to(p) for name, p in adapted if name in written}
 
 
 class Generator(nn.Module):

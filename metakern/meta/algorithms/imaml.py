@@ -125,22 +125,17 @@ class IMAML(MAML):
         theta = prepared.theta(tasks_of(support))
         *_, phi = unroll.trajectory(theta, support, self.steps)
         losses, ct = unroll.of_query(phi, prepared.shared, outer, outer.last)
-        n, of_shared = len(phi), list[Tensor | None]()
+        n = len(phi)
 
-        def product(v: Sequence[Tensor]) -> list[Tensor]:
-            """Return H v, and keep the products of the mixed derivatives with v."""
-            found = unroll.hessian_vector_product(phi, prepared.shared, support, v)[1]
-            of_shared[:] = found[n:]
-            return with_zeros(found[:n], phi)
+        def products(v: Sequence[Tensor]) -> Gradients:
+            return unroll.hessian_vector_product(phi, prepared.shared, support, v)[1]
 
         solve = _conjugate_gradients if self.solver == "cg" else _neumann
-        x, residuals = solve(product, with_zeros(ct[:n], phi), strength, self.solver_steps)
-        if prepared.shared:
-            product(x)
-            of_shared = [None if t is None else -t for t in of_shared]
+        of_phi = lambda v: with_zeros(products(v)[:n], phi)  # noqa: E731
+        x, residuals = solve(of_phi, with_zeros(ct[:n], phi), strength, self.solver_steps)
+        mixed = [None if t is None else -t for t in products(x)[n:]] if prepared.shared else []
         of_theta = [strength * t.sum(0) for t in x]
-        hyper = len(unroll.inner.hyper_parameters())
-        return [torch.stack([losses, residuals], 1), *of_theta, *added(ct[n:], of_shared), *[None] * hyper]
+        return [torch.stack([losses, residuals], 1), *of_theta, *added(ct[n:], mixed)]
 
 
 class Proximal(InnerOptimizer):

@@ -311,7 +311,7 @@ class MAML(nn.Module):
         unroll, plan = prepared.unroll, prepared.plan
         compute = unroll.store if plan.strategy == "store" else unroll.recompute
         with torch.enable_grad():
-            own = {} if start else self._initial(support)
+            own = {} if start else self._initial(prepared, support)
         theta = start[0] if start else prepared.theta(tasks_of(support), own)
         found = compute(theta, prepared.shared, support, outer)
         if not own:
@@ -324,7 +324,7 @@ class MAML(nn.Module):
         direct = [*ct_theta, *found.shared, *found.hyper, *[None] * len(beside)]
         return [found.losses, *added(direct, through)]
 
-    def _initial(self, support: Any) -> dict[str, Tensor]:
+    def _initial(self, prepared: Prepared, support: Any) -> dict[str, Tensor]:
         """Return the initial values `[T, *shape]` of adapted parameters that depend on the task, by name.
 
         The others start at the shared parameters. The values come with their graph: the gradient with respect to them
@@ -346,7 +346,7 @@ class MAML(nn.Module):
         if start:
             return start[0]
         with torch.no_grad():
-            return prepared.theta(tasks_of(support), self._initial(support))
+            return prepared.theta(tasks_of(support), self._initial(prepared, support))
 
     def _optimizer(self) -> InnerOptimizer:
         """Return the optimizer of the inner loop."""

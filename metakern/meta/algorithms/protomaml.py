@@ -90,7 +90,7 @@ class ProtoMAML(MAML):
             )
         return prepared
 
-    def _initial(self, support: Any) -> dict[str, Tensor]:
+    def _initial(self, prepared: Prepared, support: Any) -> dict[str, Tensor]:
         head: Any = self.model.get_submodule(self.head)
         support = at_step(support, 0)
         labels, classes = labels_of("ProtoMAML", "support", support), head.out_features

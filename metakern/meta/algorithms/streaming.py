@@ -9,7 +9,7 @@ version; Sun et al. 2024, "Learning to (learn at test time)", section 2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,10 @@ class Streaming(MAML):
     """Meta-learn an initialisation for streams, which adapts by one inner step for each chunk.
 
     `streaming(stream)` returns the mean loss over the chunks, each by the weights before its own inner step; its
-    `backward()` adds the exact meta-gradient, through all steps, to `.grad`. `adapt` and `evaluate` are MAML's.
+    `backward()` adds the exact meta-gradient, through all steps, to `.grad`.
+
+    A stream is a tree of tensors `[T, K, ...]`, K chunks of T streams; or a `metakern.PerStep` with a batch `[T, ...]`
+    for each chunk, whose sizes may differ.
 
     Args:
         model: The model, as `metakern.MAML` takes it.
@@ -63,18 +66,14 @@ class Streaming(MAML):
     def forward(self, stream: Any) -> Tensor:  # type: ignore[override]
         """Return the mean loss over all chunks of all streams, a scalar.
 
-        Args:
-            stream: A tree of tensors `[T, K, ...]`, K chunks of T streams; or a `metakern.PerStep` with a batch
-                `[T, ...]` for each chunk, whose sizes may differ.
-
         Raises:
             ValueError: `window` is less than K, and the inner optimizer has a state; or as `metakern.MAML` raises it.
             RuntimeError: As `metakern.MAML` raises it.
         """
-        stream = stream if isinstance(stream, PerStep) else PerStep.split(stream)
+        stream = _chunks(stream)
         chunks, tasks = len(stream.batches), tasks_of(stream, "stream")
         if not torch.is_grad_enabled():
-            self.query_losses = self.evaluate(stream, stream, range(chunks)).mean(0)
+            self.query_losses = self.evaluate(stream).mean(0)
             return self.query_losses.mean()
         window = min(self.window or chunks, chunks)
         self.steps = window - 1
@@ -88,6 +87,19 @@ class Streaming(MAML):
             gradients = [*added(gradients or [None] * len(leaves), of_window)]
         self.query_losses = losses
         return meta_gradient(losses, gradients, leaves)
+
+    def adapt(
+        self, stream: Any, steps: int | None = None, start: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return the weights of each stream after its chunks, or after the first `steps` of them; as MAML's `adapt`."""
+        stream = _chunks(stream)
+        return super().adapt(stream, len(stream.batches) if steps is None else steps, start)
+
+    def evaluate(self, stream: Any, query: Any = None, steps: Sequence[int] | None = None) -> Tensor:
+        """Return the loss of each chunk before its own inner step, `[K, T]`; or as MAML's `evaluate`, with a query."""
+        stream = _chunks(stream)
+        steps = range(len(stream.batches)) if steps is None else steps
+        return super().evaluate(stream, stream if query is None else query, steps)
 
     def _starts(self, stream: PerStep, window: int) -> Iterator[tuple[int, list[list[Tensor]]]]:
         """Yield the number of the first chunk of each window, and what the weights of its tasks start from."""
@@ -111,3 +123,7 @@ class Streaming(MAML):
         parts = list(prepared.by_chunks(compute, stream))  # for each chunk of tasks, the weights at each window
         for first, *phi in zip(firsts, *parts, strict=True):
             yield first, [[torch.cat(tensors) for tensors in zip(*phi, strict=True)]]
+
+
+def _chunks(stream: Any) -> PerStep:
+    return stream if isinstance(stream, PerStep) else PerStep.split(stream)

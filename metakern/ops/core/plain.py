@@ -1,7 +1,7 @@
 """Let ops run as plain PyTorch, by `plain` of their `Spec`, in place of their rules.
 
-A call of the rules with both derivatives takes 0.1 to 0.4 ms of Python on a CPU, whatever the sizes, so that on small
-tensors PyTorch's own operations are faster. Each op says how much work makes a call of it small: the limit is where
+A call of the rules takes more Python than PyTorch's own operation, whatever the sizes, so that on small tensors the
+latter is faster. Each op says how much work makes a call of it small: the limit is where
 both take the same time on one core. Sizes alone decide, so that runs repeat bit for bit.
 """
 
