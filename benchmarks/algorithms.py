@@ -9,7 +9,7 @@ mean squared errors on 500 new waves after several numbers of inner steps; the i
 
 The time of a step is its ratio to a step of MAML that runs in the same process in turn with it: the median, with its
 quartiles. Memory is the peak of a step, less what the process holds between steps. Results go to
-benchmarks/results/algorithms.json.
+benchmarks/results/algorithms.json after each algorithm, and a run skips what the same code has measured.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from torch import Tensor, nn
 import metakern as mk
 from benchmarks import results
 from benchmarks.options import Parser, kept, positive
+from benchmarks.progress import Progress
 from benchmarks.recurrent import quartiles
 from benchmarks.results import FOLDER
 from benchmarks.worker import resident, settle
+from metakern.optim import SGD
 
 LOOKS = (0, 1, 3, 5, 10)
 INNER_STEPS, TASKS, POINTS = 5, 25, 10
-RATES = (0.003, 0.01, 0.03, 0.1)
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 TRIAL_SHARE = 0.2  # of the steps, for the choice of the inner rate
 ROUNDS, CALLS = 15, 10
 Batch = tuple[Tensor, Tensor]
@@ -51,32 +53,35 @@ def loss(model: nn.Module, batch: Batch) -> Tensor:
     return (model(batch[0]) - batch[1]).square().mean()
 
 
-def sgd(lr: float, **options: Any) -> mk.optim.SGD:
-    return mk.optim.SGD(lr, **options)
-
-
 def hypernetwork(model: nn.Module, lr: float, steps: int) -> nn.Module:
     net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64))
     encoder = mk.nn.SetEncoder(lambda batch: net(torch.cat(batch, -1)), modules=[net])
-    return mk.HyperNetwork(model, loss, encoder, size=64, inner=sgd(lr), steps=steps)
+    return mk.HyperNetwork(model, loss, encoder, size=64, inner=SGD(lr), steps=steps)
+
+
+def cavia(model: nn.Module, lr: float) -> nn.Module:
+    first, *others = model.children()
+    contextual = nn.Sequential(mk.nn.Contextual(first, size=5), *others)
+    return mk.CAVIA(contextual, loss, inner=SGD(lr), steps=INNER_STEPS)
 
 
 # Algorithm -> a function of the model and the inner rate.
 ALGORITHMS: dict[str, Callable[[nn.Module, float], Any]] = {
-    "MAML": lambda model, lr: mk.MAML(model, loss, sgd(lr), INNER_STEPS),
-    "MAML, learned rates": lambda model, lr: mk.MAML(model, loss, sgd(lr, learn_lr=True, per="parameter"), INNER_STEPS),
+    "MAML": lambda model, lr: mk.MAML(model, loss, SGD(lr), INNER_STEPS),
+    "MAML, learned rates": lambda model, lr: mk.MAML(model, loss, SGD(lr, learn_lr=True, per="parameter"), INNER_STEPS),
     "MAML++": lambda model, lr: mk.MAMLPlusPlus(model, loss, steps=INNER_STEPS, lr=lr),
     "Meta-SGD": lambda model, lr: mk.MetaSGD(model, loss, lr=lr, steps=INNER_STEPS),
     "Meta-Curvature": lambda model, lr: mk.MAML(model, loss, mk.optim.MetaCurvature(lr), INNER_STEPS),
     "Meta-LSTM": lambda model, lr: mk.MetaLSTM(model, loss, lr=lr, steps=INNER_STEPS),
-    "iMAML": lambda model, lr: mk.IMAML(model, loss, sgd(lr), INNER_STEPS, strength=1.0, solver_steps=5, tolerance=1e9),
-    "ANIL": lambda model, lr: mk.ANIL(model, loss, inner=sgd(lr), steps=INNER_STEPS),
-    "BOIL": lambda model, lr: mk.BOIL(model, loss, inner=sgd(lr), steps=INNER_STEPS),
-    "FOMAML": lambda model, lr: mk.FOMAML(model, loss, inner=sgd(lr), steps=INNER_STEPS),
-    "Reptile": lambda model, lr: mk.Reptile(model, loss, inner=sgd(lr), steps=INNER_STEPS),
+    "iMAML": lambda model, lr: mk.IMAML(model, loss, SGD(lr), INNER_STEPS, strength=1.0, solver_steps=5, tolerance=1e9),
+    "ANIL": lambda model, lr: mk.ANIL(model, loss, inner=SGD(lr), steps=INNER_STEPS),
+    "BOIL": lambda model, lr: mk.BOIL(model, loss, inner=SGD(lr), steps=INNER_STEPS),
+    "CAVIA": cavia,
+    "FOMAML": lambda model, lr: mk.FOMAML(model, loss, inner=SGD(lr), steps=INNER_STEPS),
+    "Reptile": lambda model, lr: mk.Reptile(model, loss, inner=SGD(lr), steps=INNER_STEPS),
     "hypernetwork": lambda model, lr: hypernetwork(model, lr, 0),
     "hypernetwork, then MAML": lambda model, lr: hypernetwork(model, lr, INNER_STEPS),
-    "plain training": lambda model, lr: mk.MAML(model, loss, sgd(lr), 0),
+    "plain training": lambda model, lr: mk.MAML(model, loss, SGD(lr), 0),
 }
 
 
@@ -138,20 +143,26 @@ def main(argv: Sequence[str] = ()) -> None:
     parser.add_argument("--algorithms", default="", help="words in their names, comma-separated (default: all)")
     parser.add_argument("--out", type=kept, default=FOLDER / "algorithms.json", help="file for the results")
     args = parser.parse_args(argv)
-    words = args.algorithms.lower().split(",")
-    names = [name for name in ALGORITHMS if any(word in name.lower() for word in words)]
+    names = chosen(args.algorithms)
+    if not names:
+        parser.error(f"--algorithms must be words in {'; '.join(ALGORITHMS)}, got {args.algorithms!r}")
     found = results.load(args.out)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for i, name in enumerate(names, start=1):
-            conditions = {"machine": results.machine(), "looks": list(LOOKS), "steps": args.steps, "seeds": args.seeds}
-            before = found.get(name, {})
-            if all(before.get(key) == value for key, value in conditions.items()):
+    conditions = {"machine": results.machine(), "looks": list(LOOKS), "steps": args.steps, "seeds": args.seeds}
+    with Progress(len(names)) as progress, multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for name in names:
+            if conditions.items() <= found.get(name, {}).items():
+                progress.skip(1)
                 continue
-            print(f"{i} of {len(names)}: {name}", file=sys.stderr, flush=True)
+            progress.say(name)
             row = pool.apply(measured, (name, args.steps, args.seeds))
             results.keep(args.out, name, conditions | row)
             curve = (f"{statistics.mean(column):.3f}" for column in zip(*row["errors"], strict=True))
             print(name, *curve, f"{row['over_maml'][0]:.2f} x MAML", sep="\t", flush=True)
+
+
+def chosen(words: str) -> list[str]:
+    """Return the algorithms whose names contain one of the comma-separated words; all for ""."""
+    return [name for name in ALGORITHMS if any(word.strip().lower() in name.lower() for word in words.split(","))]
 
 
 if __name__ == "__main__":

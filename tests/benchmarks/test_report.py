@@ -1,8 +1,9 @@
 """The report: tables and pictures of stored results, and the targets that they meet."""
 
 import pytest
+import torch
 
-from benchmarks import pictures, report, results, tables, targets
+from benchmarks import algorithms, pictures, report, results, tables, targets
 from benchmarks.tables import summary_table, sweep_table, sweeps
 from benchmarks.targets import against, growth, is_fastest, is_leanest, judged, mean_over_default, of_peak
 
@@ -159,3 +160,23 @@ def test_pictures_are_drawn_for_light_and_dark_pages_and_are_reproducible(stored
 def test_a_page_without_a_place_for_its_table_is_an_error(stored):
     with pytest.raises(ValueError, match=r"README.md: must have one place for the table picture, got 0"):
         report.with_tables("README.md", "")
+
+
+def test_algorithms_are_measured_and_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(algorithms, "ROUNDS", 2)
+    monkeypatch.setattr(algorithms, "CALLS", 1)
+    assert algorithms.chosen("boil, proto") == ["BOIL"]
+    threads = torch.get_num_threads()
+    try:
+        row = algorithms.measured("CAVIA", steps=5, seeds=2)
+    finally:
+        torch.set_num_threads(threads)
+    assert [len(curve) for curve in row["errors"]] == [5, 5]
+    entry = {"machine": WHERE, "looks": list(algorithms.LOOKS), "steps": 5, "seeds": 2} | row
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    assert tables.algorithms_table() == ""
+    results.keep(tmp_path / "algorithms.json", "CAVIA", entry)
+    assert "| CAVIA |" in tables.algorithms_table()
+    with pytest.raises(SystemExit):
+        algorithms.main(["--algorithms", "proto"])
+    assert "--algorithms must be words in MAML; " in capsys.readouterr().err
