@@ -64,6 +64,27 @@ def test_weighted_query_losses_equal_plain_autograd(weights: Sequence[float], pe
             torch.testing.assert_close(maml(support, query), value.detach())
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_parameters_that_are_not_adapted_get_the_gradients_of_all_losses(way: dict[str, Any]) -> None:
+    model, supports, queries = mlp().double(), [points(1), points(2)], [points(3), points(4), points(5)]
+    head = {name: p for name, p in model.named_parameters() if name.startswith("2.")}
+    body = {name: p for name, p in model.named_parameters() if name not in head}
+    total: Any = 0.0
+    for t in range(T):
+        phi = head
+        for k, weight in enumerate((0.2, 0.3, 0.5)):
+            at = Functional(model, body | phi)
+            total = total + weight * regression_loss(at, tree_map(lambda a, t=t: a[t], queries[k])) / T
+            if k < 2:
+                value = regression_loss(at, tree_map(lambda a, t=t: a[t], supports[k]))
+                grads = torch.autograd.grad(value, list(phi.values()), create_graph=True)
+                phi = {name: p - LR * g for (name, p), g in zip(phi.items(), grads, strict=True)}
+    truth = gradients(model, total)
+    maml = mk.MAML(model, regression_loss, mk.optim.SGD(LR), 2, adapt=["2"], query_weights=(0.2, 0.3, 0.5), **way)
+    for _ in range(3):
+        assert_equal(gradients(model, maml(mk.PerStep(*supports), mk.PerStep(*queries))), truth)
+
+
 def test_weights_may_change_between_calls_of_one_program() -> None:
     model, support, query = mlp().double(), points(1), points(2)
     maml = mk.MAML(model, regression_loss, mk.optim.SGD(LR), 2, capture=True)
