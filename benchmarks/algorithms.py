@@ -35,7 +35,7 @@ from metakern.optim import SGD
 
 LOOKS = (0, 1, 3, 5, 10)
 INNER_STEPS, TASKS, POINTS = 5, 25, 10
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 0.9)
 TRIAL_SHARE = 0.2  # of the steps, for the choice of the inner rate
 ROUNDS, CALLS = 15, 10
 Batch = tuple[Tensor, Tensor]
