@@ -4,6 +4,7 @@
 
     checks      compare all orders of every op with Triton kernels, of every recurrent cell, and the meta-gradient of a
                 Llama with float64; the error must be at most twice that of plain PyTorch in the same dtype
+    engine      compare the meta-gradients of all workloads by every method, and of all algorithms, likewise
     attention   time every rule beside PyTorch's flash attention, lengths 512 to 8192
     memory      the memory of attention at both orders, lengths 4096 to 32,768
     meta        time the second-order meta-gradient of a Llama at length 2048, beside plain PyTorch with eager attention
@@ -37,7 +38,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import attention, checks, llama, measure, ops, recurrent
+from benchmarks.gpu import attention, checks, engine, llama, measure, ops, recurrent
 from benchmarks.gpu.pool import Job, Pool, Row, prepare
 from benchmarks.gpu.targets import failures, targets
 from benchmarks.results import machine
@@ -55,6 +56,7 @@ Jobs = Iterable[Job]
 # once to compile the kernels; or "alone", in one.
 PARTS: dict[str, tuple[Callable[[Row, bool], Jobs], str]] = {
     "checks": (lambda limits, tiny: chain(checks.jobs(tiny), llama.checks(tiny), recurrent.checks(tiny)), "at once"),
+    "engine": (lambda limits, tiny: engine.checks(tiny), "at once"),
     "attention": (lambda limits, tiny: attention.jobs(tiny), "compiled"),
     "memory": (lambda limits, tiny: attention.memory_jobs(tiny), "alone"),
     "meta": (lambda limits, tiny: llama.jobs(tiny), "alone"),

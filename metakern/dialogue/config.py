@@ -126,7 +126,10 @@ class Config:
     adapt: tuple[str, ...] = _option(
         (), "name patterns of the parameters that the inner loop adapts; without any, anil adapts the head alone"
     )
-    capture: bool = _option(True, "record the kernels of a meta-gradient and run them from C++ (on a CPU)")
+    capture: bool = _option(
+        True,
+        "record the kernels of a meta-gradient and repeat them without Python (C++ on a CPU, a CUDA graph on a GPU)",
+    )
     precision: str = _option(
         "float32",
         "precision of matrix products in meta-gradients and adaptation; all else is float32 (bfloat16 on a CPU only)",

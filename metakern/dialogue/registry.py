@@ -63,7 +63,7 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
     if config.adapt:
         options["adapt"] = list(config.adapt)
     if algorithm.make not in PLAIN:
-        options["capture"] = config.capture and config.device == "cpu"
+        options["capture"] = config.capture
     if algorithm.rates == "own":
         options["lr"] = config.inner_lr
     else:

@@ -317,14 +317,16 @@ class Random:
 
 @recordable(has_side_effects=True)
 def random_states(device: torch.device) -> tuple[Tensor, ...]:
-    return torch.get_rng_state(), *((torch.cuda.get_rng_state(device),) if device.type == "cuda" else ())
+    """Return the states of a device's generators; none while a CUDA graph is recorded, as it draws no numbers."""
+    if device.type != "cuda":
+        return (torch.get_rng_state(),)
+    return () if torch.cuda.is_current_stream_capturing() else (torch.get_rng_state(), torch.cuda.get_rng_state(device))
 
 
 @recordable(has_side_effects=True)
-def set_random_states(device: torch.device, cpu: Tensor, *cuda: Tensor) -> None:
-    torch.set_rng_state(cpu)
-    for state in cuda:
-        torch.cuda.set_rng_state(state, device)
+def set_random_states(device: torch.device, *states: Tensor) -> None:
+    for state, of in zip(states, ("cpu", device), strict=False):
+        torch.set_rng_state(state) if of == "cpu" else torch.cuda.set_rng_state(state, device)
 
 
 def derivatives(

@@ -5,7 +5,7 @@ It is separate from the recorder (`metakern.meta.capture.recorder`), so that ops
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -17,10 +17,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Recording(TorchDispatchMode):
-    """A dispatch mode whose `run` is called in place of each recordable function."""
+    """A dispatch mode whose `run` is called in place of each recordable function.
+
+    `reads` is called with the tensors of a kernel that is launched otherwise, as Triton's are.
+    """
 
     def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], has_side_effects: bool) -> Any:
         raise NotImplementedError
+
+    def reads(self, tensors: Iterable[Tensor]) -> None:
+        raise NotImplementedError
+
+
+def recorder() -> Recording | None:
+    """Returns the active recorder, if there is one."""
+    if torch._C._len_torch_dispatch_stack():
+        for mode in _get_current_dispatch_mode_stack():
+            if isinstance(mode, Recording):
+                return mode
+    return None
 
 
 def recordable(has_side_effects: bool = False) -> Callable[[F], F]:
@@ -34,11 +49,8 @@ def recordable(has_side_effects: bool = False) -> Callable[[F], F]:
     def decorated(function: F) -> F:
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if torch._C._len_torch_dispatch_stack():
-                for mode in _get_current_dispatch_mode_stack():
-                    if isinstance(mode, Recording):
-                        return mode.run(function, args, kwargs, has_side_effects)
-            return function(*args, **kwargs)
+            mode = recorder()
+            return function(*args, **kwargs) if mode is None else mode.run(function, args, kwargs, has_side_effects)
 
         return call  # type: ignore[return-value]
 

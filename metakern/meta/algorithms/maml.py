@@ -57,11 +57,12 @@ class MAML(nn.Module):
             autograd on two tasks of the batch.
         task_chunk: How many tasks are computed at once. "auto" takes as many as need 192 MiB of memory on a CPU, or
             half of a GPU's free memory.
-        capture: On a CPU, whether to record the kernel calls of a meta-gradient and run them in C++ for later batches
-            whose tasks have the same shapes, without Python or autograd. True records at the first call, and warns if
-            it can't. "auto" records at the third call with such tasks (at the twelfth, if an operation has no
-            instruction in C++), and never warns. False never records. What the model and the loss read besides tensors
-            is guarded, and some calls are compared with an ordinary run (see `metakern.meta.capture`).
+        capture: Whether to record the kernel calls of a meta-gradient and repeat them for later batches whose tasks
+            have the same shapes, without Python or autograd: on a CPU in C++, on a GPU as a CUDA graph, which needs
+            batches of one number of tasks. True records at the first call, and warns if it can't. "auto" records at the
+            third call with such tasks (at the twelfth, if an operation has no instruction in C++), and never warns.
+            False never records. What the model and the loss read besides tensors is guarded, and some calls are
+            compared with an ordinary run (see `metakern.meta.capture`).
         memory: "least" takes less memory and more time: one task at a time, and "recompute" with the parameters of
             still fewer inner steps. `strategy` and `task_chunk` go before it.
         precision: None, or "bfloat16" to round the operands of every product of matrices to bfloat16, on a CPU. Sums,
@@ -198,7 +199,7 @@ class MAML(nn.Module):
         gradients: Gradients = [None] * len(leaves)
         losses = []
         run = partial(self._meta_gradient, prepared)
-        if self.capture is True or (self.capture and prepared.outer[0].device.type == "cpu"):
+        if self.capture is True or (self.capture and prepared.outer[0].device.type in ("cpu", "cuda")):
             captures = prepared.captures(self.capture, self.precision, **self._others())
             captures.begin()
             run = partial(captures, run)

@@ -36,11 +36,13 @@ from metakern.meta.allocator import give_back
 from metakern.meta.batches import containers, flatten, tasks_of
 from metakern.meta.capture import operations  # noqa: F401  (fills the table of lowering rules)
 from metakern.meta.capture.executable import Executable
+from metakern.meta.capture.graph import SHARE, Graph, Graphs
 from metakern.meta.capture.guards import MOST_BYTES, Guards, frozen, is_frozen
 from metakern.meta.capture.lowering import LoweringError, lower
 from metakern.meta.capture.program import Decisions, Program
 from metakern.meta.capture.recorder import RecordError, record
 from metakern.meta.capture.rewrite import rewritten
+from metakern.meta.plan import free_bytes
 from metakern.meta.precision import in_precision
 from metakern.meta.seconds import Stopwatch, Usage
 from metakern.meta.unroll import Random
@@ -54,6 +56,7 @@ MOST_CHANGED = 2  # recorded runs that may change guarded values before recordin
 MICROBATCH_BYTES = 4 * 2**20  # a core's share of the caches
 AUTO_CALLS = 3  # "auto" captures at this call with batches of one kind
 PYTHON_CALLS = 12  # the same for programs that Python runs: recording one takes the time that ten calls of it save
+MOST_MOVED = 8  # programs of one function on a GPU that are recorded anew because a tensor has moved
 FIRST_AUDIT, AUDIT_EVERY = 4, 1024  # uses of a program
 Results = list[Tensor | None]
 
@@ -96,6 +99,8 @@ class Captures:
         # Key of a batch -> the decisions of its programs, by number; None: Python read no numbers.
         self._branches: dict[Any, dict[int, Decisions | None]] = {}
         self._next_branch = count(1)
+        self._graphs = Graphs()
+        self._moved = 0  # programs that were dropped because a tensor has moved
         self._microbatch: dict[Any, int] = {}  # key of a batch -> tasks in each microbatch
         self._calls: dict[Any, tuple[int, int]] = {}  # key of a task -> calls with such tasks, and the last of them
         self._slow: dict[Any, None] = {}  # keys of tasks whose program has no executable
@@ -219,10 +224,11 @@ class Captures:
         """Return the number of tasks in a microbatch, and the results of task `one` if it was recorded just now.
 
         A microbatch has as many tasks as fit a core's cache, at most a thread's share of the batch. It is the whole
-        batch where that has fewer tasks than there are threads, or where one task's program has no executable.
+        batch on a GPU, where that has fewer tasks than there are threads, and where one task's program has no
+        executable.
         """
         threads, truth = torch.get_num_threads(), None
-        if tasks < threads:
+        if tasks < threads or whole.device.type != "cpu":
             return tasks, None
         one.branch = self._branch_of(one) or next(self._next_branch)
         if one.key not in self._programs:
@@ -257,6 +263,9 @@ class Captures:
                 captured = self._programs.get(first.key)
                 if captured is not None and captured.moved():
                     del self._programs[first.key]
+                    self._moved += first.device.type != "cpu"
+                    if self._moved > MOST_MOVED:
+                        self._give_up(first, "parameters move in memory from call to call")
                 if first.key not in self._programs and first.key not in truths:
                     truths[first.key] = self._recorded(first, guards)
                 group = [first, *takewhile(partial(self._joins, first), rest[1:])]
@@ -386,16 +395,15 @@ class Captures:
             del self._programs[next(iter(self._programs))]
         before = _Before(call, guards)
         try:
-            if call.inputs[0].device.type != "cpu":
-                raise RecordError("programs run on CPUs only")
             if len(self._branches.get(call.batch, {})) >= MOST_BRANCHES:
                 raise RecordError("Python looks at values of tensors that differ from batch to batch")
             with self._watch.part("recording"):
+                used = _memory_in_use(call.device)
                 program, results = record(call, call.inputs, rewritten)
                 changed = [*guards.changes(), *before.drawn()]
             if not changed:
                 pinned = _pinned(program, guards, call.arrays)
-                executable = self._lowered(program, call.inputs)
+                executable = self._executable(call, program, guards, used)
                 self._keep(call, _Captured(program, executable, pinned, self._at))
         except Exception as error:  # an ordinary run may succeed; if not, its own error is raised
             before.restore()
@@ -420,6 +428,22 @@ class Captures:
         except LoweringError as error:
             self._run_by_python[str(error)] = None
             return None
+
+    def _executable(self, call: _Application, program: Program, guards: Guards, used: int) -> Executable | Graph | None:
+        """Return what runs a recorded call: an executable, or a CUDA graph on a GPU; None if Python must.
+
+        `used`: the bytes in use on the GPU before. Raises RecordError where a graph has no room.
+        """
+        if call.device.type == "cpu":
+            return self._lowered(program, call.inputs)
+        needed = torch.cuda.max_memory_allocated(call.device) - used
+        if needed > (free := SHARE * free_bytes(call.device)):
+            raise RecordError(f"a CUDA graph of it may need {needed >> 20} MiB, more than {int(free) >> 20} MiB")
+        constants = {id(t): t for t in (*(t for t, _ in guards.tensors.values()), *program.constants)}
+        on_gpu = [t for t in constants.values() if t.device == call.device and t.layout is torch.strided]
+        numbers = [] if program.decisions is None else program.decisions.numbers
+        with self._watch.part("lowering"):
+            return Graph(lambda inputs: call.reading(inputs)(), call.inputs, on_gpu, numbers, self._graphs)
 
     def _give_up(self, call: _Application, reason: str) -> None:
         self._keep(call, None)
@@ -491,6 +515,8 @@ class _Application:
             self.obstacle = str(error)
         if not self.obstacle:
             self._take([self._leaves[i].contiguous() for i in self._where])
+            if len(found := {str(t.device) for t in self.inputs}) > 1:
+                self.obstacle = f"the batch holds tensors on {', '.join(sorted(found))}"
 
     def _take(self, inputs: list[Tensor]) -> None:
         self.inputs = inputs
@@ -512,10 +538,18 @@ class _Application:
             leaves[i] = tensor
         return self._function(*self._rebuild(leaves))
 
+    @property
+    def device(self) -> torch.device:
+        return self.inputs[0].device
+
     def part(self, tasks: slice) -> _Application:
-        part = copy(self)
-        part._take([t[tasks] for t in self.inputs])
-        return part
+        return self.reading([t[tasks] for t in self.inputs])
+
+    def reading(self, inputs: list[Tensor]) -> _Application:
+        """Return the application of the function to other tensors."""
+        other = copy(self)
+        other._take(inputs)
+        return other
 
 
 def _value(leaf: Any) -> Any:
@@ -540,7 +574,11 @@ class _Captured:
     """
 
     def __init__(
-        self, program: Program, executable: Executable | None, pinned: Sequence[Tensor] = (), recorded_at: int = 0
+        self,
+        program: Program,
+        executable: Executable | Graph | None,
+        pinned: Sequence[Tensor] = (),
+        recorded_at: int = 0,
     ) -> None:
         self._program: Any = program if executable is None else None
         self.executable, self.uses, self.recorded_at = executable, 0, recorded_at
@@ -577,6 +615,11 @@ class _Captured:
             return self.executable(microbatches, threads, precision == "bfloat16")
         program = in_precision(precision)(self._program)
         return [program(inputs) for inputs in microbatches]
+
+
+def _memory_in_use(device: torch.device) -> int:
+    """Return the bytes of tensors on a GPU; 0 for a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _address(t: Tensor) -> int:

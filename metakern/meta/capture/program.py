@@ -90,6 +90,7 @@ class Program:
 
     def __init__(self, inputs: list[Register], steps: list[Step], outputs: list[Any], rewrite: Rewrite) -> None:
         self.made: list[Tensor] = []  # tensors that the recorded run made from Python numbers
+        self.read: list[Tensor] = []  # constants that no step names
         self.decisions: Decisions | None = None
         steps, self.outputs = _with_one_name(steps, outputs)
         self.inputs = inputs
@@ -99,7 +100,7 @@ class Program:
     def constants(self) -> list[Tensor]:
         """The tensors that the program reads at each call besides its inputs."""
         found = [t for step in self.steps for t in leaves((step.args, step.kwargs), Tensor)]
-        found += leaves(self.outputs, Tensor)
+        found += [*self.read, *leaves(self.outputs, Tensor)]
         found += self.decisions.program.constants if self.decisions is not None else []
         return list({id(t): t for t in found}.values())
 

@@ -13,7 +13,7 @@ indices of a mask), and where an operation writes to a tensor that outlives the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -35,6 +35,7 @@ _LOOKS_AT_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shap
 _INTEGERS = {torch.bool, torch.int64, torch.int32}
 _RANDOM = torch.Tag.nondeterministic_seeded
 _LIFTS = {_aten.lift_fresh.default, _aten.lift.default}
+_COPIES = {_aten._to_copy.default, _aten.copy_.default, _aten.copy.default}
 _LEAVES_PYTORCH = {
     Tensor.tolist,
     Tensor.numpy,
@@ -71,7 +72,7 @@ def record(
         raise
     names = recorder.named(list(inputs))
     program = Program(names, recorder.steps, recorder.named(results), rewrite)
-    program.made = [*recorder.lifted, *watcher.made]
+    program.made, program.read = [*recorder.lifted, *watcher.made], [*recorder.read.values()]
     if recorder.decisions:
         registers, numbers = map(list, zip(*recorder.decisions, strict=True))
         steps = _steps_to(registers, recorder.steps)
@@ -128,6 +129,8 @@ class Recorder(Recording):
         self._own = {_storage(t) for t in inputs}  # memory that the run may write to: inputs, and what it made
         self.error: RecordError | None = None
         self.decisions: list[tuple[Any, int]] = []  # registers or constants that Python read, and their values
+        self.read: dict[int, Tensor] = {}  # tensors that kernels read which make no step
+        self._is_on_gpu = inputs[0].device.type == "cuda"
         self._numbers, self._next = WeakTensorKeyDictionary(), count()
         self._made(tuple(inputs))
 
@@ -159,6 +162,8 @@ class Recorder(Recording):
                 self._keep(function, args, kwargs)
             result = function(*args, **kwargs)
         self._own |= {_storage(t) for t in leaves(result, Tensor)} - before
+        if self._is_on_gpu:
+            self._stays_on_gpu(function, args, kwargs, result)
         named_result = self._made(result)
         if isinstance(function, OpOverload):
             marks = [a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments]
@@ -183,6 +188,25 @@ class Recorder(Recording):
                     if _storage(t) not in self._own:
                         self._overwritten.append((t, t.clone()))
                         self.error = RecordError(f"it writes to a tensor {list(t.shape)} that it did not make")
+
+    def reads(self, tensors: Iterable[Tensor]) -> None:
+        self.read |= {id(t): t for t in tensors if t not in self._numbers}
+
+    def _stays_on_gpu(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        """Note an error where a call copies between CPU and GPU, or draws random numbers: no CUDA graph repeats that.
+
+        A graph has the numbers of CPU tensors that it saw. Those that the run made of Python's numbers are the same.
+        """
+        given, found = leaves((args, kwargs), Tensor), leaves(result, Tensor)
+        on_cpu = [t for t in given if t.device.type == "cpu"]
+        if isinstance(function, OpOverload) and _RANDOM in function.tags:
+            self.error = RecordError("it draws random numbers, on a GPU")
+        elif any(t not in self._numbers and all(t is not own for own in self.lifted) for t in on_cpu):
+            self.error = RecordError("it reads a tensor on the CPU, beside those on a GPU")
+        elif len({t.device.type for t in (*given, *found)}) > 1 and (
+            function in _COPIES or any(t.dim() for t in on_cpu) or any(t.device.type == "cpu" for t in found)
+        ):
+            self.error = RecordError("it copies a tensor between the CPU and a GPU")
 
     def undo(self) -> None:
         for t, was in reversed(self._overwritten):

@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.native import memory
 from metakern.ops.core.rules import Tensors
 from metakern.ops.core.spec import Make, Sample
 from metakern.ops.core.triton_kernels.foreach import TYPES, blocks, foreach, table
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, contiguous, launch, wide
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, addresses, contiguous, launch, wide
 from metakern.ops.global_norm import SPEC, rules
 
 BLOCK = 8 if INTERPRETED else 4096
@@ -59,7 +58,7 @@ def _dot(x: Tensors, y: Tensors) -> Tensor:
         _dot_kernel,
         (parts.numel(),),
         device,
-        *(table(tuple(memory.address("global_norm", "x", a) for a in group), device) for group in (x, y)),
+        *(table(addresses("global_norm", group), device) for group in (x, y)),
         table(sizes, device),
         starts,
         owners,

@@ -8,7 +8,8 @@
 | owners | the parameter that a block belongs to | [blocks], int32 |
 
 Tables are cached by their values. A training loop mostly gets the same memory at each step, and then nothing is copied
-to the device.
+to the device. While a CUDA graph is recorded, nothing may be copied from the host, and a table must live as long as the
+graph: there, kernels write the tables from their arguments, at every replay.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import linecache
 from collections.abc import Mapping
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,10 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.native import memory
 from metakern.ops.core.formula import Generated
 from metakern.ops.core.rules import Tensors
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, wide
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, addresses, cdiv, contiguous, launch, wide
 from metakern.ops.core.updates import rules
 
 BLOCKS = (8, 8) if INTERPRETED else (2048, 1024)  # the second for more than MANY inputs, which need more registers
@@ -115,50 +116,75 @@ def foreach(program: Generated, values: Mapping[str, Input], like: Tensors) -> l
     sizes = tuple(p.numel() for p in like)
     block = BLOCKS[len(x) > MANY]
     starts, owners = blocks(sizes, block, device)
-    addresses = [
-        tuple(memory.address(program.name, "every tensor", t) for t in a) if isinstance(a, tuple) else None
-        for a in (*x, *y)
-    ]
+    places = [addresses(program.name, a) if isinstance(a, tuple) else () for a in (*x, *y)]
 
-    def tables(a: Input, address: tuple[int, ...] | None) -> tuple[Tensor, ...]:
-        if not isinstance(a, tuple) or address is None:
+    def tables(a: Input, place: tuple[int, ...]) -> tuple[Tensor, ...]:
+        if not isinstance(a, tuple):
             return (table((a,), device),)
         inner = tuple(size // max(t.numel(), 1) for size, t in zip(sizes, a, strict=True))
-        return (table(address, device), table(inner, device)) if max(inner) > 1 else (table(address, device),)
+        return (table(place, device), table(inner, device)) if max(inner) > 1 else (table(place, device),)
 
     launch(
         _kernel,
         (len(owners),),
         device,
-        tuple(tables(a, address) for a, address in zip(x, addresses, strict=False)),
-        tuple(table(address, device) for address in addresses[len(x) :] if address is not None),
+        tuple(tables(a, place) for a, place in zip(x, places, strict=False)),
+        tuple(table(place, device) for place in places[len(x) :]),
         table(sizes, device),
         starts,
         owners,
         F=function(program),
         OUTPUTS=len(y),
         TYPE=TYPES[like[0].dtype],
-        ALIGNED=16 if all(n % 16 == 0 for ns in (sizes, *addresses) if ns is not None for n in ns) else 1,
+        ALIGNED=16 if all(n % 16 == 0 for ns in (sizes, *places) for n in ns) else 1,
         BLOCK=block,
         num_warps=8,
     )
     return y
 
 
-@lru_cache(maxsize=1024)
 def table(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
     """Returns the values as a tensor on a device, copied there without synchronizing with it."""
-    dtype = torch.float64 if isinstance(values[0], float) else torch.int64
-    table = torch.tensor(values, dtype=dtype, device="cpu")
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    if _in_graph(device):
+        made = torch.zeros(len(values), dtype=_dtype(values), device=device)
+        torch._foreach_add_(made.unbind(), list(values))
+        return made
+    return _kept_table(values, device, _stream(device))
+
+
+def blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns the tables `starts` and `owners`."""
+    if not _in_graph(device):
+        return _kept_blocks(sizes, block, device, _stream(device))
+    ends = tuple(accumulate(cdiv(size, block) for size in sizes))
+    owners = torch.searchsorted(table(ends, device), torch.arange(ends[-1], device=device), right=True, out_int32=True)
+    return table((0, *ends[:-1]), device), owners
+
+
+@lru_cache(maxsize=1024)
+def _kept_table(values: tuple[int, ...] | tuple[float, ...], device: torch.device, stream: int) -> Tensor:
+    made = torch.tensor(values, dtype=_dtype(values), device="cpu")
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 @lru_cache(maxsize=64)
-def blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the tables `starts` and `owners`."""
+def _kept_blocks(sizes: tuple[int, ...], block: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
     counts = torch.tensor([cdiv(size, block) for size in sizes], device="cpu")
     owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), counts)
     return (counts.cumsum(0) - counts).to(device), owners.to(device)
+
+
+def _dtype(values: tuple[int, ...] | tuple[float, ...]) -> torch.dtype:
+    return torch.float64 if isinstance(values[0], float) else torch.int64
+
+
+def _in_graph(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int:
+    """Returns the stream on which a table is copied: another one may read it before the copy is done."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 RULES = rules(foreach, merged=False)

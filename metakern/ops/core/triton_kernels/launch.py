@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from metakern.native import in_memory, memory
+from metakern.native.record import recorder
 from metakern.ops.core.rules import Tensors
 
 # In the interpreter, blocks are so small that the tensors of tests have several blocks, the last one partly filled.
@@ -44,7 +45,8 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 def check(kernel: Any, device: torch.device, *args: Any) -> None:
-    """Raises ValueError for a tensor whose memory was freed, or whose device is not `device`."""
+    """Raises ValueError for a tensor whose memory was freed, or whose device is not `device`; tells a recorder."""
+    tensors: list[torch.Tensor] = []
 
     def look(name: str, value: Any) -> None:
         if isinstance(value, tuple):
@@ -55,10 +57,20 @@ def check(kernel: Any, device: torch.device, *args: Any) -> None:
             memory.address(op, name, value)
             if value.device != device:
                 raise ValueError(f"{op}: {name} must be on {device} like the other arguments, got {value.device}")
+            tensors.append(value)
 
     op = kernel.__name__.strip("_")
     for name, value in zip(kernel.arg_names, args, strict=False):
         look(name, value)
+    if (mode := recorder()) is not None:
+        mode.reads(tensors)
+
+
+def addresses(op: str, tensors: Tensors) -> tuple[int, ...]:
+    """Returns where the tensors are, for a kernel that gets a table of addresses."""
+    if (mode := recorder()) is not None:
+        mode.reads(tensors)
+    return tuple(memory.address(op, "every tensor", t) for t in tensors)
 
 
 def shared_memory(device: torch.device) -> int:

@@ -1,0 +1,126 @@
+"""CUDA graphs: the kernels of an ordinary run on a GPU, launched again by the driver without Python or autograd.
+
+The run that is recorded before says whether a graph can repeat it (`Recorder`). A graph launches the same kernels at
+the same addresses: it reads the memory of parameters and other tensors where it is, and its inputs are copied to where
+the run read them. It holds the memory of a whole run as long as it lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metakern.meta.draws import ZEROS
+
+SHARE = 0.5  # of the free memory that a graph may take; ordinary runs, which audit it, take as much beside it
+_READ = torch.ops.aten._local_scalar_dense.default
+
+
+class Graphs:
+    """What the graphs of one function share: their memory, since only one runs at a time, and the end of the last."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._done: torch.cuda.Event | None = None
+
+    @property
+    def pool(self) -> Any:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        return self._pool
+
+    def wait(self) -> None:
+        """Have the current stream wait for the last run, which may be on another stream."""
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
+
+    def done(self) -> None:
+        self._done = self._done or torch.cuda.Event()
+        self._done.record()
+
+
+class Graph:
+    """A captured run: `graph([inputs])` returns its outputs for other inputs of the same layout.
+
+    Args:
+        function: `function(inputs)` runs ordinarily and returns a list of tensors (or None).
+        inputs: Tensors on one GPU.
+        constants: The other tensors that the run reads. It returns None where one has moved.
+        numbers: The integers and booleans that Python reads in the run, in order.
+        graphs: What it shares with other graphs.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[list[Tensor]], Sequence[Tensor | None]],
+        inputs: Sequence[Tensor],
+        constants: Iterable[Tensor],
+        numbers: Sequence[int],
+        graphs: Graphs,
+    ) -> None:
+        self._graphs, self._graph, self._device = graphs, torch.cuda.CUDAGraph(), inputs[0].device
+        self._constants = list(constants)
+        self._places = [_place(t) for t in self._constants]
+        with torch.no_grad(), torch.cuda.device(self._device):
+            graphs.wait()
+            self._inputs = [t.clone() for t in inputs]
+            context = torch.cuda.graph(self._graph, pool=graphs.pool, capture_error_mode="thread_local")
+            with torch.enable_grad(), context, _Reads(numbers) if numbers else nullcontext():
+                found = list(function(self._inputs))
+                self._outputs = [None if t is None else t.detach() for t in found]
+        self.bytes = sum(t.untyped_storage().nbytes() for t in (*self._inputs, *self._outputs) if t is not None)
+
+    def fits(self) -> bool:
+        """Whether all tensors that it reads are where they were, with the layouts that they had."""
+        return [_place(t) for t in self._constants] == self._places
+
+    def release(self) -> None:
+        """A graph keeps its memory."""
+
+    def __call__(
+        self, microbatches: Sequence[Sequence[Tensor]], threads: int, bfloat16: bool = False
+    ) -> list[list[Tensor | None]] | None:
+        if not self.fits():
+            return None
+        results = []
+        with torch.no_grad(), torch.cuda.device(self._device):
+            for inputs in microbatches:
+                self._graphs.wait()
+                torch._foreach_copy_(self._inputs, list(inputs))
+                self._graph.replay()
+                made = [None if t is None else torch.empty_like(t) for t in self._outputs]
+                torch._foreach_copy_(_present(made), _present(self._outputs))
+                self._graphs.done()
+                results.append(made)
+        return results
+
+
+class _Reads(TorchDispatchMode):
+    """Gives Python the numbers that it read in the recorded run, as a capture may not wait for the GPU."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        super().__init__()
+        self._numbers = iter(numbers)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _READ and args[0].device.type == "cuda":
+            return next(self._numbers)
+        if func is ZEROS:
+            return torch.zeros(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+def _place(t: Tensor) -> tuple:
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
