@@ -30,7 +30,7 @@ def adapted(work: Workload) -> Workload:
     model.rotate, model.gated = mk.ops.rope, mk.ops.swiglu
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
     for name, layer in layers.items():
-        base = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        base = nn.Linear(layer.in_features, layer.out_features, bias=False, device=layer.weight.device)
         model.set_submodule(name, base)
     mk.lora(model, rank=next(iter(layers.values())).lora_A.shape[0], targets=list(layers))
     mk.patch(model)

@@ -78,6 +78,7 @@ def _node(value: Node | float) -> Node:
     return value if isinstance(value, Node) else _made("number", float(value))
 
 
+_NAMES = {"/": "quotient"}  # of functions in a text; the quotients of Triton's operator are not rounded correctly
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 ZERO, ONE = _node(0), _node(1)
 
@@ -241,10 +242,10 @@ def _text(outputs: list[Node], merge: bool) -> tuple[str, tuple[str, ...]]:
             others = [a for a in node.args if a is not product]
             parts = ", ".join(names[a] for a in (*others, *product.args))
             value = f"{'fma' if node.kind == '+' else 'fms'}({parts})"
-        elif node.kind in _OPERATORS:
+        elif node.kind in _OPERATORS and node.kind != "/":
             value = f" {node.kind} ".join(names[a] for a in node.args)
         else:
-            value = f"{node.kind}({', '.join(names[a] for a in node.args)})"
+            value = f"{_NAMES.get(node.kind, node.kind)}({', '.join(names[a] for a in node.args)})"
         lines.append(f"    {names[node]} = {value}\n")
     results = "".join(f"{names[y]}, " for y in outputs)
     return f"def f({', '.join(read)}):\n{''.join(lines)}    return ({results})\n", tuple(read)
@@ -282,5 +283,6 @@ def torch_over(a: Any, b: Tensor) -> Tensor:
 def in_torch(made: Generated) -> Callable[..., tuple[Any, ...]]:
     """Compiles the text to a Python function of tensors and numbers."""
     names: dict[str, Any] = {"fma": _fma, "fms": torch_fms, "root": torch_root, "over": torch_over}
+    names["quotient"] = operator.truediv
     exec(made.text, names)
     return names["f"]

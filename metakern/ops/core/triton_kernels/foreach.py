@@ -87,13 +87,23 @@ def _kernel(
 
 
 @triton.jit
+def quotient(a, b):
+    """Returns a / b, rounded correctly. Near the start of Adam, derivatives are differences of nearly equal terms."""
+    y = a / b
+    if y.dtype == tl.float32:
+        y = tl.div_rn(a, b)
+    return y
+
+
+@triton.jit
 def root(a):
-    return tl.sqrt(tl.where(a < 0, 0.0, a))
+    a = tl.where(a < 0, 0.0, a)
+    return tl.sqrt_rn(a) if a.dtype == tl.float32 else tl.sqrt(a)
 
 
 @triton.jit
 def over(a, b):
-    return tl.where(b == 0, 0.0, a / tl.where(b == 0, 1.0, b))
+    return tl.where(b == 0, 0.0, quotient(a, tl.where(b == 0, 1.0, b)))
 
 
 @cache
@@ -101,7 +111,7 @@ def function(program: Generated) -> Any:
     """Compiles the program to a Triton function. Triton reads the source of a function from `linecache`."""
     file = f"<{program.name} {hash(program.text):x}>"
     linecache.cache[file] = (len(program.text), None, program.text.splitlines(keepends=True), file)
-    names = {"__name__": __name__, "root": root, "over": over}
+    names = {"__name__": __name__, "quotient": quotient, "root": root, "over": over}
     exec(compile(program.text, file, "exec"), names)
     return triton.jit(names["f"])
 
