@@ -5,6 +5,7 @@
     checks      compare all orders of every op with Triton kernels, of every recurrent cell, and the meta-gradient of a
                 Llama with float64; the error must be at most twice that of plain PyTorch in the same dtype
     engine      compare the meta-gradients of all workloads by every method, and of all algorithms, likewise
+    workloads   time the meta-gradients of all workloads: captured or not, beside torch.func and plain PyTorch
     attention   time every rule beside PyTorch's flash attention, lengths 512 to 8192
     memory      the memory of attention at both orders, lengths 4096 to 32,768
     meta        time the second-order meta-gradient of a Llama at length 2048, beside plain PyTorch with eager attention
@@ -58,6 +59,7 @@ PARTS: dict[str, tuple[Callable[[Row, bool], Jobs], str]] = {
     "checks": (lambda limits, tiny: chain(checks.jobs(tiny), llama.checks(tiny), recurrent.checks(tiny)), "at once"),
     "engine": (lambda limits, tiny: engine.checks(tiny), "at once"),
     "attention": (lambda limits, tiny: attention.jobs(tiny), "compiled"),
+    "workloads": (lambda limits, tiny: engine.jobs(tiny), "alone"),
     "memory": (lambda limits, tiny: attention.memory_jobs(tiny), "alone"),
     "meta": (lambda limits, tiny: llama.jobs(tiny), "alone"),
     "ops": (ops.jobs, "compiled"),
