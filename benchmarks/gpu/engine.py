@@ -63,17 +63,18 @@ def change(work: Workload) -> None:
 
 
 def workload(name: str, method: str) -> Row:
-    """Compare a method's meta-gradient with that of float64, and its error with plain PyTorch's in float32.
+    """Compare a method's meta-gradient with that of a CPU in float64, and its error with plain PyTorch's in float32.
 
     All values then change in place, so that a graph that reads old ones is found.
     """
-    work, first, (options, calls) = moved(make(name)), method == "first order", METHODS[method]
+    work, twin = moved(make(name)), make(name)
+    first, (options, calls) = method == "first order", METHODS[method]
     plain = peers.load("plain").methods["plain PyTorch, first order" if first else "plain PyTorch"](work)
     ours = adapted(work)
     maml = mk.MAML(ours.model, ours.loss, mk.optim.SGD(ours.lr), ours.steps, **options)
     rows = []
     for count in (calls, 2):
-        right = [flat(truth.exact(work)[first])]
+        right = [flat(truth.exact(twin)[first]).to(device())]
         with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers have no second derivative
             theirs = errors([flat(plain())], right).item()
         found = []
@@ -83,7 +84,7 @@ def workload(name: str, method: str) -> Row:
             found.append(errors([flat({name: ours.theta[name].grad for name in work.theta})], right).item())
         good = max(found) <= 2 * theirs + 4 * torch.finfo(torch.float32).eps
         rows.append({"error": max(found), "plain": theirs, "good": good})
-        change(work)
+        change(work), change(twin)
     usage, captured = maml.plan.usage, options.get("capture", True)
     row = max(rows, key=lambda row: (not row["good"], row["error"]))
     row["good"] &= usage.captured >= 2 if captured else not usage.captured

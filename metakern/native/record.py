@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,6 +55,17 @@ def recordable(has_side_effects: bool = False) -> Callable[[F], F]:
         return call  # type: ignore[return-value]
 
     return decorated
+
+
+def unrecorded(function: F) -> F:
+    """Makes a recorder not see what the function does, for constants of kernels that are kept from call to call."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def known(tensor: Tensor) -> Any:

@@ -190,7 +190,7 @@ class Recorder(Recording):
                         self.error = RecordError(f"it writes to a tensor {list(t.shape)} that it did not make")
 
     def reads(self, tensors: Iterable[Tensor]) -> None:
-        self.read |= {id(t): t for t in tensors if t not in self._numbers}
+        self.read |= {id(t): t for t in tensors if _storage(t) not in self._own}
 
     def _stays_on_gpu(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         """Note an error where a call copies between CPU and GPU, or draws random numbers: no CUDA graph repeats that.
@@ -201,7 +201,7 @@ class Recorder(Recording):
         on_cpu = [t for t in given if t.device.type == "cpu"]
         if isinstance(function, OpOverload) and _RANDOM in function.tags:
             self.error = RecordError("it draws random numbers, on a GPU")
-        elif any(t not in self._numbers and all(t is not own for own in self.lifted) for t in on_cpu):
+        elif any(_storage(t) not in self._own for t in on_cpu):
             self.error = RecordError("it reads a tensor on the CPU, beside those on a GPU")
         elif len({t.device.type for t in (*given, *found)}) > 1 and (
             function in _COPIES or any(t.dim() for t in on_cpu) or any(t.device.type == "cpu" for t in found)

@@ -67,6 +67,7 @@ def _dot(x: Tensors, y: Tensors) -> Tensor:
         TYPE=TYPES[x[0].dtype],
         BLOCK=BLOCK,
         num_warps=8,
+        tables=True,
     )
     return parts.sum(1)
 

@@ -51,6 +51,8 @@ from metakern.ops.core.dual import Dual, linear, rules, sigmoid, tanh
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Cost, Make, Sample, Spec
 
+PART = 2048  # coordinates in one product
+
 
 def metalstm_update(
     phi: Tensor,
@@ -179,6 +181,17 @@ def _turned(x: Any) -> Any:
     return linear(lambda x: x.mT, x)
 
 
+def _summed(a: Any, b: Any) -> Any:
+    """Returns a bᵀ, a sum over the coordinates, in parts: cuBLAS adds up a long sum one by one."""
+    if isinstance(a, Dual):
+        return Dual(_summed(a.value, b.value), _summed(a.tangent, b.value) + _summed(a.value, b.tangent))
+    parts = a.shape[-1] // PART
+    if parts < 2:
+        return a @ b.mT
+    left, right = (x[..., : parts * PART].unflatten(-1, (parts, PART)).movedim(-2, 1) for x in (a, b))
+    return (left @ right.mT).sum(1) + a[..., parts * PART :] @ b[..., parts * PART :].mT
+
+
 def _forward(c: SimpleNamespace, *x: Any) -> Tensors:
     y = _layers(c.p, *x)
     return y.decay * y.phi - y.rate * y.grad, y.h_next, y.c_next, y.gates_next
@@ -206,10 +219,10 @@ def _vjp(c: SimpleNamespace, *tensors: Any) -> Tensors:
         _turned(y.w_hh) @ ct_a,
         y.f * ct_c,
         y.of_gate * ct_s,
-        ct_a @ _turned(y.x),
-        ct_a @ _turned(y.h),
+        _summed(ct_a, y.x),
+        _summed(ct_a, y.h),
         linear(lambda x: x.sum(-1), ct_a),
-        ct_s @ _turned(y.h_next),
+        _summed(ct_s, y.h_next),
         linear(lambda *parts: torch.stack(parts, -1), *ct_own, linear(lambda x: x.sum(-1), ct_s)),
     )
 

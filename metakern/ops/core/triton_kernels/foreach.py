@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from metakern.native.record import unrecorded
 from metakern.ops.core.formula import Generated
 from metakern.ops.core.rules import Tensors
 from metakern.ops.core.triton_kernels.launch import INTERPRETED, addresses, cdiv, contiguous, launch, wide
@@ -149,6 +150,7 @@ def foreach(program: Generated, values: Mapping[str, Input], like: Tensors) -> l
         ALIGNED=16 if all(n % 16 == 0 for ns in (sizes, *places) for n in ns) else 1,
         BLOCK=block,
         num_warps=8,
+        tables=True,
     )
     return y
 
@@ -172,12 +174,14 @@ def blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Te
 
 
 @lru_cache(maxsize=1024)
+@unrecorded
 def _kept_table(values: tuple[int, ...] | tuple[float, ...], device: torch.device, stream: int) -> Tensor:
     made = torch.tensor(values, dtype=_dtype(values), device="cpu")
     return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 @lru_cache(maxsize=64)
+@unrecorded
 def _kept_blocks(sizes: tuple[int, ...], block: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
     counts = torch.tensor([cdiv(size, block) for size in sizes], device="cpu")
     owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), counts)

@@ -36,16 +36,21 @@ if INTERPRETED:
     interpreter.InterpretedFunction.__call__ = _call
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, tables: bool = False, **options: Any
+) -> None:
     """Checks the arguments and runs kernel[grid](*args, **options) on the device; does nothing for an empty grid."""
     if all(grid):
-        check(kernel, device, *args)
+        check(kernel, device, *args, tables=tables)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[grid](*args, **options)
 
 
-def check(kernel: Any, device: torch.device, *args: Any) -> None:
-    """Raises ValueError for a tensor whose memory was freed, or whose device is not `device`; tells a recorder."""
+def check(kernel: Any, device: torch.device, *args: Any, tables: bool = False) -> None:
+    """Raises ValueError for a tensor whose memory was freed, or whose device is not `device`.
+
+    A recorder is told what the kernel reads. If the arguments are `tables` of addresses, `addresses` has told it.
+    """
     tensors: list[torch.Tensor] = []
 
     def look(name: str, value: Any) -> None:
@@ -62,7 +67,7 @@ def check(kernel: Any, device: torch.device, *args: Any) -> None:
     op = kernel.__name__.strip("_")
     for name, value in zip(kernel.arg_names, args, strict=False):
         look(name, value)
-    if (mode := recorder()) is not None:
+    if not tables and (mode := recorder()) is not None:
         mode.reads(tensors)
 
 
