@@ -1,4 +1,8 @@
-"""Check all orders of an op against float64: the error is at most twice that of plain PyTorch in the same dtype."""
+"""Check all orders of an op against float64: the error is at most twice that of plain PyTorch in the same dtype.
+
+Beside that, four units of rounding are allowed. A kernel that multiplies float32 matrices in three TF32 parts drops the
+product of the low parts, and rounds these: its unit is 2^-21, not 2^-23.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ from metakern.ops.core.spec import Sample
 
 DTYPES = ("bfloat16", "float32")
 BEYOND = "more than 2^31 elements"
+IN_PARTS = ("attention", "linear", "metalstm_update")  # ops whose kernels multiply float32 matrices in TF32 parts
 HALF = ("causal-1024x64", "grouped-1000x128", "lengths-900x64")  # samples of attention that are checked in float16 too
 
 
@@ -98,7 +103,7 @@ def chosen() -> Iterator[set[str]]:
         yield names
 
 
-def compare(backend: str, problems: list[Check], dtype: str) -> Row:
+def compare(backend: str, problems: list[Check], dtype: str, in_parts: bool = False) -> Row:
     """Compare an op with plain PyTorch at all orders, on a backend; return a row with the errors.
 
     Errors are geometric means over the problems, because the error of a single one may be small or large by chance.
@@ -122,7 +127,7 @@ def compare(backend: str, problems: list[Check], dtype: str) -> Row:
         "plain": theirs.max().item(),
         "repeats": repeats,
         "backends": sorted(names),
-        "good": bool((worst <= 2 * theirs + 4 * eps).all()) and repeats and names == {backend},
+        "good": bool((worst <= 2 * theirs + 4 * (4 if in_parts else 1) * eps).all()) and repeats and names == {backend},
     }
 
 
@@ -133,7 +138,7 @@ def check(op: str, sample: str, dtype: str, tiny: bool) -> Row:
         low = cast(draw(Random(getattr(torch, dtype), seed)), getattr(torch, dtype))
         exact, arguments = function(spec.plain, cast(low, torch.float64))
         problems.append(Check(function(spec.call, low)[0], function(spec.plain, low)[0], exact, arguments))
-    return compare("triton", problems, dtype)
+    return compare("triton", problems, dtype, in_parts=dtype == "float32" and op in IN_PARTS)
 
 
 def far(op: str, tiny: bool) -> Row:

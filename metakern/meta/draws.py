@@ -48,7 +48,7 @@ class Alike(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is ZEROS:
             return torch.zeros(*args, **kwargs)
-        if _RANDOM not in func.tags or _dropout_of(func, args, kwargs) == 0:
+        if _RANDOM not in func.tags or dropout_of(func, args, kwargs) == 0:
             return func(*args, **kwargs)
         number, generator = len(self.taken), kwargs.get("generator")
 
@@ -91,7 +91,7 @@ class Alike(TorchDispatchMode):
         return tree_map(lambda *same: torch.cat(same) if isinstance(same[0], Tensor) else same[0], *parts)
 
 
-def _dropout_of(func: Any, args: Any, kwargs: Any) -> float | None:
+def dropout_of(func: Any, args: Any, kwargs: Any) -> float | None:
     """Return the dropout of fused attention, which draws nothing if it is 0; None for other operations."""
     for i, argument in enumerate(func._schema.arguments):
         if argument.name == "dropout_p":

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from metakern.meta.capture.program import Decisions, Program, Register, Rewrite, Step, dce, leaves, registers
 from metakern.meta.capture.rewrite import written
-from metakern.meta.draws import ZEROS
+from metakern.meta.draws import ZEROS, dropout_of
 from metakern.native.record import Recording
 
 _aten = torch.ops.aten
@@ -199,12 +199,12 @@ class Recorder(Recording):
         """
         given, found = leaves((args, kwargs), Tensor), leaves(result, Tensor)
         on_cpu = [t for t in given if t.device.type == "cpu"]
-        if isinstance(function, OpOverload) and _RANDOM in function.tags:
+        if isinstance(function, OpOverload) and _RANDOM in function.tags and dropout_of(function, args, kwargs) != 0:
             self.error = RecordError("it draws random numbers, on a GPU")
         elif any(_storage(t) not in self._own for t in on_cpu):
             self.error = RecordError("it reads a tensor on the CPU, beside those on a GPU")
         elif len({t.device.type for t in (*given, *found)}) > 1 and (
-            function in _COPIES or any(t.dim() for t in on_cpu) or any(t.device.type == "cpu" for t in found)
+            function in _COPIES or any(t.dim() for t in on_cpu)
         ):
             self.error = RecordError("it copies a tensor between the CPU and a GPU")
 
