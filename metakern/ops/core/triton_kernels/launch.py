@@ -37,7 +37,7 @@ if INTERPRETED:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, tables: bool = False, **options: Any
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, tables: Any = False, **options: Any
 ) -> None:
     """Checks the arguments and runs kernel[grid](*args, **options) on the device; does nothing for an empty grid."""
     if all(grid):
@@ -46,7 +46,7 @@ def launch(
             kernel[grid](*args, **options)
 
 
-def check(kernel: Any, device: torch.device, *args: Any, tables: bool = False) -> None:
+def check(kernel: Any, device: torch.device, *args: Any, tables: Any = False) -> None:
     """Raises ValueError for a tensor whose memory was freed, or whose device is not `device`.
 
     A recorder is told what the kernel reads. If the arguments are `tables` of addresses, `addresses` has told it.
