@@ -378,8 +378,9 @@ class Captures:
         """
         before = Random(call.inputs[0].device)
         try:
+            used = _memory_in_use(call.device)
             program, _ = record(call, call.inputs, rewritten)
-            again = _Captured(program, self._lowered(program, call.inputs))
+            again = _Captured(program, self._executable(call, program, self._states[0].guards, used))
             before.restore()
             results = again([call.inputs], 1)
         except Exception:
