@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from benchmarks import gpu_tables as gpu
 from benchmarks.options import Parser
 from benchmarks.pictures import bases, draw, markup, stem
 from benchmarks.results import FOLDER, ROOT, machine
@@ -89,6 +90,17 @@ ALGORITHMS = """\
 Every algorithm on the sine waves of the MAML paper (`python -m benchmarks.algorithms`): mean squared errors of new
 waves after 0 to 10 inner steps [least and greatest over the seeds], the inner rate that was chosen on other waves, the
 time of an outer step over that of MAML's [quartiles], and the peak memory of a step."""
+GPU = """\
+`python -m benchmarks.gpu`, from a clone on a machine with a GPU. A check compares all orders of an op, or a
+meta-gradient, with float64. Its error may be twice that of plain PyTorch in the same dtype, and some units of rounding
+more."""
+GPU_WORKLOADS = """\
+One exact second-order meta-gradient, in milliseconds. "Captured" is `capture=True`, guards and copies included.
+torch.func is reverse over reverse and vmap; as a CUDA graph it is its kernels alone, recorded by hand for one batch."""
+GPU_ATTENTION = """\
+Causal attention in bfloat16, 16,384 tokens of width 2048, TFLOP/s of the products that the mask leaves (2, 5, 5 and 12
+for the four rules), beside PyTorch's flash attention, which serves our forward and vjp."""
+GPU_RECURRENT = "An LSTM layer with one task by sequences B, steps L and hidden units H, in milliseconds:"
 ATTENTION = """\
 Causal attention in float32, by sequences B, heads H of q and H_kv of k and v, length L and head dimension D (`python
 -m benchmarks.attention`).
@@ -145,6 +157,9 @@ def full() -> str:
         parts += ["## Algorithms", ALGORITHMS, algorithms]
     parts += ["## Recurrent cells", RECURRENT, recurrent_table(), BATCH_1, recurrent_targets_table()]
     parts += ["## Attention", ATTENTION, attention_table(), "## Ops", OPS, ops_table()]
+    for found in gpu.gpus():
+        parts += [f"## {gpu.title(found)}", GPU, gpu.about(found), gpu.checks(found), GPU_WORKLOADS]
+        parts += [gpu.workloads(found), GPU_ATTENTION, gpu.attention(found), GPU_RECURRENT, gpu.recurrent(found)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -166,6 +166,7 @@ def main() -> int:
 
     def keep(part: str, rows: Iterable[Row]) -> None:
         found[part] = []
+        found.setdefault("runs", {})[part] = {key: found["machine"][key] for key in ("commit", "date")}
         for row in rows:
             found[part].append(row)
             print(f"{time.monotonic() - began:5.0f} s  {part}: {json.dumps(row)}", flush=True)

@@ -41,7 +41,7 @@ TIMED = {
     "plain": ("plain", "plain PyTorch", False),
 }
 
-CALLS = {"metakern": 15, "torch_func": 5, "plain": 3}
+CALLS = {"metakern": 15, "torch_func": 3, "plain": 1}
 
 
 def moved(work: Workload) -> Workload:
@@ -135,7 +135,7 @@ def algorithm(name: str) -> Row:
 def checks(tiny: bool) -> Iterator[Job]:
     for family in FAMILIES[:1] if tiny else FAMILIES:
         for method in METHODS:
-            name = f"{family}:{'tiny' if tiny else 'small'}"
+            name = f"{family}:{'tiny' if tiny else 'small,tasks=4'}"
             yield Job({"op": "meta-gradient", "sample": name, "method": method}, partial(workload, name, method))
     for name in list(algorithms.ALGORITHMS)[: 1 if tiny else None]:
         yield Job({"op": "algorithm", "sample": name, "dtype": "float64"}, partial(algorithm, name))

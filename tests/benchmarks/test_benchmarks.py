@@ -17,7 +17,7 @@ import torch
 import metakern as mk
 from benchmarks import compat, maml, peers, progress, results, workloads
 from benchmarks.calls import RULES, Shapes, function, recorded
-from benchmarks.gpu import attention, checks, llama, ops, recurrent
+from benchmarks.gpu import attention, checks, engine, llama, ops, recurrent
 from benchmarks.gpu.__main__ import PARTS
 from benchmarks.gpu.pool import MEMORY, Job, Pool, run
 from benchmarks.gpu.problems import LARGE, Random, cast, enlarged, samples
@@ -488,7 +488,11 @@ def first_of_each(jobs):
 
 @triton
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [checks.jobs, llama.checks, recurrent.checks], ids=["ops", "llama", "recurrent"])
+@pytest.mark.parametrize(
+    "part",
+    [checks.jobs, llama.checks, recurrent.checks, engine.checks],
+    ids=["ops", "llama", "recurrent", "engine"],
+)
 def test_checks_of_a_gpu_run_without_one(part):
     jobs = first_of_each(part(True))
     assert jobs
@@ -505,10 +509,11 @@ def test_checks_of_a_gpu_run_without_one(part):
         attention.jobs,
         attention.memory_jobs,
         llama.jobs,
+        engine.jobs,
         partial(ops.jobs, {"copy_gb_per_s": 2, "bf16_tflop_per_s": 1}),
         recurrent.jobs,
     ],
-    ids=["attention", "memory", "llama", "ops", "recurrent"],
+    ids=["attention", "memory", "llama", "workloads", "ops", "recurrent"],
 )
 def test_times_of_a_gpu_run_without_one(part):
     jobs = first_of_each(part(True))

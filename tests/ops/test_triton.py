@@ -133,3 +133,34 @@ def test_kernels_compile_for_every_gpu(op: str) -> None:
         assert kernel["tensor_memory"] <= 512, kernel
         assert kernel["spilled"] <= SPILLED.get(kernel["kernel"], FEW_BYTES), kernel
         assert all(size <= limit for size, limit in zip(kernel["grid"], LARGEST_GRID, strict=False)), kernel
+
+
+def test_numbers_of_an_update_are_combined_in_float64():
+    grad = torch.tensor([0.3, -2.0, 1e-3])
+    zeros = torch.zeros(3)
+    with mk.backend("triton"):
+        phi, m, v = mk.ops.adam_update([zeros], [grad], [zeros], [zeros], 0.1, step=1, betas=(0.9, 0.999))
+    exact = grad.double()
+    torch.testing.assert_close(v[0].double(), 0.001 * exact**2, rtol=3e-7, atol=0)  # 1 - 0.999 in float32: 5e-5
+    torch.testing.assert_close(m[0].double(), 0.1 * exact, rtol=3e-7, atol=0)
+    torch.testing.assert_close(phi[0].double(), -0.1 * exact.sign(), rtol=1e-4, atol=0)  # eps is not 0
+
+
+@pytest.mark.parametrize("sizes", [(5,), (40, 0, 7, 16), (0, 3), (8, 8, 1)], ids=str)
+def test_tables_made_in_a_cuda_graph_are_those_of_an_ordinary_call(monkeypatch, sizes):
+    foreach = import_module("metakern.ops.core.triton_kernels.foreach")
+    cpu = torch.device("cpu")
+    values = (2**47 + 1, 0, 16), (0.999, 1e-30)
+    ordinary = [*foreach.blocks(sizes, 8, cpu), *(foreach.table(of, cpu) for of in values)]
+    monkeypatch.setattr(foreach, "_in_graph", lambda device: True)
+    in_graph = [*foreach.blocks(sizes, 8, cpu), *(foreach.table(of, cpu) for of in values)]
+    for a, b in zip(ordinary, in_graph, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_sums_over_coordinates_in_parts_are_those_in_one(monkeypatch):
+    module = import_module("metakern.ops.metalstm_update")
+    a, b = torch.randn(2, 3, 18, dtype=torch.float64), torch.randn(2, 5, 18, dtype=torch.float64)
+    for part in (4, 9, 18, 100):
+        monkeypatch.setattr(module, "PART", part)
+        torch.testing.assert_close(module._summed(a, b), a @ b.mT)

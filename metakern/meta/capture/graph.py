@@ -8,7 +8,7 @@ the run read them. It holds the memory of a whole run as long as it lives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -68,10 +68,14 @@ class Graph:
         with torch.no_grad(), torch.cuda.device(self._device):
             graphs.wait()
             self._inputs = [t.clone() for t in inputs]
-            context = torch.cuda.graph(self._graph, pool=graphs.pool, capture_error_mode="thread_local")
-            with torch.enable_grad(), context, _Reads(numbers) if numbers else nullcontext():
-                found = list(function(self._inputs))
-                self._outputs = [None if t is None else t.detach() for t in found]
+            try:
+                with torch.enable_grad(), _captured(self._graph, graphs), _Reads(numbers) if numbers else nullcontext():
+                    found = list(function(self._inputs))
+                    self._outputs = [None if t is None else t.detach() for t in found]
+            except BaseException:
+                with suppress(Exception), _captured(torch.cuda.CUDAGraph(), graphs):
+                    torch.zeros(1, device=self._device)  # which frees the generators that a broken capture holds
+                raise
         self.bytes = sum(t.untyped_storage().nbytes() for t in (*self._inputs, *self._outputs) if t is not None)
 
     def fits(self) -> bool:
@@ -97,6 +101,10 @@ class Graph:
                 self._graphs.done()
                 results.append(made)
         return results
+
+
+def _captured(graph: torch.cuda.CUDAGraph, graphs: Graphs) -> Any:
+    return torch.cuda.graph(graph, pool=graphs.pool, capture_error_mode="thread_local")
 
 
 class _Reads(TorchDispatchMode):

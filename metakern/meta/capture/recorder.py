@@ -150,6 +150,8 @@ class Recorder(Recording):
             func = _aten.zeros.default
         if func in _LIFTS:
             self.lifted.append(args[0])
+            if args[0].device.type == "cuda":
+                self.error = RecordError("it copies numbers to a GPU (torch.tensor): make that tensor once, before")
             self._own.add(_storage(args[0]))
         return self.run(func, args, kwargs or {}, func._schema.is_mutable or _RANDOM in func.tags)
 

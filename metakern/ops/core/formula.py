@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -150,13 +150,16 @@ def cotangents(outputs: Iterable[Node], ct: Sequence[Node], inputs: Sequence[Nod
     return tuple(found.get(x, ZERO) for x in inputs)
 
 
-def _sorted(outputs: Iterable[Node]) -> list[Node]:
-    """Returns all nodes that the outputs depend on, in topological order: each after its arguments."""
+def _sorted(outputs: Iterable[Node], leaves: Collection[Node] = ()) -> list[Node]:
+    """Returns all nodes that the outputs depend on, in topological order: each after its arguments.
+
+    The arguments of `leaves` are left out.
+    """
     seen: dict[Node, None] = {}
 
     def visit(node: Node) -> None:
         if node not in seen:
-            for a in node.args if node.kind not in ("input", "number") else ():
+            for a in node.args if node.kind not in ("input", "number") and node not in leaves else ():
                 visit(a)
             seen[node] = None
 
@@ -169,13 +172,15 @@ def _sorted(outputs: Iterable[Node]) -> list[Node]:
 class Generated:
     """The Python text of a function `f`.
 
-    inputs: The names of its parameters. given: for each output of the rule, whether `f` returns it.
+    inputs: The names of its parameters. given: for each output of the rule, whether `f` returns it. numbers: the text
+        that computes the inputs n0, n1, … from numbers alone; None if there are none.
     """
 
     name: str
     text: str
     inputs: tuple[str, ...]
     given: tuple[bool, ...]  # False for an output that is zero or not wanted
+    numbers: Generated | None = None
 
 
 @cache
@@ -186,12 +191,14 @@ def program(
     present: frozenset[str],
     wanted: tuple[bool, ...] | None = None,
     merged: bool = True,
+    numbers: frozenset[str] = frozenset(),
 ) -> Generated:
     """Returns the text of one rule of y = formula(x0, x1, …), with `inputs` as the number of the formula's inputs.
 
     Parameters are named x0, … for inputs, t0, … for their tangents, ct0, … for the cotangents of outputs, and t_ct0, …
     for the tangents of these. Those that are not in `present` are zero. `wanted` marks the outputs to compute, all if
-    None. `merged` allows fma and fms in the text.
+    None. `merged` allows fma and fms in the text. What depends on the parameters in `numbers` alone is left to Python,
+    which computes it in float64: 1 - 0.999 has lost 14 of 24 bits in float32.
     """
 
     def symbols(letters: str, number: int) -> list[Node]:
@@ -208,29 +215,50 @@ def program(
     if rule == "vjp_jvp":
         outputs = tangents(outputs, dict(zip([*x, *ct], [*t_x, *t_ct], strict=True)))
     given = tuple(y is not ZERO and (wanted is None or wanted[i]) for i, y in enumerate(outputs))
-    text, read = _text([y for y, g in zip(outputs, given, strict=True) if g], merged)
-    return Generated(f"{formula.__name__.strip('_')}_{rule}", text, read, given)
+    name, made = f"{formula.__name__.strip('_')}_{rule}", [y for y, g in zip(outputs, given, strict=True) if g]
+    apart = _of_numbers(made, numbers)
+    text, read = _text(made, merged, apart)
+    if not apart:
+        return Generated(name, text, read, given)
+    return Generated(name, text, read, given, Generated(name, *_text(apart, False), (True,) * len(apart)))
 
 
-def _text(outputs: list[Node], merge: bool) -> tuple[str, tuple[str, ...]]:
+def _of_numbers(outputs: list[Node], numbers: frozenset[str]) -> list[Node]:
+    """Returns the operations on `numbers` alone whose results other nodes or the outputs need."""
+    alone: dict[Node, bool] = {}
+    needed = dict.fromkeys(outputs)
+    for node in _sorted(outputs):
+        if node.kind in ("input", "number"):
+            alone[node] = node.kind == "number" or node.args[0] in numbers
+        else:
+            alone[node] = all(alone[a] for a in node.args)
+            needed |= dict.fromkeys(() if alone[node] else node.args)
+    return [node for node in needed if alone[node] and node.kind not in ("input", "number")]
+
+
+def _text(outputs: list[Node], merge: bool, apart: Sequence[Node] = ()) -> tuple[str, tuple[str, ...]]:
     """Returns the text, a line for each node, and the inputs that it reads.
 
-    `merge` fuses a product into a sum by fma or fms, if that sum is its only use.
+    `merge` fuses a product into a sum by fma or fms, if that sum is its only use. The nodes `apart` are the inputs n0,
+    n1, and so on.
     """
-    nodes = _sorted(outputs)
-    uses = Counter(a for node in nodes if node.kind not in ("input", "number") for a in node.args)
+    names = {node: f"n{i}" for i, node in enumerate(apart)}
+    nodes = _sorted(outputs, apart)
+    uses = Counter(a for node in nodes if node.kind not in ("input", "number") and node not in names for a in node.args)
     uses.update(outputs)
     merged: dict[Node, Node] = {}  # product -> the sum that it is fused into
     for node in nodes:
-        if merge and node.kind in ("+", "-"):
+        if merge and node.kind in ("+", "-") and node not in names:
             for a in node.args[::-1] if node.kind == "+" else node.args[1:]:
                 if a.kind == "*" and uses[a] == 1 and node not in merged.values():
                     merged[a] = node
-    names: dict[Node, str] = {}
     lines: list[str] = []
     read: list[str] = []
     for node in nodes:
         if node in merged:
+            continue
+        if node in names:
+            read.append(names[node])
             continue
         if node.kind in ("input", "number"):
             names[node] = node.args[0] if node.kind == "input" else repr(node.args[0])
@@ -277,6 +305,15 @@ def torch_over(a: Any, b: Tensor) -> Tensor:
     """Computes `over` for tensors."""
     zero = b == 0
     return torch.where(zero, 0.0, a / (torch.where(zero, 1.0, b) if torch._C._are_functorch_transforms_active() else b))
+
+
+@cache
+def in_python(made: Generated) -> Callable[..., tuple[float, ...]]:
+    """Compiles the text to a Python function of numbers."""
+    names: dict[str, Any] = {"quotient": operator.truediv, "root": lambda a: max(a, 0.0) ** 0.5}
+    names["over"] = lambda a, b: a / b if b else 0.0
+    exec(made.text, names)
+    return names["f"]
 
 
 @cache

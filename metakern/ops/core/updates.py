@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metakern.ops.core import backend, checks, triton_kernels
 from metakern.ops.core.autograd import Op
-from metakern.ops.core.formula import Generated, Node, in_torch, program, symbol
+from metakern.ops.core.formula import Generated, Node, in_python, in_torch, program, symbol
 from metakern.ops.core.matrices import wide
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Cost, Make, Sample
@@ -162,9 +162,14 @@ def rules(run: Callable[[Generated, Mapping[str, Any], Tensors], list[Tensors]],
         values: dict[str, Any] = dict(_inputs(c, "x", x))
         for letters, tensors in others.items():
             values |= _inputs(c, letters, tensors or ())
-        made = program(c.update.formula, len(c.numbers) + len(c.update.lists), rule, frozenset(values), wanted, merged)
-        found = iter(run(made, values, x[: c.count]))
-        return [next(found) if given else None for given in made.given]
+        numbers = frozenset(name for name, value in values.items() if isinstance(value, float) and not merged)
+        size = len(c.numbers) + len(c.update.lists)
+        made = program(c.update.formula, size, rule, frozenset(values), wanted, merged, numbers)
+        if made.numbers:
+            found = in_python(made.numbers)(*map(values.__getitem__, made.numbers.inputs))
+            values |= {f"n{i}": float(number) for i, number in enumerate(found)}
+        results = iter(run(made, values, x[: c.count]))
+        return [next(results) if given else None for given in made.given]
 
     def forward(c: SimpleNamespace, x: Tensors) -> tuple[Tensors, Tensors]:
         return _flat(ran(c, "forward", x), x[: c.count]), ()

@@ -1,0 +1,208 @@
+"""Graphs on a GPU, by a stand-in for CUDA's: it repeats recorded operations into the tensors that they made."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import build, points, regression_loss
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import metakern as mk
+from metakern.meta import capture
+from metakern.meta.capture.graph import Graph, Graphs, _Reads
+from metakern.meta.capture.recorder import Recorder, RecordError, record
+from metakern.native.record import Recording
+
+STEPS = 3
+
+
+class FakeGraph:
+    """The kernels of a run at fixed addresses."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, made in self.calls:
+            given = {t.untyped_storage().data_ptr() for t in tensors_of((args, kwargs))}
+            for old, new in zip(made, tensors_of(function(*args, **kwargs)), strict=True):
+                if old.untyped_storage().data_ptr() not in given:
+                    old.copy_(new)
+
+
+class FakeCapture(Recording):
+    def __init__(self, graph: FakeGraph, pool: Any, capture_error_mode: str) -> None:
+        super().__init__()
+        self.graph = graph
+        assert (pool, capture_error_mode) == ("pool", "thread_local")
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def run(self, function: Any, args: Any, kwargs: Any, has_side_effects: bool) -> Any:
+        with _disable_current_modes():
+            made = function(*args, **kwargs)
+        self.graph.calls.append((function, args, kwargs, tensors_of(made)))
+        return made
+
+    def reads(self, tensors: Any) -> None:
+        pass
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._efficientzerotensor.default:
+            func = torch.ops.aten.zeros.default
+        return self.run(func, args, kwargs or {}, False)
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Have captured programs take CPU tensors for those of a GPU."""
+    stream = SimpleNamespace(wait_event=lambda event: None)
+    for name, fake in {
+        "CUDAGraph": FakeGraph,
+        "graph": FakeCapture,
+        "graph_pool_handle": lambda: "pool",
+        "Event": lambda: SimpleNamespace(record=lambda: None),
+        "current_stream": lambda: stream,
+        "device": lambda device: nullcontext(),
+        "memory_allocated": lambda device: 0,
+        "max_memory_allocated": lambda device: 2**20,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(capture, "free_bytes", lambda device: 2**30)
+    monkeypatch.setattr(capture._Application, "device", property(lambda self: torch.device("cuda")))
+
+
+def mamls(**options: Any) -> tuple[mk.MAML, mk.MAML]:
+    """Return a captured algorithm and an ordinary one, over equal models."""
+    return tuple(
+        mk.MAML(build("mlp")[0], regression_loss, mk.optim.SGD(0.05), STEPS, capture=capture, **options)
+        for capture in (True, False)
+    )
+
+
+def assert_equal(captured: mk.MAML, ordinary: mk.MAML, seed: int, tasks: int = 3) -> None:
+    support, query = ([t[:tasks] for t in points(i)] for i in (seed, seed + 100))
+    for maml in (captured, ordinary):
+        maml.zero_grad()
+        maml(support, query).backward()
+    torch.testing.assert_close(captured.query_losses, ordinary.query_losses)
+    for a, b in zip(captured.parameters(), ordinary.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "recompute"}, {"task_chunk": 2}, {"batching": "loop"}], ids=str)
+def test_a_graph_gives_what_an_ordinary_run_gives_for_other_batches_and_parameters(gpu, options):
+    captured, ordinary = mamls(**options)
+    for seed in range(6):
+        assert_equal(captured, ordinary, seed)
+        with torch.no_grad():
+            for maml in (captured, ordinary):
+                for p in maml.parameters():
+                    p.mul_(1.1)
+    usage = captured.plan.usage
+    assert usage.captured >= 6
+    assert usage.ordinary == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*parameters move in memory")
+def test_a_graph_is_recorded_again_where_parameters_move_until_they_move_too_often(gpu):
+    captured, ordinary = mamls()
+    for seed in range(12):
+        assert_equal(captured, ordinary, seed)
+        for p in captured.parameters():
+            p.data = p.data.clone()
+    assert captured.plan.usage.captured == capture.MOST_MOVED + 1
+    assert "not captured: parameters move in memory from call to call" in captured.plan.reasons
+
+
+def test_every_number_of_tasks_has_a_graph(gpu):
+    captured, ordinary = mamls()
+    for seed in range(6):
+        assert_equal(captured, ordinary, seed, tasks=2 + seed % 2)
+    assert captured.plan.usage.programs == 2
+
+
+def test_a_graph_that_needs_more_than_its_share_of_the_memory_is_not_made(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**29 + 1)
+    captured, ordinary = mamls()
+    with pytest.warns(UserWarning, match="a CUDA graph of it may need 512 MiB, more than 512 MiB"):
+        assert_equal(captured, ordinary, 1)
+
+
+def test_a_capture_that_fails_is_followed_by_a_whole_one_and_the_call_runs_ordinarily(gpu, monkeypatch):
+    begun = []
+
+    class Failing(FakeCapture):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            begun.append(self)
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if self is begun[0]:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    captured, ordinary = mamls()
+    with pytest.warns(UserWarning, match="operation not permitted when stream is capturing"):
+        assert_equal(captured, ordinary, 1)
+    assert len(begun) == 2
+
+
+def test_a_graph_refuses_constants_that_moved(gpu):
+    weight, x = torch.randn(3), torch.randn(3)
+    graph = Graph(lambda inputs: [inputs[0] * weight, None], [x], [weight], [], Graphs())
+    other = torch.randn(3)
+    (results,) = graph([[other]], 1)
+    assert results[0].equal(other * weight)
+    assert results[1] is None
+    weight.data = weight.data.clone()
+    assert graph([[other]], 1) is None
+
+
+def test_python_gets_the_numbers_of_the_recorded_run():
+    x = torch.tensor(3)
+    reads = _Reads([7])
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    assert reads.__torch_dispatch__(torch.ops.aten._local_scalar_dense.default, (), (on_gpu,)) == 7
+    with reads:
+        assert int(x) == 3  # a number on the CPU is read
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        (lambda x: nn.functional.dropout(x, 0.5), "it draws random numbers, on a GPU"),
+        (lambda x: x * OUTSIDE, "it reads a tensor on the CPU"),
+        (lambda x: nn.functional.dropout(x, 0.5, training=False) * 2, None),
+        (lambda x: x + torch.zeros(()), None),
+    ],
+    ids=["dropout", "CPU", "no dropout", "made"],
+)
+def test_what_no_graph_can_repeat_is_an_error(monkeypatch, function, error):
+    made = Recorder.__init__
+
+    def on_gpu(self: Recorder, inputs: Any) -> None:
+        made(self, inputs)
+        self._is_on_gpu = True
+
+    monkeypatch.setattr(Recorder, "__init__", on_gpu)
+    x = torch.randn(4)
+    with pytest.raises(RecordError, match=error) if error else nullcontext():
+        record(lambda: [function(x)], [x])
+
+
+OUTSIDE = torch.tensor(2.0)
