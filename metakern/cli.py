@@ -149,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("run", metavar="RUN", help="folder of a run")
     evaluate.add_argument(
-        "--data", metavar="NAME", help="other data, of which the test tasks are used (default: the run's data)"
+        "--data",
+        metavar="NAME",
+        help="other data, all tasks of which are judged (default: the test tasks of the run's data)",
     )
     evaluate.add_argument(
         "--steps",

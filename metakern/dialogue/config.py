@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from metakern.dialogue.registry import OPTIMIZERS
+from metakern.dialogue.split import OVERLAPS
 from metakern.errors import UserError
 from metakern.meta.algorithms.registry import ALGORITHMS, find_algorithm
 
@@ -79,11 +80,23 @@ class Config:
         0.1, "share of the tasks for validation, which chooses the best weights", above=0, below=0.5
     )
     test_part: float = _option(0.1, "share of the tasks that are kept for `metakern eval`", above=0, below=0.5)
+    validation_data: str = _option("", "conversations whose tasks are for validation, in place of that share")
+    test_data: str = _option("", "conversations whose tasks are for test, in place of that share")
+    validation_tasks: tuple[str, ...] = _option(
+        (), "names or patterns of the tasks for validation, in place of that share"
+    )
+    test_tasks: tuple[str, ...] = _option((), "names or patterns of the tasks for test, in place of that share")
     min_dialogues: int = _option(8, "conversations that a task must have; a task with fewer is left out", least=2)
     min_words: int = _option(
         5,
         "length, in words, from which a turn may not recur in another split or in another conversation of its task",
         least=1,
+    )
+    overlap: str = _option(
+        "users",
+        "whose turns may not recur so: those of users (a bot may give its replies again), all turns, or none but whole"
+        " dialogues",
+        choices=OVERLAPS,
     )
     support_size: int = _option(8, "windows of a task in its support, which the inner loop adapts to", least=1)
     query_size: int = _option(8, "windows of a task in its query, on which the adapted model is judged", least=1)

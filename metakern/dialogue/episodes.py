@@ -1,174 +1,30 @@
-"""Split tasks into training, validation and test, and draw episodes of support and query from them.
-
-No text is in two splits, or in both support and query. Two dialogues overlap if all their turns have the same words, or
-if they share a turn of at least `min_words` words. Words are those of `metakern.dialogue.words`, so case and
-punctuation do not matter. Emoji do not count as words; a turn of signs alone is compared as it is written. A short turn
-such as "yes" or "how are you?" may recur. The turns of a system or a tool are instructions and are not compared.
-
-1. Within a task, a dialogue that overlaps an earlier one is left out. So support and query never share a text.
-2. A training dialogue that overlaps a validation or test dialogue is left out, and so is a validation dialogue that
-   overlaps a test dialogue. If tasks are speakers (`task_id` is the name of one), a dialogue is left out too if the
-   speaker of a task in such a held-out split takes part in it. So a conversation between a training speaker and a test
-   speaker is in the test speaker's task alone.
-3. A task that has fewer than `min_dialogues` dialogues left is left out.
-
-If tasks are topics, a speaker may take part in several; `Split.summary` counts the held-out dialogues where that
-happens.
+"""Draw episodes of support and query from tasks.
 
 Everything is drawn by `random.Random.random`, seeded with a string. Python promises to keep this sequence, so a seed
-gives the same split and the same episodes on every machine.
+gives the same episodes on every machine.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from metakern.dialogue.readers import Dialogue, count_of
+from metakern.dialogue.readers import Dialogue
+from metakern.dialogue.split import TaskData
 from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, DialogueTokenizer, bot_of
-from metakern.dialogue.words import length, words
 from metakern.errors import DataError
 
-__all__ = ["Episodes", "Split", "TaskData", "collate", "split_tasks"]
+__all__ = ["Episodes", "collate"]
 
 Batch = dict[str, Tensor]
 Startable = tuple[Dialogue, list[int]]  # a dialogue, and the turns at which a window may begin
 Window = tuple[list[int], list[int]]  # ids and labels
-ROLES = {"user", "assistant", "bot", *SYSTEM_SPEAKERS}  # names of roles, which do not identify a speaker
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """A task and its dialogues, of which no two overlap."""
-
-    task_id: str
-    dialogues: tuple[Dialogue, ...]
-
-
-@dataclass(frozen=True)
-class Split:
-    """The tasks for training, validation and test; `skipped` counts the dialogues and tasks left out, by reason."""
-
-    train: tuple[TaskData, ...]
-    validation: tuple[TaskData, ...]
-    test: tuple[TaskData, ...]
-    skipped: Mapping[str, int] = field(default_factory=dict)
-
-    def summary(self) -> str:
-        """Return lines for the user: the sizes, what was left out, and how many held-out dialogues share a speaker."""
-        parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        lines = [f"{name}: {len(p)} tasks, {sum(len(t.dialogues) for t in p)} dialogues" for name, p in parts.items()]
-        lines += [f"left out: {count} {reason}" for reason, count in sorted(self.skipped.items())]
-        known = {name for task in self.train for d in task.dialogues for name in _speakers(d)}
-        held_out = [d for task in (*self.validation, *self.test) for d in task.dialogues]
-        recurring = sum(not known.isdisjoint(_speakers(d)) for d in held_out)
-        if recurring:
-            lines.append(f"{recurring} of {len(held_out)} held-out dialogues have a speaker who also talks in train")
-        return "\n".join(lines)
-
-
-def split_tasks(
-    dialogues: Iterable[Dialogue],
-    *,
-    seed: int = 0,
-    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    min_dialogues: int = 8,
-    min_words: int = 5,
-    max_held_out: int | None = None,
-) -> Split:
-    """Split dialogues by task into training, validation and test, so that no text is in two of them.
-
-    Two dialogues overlap if all their turns have the same words (whatever the case and punctuation), or if they share a
-    turn of at least `min_words` words. Of two dialogues that overlap, one is left out: within a task the later one,
-    between splits the one for training rather than validation, and the one for validation rather than test. If tasks
-    are speakers, dialogues with a held-out task's speaker are left out of the other splits.
-
-    The tasks are ordered by a hash of the seed and their names; the first are for test, the next for validation.
-
-    Args:
-        dialogues: The dialogues of all tasks.
-        seed: The seed of the split.
-        fractions: The shares of the tasks for training, validation and test, which add up to 1. A split whose share is
-            not 0 gets at least one task.
-        min_dialogues: A task with fewer dialogues is left out; at least 2.
-        min_words: Shorter turns may recur.
-        max_held_out: A task with more dialogues goes to training, as far as possible. In a held-out split, a speaker
-            who talks with everybody would take most conversations away from training. None sets no limit.
-
-    Returns:
-        The tasks of each split, and how many dialogues and tasks were left out for which reason.
-
-    Raises:
-        DataError: If a split whose share is not 0 would have no task.
-        ValueError: If `fractions` are negative or do not add up to 1, or `min_dialogues` is below 2.
-
-    >>> from metakern.dialogue.readers import read
-    >>> split = split_tasks(read("chatterbot:english"), fractions=(0.6, 0.2, 0.2))
-    >>> {task.task_id for task in split.train}.isdisjoint(task.task_id for task in split.test)
-    True
-    """
-    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ValueError(f"split_tasks: fractions must be at least 0 and add up to 1, got {fractions}")
-    if min_dialogues < 2:
-        raise ValueError(f"split_tasks: min_dialogues must be at least 2, for support and query, got {min_dialogues}")
-    skipped: Counter[str] = Counter()
-    tasks: dict[str, list[tuple[Dialogue, set[Hashable]]]] = {}
-    seen: dict[str, set[Hashable]] = {}
-    for dialogue in dialogues:
-        texts = _texts(dialogue, min_words)
-        if seen.setdefault(dialogue.task_id, set()).isdisjoint(texts):
-            tasks.setdefault(dialogue.task_id, []).append((dialogue, texts))
-            seen[dialogue.task_id] |= texts
-        else:
-            skipped["dialogues that share a text with another of their task"] += 1
-
-    def enough(names: Iterable[str]) -> list[str]:
-        kept = []
-        for name in names:
-            if len(tasks[name]) < min_dialogues:
-                skipped[f"tasks of fewer than {min_dialogues} dialogues"] += 1
-            else:
-                kept.append(name)
-        return kept
-
-    order = sorted(enough(tasks), key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    if max_held_out is not None:
-        order.sort(key=lambda name: len(tasks[name]) > max_held_out)
-    sizes = [max(round(fraction * len(order)), 1) if fraction else 0 for fraction in fractions[1:]]
-    if len(order) < (needed := sum(sizes) + (fractions[0] > 0)):
-        lacking = f"{len(order)} ({count_of(skipped) or 'no dialogue'} left out)"
-        raise DataError(
-            f"split_tasks: data must have {max(needed, 1)} tasks of at least {min_dialogues} dialogues, got {lacking}:"
-            " add data, lower min_dialogues or raise min_words"
-        )
-    test, validation, train = order[: sizes[1]], order[sizes[1] : sum(sizes)], order[sum(sizes) :]
-    taken: set[Hashable] = set()
-    parts: list[tuple[TaskData, ...]] = []
-    for names in (test, validation, train):
-        for name in names:
-            whole = tasks[name]
-            tasks[name] = [(d, texts) for d, texts in whole if taken.isdisjoint(texts | _speakers(d))]
-            lost = len(whole) - len(tasks[name])
-            skipped["dialogues that share a text or a task's speaker with a held-out split"] += lost
-        kept = enough(names)
-        parts.append(tuple(TaskData(name, tuple(d for d, _ in tasks[name])) for name in kept))
-        taken.update(kept, *(texts for name in kept for _, texts in tasks[name]))
-    for kind, part, fraction in zip(("test", "validation", "train"), parts, fractions[::-1], strict=True):
-        if fraction and not part:
-            raise DataError(
-                f"split_tasks: {kind} must have a task, got none that shares no text with held-out tasks:"
-                " add data, lower min_dialogues or raise min_words"
-            )
-    return Split(parts[2], parts[1], parts[0], {reason: count for reason, count in skipped.items() if count})
 
 
 class Episodes:
@@ -345,18 +201,6 @@ def collate(tasks: Sequence[Sequence[Window]], pad_id: int, length: int | None =
 
     mask = (torch.arange(length) < lengths.unsqueeze(-1)).long()
     return {"input_ids": padded(0, pad_id), "attention_mask": mask, "labels": padded(1, IGNORE)}
-
-
-def _texts(dialogue: Dialogue, min_words: int) -> set[Hashable]:
-    """Return the texts by which dialogues overlap: the words of all turns in order, and those of each long turn."""
-    spoken = [turn.text for turn in dialogue.turns if turn.speaker not in SYSTEM_SPEAKERS]
-    turns = [tuple(word for word in words(text) if any(map(str.isalnum, word))) for text in spoken]
-    whole = tuple(said or text for said, text in zip(turns, spoken, strict=True))
-    return {whole, *(said for said in turns if sum(map(length, said)) >= min_words)}
-
-
-def _speakers(dialogue: Dialogue) -> set[str]:
-    return {turn.speaker for turn in dialogue.turns} - ROLES
 
 
 def _bot(dialogue: Dialogue) -> str | None:

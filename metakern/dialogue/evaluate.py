@@ -33,7 +33,7 @@ from metakern.dialogue.baselines import FineTune
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.metrics import interval, paired_interval
 from metakern.dialogue.run import Run
-from metakern.dialogue.tasks import curve, episodes, load_split
+from metakern.dialogue.tasks import curve, episodes, load_split, load_whole
 from metakern.dialogue.trainer import train
 from metakern.errors import UserError
 from metakern.meta.algorithms.registry import ALGORITHMS, find_algorithm
@@ -58,7 +58,8 @@ def evaluate(
         steps: Numbers of inner steps.
         compare: Algorithms to compare with. Each is trained into the folder `path/<algorithm>`, if it has not been: the
             same model from the same pretrained weights, on the same episodes, for as many outer steps as the run.
-        data: Data whose test and validation tasks take the places of the run's; named as `Config.data` is.
+        data: Data of which all tasks are judged in place of the run's test tasks; named as `Config.data` is. Rates of
+            baselines are chosen on the run's validation tasks.
 
     Returns:
         What `eval.json` holds. `curves` has, for each algorithm, the query losses of the tasks (`loss`,
@@ -87,9 +88,9 @@ def evaluate(
         raise UserError(f"eval: steps must be whole numbers of at least 0, got {list(steps)}")
     steps = tuple(sorted(set(steps)))
     run = Run.open(path)
-    split = load_split(replace(run.config, data=data or run.config.data))
+    split = load_split(run.config)
     validation = episodes(run.config, split.validation, run.tokenizer)
-    test = episodes(run.config, split.test, run.tokenizer)
+    test = episodes(run.config, load_whole(run.config, data) if data else split.test, run.tokenizer)
     own, curves = run.config.algorithm, {}
     for name in (own, *(name for name in compare if name != own)):
         each = run if name == own else _baseline(run, name)

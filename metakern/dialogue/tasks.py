@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metakern.dialogue.config import Config
-from metakern.dialogue.episodes import Batch, Episodes, Split, TaskData, split_tasks
-from metakern.dialogue.readers import read
+from metakern.dialogue.episodes import Batch, Episodes
+from metakern.dialogue.readers import Dialogue, read
+from metakern.dialogue.split import Split, TaskData, split_tasks, whole_tasks
 from metakern.dialogue.tokenizer import DialogueTokenizer
-from metakern.errors import by_the_user
+from metakern.errors import UserError, by_the_user
 
-__all__ = ["curve", "episodes", "load_split", "on_device_of"]
+__all__ = ["curve", "episodes", "load_split", "load_whole", "on_device_of"]
 
 
 def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -28,15 +31,49 @@ def load_split(config: Config) -> Split:
 
     Raises:
         DataError: If the data can't be read or hold too few tasks.
+        UserError: If names of held-out tasks match none.
     """
-    held_out = config.validation_part, config.test_part
+    shares = config.validation_part, config.test_part
+    dialogues: list[Dialogue] = read(config.data, config.format)
+    held_out: dict[str, set[str] | None] = {}
+    for part in ("validation", "test"):
+        file, patterns = getattr(config, f"{part}_data"), getattr(config, f"{part}_tasks")
+        held_out[part] = None
+        if file:
+            found = read(file, config.format)
+            held_out[part] = names = {d.task_id for d in found}
+            dialogues = [*found, *(d for d in dialogues if d.task_id not in names)]
+        elif patterns:
+            held_out[part] = _matching(part, patterns, {d.task_id for d in dialogues})
     return split_tasks(
-        read(config.data, config.format),
+        dialogues,
         seed=config.seed,
-        fractions=(1 - sum(held_out), *held_out),
+        fractions=(1 - sum(shares), *shares),
         min_dialogues=config.min_dialogues,
         min_words=config.min_words,
+        overlap=config.overlap,
+        validation=held_out["validation"],
+        test=held_out["test"],
     )
+
+
+@by_the_user()
+def load_whole(config: Config, data: str) -> tuple[TaskData, ...]:
+    """Read other data than that of `config`, and return all its tasks that have dialogues for support and query.
+
+    Raises:
+        DataError: If the data can't be read or hold no such task.
+    """
+    return whole_tasks(read(data), min_words=config.min_words, overlap=config.overlap)[0]
+
+
+def _matching(part: str, patterns: Sequence[str], known: set[str]) -> set[str]:
+    """Return the known names of tasks that are among the patterns, or match one."""
+    found = {name for name in known if any(name == p or fnmatchcase(name, p) for p in patterns)}
+    if not found:
+        some = ", ".join(sorted(known)[:5])
+        raise UserError(f"{part}_tasks must match a task of the data, such as {some}; got {', '.join(patterns)}")
+    return found
 
 
 @by_the_user()

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -14,13 +15,16 @@ import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from metakern.dialogue.episodes import Episodes, Split, TaskData, split_tasks
+from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.readers import Dialogue, Turn, dialogue, read
+from metakern.dialogue.split import Split, TaskData
+from metakern.dialogue.split import split_tasks as split_by
 from metakern.dialogue.tokenizer import IGNORE, Tokenizer
 from metakern.errors import DataError
 
 TOPICS = Path(__file__).parent / "data" / "topics.jsonl"
 DIALOGUES = read(str(TOPICS))
+split_tasks = partial(split_by, overlap="turns")
 SPLIT = split_tasks(DIALOGUES, seed=3, min_dialogues=4)
 TOKENIZER = Tokenizer.train(DIALOGUES, 262)  # bytes alone: the digests below do not depend on how merges are learned
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 import metakern as mk
-from metakern.dialogue.episodes import Episodes, split_tasks
+from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.models import GPT, MODELS, RNNLM, build_model, rotations
 from metakern.dialogue.readers import read
+from metakern.dialogue.split import split_tasks
 from metakern.dialogue.tokenizer import Tokenizer
 
 TOPICS = Path(__file__).parent / "data" / "topics.jsonl"
