@@ -219,14 +219,16 @@ def _add_flag(group: Any, key: Field[Any]) -> None:
     """Add the flag of a config field; without the flag there is no value, so that the file's value stays."""
     flag, default = f"--{key.name.replace('_', '-')}", key.default
     shown = ("no", "yes")[default] if isinstance(default, bool) else "all" if default == () else default
-    shown = "empty" if shown == "" else shown
+    shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else "empty" if shown == "" else shown
     text = f"{describe(key.metadata)} (default: {shown})".replace("%", "%%")
     options: dict[str, Any] = {"dest": key.name, "default": argparse.SUPPRESS, "help": text}
     if isinstance(default, bool):
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
     else:
-        kind = _names if isinstance(default, tuple) else type(default)
-        metavar = {int: "N", float: "X", str: "NAME"}.get(type(default), "NAMES")
+        kind: Any
+        kind, metavar = {int: (int, "N"), float: (float, "X"), str: (str, "NAME")}.get(type(default), (_names, "NAMES"))
+        if isinstance(default, tuple) and default:
+            kind, metavar = _numbers, "N,N"
         group.add_argument(flag, type=kind, metavar=metavar, **options)
 
 
@@ -312,7 +314,7 @@ def _diagnosis(path: str) -> None:
     config, algorithm = run.config, run.algorithm
     batches = episodes(config, load_split(config).train, run.tokenizer).sample(0, config.tasks)
     support, query = (on_device_of(run.model, batch) for batch in batches)
-    options = {"inner": algorithm.inner, "steps": config.inner_steps, "adapt": getattr(algorithm, "_adapt", None)}
+    options = {"inner": algorithm.inner, "steps": config.most_inner_steps, "adapt": getattr(algorithm, "_adapt", None)}
     print(metakern.doctor(run.model, metakern.losses.causal_lm, support, query, **options))
 
 

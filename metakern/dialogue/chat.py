@@ -80,7 +80,7 @@ def adapted_model(run: Run, dialogues: Iterable[Dialogue], steps: int | None = N
     Raises:
         UserError: If no dialogue has a reply of the bot.
     """
-    steps = run.config.inner_steps if steps is None else steps
+    steps = run.config.most_inner_steps if steps is None else steps
     support = support_batch(run, dialogues)
     run.algorithm.eval()
     before, after = run.algorithm.evaluate(support, support, steps=(0, steps)).mean(1).exp().tolist()

@@ -135,7 +135,10 @@ class Config:
         "learn one inner rate for all parameters, one for each parameter tensor, or one for each of its elements",
         choices=("all", "parameter", "element"),
     )
-    inner_steps: int = _option(3, "inner steps in training", least=1)
+    inner_steps: tuple[int, ...] = _option(
+        (3,), "inner steps in training; several numbers take turns from outer step to outer step", least=1
+    )
+    positive_rates: bool = _option(False, "set learned inner rates that become negative to 0")
     adapt: tuple[str, ...] = _option(
         (), "name patterns of the parameters that the inner loop adapts; without any, anil adapts the head alone"
     )
@@ -149,6 +152,9 @@ class Config:
         choices=("float32", "bfloat16"),
     )
 
+    lm_weight: float = _option(
+        0.0, "weight of the plain loss of the unadapted model on support and query, beside the outer loss", least=0
+    )
     outer_lr: float = _option(1e-3, "learning rate of the outer optimizer, AdamW", above=0)
     rate_lr: float = _option(1e-3, "outer learning rate of the learned inner rates", above=0)
     finetune_lr: float = _option(
@@ -159,8 +165,14 @@ class Config:
     cosine: bool = _option(True, "let the learning rate decay to zero along a half cosine")
     clip: float = _option(1.0, "largest norm of the outer gradient; 0: no clipping", least=0)
     tasks: int = _option(4, "tasks in an outer step", least=1)
+    task_power: float = _option(
+        0.0, "draw tasks in proportion to their numbers of conversations to this power; 0: all alike", least=0
+    )
     steps: int = _option(1000, "outer steps", least=1)
     minutes: float = _option(0.0, "time limit of the outer steps, in minutes; 0: none", least=0)
+    patience: int = _option(
+        0, "validations without a better one after which the training ends; 0: it never ends early", least=0
+    )
 
     pretrain_steps: int = _option(
         0, "steps of plain language modeling before meta-training; baselines start from the same weights", least=0
@@ -179,6 +191,9 @@ class Config:
     threads: int = _option(0, "CPU threads for PyTorch; 0: PyTorch's default", least=0)
 
     def __post_init__(self) -> None:
+        given: Any = self.inner_steps
+        if type(given) is int:
+            object.__setattr__(self, "inner_steps", (given,))
         find_algorithm(self.algorithm)
         for key in fields(self):
             _check(key.name, getattr(self, key.name), key.default, key.metadata)
@@ -189,6 +204,11 @@ class Config:
             )
         if self.precision != "float32" and self.device != "cpu":
             raise UserError(f"precision must be float32 for the device {self.device}, got {self.precision!r}")
+
+    @property
+    def most_inner_steps(self) -> int:
+        """The largest number of inner steps in training."""
+        return max(self.inner_steps)
 
     @property
     def pretrained(self) -> str:
@@ -263,7 +283,9 @@ def _check(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None
     if isinstance(default, float):
         right, kind = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
     elif isinstance(default, tuple):
-        right, kind = isinstance(value, tuple) and all(isinstance(v, str) for v in value), "a list of strings"
+        of = int if default else str
+        right = isinstance(value, tuple) and all(type(v) is of for v in value) and len(value) >= len(default)
+        kind = "whole numbers" if default else "a list of strings"
     else:
         right = type(value) is type(default)
         kind = {bool: "true or false", int: "a whole number", str: "a string"}[type(default)]
@@ -273,8 +295,9 @@ def _check(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None
         raise UserError(f"{name} must be finite, got {value}")
     if rule["choices"] and not _among(value, rule["choices"]):
         raise UserError(f"{name} must be one of {', '.join(rule['choices'])}, got {value!r}")
-    if rule["least"] is not None and not value >= rule["least"]:
-        raise UserError(f"{name} must be at least {rule['least']}, got {value}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if rule["least"] is not None and not number >= rule["least"]:
+            raise UserError(f"{name} must be at least {rule['least']}, got {number}")
     if rule["above"] is not None and not value > rule["above"]:
         raise UserError(f"{name} must be more than {rule['above']}, got {value}")
     if rule["below"] is not None and not value < rule["below"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from math import log
 from typing import TypeVar
 
 import torch
@@ -48,6 +49,7 @@ class Episodes:
         seed: The seed of all draws.
         train_on: Which turns are to be learned: "bot" stands for the bot's, "all" for all but those of a system or a
             tool.
+        task_power: Tasks are drawn in proportion to their numbers of usable dialogues to this power; with 0, all alike.
         windows: Where a window may begin: "any" stands for each turn that is answered, "opening" for the first one
             only, near which people keep to a topic, and "later" for those that the opening window does not reach.
 
@@ -77,6 +79,7 @@ class Episodes:
         seed: int,
         train_on: str = "bot",
         windows: str = "any",
+        task_power: float = 0.0,
     ) -> None:
         if windows not in ("any", "opening", "later"):
             raise ValueError(f"Episodes: windows must be any, opening or later, got {windows!r}")
@@ -91,7 +94,7 @@ class Episodes:
                 f"Episodes: max_length must be at least {tokenizer.least} for this tokenizer, got {max_length}"
             )
         self.tokenizer, self.max_length, self.seed, self.train_on = tokenizer, max_length, seed, train_on
-        self.sizes, self.windows = (support_size, query_size), windows
+        self.sizes, self.windows, self.task_power = (support_size, query_size), windows, task_power
         self._tasks: list[tuple[str, list[Startable]]] = []
         for task in tasks:
             usable = [(d, starts) for d in task.dialogues if (starts := self._starts(d))]
@@ -132,7 +135,10 @@ class Episodes:
         if tasks < 1:
             raise ValueError(f"sample: tasks must be at least 1, got {tasks}")
         rng = random.Random(f"episodes/{self.seed}/{step}")
-        return _draw(self._tasks, tasks, rng), rng
+        if not self.task_power:
+            return _draw(self._tasks, tasks, rng), rng
+        weights = [len(dialogues) ** self.task_power for _, dialogues in self._tasks]
+        return _draw(self._tasks, tasks, rng, weights), rng
 
     def evaluation(self, limit: int | None = None, *, batch: int = 16) -> Iterator[tuple[list[str], Batch, Batch]]:
         """Yield one fixed episode of each task: names, support, query.
@@ -226,9 +232,13 @@ def _starts(dialogue: Dialogue, train_on: str) -> list[int]:
     return answered or spoken[:1] * any(learned.values())
 
 
-def _draw(items: Sequence[T], count: int, rng: random.Random) -> list[T]:
-    """Return `count` items in random order; no item comes twice before all have come once."""
+def _draw(items: Sequence[T], count: int, rng: random.Random, weights: Sequence[float] | None = None) -> list[T]:
+    """Return `count` items in random order; no item comes twice before all have come once.
+
+    With weights, each next item is one of the rest in proportion to them (Efraimidis, Spirakis 2006).
+    """
     drawn: list[T] = []
     while len(drawn) < count:
-        drawn += sorted(items, key=lambda _: rng.random())
+        keys = [rng.random() if weights is None else -log(1 - rng.random()) / weights[i] for i in range(len(items))]
+        drawn += [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
     return drawn[:count]

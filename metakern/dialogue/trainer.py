@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from metakern import io
@@ -41,6 +41,7 @@ __all__ = ["DivergenceError", "StoppedError", "train"]
 MAY_CHANGE = (
     "steps",
     "minutes",
+    "patience",
     "pretrain_steps",
     "pretrain_minutes",
     "log_every",
@@ -69,8 +70,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, start: str |
     Args:
         config: All settings of the run.
         out: The folder of the run, which must not hold another one.
-        resume: Continue the run in `out`. Only `steps`, `minutes`, `pretrain_steps`, `pretrain_minutes`, `log_every`,
-            `eval_every`, `eval_tasks`, `device` and `threads` may differ from its config.
+        resume: Continue the run in `out`. Only `steps`, `minutes`, `patience`, `pretrain_steps`, `pretrain_minutes`,
+            `log_every`, `eval_every`, `eval_tasks`, `device` and `threads` may differ from its config.
         start: The folder of another run, whose tokenizer and pretrained weights this one begins with. A baseline
             begins so.
 
@@ -135,7 +136,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, start: str |
         for phase in phases:
             if phase.name == "train" and not saved:
                 run.save("pretrained", run.model)
-            _Loop(run, phase, episodes(config, split.validation, tokenizer), log).go(saved, stop_asked)
+            _Loop(run, phase, plain, episodes(config, split.validation, tokenizer), log).go(saved, stop_asked)
             saved = {}
     run.restore("best")
     return run
@@ -167,10 +168,12 @@ class _Phase:
 class _Loop:
     """The loop of one phase: outer steps, validations and checkpoints."""
 
-    def __init__(self, run: Run, phase: _Phase, validation: Episodes, log: _Log) -> None:
+    def __init__(self, run: Run, phase: _Phase, plain: FineTune, validation: Episodes, log: _Log) -> None:
         self.run, self.phase, self.validation, self.log = run, phase, validation, log
         self.config, self.algorithm = run.config, phase.algorithm
-        self.looks = (0, self.config.inner_steps) if phase.name == "train" else (0,)
+        self.looks = (0, *sorted(set(self.config.inner_steps))) if phase.name == "train" else (0,)
+        self.rates = _rates(self.algorithm) if phase.name == "train" else []
+        self.plain = plain if phase.name == "train" else None
         trained = [p for p in self.algorithm.parameters() if p.requires_grad]
         own = {id(p) for p in run.model.parameters()}
         model = [p for p in trained if id(p) in own]
@@ -188,12 +191,12 @@ class _Loop:
         if saved:
             self.restore(saved)
         else:
-            run.state = {"phase": phase.name, "step": 0, "seconds": 0.0, "best": None}
+            run.state = {"phase": phase.name, "step": 0, "seconds": 0.0, "best": None, "worse": 0}
             self.validate()
         state = run.state
         began = time.monotonic() - state["seconds"]
         self.algorithm.train()
-        while phase.done(state["step"], state["seconds"]) < 1:
+        while phase.done(state["step"], state["seconds"]) < 1 and not self.is_patient_no_more():
             self.step()
             state["step"] += 1
             state["seconds"] = time.monotonic() - began
@@ -214,9 +217,13 @@ class _Loop:
         done = self.phase.done(state["step"], state["seconds"])
         for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
             group["lr"] = rate * _schedule(config, state["step"], done)
+        if self.phase.name == "train" and len(set(config.inner_steps)) > 1:
+            algorithm.steps = config.inner_steps[state["step"] % len(config.inner_steps)]
         self.optimizer.zero_grad()
         loss = algorithm(support, query)
         loss.backward()
+        if self.plain is not None and config.lm_weight:
+            (config.lm_weight * self.plain(support, query)).backward()
         norm = torch.nn.utils.clip_grad_norm_(algorithm.parameters(), config.clip or math.inf)
         if not torch.isfinite(loss.detach() + norm):
             names = self.phase.episodes.names(state["step"], config.tasks)
@@ -224,15 +231,30 @@ class _Loop:
         if state["step"] % config.log_every == 0:
             numbers = {"loss": loss.item(), "norm": norm.item(), "lr": self.optimizer.param_groups[0]["lr"]}
             if self.phase.name == "train":
-                numbers["before"], numbers["after"] = self.look(support, query).mean(1).tolist()
+                before, *after = self.look(support, query).mean(1).tolist()
+                numbers |= {"before": before, "after": sum(after) / len(after)} | self.spread_of_rates()
             self.log(self.phase.name, state["step"], **numbers)
         self.optimizer.step()
+        if config.positive_rates:
+            with torch.no_grad():
+                for rate in self.rates:
+                    rate.clamp_(min=0)
+
+    def spread_of_rates(self) -> dict[str, float]:
+        """Return the mean, the standard deviation and the share of negative values of the learned inner rates."""
+        if not self.rates:
+            return {}
+        every = torch.cat([rate.detach().flatten() for rate in self.rates])
+        negative = (every < 0).float().mean().item()
+        return {"rate": every.mean().item(), "rate_std": every.std(correction=0).item(), "rate_negative": negative}
+
+    def is_patient_no_more(self) -> bool:
+        """Whether the last `patience` validations of the training were no better than one before."""
+        patience = self.config.patience if self.phase.name == "train" else 0
+        return bool(patience) and self.run.state.get("worse", 0) >= patience
 
     def look(self, support: Any, query: Any) -> Tensor:
-        """Return the query losses before adaptation, and in the phase `train` after it, in evaluation mode.
-
-        Their shape is `[1, T]` or `[2, T]`.
-        """
+        """Return the query losses after the numbers of inner steps in `looks`, `[len(looks), T]`, in eval mode."""
         self.algorithm.eval()
         losses = self.algorithm.evaluate(support, query, steps=self.looks)
         self.algorithm.train()
@@ -245,13 +267,14 @@ class _Loop:
         judged = losses[:1] if isinstance(self.algorithm, FineTune) else losses
         if not judged.isfinite().all():
             raise self.divergence(names, judged.sum(0))
-        before, after = losses[0].mean().item(), losses[-1].mean().item()
+        before, after = losses[0].mean().item(), losses[min(1, len(losses) - 1) :].mean().item()
         self.log(self.phase.name, state["step"], validation_before=before, validation_after=after)
         change = f" -> {after:.4f}" if len(losses) > 1 else ""
         self.log.say(f"{self.phase.name} {state['step']}: validation loss {before:.4f}{change}")
-        score = judged[-1].mean().item()
+        score = judged[min(1, len(judged) - 1) :].mean().item()
+        state["worse"] = state.get("worse", 0) + 1
         if state["best"] is None or score < state["best"]:
-            state["best"] = score
+            state["best"], state["worse"] = score, 0
             if self.phase.name == "train":
                 run.save("best")
         self.save()
@@ -285,6 +308,12 @@ class _Loop:
         rate = "pretrain_lr" if self.phase.name == "pretrain" else "outer_lr"
         cure = f"checkpoints/last holds step {kept}: try a lower inner_lr or {rate} in a new run"
         return DivergenceError(f"{what} is not finite at {where}; {cure}")
+
+
+def _rates(algorithm: Any) -> list[Tensor]:
+    """Return the learned inner rates of an algorithm."""
+    rate = getattr(getattr(algorithm, "inner", None), "lr", None)
+    return list(rate.parameters()) if isinstance(rate, nn.Module) else []
 
 
 def _schedule(config: Config, step: int, done: float) -> float:

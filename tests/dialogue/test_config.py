@@ -28,6 +28,8 @@ def values_of(key):
         most = 1e9 if rule["below"] is None else rule["below"]
         return st.floats(rule["least"] or 0, most, exclude_min=rule["above"] is not None, exclude_max=True)
     text = st.text(st.characters(exclude_categories=["Cs", "Cc"]))
+    if key.default and isinstance(key.default, tuple):
+        return st.lists(st.integers(rule["least"], 10**9), min_size=1).map(tuple)
     return st.lists(text).map(tuple) if isinstance(key.default, tuple) else text
 
 
@@ -76,6 +78,10 @@ def test_files_override_defaults_and_flags_override_files(tmp_path):
         ("lora = 8", "lora must be 0 for the model gru, which is not pretrained, got 8"),
         ("precision = 'half'", "precision must be one of float32, bfloat16, got 'half'"),
         ("precision = 'bfloat16'\ndevice = 'cuda'", "precision must be float32 for the device cuda, got 'bfloat16'"),
+        ("inner_steps = 0", "inner_steps must be at least 1, got 0"),
+        ("inner_steps = []", "inner_steps must be whole numbers, got ()"),
+        ("inner_steps = [1, 2.5]", "inner_steps must be whole numbers, got (1, 2.5)"),
+        ("overlap = 'bots'", "overlap must be one of users, turns, dialogues, got 'bots'"),
         ("steps = ", "is not TOML"),
     ],
 )
@@ -123,8 +129,8 @@ def test_options_of_an_algorithm_reach_it() -> None:
     imaml = build_algorithm(config, torch.nn.Linear(3, 2))
     assert (imaml.strength, imaml.solver, imaml.capture) == (3.0, "neumann", False)
     plus = build_algorithm(Config(algorithm="mamlplusplus", algorithm_options=("anneal=7",)), torch.nn.Linear(3, 2))
-    assert (plus.anneal, plus.steps) == (7, Config().inner_steps)
-    assert plus.inner.lr.values["weight"].shape == (Config().inner_steps,)
+    assert (plus.anneal, plus.steps) == (7, Config().most_inner_steps)
+    assert plus.inner.lr.values["weight"].shape == (Config().most_inner_steps,)
     for options, message in (
         (("strength",), "algorithm_options must be name=value, got 'strength'"),
         (("rank=2",), "algorithm_options must be arguments of imaml"),

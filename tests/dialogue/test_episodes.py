@@ -380,3 +380,15 @@ def test_the_same_seed_gives_the_same_episodes_on_every_machine(hash_seed):
     env = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": path}
     output = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert output.split() == ["b31b58017aab561b"]
+
+
+def test_tasks_are_drawn_in_proportion_to_a_power_of_their_sizes():
+    tasks = [
+        TaskData(str(n), tuple(dialogue(str(n), str(i), [("x", f"{n} {i}"), ("bot", "yes")]) for i in range(n)))
+        for n in (2, 8)
+    ]
+    for power, share in ((0.0, 0.5), (0.5, 1 / 3), (1.0, 0.2)):
+        source = episodes(tasks, task_power=power)
+        drawn = [source.names(step, 1)[0] for step in range(2000)]
+        assert drawn.count("2") / 2000 == pytest.approx(share, abs=0.03)
+    assert sorted(source.names(0, 2)) == ["2", "8"]  # none twice before all have come once

@@ -10,10 +10,12 @@ import pytest
 import torch
 from tiny import tiny_config, write_tasks
 
+import metakern as mk
 from metakern.dialogue import checkpoint
 from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.run import Run
+from metakern.dialogue.tasks import curve, episodes, load_split
 from metakern.dialogue.trainer import DivergenceError, StoppedError, _schedule, train
 from metakern.errors import CheckpointError, UserError
 
@@ -61,6 +63,7 @@ def stop_after(monkeypatch, samples, number=signal.SIGINT):
         (("train", 2), {"algorithm": "imaml", "algorithm_options": ("tolerance=1e9",)}),
         (("train", 2), {"algorithm": "boil", "inner": "metacurvature"}),
         (("train", 2), {"algorithm": "hypernetwork", "algorithm_options": ("width=8", "rank=2")}),
+        (("train", 2), {"inner_steps": (1, 2), "lm_weight": 0.5, "task_power": 1.0, "positive_rates": True}),
     ],
 )
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, data, monkeypatch, stopped_at, changes):
@@ -93,6 +96,58 @@ def test_a_finished_run_can_be_resumed_with_more_steps(tmp_path, data):
     whole, more = final(tmp_path / "whole"), final(tmp_path / "more")
     assert whole[1] == more[1]
     assert all(torch.equal(whole[0][key], more[0][key]) for key in whole[0])
+
+
+def test_numbers_of_inner_steps_take_turns_and_their_mean_is_validated(tmp_path, data, monkeypatch):
+    taken = []
+    forward = mk.MAML.forward
+
+    def noted(self, support, query):
+        taken.append(self.steps)
+        return forward(self, support, query)
+
+    monkeypatch.setattr(mk.MAML, "forward", noted)
+    run = train(tiny_config(data, inner_steps=(1, 4), steps=5, eval_every=5), tmp_path / "run")
+    assert taken == [1, 4, 1, 4, 1]
+    split = load_split(run.config)
+    _, losses = curve(run.algorithm, episodes(run.config, split.validation, run.tokenizer), (1, 4))
+    assert run.state["best"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    with pytest.raises(UserError, match=r"inner_steps must be one number for mamlplusplus, got \[1, 4\]"):
+        train(tiny_config(data, inner_steps=(1, 4), algorithm="mamlplusplus"), tmp_path / "other")
+
+
+def test_the_plain_loss_is_added_with_its_weight(tmp_path, data):
+    runs = [train(tiny_config(data, steps=1, eval_every=1, lm_weight=w), tmp_path / str(w)) for w in (0.0, 1e-6, 1e6)]
+    plain, same, other = (torch.cat([p.flatten() for p in run.algorithm.parameters()]) for run in runs)
+    assert not plain.equal(other)
+    torch.testing.assert_close(plain, same, rtol=0, atol=1e-4)
+
+
+def test_training_ends_after_validations_without_a_better_one(tmp_path, data, monkeypatch):
+    scores = iter((3.0, 2.0, 2.5, 2.2, 1.0, 0.5))
+
+    def found(*_):
+        return ["task0"], torch.full((2, 1), next(scores))
+
+    monkeypatch.setattr("metakern.dialogue.trainer.curve", found)
+    config = tiny_config(data, pretrain_steps=0, steps=50, eval_every=1, patience=2)
+    train(config, tmp_path / "run")
+    assert final(tmp_path / "run")[1]["step"] == 3
+    assert checkpoint.load(tmp_path / "run" / "checkpoints", "best")[1]["step"] == 1
+    train(replace(config, patience=4, steps=5), tmp_path / "run", resume=True)
+    assert final(tmp_path / "run")[1]["step"] == 5
+
+
+def test_learned_rates_are_logged_and_can_be_kept_positive(tmp_path, data):
+    for positive in (False, True):
+        config = tiny_config(data, lr_per="element", rate_lr=2.0, steps=8, log_every=1, positive_rates=positive)
+        run = train(config, tmp_path / str(positive))
+        lines = log_of(tmp_path / str(positive), "train")
+        assert lines[1]["rate"] == pytest.approx(0.3, rel=1e-5)  # the first line is a validation
+        assert lines[1]["rate_std"] < 1e-6
+        negative = max(line["rate_negative"] for line in lines if "rate" in line)
+        assert (negative > 0) is not positive
+        assert all((rate >= 0).all() for rate in run.algorithm.inner.parameters()) or not positive
 
 
 def test_training_learns_and_is_logged(tmp_path, data):
