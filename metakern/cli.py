@@ -1,4 +1,4 @@
-"""The command line: train, eval, adapt, chat, bench, doctor.
+"""The command line: data, train, eval, adapt, chat, bench, doctor.
 
 An error that the user can put right becomes one line on the standard error and exit code 2, Ctrl-C exit code 130. Any
 other error is a bug in metakern and becomes one line and exit code 1. With --traceback, Python's traceback takes the
@@ -142,6 +142,17 @@ def _parser() -> argparse.ArgumentParser:
             group = train.add_argument_group(GROUPS[key.name])
         _add_flag(group, key)
 
+    data = add(
+        _data,
+        "Say what adaptation is worth on some data",
+        usage="metakern data NAME [SETTING ...]",
+        epilog="Trains a small model plainly for --steps steps; the settings are those of `metakern train`.",
+    )
+    data.add_argument("name", metavar="NAME", help="a file, a folder, or packaged data, as --data of `metakern train`")
+    for key in fields(Config):
+        if key.name != "data":
+            _add_flag(data, key)
+
     evaluate = add(
         _eval,
         "Measure how well a run adapts to unseen tasks",
@@ -255,6 +266,15 @@ def _train(config: str | None, out: str | None, resume: bool, **flags: Any) -> N
     out = out or str(Path("runs") / re.sub(r"\W+", "-", f"{settings.data}-{settings.model}-{settings.algorithm}"))
     run = train(settings, out, resume=resume)
     print(f"best validation loss {run.state['best']:.4f} at step {run.state['step']}; next: metakern eval {out}")
+
+
+def _data(name: str, **flags: Any) -> None:
+    from rich.console import Console
+
+    from metakern.dialogue.worth import measure, show
+
+    small = {"model": "gpt", "width": 64, "layers": 2, "outer_lr": 3e-3, "steps": 400}
+    show(name, measure(Config.parse(small | flags | {"data": name}, "data")), Console())
 
 
 def _eval(run: str, data: str | None, steps: tuple[int, ...], compare: tuple[str, ...]) -> None:

@@ -39,7 +39,7 @@ from metakern.errors import UserError
 from metakern.meta.algorithms.registry import ALGORITHMS, find_algorithm
 from metakern.optim.base import Stepwise
 
-__all__ = ["evaluate", "plot", "show"]
+__all__ = ["at_rates", "best_rates", "evaluate", "plot", "show"]
 
 STEPS = (0, 1, 3, 5, 10)
 REACH = 6  # how many half decades above and below its initial value the inner rate is searched
@@ -95,10 +95,8 @@ def evaluate(
     for name in (own, *(name for name in compare if name != own)):
         each = run if name == own else _baseline(run, name)
         if isinstance(each.algorithm, FineTune):
-            rates = _best_rates(each, validation, steps)
-            found = {rate: _at_rate(each, rate, test, steps) for rate in dict.fromkeys(rates)}
-            losses = torch.stack([found[rate][i] for i, rate in enumerate(rates)])
-            curves[name] = {**_summary(losses), "inner_lr": rates}
+            rates = best_rates(each, validation, steps)
+            curves[name] = {**_summary(at_rates(each, rates, test, steps)), "inner_lr": rates}
         else:
             curves[name] = _summary(curve(each.algorithm, test, steps)[1])
     report = {
@@ -145,7 +143,13 @@ def _at_rate(run: Run, rate: float, source: Episodes, steps: tuple[int, ...], li
     return curve(run.algorithm, source, steps, limit)[1]
 
 
-def _best_rates(run: Run, validation: Episodes, steps: tuple[int, ...]) -> list[float]:
+def at_rates(run: Run, rates: Sequence[float], source: Episodes, steps: tuple[int, ...]) -> Tensor:
+    """Return the query losses `[len(steps), T]` of a baseline that adapts at an inner rate for each number of steps."""
+    found = {rate: _at_rate(run, rate, source, steps) for rate in dict.fromkeys(rates)}
+    return torch.stack([found[rate][i] for i, rate in enumerate(rates)])
+
+
+def best_rates(run: Run, validation: Episodes, steps: tuple[int, ...]) -> list[float]:
     """Return, for each number of steps, the inner rate with the lowest mean loss on the validation tasks.
 
     The search goes in half decades from the config's rate, until both neighbors of each best rate are worse.
