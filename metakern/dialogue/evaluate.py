@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -29,7 +30,6 @@ from torch import Tensor
 
 from metakern import io
 from metakern.dialogue import checkpoint
-from metakern.dialogue.baselines import FineTune
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.metrics import interval, paired_interval
 from metakern.dialogue.run import Run
@@ -39,10 +39,10 @@ from metakern.errors import UserError
 from metakern.meta.algorithms.registry import ALGORITHMS, find_algorithm
 from metakern.optim.base import Stepwise
 
-__all__ = ["at_rates", "best_rates", "evaluate", "plot", "show"]
+__all__ = ["at_factors", "best_factors", "evaluate", "plot", "show"]
 
 STEPS = (0, 1, 3, 5, 10)
-REACH = 6  # how many half decades above and below its initial value the inner rate is searched
+REACH = 6  # how many half decades above and below 1 the factor of the inner rates is searched
 
 
 def evaluate(
@@ -50,8 +50,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the adaptation curve of a run on its test tasks, and write `eval.json` and `eval.png` into its folder.
 
-    The baselines finetune and prompt have not learned an inner rate. For each number of steps they get the rate that
-    has the lowest loss on the validation tasks.
+    Every algorithm, the run's and the baselines, gets the same chances: for each number of steps all its inner rates,
+    learned or not, are multiplied by the factor that has the lowest loss on the validation tasks.
 
     Args:
         path: The folder of the run.
@@ -94,11 +94,8 @@ def evaluate(
     own, curves = run.config.algorithm, {}
     for name in (own, *(name for name in compare if name != own)):
         each = run if name == own else _baseline(run, name)
-        if isinstance(each.algorithm, FineTune):
-            rates = best_rates(each, validation, steps)
-            curves[name] = {**_summary(at_rates(each, rates, test, steps)), "inner_lr": rates}
-        else:
-            curves[name] = _summary(curve(each.algorithm, test, steps)[1])
+        factors = best_factors(each, validation, steps)
+        curves[name] = {**_summary(at_factors(each, factors, test, steps)), "rate_factor": factors}
     report = {
         "run": str(path),
         "data": data or run.config.data,
@@ -135,37 +132,60 @@ def _baseline(run: Run, name: str) -> Run:
     return train(config, folder, resume=begun, start=run.path)
 
 
-def _at_rate(run: Run, rate: float, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> Tensor:
-    """Return the query losses `[len(steps), T]` of a run of a baseline that adapts at the inner rate `rate`."""
-    for optimizer in run.algorithm.inner.modules():
-        if isinstance(optimizer, Stepwise):
-            optimizer.lr.initial = rate
-    return curve(run.algorithm, source, steps, limit)[1]
+def _optimizers(run: Run) -> list[Stepwise]:
+    """Return the inner optimizers of a run whose rates can be scaled."""
+    inner = getattr(run.algorithm, "inner", None)
+    return [module for module in inner.modules() if isinstance(module, Stepwise)] if inner is not None else []
 
 
-def at_rates(run: Run, rates: Sequence[float], source: Episodes, steps: tuple[int, ...]) -> Tensor:
-    """Return the query losses `[len(steps), T]` of a baseline that adapts at an inner rate for each number of steps."""
-    found = {rate: _at_rate(run, rate, source, steps) for rate in dict.fromkeys(rates)}
-    return torch.stack([found[rate][i] for i, rate in enumerate(rates)])
+@contextmanager
+def _scaled(run: Run, factor: float) -> Iterator[None]:
+    """Within the block, all inner rates of a run, learned or not, are multiplied by a factor."""
+    rates = [optimizer.lr for optimizer in _optimizers(run)]
+    before = [([p.detach().clone() for p in rate.parameters()], rate.initial) for rate in rates]
+    try:
+        with torch.no_grad():
+            for rate in rates:
+                rate.initial *= factor
+                for p in rate.parameters():
+                    p.mul_(factor)
+        yield
+    finally:
+        with torch.no_grad():
+            for rate, (values, initial) in zip(rates, before, strict=True):
+                rate.initial = initial
+                for p, value in zip(rate.parameters(), values, strict=True):
+                    p.copy_(value)
 
 
-def best_rates(run: Run, validation: Episodes, steps: tuple[int, ...]) -> list[float]:
-    """Return, for each number of steps, the inner rate with the lowest mean loss on the validation tasks.
+def _at_factor(run: Run, factor: float, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> Tensor:
+    """Return the query losses `[len(steps), T]` of a run whose inner rates are multiplied by a factor."""
+    with _scaled(run, factor):
+        return curve(run.algorithm, source, steps, limit)[1]
 
-    The search goes in half decades from the config's rate, until both neighbors of each best rate are worse.
+
+def at_factors(run: Run, factors: Sequence[float], source: Episodes, steps: tuple[int, ...]) -> Tensor:
+    """Return the query losses `[len(steps), T]` of a run, with a factor of its inner rates for each number of steps."""
+    found = {factor: _at_factor(run, factor, source, steps) for factor in dict.fromkeys(factors)}
+    return torch.stack([found[factor][i] for i, factor in enumerate(factors)])
+
+
+def best_factors(run: Run, validation: Episodes, steps: tuple[int, ...]) -> list[float]:
+    """Return the factor of the inner rates with the lowest mean loss on the validation tasks, for each number of steps.
+
+    The search goes in half decades from the rates as they are, until both neighbors of each best factor are worse. An
+    algorithm without inner rates has the factor 1.
     """
+    if not _optimizers(run):
+        return [1.0] * len(steps)
     means: dict[int, Tensor] = {}
     best = [0] * len(steps)
     while untried := {e for b in best for e in (b - 1, b, b + 1) if abs(e) <= REACH} - means.keys():
         for exponent in sorted(untried):
-            losses = _at_rate(run, _rate(run, exponent), validation, steps, run.config.eval_tasks)
+            losses = _at_factor(run, 10 ** (exponent / 2), validation, steps, run.config.eval_tasks)
             means[exponent] = losses.mean(1).nan_to_num(math.inf, math.inf)
         best = [min(means, key=lambda e: (means[e][i].item(), abs(e))) for i in range(len(steps))]
-    return [_rate(run, exponent) for exponent in best]
-
-
-def _rate(run: Run, exponent: int) -> float:
-    return run.config.inner_lr * 10 ** (exponent / 2)
+    return [10 ** (exponent / 2) for exponent in best]
 
 
 def _summary(losses: Tensor) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from metakern.dialogue.config import Config
-from metakern.dialogue.evaluate import at_rates, best_rates
+from metakern.dialogue.evaluate import at_factors, best_factors
 from metakern.dialogue.split import Split
 from metakern.dialogue.tasks import episodes, load_split
 from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS, bot_of
@@ -82,9 +82,10 @@ def measure(config: Config) -> dict[str, Any]:
         plain = replace(config, algorithm="finetune", algorithm_options=(), pretrain_steps=0, eval_every=config.steps)
         run = train(plain, Path(folder) / "run")
         validation, test = (episodes(plain, part, run.tokenizer) for part in (split.validation, split.test))
-        rates = best_rates(run, validation, STEPS)
-        losses = at_rates(run, rates, test, STEPS).mean(1).tolist()
-    return {**found, "steps": list(STEPS), "rates": rates, "loss": losses, "gain": losses[0] - min(losses)}
+        factors = best_factors(run, validation, STEPS)
+        losses = at_factors(run, factors, test, STEPS).mean(1).tolist()
+    found |= {"steps": list(STEPS), "rates": [config.inner_lr * factor for factor in factors]}
+    return found | {"loss": losses, "gain": losses[0] - min(losses)}
 
 
 def show(name: str, found: dict[str, Any], console: Console) -> None:

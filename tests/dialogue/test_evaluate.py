@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import suppress
 from io import StringIO
 
 import pytest
@@ -37,8 +38,10 @@ def test_the_curve_is_computed_on_test_tasks_with_intervals(trained):
     assert report["steps"] == [0, 1, 3]
     assert report["tasks"] == unseen
     assert set(unseen).isdisjoint(task.task_id for task in (*split.train, *split.validation))
-    _, losses = curve(run.algorithm, episodes(run.config, split.test, run.tokenizer), (0, 1, 3))
+    test = episodes(run.config, split.test, run.tokenizer)
+    losses = module.at_factors(run, report["curves"]["maml"]["rate_factor"], test, (0, 1, 3))
     assert report["curves"]["maml"]["loss"] == losses.tolist()
+    assert losses[0].equal(curve(run.algorithm, test, (0,))[1][0])
     for i, row in enumerate(losses):
         mean, half = interval(row)
         shown = [report["curves"]["maml"][key][i] for key in ("low", "perplexity", "high")]
@@ -75,37 +78,58 @@ def test_baselines_are_trained_once_for_the_steps_of_the_run(trained):
     assert logs == {name: (folder / name / "log.jsonl").read_text() for name in logs}
 
 
-def test_the_rate_of_the_baseline_is_tuned_on_validation_tasks(trained):
+@pytest.mark.parametrize("name", ["maml", "finetune"])
+def test_the_rates_of_every_algorithm_are_tuned_on_validation_tasks(trained, name):
     folder, report = trained
-    run = Run.open(folder / "finetune")
+    path = folder if name == "maml" else folder / name
+    run = Run.open(path)
     split = load_split(run.config)
     validation = episodes(run.config, split.validation, run.tokenizer)
     test = episodes(run.config, split.test, run.tokenizer)
     for i, k in enumerate((1, 3), start=1):
-        best = report["curves"]["finetune"]["inner_lr"][i]
+        best = report["curves"][name]["rate_factor"][i]
         means = {}
-        for rate in (best / 10**0.5, best, best * 10**0.5):
-            algorithm = Run.open(folder / "finetune", inner_lr=rate).algorithm
-            means[rate] = curve(algorithm, validation, (k,), 2)[1].mean().item()
-            if rate == best:
-                assert report["curves"]["finetune"]["loss"][i] == curve(algorithm, test, (k,))[1][0].tolist()
+        for factor in (best / 10**0.5, best, best * 10**0.5):
+            algorithm = Run.open(path).algorithm
+            rate = algorithm.inner.lr
+            rate.initial *= factor
+            with torch.no_grad():
+                for p in rate.parameters():
+                    p.mul_(factor)
+            means[factor] = curve(algorithm, validation, (k,), 2)[1].mean().item()
+            if factor == best:
+                assert report["curves"][name]["loss"][i] == curve(algorithm, test, (k,))[1][0].tolist()
         assert min(means, key=means.get) == best
+
+
+def test_the_rates_are_as_before_after_they_were_scaled(trained):
+    folder, _ = trained
+    for path in (folder, folder / "finetune"):
+        run = Run.open(path)
+        rate = run.algorithm.inner.lr
+        before = [rate.initial, *(p.detach().clone() for p in rate.parameters())]
+        with suppress(RuntimeError), module._scaled(run, 3.0):
+            assert rate.initial == pytest.approx(3 * before[0])
+            assert all(p.allclose(3 * b) for p, b in zip(rate.parameters(), before[1:], strict=True))
+            raise RuntimeError
+        after = [rate.initial, *rate.parameters()]
+        assert after[0] == before[0]
+        assert all(a.equal(b) for a, b in zip(after[1:], before[1:], strict=True))
 
 
 def test_the_rate_search_ends_where_both_neighbors_are_worse(trained, monkeypatch):
     folder, _ = trained
     tried = []
 
-    def at_rate(run, rate, source, steps, limit):
-        exponent = round(2 * math.log10(rate / run.config.inner_lr))
+    def at_factor(run, factor, source, steps, limit):
+        exponent = round(2 * math.log10(factor))
         tried.append(exponent)
         losses = torch.tensor([0.0, abs(exponent - 4), abs(exponent + 2)])[:, None].expand(3, limit).clone()
         return losses.masked_fill(torch.tensor(exponent > 4), math.nan)
 
-    monkeypatch.setattr(module, "_at_rate", at_rate)
-    run = Run.open(folder / "finetune")
-    rates = module._best_rates(run, None, (0, 1, 3))
-    assert rates == pytest.approx([0.3, 0.3 * 100, 0.3 / 10])
+    monkeypatch.setattr(module, "_at_factor", at_factor)
+    factors = module.best_factors(Run.open(folder / "finetune"), None, (0, 1, 3))
+    assert factors == pytest.approx([1, 100, 0.1])
     assert sorted(tried) == list(range(-3, 6))
 
 
