@@ -441,7 +441,10 @@ class Captures:
         if needed > (free := SHARE * free_bytes(call.device)):
             raise RecordError(f"a CUDA graph of it may need {needed >> 20} MiB, more than {int(free) >> 20} MiB")
         constants = {id(t): t for t in (*(t for t, _ in guards.tensors.values()), *program.constants)}
-        on_gpu = [t for t in constants.values() if t.device == call.inputs[0].device and t.layout is torch.strided]
+        device = call.inputs[0].device
+        if any(t.device.type == device.type and t.device != device for t in program.constants):
+            raise RecordError("it reads tensors on several GPUs")
+        on_gpu = [t for t in constants.values() if t.device == device and t.layout is torch.strided]
         numbers = [] if program.decisions is None else program.decisions.numbers
         with self._watch.part("lowering"):
             return Graph(lambda inputs: call.reading(inputs)(), call.inputs, on_gpu, numbers, self._graphs)
