@@ -48,10 +48,7 @@ from metakern import native
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 AT_ONCE = 12  # processes that share the GPU while nothing is timed
-SMALL = {
-    "recurrent": ("metakern", recurrent.small),
-    "ops": ("_kernel", checks.small),
-}  # -> a part of its kernels' names, its checks
+SMALL = {"recurrent": recurrent.small, "ops": checks.small}  # part -> its checks; "metakern" is in its kernels' names
 Jobs = Iterable[Job]
 # Part -> its jobs, and how they run: "at once", in all processes; "compiled", in one, after all processes have run them
 # once to compile the kernels; or "alone", in one.
@@ -81,7 +78,7 @@ def sanitized(tool: str, part: str, seconds: float) -> Row:
     program = shutil.which("compute-sanitizer")
     if program is None:
         return label | {"error": "compute-sanitizer is not on the path"}
-    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-name", f"kns={SMALL[part][0]}"]
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=metakern"]
     try:
         run = subprocess.run(
             [*command, sys.executable, "-m", "benchmarks.gpu", "--small", part],
@@ -158,7 +155,7 @@ def main() -> int:
         build()
     prepare()
     if args.small:
-        return 0 if SMALL[args.small][1]() else 1
+        return 0 if SMALL[args.small]() else 1
     device = compilers()
     path = args.out or RESULTS / f"{re.sub(r'[^A-Za-z0-9]+', '-', device['gpu'] or 'no GPU')}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if args.only and path.exists() else {}

@@ -181,7 +181,7 @@ def _scores(s, query, key, inside, p, C: tl.constexpr, EDGE: tl.constexpr, KEYS:
     return s
 
 
-@triton.jit
+@launch.jit
 def _forward_kernel(q, k, v, y, lse_ptr, p, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     batch, head, first = _place(p.L, p.H, M)
     kv_head = head // p.group
@@ -211,7 +211,7 @@ def _forward_kernel(q, k, v, y, lse_ptr, p, C: tl.constexpr, M: tl.constexpr, N:
     tl.store(lse_ptr + (batch * p.H + head) * p.L + query, lse, mask=inside)
 
 
-@triton.jit
+@launch.jit
 def _jvp_kernel(
     q, k, v, t_q, t_k, t_v, y, lse_ptr, t_y, t_lse_ptr, p, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
@@ -245,7 +245,7 @@ def _jvp_kernel(
     tl.store(t_lse_ptr + row, t_lse, mask=inside)
 
 
-@triton.jit
+@launch.jit
 def _delta_kernel(y, ct_y, t_y, t_ct_y, delta_ptr, t_delta_ptr, p, C: tl.constexpr, M: tl.constexpr):
     """Stores δ, and t_δ if there is t_y."""
     batch, head, first = _place(p.L, p.H, M)
@@ -262,7 +262,7 @@ def _delta_kernel(y, ct_y, t_y, t_ct_y, delta_ptr, t_delta_ptr, p, C: tl.constex
         tl.store(t_delta_ptr + row, t_delta, mask=inside)
 
 
-@triton.jit
+@launch.jit
 def _queries_kernel(
     q, k, v, ct_y, t_q, t_k, t_v, t_ct_y, ct_q, lse_ptr, delta_ptr, t_lse_ptr, t_delta_ptr, p,
     C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -308,7 +308,7 @@ def _queries_kernel(
     _put(ct_q, batch, head, query, inside, total * C.scale, C)
 
 
-@triton.jit
+@launch.jit
 def _keys_kernel(
     q, k, v, ct_y, t_q, t_k, t_v, t_ct_y, ct_k, ct_v, lse_ptr, delta_ptr, t_lse_ptr, t_delta_ptr, p,
     C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,

@@ -18,13 +18,13 @@ from torch import Tensor
 from metakern.ops.core import matrices
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Make, Sample
-from metakern.ops.core.triton_kernels.launch import cdiv, contiguous, launch, wide
+from metakern.ops.core.triton_kernels.launch import cdiv, contiguous, jit, launch, wide
 from metakern.ops.cross_entropy import kept
 
 LARGEST = 4096  # elements of a block
 
 
-@triton.jit
+@jit
 def _forward_kernel(z_ptr, target_ptr, share_ptr, loss_ptr, lse_ptr, V, BLOCK_V: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     counts = n >= 0 if share_ptr is None else tl.load(share_ptr + n) != 0
@@ -44,7 +44,7 @@ def _forward_kernel(z_ptr, target_ptr, share_ptr, loss_ptr, lse_ptr, V, BLOCK_V:
     tl.store(loss_ptr + n, tl.where(counts, log_total + (high - z), 0.0))  # ℓ - z would add the rounding error of ℓ
 
 
-@triton.jit
+@jit
 def _jvp_kernel(z_ptr, lse_ptr, target_ptr, share_ptr, t_z_ptr, t_loss_ptr, t_lse_ptr, V, BLOCK_V: tl.constexpr):
     n = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     counts = n >= 0 if share_ptr is None else tl.load(share_ptr + n) != 0
@@ -62,7 +62,7 @@ def _jvp_kernel(z_ptr, lse_ptr, target_ptr, share_ptr, t_z_ptr, t_loss_ptr, t_ls
     tl.store(t_loss_ptr + n, t_lse - t_z)
 
 
-@triton.jit
+@jit
 def _vjp_kernel(
     z_ptr, lse_ptr, target_ptr, t_scale_ptr, scale_ptr, t_z_ptr, t_lse_ptr, out_ptr, g_ptr, V, BLOCK_V: tl.constexpr
 ):

@@ -16,13 +16,13 @@ import triton.language as tl
 
 from metakern.ops.core.rules import Tensors
 from metakern.ops.core.spec import Make, Sample
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, wide
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, jit, launch, wide
 from metakern.ops.embedding import REFERENCE, places
 
 LARGEST = 2 if INTERPRETED else 1024
 
 
-@triton.jit
+@jit
 def _sum_kernel(place_ptr, order_ptr, end_ptr, ct_y_ptr, out_ptr, rows, D, BLOCK_D: tl.constexpr):
     """Stores out[place] = Σ ct_y[order[i]], over all i of that place; places from `rows` on are of invalid tokens."""
     first = tl.program_id(0).to(tl.int64)

@@ -11,20 +11,19 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from metakern.ops.core.rules import Tensors
 from metakern.ops.core.spec import Make, Sample
 from metakern.ops.core.triton_kernels.foreach import TYPES, blocks, foreach, table
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, addresses, contiguous, launch, wide
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, addresses, contiguous, jit, launch, wide
 from metakern.ops.global_norm import SPEC, rules
 
 BLOCK = 8 if INTERPRETED else 4096
 
 
-@triton.jit
+@jit
 def _dot_kernel(
     x_ptrs,
     y_ptrs,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from metakern.ops.core import matrices
 from metakern.ops.core.spec import Make, Sample
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, precision
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, jit, launch, precision
 from metakern.ops.linear import rules
 
 LARGEST_K = 128
@@ -34,7 +34,7 @@ def _tile(ptr, rows, columns, stride_row, stride_column, inside):
     return tl.load(ptr + rows * stride_row + columns * stride_column, inside, other=0.0)
 
 
-@triton.jit
+@jit
 def _two_products_kernel(
     a,
     b,

@@ -24,7 +24,7 @@ import triton.language as tl
 from metakern.ops.core import matrices
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Make, Sample
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, precision, wide
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, jit, launch, precision, wide
 from metakern.ops.metalstm_update import REFERENCE
 
 BLOCK = 16  # at 32 and 64 vjp spilled more registers
@@ -132,7 +132,7 @@ def _layers(
     )
 
 
-@triton.jit
+@jit
 def _update_kernel(
     x,
     y,
@@ -193,7 +193,7 @@ def _argument_vjp(
     return ct_h, tl.sum(w_log * ct_a, 0)[None, :], tl.sum(w_sign * ct_a, 0)[None, :]
 
 
-@triton.jit
+@jit
 def _update_vjp_kernel(
     x,
     ct,

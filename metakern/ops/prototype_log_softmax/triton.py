@@ -18,12 +18,12 @@ from torch import Tensor
 from metakern.ops.core import matrices
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Make, Sample
-from metakern.ops.core.triton_kernels.launch import cdiv, contiguous, launch, wide
+from metakern.ops.core.triton_kernels.launch import cdiv, contiguous, jit, launch, wide
 
 LARGEST = 4096  # elements of a block [C, D]
 
 
-@triton.jit
+@jit
 def _mean_kernel(x_ptr, labels_ptr, shots_ptr, p_ptr, S, C, D, BLOCK_D: tl.constexpr):
     """Stores p[t, c] = the mean of the examples x of class c."""
     t, c = tl.program_id(0).to(tl.int64) // C, tl.program_id(0).to(tl.int64) % C
@@ -36,7 +36,7 @@ def _mean_kernel(x_ptr, labels_ptr, shots_ptr, p_ptr, S, C, D, BLOCK_D: tl.const
     tl.store(p_ptr + (t * C + c) * D + d, total / tl.where(shots > 0, shots, 1.0), d < D)
 
 
-@triton.jit
+@jit
 def _forward_kernel(u_ptr, p_ptr, shots_ptr, y_ptr, Q, C, D, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr):
     q = tl.program_id(0).to(tl.int64)
     t, c = q // Q, tl.arange(0, BLOCK_C)
@@ -52,7 +52,7 @@ def _forward_kernel(u_ptr, p_ptr, shots_ptr, y_ptr, Q, C, D, BLOCK_C: tl.constex
     tl.store(y_ptr + q * C + c, z - tl.log(tl.sum(tl.exp(z), 0)), c < C)
 
 
-@triton.jit
+@jit
 def _jvp_kernel(
     u_ptr, p_ptr, y_ptr, t_u_ptr, t_p_ptr, shots_ptr, t_y_ptr, Q, C, D, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -73,7 +73,7 @@ def _jvp_kernel(
     tl.store(t_y_ptr + q * C + c, tl.where(present, t_z - tl.sum(pi * t_z, 0), 0.0), c < C)
 
 
-@triton.jit
+@jit
 def _query_kernel(
     u_ptr,
     p_ptr,
@@ -121,7 +121,7 @@ def _query_kernel(
         tl.store(ct_u_ptr + q * D + d, tl.sum(v, 0), d < D)
 
 
-@triton.jit
+@jit
 def _prototype_kernel(u_ptr, p_ptr, t_u_ptr, t_p_ptr, a_ptr, b_ptr, ct_p_ptr, Q, C, D, BLOCK_D: tl.constexpr):
     """Stores ct_p = minus the sum of a (u - p) + b (t_u - t_p) over the queries."""
     row = tl.program_id(0).to(tl.int64)
@@ -139,7 +139,7 @@ def _prototype_kernel(u_ptr, p_ptr, t_u_ptr, t_p_ptr, a_ptr, b_ptr, ct_p_ptr, Q,
     tl.store(ct_p_ptr + row * D + d, ct_p, d < D)
 
 
-@triton.jit
+@jit
 def _example_kernel(ct_p_ptr, labels_ptr, shots_ptr, ct_x_ptr, S, C, D, BLOCK_D: tl.constexpr):
     """Stores ct_x = ct_p / n of the example's class; zeros for an example that does not count."""
     row = tl.program_id(0).to(tl.int64)

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Make, Sample
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, wide
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, jit, launch, wide
 
 TILE = 8 if INTERPRETED else 1024
 HEADS = 2 if INTERPRETED else 4
 
 
-@triton.jit
+@jit
 def _turn_kernel(
     x_ptr,
     cos_ptr,

@@ -28,7 +28,7 @@ from torch import Tensor
 from metakern.native.record import unrecorded
 from metakern.ops.core.formula import Generated
 from metakern.ops.core.rules import Tensors
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, addresses, cdiv, contiguous, launch, wide
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, addresses, cdiv, contiguous, jit, launch, wide
 from metakern.ops.core.updates import rules
 
 BLOCKS = (8, 8) if INTERPRETED else (2048, 1024)  # the second for more than MANY inputs, which need more registers
@@ -60,7 +60,7 @@ def _values(entry, i, at, inside, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     return x
 
 
-@triton.jit
+@jit
 def _kernel(
     inputs,
     outputs,

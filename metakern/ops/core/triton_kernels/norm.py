@@ -26,7 +26,7 @@ from torch import Tensor
 
 from metakern.ops.core import matrices
 from metakern.ops.core.rules import Rules, Tensors
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, wide
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, jit, launch, wide
 
 # The widest row that is one block. The tiles of a wider one would not all stay in registers.
 LARGEST = {"forward": 16384, "jvp": 8192, "vjp": 4096}
@@ -86,7 +86,7 @@ def _columns(block, some, D: tl.constexpr, BLOCK_D: tl.constexpr):
     return d, some & (d < D)
 
 
-@triton.jit
+@jit
 def _forward_kernel(
     x_ptr,
     weight,
@@ -129,7 +129,7 @@ def _forward_kernel(
         tl.store(mean_ptr + n, mean, some)
 
 
-@triton.jit
+@jit
 def _jvp_kernel(
     x,
     weight,
@@ -194,7 +194,7 @@ def _t_normal(x_hat, rstd, t_x, n, d, D: tl.constexpr, some, inside):
     return _centered(t_x[0], t_x[1], n, d, D, some, inside) * rstd + x_hat * (t_rstd / rstd), t_rstd
 
 
-@triton.jit
+@jit
 def _vjp_kernel(
     x,
     weight,

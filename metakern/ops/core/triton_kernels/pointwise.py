@@ -13,16 +13,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from metakern.ops.core.rules import Rules, Tensors
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, launch, wide
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, jit, launch, wide
 
 BLOCK = 64 if INTERPRETED else 1024
 
 
-@triton.jit
+@jit
 def _kernel(x_ptrs, y_ptrs, size, F: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr):
     """Computes y = F(*x) for tuples of pointers. None is an absent input, or an output that is not wanted."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
