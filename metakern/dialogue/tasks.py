@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Batch, Episodes, Split, TaskData, split_tasks
 from metakern.dialogue.readers import read
+from metakern.dialogue.registry import named
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import by_the_user
 
@@ -27,11 +28,15 @@ def load_split(config: Config) -> Split:
     """Read the data of `config` and split its tasks; the same data and config give the same split on every machine.
 
     Raises:
-        DataError: If the data can't be read or hold too few tasks.
+        DataError: If the data can't be read or hold too few tasks, or their reader has no such option.
+        UserError: If an option is not `name=value`.
     """
+    options = named("reader_options", config.reader_options)
+    if config.task_key:
+        options["task_key"] = config.task_key
     held_out = config.validation_part, config.test_part
     return split_tasks(
-        read(config.data, config.format),
+        read(config.data, config.format, **options),
         seed=config.seed,
         fractions=(1 - sum(held_out), *held_out),
         min_dialogues=config.min_dialogues,

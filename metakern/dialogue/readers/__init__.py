@@ -7,28 +7,52 @@ speaker whose turns a model learns to produce. A reader is one function in one f
     def lines(path: Path, skipped: Counter[str]) -> Iterator[Dialogue]: ...
 
 It yields dialogues, counts in `skipped` what it leaves out, by reason, and raises `DataError` for a damaged file. It
-makes dialogues with `dialogue`, and a reader of JSON takes records from `records`.
+makes dialogues with `dialogue`; a reader of JSON takes records from `records`, and a reader of CSV takes rows from
+`table`. The keyword-only arguments of the function are the options of the reader.
 """
 
 from __future__ import annotations
 
+import csv
 import importlib
 import importlib.util
+import inspect
+import io
 import json
 import os
 import pkgutil
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from metakern.dialogue.words import words
 from metakern.errors import DataError
 
-__all__ = ["READERS", "Dialogue", "Dialogues", "Reader", "Turn", "dialogue", "read", "reader", "words"]
+__all__ = [
+    "READERS",
+    "Dialogue",
+    "Dialogues",
+    "Reader",
+    "Rows",
+    "Source",
+    "Turn",
+    "UnreadableError",
+    "alternating",
+    "dialogue",
+    "files",
+    "json_of",
+    "read",
+    "reader",
+    "records",
+    "spoken",
+    "table",
+    "text_of",
+    "words",
+]
 
 COMPRESSED = {
     b"\x1f\x8b": "gunzip",
@@ -37,6 +61,7 @@ COMPRESSED = {
     b"BZh": "bunzip2",
     b"\x28\xb5\x2f\xfd": "unzstd",
 }
+JSON = (".json", ".jsonl", ".ndjson")
 BLANK = re.compile(r"[\s\ufeff]*")  # concatenated files have byte order marks inside
 
 
@@ -65,7 +90,9 @@ class Dialogue:
         dialogue_id: The name of the conversation within its source.
         turns: The turns, oldest first; the readers never put two turns of one speaker in a row.
         meta: Further facts. `meta["bot"]` is the speaker whose turns a model learns; without it, the bot is the speaker
-            named bot or assistant, otherwise the second to speak.
+            named bot or assistant, otherwise the second to speak. `meta["group"]` is what the task has in common with
+            others, such as a domain or a language: tasks of one group must stay on one side of a split. Without it, a
+            task is a group of its own.
 
     >>> Dialogue("greetings", "1", (Turn("ann", "hi"), Turn("bob", "hello")), {"bot": "bob"}).turns[1].speaker
     'bob'
@@ -94,6 +121,39 @@ class Dialogues(list[Dialogue]):
         return line + (f"; skipped {sum(self.skipped.values())} ({count_of(self.skipped)})" if self.skipped else "")
 
 
+class UnreadableError(ValueError):
+    """A part of a record, such as its turns, is not in the form that its format has."""
+
+
+class Rows:
+    """Rows in memory, which readers of JSON records take in the place of a file.
+
+    Args:
+        rows: Dictionaries, such as those of a `datasets.Dataset`. An integer in a column of class labels is replaced by
+            the name of its class.
+
+    >>> [row["label"] for row in Rows([{"label": "yes"}])]
+    ['yes']
+    """
+
+    def __init__(self, rows: Iterable[Any]) -> None:
+        self.stem = str(getattr(rows, "builder_name", None) or "dataset")
+        columns = getattr(rows, "features", None) or {}
+        self._classes = {name: column.names for name, column in columns.items() if hasattr(column, "names")}
+        self._rows = list(rows) if isinstance(rows, Iterator) else rows
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in self._rows:
+            names = {key: names[row[key]] for key, names in self._classes.items() if isinstance(row.get(key), int)}
+            yield {**row, **names} if names else row
+
+    def __str__(self) -> str:
+        return self.stem
+
+
+Source: TypeAlias = Path | Rows
+
+
 @dataclass(frozen=True)
 class Reader:
     """A format: how to recognize and read it, and where a package has data in it; the fields are as in `reader`."""
@@ -102,9 +162,16 @@ class Reader:
     load: Callable[..., Iterator[Dialogue]]
     suffixes: tuple[str, ...]
     sniff: Callable[[Mapping[str, Any]], bool] | None
+    sniff_line: Callable[[str], bool] | None
     package: str
     data: str
     variant: str
+
+    @property
+    def options(self) -> list[str]:
+        """The names of the reader's options."""
+        parameters = inspect.signature(self.load).parameters.values()
+        return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
     def packaged(self) -> Path:
         """Return the path of the packaged data, which is found without importing the package.
@@ -126,6 +193,7 @@ def reader(
     *,
     suffixes: tuple[str, ...],
     sniff: Callable[[Mapping[str, Any]], bool] | None = None,
+    sniff_line: Callable[[str], bool] | None = None,
     package: str = "",
     data: str = "",
     variant: str = "",
@@ -137,8 +205,9 @@ def reader(
     Args:
         name: The name of the format.
         suffixes: What the names of files in this format end in, in lower case, such as ".json".
-        sniff: Returns whether a JSON record is of this format, to tell it from others with the same suffixes. None if
-            the suffixes suffice.
+        sniff: Returns whether a JSON record is of this format, to tell it from others with the same suffixes.
+        sniff_line: Returns whether a line is the first one of a text file in this format. A format with neither `sniff`
+            nor `sniff_line` is recognized by its suffixes, if there is no file of another format.
         package: A Python package that holds data in this format, so that `read(name)` reads them; "" if there is none.
         data: The path of the data inside the package.
         variant: The option of the function that is set to `x` for the source `"name:x"`.
@@ -152,48 +221,57 @@ def reader(
     """
 
     def register(load: Callable[..., Iterator[Dialogue]]) -> Callable[..., Iterator[Dialogue]]:
-        READERS[name] = Reader(name, load, suffixes, sniff, package, data, variant)
+        READERS[name] = Reader(name, load, suffixes, sniff, sniff_line, package, data, variant)
         return load
 
     return register
 
 
-def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
-    """Read dialogues from packaged data, or from a file or directory.
+def read(source: str | Iterable[Mapping[str, Any]], format: str = "auto", **options: Any) -> Dialogues:
+    """Read dialogues from packaged data, from a file or directory, or from the rows of a dataset.
 
     Args:
         source: Packaged data by name ("chitchat", "chitchat:subjects", "chitchat:senders", "chatterbot",
-            "chatterbot:english", …) or a path. A path that has the name of packaged data is written "./chitchat".
-        format: "messages", "sharegpt", "chitchat" or "chatterbot". "auto" recognizes the format by the suffix of a
-            file and by its first record of a known kind.
+            "chatterbot:english", …) or a path. A path that has the name of packaged data is written "./chitchat". Or an
+            iterable of dictionaries, such as a `datasets.Dataset`, which are read like the records of a JSON file.
+        format: "chatterbot", "chitchat", "crosswoz", "dailydialog", "empathetic", "intents", "messages", "metalwoz",
+            "multiwoz", "parlai", "personachat", "sgd", "sharegpt", "star", "taskmaster" or "ubuntu". "auto" recognizes
+            the format by the suffix of a file and by its first line or record of a known kind.
         options: The options of the format's reader, such as `task_key` of "messages".
 
     Returns:
         A list of dialogues with two turns or more. Its `summary()` says how many others were skipped and why.
 
     Raises:
-        DataError: If `format` is unknown, there is no such source, a file is damaged or of no known format, or no
-            dialogue is left.
+        DataError: If `format` or an option is unknown, there is no such source, a file is damaged or of no known
+            format, or no dialogue is left.
 
     >>> len({d.task_id for d in read("chatterbot:english")}) > 10
     True
     """
     if format != "auto" and format not in READERS:
         raise DataError(f"read: format must be one of {', '.join(READERS)}, got {format!r}{_closest(format)}")
-    name, _, variant = source.partition(":")
-    path = Path(source)
+    path: Source = _rows(source) if not isinstance(source, str) else Path(source)
+    name, _, variant = str(path if isinstance(path, Rows) else source).partition(":")
     skipped: Counter[str] = Counter()
-    if name in READERS and READERS[name].package and format in ("auto", name):
+    if isinstance(path, Rows):
+        chosen = READERS[format] if format != "auto" else _recognize(path)
+    elif name in READERS and READERS[name].package and format in ("auto", name):
         chosen = READERS[name]
         path = chosen.packaged()
         if variant:
             options = {chosen.variant: variant, **options}
-    elif not os.path.exists(source):  # not Path.exists, which raises where a name is too long to be a file's
+    elif not os.path.exists(path):  # not Path.exists, which raises where a name is too long to be a file's
         raise DataError(f"{source}: no such file or directory, nor packaged data{_closest(name)}")
     else:
         chosen = READERS[format] if format != "auto" else _recognize(path)
         if others := [p for p in _visible(path) if p.suffix.lower() not in chosen.suffixes] if path.is_dir() else []:
             skipped[f"files that do not end in {' or '.join(chosen.suffixes)}"] = len(others)
+    if unknown := [option for option in options if option not in chosen.options]:
+        known = ", ".join(chosen.options) or "(none)"
+        raise DataError(f"{chosen.name}: options of the reader must be among {known}, got {unknown[0]!r}")
+    if isinstance(path, Rows) and chosen.sniff is None:
+        raise DataError(f"{chosen.name}: must be read from a file or directory, got rows in memory")
 
     found: list[Dialogue] = []
     for item in chosen.load(path, skipped, **options):
@@ -201,9 +279,19 @@ def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
             skipped["with fewer than 2 turns"] += 1
         else:
             found.append(item)
+    where = source if isinstance(source, str) else str(path)
     if not found:
-        raise DataError(f"{source}: must hold a dialogue, got {count_of(skipped) or 'an empty file'}")
-    return Dialogues(found, source, dict(skipped))
+        raise DataError(f"{where}: must hold a dialogue, got {count_of(skipped) or 'an empty file'}")
+    return Dialogues(found, where, dict(skipped))
+
+
+def _rows(source: Iterable[Any]) -> Rows:
+    if isinstance(source, Mapping):
+        splits = ", ".join(map(str, source))
+        raise DataError(f"read: source must be one split of a dataset, got a dictionary of {splits}: choose one")
+    if not isinstance(source, Iterable) or isinstance(source, (bytes, os.PathLike)):
+        raise DataError(f"read: source must be a name, a path as a text, or rows, got {type(source).__name__}")
+    return Rows(source)
 
 
 def dialogue(
@@ -228,23 +316,72 @@ def dialogue(
     return Dialogue(_encodable(task_id), _encodable(dialogue_id), tuple(merged), known)
 
 
+def alternating(texts: Sequence[str], first: str = "user") -> list[tuple[str, str]]:
+    """Return `(speaker, text)` pairs of "user" and "bot" in turn, of whom `first` begins.
+
+    >>> alternating(["Hi", "Hello"], first="bot")
+    [('bot', 'Hi'), ('user', 'Hello')]
+    """
+    speakers = ("user", "bot") if first == "user" else ("bot", "user")
+    return [(speakers[i % 2], text) for i, text in enumerate(texts)]
+
+
+def spoken(turns: Any, speaker: str, text: str, names: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
+    """Return the `(speaker, text)` pairs of the turns of a record.
+
+    Args:
+        turns: A list of objects, or an object of lists, as the package datasets makes of it.
+        speaker: The key of the speaker in a turn.
+        text: The key of the text in a turn.
+        names: The speakers by what they are called in a turn, in lower case. None keeps what they are called there.
+
+    Raises:
+        UnreadableError: If `turns` are something else, or a turn has no text or no speaker in `names`.
+
+    >>> spoken([{"who": "SYSTEM", "said": "Hi"}], "who", "said", {"system": "bot"})
+    [('bot', 'Hi')]
+    """
+    if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
+        turns = [dict(zip(turns, row, strict=False)) for row in zip(*turns.values(), strict=False)]
+    if not isinstance(turns, list):
+        raise UnreadableError
+    found = []
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get(text), str) or turn.get(speaker) is None:
+            raise UnreadableError
+        name = str(turn[speaker])
+        if names is not None and (name := names.get(name.strip().lower(), "")) == "":
+            raise UnreadableError
+        found.append((name, turn[text]))
+    return found
+
+
 def _encodable(text: str) -> str:
     """Return a text with ? in the place of each lone surrogate, which JSON may hold and UTF-8 may not."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the file `path`, or the files with these suffixes below the directory `path`, sorted, without hidden ones.
+def files(path: Source, suffixes: tuple[str, ...], *names: str) -> list[Any]:
+    """Return the file or rows `path`, or the files with these suffixes below the directory `path`, without hidden ones.
+
+    Args:
+        path: A file, a directory or rows.
+        suffixes: What the names of the files end in.
+        names: Regular expressions of whole names. If names of files match, only the files are returned whose names
+            match the first such expression.
+
+    Returns:
+        Paths, sorted, or `path` alone.
 
     Raises:
         DataError: If a directory holds none.
     """
-    if not path.is_dir():
+    if isinstance(path, Rows) or not path.is_dir():
         return [path]
     found = [p for p in _visible(path) if p.suffix.lower() in suffixes]
     if not found:
         raise DataError(f"{path}: must hold files that end in {' or '.join(suffixes)}, got none")
-    return found
+    return next(filter(None, ([p for p in found if re.fullmatch(name, p.name)] for name in names)), found)
 
 
 def _visible(path: Path) -> list[Path]:
@@ -253,12 +390,14 @@ def _visible(path: Path) -> list[Path]:
     return sorted((p for p in found if p.is_file()), key=lambda p: p.as_posix())
 
 
-def text_of(path: Path) -> str:
+def text_of(path: Source) -> str:
     """Return the text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        DataError: If the file can't be read, is compressed or is not UTF-8.
+        DataError: If the file can't be read, is compressed or is not UTF-8, or `path` are rows.
     """
+    if isinstance(path, Rows):
+        raise DataError(f"{path}: must be a file in this format, got rows in memory")
     try:
         data = path.read_bytes()
         return data.decode("utf-8-sig")
@@ -285,19 +424,25 @@ def json_of(text: str, path: Path) -> Any:
     return value
 
 
-def records(path: Path, key: str = "messages") -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the JSON objects of a file, each with a number.
+def records(path: Source, key: str = "messages") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the JSON objects of a file, or rows, each with a number.
 
     The objects are the items of one array, numbered from 1, or stand one after the other, each on a line or over
     several, numbered by the line at which they begin.
 
     Args:
-        path: The file.
+        path: The file or rows.
         key: What each object should have, for the error message if one is not an object.
 
     Raises:
         DataError: If the file can't be read, is not JSON, or holds something else than objects.
     """
+    if isinstance(path, Rows):
+        for number, row in enumerate(path, 1):
+            if not isinstance(row, dict):
+                raise DataError(f"{path}: row {number} must be a dictionary, got {type(row).__name__}")
+            yield number, row
+        return
     text = text_of(path)
     at = _after_blank(text, 0)
     if array := text.startswith("[", at):
@@ -319,6 +464,35 @@ def records(path: Path, key: str = "messages") -> Iterator[tuple[int, dict[str, 
         if at == len(text):
             raise _damaged(json.JSONDecodeError("no closing bracket", text, at), path)
         _must_end(text, at + 1, path)
+
+
+def table(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows of a file whose first line names the columns, each with the number of the line at which it ends.
+
+    Args:
+        path: The file.
+        delimiter: What stands between columns.
+        quoted: Texts may stand in quotation marks and then have delimiters and line breaks inside.
+
+    Raises:
+        DataError: If the file can't be read, or a row has fewer columns than the first line.
+    """
+    text = io.StringIO(text_of(path), newline="")
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    rows = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
+    try:
+        columns = next(rows, [])
+        for row in rows:
+            if row and len(row) < len(columns):
+                where = f"{path}:{rows.line_num}: must have {len(columns)} columns"
+                raise DataError(
+                    f"{where}, got {len(row)}: the file may be cut short; fetch it again or remove the line"
+                )
+            if row:
+                yield rows.line_num, dict(zip(columns, row, strict=False))
+    except csv.Error as error:
+        where = f"{path}:{rows.line_num}: must be CSV, got {error}"
+        raise DataError(f"{where}: the file may be cut short; fetch it again or remove the line") from None
 
 
 class _RepeatedKeyError(ValueError):
@@ -371,27 +545,56 @@ def _after_blank(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _recognize(path: Path) -> Reader:
-    """Return the reader of a file, or of the first file below a directory that has a reader."""
-    empty = False
+def _recognize(path: Source) -> Reader:
+    """Return the reader of a file or of rows, or of the first file below a directory that one recognizes.
+
+    A file of a directory that can't be read matters only if no file is recognized; then its error is raised.
+    """
+    unknown = DataError(f"{path}: must be in a known format, got another: set format to one of {', '.join(READERS)}")
+    if isinstance(path, Rows):
+        if found := _by_record(path, list(READERS.values())):
+            return found
+        raise unknown
+    empty, errors, by_suffix = [], list[DataError](), list[Reader]()
     for file in _visible(path) if path.is_dir() else [path]:
         matching = [candidate for candidate in READERS.values() if file.suffix.lower() in candidate.suffixes]
-        for chosen in matching:
-            if chosen.sniff is None:
-                return chosen
-        if not matching:
-            continue
-        empty = True
-        for _, record in records(file):
-            empty = False
-            for chosen in matching:
-                if chosen.sniff and chosen.sniff(record):
-                    return chosen
-    if empty:
+        by_suffix += [candidate for candidate in matching if not candidate.sniff and not candidate.sniff_line]
+        try:
+            line = _first_line(file) if matching else ""
+            for candidate in matching:
+                if candidate.sniff_line and candidate.sniff_line(line):
+                    return candidate
+            is_json = line.startswith("{") or file.suffix.lower() in JSON
+            if is_json and matching and (found := _by_record(file, matching)):
+                return found
+            empty += [not line] if matching else []
+        except DataError as error:
+            errors.append(error)
+    if by_suffix:
+        return by_suffix[0]
+    if errors:
+        raise errors[0]
+    if empty and all(empty):
         raise DataError(f"{path}: must hold a dialogue, got an empty file")
     if not path.is_dir():
         text_of(path)  # raises a clearer error if the file is not text
-    raise DataError(f"{path}: must be in a known format, got another: set format to one of {', '.join(READERS)}")
+    raise unknown
+
+
+def _first_line(file: Path) -> str:
+    """Return the first line that is not blank, without the white space at its end."""
+    text = text_of(file)
+    start = _after_blank(text, 0)
+    return text[start : end if (end := text.find("\n", start)) >= 0 else len(text)].rstrip()
+
+
+def _by_record(source: Source, candidates: Sequence[Reader]) -> Reader | None:
+    """Return the reader that recognizes the first record of a known kind."""
+    for _, record in records(source):
+        for candidate in candidates:
+            if candidate.sniff and candidate.sniff(record):
+                return candidate
+    return None
 
 
 def count_of(skipped: Mapping[str, int]) -> str:
