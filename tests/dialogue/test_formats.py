@@ -629,13 +629,14 @@ class Dataset:
         self.features = {"text": object(), "label": self.Classes()}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        yield from [{"text": "Where is it?", "label": 0}, {"text": "Gone!", "label": 1}, {"text": "?", "label": None}]
+        yield from [{"text": "Where is it?", "label": 0}, {"text": "Gone!", "label": 1}]
+        yield from [{"text": "?", "label": -1}, {"text": "?", "label": None}]
 
 
 def test_class_labels_of_a_dataset_are_named() -> None:
     found = read(Dataset(), "intents")
     assert [(d.task_id, d.turns[1].text) for d in found] == [("banking77", "card_arrival"), ("banking77", "card_lost")]
-    assert found.skipped == {"without a text and an intent": 1}
+    assert found.skipped == {"without a text and an intent": 2}
 
 
 @pytest.mark.parametrize(
@@ -649,8 +650,8 @@ def test_class_labels_of_a_dataset_are_named() -> None:
         ([{"a": 1}], "auto", "dataset: must be in a known format, got another"),
         ([], "messages", "dataset: must hold a dialogue, got an empty file"),
         ([{"messages": []}, 3], "messages", "dataset: row 2 must be a dictionary, got int"),
-        (7, "auto", "read: source must be a name, a path as a text, or rows, got int"),
-        (Path("x"), "auto", "read: source must be a name, a path as a text, or rows, got "),
+        (7, "auto", "read: source must be a text or rows, got int"),
+        (Path("x"), "auto", "read: source must be a text or rows, got "),
         ([{"a": 1}], "chatterbot", "chatterbot: must be read from a file or directory, got rows in memory"),
         ([{"a": 1}], "chitchat", "dataset: must be a file in this format, got rows in memory"),
     ],

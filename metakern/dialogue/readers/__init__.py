@@ -144,8 +144,12 @@ class Rows:
 
     def __iter__(self) -> Iterator[Any]:
         for row in self._rows:
-            names = {key: names[row[key]] for key, names in self._classes.items() if isinstance(row.get(key), int)}
-            yield {**row, **names} if names else row
+            yield {**row, **self._named(row)} if self._classes else row
+
+    def _named(self, row: Mapping[str, Any]) -> dict[str, str | None]:
+        """Return the names of the row's classes; -1 stands for no class in the package datasets."""
+        found = {key: row[key] for key in self._classes if isinstance(row.get(key), int)}
+        return {key: self._classes[key][label] if label >= 0 else None for key, label in found.items()}
 
     def __str__(self) -> str:
         return self.stem
@@ -251,27 +255,21 @@ def read(source: str | Iterable[Mapping[str, Any]], format: str = "auto", **opti
     """
     if format != "auto" and format not in READERS:
         raise DataError(f"read: format must be one of {', '.join(READERS)}, got {format!r}{_closest(format)}")
-    path: Source = _rows(source) if not isinstance(source, str) else Path(source)
-    name, _, variant = str(path if isinstance(path, Rows) else source).partition(":")
-    skipped: Counter[str] = Counter()
-    if isinstance(path, Rows):
-        chosen = READERS[format] if format != "auto" else _recognize(path)
-    elif name in READERS and READERS[name].package and format in ("auto", name):
-        chosen = READERS[name]
-        path = chosen.packaged()
-        if variant:
-            options = {chosen.variant: variant, **options}
-    elif not os.path.exists(path):  # not Path.exists, which raises where a name is too long to be a file's
-        raise DataError(f"{source}: no such file or directory, nor packaged data{_closest(name)}")
+    if isinstance(source, str):
+        where, (chosen, path, variant) = source, _find(source, format)
+        options = variant | options
     else:
-        chosen = READERS[format] if format != "auto" else _recognize(path)
-        if others := [p for p in _visible(path) if p.suffix.lower() not in chosen.suffixes] if path.is_dir() else []:
-            skipped[f"files that do not end in {' or '.join(chosen.suffixes)}"] = len(others)
+        path = _rows(source)
+        where, chosen = str(path), READERS[format] if format != "auto" else _recognize(path)
+        if chosen.sniff is None:
+            raise DataError(f"{chosen.name}: must be read from a file or directory, got rows in memory")
     if unknown := [option for option in options if option not in chosen.options]:
         known = ", ".join(chosen.options) or "(none)"
         raise DataError(f"{chosen.name}: options of the reader must be among {known}, got {unknown[0]!r}")
-    if isinstance(path, Rows) and chosen.sniff is None:
-        raise DataError(f"{chosen.name}: must be read from a file or directory, got rows in memory")
+    skipped: Counter[str] = Counter()
+    if isinstance(path, Path) and path.is_dir():
+        others = sum(p.suffix.lower() not in chosen.suffixes for p in _visible(path))
+        skipped.update({f"files that do not end in {' or '.join(chosen.suffixes)}": others} if others else {})
 
     found: list[Dialogue] = []
     for item in chosen.load(path, skipped, **options):
@@ -279,18 +277,28 @@ def read(source: str | Iterable[Mapping[str, Any]], format: str = "auto", **opti
             skipped["with fewer than 2 turns"] += 1
         else:
             found.append(item)
-    where = source if isinstance(source, str) else str(path)
     if not found:
         raise DataError(f"{where}: must hold a dialogue, got {count_of(skipped) or 'an empty file'}")
     return Dialogues(found, where, dict(skipped))
+
+
+def _find(source: str, format: str) -> tuple[Reader, Path, dict[str, Any]]:
+    """Return the reader and the path of packaged data or of a file or directory, and the option after a colon."""
+    name, _, variant = source.partition(":")
+    if name in READERS and READERS[name].package and format in ("auto", name):
+        found = READERS[name]
+        return found, found.packaged(), {found.variant: variant} if variant else {}
+    if not os.path.exists(source):  # not Path.exists, which raises where a name is too long to be a file's
+        raise DataError(f"{source}: no such file or directory, nor packaged data{_closest(name)}")
+    return READERS[format] if format != "auto" else _recognize(Path(source)), Path(source), {}
 
 
 def _rows(source: Iterable[Any]) -> Rows:
     if isinstance(source, Mapping):
         splits = ", ".join(map(str, source))
         raise DataError(f"read: source must be one split of a dataset, got a dictionary of {splits}: choose one")
-    if not isinstance(source, Iterable) or isinstance(source, (bytes, os.PathLike)):
-        raise DataError(f"read: source must be a name, a path as a text, or rows, got {type(source).__name__}")
+    if not isinstance(source, Iterable) or isinstance(source, bytes):
+        raise DataError(f"read: source must be a text or rows, got {type(source).__name__}")
     return Rows(source)
 
 
