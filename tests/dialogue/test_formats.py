@@ -154,7 +154,7 @@ DAILYDIALOG_ROWS = [{"dialog": ["Hi .", "Hello ."], "act": [1, 1], "emotion": [0
 EMPATHETIC = """\
 conv_id,utterance_idx,context,prompt,speaker_idx,utterance,selfeval,tags
 hit:0_conv:1,1,sentimental,I remember_comma_ once,1,I remember "fireworks_comma_ alone.,5|5|5_2|2|5,
-hit:0_conv:1,2,sentimental,I remember_comma_ once,0,With a friend_pipe_love?,5|5|5_2|2|5,
+hit:0_conv:1,2,sentimental,I remember_comma_ once,0,"With a friend_pipe_love?,5|5|5_2|2|5,
 hit:0_conv:1,3,sentimental,I remember_comma_ once,1,A friend.,5|5|5_2|2|5,,One.|Two.
 hit:1_conv:2,1,afraid,It was dark,3,It was dark.,5|5|5_5|5|5,
 hit:1_conv:2,2,afraid,It was dark,2,Oh no!,5|5|5_5|5|5,
@@ -402,7 +402,7 @@ SAMPLES: dict[str, tuple[str, dict[str, object], list[Dialogue], dict[str, int]]
                 "sentimental",
                 "hit:0_conv:1",
                 'I remember "fireworks, alone.',
-                "With a friend|love?",
+                '"With a friend|love?',
                 "A friend.",
             ),
             talk("afraid", "hit:1_conv:2", "It was dark.", "Oh no!"),
@@ -509,7 +509,7 @@ SAMPLES: dict[str, tuple[str, dict[str, object], list[Dialogue], dict[str, int]]
     ),
     "prompt and completion": (
         "messages",
-        {"mine.jsonl": lines({"prompt": "Hi", "completion": "Ho", "text": "x", "label": "y"})},
+        {"mine.jsonl": lines({"prompt": "Hi", "completion": "Ho", "source": "x", "label": "y"})},
         [dialogue("mine", "mine:1", [("user", "Hi"), ("assistant", "Ho")], {"bot": "assistant"})],
         {},
     ),
@@ -631,6 +631,25 @@ class Dataset:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         yield from [{"text": "Where is it?", "label": 0}, {"text": "Gone!", "label": 1}]
         yield from [{"text": "?", "label": -1}, {"text": "?", "label": None}]
+
+
+@pytest.mark.parametrize(
+    ("record", "format"),
+    [
+        ({"messages": [], "text": "Hi", "category": "chat"}, "messages"),
+        ({"conversations": [], "prompt": "Hi", "completion": "Ho"}, "sharegpt"),
+        ({"text": "Hi", "label": "chat"}, None),
+        ({"prompt": "Hi"}, None),
+        ({"1": {"messages": [{"role": "user", "content": "Hi"}]}}, None),
+        ({"services": ["Banks_1", "hotel"], "turns": []}, None),
+        ({"dialog": ["Hi", "Ho"]}, None),
+        ({"utterances": [], "personality": []}, "personachat"),
+        ({"utterances": []}, None),
+        ({"train": [["Hi"]]}, None),
+    ],
+)
+def test_records_that_are_alike_are_told_apart(record: dict[str, Any], format: str | None) -> None:
+    assert [name for name, found in READERS.items() if found.sniff and found.sniff(record)] == [format] * bool(format)
 
 
 def test_class_labels_of_a_dataset_are_named() -> None:

@@ -282,7 +282,7 @@ def read(source: str | Iterable[Mapping[str, Any]], format: str = "auto", **opti
     return Dialogues(found, where, dict(skipped))
 
 
-def _find(source: str, format: str) -> tuple[Reader, Path, dict[str, Any]]:
+def _find(source: str, format: str) -> tuple[Reader, Source, dict[str, Any]]:
     """Return the reader and the path of packaged data or of a file or directory, and the option after a colon."""
     name, _, variant = source.partition(":")
     if name in READERS and READERS[name].package and format in ("auto", name):
