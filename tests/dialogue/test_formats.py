@@ -118,8 +118,8 @@ PERSONACHAT_ROWS = [
     {"personality": ["i cook ."], "history": ["hi", "hey", "soup ?"], "candidates": ["stew"], "conv_id": 2},
 ]
 FBDIALOG = """\
-1 your persona: i like tea .
-2 your persona: i ski .
+1 your persona: i ski .
+2 your persona: i like tea .
 3 partner's persona: i cook .
 4 hi\thello .\t\tno .|hello .
 5 tea ?\tyes ,\\nplease .\t\twhy ?|yes , please .

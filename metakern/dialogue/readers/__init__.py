@@ -8,7 +8,7 @@ speaker whose turns a model learns to produce. A reader is one function in one f
 
 It yields dialogues, counts in `skipped` what it leaves out, by reason, and raises `DataError` for a damaged file. It
 makes dialogues with `dialogue`; a reader of JSON takes records from `records`, and a reader of CSV takes rows from
-`table`. The keyword-only arguments of the function are the options of the reader.
+`table`. The further arguments of the function are the options of the reader.
 """
 
 from __future__ import annotations
@@ -173,9 +173,8 @@ class Reader:
 
     @property
     def options(self) -> list[str]:
-        """The names of the reader's options."""
-        parameters = inspect.signature(self.load).parameters.values()
-        return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        """The names of the reader's options: the arguments after the path and `skipped`."""
+        return list(inspect.signature(self.load).parameters)[2:]
 
     def packaged(self) -> Path:
         """Return the path of the packaged data, which is found without importing the package.

@@ -49,10 +49,11 @@ def multiwoz(path: Source, skipped: Counter[str]) -> Iterator[Dialogue]:
     """Yield the dialogues of a file or directory; the module describes the formats."""
     for file in files(path, SUFFIXES, r"data\.json", r"dialogues_\d+\.json"):
         for number, record in records(file, "turns or log"):
-            both = {str(record.get("dialogue_id", f"{file.stem}:{number}")): record} if "turns" in record else record
-            for name, item in both.items():
+            flat = "turns" in record
+            items = {str(record.get("dialogue_id", f"{file.stem}:{number}")): record} if flat else record
+            for name, item in items.items():
                 try:
-                    domains, turns = _services(item) if "turns" in record else _goal(item)
+                    domains, turns = _services(item) if flat else _goal(item)
                 except UnreadableError:
                     skipped["without domains, speakers and texts"] += 1
                     continue

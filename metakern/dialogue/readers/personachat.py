@@ -13,8 +13,8 @@ reply, an empty field and candidates, with tabs between them. Lines about person
     1 your persona: i like tea .
     2 hi␉hello , do you like tea ?␉␉candidate|candidate
 
-The bot gives the replies. A task is its personality or, in files with nothing else, that of its partner. In files
-without any, the task is the name of the file without its suffix.
+The bot gives the replies. A task is its personality, whose sentences are sorted, or that of its partner in files with
+nothing else. In files without any, the task is the name of the file without its suffix.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _last(entry: Any) -> tuple[str, list[str], str] | None:
     known = isinstance(personality, list) and isinstance(history, list) and history != []
     if not known or not all(isinstance(text, str) for text in (*personality, *history, reply)):
         return None
-    return " ".join(personality), history, reply
+    return " ".join(sorted(personality)), history, reply
 
 
 def _talk(task_id: str, name: str, texts: list[str]) -> Dialogue:
@@ -110,7 +110,7 @@ def _text(file: Path) -> Iterator[Dialogue]:
     previous, first = 0, 1
 
     def talk() -> Dialogue:
-        persona = " ".join(personas["your"] or personas["partner's"])
+        persona = " ".join(sorted(personas["your"] or personas["partner's"]))
         return _talk(persona or file.stem, f"{file.stem}:{first}", texts)
 
     for number, line in enumerate(text_of(file).split("\n"), 1):
