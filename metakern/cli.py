@@ -229,7 +229,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_flag(group: Any, key: Field[Any]) -> None:
     """Add the flag of a config field; without the flag there is no value, so that the file's value stays."""
     flag, default = f"--{key.name.replace('_', '-')}", key.default
-    shown = ("no", "yes")[default] if isinstance(default, bool) else "all" if default == () else default
+    none_or_all = "none" if key.name.endswith(("_options", "_tasks")) else "all"
+    shown = ("no", "yes")[default] if isinstance(default, bool) else none_or_all if default == () else default
     shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else "empty" if shown == "" else shown
     text = f"{describe(key.metadata)} (default: {shown})".replace("%", "%%")
     options: dict[str, Any] = {"dest": key.name, "default": argparse.SUPPRESS, "help": text}

@@ -18,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from metakern.dialogue.readers import READERS
 from metakern.dialogue.registry import OPTIMIZERS
 from metakern.dialogue.split import OVERLAPS
 from metakern.errors import UserError
@@ -63,8 +64,12 @@ class Config:
     )
     format: str = _option(
         "auto",
-        "format of the file or folder: messages, sharegpt, chitchat or chatterbot; auto recognizes it by the names of"
-        " files and their first records",
+        f"format of the file or folder: {', '.join(READERS)}; auto recognizes it by the names of files and their first"
+        " lines or records",
+    )
+    task_key: str = _option("", "key of a record that names its task; empty: as the format has it")
+    reader_options: tuple[str, ...] = _option(
+        (), "further options of the format's reader, as name=value: tasks=domains of crosswoz"
     )
     train_on: str = _option("bot", "speakers whose turns count in the loss", choices=("bot", "all"))
     vocab_size: int = _option(2048, "tokens in the byte-level BPE vocabulary (not for hf models)", least=262)

@@ -73,7 +73,9 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
         learned = config.learn_lr and algorithm.rates == "learned"
         options["inner"] = inner_optimizer(config, learned)
     try:
-        return algorithm.make(model, mk.losses.causal_lm, **options | _options(config.algorithm_options))
+        return algorithm.make(
+            model, mk.losses.causal_lm, **options | named("algorithm_options", config.algorithm_options)
+        )
     except TypeError as error:
         if "unexpected keyword argument" not in str(error) or not config.algorithm_options:
             raise
@@ -88,13 +90,22 @@ def inner_optimizer(config: Config, learned: bool) -> InnerOptimizer:
     return make(lr=config.inner_lr, learn_lr=learned, per=config.lr_per)
 
 
-def _options(texts: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments that `name=value` texts stand for; values are numbers, true, false, none or words."""
+def named(key: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments that the `name=value` texts under a key of the config stand for.
+
+    Values are numbers, true, false, none or words.
+
+    Raises:
+        UserError: If a text has another form.
+
+    >>> named("algorithm_options", ["anneal=500", "solver=neumann"])
+    {'anneal': 500, 'solver': 'neumann'}
+    """
     found = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
-            raise UserError(f"algorithm_options must be name=value, got {text!r}")
+            raise UserError(f"{key} must be name=value, got {text!r}")
         try:
             found[name] = json.loads({"none": "null"}.get(value.lower(), value.lower()))
         except ValueError:

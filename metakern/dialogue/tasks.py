@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Batch, Episodes
-from metakern.dialogue.readers import Dialogue, read
+from metakern.dialogue.readers import Dialogue, Dialogues, read
+from metakern.dialogue.registry import named
 from metakern.dialogue.split import Split, TaskData, split_tasks, whole_tasks
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import UserError, by_the_user
@@ -30,17 +31,17 @@ def load_split(config: Config) -> Split:
     """Read the data of `config` and split its tasks; the same data and config give the same split on every machine.
 
     Raises:
-        DataError: If the data can't be read or hold too few tasks.
-        UserError: If names of held-out tasks match none.
+        DataError: If the data can't be read or hold too few tasks, or their reader has no such option.
+        UserError: If names of held-out tasks match none, or an option is not `name=value`.
     """
     shares = config.validation_part, config.test_part
-    dialogues: list[Dialogue] = read(config.data, config.format)
+    dialogues: list[Dialogue] = _read(config, config.data)
     held_out: dict[str, set[str] | None] = {}
     for part in ("validation", "test"):
         file, patterns = getattr(config, f"{part}_data"), getattr(config, f"{part}_tasks")
         held_out[part] = None
         if file:
-            found = read(file, config.format)
+            found = _read(config, file)
             held_out[part] = names = {d.task_id for d in found}
             dialogues = [*found, *(d for d in dialogues if d.task_id not in names)]
         elif patterns:
@@ -64,7 +65,15 @@ def load_whole(config: Config, data: str) -> tuple[TaskData, ...]:
     Raises:
         DataError: If the data can't be read or hold no such task.
     """
-    return whole_tasks(read(data), min_words=config.min_words, overlap=config.overlap)[0]
+    return whole_tasks(_read(config, data), min_words=config.min_words, overlap=config.overlap)[0]
+
+
+def _read(config: Config, data: str) -> Dialogues:
+    """Read data in the format and with the reader's options of `config`."""
+    options = named("reader_options", config.reader_options)
+    if config.task_key:
+        options["task_key"] = config.task_key
+    return read(data, config.format, **options)
 
 
 def _matching(part: str, patterns: Sequence[str], known: set[str]) -> set[str]:

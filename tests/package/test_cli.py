@@ -52,6 +52,7 @@ def test_every_key_is_a_flag():
         "cosine": ("--no-cosine", False),
         "adapt": ("--adapt=head,rnn.*", ("head", "rnn.*")),
         "lora_targets": ("--lora-targets=q_proj", ("q_proj",)),
+        "reader_options": ("--reader-options=tasks=domains", ("tasks=domains",)),
         "algorithm_options": ("--algorithm-options=anneal=5", ("anneal=5",)),
     }
     for key in fields(Config):

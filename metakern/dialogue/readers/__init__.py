@@ -7,37 +7,60 @@ speaker whose turns a model learns to produce. A reader is one function in one f
     def lines(path: Path, skipped: Counter[str]) -> Iterator[Dialogue]: ...
 
 It yields dialogues, counts in `skipped` what it leaves out, by reason, and raises `DataError` for a damaged file. It
-makes dialogues with `dialogue`, and a reader of JSON takes records from `records`.
+makes dialogues with `dialogue`; a reader of JSON takes records from `records`, and a reader of CSV takes rows from
+`table`. The further arguments of the function are the options of the reader.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
+import inspect
 import os
 import pkgutil
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from metakern.dialogue.sources import (
+    JSON,
+    Rows,
+    Source,
+    files,
+    first_line,
+    json_of,
+    records,
+    table,
+    text_of,
+    visible,
+)
 from metakern.dialogue.words import words
 from metakern.errors import DataError
 
-__all__ = ["READERS", "Dialogue", "Dialogues", "Reader", "Turn", "dialogue", "read", "reader", "words"]
-
-COMPRESSED = {
-    b"\x1f\x8b": "gunzip",
-    b"PK\x03\x04": "unzip",
-    b"\xfd7zXZ": "unxz",
-    b"BZh": "bunzip2",
-    b"\x28\xb5\x2f\xfd": "unzstd",
-}
-BLANK = re.compile(r"[\s\ufeff]*")  # concatenated files have byte order marks inside
+__all__ = [
+    "READERS",
+    "Dialogue",
+    "Dialogues",
+    "Reader",
+    "Rows",
+    "Source",
+    "Turn",
+    "UnreadableError",
+    "alternating",
+    "dialogue",
+    "files",
+    "json_of",
+    "read",
+    "reader",
+    "records",
+    "spoken",
+    "table",
+    "text_of",
+    "words",
+]
 
 
 @dataclass(frozen=True)
@@ -65,7 +88,9 @@ class Dialogue:
         dialogue_id: The name of the conversation within its source.
         turns: The turns, oldest first; the readers never put two turns of one speaker in a row.
         meta: Further facts. `meta["bot"]` is the speaker whose turns a model learns; without it, the bot is the speaker
-            named bot or assistant, otherwise the second to speak.
+            named bot or assistant, otherwise the second to speak. `meta["group"]` is what the task has in common with
+            others, such as a domain or a language: tasks of one group must stay on one side of a split. Without it, a
+            task is a group of its own.
 
     >>> Dialogue("greetings", "1", (Turn("ann", "hi"), Turn("bob", "hello")), {"bot": "bob"}).turns[1].speaker
     'bob'
@@ -94,6 +119,10 @@ class Dialogues(list[Dialogue]):
         return line + (f"; skipped {sum(self.skipped.values())} ({count_of(self.skipped)})" if self.skipped else "")
 
 
+class UnreadableError(ValueError):
+    """A part of a record, such as its turns, is not in the form that its format has."""
+
+
 @dataclass(frozen=True)
 class Reader:
     """A format: how to recognize and read it, and where a package has data in it; the fields are as in `reader`."""
@@ -102,9 +131,15 @@ class Reader:
     load: Callable[..., Iterator[Dialogue]]
     suffixes: tuple[str, ...]
     sniff: Callable[[Mapping[str, Any]], bool] | None
+    sniff_line: Callable[[str], bool] | None
     package: str
     data: str
     variant: str
+
+    @property
+    def options(self) -> list[str]:
+        """The names of the reader's options: the arguments after the path and `skipped`."""
+        return list(inspect.signature(self.load).parameters)[2:]
 
     def packaged(self) -> Path:
         """Return the path of the packaged data, which is found without importing the package.
@@ -126,6 +161,7 @@ def reader(
     *,
     suffixes: tuple[str, ...],
     sniff: Callable[[Mapping[str, Any]], bool] | None = None,
+    sniff_line: Callable[[str], bool] | None = None,
     package: str = "",
     data: str = "",
     variant: str = "",
@@ -137,8 +173,9 @@ def reader(
     Args:
         name: The name of the format.
         suffixes: What the names of files in this format end in, in lower case, such as ".json".
-        sniff: Returns whether a JSON record is of this format, to tell it from others with the same suffixes. None if
-            the suffixes suffice.
+        sniff: Returns whether a JSON record is of this format, to tell it from others with the same suffixes.
+        sniff_line: Returns whether a line is the first one of a text file in this format. A format with neither `sniff`
+            nor `sniff_line` is recognized by its suffixes, if there is no file of another format.
         package: A Python package that holds data in this format, so that `read(name)` reads them; "" if there is none.
         data: The path of the data inside the package.
         variant: The option of the function that is set to `x` for the source `"name:x"`.
@@ -152,48 +189,51 @@ def reader(
     """
 
     def register(load: Callable[..., Iterator[Dialogue]]) -> Callable[..., Iterator[Dialogue]]:
-        READERS[name] = Reader(name, load, suffixes, sniff, package, data, variant)
+        READERS[name] = Reader(name, load, suffixes, sniff, sniff_line, package, data, variant)
         return load
 
     return register
 
 
-def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
-    """Read dialogues from packaged data, or from a file or directory.
+def read(source: str | Iterable[Mapping[str, Any]], format: str = "auto", **options: Any) -> Dialogues:
+    """Read dialogues from packaged data, from a file or directory, or from the rows of a dataset.
 
     Args:
         source: Packaged data by name ("chitchat", "chitchat:subjects", "chitchat:senders", "chatterbot",
-            "chatterbot:english", …) or a path. A path that has the name of packaged data is written "./chitchat".
-        format: "messages", "sharegpt", "chitchat" or "chatterbot". "auto" recognizes the format by the suffix of a
-            file and by its first record of a known kind.
+            "chatterbot:english", …) or a path. A path that has the name of packaged data is written "./chitchat". Or an
+            iterable of dictionaries, such as a `datasets.Dataset`, which are read like the records of a JSON file.
+        format: "chatterbot", "chitchat", "crosswoz", "dailydialog", "empathetic", "intents", "messages", "metalwoz",
+            "multiwoz", "parlai", "personachat", "sgd", "sharegpt", "star", "taskmaster" or "ubuntu". "auto" recognizes
+            the format by the suffix of a file and by its first line or record of a known kind.
         options: The options of the format's reader, such as `task_key` of "messages".
 
     Returns:
         A list of dialogues with two turns or more. Its `summary()` says how many others were skipped and why.
 
     Raises:
-        DataError: If `format` is unknown, there is no such source, a file is damaged or of no known format, or no
-            dialogue is left.
+        DataError: If `format` or an option is unknown, there is no such source, a file is damaged or of no known
+            format, or no dialogue is left.
 
     >>> len({d.task_id for d in read("chatterbot:english")}) > 10
     True
     """
     if format != "auto" and format not in READERS:
         raise DataError(f"read: format must be one of {', '.join(READERS)}, got {format!r}{_closest(format)}")
-    name, _, variant = source.partition(":")
-    path = Path(source)
-    skipped: Counter[str] = Counter()
-    if name in READERS and READERS[name].package and format in ("auto", name):
-        chosen = READERS[name]
-        path = chosen.packaged()
-        if variant:
-            options = {chosen.variant: variant, **options}
-    elif not os.path.exists(source):  # not Path.exists, which raises where a name is too long to be a file's
-        raise DataError(f"{source}: no such file or directory, nor packaged data{_closest(name)}")
+    if isinstance(source, str):
+        where, (chosen, path, variant) = source, _find(source, format)
+        options = variant | options
     else:
-        chosen = READERS[format] if format != "auto" else _recognize(path)
-        if others := [p for p in _visible(path) if p.suffix.lower() not in chosen.suffixes] if path.is_dir() else []:
-            skipped[f"files that do not end in {' or '.join(chosen.suffixes)}"] = len(others)
+        path = _rows(source)
+        where, chosen = str(path), READERS[format] if format != "auto" else _recognize(path)
+        if chosen.sniff is None:
+            raise DataError(f"{chosen.name}: must be read from a file or directory, got rows in memory")
+    if unknown := [option for option in options if option not in chosen.options]:
+        known = ", ".join(chosen.options) or "(none)"
+        raise DataError(f"{chosen.name}: options of the reader must be among {known}, got {unknown[0]!r}")
+    skipped: Counter[str] = Counter()
+    if isinstance(path, Path) and path.is_dir():
+        others = sum(p.suffix.lower() not in chosen.suffixes for p in visible(path))
+        skipped.update({f"files that do not end in {' or '.join(chosen.suffixes)}": others} if others else {})
 
     found: list[Dialogue] = []
     for item in chosen.load(path, skipped, **options):
@@ -202,8 +242,28 @@ def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
         else:
             found.append(item)
     if not found:
-        raise DataError(f"{source}: must hold a dialogue, got {count_of(skipped) or 'an empty file'}")
-    return Dialogues(found, source, dict(skipped))
+        raise DataError(f"{where}: must hold a dialogue, got {count_of(skipped) or 'an empty file'}")
+    return Dialogues(found, where, dict(skipped))
+
+
+def _find(source: str, format: str) -> tuple[Reader, Source, dict[str, Any]]:
+    """Return the reader and the path of packaged data or of a file or directory, and the option after a colon."""
+    name, _, variant = source.partition(":")
+    if name in READERS and READERS[name].package and format in ("auto", name):
+        found = READERS[name]
+        return found, found.packaged(), {found.variant: variant} if variant else {}
+    if not os.path.exists(source):  # not Path.exists, which raises where a name is too long to be a file's
+        raise DataError(f"{source}: no such file or directory, nor packaged data{_closest(name)}")
+    return READERS[format] if format != "auto" else _recognize(Path(source)), Path(source), {}
+
+
+def _rows(source: Iterable[Any]) -> Rows:
+    if isinstance(source, Mapping):
+        splits = ", ".join(map(str, source))
+        raise DataError(f"read: source must be one split of a dataset, got a dictionary of {splits}: choose one")
+    if not isinstance(source, Iterable) or isinstance(source, bytes):
+        raise DataError(f"read: source must be a text or rows, got {type(source).__name__}")
+    return Rows(source)
 
 
 def dialogue(
@@ -228,170 +288,94 @@ def dialogue(
     return Dialogue(_encodable(task_id), _encodable(dialogue_id), tuple(merged), known)
 
 
+def alternating(texts: Sequence[str], first: str = "user") -> list[tuple[str, str]]:
+    """Return `(speaker, text)` pairs of "user" and "bot" in turn, of whom `first` begins.
+
+    >>> alternating(["Hi", "Hello"], first="bot")
+    [('bot', 'Hi'), ('user', 'Hello')]
+    """
+    speakers = ("user", "bot") if first == "user" else ("bot", "user")
+    return [(speakers[i % 2], text) for i, text in enumerate(texts)]
+
+
+def spoken(turns: Any, speaker: str, text: str, names: Mapping[str, str] | None = None) -> list[tuple[str, str]]:
+    """Return the `(speaker, text)` pairs of the turns of a record.
+
+    Args:
+        turns: A list of objects, or an object of lists, as the package datasets makes of it.
+        speaker: The key of the speaker in a turn.
+        text: The key of the text in a turn.
+        names: The speakers by what they are called in a turn, in lower case. None keeps what they are called there.
+
+    Raises:
+        UnreadableError: If `turns` are something else, or a turn has no text or no speaker in `names`.
+
+    >>> spoken([{"who": "SYSTEM", "said": "Hi"}], "who", "said", {"system": "bot"})
+    [('bot', 'Hi')]
+    """
+    if isinstance(turns, dict) and all(isinstance(column, list) for column in turns.values()):
+        turns = [dict(zip(turns, row, strict=False)) for row in zip(*turns.values(), strict=False)]
+    if not isinstance(turns, list):
+        raise UnreadableError
+    found = []
+    for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get(text), str) or turn.get(speaker) is None:
+            raise UnreadableError
+        name = str(turn[speaker])
+        if names is not None and (name := names.get(name.strip().lower(), "")) == "":
+            raise UnreadableError
+        found.append((name, turn[text]))
+    return found
+
+
 def _encodable(text: str) -> str:
     """Return a text with ? in the place of each lone surrogate, which JSON may hold and UTF-8 may not."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the file `path`, or the files with these suffixes below the directory `path`, sorted, without hidden ones.
+def _recognize(path: Source) -> Reader:
+    """Return the reader of a file or of rows, or of the first file below a directory that one recognizes.
 
-    Raises:
-        DataError: If a directory holds none.
+    A file of a directory that can't be read matters only if no file is recognized; then its error is raised.
     """
-    if not path.is_dir():
-        return [path]
-    found = [p for p in _visible(path) if p.suffix.lower() in suffixes]
-    if not found:
-        raise DataError(f"{path}: must hold files that end in {' or '.join(suffixes)}, got none")
-    return found
-
-
-def _visible(path: Path) -> list[Path]:
-    """Return the files below a directory, sorted, without hidden ones (.DS_Store, ._talk.json, .git/…)."""
-    found = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-    return sorted((p for p in found if p.is_file()), key=lambda p: p.as_posix())
-
-
-def text_of(path: Path) -> str:
-    """Return the text of a UTF-8 file, without a byte order mark.
-
-    Raises:
-        DataError: If the file can't be read, is compressed or is not UTF-8.
-    """
-    try:
-        data = path.read_bytes()
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if tool := next((tool for magic, tool in COMPRESSED.items() if data.startswith(magic)), None):
-            raise DataError(f"{path}: must be text, got a compressed file: unpack it with {tool}") from None
-        line = data.count(b"\n", 0, error.start) + 1
-        byte = data[error.start]
-        raise DataError(
-            f"{path}:{line}: must be UTF-8, got byte 0x{byte:02x}: convert it with iconv -t utf-8"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def json_of(text: str, path: Path) -> Any:
-    """Return the JSON value in the text of a file; floating-point numbers and NaN become strings, as they are written.
-
-    Raises:
-        DataError: If the text is not one JSON value, or an object has a key twice.
-    """
-    value, end = _decode(text, _after_blank(text, 0), path)
-    _must_end(text, end, path)
-    return value
-
-
-def records(path: Path, key: str = "messages") -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the JSON objects of a file, each with a number.
-
-    The objects are the items of one array, numbered from 1, or stand one after the other, each on a line or over
-    several, numbered by the line at which they begin.
-
-    Args:
-        path: The file.
-        key: What each object should have, for the error message if one is not an object.
-
-    Raises:
-        DataError: If the file can't be read, is not JSON, or holds something else than objects.
-    """
-    text = text_of(path)
-    at = _after_blank(text, 0)
-    if array := text.startswith("[", at):
-        at = _after_blank(text, at + 1)
-    line, counted, number, on_one_line = 1, 0, 0, False
-    while at < len(text) and not (array and text[at] == "]"):
-        line, counted, number = line + text.count("\n", counted, at), at, number + 1
-        value, end = _decode(text, at, path, on_one_line)
-        if not isinstance(value, dict):
-            raise DataError(f"{path}:{line}: must be an object with {key}, got {type(value).__name__}")
-        yield number if array else line, value
-        on_one_line = not array and text.find("\n", at, end) < 0
-        at = _after_blank(text, end)
-        if array and text.startswith(",", at):
-            at = _after_blank(text, at + 1)
-        elif array and not text.startswith("]", at):
-            raise _damaged(json.JSONDecodeError("no comma and no bracket", text, at), path)
-    if array:
-        if at == len(text):
-            raise _damaged(json.JSONDecodeError("no closing bracket", text, at), path)
-        _must_end(text, at + 1, path)
-
-
-class _RepeatedKeyError(ValueError):
-    """A JSON object has a key twice; `json` would drop the first one silently."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _RepeatedKeyError(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
-    return found
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=str, parse_constant=str)
-
-
-def _decode(text: str, at: int, path: Path, on_one_line: bool = False) -> tuple[Any, int]:
-    """Return the JSON value that begins at the position `at`, and the position after it.
-
-    `on_one_line` says that the value should end on its line. An error is then reported there, not on a later line.
-    """
-    try:
-        return DECODER.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        end = text.find("\n", at) if on_one_line else -1
-        if end >= 0:
-            _decode(text[:end], at, path)
-        raise _damaged(error, path) from None
-    except _RepeatedKeyError as error:
-        where = f"{path}:{text.count(chr(10), 0, at) + 1}"
-        raise DataError(f"{where}: must have each key once in an object, got {str(error)!r} twice: keep one") from None
-    except (RecursionError, ValueError):  # thousands of nested brackets, or of digits in a number
-        where = f"{path}:{text.count(chr(10), 0, at) + 1}"
-        raise DataError(f"{where}: must be JSON of moderate depth, got one that Python refuses: remove it") from None
-
-
-def _damaged(error: json.JSONDecodeError, path: Path) -> DataError:
-    what = error.msg.removesuffix(" at")
-    where = f"{path}:{error.lineno}: must be JSON, got {what} at column {error.colno}"
-    return DataError(f"{where}: the file may be cut short; fetch it again or remove the line")
-
-
-def _must_end(text: str, at: int, path: Path) -> None:
-    if (at := _after_blank(text, at)) < len(text):
-        raise _damaged(json.JSONDecodeError("more after the end", text, at), path)
-
-
-def _after_blank(text: str, at: int) -> int:
-    found = BLANK.match(text, at)
-    return found.end() if found else at
-
-
-def _recognize(path: Path) -> Reader:
-    """Return the reader of a file, or of the first file below a directory that has a reader."""
-    empty = False
-    for file in _visible(path) if path.is_dir() else [path]:
+    unknown = DataError(f"{path}: must be in a known format, got another: set format to one of {', '.join(READERS)}")
+    if isinstance(path, Rows):
+        if found := _by_record(path, list(READERS.values())):
+            return found
+        raise unknown
+    empty, errors, by_suffix = [], list[DataError](), list[Reader]()
+    for file in visible(path) if path.is_dir() else [path]:
         matching = [candidate for candidate in READERS.values() if file.suffix.lower() in candidate.suffixes]
-        for chosen in matching:
-            if chosen.sniff is None:
-                return chosen
-        if not matching:
-            continue
-        empty = True
-        for _, record in records(file):
-            empty = False
-            for chosen in matching:
-                if chosen.sniff and chosen.sniff(record):
-                    return chosen
-    if empty:
+        by_suffix += [candidate for candidate in matching if not candidate.sniff and not candidate.sniff_line]
+        try:
+            line = first_line(file) if matching else ""
+            for candidate in matching:
+                if candidate.sniff_line and candidate.sniff_line(line):
+                    return candidate
+            is_json = line.startswith("{") or file.suffix.lower() in JSON
+            if is_json and matching and (found := _by_record(file, matching)):
+                return found
+            empty += [not line] if matching else []
+        except DataError as error:
+            errors.append(error)
+    if by_suffix:
+        return by_suffix[0]
+    if errors:
+        raise errors[0]
+    if empty and all(empty):
         raise DataError(f"{path}: must hold a dialogue, got an empty file")
     if not path.is_dir():
         text_of(path)  # raises a clearer error if the file is not text
-    raise DataError(f"{path}: must be in a known format, got another: set format to one of {', '.join(READERS)}")
+    raise unknown
+
+
+def _by_record(source: Source, candidates: Sequence[Reader]) -> Reader | None:
+    """Return the reader that recognizes the first record of a known kind."""
+    for _, record in records(source):
+        for candidate in candidates:
+            if candidate.sniff and candidate.sniff(record):
+                return candidate
+    return None
 
 
 def count_of(skipped: Mapping[str, int]) -> str:

@@ -2,8 +2,8 @@
 
     data/<language>/<topic>.yml: {"categories": [...], "conversations": [[question, answer, ...], ...]}
 
-A task is a topic in a language. Most questions occur several times with different answers. Only the first one is kept,
-since the same question in support and query would be a leak.
+A task is a topic in a language; its group is the language. Most questions occur several times with different answers.
+Only the first one is kept, since the same question in support and query would be a leak.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def chatterbot(path: Path, skipped: Counter[str], *, language: str = "") -> Iter
                 skipped["that are not a list of turns"] += 1
                 continue
             turns = ((("user", "bot")[i % 2], _text(item)) for i, item in enumerate(conversation))
-            talk = dialogue(task_id, f"{task_id}/{number}", turns, {"bot": "bot"})
+            talk = dialogue(task_id, f"{task_id}/{number}", turns, {"bot": "bot", "group": file.parent.name})
             question = talk.turns and (words(talk.turns[0].text) or talk.turns[0].text)
             if question in asked:
                 skipped["with a repeated question"] += 1

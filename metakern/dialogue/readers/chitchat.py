@@ -39,12 +39,16 @@ TASKS = ("topics", "subjects", "senders")
 PASSAGE, LETTERS, FEWEST, RARE, FEWEST_PASSAGES = 40, 4, 30, 16, 24
 
 
+def _is_conversation(value: Any) -> bool:
+    """Return whether a value has messages in turns, which are lists; in CrossWOZ, they are objects."""
+    messages = value.get("messages") if isinstance(value, dict) else None
+    return isinstance(messages, list) and all(isinstance(turn, list) for turn in messages)
+
+
 @reader(
     "chitchat",
     suffixes=(".json",),
-    sniff=lambda record: (
-        "messages" not in record and any(isinstance(value, dict) and "messages" in value for value in record.values())
-    ),
+    sniff=lambda record: "messages" not in record and any(map(_is_conversation, record.values())),
     package="chitchat_dataset",
     data="dataset.json",
     variant="tasks",

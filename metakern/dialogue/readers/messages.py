@@ -17,10 +17,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from metakern.dialogue.readers import Dialogue, dialogue, files, reader, records
+from metakern.dialogue.readers import Dialogue, Source, UnreadableError, dialogue, files, reader, records
 
 __all__ = ["messages"]
 
@@ -35,22 +34,20 @@ CALLS = ("tool_calls", "function_call")
 NO_TEXT = "message parts without text"
 
 
-class UnreadableError(ValueError):
-    """A message has no role or no content that can be read."""
-
-
 @reader(
     "messages",
     suffixes=SUFFIXES,
-    sniff=lambda record: "messages" in record or ("prompt" in record and "conversations" not in record),
+    sniff=lambda record: (
+        "messages" in record or ("prompt" in record and "completion" in record and "conversations" not in record)
+    ),
 )
-def messages(path: Path, skipped: Counter[str], *, task_key: str | None = None) -> Iterator[Dialogue]:
+def messages(path: Source, skipped: Counter[str], *, task_key: str | None = None) -> Iterator[Dialogue]:
     """Yield the dialogues of a file or directory; `task_key` is the key that names the task (None: the defaults)."""
     return dialogues(path, skipped, task_key, "messages", "role and content", _messages)
 
 
 def dialogues(
-    path: Path,
+    path: Source,
     skipped: Counter[str],
     task_key: str | None,
     key: str,
@@ -70,7 +67,7 @@ def dialogues(
     for file in files(path, SUFFIXES):
         for number, record in records(file, key):
             try:
-                task_id = _task(record, task_key)
+                task_id = task_of(record, task_key)
                 turns = [_turn(message, skipped) for message in messages_of(record)]
             except UnreadableError:
                 skipped[f"without {key} of {parts}"] += 1
@@ -87,7 +84,7 @@ def dialogues(
                 yield talk
 
 
-def _task(record: Mapping[str, Any], task_key: str | None) -> str:
+def task_of(record: Mapping[str, Any], task_key: str | None) -> str:
     """Return the name of a record's task, on one line, or "" if it has none."""
     return next(filter(None, (_name(record.get(key)) for key in ([task_key] if task_key else TASK_KEYS))), "")
 

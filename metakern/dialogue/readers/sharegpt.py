@@ -13,17 +13,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from metakern.dialogue.readers import Dialogue, reader
+from metakern.dialogue.readers import Dialogue, Source, reader
 from metakern.dialogue.readers.messages import SUFFIXES, dialogues, listed
 
 __all__ = ["sharegpt"]
 
 
 @reader("sharegpt", suffixes=SUFFIXES, sniff=lambda record: "conversations" in record)
-def sharegpt(path: Path, skipped: Counter[str], *, task_key: str | None = None) -> Iterator[Dialogue]:
+def sharegpt(path: Source, skipped: Counter[str], *, task_key: str | None = None) -> Iterator[Dialogue]:
     """Yield the dialogues of a file or directory; `task_key` is the key that names the task, as in `messages`."""
     for talk in dialogues(path, skipped, task_key, "conversations", "from and value", _messages):
         yield replace(talk, task_id=re.sub(r"_\d+$", "", talk.task_id)) if task_key == "id" else talk
