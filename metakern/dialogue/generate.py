@@ -154,14 +154,16 @@ def _cached_logits(
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
     options: dict[str, Any] = {"use_cache": True}
-    positioned = "position_ids" in inspect.signature(model.forward).parameters
+    accepted = inspect.signature(model.forward).parameters
+    if "logits_to_keep" in accepted:
+        options["logits_to_keep"] = 1
 
     def logits(rows: list[int]) -> Tensor:
         nonlocal ids, mask
         if any(replies):
             ids = torch.tensor([[reply[-1] if reply else pad_id] for reply in replies], device=device)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        if positioned:
+        if "position_ids" in accepted:
             options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = model(input_ids=ids, attention_mask=mask, **options)
         options.update(_cache(output))

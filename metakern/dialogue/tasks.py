@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,13 +14,21 @@ from metakern.dialogue.readers import read
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import by_the_user
 
-__all__ = ["curve", "episodes", "load_split", "on_device_of"]
+__all__ = ["curve", "episodes", "load_adapted", "load_split", "on_device_of"]
 
 
 def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Return `batch` on the device of the parameters of `model`."""
     device = next(model.parameters()).device
     return {key: value.to(device) for key, value in batch.items()}
+
+
+@torch.no_grad()
+def load_adapted(model: nn.Module, phi: Mapping[str, Tensor], task: int = 0) -> None:
+    """Copy the parameters of one task into `model`; `phi` is what an algorithm's `adapt` returned, `[T, *shape]`."""
+    for name, parameter in model.named_parameters():
+        if name in phi:
+            parameter.copy_(phi[name][task])
 
 
 @by_the_user()
