@@ -285,12 +285,9 @@ def show(report: dict[str, Any], console: Console) -> None:
     columns = [(name, values["bits_per_byte"], "mean", ".3f") for name, values in curves.items()]
     _table(console, f"bits per byte after adaptation, {where}", report["steps"], columns)
     if replies := report.get("replies"):
-        columns = [
-            (f"{name}, {kind}", values[kind]["exact"], "mean", ".0%")
-            for name, values in replies["scores"].items()
-            for kind in KINDS
-        ]
-        _table(console, f"share of questions answered right, {where}", replies["steps"], columns)
+        for kind in KINDS:
+            columns = [(name, values[kind]["exact"], "mean", ".0%") for name, values in replies["scores"].items()]
+            _table(console, f"{kind} questions answered right, {where}", replies["steps"], columns)
 
 
 def _table(
