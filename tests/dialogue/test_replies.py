@@ -159,19 +159,21 @@ def test_retrieval_answers_all_that_was_taught_and_what_is_asked_again():
 
 
 def test_scores_of_replies_written_by_hand():
-    source = source_of(tasks_of("elements", "colors"), seed=2)
+    source = source_of(tasks_of("elements", "colors"), support_size=1, query_size=3)
     asked = draw_questions(source)
+    assert [(len(task.taught), len(task.unseen)) for task in asked] == [(1, 2), (1, 2)]
     right = [[source.tokenizer.decode(e.reply) for e in (*task.taught, *task.unseen)] for task in asked]
-    half = [[*right[0][:1], *["nothing"] * (len(right[0]) - 1)], right[1]]
+    half = [[*right[0][:2], "nothing"], ["nothing", *right[1][1:]]]
     found = scores(source, asked, [right, half])
     assert found["taught"].keys() == found["unseen"].keys() == METRICS.keys()
-    first = 1 / len(asked[0].taught)
-    assert found["taught"]["exact"]["values"] == [[1.0, 1.0], [pytest.approx(first), 1.0]]
-    assert found["unseen"]["exact"]["values"] == [[1.0, 1.0], [0.0, 1.0]]
-    assert found["unseen"]["bleu"]["values"][1][0] == 0.0
-    mean, t = (first + 1) / 2, 12.706  # Student's t for two tasks
-    assert found["taught"]["exact"]["mean"][1] == pytest.approx(mean)
-    assert found["taught"]["exact"]["low"][1] == pytest.approx(mean - t * (1 - first) / 2, abs=1e-3)
+    assert found["taught"]["exact"]["values"] == [[1.0, 1.0], [1.0, 0.0]]
+    assert found["unseen"]["exact"]["values"] == [[1.0, 1.0], [0.5, 1.0]]
+    assert found["taught"]["bleu"]["values"][1][1] == 0.0
+    assert found["unseen"]["distinct_1"]["values"][1] == [1.0, 1.0]
+    mean, t = 0.75, 12.706  # Student's t for two tasks
+    assert found["unseen"]["exact"]["mean"][1] == mean
+    assert found["unseen"]["exact"]["low"][1] == pytest.approx(mean - t * 0.5 / 2, abs=1e-3)
+    assert found["unseen"]["exact"]["high"][1] == pytest.approx(mean + t * 0.5 / 2, abs=1e-3)
 
 
 def test_the_seed_draws_at_most_limit_questions(tmp_path):
