@@ -19,6 +19,7 @@ from metakern.dialogue.words import words
 from metakern.errors import UserError
 
 Loss = Callable[[nn.Module, Batch], Tensor]
+PROMPT_LENGTH = 8
 
 
 class FineTune(nn.Module):
@@ -48,7 +49,7 @@ class PromptTuning(FineTune):
     Lester et al. 2021, "The power of scale for parameter-efficient prompt tuning". `length` is that of the prompt.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, length: int = 8, **options: Any) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, length: int = PROMPT_LENGTH, **options: Any) -> None:
         super().__init__(mk.nn.SoftPrompt(model, length), loss, **options | {"adapt": ["prompt"]})
         self.model, self.adapt = model, _refused
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from metakern.dialogue.baselines import InContext, Retrieval
 from metakern.dialogue.chat import adapt
 from metakern.dialogue.evaluate import evaluate
 from metakern.dialogue.models import build_model
+from metakern.dialogue.registry import build_algorithm, build_model_of
 from metakern.dialogue.trainer import train
 from metakern.errors import UserError
 from metakern.meta.algorithms.registry import ALGORITHMS
@@ -86,6 +88,14 @@ def test_a_soft_prompt_is_adapted_alone(name: str) -> None:
     logits = prompted(support["input_ids"][0])
     assert logits.shape == (2, 6, 20)
     assert sorted(maml.adapt(support)) == ["prompt"]
+
+
+@pytest.mark.parametrize("options", [(), ("length=3",)])
+def test_a_gpt_has_room_for_a_soft_prompt_before_the_longest_window(options: tuple[str, ...]) -> None:
+    config = tiny_config("", model="gpt", algorithm="prompt", algorithm_options=options)
+    model = build_model_of(config, SimpleNamespace(vocab_size=300))[0]  # type: ignore[arg-type]
+    prompted = build_algorithm(config, model).trained
+    assert prompted(torch.zeros(1, config.max_length, dtype=torch.long)).shape == (1, config.max_length, 300)
 
 
 def test_soft_prompts_refuse_what_has_no_place_for_them() -> None:
