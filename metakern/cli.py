@@ -173,8 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         "--reply-steps",
         metavar="N,N",
         type=_numbers,
-        default=(0, 1, 3, 5, 10, 30),
-        help="numbers of inner steps for --replies (default: 0,1,3,5,10,30)",
+        help="numbers of inner steps for --replies, which this flag includes (default: 0,1,3,5,10,30)",
     )
 
     adapt = add(_adapt, "Adapt a run to conversations and save the result as a new run")
@@ -270,14 +269,15 @@ def _eval(
     steps: tuple[int, ...],
     compare: tuple[str, ...],
     replies: bool,
-    reply_steps: tuple[int, ...],
+    reply_steps: tuple[int, ...] | None,
 ) -> None:
     from rich.console import Console
 
-    from metakern.dialogue.evaluate import evaluate, show
+    from metakern.dialogue.evaluate import REPLY_STEPS, evaluate, show
 
-    show(evaluate(run, steps, compare, data, reply_steps if replies else ()), Console())
-    written = ("eval.json", "eval.png", "replies.png")[: 3 if replies else 2]
+    reply_steps = reply_steps or (REPLY_STEPS if replies else ())
+    show(evaluate(run, steps, compare, data, reply_steps), Console())
+    written = ("eval.json", "eval.png", "replies.png")[: 3 if reply_steps else 2]
     print(f"written: {', '.join(str(Path(run) / name) for name in written)}")
 
 

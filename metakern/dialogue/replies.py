@@ -26,6 +26,7 @@ from metakern.meta.parameters import twin
 __all__ = ["Questions", "draw_questions", "generated", "retrieved", "scores"]
 
 MARGIN = 8
+HELD = 2**27  # the number of adapted parameters, of all tasks that are adapted at once
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
     "exact": lambda replies, references: _mean(exact, replies, references),
     "word_f1": lambda replies, references: _mean(word_f1, replies, references),
@@ -95,7 +96,8 @@ def generated(algorithm: Any, source: Episodes, asked: Sequence[Questions], step
     training = algorithm.training
     algorithm.eval()
     rest = iter(asked)
-    for names, support, _ in source.evaluation():
+    size = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    for names, support, _ in source.evaluation(batch=max(1, min(16, HELD // max(size, 1)))):
         support = on_device_of(trained, support)
         phi = {} if in_context else getattr(algorithm, "adapt_trained", algorithm.adapt)(support, steps=steps)
         for t, task in zip(range(len(names)), rest, strict=False):

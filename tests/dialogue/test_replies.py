@@ -215,6 +215,19 @@ def test_tasks_without_a_turn_of_the_bot_are_an_error():
         draw_questions(source_of([TaskData("t", blank)], Tokenizer.train(talks, 262)))
 
 
+def test_large_models_are_adapted_one_task_at_a_time(monkeypatch):
+    source = source_of(tasks_of("elements", "colors"))
+    torch.manual_seed(0)
+    model = build_model("gru", 262, embedding=8, hidden=8)
+    algorithm = mk.MAML(model, mk.losses.causal_lm, inner=mk.optim.Adam(lr=0.01), steps=1)
+    asked, batches, adapt = draw_questions(source), [], algorithm.adapt
+    monkeypatch.setattr(algorithm, "adapt", lambda s, steps: batches.append(len(s["labels"])) or adapt(s, steps))
+    together = list(generated(algorithm, source, asked, 3))
+    monkeypatch.setattr("metakern.dialogue.replies.HELD", 1)
+    assert list(generated(algorithm, source, asked, 3)) == together
+    assert batches == [2, 1, 1]
+
+
 def test_a_model_that_diverged_gives_no_reply():
     source = source_of(tasks_of("elements"))
     model = build_model("gpt", 262, width=8, heads=2, layers=1, max_length=48)

@@ -98,7 +98,7 @@ def test_eval_judges_replies(folder, tmp_path, capsys):
         config = ["--config", str(folder / "tiny.toml"), *option.split(), "--steps", "1", "--pretrain-steps", "0"]
         assert main(["train", *config, "--out", run]) == 0
     capsys.readouterr()
-    options = ["--steps", "0", "--replies", "--reply-steps", "0,1", "--compare", "retrieval"]
+    options = ["--steps", "0", "--reply-steps", "0,1", "--compare", "retrieval"]
     assert main(["eval", str(tmp_path / "64"), *options]) == 0
     text = capsys.readouterr().out
     for words in (
@@ -108,7 +108,7 @@ def test_eval_judges_replies(folder, tmp_path, capsys):
         "replies.png",
     ):
         assert words in text
-    assert "windows of 24 tokens hold no whole one" in complaint(capsys, "eval", tmp_path / "24", *options)
+    assert "windows of 24 tokens hold no whole one" in complaint(capsys, "eval", tmp_path / "24", "--replies")
     assert complaint(capsys, "eval", tmp_path / "64", "--reply-steps", "-1").startswith("argument --reply-steps:")
     without = complaint(capsys, "eval", tmp_path / "64", "--compare", "retrieval")
     assert without == "eval: retrieval has replies but no perplexity: add --replies"
