@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add(
         _eval,
         "Measure how well a run adapts to unseen tasks",
-        epilog="Prints a table of perplexities and writes eval.json and eval.png into the folder of the run.",
+        epilog="Prints tables and writes eval.json, eval.png and, with --replies, replies.png into the run's folder.",
     )
     evaluate.add_argument("run", metavar="RUN", help="folder of a run")
     evaluate.add_argument(
@@ -176,7 +176,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         type=_names,
         default=(),
-        help="algorithms to compare with, such as finetune,fomaml; each is trained first if it has not been",
+        help="algorithms to compare with, such as finetune,fomaml; each is trained first if it has not been;"
+        " with --replies also retrieval, the reply to the nearest context of the support",
+    )
+    evaluate.add_argument(
+        "--replies", action="store_true", help="also let the adapted models reply, and compare with the bot's replies"
+    )
+    evaluate.add_argument(
+        "--reply-steps",
+        metavar="N,N",
+        type=_numbers,
+        help="numbers of inner steps for --replies, which this flag includes (default: 0,1,3,5,10,30)",
     )
 
     adapt = add(_adapt, "Adapt a run to conversations and save the result as a new run")
@@ -278,13 +288,22 @@ def _data(name: str, **flags: Any) -> None:
     show(name, measure(Config.parse(small | flags | {"data": name}, "data")), Console())
 
 
-def _eval(run: str, data: str | None, steps: tuple[int, ...], compare: tuple[str, ...]) -> None:
+def _eval(
+    run: str,
+    data: str | None,
+    steps: tuple[int, ...],
+    compare: tuple[str, ...],
+    replies: bool,
+    reply_steps: tuple[int, ...] | None,
+) -> None:
     from rich.console import Console
 
-    from metakern.dialogue.evaluate import evaluate, show
+    from metakern.dialogue.evaluate import REPLY_STEPS, evaluate, show
 
-    show(evaluate(run, steps, compare, data), Console())
-    print(f"written: {Path(run) / 'eval.json'}, {Path(run) / 'eval.png'}")
+    reply_steps = reply_steps or (REPLY_STEPS if replies else ())
+    show(evaluate(run, steps, compare, data, reply_steps), Console())
+    written = ("eval.json", "eval.png", "replies.png")[: 3 if reply_steps else 2]
+    print(f"written: {', '.join(str(Path(run) / name) for name in written)}")
 
 
 def _adapt(run: str, support: str, out: str, steps: int | None) -> None:

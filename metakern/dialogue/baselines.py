@@ -1,7 +1,12 @@
-"""Baselines without meta-learning, with MAML's interface: plain training, soft prompts, and the support as context."""
+"""Baselines without meta-learning: plain training, soft prompts, the support as context, and retrieval.
+
+All but retrieval, which has no weights, have MAML's interface.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +15,11 @@ from torch import Tensor, nn
 
 import metakern as mk
 from metakern.dialogue.episodes import Batch
+from metakern.dialogue.words import words
 from metakern.errors import UserError
 
 Loss = Callable[[nn.Module, Batch], Tensor]
+PROMPT_LENGTH = 8
 
 
 class FineTune(nn.Module):
@@ -26,6 +33,7 @@ class FineTune(nn.Module):
         self.model, self.trained, self.loss = model, model, loss
         maml = mk.MAML(model, loss, **options)
         self.inner, self.adapt, self.evaluate = maml.inner, maml.adapt, maml.evaluate
+        self.adapt_trained = maml.adapt  # of `trained`, which is not always `model`
 
     def forward(self, support: Batch, query: Batch) -> Tensor:
         """Return the mean loss over all labeled tokens, a scalar.
@@ -41,7 +49,7 @@ class PromptTuning(FineTune):
     Lester et al. 2021, "The power of scale for parameter-efficient prompt tuning". `length` is that of the prompt.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, length: int = 8, **options: Any) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, length: int = PROMPT_LENGTH, **options: Any) -> None:
         super().__init__(mk.nn.SoftPrompt(model, length), loss, **options | {"adapt": ["prompt"]})
         self.model, self.adapt = model, _refused
 
@@ -78,18 +86,66 @@ class InContext(nn.Module):
 
     def _contexts(self, support: Batch, query: Batch, t: int) -> Batch:
         """Return the queries of task t, `[C, L']`, each after the support's tokens."""
+        C, L = query["input_ids"].shape[1:]
+        context = self.context(support, t, L)
+        n = len(context)
+        before = {"input_ids": context.expand(C, -1), "attention_mask": context.new_ones(C, n)}
+        before["labels"] = context.new_full((C, n), -100)
+        return {k: torch.cat([before[k], query[k][t]], 1) for k in before}
+
+    def context(self, support: Batch, t: int, length: int) -> Tensor:
+        """Return the tokens of the support of task t: the latest windows after which `length` more fit."""
         ids, mask = support["input_ids"][t], support["attention_mask"][t].bool()
         limit = getattr(self.model, "max_length", None) or getattr(
             getattr(self.model, "config", None), "max_position_embeddings", None
         )
-        length, windows = query["input_ids"].shape[2], [row[kept] for row, kept in zip(ids, mask, strict=True)]
+        windows = [row[kept] for row, kept in zip(ids, mask, strict=True)]
         while limit and windows and sum(map(len, windows)) + length > limit:
-            windows.pop(0)  # the latest fit
-        context = torch.cat([*windows, ids.new_empty(0)])
-        C, n = query["input_ids"].shape[1], len(context)
-        before = {"input_ids": context.expand(C, -1), "attention_mask": ids.new_ones(C, n)}
-        before["labels"] = ids.new_full((C, n), -100)
-        return {k: torch.cat([before[k], query[k][t]], 1) for k in before}
+            windows.pop(0)
+        return torch.cat([*windows, ids.new_empty(0)])
+
+
+class Retrieval:
+    """The reply of the nearest of some contexts, by the cosine of their TF-IDF vectors; nothing is trained.
+
+    Jones 1972, "A statistical interpretation of term specificity and its application in retrieval" (IDF). A word that
+    n of N contexts hold has the weight log((1 + N) / (1 + n)) + 1, times how often the text holds it; words are those
+    of `metakern.dialogue.words`. Of contexts that are equally near, the first is taken, and the first of all if no word
+    is common.
+
+    Args:
+        contexts: The texts that were answered, at least one.
+        replies: The reply to each.
+
+    Raises:
+        ValueError: If there is no context, or the numbers of contexts and replies differ.
+
+    >>> Retrieval(["What is your name?", "How old are you?"], ["Ann.", "Nine."])("And your name?")
+    'Ann.'
+    """
+
+    def __init__(self, contexts: Sequence[str], replies: Sequence[str]) -> None:
+        if not contexts or len(contexts) != len(replies):
+            raise ValueError(
+                f"Retrieval: replies must be as many as contexts, at least 1, got {len(replies)} and {len(contexts)}"
+            )
+        self.replies = list(replies)
+        held = Counter(word for text in contexts for word in set(words(text)))
+        self.weights = {word: math.log((1 + len(contexts)) / (1 + n)) + 1 for word, n in held.items()}
+        self.vectors = [self._vector(text) for text in contexts]
+
+    def __call__(self, context: str) -> str:
+        """Return the reply to the context that is nearest to `context`."""
+        query = self._vector(context)
+        cosines = [math.fsum(x * vector.get(word, 0.0) for word, x in query.items()) for vector in self.vectors]
+        return self.replies[cosines.index(max(cosines))]
+
+    def _vector(self, text: str) -> dict[str, float]:
+        """Return the TF-IDF of the known words of a text, of length 1."""
+        counts = Counter(word for word in words(text) if word in self.weights)
+        vector = {word: n * self.weights[word] for word, n in counts.items()}
+        norm = math.sqrt(math.fsum(x * x for x in vector.values()))
+        return {word: x / norm for word, x in vector.items()}
 
 
 def _refused(*args: Any, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from metakern.dialogue.episodes import collate
 from metakern.dialogue.generate import check_sampling, generate
 from metakern.dialogue.readers import Dialogue, Turn, read
 from metakern.dialogue.run import Run
-from metakern.dialogue.tasks import on_device_of
+from metakern.dialogue.tasks import load_adapted, on_device_of
 from metakern.dialogue.tokenizer import IGNORE, bot_of
 from metakern.errors import UserError, by_the_user
 from metakern.meta.parameters import twin
@@ -86,10 +86,7 @@ def adapted_model(run: Run, dialogues: Iterable[Dialogue], steps: int | None = N
     before, after = run.algorithm.evaluate(support, support, steps=(0, steps)).mean(1).exp().tolist()
     phi = run.algorithm.adapt(support, steps=steps)
     model = twin(run.model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in phi:
-                parameter.copy_(phi[name][0])
+    load_adapted(model, phi)
     windows = support["input_ids"].shape[1]
     line = f"inner steps: {steps}, windows of support: {windows}, perplexity on them: {before:.1f} -> {after:.1f}"
     return model, line

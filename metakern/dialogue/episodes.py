@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import log
 from typing import TypeVar
@@ -15,17 +16,33 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from metakern.dialogue.readers import Dialogue
+from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.split import TaskData
 from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, DialogueTokenizer, bot_of
 from metakern.errors import DataError
 
-__all__ = ["Episodes", "collate"]
+__all__ = ["Episodes", "Exchange", "collate"]
 
 Batch = dict[str, Tensor]
 Startable = tuple[Dialogue, list[int]]  # a dialogue, and the turns at which a window may begin
 Window = tuple[list[int], list[int]]  # ids and labels
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A reply of the bot to a turn of somebody else, in a window.
+
+    Attributes:
+        context: The texts of the window's turns before the reply, a line each or more.
+        prompt: The ids of the window before the reply.
+        reply: The ids of the reply as they are to be learned. They end with the token that ends a turn if the window
+            holds the whole reply.
+    """
+
+    context: str
+    prompt: tuple[int, ...]
+    reply: tuple[int, ...]
 
 
 class Episodes:
@@ -152,22 +169,45 @@ class Episodes:
         chosen = self._tasks[:limit]
         for i in range(0, len(chosen), batch):
             part = chosen[i : i + batch]
-            yield self._batch(part, [random.Random(f"evaluation/{self.seed}/{name}") for name, _ in part])
+            yield self._batch(part, [self._evaluation_rng(name) for name, _ in part])
+
+    def exchanges(self) -> Iterator[tuple[str, list[Exchange], list[Exchange]]]:
+        """Yield the exchanges in the episodes of `evaluation`: for each task its name, the support's, the query's.
+
+        An exchange that stands in two windows of a side comes once.
+        """
+        for name, dialogues in self._tasks:
+            support, query = (
+                list(dict.fromkeys(exchange for window in side for exchange in self._exchanges(*window)))
+                for side in self._draw_windows(dialogues, self._evaluation_rng(name))
+            )
+            yield name, support, query
+
+    def _evaluation_rng(self, name: str) -> random.Random:
+        return random.Random(f"evaluation/{self.seed}/{name}")
 
     def _batch(
         self, tasks: Sequence[tuple[str, list[Startable]]], rngs: Sequence[random.Random]
     ) -> tuple[list[str], Batch, Batch]:
-        sides: tuple[list[list[Window]], list[list[Window]]] = ([], [])
-        for (_, dialogues), rng in zip(tasks, rngs, strict=True):
-            shuffled = _draw(dialogues, len(dialogues), rng)
-            share = round(len(shuffled) * self.sizes[0] / sum(self.sizes))
-            cut = min(max(share, 1), len(shuffled) - 1)
-            for side, pool, size in zip(sides, (shuffled[:cut], shuffled[cut:]), self.sizes, strict=True):
-                side.append([self._window(pool[i % len(pool)], rng) for i in range(size)])
+        drawn = [self._draw_windows(dialogues, rng) for (_, dialogues), rng in zip(tasks, rngs, strict=True)]
+        sides = [[[self._encode(*window) for window in task[side]] for task in drawn] for side in (0, 1)]
         longest = max(len(ids) for side in sides for rows in side for ids, _ in rows)
         length = min(-(-longest // 8) * 8, self.max_length)
         support, query = (collate(side, self.tokenizer.pad_id, length) for side in sides)
         return [name for name, _ in tasks], support, query
+
+    def _draw_windows(
+        self, dialogues: Sequence[Startable], rng: random.Random
+    ) -> tuple[list[tuple[Dialogue, int]], list[tuple[Dialogue, int]]]:
+        """Return the windows of a task's support and query: dialogues, and the turns at which the windows begin."""
+        shuffled = _draw(dialogues, len(dialogues), rng)
+        share = round(len(shuffled) * self.sizes[0] / sum(self.sizes))
+        cut = min(max(share, 1), len(shuffled) - 1)
+        support, query = (
+            [_begun(pool[i % len(pool)], rng) for i in range(size)]
+            for pool, size in zip((shuffled[:cut], shuffled[cut:]), self.sizes, strict=True)
+        )
+        return support, query
 
     def _starts(self, dialogue: Dialogue) -> list[int]:
         starts = _starts(dialogue, self.train_on)
@@ -178,13 +218,19 @@ class Episodes:
         opening = ((i, self._encode(dialogue, starts[0], starts[i])[0]) for i in range(1, len(starts)))
         return starts[next((i for i, ids in opening if len(ids) == self.max_length), len(starts)) :]
 
-    def _window(self, item: Startable, rng: random.Random) -> Window:
-        dialogue, starts = item
-        return self._encode(dialogue, starts[int(rng.random() * len(starts))])
-
     def _encode(self, dialogue: Dialogue, start: int, end: int | None = None) -> Window:
-        turns = dialogue.turns[: _instructions(dialogue)] + dialogue.turns[start:end]
+        turns = self._turns(dialogue, start, end)
         return self.tokenizer.encode_dialogue(turns, self.train_on, self.max_length, _bot(dialogue))
+
+    def _turns(self, dialogue: Dialogue, start: int, end: int | None = None) -> Sequence[Turn]:
+        return dialogue.turns[: _instructions(dialogue)] + dialogue.turns[start:end]
+
+    def _exchanges(self, dialogue: Dialogue, start: int) -> Iterator[Exchange]:
+        turns, bot = self._turns(dialogue, start), _bot(dialogue)
+        for i, prompt, reply in self.tokenizer.replies(turns, self.max_length, bot):
+            spoken = [turn for turn in turns[:i] if turn.speaker not in SYSTEM_SPEAKERS]
+            if spoken and spoken[-1].speaker != bot:
+                yield Exchange("\n".join(turn.text for turn in turns[:i]), tuple(prompt), tuple(reply))
 
 
 def collate(tasks: Sequence[Sequence[Window]], pad_id: int, length: int | None = None) -> Batch:
@@ -230,6 +276,12 @@ def _starts(dialogue: Dialogue, train_on: str) -> list[int]:
     learned = {i: train_on == "all" or dialogue.turns[i].speaker == bot for i in spoken}
     answered = [i for i, j in pairwise(spoken) if learned[j]]
     return answered or spoken[:1] * any(learned.values())
+
+
+def _begun(item: Startable, rng: random.Random) -> tuple[Dialogue, int]:
+    """Return a dialogue and one of the turns at which a window may begin, drawn at random."""
+    dialogue, starts = item
+    return dialogue, starts[int(rng.random() * len(starts))]
 
 
 def _draw(items: Sequence[T], count: int, rng: random.Random, weights: Sequence[float] | None = None) -> list[T]:

@@ -1,16 +1,20 @@
-"""The adaptation curve: the perplexity on unseen tasks after 0, 1, 3, … inner steps, beside baselines.
+"""The adaptation curve: how good a model is on unseen tasks after 0, 1, 3, … inner steps, beside baselines.
 
-    perplexity_k = exp(mean_t l_k(t))
-    ratio_k      = exp(mean_t [b_k(t) - l_k(t)])          > 1: the baseline is worse
+    perplexity_k     = exp(mean_t l_k(t))
+    bits_per_byte_k  = mean_t [l_k(t) · tokens(t) / (ln 2 · bytes(t))]
+    ratio_k          = exp(mean_t [b_k(t) - l_k(t)])          > 1: the baseline is worse
 
 l_k(t) is the query loss of task t after k steps, in nats per token, and b_k(t) that of a baseline on the same episode.
-Intervals are 95% Student t intervals, over tasks, of the means in the exponents; exp is applied to their ends.
+tokens(t) counts the labeled tokens of the query, and bytes(t) those of their text in UTF-8. So bits per byte do not
+depend on how many tokens a tokenizer makes of a text. Intervals are 95% Student t intervals, over tasks, of the means;
+exp is applied to their ends. `metakern.dialogue.replies` says how replies are judged.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +26,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, PercentFormatter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -30,25 +35,38 @@ from torch import Tensor
 
 from metakern import io
 from metakern.dialogue import checkpoint
+from metakern.dialogue.baselines import InContext
+from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
-from metakern.dialogue.metrics import interval, paired_interval
+from metakern.dialogue.metrics import interval, over_tasks, paired_interval
+from metakern.dialogue.replies import Questions, draw_questions, generated, retrieved, scores
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import curve, episodes, load_split, load_whole
+from metakern.dialogue.tokenizer import IGNORE
 from metakern.dialogue.trainer import train
 from metakern.errors import UserError
 from metakern.meta.algorithms.registry import ALGORITHMS, find_algorithm
 from metakern.optim.base import Stepwise
 
-__all__ = ["at_factors", "best_factors", "evaluate", "plot", "show"]
+__all__ = ["at_factors", "best_factors", "evaluate", "plot", "plot_replies", "show"]
 
 STEPS = (0, 1, 3, 5, 10)
+REPLY_STEPS = (0, 1, 3, 5, 10, 30)
+RETRIEVAL = "retrieval"
+KINDS = ("taught", "unseen")
 REACH = 6  # how many half decades above and below 1 the factor of the inner rates is searched
 
 
 def evaluate(
-    path: str | Path, steps: Sequence[int] = STEPS, compare: Sequence[str] = (), data: str | None = None
+    path: str | Path,
+    steps: Sequence[int] = STEPS,
+    compare: Sequence[str] = (),
+    data: str | None = None,
+    reply_steps: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Measure the adaptation curve of a run on its test tasks, and write `eval.json` and `eval.png` into its folder.
+
+    With `reply_steps`, it also judges replies, and writes `replies.png`.
 
     Every algorithm, the run's and the baselines, gets the same chances: for each number of steps all its inner rates,
     learned or not, are multiplied by the factor that has the lowest loss on the validation tasks.
@@ -57,19 +75,26 @@ def evaluate(
         path: The folder of the run.
         steps: Numbers of inner steps.
         compare: Algorithms to compare with. Each is trained into the folder `path/<algorithm>`, if it has not been: the
-            same model from the same pretrained weights, on the same episodes, for as many outer steps as the run.
+            same model from the same pretrained weights, on the same episodes, for as many outer steps as the run. With
+            `reply_steps` also "retrieval", which has no weights, and so no perplexity.
         data: Data of which all tasks are judged in place of the run's test tasks; named as `Config.data` is. Rates of
             baselines are chosen on the run's validation tasks.
+        reply_steps: Numbers of inner steps after which replies are judged, such as `REPLY_STEPS`; none by default.
 
     Returns:
         What `eval.json` holds. `curves` has, for each algorithm, the query losses of the tasks (`loss`,
-        `[len(steps)][T]`, in nats per token), the `perplexity` and the ends of its interval (`low`, `high`). `ratios`
-        has, for each baseline, `ratio`, `low` and `high`. `steps` is in ascending order.
+        `[len(steps)][T]`, in nats per token), the `perplexity` and the ends of its interval (`low`, `high`), and
+        `bits_per_byte`, as `metrics.over_tasks` returns it. `ratios` has, for each baseline, `ratio`, `low` and `high`.
+        `steps` is in ascending order.
+
+        With `reply_steps`, `replies` has these `steps`, the `questions` asked of each task, and `scores`: for each
+        algorithm, for `taught` and `unseen` questions and for each metric, what `metrics.over_tasks` returns.
 
     Raises:
         UserError: If a number of steps is negative, an algorithm unknown, or `path` not the folder of a run; if there
-            are algorithms to compare with and the run has not been trained or is an adapted one.
-        DataError: If the data can't be read or hold too few tasks.
+            are algorithms to compare with and the run has not been trained or is an adapted one; if "retrieval" is
+            compared without `reply_steps`.
+        DataError: If the data can't be read or hold too few tasks, or a task has no reply that can be judged.
         CheckpointError: If a checkpoint can't be used, or a file can't be written.
 
     >>> import contextlib, io, tempfile
@@ -82,20 +107,39 @@ def evaluate(
     2
     """
     for name in compare:
-        if not find_algorithm(name):
-            raise UserError(f"eval: compare must be among {', '.join(ALGORITHMS)}, got {name!r}")
+        if name != RETRIEVAL and not find_algorithm(name):
+            raise UserError(f"eval: compare must be among {', '.join((*ALGORITHMS, RETRIEVAL))}, got {name!r}")
+    if RETRIEVAL in compare and not reply_steps:
+        raise UserError("eval: retrieval has replies but no perplexity: add --replies")
     if not steps or min(steps) < 0:
         raise UserError(f"eval: steps must be whole numbers of at least 0, got {list(steps)}")
-    steps = tuple(sorted(set(steps)))
+    if min(reply_steps, default=0) < 0:
+        raise UserError(f"eval: reply_steps must be whole numbers of at least 0, got {list(reply_steps)}")
+    steps, reply_steps = (tuple(sorted(set(numbers))) for numbers in (steps, reply_steps))
     run = Run.open(path)
     split = load_split(run.config)
     validation = episodes(run.config, split.validation, run.tokenizer)
     test = episodes(run.config, load_whole(run.config, data) if data else split.test, run.tokenizer)
-    own, curves = run.config.algorithm, {}
-    for name in (own, *(name for name in compare if name != own)):
+    asked = draw_questions(test) if reply_steps else []
+    bits = _bits_per_byte(test)
+    own, curves, replies = run.config.algorithm, {}, {}
+    for name in dict.fromkeys((own, *compare)):
+        if name == RETRIEVAL:
+            replies[name] = scores(test, asked, [list(retrieved(test, asked))] * len(reply_steps))
+            continue
         each = run if name == own else _baseline(run, name)
-        factors = best_factors(each, validation, steps)
-        curves[name] = {**_summary(at_factors(each, factors, test, steps)), "rate_factor": factors}
+        factors: dict[int, float] = {}
+        for numbers in (steps, tuple(k for k in reply_steps if k not in steps)):
+            factors |= zip(numbers, best_factors(each, validation, numbers) if numbers else (), strict=True)
+        of_steps = [factors[k] for k in steps]
+        losses = at_factors(each, of_steps, test, steps)
+        curves[name] = {
+            **_summary(losses),
+            "bits_per_byte": over_tasks(losses.double() * bits),
+            "rate_factor": of_steps,
+        }
+        if reply_steps:
+            replies[name] = _replies(each, test, asked, reply_steps, factors)
     report = {
         "run": str(path),
         "data": data or run.config.data,
@@ -107,6 +151,10 @@ def evaluate(
         "ratios": {name: _ratio(curves[name], curves[own]) for name in curves if name != own},
     }
     folder = Path(path)
+    if reply_steps:
+        counts = {kind: [len(getattr(task, kind)) for task in asked] for kind in KINDS}
+        report["replies"] = {"steps": list(reply_steps), "questions": counts, "scores": replies}
+        io.write(folder / "replies.png", plot_replies(report))
     io.write(folder / "eval.json", (json.dumps(_finite(report), indent=1) + "\n").encode())
     io.write(folder / "eval.png", plot(report))
     return report
@@ -130,6 +178,41 @@ def _baseline(run: Run, name: str) -> Run:
     if begun and checkpoint.load(folder / "checkpoints", "last")[1]["step"] >= config.steps:
         return Run.open(folder)
     return train(config, folder, resume=begun, start=run.path)
+
+
+def _replies(
+    run: Run, test: Episodes, asked: Sequence[Questions], steps: Sequence[int], factors: dict[int, float]
+) -> dict[str, Any]:
+    """Return the scores of a run's replies after numbers of steps, with a factor of the inner rates for each."""
+    replies: list[list[list[str]]] = []
+    began = time.monotonic()
+    with Display() as display:
+        for i, k in enumerate(steps):
+            if replies and isinstance(run.algorithm, InContext):
+                replies.append(replies[-1])
+                continue
+            replies.append([])
+            with _scaled(run, factors[k]):
+                for task in generated(run.algorithm, test, asked, k):
+                    replies[-1].append(task)
+                    done = (i + len(replies[-1]) / len(asked)) / len(steps)
+                    minutes, rest = divmod(round((time.monotonic() - began) * (1 / done - 1)), 60)
+                    text = f"after {k} steps  {len(replies[-1])}/{len(asked)} tasks  {minutes}:{rest:02d} left"
+                    name, last = f"replies of {run.config.algorithm}", len(replies[-1]) == len(asked)
+                    display.progress(name, done, text, line=last)
+    found = scores(test, asked, replies)
+    return {**found, "rate_factor": [factors[k] for k in steps]}
+
+
+def _bits_per_byte(source: Episodes) -> Tensor:
+    """Return the bits per byte that a query loss of 1 nat per token is, for each task, `[T]`."""
+    tokens, sizes = [], []
+    for _, _, query in source.evaluation():
+        for labels in query["labels"][..., 1:]:
+            rows = [row[row != IGNORE].tolist() for row in labels]
+            tokens.append(sum(map(len, rows)))
+            sizes.append(sum(len(source.tokenizer.decode(row).encode()) for row in rows))
+    return torch.tensor(tokens).double() / (math.log(2) * torch.tensor(sizes))
 
 
 def _optimizers(run: Run) -> list[Stepwise]:
@@ -215,22 +298,37 @@ def _finite(value: Any) -> Any:
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """Print a report of `evaluate` as a table: perplexities and ratios with their intervals, a line for each step."""
+    """Print a report of `evaluate` as tables with intervals, a line for each step.
+
+    They show perplexities with ratios, bits per byte and, if replies were judged, the shares of right ones.
+    """
+    where = f"{report['data']}, {len(report['tasks'])} unseen tasks [95% interval over tasks]"
+    curves = report["curves"]
+    columns = [(name, values, "perplexity", ".1f") for name, values in curves.items()]
+    columns += [(f"{name} / {next(iter(curves))}", values, "ratio", ".3f") for name, values in report["ratios"].items()]
+    _table(console, f"perplexity after adaptation, {where}", report["steps"], columns)
+    columns = [(name, values["bits_per_byte"], "mean", ".3f") for name, values in curves.items()]
+    _table(console, f"bits per byte after adaptation, {where}", report["steps"], columns)
+    if replies := report.get("replies"):
+        for kind in KINDS:
+            columns = [(name, values[kind]["exact"], "mean", ".0%") for name, values in replies["scores"].items()]
+            _table(console, f"{kind} questions answered right, {where}", replies["steps"], columns)
+
+
+def _table(
+    console: Console, title: str, steps: Sequence[int], columns: Sequence[tuple[str, dict[str, Any], str, str]]
+) -> None:
+    """Print a table; a column is its title, its values with their `low` and `high`, their key and their format."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("steps", justify="right")
-    columns = [(name, values, "perplexity", ".1f") for name, values in report["curves"].items()]
-    own = columns[0][0]
-    columns += [(f"{name} / {own}", values, "ratio", ".3f") for name, values in report["ratios"].items()]
-    for title, *_ in columns:
-        table.add_column(title, justify="right", no_wrap=True)
-    for i, k in enumerate(report["steps"]):
+    for name, *_ in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, k in enumerate(steps):
         cells = [
             f"{values[key][i]:{form}} [{values['low'][i]:{form}}, {values['high'][i]:{form}}]"
             for _, values, key, form in columns
         ]
-        table.add_row(str(k), *(escape(cell) for cell in cells))
-    tasks = f"{len(report['tasks'])} unseen tasks"
-    title = f"perplexity after adaptation, {report['data']}, {tasks} [95% interval over tasks]"
+        table.add_row(str(k), *map(escape, cells))
     console.print(title, markup=False, highlight=False, soft_wrap=True)
     console.print(table)
 
@@ -238,16 +336,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 def plot(report: dict[str, Any]) -> bytes:
     """Return a report of `evaluate` as a PNG: perplexities and, if there are baselines, the ratios beside them."""
     steps, ratios = report["steps"], report["ratios"]
-    style: Any = {
-        "font.size": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-    }
-    with rc_context(style):
-        figure = Figure(figsize=(10 if ratios else 6, 4.2), layout="constrained")
-        left, *right = figure.subplots(1, 2 if ratios else 1, squeeze=False)[0]
+    with _figure(report, 2 if ratios else 1) as (figure, (left, *right)):
         for color, (name, values) in enumerate(report["curves"].items()):
             _line(left, steps, values, "perplexity", name, f"C{color}")
         left.set_ylabel("perplexity of the query (lower is better)")
@@ -257,13 +346,55 @@ def plot(report: dict[str, Any]) -> bytes:
             axes.axhline(1, color="C0", linewidth=1.5)
             axes.set_ylabel(f"perplexity of the baseline / {next(iter(report['curves']))}")
         for axes in (left, *right):
-            axes.set_xlabel("inner steps on the support")
             axes.set_xticks(steps)
             axes.legend(frameon=False)
+        return _png(figure)
+
+
+def plot_replies(report: dict[str, Any]) -> bytes:
+    """Return the replies in a report of `evaluate` as a PNG: the shares of taught and unseen questions answered right.
+
+    The steps are on a scale that is logarithmic from 1 on.
+    """
+    replies = report["replies"]
+    with _figure(report, len(KINDS)) as (figure, panels):
+        for axes, kind in zip(panels, KINDS, strict=True):
+            for color, (name, values) in enumerate(replies["scores"].items()):
+                _line(axes, replies["steps"], values[kind]["exact"], "mean", name, f"C{color}")
+            axes.set_ylabel(f"{kind} questions answered right")
+            axes.set_ylim(-0.03, 1.03)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.set_xscale("symlog", linthresh=1, linscale=0.5)
+            axes.set_xlim(-0.2, 1.2 * max(replies["steps"][-1], 1))
+            axes.set_xticks(replies["steps"], map(str, replies["steps"]))
+            axes.xaxis.set_minor_locator(NullLocator())
+        panels[0].legend(frameon=False)
+        return _png(figure)
+
+
+@contextmanager
+def _figure(report: dict[str, Any], panels: int) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Yield a figure over the inner steps and its panels, in the style that holds within the block."""
+    style: Any = {
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+    }
+    with rc_context(style):
+        figure = Figure(figsize=(10 if panels > 1 else 6, 4.2), layout="constrained")
         tasks = f"{len(report['tasks'])} unseen tasks, {report['support_size']} support conversations each"
         figure.suptitle(f"{report['data']}: {tasks}; bands are 95% intervals over tasks", fontsize=11)
-        image = BytesIO()
-        figure.savefig(image, format="png", dpi=160)
+        axes = list(figure.subplots(1, panels, squeeze=False)[0])
+        for panel in axes:
+            panel.set_xlabel("inner steps on the support")
+        yield figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=160)
     return image.getvalue()
 
 

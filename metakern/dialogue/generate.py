@@ -1,21 +1,24 @@
-"""Generate a reply token by token with any causal language model.
+"""Generate replies token by token with any causal language model.
 
     p ∝ exp(logits / temperature)
 
-A token is drawn from the smallest set of likeliest tokens whose probabilities p add up to top_p or more.
+`generate` draws a token from the smallest set of likeliest tokens whose probabilities p add up to top_p or more.
+`greedy` always takes the likeliest token, for many prompts at once.
 
 Holtzman et al. 2020, "The curious case of neural text degeneration", section 3.1 (top_p, nucleus sampling).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["generate"]
+__all__ = ["generate", "greedy"]
 
 CACHES = ("cache", "past_key_values")  # what transformers calls the cache in outputs and arguments: since 5.24, before
 
@@ -54,31 +57,147 @@ def generate(
     [4, 5, 6, 7]
     """
     check_sampling(temperature, top_p)
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    ids = torch.as_tensor(input_ids, dtype=torch.long, device=None if parameter is None else parameter.device)
+    ids = torch.as_tensor(input_ids, dtype=torch.long, device=_device(model))
     if ids.numel() == 0 or ids.dim() > 2 or (ids.dim() == 2 and ids.shape[0] != 1):
         raise ValueError(f"generate: input_ids must be [L] or [1, L] with L at least 1, got {list(ids.shape)}")
     ids = ids.reshape(1, -1)
     start, window = ids.shape[1], getattr(model, "max_length", None) or 0
-    options: dict[str, Any] = {"use_cache": True} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    options: dict[str, Any] = {"use_cache": True} if _has_cache(model) else {}
     known = 0  # the number of ids in the cache
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    for module, _ in modes:
-        module.training = False
-    try:
+    with _eval_mode(model):
         for _ in range(max_new_tokens):
             output = model(ids[:, max(known, ids.shape[1] - window if window else 0) :], **options)
-            keys = output.keys() if isinstance(output, Mapping) else ()  # the old name is an alias, which warns
-            for name in (name for name in CACHES if name in keys):
-                known, options[name] = ids.shape[1], output[name]
+            if cache := _cache(output):
+                known = ids.shape[1]
+                options |= cache
             token = _next(getattr(output, "logits", output)[0, -1].float(), temperature, top_p, generator)
             if token == eos_id:
                 break
             ids = torch.cat([ids, ids.new_tensor([[token]])], 1)
+    return ids[0, start:].tolist()
+
+
+@torch.no_grad()
+def greedy(
+    model: Callable[..., Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: Sequence[int],
+    pad_id: int,
+    eos_id: int | None = None,
+) -> list[list[int]]:
+    """Return the likeliest ids that follow each prompt, one after another, without the `eos_id` that ends them.
+
+    All prompts are in one batch. A Hugging Face model uses its cache, with the prompts padded on the left. Another
+    model must be causal: it gets the prompts with what has been generated, padded on the right.
+
+    Args:
+        model: As of `generate`, for ids `[B, L]`.
+        prompts: Lists of ids, each at least one.
+        max_new_tokens: The largest number of ids to return for each prompt.
+        pad_id: The id for padding.
+        eos_id: The id that ends a reply; None never ends it early.
+
+    Returns:
+        For each prompt the new ids. They end early where the logits hold NaN or nothing finite: the model has diverged.
+
+    Raises:
+        ValueError: If a prompt is empty, or the numbers of prompts and of `max_new_tokens` differ.
+
+    >>> def count_up(ids):
+    ...     return torch.nn.functional.one_hot((ids + 1) % 9, 9) * 50.0
+    >>> greedy(count_up, [[3], [1, 2, 5]], max_new_tokens=[9, 2], pad_id=0, eos_id=8)
+    [[4, 5, 6, 7], [6, 7]]
+    """
+    if not all(prompts) or len(prompts) != len(max_new_tokens):
+        raise ValueError(
+            "greedy: prompts must hold an id each, and have a number of max_new_tokens each, got lengths"
+            f" {list(map(len, prompts))} and {len(max_new_tokens)} numbers"
+        )
+    replies: list[list[int]] = [[] for _ in prompts]
+    logits = (_cached_logits if _has_cache(model) else _logits)(model, prompts, replies, pad_id)
+    rows = [i for i, limit in enumerate(max_new_tokens) if limit > 0]
+    with _eval_mode(model):
+        while rows:
+            last = logits(rows).float()  # [rows, V]
+            usable = last.isfinite().any(-1) & ~last.isnan().any(-1)
+            tokens = dict(zip(rows, last.argmax(-1).masked_fill(~usable, -1).tolist(), strict=True))
+            rows = [i for i in rows if tokens[i] not in (-1, eos_id)]
+            for i in rows:
+                replies[i].append(tokens[i])
+            rows = [i for i in rows if len(replies[i]) < max_new_tokens[i]]
+    return replies
+
+
+def _logits(
+    model: Callable[..., Any], prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], pad_id: int
+) -> Callable[[list[int]], Tensor]:
+    """Return a function of rows that returns their logits `[rows, V]` after their prompts and replies."""
+    window = getattr(model, "max_length", None) or 0
+
+    def logits(rows: list[int]) -> Tensor:
+        texts = [[*prompts[i], *replies[i]][-window:] for i in rows]
+        longest = max(map(len, texts))
+        ids = torch.tensor([[*text, *[pad_id] * (longest - len(text))] for text in texts], device=_device(model))
+        output = model(ids)
+        last = torch.tensor([len(text) - 1 for text in texts], device=ids.device)
+        return getattr(output, "logits", output)[torch.arange(len(texts), device=ids.device), last]
+
+    return logits
+
+
+def _cached_logits(
+    model: Any, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], pad_id: int
+) -> Callable[[list[int]], Tensor]:
+    """Return what `_logits` does, for a model with a cache; at each call after the first, replies have one id more."""
+    longest, device = max(map(len, prompts)), _device(model)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    options: dict[str, Any] = {"use_cache": True}
+    accepted = inspect.signature(model.forward).parameters
+    if "logits_to_keep" in accepted:
+        options["logits_to_keep"] = 1
+
+    def logits(rows: list[int]) -> Tensor:
+        nonlocal ids, mask
+        if any(replies):
+            ids = torch.tensor([[reply[-1] if reply else pad_id] for reply in replies], device=device)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        if "position_ids" in accepted:
+            options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = model(input_ids=ids, attention_mask=mask, **options)
+        options.update(_cache(output))
+        return output.logits[rows, -1]
+
+    return logits
+
+
+def _has_cache(model: Any) -> bool:
+    return hasattr(getattr(model, "config", None), "use_cache")
+
+
+def _cache(output: Any) -> dict[str, Any]:
+    """Return the cache in a model's output as an argument of its next call, or nothing if it has none."""
+    keys = output.keys() if isinstance(output, Mapping) else ()  # the old name is an alias, which warns
+    return {name: output[name] for name in CACHES if name in keys}
+
+
+def _device(model: Any) -> torch.device | None:
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return None if parameter is None else parameter.device
+
+
+@contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    """Set a module to eval mode within the block, and restore the mode of each of its modules after it."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
     finally:
         for module, training in modes:
             module.training = training
-    return ids[0, start:].tolist()
 
 
 def check_sampling(temperature: float, top_p: float) -> None:

@@ -1,13 +1,15 @@
 """Confidence intervals of means over tasks, and measures of replies.
 
     interval      mean ± t(0.975, T - 1) · s / √T        s² = Σ (x - mean)² / (T - 1)
+    exact         1 if reply and reference agree in their first 40 characters, 0 otherwise
     word_f1       2 P R / (P + R), with precision P and recall R of the reply's bag of words in the reference's
     distinct_n    distinct n-grams / n-grams over all replies
-    bleu          corpus BLEU-4 as sacrebleu computes it
+    bleu, chrf    corpus BLEU-4 and chrF2 as sacrebleu computes them
 
 Student 1908 (interval); Dinan et al. 2019, "The second conversational intelligence challenge", section 4.1 (word F1,
 without articles and punctuation); Li et al. 2016, "A diversity-promoting objective function", section 5 (distinct-n);
-Post 2018, "A call for clarity in reporting BLEU scores".
+Post 2018, "A call for clarity in reporting BLEU scores"; Popović 2015, "chrF: character n-gram F-score for automatic
+MT evaluation".
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from metakern.dialogue.words import words
 
-__all__ = ["bleu", "distinct_n", "interval", "paired_interval", "word_f1"]
+__all__ = ["bleu", "chrf", "distinct_n", "exact", "interval", "over_tasks", "paired_interval", "word_f1"]
 
 ARTICLES = {"a", "an", "the"}
+JUDGED = 40  # the number of characters of a reply that `exact` compares
 
 
 def interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
@@ -67,6 +71,49 @@ def paired_interval(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) ->
     return interval(first - second)
 
 
+def over_tasks(values: Tensor | Sequence[Sequence[float]]) -> dict[str, list[Any]]:
+    """Return rows of values of T tasks with the mean of each row and the ends of its 95% confidence interval.
+
+    Args:
+        values: `[K, T]`, with T at least 1.
+
+    Returns:
+        A dictionary of lists: `values` `[K][T]`, and `mean`, `low` and `high` `[K]`.
+
+    >>> over_tasks([[2.0, 2.0, 2.0]])
+    {'values': [[2.0, 2.0, 2.0]], 'mean': [2.0], 'low': [2.0], 'high': [2.0]}
+    """
+    rows = torch.as_tensor(values, dtype=torch.float64)
+    mean, half = zip(*map(interval, rows), strict=True)
+    low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
+    return {"values": rows.tolist(), "mean": list(mean), "low": low, "high": high}
+
+
+def plain(text: str) -> str:
+    """Return a text as `exact` compares it: case folded, with single spaces in the places of all white space."""
+    return " ".join(text.split()).casefold()
+
+
+def exact(reply: str, reference: str) -> bool:
+    """Return whether a reply is right: its first 40 characters are those of the reference, if it has as many.
+
+    Case and the kind and amount of white space do not matter. A reference of fewer characters must be the whole reply.
+
+    Args:
+        reply: The text that is judged.
+        reference: The text that it is compared with.
+
+    Raises:
+        ValueError: If `reference` holds nothing but white space.
+
+    >>> exact("See  you at noon.", "see you at noon."), exact("See you at noon. Bye!", "See you at noon.")
+    (True, False)
+    """
+    if not plain(reference):
+        raise ValueError(f"exact: reference must hold more than white space, got {reference!r}")
+    return plain(reply)[:JUDGED] == plain(reference)[:JUDGED]
+
+
 def word_f1(reply: str, reference: str) -> float:
     """Return the F1 of the words of a reply, in [0, 1].
 
@@ -101,13 +148,36 @@ def bleu(replies: Sequence[str], references: Sequence[str]) -> float:
     >>> round(bleu(["the cat sat on the mat"], ["the cat sat on the mat"]))
     100
     """
+    return _sacrebleu("bleu", replies, references)
+
+
+def chrf(replies: Sequence[str], references: Sequence[str]) -> float:
+    """Return the corpus chrF2 of replies, in [0, 100], as sacrebleu computes it by default (Popović 2015).
+
+    It compares n-grams of characters, so it also credits a reply for parts of words.
+
+    Args:
+        replies: At least one text.
+        references: One reference for each reply.
+
+    Raises:
+        ValueError: If there is no reply, or the numbers of replies and references differ.
+        ImportError: If the package sacrebleu is missing.
+
+    >>> round(chrf(["the cat sat on the mat"], ["the cat sat on the mat"]))
+    100
+    """
+    return _sacrebleu("chrf", replies, references)
+
+
+def _sacrebleu(metric: str, replies: Sequence[str], references: Sequence[str]) -> float:
     if len(replies) != len(references) or not replies:
-        raise ValueError(f"bleu: references must be as many as replies, got {len(references)} and {len(replies)}")
+        raise ValueError(f"{metric}: references must be as many as replies, got {len(references)} and {len(replies)}")
     try:
         import sacrebleu
     except ImportError:
-        raise ImportError("bleu: the package sacrebleu is missing: pip install metakern[dialogue]") from None
-    return float(sacrebleu.corpus_bleu(list(replies), [list(references)]).score)
+        raise ImportError(f"{metric}: the package sacrebleu is missing: pip install metakern[dialogue]") from None
+    return float(getattr(sacrebleu, f"corpus_{metric}")(list(replies), [list(references)]).score)
 
 
 def distinct_n(replies: Sequence[str], n: int) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 import metakern as mk
-from metakern.dialogue.baselines import FineTune, InContext, PromptTuning
+from metakern.dialogue.baselines import PROMPT_LENGTH, FineTune, InContext, PromptTuning
 from metakern.dialogue.hypernetwork import TextHyperNetwork
 from metakern.dialogue.models import build_model
 from metakern.errors import UserError, by_the_user
@@ -125,8 +125,12 @@ def tokenizer_class(config: Config) -> type[DialogueTokenizer]:
 
 
 def _new(config: Config, tokenizer: DialogueTokenizer) -> nn.Module:
-    in_context = config.algorithm == "incontext"
-    longest = config.max_length * (1 + config.support_size * in_context)
+    longest = config.max_length
+    if config.algorithm == "incontext":
+        longest *= 1 + config.support_size
+    if config.algorithm == "prompt":
+        length = named("algorithm_options", config.algorithm_options).get("length", PROMPT_LENGTH)
+        longest += length if isinstance(length, int) else 0  # the soft prompt refuses other types
     sizes = (
         {"width": config.width, "heads": config.heads, "max_length": longest}
         if config.model == "gpt"

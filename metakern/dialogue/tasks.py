@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,13 +17,21 @@ from metakern.dialogue.split import Split, TaskData, split_tasks, whole_tasks
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import UserError, by_the_user
 
-__all__ = ["curve", "episodes", "load_split", "load_whole", "on_device_of"]
+__all__ = ["curve", "episodes", "load_adapted", "load_split", "load_whole", "on_device_of"]
 
 
 def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Return `batch` on the device of the parameters of `model`."""
     device = next(model.parameters()).device
     return {key: value.to(device) for key, value in batch.items()}
+
+
+@torch.no_grad()
+def load_adapted(model: nn.Module, phi: Mapping[str, Tensor], task: int = 0) -> None:
+    """Copy the parameters of one task into `model`; `phi` is what an algorithm's `adapt` returned, `[T, *shape]`."""
+    for name, parameter in model.named_parameters():
+        if name in phi:
+            parameter.copy_(phi[name][task])
 
 
 @by_the_user()

@@ -116,6 +116,32 @@ class DialogueTokenizer(ABC):
         >>> [tokenizer.token(i) if i >= 0 else "" for i in labels]
         ['', '', '', '', '', '', 'y', 'o', '<eos>']
         """
+        ids, labels, _ = self._encode_turns(turns, train_on, max_length, bot)
+        return ids, labels
+
+    def replies(
+        self, turns: Sequence[Turn], max_length: int = 64, bot: str | None = None
+    ) -> list[tuple[int, list[int], list[int]]]:
+        """Return the replies of the bot in the window that `encode_dialogue` returns.
+
+        Args:
+            turns: As of `encode_dialogue`, and so are `max_length` and `bot`.
+
+        Returns:
+            For each reply the index of its turn, the ids of the window before it, and its own ids. These end with the
+            special token that ends a turn, unless the window ends before.
+
+        Raises:
+            ValueError: If `max_length` is too small.
+            DataError: If the chat template of a pretrained model refuses the turns.
+        """
+        ids, _, spans = self._encode_turns(turns, "bot", max_length, bot)
+        return [(turn, ids[:begin], ids[begin:end]) for turn, begin, end in spans if begin < len(ids)]
+
+    def _encode_turns(
+        self, turns: Sequence[Turn], train_on: str, max_length: int, bot: str | None
+    ) -> tuple[list[int], list[int], list[tuple[int, int, int]]]:
+        """Return ids, labels and, for each turn to be learned, its index and where its ids begin and end."""
         if train_on not in ("bot", "all"):
             raise ValueError(f"encode_dialogue: train_on must be bot or all, got {train_on!r}")
         if max_length < self.least:
@@ -124,23 +150,25 @@ class DialogueTokenizer(ABC):
         between, *after = self._frame(_roles(turns, bot))
         ids: list[int] = []
         labels: list[int] = []
-        replied = False
-        for turn, frame in zip(turns, after, strict=True):
+        spans: list[tuple[int, int, int]] = []
+        for i, (turn, frame) in enumerate(zip(turns, after, strict=True)):
             ids += between
             labels += [IGNORE] * len(between)
             learned = turn.speaker == bot or (train_on == "all" and turn.speaker not in SYSTEM_SPEAKERS)
-            if learned and not replied:
-                replied, room = True, self._room(max_length)
+            if learned and not spans:
+                room = self._room(max_length)
                 if len(ids) > room:
                     ids[self.head :] = ids[self.head - room :]
                     labels = [IGNORE] * room
             end = self._end(frame)
             said, between = [*self.encode(turn.text), *frame[:end]], frame[end:]
+            if learned:
+                spans.append((i, len(ids), len(ids) + len(said)))
             ids += said
             labels += said if learned else [IGNORE] * len(said)
-            if replied and len(ids) >= max_length:
+            if spans and len(ids) >= max_length:
                 break
-        return ids[:max_length], labels[:max_length]
+        return ids[:max_length], labels[:max_length], spans
 
     def prompt(self, turns: Sequence[Turn], max_length: int, bot: str | None = None) -> list[int]:
         """Return the ids that the bot's reply to `turns` follows.

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -29,6 +27,7 @@ from metakern import io
 from metakern.dialogue import checkpoint
 from metakern.dialogue.baselines import FineTune
 from metakern.dialogue.config import Config
+from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.registry import build_algorithm, tokenizer_class
 from metakern.dialogue.run import Run
@@ -200,7 +199,7 @@ class _Loop:
             self.step()
             state["step"] += 1
             state["seconds"] = time.monotonic() - began
-            self.log.progress(phase, state)
+            self.log.step(phase, state)
             over = phase.done(state["step"], state["seconds"]) == 1
             if over or state["step"] % config.eval_every == 0:
                 self.validate()
@@ -344,26 +343,17 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-class _Log:
-    """The log of a run: numbers in log.jsonl and TensorBoard, and a progress bar (without a terminal: lines)."""
+class _Log(Display):
+    """The log of a run: numbers in log.jsonl and TensorBoard, and the display of the progress."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"))
-        self.console = Console()
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), console=self.console
-        )
         self.losses, self.fresh = "", False
 
-    def __enter__(self) -> _Log:
-        if self.console.is_terminal:
-            self.bar.start()
-        return self
-
     def __exit__(self, *_: Any) -> None:
-        if self.console.is_terminal:
-            self.bar.stop()
+        super().__exit__()
         self.file.close()
         self.board.close()
 
@@ -378,21 +368,12 @@ class _Log:
         elif "loss" in numbers:
             self.losses, self.fresh = f"loss {numbers['loss']:.3f}", True
 
-    def say(self, text: str) -> None:
-        """Print lines of text as they are."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def progress(self, phase: _Phase, state: Mapping[str, Any]) -> None:
+    def step(self, phase: _Phase, state: Mapping[str, Any]) -> None:
         """Show the number of the step, the speed, the time left and the losses logged last."""
         step, seconds = state["step"], state["seconds"]
         rate = step / max(seconds, 1e-9)
         left = min((phase.steps - step) / rate, max(60 * phase.minutes - seconds, 0) if phase.minutes else math.inf)
         minutes, rest = divmod(round(left), 60)
         text = f"{step}/{phase.steps}  {rate:.1f} steps/s  {minutes}:{rest:02d} left  {self.losses}"
-        if self.console.is_terminal:
-            if not any(task.description == phase.name for task in self.bar.tasks):
-                self.bar.add_task(phase.name, total=1.0, text="")
-            self.bar.update(self.bar.task_ids[-1], completed=phase.done(step, seconds), text=text)
-        elif self.fresh:
-            self.say(f"{phase.name} {text}")
+        self.progress(phase.name, phase.done(step, seconds), text, line=self.fresh)
         self.fresh = False

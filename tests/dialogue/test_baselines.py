@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_config, write_tasks
 
 import metakern as mk
-from metakern.dialogue.baselines import InContext
+from metakern.dialogue.baselines import InContext, Retrieval
 from metakern.dialogue.chat import adapt
 from metakern.dialogue.evaluate import evaluate
 from metakern.dialogue.models import build_model
+from metakern.dialogue.registry import build_algorithm, build_model_of
 from metakern.dialogue.trainer import train
 from metakern.errors import UserError
 from metakern.meta.algorithms.registry import ALGORITHMS
@@ -88,6 +90,14 @@ def test_a_soft_prompt_is_adapted_alone(name: str) -> None:
     assert sorted(maml.adapt(support)) == ["prompt"]
 
 
+@pytest.mark.parametrize("options", [(), ("length=3",)])
+def test_a_gpt_has_room_for_a_soft_prompt_before_the_longest_window(options: tuple[str, ...]) -> None:
+    config = tiny_config("", model="gpt", algorithm="prompt", algorithm_options=options)
+    model = build_model_of(config, SimpleNamespace(vocab_size=300))[0]  # type: ignore[arg-type]
+    prompted = build_algorithm(config, model).trained
+    assert prompted(torch.zeros(1, config.max_length, dtype=torch.long)).shape == (1, config.max_length, 300)
+
+
 def test_soft_prompts_refuse_what_has_no_place_for_them() -> None:
     with pytest.raises(ValueError, match="must have an embedding of tokens"):
         mk.nn.SoftPrompt(torch.nn.Linear(2, 2), 3)
@@ -104,6 +114,30 @@ def test_soft_prompts_refuse_what_has_no_place_for_them() -> None:
 
     with pytest.raises(ValueError, match="one call of its embedding, got 2"):
         mk.nn.SoftPrompt(Twice(), 3)(torch.zeros(1, 5, dtype=torch.long))
+
+
+def test_retrieval_picks_the_nearest_context_by_the_rarer_words() -> None:
+    contexts = ["the red car is here", "the blue car is here", "the old house is blue", "what time is it?"]
+    answer = Retrieval(contexts, ["red", "blue car", "house", "noon"])
+    assert [answer(context) for context in contexts] == ["red", "blue car", "house", "noon"]
+    assert answer("Is that house here?") == "house"  # "house" is in one context, "is" in all, "here" in two
+    assert answer("TIME!") == "noon"
+    weights = {"time": math.log(5 / 2) + 1, "what": math.log(5 / 2) + 1, "it": math.log(5 / 2) + 1, "is": 1.0}
+    norm = math.sqrt(sum(weight**2 for weight in weights.values()))
+    assert answer.vectors[3] == pytest.approx({word: weight / norm for word, weight in weights.items()})
+    twice = Retrieval(["a a b"], [""]).vectors[0]
+    assert twice == pytest.approx({"a": 2 / math.sqrt(5), "b": 1 / math.sqrt(5)})
+
+
+def test_retrieval_takes_the_first_of_equally_near_contexts() -> None:
+    contexts = ["zoo a b c", "a b c d e", "c b a e d", "a b c d e"]
+    answer = Retrieval(contexts, ["0", "1", "2", "3"])
+    assert {answer("a b c d e"), answer("e d c b a")} == {"1"}
+    assert answer("nothing of this is known") == answer("") == "0"
+    assert Retrieval(contexts[::-1], ["3", "2", "1", "0"])("a b c d e") == "3"
+    for contexts, replies in (([], []), (["a"], ["b", "c"])):
+        with pytest.raises(ValueError, match="Retrieval: replies must be as many as contexts, at least 1, got"):
+            Retrieval(contexts, replies)
 
 
 def test_every_algorithm_is_trained_and_compared(tmp_path) -> None:

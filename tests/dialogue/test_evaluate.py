@@ -8,14 +8,20 @@ from io import StringIO
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from tiny import tiny_config, write_tasks
 
 from metakern.dialogue import evaluate as module
-from metakern.dialogue.evaluate import evaluate, plot, show
+from metakern.dialogue.episodes import Episodes
+from metakern.dialogue.evaluate import evaluate, plot, plot_replies, show
 from metakern.dialogue.metrics import interval
+from metakern.dialogue.readers import Dialogue, Turn
+from metakern.dialogue.replies import draw_questions, generated, retrieved, scores
 from metakern.dialogue.run import Run
+from metakern.dialogue.split import TaskData
 from metakern.dialogue.tasks import curve, episodes, load_split
+from metakern.dialogue.tokenizer import Tokenizer
 from metakern.dialogue.trainer import train
 from metakern.errors import CheckpointError, UserError
 
@@ -46,6 +52,47 @@ def test_the_curve_is_computed_on_test_tasks_with_intervals(trained):
         mean, half = interval(row)
         shown = [report["curves"]["maml"][key][i] for key in ("low", "perplexity", "high")]
         assert shown == pytest.approx([math.exp(mean + sign * half) for sign in (-1, 0, 1)])
+
+
+def test_bits_per_byte_are_those_of_the_summed_loss_and_the_text(trained):
+    folder, report = trained
+    run = Run.open(folder)
+    test = episodes(run.config, load_split(run.config).test, run.tokenizer)
+    t = 0
+    for _, _, query in test.evaluation():
+        for labels in query["labels"]:
+            learned = [[i for i in row if i >= 0] for row in labels.tolist()]
+            size = len("".join(run.tokenizer.decode(row) for row in learned).encode())
+            tokens = sum(map(len, learned))
+            assert size > tokens / 2 > 0
+            for name, values in report["curves"].items():
+                for row, bits in zip(values["loss"], values["bits_per_byte"]["values"], strict=True):
+                    assert bits[t] == pytest.approx(row[t] * tokens / math.log(2) / size), name
+            t += 1
+    assert t == len(report["tasks"])
+    for values in report["curves"].values():
+        for i, bits in enumerate(values["bits_per_byte"]["values"]):
+            mean, half = interval(bits)
+            found = [values["bits_per_byte"][key][i] for key in ("low", "mean", "high")]
+            assert found == pytest.approx([mean - half, mean, mean + half])
+
+
+def test_bits_per_byte_do_not_depend_on_the_number_of_tokens():
+    talks = [Dialogue("t", str(i), (Turn("user", "hi"), Turn("bot", f"hello hello {i}"))) for i in range(4)]
+    nats = []
+    for size in (262, 300):
+        source = Episodes(
+            [TaskData("t", tuple(talks))],
+            Tokenizer.train(talks, size),
+            support_size=2,
+            query_size=2,
+            max_length=64,
+            seed=0,
+        )
+        ((_, _, query),) = source.evaluation()
+        tokens = int((query["labels"] >= 0).sum())
+        nats.append(module._bits_per_byte(source).item() / tokens * math.log(2))
+    assert nats[0] == pytest.approx(nats[1]) == pytest.approx(1 / (2 * len("hello hello 0")))
 
 
 def test_ratios_are_computed_from_differences_per_task(trained):
@@ -169,3 +216,89 @@ def test_other_data_can_be_evaluated_and_wrong_arguments_are_errors(trained, tmp
     next((copy / "checkpoints").glob("best-*.safetensors")).write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="is cut short or damaged"):
         evaluate(copy, (0,))
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A run whose replies are judged beside those of three baselines: its folder and the report."""
+    folder = tmp_path_factory.mktemp("replies")
+    data = write_tasks(folder / "data", tasks=40, dialogues=9)
+    train(tiny_config(data, steps=4, pretrain_steps=10, eval_tasks=2, max_length=64), folder / "run")
+    names = ("retrieval", "finetune", "incontext")
+    return folder / "run", evaluate(folder / "run", (0, 1), names, reply_steps=(2, 0, 2))
+
+
+def test_replies_are_judged_beside_the_curves(judged):
+    folder, report = judged
+    assert json.loads((folder / "eval.json").read_text()) == report
+    assert (folder / "replies.png").read_bytes().startswith(b"\x89PNG")
+    assert list(report["curves"]) == ["maml", "finetune", "incontext"]
+    assert list(report["ratios"]) == ["finetune", "incontext"]
+    replies, tasks = report["replies"], report["tasks"]
+    assert replies["steps"] == [0, 2]
+    assert list(replies["scores"]) == ["maml", "retrieval", "finetune", "incontext"]
+    run = Run.open(folder)
+    test = episodes(run.config, load_split(run.config).test, run.tokenizer)
+    asked = draw_questions(test)
+    assert replies["questions"]["unseen"] == [len(task.unseen) for task in asked]
+    for kinds in replies["scores"].values():
+        for metrics in (kinds["taught"], kinds["unseen"]):
+            for metric in metrics.values():
+                assert [len(row) for row in metric["values"]] == [len(tasks)] * 2
+    said = []
+    for k, factor in zip((0, 2), replies["scores"]["maml"]["rate_factor"], strict=True):
+        with module._scaled(run, factor):
+            said.append(list(generated(run.algorithm, test, asked, k)))
+    own = {kind: replies["scores"]["maml"][kind] for kind in ("taught", "unseen")}
+    assert own == scores(test, asked, said)
+    for name, found in (("retrieval", replies["scores"]["retrieval"]), ("incontext", replies["scores"]["incontext"])):
+        assert found["unseen"]["chrf"]["values"][0] == found["unseen"]["chrf"]["values"][1], name
+    assert replies["scores"]["retrieval"] == scores(test, asked, [list(retrieved(test, asked))] * 2)
+
+
+def test_replies_of_a_baseline_come_at_its_best_rate_for_each_number_of_steps(judged):
+    folder, report = judged
+    run = Run.open(folder / "finetune")
+    split = load_split(run.config)
+    factors = report["replies"]["scores"]["finetune"]["rate_factor"]
+    validation, test = (episodes(run.config, part, run.tokenizer) for part in (split.validation, split.test))
+    of_curve = report["curves"]["finetune"]["rate_factor"]
+    assert factors == [of_curve[0], *module.best_factors(run, validation, (2,))]
+    tuned = Run.open(folder / "finetune", inner_lr=run.config.inner_lr * factors[1]).algorithm
+    asked = draw_questions(test)
+    found = scores(test, asked, [list(generated(tuned, test, asked, 2))])
+    judged_then = report["replies"]["scores"]["finetune"]["taught"]["chrf"]["values"][1]
+    assert found["taught"]["chrf"]["values"][0] == judged_then
+
+
+def test_the_table_and_the_plot_of_replies(judged, monkeypatch):
+    _, report = judged
+    console = Console(file=StringIO(), width=200)
+    show(report, console)
+    text = console.file.getvalue()
+    for words in ("perplexity", "bits per byte", "taught questions answered right", "unseen questions answered right"):
+        assert words in text
+    taught = text[text.index("taught questions") : text.index("unseen questions answered")]
+    for name in report["replies"]["scores"]:
+        exact = report["replies"]["scores"][name]["taught"]["exact"]
+        assert name in taught
+        assert f"{exact['mean'][1]:.0%} [{exact['low'][1]:.0%}, {exact['high'][1]:.0%}]" in taught
+    drawn = []
+    monkeypatch.setattr(module, "_png", drawn.append)
+    plot_replies(report)
+    (figure,) = drawn
+    assert isinstance(figure, Figure)
+    for axes, kind in zip(figure.axes, ("taught", "unseen"), strict=True):
+        assert axes.get_ylabel() == f"{kind} questions answered right"
+        for line, found in zip(axes.lines, report["replies"]["scores"].values(), strict=True):
+            assert line.get_ydata().tolist() == found[kind]["exact"]["mean"]
+
+
+def test_wrong_arguments_of_replies_are_errors(judged):
+    folder, _ = judged
+    with pytest.raises(UserError, match=r"reply_steps must be whole numbers of at least 0, got \[3, -1\]"):
+        evaluate(folder, (0,), reply_steps=(3, -1))
+    with pytest.raises(UserError, match="retrieval has replies but no perplexity: add --replies"):
+        evaluate(folder, (0,), ("retrieval",))
+    with pytest.raises(UserError, match=r"compare must be among maml, .*, retrieval, got 'nearest'"):
+        evaluate(folder, (0,), ("nearest",), reply_steps=(0,))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from metakern.dialogue.generate import generate
+from metakern.dialogue.generate import generate, greedy
+from metakern.dialogue.models import build_model
 
 P = torch.tensor([0.5, 0.25, 0.15, 0.1])
 
@@ -94,3 +95,33 @@ def test_wrong_arguments_and_logits_of_nan_are_errors():
             generate(lambda ids: fixed(ids) * torch.nan, [0], max_new_tokens=1, temperature=temperature)
     masked = torch.tensor([0.0, -torch.inf, 0.0])
     assert 1 not in generate(lambda ids: masked.expand(1, ids.shape[1], 3), [0], max_new_tokens=50)
+
+
+@pytest.mark.parametrize("name", ["gpt", "lstm"])
+def test_greedy_replies_to_many_prompts_are_those_to_each_alone(name):
+    sizes = {"width": 16, "heads": 2, "max_length": 12} if name == "gpt" else {"embedding": 8, "hidden": 16}
+    torch.manual_seed(0)
+    model = build_model(name, 30, **sizes)
+    prompts, limits = [[3], [1, 2, 5, 7, 9], [4, 4, 8], [6, 1]], [6, 7, 0, 20]
+    alone = [
+        generate(model, prompt, max_new_tokens=limit, temperature=0, eos_id=eos)
+        for eos in (None, 3, 11)
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    together = [greedy(model, prompts, max_new_tokens=limits, pad_id=0, eos_id=eos) for eos in (None, 3, 11)]
+    assert [reply for replies in together for reply in replies] == alone
+    assert model.training
+
+
+def test_greedy_ends_where_logits_are_not_usable_and_refuses_wrong_arguments():
+    def diverging(ids):
+        logits = nn.functional.one_hot(ids + 1, 9).float()
+        logits[ids == 2] = torch.nan
+        logits[ids == 5] = -torch.inf
+        return logits
+
+    assert greedy(diverging, [[0], [3], [6]], max_new_tokens=[9, 9, 1], pad_id=0) == [[1, 2], [4, 5], [7]]
+    assert greedy(diverging, [], max_new_tokens=[], pad_id=0) == []
+    for prompts, limits in (([[1], []], [2, 2]), ([[1]], [2, 2])):
+        with pytest.raises(ValueError, match="greedy: prompts must hold an id each, and have a number of max_new_to"):
+            greedy(diverging, prompts, max_new_tokens=limits, pad_id=0)

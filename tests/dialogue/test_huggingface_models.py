@@ -17,7 +17,7 @@ from metakern.dialogue import checkpoint
 from metakern.dialogue.chat import Chat, adapt
 from metakern.dialogue.config import Config
 from metakern.dialogue.evaluate import evaluate
-from metakern.dialogue.generate import generate
+from metakern.dialogue.generate import generate, greedy
 from metakern.dialogue.readers import Turn, read
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import episodes, load_split
@@ -316,6 +316,14 @@ def test_adapt_writes_an_adapter_and_chat_talks(trained, data, tmp_path, capsys)
     assert chat.run.tokenizer.eos_id not in chat.run.tokenizer.encode(answer)
 
 
+def test_replies_of_a_pretrained_model_are_judged(trained, data):
+    names = ("finetune", "incontext", "prompt", "retrieval")
+    replies = evaluate(trained / "run", (0,), names, str(data), reply_steps=(0, 1))["replies"]
+    assert list(replies["scores"]) == ["maml", *names]
+    for kinds in replies["scores"].values():
+        assert 0 <= kinds["taught"]["exact"]["mean"][1] <= 1
+
+
 def test_generation_uses_the_cache_and_ends_at_eos(model):
     language = load_model(str(model), 56, 300)
     whole = language(torch.tensor([[5, 6, 7]])).logits
@@ -332,6 +340,31 @@ def test_generation_uses_the_cache_and_ends_at_eos(model):
     plain = generate(lambda ids: language(ids, use_cache=False).logits, [5, 6, 7], max_new_tokens=4, temperature=0)
     assert ids == plain
     assert generate(language, [5, 6, 7], max_new_tokens=4, temperature=0, eos_id=ids[0]) == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bloom"])
+@pytest.mark.parametrize("patched", [False, True])
+def test_greedy_replies_to_many_prompts_are_those_to_each_alone(kind, patched, tmp_path):
+    small = {"opt": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 12}}
+    small["opt"] |= {"word_embed_proj_dim": 8, "max_position_embeddings": 128}
+    small["bloom"] = {"hidden_size": 8, "n_layer": 1, "n_head": 2}
+    language = load_model(str(make_model(tmp_path, kind, **small.get(kind, {}))), 56, 300)
+    if patched:
+        mk.patch(language)
+    prompts, limits = [[5, 6, 7], [9], [12, 200, 40, 41, 8, 100]], [8, 5, 6]
+    lengths = []
+    language.register_forward_pre_hook(
+        lambda *call: lengths.append(call[2]["input_ids"].shape[1]) if "input_ids" in call[2] else None,
+        with_kwargs=True,
+    )
+    together = greedy(language, prompts, max_new_tokens=limits, pad_id=2, eos_id=2)
+    assert set(lengths[1:]) <= {1}
+    alone = [
+        generate(language, prompt, max_new_tokens=limit, temperature=0, eos_id=2)
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    assert together == alone
+    assert max(map(len, alone)) > 3
 
 
 def test_a_base_model_that_moved_or_changed_is_an_error(trained, data, tmp_path, capsys):

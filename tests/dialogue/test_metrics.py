@@ -9,7 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metakern.dialogue.metrics import _t_quantile, bleu, distinct_n, interval, paired_interval, word_f1
+from metakern.dialogue.metrics import (
+    _t_quantile,
+    bleu,
+    chrf,
+    distinct_n,
+    exact,
+    interval,
+    over_tasks,
+    paired_interval,
+    word_f1,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +70,46 @@ def test_word_f1_is_symmetric_and_ignores_order(a, b):
 def test_word_f1_counts_repetitions():
     assert word_f1("go go go", "go") == pytest.approx(0.5)
     assert word_f1("", "x") == word_f1("x", "y") == 0.0
+
+
+def test_over_tasks_has_the_interval_of_each_row():
+    rows = [[1.0, 2.0, 4.0], [0.0, 0.0, 3.0]]
+    found = over_tasks(rows)
+    assert found["values"] == over_tasks(torch.tensor(rows))["values"] == rows
+    for i, row in enumerate(rows):
+        mean, half = interval(row)
+        assert [found[key][i] for key in ("low", "mean", "high")] == [mean - half, mean, mean + half]
+
+
+@pytest.mark.parametrize(
+    ("reply", "reference", "right"),
+    [
+        ("See  you\nat noon. ", "see you at noon.", True),
+        ("See you at noon", "See you at noon.", False),
+        ("See you at noon. Bye.", "See you at noon.", False),
+        ("", "x", False),
+        ("STRASSE", "straße", True),
+        ("a" * 40 + "b", "a" * 40 + "c", True),
+        ("a" * 39 + "b", "a" * 39 + "c", False),
+        ("a" * 40, "a" * 60, True),
+    ],
+)
+def test_exact_compares_the_first_40_characters_without_case_and_white_space(reply, reference, right):
+    assert exact(reply, reference) is right
+
+
+@pytest.mark.parametrize("reference", ["", " \n\t"])
+def test_exact_refuses_a_reference_of_white_space(reference):
+    with pytest.raises(ValueError, match="exact: reference must hold more than white space, got"):
+        exact("x", reference)
+
+
+def test_chrf_is_sacrebleus_and_credits_parts_of_words():
+    replies, references = ["the cats sat", "hello"], ["the cat sat", "hullo"]
+    assert chrf(replies, references) == pytest.approx(sacrebleu.corpus_chrf(replies, [references]).score)
+    assert chrf(["cats"], ["cat"]) > 0 == word_f1("cats", "cat")
+    with pytest.raises(ValueError, match="chrf: references must be as many as replies, got 0 and 0"):
+        chrf([], [])
 
 
 def test_bleu_is_sacrebleus():

@@ -93,6 +93,28 @@ def test_eval_prints_and_writes_the_curve(folder, capsys):
     assert (report["steps"], list(report["curves"])) == ([0, 2], ["maml", "finetune"])
 
 
+def test_eval_judges_replies(folder, tmp_path, capsys):
+    for option in ("--max-length 24", "--max-length 64"):
+        run = str(tmp_path / option[-2:])
+        config = ["--config", str(folder / "tiny.toml"), *option.split(), "--steps", "1", "--pretrain-steps", "0"]
+        assert main(["train", *config, "--out", run]) == 0
+    capsys.readouterr()
+    options = ["--steps", "0", "--reply-steps", "0,1", "--compare", "retrieval"]
+    assert main(["eval", str(tmp_path / "64"), *options]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "replies of maml after 1 steps  1/1 tasks  0:00 left",
+        "unseen questions answered right",
+        "retrieval",
+        "replies.png",
+    ):
+        assert words in text
+    assert "windows of 24 tokens hold no whole one" in complaint(capsys, "eval", tmp_path / "24", "--replies")
+    assert complaint(capsys, "eval", tmp_path / "64", "--reply-steps", "-1").startswith("argument --reply-steps:")
+    without = complaint(capsys, "eval", tmp_path / "64", "--compare", "retrieval")
+    assert without == "eval: retrieval has replies but no perplexity: add --replies"
+
+
 def test_adapt_then_chat_then_eval(folder, tmp_path, monkeypatch, capsys):
     support = str(folder / "data" / "task1.jsonl")
     assert main(["adapt", str(folder / "run"), "--support", support, "--out", str(tmp_path / "mine")]) == 0
