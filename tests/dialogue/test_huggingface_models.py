@@ -285,7 +285,7 @@ def test_a_checkpoint_holds_the_adapters_and_names_the_base(trained):
 
 def test_eval_compares_with_lora_fine_tuning_from_the_same_start(trained):
     report = evaluate(trained / "run", (0, 2), ("finetune",))
-    assert len(report["curves"]["finetune"]["inner_lr"]) == 2
+    assert len(report["curves"]["finetune"]["rate_factor"]) == 2
     tensors, state = checkpoint.load(trained / "run" / "finetune" / "checkpoints", "last")
     assert state["base"] == checkpoint.load(trained / "run" / "checkpoints", "last")[1]["base"]
     assert all("lora_" in name for name in tensors if name.startswith("weights."))

@@ -51,6 +51,10 @@ def test_every_key_is_a_flag():
         "capture": ("--no-capture", False),
         "cosine": ("--no-cosine", False),
         "adapt": ("--adapt=head,rnn.*", ("head", "rnn.*")),
+        "inner_steps": ("--inner-steps=1,3,5", (1, 3, 5)),
+        "positive_rates": ("--positive-rates", True),
+        "validation_tasks": ("--validation-tasks=bank*", ("bank*",)),
+        "test_tasks": ("--test-tasks=gym,zoo", ("gym", "zoo")),
         "lora_targets": ("--lora-targets=q_proj", ("q_proj",)),
         "reader_options": ("--reader-options=tasks=domains", ("tasks=domains",)),
         "algorithm_options": ("--algorithm-options=anneal=5", ("anneal=5",)),
@@ -97,7 +101,7 @@ def test_eval_judges_replies(folder, tmp_path, capsys):
     for option in ("--max-length 24", "--max-length 64"):
         run = str(tmp_path / option[-2:])
         config = ["--config", str(folder / "tiny.toml"), *option.split(), "--steps", "1", "--pretrain-steps", "0"]
-        assert main(["train", *config, "--out", run]) == 0
+        assert main(["train", *config, "--overlap", "turns", "--out", run]) == 0
     capsys.readouterr()
     options = ["--steps", "0", "--reply-steps", "0,1", "--compare", "retrieval"]
     assert main(["eval", str(tmp_path / "64"), *options]) == 0
