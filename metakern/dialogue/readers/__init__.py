@@ -78,7 +78,10 @@ class Dialogue:
 
 
 class Dialogues(list[Dialogue]):
-    """The list of dialogues that `read` found in `source`; `skipped` counts what it left out, by reason."""
+    """The list of dialogues that `read` found in `source`; `skipped` counts what it left out, by reason.
+
+    `source` says so if the dialogues are synthetic.
+    """
 
     def __init__(self, items: Iterable[Dialogue], source: str, skipped: Mapping[str, int]) -> None:
         super().__init__(items)
@@ -104,14 +107,19 @@ class Reader:
     sniff: Callable[[Mapping[str, Any]], bool] | None
     package: str
     data: str
+    synthetic: bool
     variant: str
 
     def packaged(self) -> Path:
         """Return the path of the packaged data, which is found without importing the package.
 
+        The path is empty if the data is synthetic.
+
         Raises:
             DataError: If the package is missing.
         """
+        if self.synthetic:
+            return Path()
         spec = importlib.util.find_spec(self.package)
         if spec is None or not spec.submodule_search_locations:
             raise DataError(f"{self.name}: the package {self.package} is missing: pip install metakern[dialogue]")
@@ -128,6 +136,7 @@ def reader(
     sniff: Callable[[Mapping[str, Any]], bool] | None = None,
     package: str = "",
     data: str = "",
+    synthetic: bool = False,
     variant: str = "",
 ) -> Callable[[Callable[..., Iterator[Dialogue]]], Callable[..., Iterator[Dialogue]]]:
     """Return a decorator that registers a function as the reader of a format.
@@ -141,6 +150,8 @@ def reader(
             the suffixes suffice.
         package: A Python package that holds data in this format, so that `read(name)` reads them; "" if there is none.
         data: The path of the data inside the package.
+        synthetic: Whether the function makes up its dialogues, so that `read(name)` needs no package. It then ignores
+            the path that it is called with.
         variant: The option of the function that is set to `x` for the source `"name:x"`.
 
     >>> @reader("lines", suffixes=(".lines",))
@@ -152,7 +163,7 @@ def reader(
     """
 
     def register(load: Callable[..., Iterator[Dialogue]]) -> Callable[..., Iterator[Dialogue]]:
-        READERS[name] = Reader(name, load, suffixes, sniff, package, data, variant)
+        READERS[name] = Reader(name, load, suffixes, sniff, package, data, synthetic, variant)
         return load
 
     return register
@@ -163,7 +174,8 @@ def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
 
     Args:
         source: Packaged data by name ("chitchat", "chitchat:subjects", "chitchat:senders", "chatterbot",
-            "chatterbot:english", …) or a path. A path that has the name of packaged data is written "./chitchat".
+            "chatterbot:english", …; "bots" and "bots:SEED" are synthetic) or a path. A path that has the name of
+            packaged data is written "./chitchat".
         format: "messages", "sharegpt", "chitchat" or "chatterbot". "auto" recognizes the format by the suffix of a
             file and by its first record of a known kind.
         options: The options of the format's reader, such as `task_key` of "messages".
@@ -183,7 +195,7 @@ def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
     name, _, variant = source.partition(":")
     path = Path(source)
     skipped: Counter[str] = Counter()
-    if name in READERS and READERS[name].package and format in ("auto", name):
+    if name in READERS and (READERS[name].package or READERS[name].synthetic) and format in ("auto", name):
         chosen = READERS[name]
         path = chosen.packaged()
         if variant:
@@ -192,6 +204,8 @@ def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
         raise DataError(f"{source}: no such file or directory, nor packaged data{_closest(name)}")
     else:
         chosen = READERS[format] if format != "auto" else _recognize(path)
+        if chosen.synthetic:
+            raise DataError(f"{source}: no file is in the format {format}, whose data is synthetic: read {format!r}")
         if others := [p for p in _visible(path) if p.suffix.lower() not in chosen.suffixes] if path.is_dir() else []:
             skipped[f"files that do not end in {' or '.join(chosen.suffixes)}"] = len(others)
 
@@ -203,7 +217,7 @@ def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
             found.append(item)
     if not found:
         raise DataError(f"{source}: must hold a dialogue, got {count_of(skipped) or 'an empty file'}")
-    return Dialogues(found, source, dict(skipped))
+    return Dialogues(found, f"{source} (synthetic)" if chosen.synthetic else source, dict(skipped))
 
 
 def dialogue(

@@ -1,0 +1,30 @@
+"""Make the synthetic dialogues of service bots, which need no file and no package; `metakern.dialogue.bots` has them.
+
+A task is a bot. `meta["group"]` is its kind of business (bakery, dentist, railway, …), so that all bots of a kind can be
+kept on one side of a split. `read("bots")` has the seed 0, and `read("bots:7")` other bots, with the seed 7.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from metakern.dialogue.bots import bots as made
+from metakern.dialogue.bots import dialogues
+from metakern.dialogue.readers import Dialogue, dialogue, reader
+from metakern.errors import DataError
+
+__all__ = ["bots"]
+
+
+@reader("bots", suffixes=(), synthetic=True, variant="seed")
+def bots(path: Path, skipped: Counter[str], *, seed: str = "0") -> Iterator[Dialogue]:
+    """Yield the dialogues of all bots of a seed, a whole number as text; the module says what they are."""
+    if not str(seed).isdecimal():
+        raise DataError(f"bots: seed must be a whole number, as in bots:7, got {seed!r}")
+    for bot in made(str(int(seed))):
+        task_id = f"{bot.kind}/{bot.name}"
+        for number, turns in enumerate(dialogues(bot, str(int(seed)))):
+            said = ((("user", "bot")[i % 2], text) for i, text in enumerate(turns))
+            yield dialogue(task_id, f"{task_id}/{number}", said, {"bot": "bot", "group": bot.kind})
