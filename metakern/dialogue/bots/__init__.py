@@ -30,6 +30,7 @@ ALWAYS = ("hours", "address", "price/0", "price/1", "price/2", "known", "wait")
 OTHERS = 4  # further facts that all kinds of business have
 OWN = 5  # further facts that only its kind has
 NOT_ASKED_ALONE = ("price", "lacks")  # made for each item and each thing
+OPEN = {name: f"<{name}>" for name in ("item", "price", "thing")}  # values that stay open
 CURRENCIES = ("£", "€", "$")
 LONG_FORMS = {
     "we're": "we are", "i'm": "I am", "it's": "it is", "that's": "that is", "there's": "there is", "you're": "you are",
@@ -139,8 +140,8 @@ def _bot(kind: str, section: Section, common: Mapping[str, Section], known: Mapp
         able = [a for a in facts[base].answers if all(n in values or n in about.get(name, {}) for n in needs(a))]
         if base not in patterns or base not in NOT_ASKED_ALONE:
             patterns[base] = choose(able, rng)
-            if base in NOT_ASKED_ALONE:
-                patterns[base] = word(patterns[base], rng)  # one wording for all prices
+            if base in NOT_ASKED_ALONE:  # one wording for all prices
+                patterns[base] = word(fix(patterns[base], {**values, **OPEN}, rng), rng)
         answer = fix(patterns[base], {**values, **about.get(name, {})}, rng)
         replies[name] = [dress(word(answer, rng)) for _ in range(2 if rng.random() < 0.25 else 1)]
     for name, fact in common["talk"].facts.items():
@@ -185,7 +186,7 @@ def _values(section: Section, style: Mapping[str, list[str]], known: Mapping[str
         "open": opens,
         "close": closes,
         "sat_open": f"@{early:g}",
-        "sat_close": f"@{max(float(closes[1:]) - choose((0, 1, 2, 3), rng), early + 3):g}",
+        "sat_close": f"@{max(float(closes[1:]) - choose((1, 2, 3, 4), rng), early + 3):g}",
         "year": str(1885 + int(rng.random() * 135)),
         "founder": f"{choose(style['first'], rng)} {known['surname']}",
         "person": person(),

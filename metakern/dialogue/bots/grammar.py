@@ -14,7 +14,7 @@ A text has three kinds of choices. What depends on the bot is fixed first, by `f
     <street>              a value of the bot; an answer that needs a value which the bot lacks is not for this bot
     <two|three> days      a value that is drawn for the bot
     <£2-4/.5>             a price that is drawn for the bot: from £2 to £4 in steps of 50 pence
-    {Sure|Yes}, [do ]ask  one of several wordings; one that may be left out
+    {Sure|Yes}, [do ]ask  one of several wordings; one that may be left out ("[ now| soon]": one of two, or neither)
 """
 
 from __future__ import annotations
@@ -119,9 +119,11 @@ def word(text: str, rng: Random) -> str:
     """
 
     def wording(found: re.Match[str]) -> str:
-        return choose(found[1].split("|") if found[1] is not None else ("", found[2]), rng)
+        if found[1] is None and rng.random() < 0.5:
+            return ""
+        return choose((found[1] if found[1] is not None else found[2]).split("|"), rng)
 
-    text = re.sub(" +", " ", _innermost(WORDING, wording, text)).strip()
+    text = re.sub(r" +(?=[ .,;:!?]|$)", "", _innermost(WORDING, wording, text)).lstrip()
     return START.sub(lambda found: found[1] + found[2].upper(), text)
 
 
