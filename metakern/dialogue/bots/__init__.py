@@ -44,6 +44,7 @@ LONG_FORMS = {
 }  # fmt: skip
 CONTRACTED = re.compile(r"\b(" + "|".join(LONG_FORMS) + r")\b", re.IGNORECASE)
 PRICE, CLOCK = re.compile(r"£(\d+(?:\.\d+)?)"), re.compile(r"@(\d+(?:\.\d+)?)")
+SENTENCES = re.compile(r"[.?!] ")
 FIRST_PERSON = ("I", "I'm", "I've", "I'd", "I'll")
 BOUND = 60  # tries to draw what a user says, before it may be what a user said to the bot before
 
@@ -103,7 +104,8 @@ def dialogues(bot: Bot, seed: str = "0") -> Iterator[list[str]]:
                 follow = bool(follows) and rng.random() < 0.7
                 text = word(fix(choose(follows if follow else bot.questions[topic], rng), _about(bot, topic), rng), rng)
                 if base not in talk:
-                    text = _framed(text, users, bot, rng, first=not turns, follow=follow)
+                    lead = "leads" if not turns else "links" if asked[-1] != "greeting" else ""
+                    text = _framed(text, lead, users, bot, rng, follow=follow)
                 text = _typed(text, casual, rng)
                 if (key := words(text)) not in said:
                     break
@@ -282,12 +284,14 @@ def _about(bot: Bot, topic: str) -> dict[str, str]:
     return {**bot.values, **{k: bot.values[f"{topic}:{k}"] for k in ("item", "thing") if f"{topic}:{k}" in bot.values}}
 
 
-def _framed(text: str, users: Mapping[str, list[str]], bot: Bot, rng: Random, *, first: bool, follow: bool) -> str:
-    """Return a question with what people put before and after one."""
-    if not follow and rng.random() < 0.25:
+def _framed(
+    text: str, leads: str, users: Mapping[str, list[str]], bot: Bot, rng: Random, *, follow: bool
+) -> str:
+    """Return a question with what people put before and after one; `leads` names a list of beginnings, or is empty."""
+    if not follow and not SENTENCES.search(text) and rng.random() < 0.3:
         text = f"{fix(choose(users['contexts'], rng), bot.values, rng)} {text}"
-    if rng.random() < (0.5 if first else 0.3 if follow else 0.6):
-        lead = fix(choose(users["leads" if first else "links"], rng), bot.values, rng)
+    if leads and rng.random() < (0.3 if follow else 0.55):
+        lead = fix(choose(users[leads], rng), bot.values, rng)
         if lead[-1] in ",:" and text.split()[0] not in FIRST_PERSON:
             text = text[0].lower() + text[1:]
         text = f"{lead} {text}"
