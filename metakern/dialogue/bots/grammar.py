@@ -11,7 +11,7 @@ A file has sections, which are kinds of business or what all bots share:
 
 A text has three kinds of choices. What depends on the bot is fixed first, by `fix`; the wording is chosen by `word`.
 
-    <street>              a value of the bot; an answer that needs a value which the bot lacks is not for this bot
+    <street>              a value of the bot; an answer that needs a value which the bot lacks can't be given
     <two|three> days      a value that is drawn for the bot
     <£2-4/.5>             a price that is drawn for the bot: from £2 to £4 in steps of 50 pence
     {Sure|Yes}, [do ]ask  one of several wordings; one that may be left out ("[ now| soon]": one of two, or neither)
@@ -27,7 +27,7 @@ from importlib.resources import files
 from random import Random
 from typing import TypeVar
 
-__all__ = ["Fact", "Section", "choose", "fix", "needs", "sample", "sections", "word"]
+__all__ = ["Fact", "Section", "can_be_given", "choose", "fix", "needs", "sample", "sections", "word"]
 
 T = TypeVar("T")
 VALUE = re.compile(r"<([^<>]+)>")
@@ -93,8 +93,18 @@ def needs(text: str) -> list[str]:
     return [name for name in VALUE.findall(text) if "|" not in name and not PRICES.match(name)]
 
 
-def fix(text: str, values: Mapping[str, str], rng: Random) -> str:
-    """Return a text with values for all that depends on the bot.
+def can_be_given(answer: str, values: Mapping[str, str], unwanted: Sequence[str]) -> bool:
+    """Return whether the values suffice for an answer, and it has no unwanted word outside of the values to draw.
+
+    >>> can_be_given("Ring <phone> on <Mondays|Fridays>.", {"phone": "123"}, ["Monday"])
+    True
+    """
+    left = _innermost(VALUE, lambda found: "", answer)
+    return all(name in values for name in needs(answer)) and not any(item in left for item in unwanted)
+
+
+def fix(text: str, values: Mapping[str, str], rng: Random, unwanted: Sequence[str] = ()) -> str:
+    """Return a text with values for all that depends on the bot; values to draw have none of the `unwanted` words.
 
     >>> fix("<name> opens in <two|two> days and costs <£2-2/.5>.", {"name": "It"}, Random("0"))
     'It opens in two days and costs £2.'
@@ -106,7 +116,9 @@ def fix(text: str, values: Mapping[str, str], rng: Random) -> str:
             low, high, step = map(float, prices.groups())
             price = low + step * int(rng.random() * (round((high - low) / step) + 1))
             return f"£{price:.0f}" if abs(price - round(price)) < 0.005 else f"£{price:.2f}"
-        return choose(name.split("|"), rng) if "|" in name else values[name]
+        if "|" in name:
+            return choose([item for item in name.split("|") if not any(part in item for part in unwanted)], rng)
+        return values[name]
 
     return _innermost(VALUE, value, text)
 
