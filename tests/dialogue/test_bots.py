@@ -88,7 +88,7 @@ ONE_IN_A_BOT = {
     "site": r"[\w-]+\.(?:shop\.|co\.)?example",
     "currency": r"[£€$](?=\d)",
     "weekdays": r"(?:Monday|Tuesday) to Friday",
-    "Saturday": r"[Oo]n Saturdays it's only until [\d:]+|[Oo]n Saturdays we close at [\d:]+",
+    "Saturday": r"On Saturdays (?:it's only until|we close at) ([\d:]+)",
     "Sunday": r"closed on Sundays|Sundays from [\d:]+",
     "clock": r"\d [ap]m\b|\d:\d\d(?! [ap]m)",
 }

@@ -36,7 +36,7 @@ ABOUT = ("item", "price", "thing")  # the values that these differ in
 LENGTHS = (2, 2, 2, 3, 3, 3, 4, 4, 5)  # user turns of a dialogue
 TRIES = 60  # draws of what a user says, before it may be what the bot has heard before
 SECOND = 0.25  # the share of facts with a second wording
-FIRST_PERSON = ("I", "I'm", "I've", "I'd", "I'll")
+CAPITALS = ("I", "I'm", "I've", "I'd", "I'll", "Monday", "Sunday")  # words that keep their capital letter
 SENTENCES, LONG_WORD = re.compile(r"[.?!] "), re.compile(r"\b[a-z]{5,}\b")
 
 
@@ -209,7 +209,7 @@ def _question(bot: Bot, name: str, before: str, rng: Random) -> str:
         text = f"{said(choose(users['contexts'], rng))} {text}"
     if before != "greeting" and rng.random() < (0.55 if full else 0.3):
         lead = said(choose(users["links" if before else "leads"], rng))
-        if lead[-1] in ",:" and text.split()[0] not in FIRST_PERSON:
+        if lead[-1] in ",:" and text.split()[0] not in CAPITALS:
             text = text[0].lower() + text[1:]
         text = f"{lead} {text}"
     return f"{text} {said(choose(users['tails'], rng))}" if full and rng.random() < 0.15 else text
