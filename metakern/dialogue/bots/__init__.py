@@ -205,7 +205,7 @@ def _question(bot: Bot, name: str, before: str, rng: Random) -> str:
         text, full = said(choose(fact.questions, rng)), True
     if name in common["talk"].facts:
         return text
-    if full and not SENTENCES.search(text) and rng.random() < 0.3:
+    if full and not SENTENCES.search(text) and rng.random() < (0.15 if before else 0.4):
         text = f"{said(choose(users['contexts'], rng))} {text}"
     if before != "greeting" and rng.random() < (0.55 if full else 0.3):
         lead = said(choose(users["links" if before else "leads"], rng))

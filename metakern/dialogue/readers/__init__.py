@@ -191,7 +191,7 @@ def read(source: str, format: str = "auto", **options: Any) -> Dialogues:
     True
     """
     if format != "auto" and format not in READERS:
-        raise DataError(f"read: format must be one of {', '.join(READERS)}, got {format!r}{_closest(format)}")
+        raise DataError(f"read: format must be one of {_formats()}, got {format!r}{_closest(format)}")
     name, _, variant = source.partition(":")
     path = Path(source)
     skipped: Counter[str] = Counter()
@@ -405,7 +405,12 @@ def _recognize(path: Path) -> Reader:
         raise DataError(f"{path}: must hold a dialogue, got an empty file")
     if not path.is_dir():
         text_of(path)  # raises a clearer error if the file is not text
-    raise DataError(f"{path}: must be in a known format, got another: set format to one of {', '.join(READERS)}")
+    raise DataError(f"{path}: must be in a known format, got another: set format to one of {_formats()}")
+
+
+def _formats() -> str:
+    """Return the names of the formats that files can be in."""
+    return ", ".join(name for name, known in READERS.items() if not known.synthetic)
 
 
 def count_of(skipped: Mapping[str, int]) -> str:
