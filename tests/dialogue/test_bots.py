@@ -53,7 +53,9 @@ def test_sizes_and_groups(found: Dialogues, tasks: Tasks) -> None:
 
 def test_a_seed_gives_the_same_dialogues_everywhere(found: Dialogues) -> None:
     text = json.dumps([[item.task_id, item.dialogue_id, [t.text for t in item.turns]] for item in found])
-    assert hashlib.sha256(text.encode()).hexdigest() == "8cf4c1a1701a66e07ddad56fbfd02d3cf7e46bcdfb8c273f4cc32f8c57cec3a9"
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "e6b4423e6c6be57f7fdb50fef82c5efded016676878c2956c25260522803db3a"
+    )
     assert read("bots:0") == found
 
 
@@ -104,6 +106,19 @@ def test_the_facts_of_a_bot_agree_in_all_its_dialogues(tasks: Tasks, fact: str) 
         assert len(values) <= 1, (items[0].task_id, values)
         seen += len(values)
     assert seen > len(tasks) / 20
+
+
+def test_a_bot_that_is_named_for_its_street_is_there(made: list[Bot]) -> None:
+    streets = sections("common")["style"].lists["streets"]
+    named = [
+        (bot, street)
+        for bot in made
+        for street in streets
+        if bot.name.endswith((f"at {street}", f"{street} Post Office"))
+    ]
+    assert len(named) > 5
+    for bot, street in named:
+        assert all(f"{bot.values['']['number']} {street}" in reply for reply in bot.replies["address"])
 
 
 @pytest.mark.parametrize("day", ["Sunday", "Monday"])

@@ -110,7 +110,7 @@ def _values(lists: Mapping[str, list[str]], known: Mapping[str, str], rng: Rando
     site = f"{letters.replace(' ', '-')}.{choose(('', 'shop.', 'co.'), rng)}example"
     values = {
         **known,
-        **{key: choose(style[f"{key}s"], rng) for key in ("street", "landmark", "stop", "walk")},
+        **{key: choose(style[f"{key}s"], rng) for key in ("landmark", "stop", "walk")},
         "place": lists["place"][0],
         "does": lists["does"][0],
         "helper": choose(choose((lists["helpers"], lists["helpers"], style["helpers"]), rng), rng),
@@ -138,6 +138,7 @@ def _values(lists: Mapping[str, list[str]], known: Mapping[str, str], rng: Rando
 
 
 def _bot(kind: str, section: Section, values: dict[str, str], rng: Random) -> Bot:
+    """Return a bot with these values: what it can be asked for, and its replies."""
     common = sections("common")
     style = Style(section.lists, values, rng)
     shared, lists = common["facts"].facts, section.lists
@@ -162,7 +163,7 @@ def _bot(kind: str, section: Section, values: dict[str, str], rng: Random) -> Bo
         if base not in answers:
             able = [text for text in fact.answers if can_be_given(text, open_values, closed)]
             answers[base] = fix(choose(able, rng), open_values, rng, closed)
-            if base in NUMBERED:
+            if base in NUMBERED:  # the wording is chosen once, and all but the item or the thing stays the same
                 answers[base] = word(answers[base], rng)
         answer = fix(answers[base], about.get(name, {}), rng)
         replies[name] = [style(word(answer, rng)) for _ in range(1 + (rng.random() < SECOND))]
@@ -185,7 +186,7 @@ def _topics(bot: Bot, weights: Mapping[str, float], rng: Random) -> list[str]:
         if follows and rng.random() < 0.5:
             asked.append(choose(follows, rng))
         else:
-            asked.append(max(left, key=lambda name: rng.random() ** (1 / weights[name])))
+            asked.append(max(left, key=lambda name: weights[name] * rng.random()))
     at = 1 + int(rng.random() * len(asked))
     return opening + asked[:at] + between + asked[at:] + closing
 
