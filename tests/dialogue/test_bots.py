@@ -54,7 +54,7 @@ def test_sizes_and_groups(found: Dialogues, tasks: Tasks) -> None:
 def test_a_seed_gives_the_same_dialogues_everywhere(found: Dialogues) -> None:
     text = json.dumps([[item.task_id, item.dialogue_id, [t.text for t in item.turns]] for item in found])
     assert (
-        hashlib.sha256(text.encode()).hexdigest() == "e6b4423e6c6be57f7fdb50fef82c5efded016676878c2956c25260522803db3a"
+        hashlib.sha256(text.encode()).hexdigest() == "0bf7e34b49118029ff4f1a3bb0520390591b59b4bbd5fb0b39d0bbfefcff5d1d"
     )
     assert read("bots:0") == found
 
@@ -64,8 +64,8 @@ def test_the_variant_is_the_seed(found: Dialogues, tasks: Tasks) -> None:
     assert others.source == "bots:7 (synthetic)"
     assert others == read("bots", seed=7)
     assert not {item.turns for item in found} & {item.turns for item in others}
-    for seed in ("x", "-1", "1.5", "²"):
-        with pytest.raises(DataError, match=f"bots: seed must be a whole number, as in bots:7, got '{seed}'"):
+    for seed in ("x", "-1", "1.5", "²", "9" * 5000):
+        with pytest.raises(DataError, match=f"bots: seed must be a whole number of at most 9 digits, .* got '{seed}'"):
             read(f"bots:{seed}")
 
 
@@ -105,7 +105,7 @@ def test_the_facts_of_a_bot_agree_in_all_its_dialogues(tasks: Tasks, fact: str) 
             values = {":" in value for value in values}
         assert len(values) <= 1, (items[0].task_id, values)
         seen += len(values)
-    assert seen > len(tasks) / 20
+    assert seen > 10
 
 
 def test_a_bot_that_is_named_for_its_street_is_there(made: list[Bot]) -> None:
@@ -188,7 +188,7 @@ def test_users_do_not_repeat_themselves_and_replies_recur(tasks: Tasks) -> None:
         support = set(said(shuffled[:8], "bot"))
         query = said(shuffled[8:], "bot")
         shares.append(sum(text in support for text in query) / len(query))
-    assert 0.6 < sum(shares) / len(shares) < 0.8
+    assert 0.75 < sum(shares) / len(shares) < 0.85
 
 
 def test_every_answer_of_the_grammar_can_be_given(made: list[Bot]) -> None:

@@ -123,7 +123,7 @@ def _values(lists: Mapping[str, list[str]], known: Mapping[str, str], rng: Rando
         "open": f"@{opens:g}",
         "close": f"@{closes:g}",
         "sat_open": f"@{late:g}",
-        "sat_close": f"@{max(early, late + 3):g}",
+        "sat_close": f"@{max(early, late + 2):g}",
         "year": str(1885 + int(rng.random() * 135)),
         "founder": f"{choose(style['first'], rng)} {known['surname']}",
         "person": fix(choose(style["forms"], rng), {"first": names["first"], "surname": names["surnames"]}, rng),
@@ -209,7 +209,8 @@ def _question(bot: Bot, name: str, before: str, rng: Random) -> str:
     if full and not SENTENCES.search(text) and rng.random() < (0.15 if before else 0.4):
         text = f"{said(choose(users['contexts'], rng))} {text}"
     if before != "greeting" and rng.random() < (0.55 if full else 0.3):
-        lead = said(choose(users["links" if before else "leads"], rng))
+        leads = users["links" if before else "leads"]
+        lead = said(choose([lead for lead in leads if full or lead[-1] in ".!"], rng))
         if lead[-1] in ",:" and text.split()[0] not in CAPITALS:
             text = text[0].lower() + text[1:]
         text = f"{lead} {text}"

@@ -21,8 +21,8 @@ __all__ = ["bots"]
 @reader("bots", suffixes=(), synthetic=True, variant="seed")
 def bots(path: Path, skipped: Counter[str], *, seed: str | int = "0") -> Iterator[Dialogue]:
     """Yield the dialogues of all bots of a seed, a whole number; the module says what they are."""
-    if not str(seed).isdecimal():
-        raise DataError(f"bots: seed must be a whole number, as in bots:7, got {seed!r}")
+    if not (str(seed).isdecimal() and len(str(seed)) < 10):
+        raise DataError(f"bots: seed must be a whole number of at most 9 digits, as in bots:7, got {seed!r}")
     for bot in made(int(seed)):
         task_id = f"{bot.kind}/{bot.name}"
         for number, turns in enumerate(dialogues(bot, int(seed))):
