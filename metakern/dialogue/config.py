@@ -60,7 +60,8 @@ class Config:
 
     data: str = _option(
         "chitchat",
-        "conversations: a file, a folder, or packaged data such as chitchat, chitchat:senders, chatterbot:english",
+        "conversations: a file, a folder, or packaged data such as chitchat, chitchat:senders, chatterbot:english or"
+        " bots (synthetic)",
     )
     format: str = _option(
         "auto",

@@ -92,5 +92,5 @@ def test_cpu_builds_the_kernels_without_torch(source: Path) -> None:
     assert result.returncode == 0, result.stderr
     names = contents(source)
     assert [name for name in names if name.startswith("metakern/_C.") and name.endswith(".so")]
-    assert {"metakern/py.typed", "metakern/ops/core/rules.py"} <= set(names)
+    assert {"metakern/py.typed", "metakern/ops/core/rules.py", "metakern/dialogue/bots/kinds.txt"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "csrc"))]

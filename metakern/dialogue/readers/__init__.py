@@ -103,7 +103,10 @@ class Dialogue:
 
 
 class Dialogues(list[Dialogue]):
-    """The list of dialogues that `read` found in `source`; `skipped` counts what it left out, by reason."""
+    """The list of dialogues that `read` found in `source`; `skipped` counts what it left out, by reason.
+
+    `source` says so if the dialogues are synthetic.
+    """
 
     def __init__(self, items: Iterable[Dialogue], source: str, skipped: Mapping[str, int]) -> None:
         super().__init__(items)
@@ -134,6 +137,7 @@ class Reader:
     sniff_line: Callable[[str], bool] | None
     package: str
     data: str
+    synthetic: bool
     variant: str
 
     @property
@@ -144,9 +148,13 @@ class Reader:
     def packaged(self) -> Path:
         """Return the path of the packaged data, which is found without importing the package.
 
+        The path is empty if the data is synthetic.
+
         Raises:
             DataError: If the package is missing.
         """
+        if self.synthetic:
+            return Path()
         spec = importlib.util.find_spec(self.package)
         if spec is None or not spec.submodule_search_locations:
             raise DataError(f"{self.name}: the package {self.package} is missing: pip install metakern[dialogue]")
@@ -164,6 +172,7 @@ def reader(
     sniff_line: Callable[[str], bool] | None = None,
     package: str = "",
     data: str = "",
+    synthetic: bool = False,
     variant: str = "",
 ) -> Callable[[Callable[..., Iterator[Dialogue]]], Callable[..., Iterator[Dialogue]]]:
     """Return a decorator that registers a function as the reader of a format.
@@ -178,6 +187,8 @@ def reader(
             nor `sniff_line` is recognized by its suffixes, if there is no file of another format.
         package: A Python package that holds data in this format, so that `read(name)` reads them; "" if there is none.
         data: The path of the data inside the package.
+        synthetic: Whether the function makes up its dialogues, so that `read(name)` needs no package. It then ignores
+            the path that it is called with.
         variant: The option of the function that is set to `x` for the source `"name:x"`.
 
     >>> @reader("lines", suffixes=(".lines",))
@@ -189,7 +200,7 @@ def reader(
     """
 
     def register(load: Callable[..., Iterator[Dialogue]]) -> Callable[..., Iterator[Dialogue]]:
-        READERS[name] = Reader(name, load, suffixes, sniff, sniff_line, package, data, variant)
+        READERS[name] = Reader(name, load, suffixes, sniff, sniff_line, package, data, synthetic, variant)
         return load
 
     return register
@@ -200,8 +211,9 @@ def read(source: str | Iterable[Mapping[str, Any]], format: str = "auto", **opti
 
     Args:
         source: Packaged data by name ("chitchat", "chitchat:subjects", "chitchat:senders", "chatterbot",
-            "chatterbot:english", …) or a path. A path that has the name of packaged data is written "./chitchat". Or an
-            iterable of dictionaries, such as a `datasets.Dataset`, which are read like the records of a JSON file.
+            "chatterbot:english", …; "bots" and "bots:SEED" are synthetic) or a path. A path that has the name of
+            packaged data is written "./chitchat". Or an iterable of dictionaries, such as a `datasets.Dataset`, which
+            are read like the records of a JSON file.
         format: "chatterbot", "chitchat", "crosswoz", "dailydialog", "empathetic", "intents", "messages", "metalwoz",
             "multiwoz", "parlai", "personachat", "sgd", "sharegpt", "star", "taskmaster" or "ubuntu". "auto" recognizes
             the format by the suffix of a file and by its first line or record of a known kind.
@@ -218,7 +230,7 @@ def read(source: str | Iterable[Mapping[str, Any]], format: str = "auto", **opti
     True
     """
     if format != "auto" and format not in READERS:
-        raise DataError(f"read: format must be one of {', '.join(READERS)}, got {format!r}{_closest(format)}")
+        raise DataError(f"read: format must be one of {_formats()}, got {format!r}{_closest(format)}")
     if isinstance(source, str):
         where, (chosen, path, variant) = source, _find(source, format)
         options = variant | options
@@ -243,18 +255,21 @@ def read(source: str | Iterable[Mapping[str, Any]], format: str = "auto", **opti
             found.append(item)
     if not found:
         raise DataError(f"{where}: must hold a dialogue, got {count_of(skipped) or 'an empty file'}")
-    return Dialogues(found, where, dict(skipped))
+    return Dialogues(found, f"{where} (synthetic)" if chosen.synthetic else where, dict(skipped))
 
 
 def _find(source: str, format: str) -> tuple[Reader, Source, dict[str, Any]]:
     """Return the reader and the path of packaged data or of a file or directory, and the option after a colon."""
     name, _, variant = source.partition(":")
-    if name in READERS and READERS[name].package and format in ("auto", name):
+    if name in READERS and (READERS[name].package or READERS[name].synthetic) and format in ("auto", name):
         found = READERS[name]
         return found, found.packaged(), {found.variant: variant} if variant else {}
     if not os.path.exists(source):  # not Path.exists, which raises where a name is too long to be a file's
         raise DataError(f"{source}: no such file or directory, nor packaged data{_closest(name)}")
-    return READERS[format] if format != "auto" else _recognize(Path(source)), Path(source), {}
+    found = READERS[format] if format != "auto" else _recognize(Path(source))
+    if found.synthetic:
+        raise DataError(f"{source}: no file is in the format {format}, whose data is synthetic: read {format!r}")
+    return found, Path(source), {}
 
 
 def _rows(source: Iterable[Any]) -> Rows:
@@ -338,7 +353,7 @@ def _recognize(path: Source) -> Reader:
 
     A file of a directory that can't be read matters only if no file is recognized; then its error is raised.
     """
-    unknown = DataError(f"{path}: must be in a known format, got another: set format to one of {', '.join(READERS)}")
+    unknown = DataError(f"{path}: must be in a known format, got another: set format to one of {_formats()}")
     if isinstance(path, Rows):
         if found := _by_record(path, list(READERS.values())):
             return found
@@ -376,6 +391,11 @@ def _by_record(source: Source, candidates: Sequence[Reader]) -> Reader | None:
             if candidate.sniff and candidate.sniff(record):
                 return candidate
     return None
+
+
+def _formats() -> str:
+    """Return the names of the formats that files can be in."""
+    return ", ".join(name for name, known in READERS.items() if not known.synthetic)
 
 
 def count_of(skipped: Mapping[str, int]) -> str:
