@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from metakern.dialogue.readers import READERS
+from metakern.dialogue.readers import formats
 from metakern.dialogue.registry import OPTIMIZERS
 from metakern.dialogue.split import OVERLAPS
 from metakern.errors import UserError
@@ -65,8 +65,8 @@ class Config:
     )
     format: str = _option(
         "auto",
-        f"format of the file or folder: {', '.join(READERS)}; auto recognizes it by the names of files and their first"
-        " lines or records",
+        f"format of the file or folder: {', '.join(formats())}; auto recognizes it by the names of files and their"
+        " first lines or records",
     )
     task_key: str = _option("", "key of a record that names its task; empty: as the format has it")
     reader_options: tuple[str, ...] = _option(

@@ -13,7 +13,7 @@ import pytest
 
 from metakern.dialogue import readers
 from metakern.dialogue.config import Config
-from metakern.dialogue.readers import READERS, Dialogue, Rows, Turn, dialogue, read
+from metakern.dialogue.readers import READERS, Dialogue, Rows, Turn, dialogue, formats, read
 from metakern.dialogue.tasks import load_split
 from metakern.errors import DataError, UserError
 
@@ -564,7 +564,7 @@ def write(folder: Path, sample: str) -> str:
 
 
 def test_every_format_has_a_sample() -> None:
-    assert {SAMPLES[sample][0] for sample in SAMPLES} == set(READERS)
+    assert {SAMPLES[sample][0] for sample in SAMPLES} == set(formats())
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
@@ -722,7 +722,7 @@ def test_a_damaged_file_is_an_error_of_one_line(
     assert str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("name", sorted(READERS.keys() - {"chatterbot", "chitchat"}))
+@pytest.mark.parametrize("name", sorted({*formats()} - {"chatterbot", "chitchat"}))
 @pytest.mark.parametrize("record", [{}, {"turns": 3, "services": 3, "utterances": 3, "dialog": 3}, {"a": {"log": 3}}])
 def test_records_of_another_form_are_skipped_and_counted(tmp_path: Path, name: str, record: dict) -> None:
     (tmp_path / "a.json").write_text(json.dumps(record))
@@ -791,11 +791,11 @@ def test_help_and_documentation_name_every_format() -> None:
     described = next(key.metadata["help"] for key in fields(Config) if key.name == "format")
     documented = (inspect.getdoc(read) or "").partition("format:")[2].partition("options:")[0]
     page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text("utf-8")
-    for name in READERS:
+    for name in formats():
         assert re.search(rf"\b{name}\b", described)
         assert f'"{name}"' in documented
         assert f"`{name}`" in page
-    assert set(re.findall(r'"(\w+)"', documented)) == {*READERS, "auto"}
+    assert set(re.findall(r'"(\w+)"', documented)) == {*formats(), "auto"}
 
 
 def test_a_format_without_marks_is_recognized_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,7 +230,7 @@ def read(source: str | Iterable[Mapping[str, Any]], format: str = "auto", **opti
     True
     """
     if format != "auto" and format not in READERS:
-        raise DataError(f"read: format must be one of {_formats()}, got {format!r}{_closest(format)}")
+        raise DataError(f"read: format must be one of {', '.join(formats())}, got {format!r}{_closest(format)}")
     if isinstance(source, str):
         where, (chosen, path, variant) = source, _find(source, format)
         options = variant | options
@@ -243,7 +243,7 @@ def read(source: str | Iterable[Mapping[str, Any]], format: str = "auto", **opti
         known = ", ".join(chosen.options) or "(none)"
         raise DataError(f"{chosen.name}: options of the reader must be among {known}, got {unknown[0]!r}")
     skipped: Counter[str] = Counter()
-    if isinstance(path, Path) and path.is_dir():
+    if isinstance(path, Path) and path.is_dir() and not chosen.synthetic:
         others = sum(p.suffix.lower() not in chosen.suffixes for p in visible(path))
         skipped.update({f"files that do not end in {' or '.join(chosen.suffixes)}": others} if others else {})
 
@@ -353,7 +353,7 @@ def _recognize(path: Source) -> Reader:
 
     A file of a directory that can't be read matters only if no file is recognized; then its error is raised.
     """
-    unknown = DataError(f"{path}: must be in a known format, got another: set format to one of {_formats()}")
+    unknown = DataError(f"{path}: must be in a known format, got another: set format to one of {', '.join(formats())}")
     if isinstance(path, Rows):
         if found := _by_record(path, list(READERS.values())):
             return found
@@ -393,9 +393,9 @@ def _by_record(source: Source, candidates: Sequence[Reader]) -> Reader | None:
     return None
 
 
-def _formats() -> str:
+def formats() -> list[str]:
     """Return the names of the formats that files can be in."""
-    return ", ".join(name for name, known in READERS.items() if not known.synthetic)
+    return [name for name, known in READERS.items() if not known.synthetic]
 
 
 def count_of(skipped: Mapping[str, int]) -> str:
