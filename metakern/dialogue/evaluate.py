@@ -318,16 +318,20 @@ def show(report: dict[str, Any], console: Console) -> None:
 def _table(
     console: Console, title: str, steps: Sequence[int], columns: Sequence[tuple[str, dict[str, Any], str, str]]
 ) -> None:
-    """Print a table; a column is its title, its values with their `low` and `high`, their key and their format."""
+    """Print a table; a column is its title, its values with their `low` and `high`, their key and their format.
+
+    One task alone has no interval.
+    """
     table = Table(box=SIMPLE_HEAD)
     table.add_column("steps", justify="right")
     for name, *_ in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for i, k in enumerate(steps):
-        cells = [
-            f"{values[key][i]:{form}} [{values['low'][i]:{form}}, {values['high'][i]:{form}}]"
-            for _, values, key, form in columns
-        ]
+        cells = []
+        for _, values, key, form in columns:
+            low, high = values["low"][i], values["high"][i]
+            interval = f" [{low:{form}}, {high:{form}}]" if math.isfinite(high) else ""
+            cells.append(f"{values[key][i]:{form}}{interval}")
         table.add_row(str(k), *map(escape, cells))
     console.print(title, markup=False, highlight=False, soft_wrap=True)
     console.print(table)

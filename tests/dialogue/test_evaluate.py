@@ -199,6 +199,9 @@ def test_one_test_task_has_an_infinite_interval_that_is_null_in_json(tmp_path):
     assert len(report["tasks"]) == 1
     assert report["curves"]["maml"]["high"] == [math.inf] * 2
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["curves"]["maml"]["high"] == [None] * 2
+    console = Console(file=StringIO(), width=120)
+    show(report, console)
+    assert ", inf" not in console.file.getvalue()
 
 
 def test_other_data_can_be_evaluated_and_wrong_arguments_are_errors(trained, tmp_path):

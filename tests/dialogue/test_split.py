@@ -1,9 +1,11 @@
 """Splits that keep a bot's canned replies, families of tasks, and tasks that are named."""
 
+import json
+
 import pytest
 
 from metakern.dialogue.config import Config
-from metakern.dialogue.readers import Dialogue, dialogue
+from metakern.dialogue.readers import Dialogue, dialogue, read
 from metakern.dialogue.split import Split, split_tasks, whole_tasks
 from metakern.dialogue.tasks import load_split, load_whole
 from metakern.errors import DataError, UserError
@@ -97,6 +99,14 @@ def test_named_tasks_are_held_out_and_the_rest_of_their_group_is_left_out():
     assert split.skipped == {"tasks of a group with a task that is named for another split": 1}
     with pytest.raises(DataError):
         split_tasks(talks, min_dialogues=2, test={"none"})
+
+
+def test_messages_name_their_group(tmp_path):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    records = ({"topic": "a", "group": "shops"}, {"topic": "b"}, {"topic": "c", "group": None})
+    lines = (json.dumps(record | {"messages": messages}) + "\n" for record in records)
+    (tmp_path / "talks.jsonl").write_text("".join(lines))
+    assert [d.meta.get("group") for d in read(str(tmp_path / "talks.jsonl"))] == ["shops", None, None]
 
 
 def test_an_unknown_overlap_is_an_error():

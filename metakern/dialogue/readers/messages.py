@@ -10,7 +10,7 @@ without content is skipped if its content is null or it calls a tool; otherwise 
 The bot is the assistant. The task is the value of the key `task_key` or, by default, of the first of the keys task,
 task_id, topic, domain and persona that a record has. Without any, it is the name of the file without its suffix, so
 that a directory holds one task in each file. 0 and false are names of tasks; null, an empty text and an empty list are
-not.
+not. The value of the key group, if there is one, is `meta["group"]`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def dialogues(
             except RecursionError:
                 skipped["that are nested too deeply"] += 1
                 continue
-            talk = dialogue(task_id or file.stem, f"{file.stem}:{number}", turns, {"bot": "assistant"})
+            meta = {"bot": "assistant"} | ({"group": group} if (group := _name(record.get("group"))) else {})
+            talk = dialogue(task_id or file.stem, f"{file.stem}:{number}", turns, meta)
             if task_key and not task_id:
                 skipped[f"without the key {task_key}"] += 1
             elif not any(turn.speaker == "assistant" for turn in talk.turns):
