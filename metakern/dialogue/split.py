@@ -14,7 +14,7 @@ signs alone is compared as it is written. The turns of a system or a tool are in
 3. A task that has fewer than `min_dialogues` dialogues left is left out.
 
 Tasks whose dialogues have the same `meta["group"]` stay in one split: two versions of a service, or the bots of one
-language.
+language. A group that holds all tasks counts as none.
 
 If tasks are topics, a speaker may take part in several; `Split.summary` counts the held-out dialogues where that
 happens.
@@ -215,7 +215,7 @@ def _tasks(
 ) -> tuple[dict[str, Entries], dict[str, str]]:
     """Return the dialogues of each task, of which no two overlap, and the name of the group that each task is in.
 
-    Groups that share a task are one.
+    Groups that share a task are one. If all tasks are in one group, each is a group of its own.
     """
     if overlap not in OVERLAPS:
         raise ValueError(f"split_tasks: overlap must be one of {', '.join(OVERLAPS)}, got {overlap!r}")
@@ -238,7 +238,8 @@ def _tasks(
             seen[name] |= texts
         else:
             skipped[SHARED] += 1
-    return tasks, {name: root(("task", name))[1] for name in tasks}
+    groups = {name: root(("task", name))[1] for name in tasks}
+    return tasks, groups if len({*groups.values()}) > 1 else {name: name for name in tasks}
 
 
 def _texts(dialogue: Dialogue, min_words: int, overlap: str) -> Texts:

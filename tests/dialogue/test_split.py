@@ -86,6 +86,11 @@ def test_groups_that_share_a_task_are_one():
         assert sum({"ann and bob", "ann", "bob"} <= part for part in found) == 1
 
 
+def test_a_group_of_all_tasks_counts_as_none():
+    talks = [d for name in "abcd" for d in task(name, f"hi {name}", f"yo {name}", group="all")]
+    assert list(map(len, names(split_tasks(talks, min_dialogues=2)))) == [2, 1, 1]
+
+
 def test_too_few_groups_are_an_error():
     talks = [d for name in "abcd" for d in task(name, f"hi {name}", f"yo {name}", group=min(name, "b"))]
     with pytest.raises(DataError, match="must have 3 groups of tasks of at least 2 dialogues, got 2"):
