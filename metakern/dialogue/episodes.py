@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.split import TaskData
-from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, DialogueTokenizer, bot_of
+from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, DialogueTokenizer, bot_in
 from metakern.errors import DataError
 
 __all__ = ["Episodes", "Exchange", "collate"]
@@ -220,13 +220,13 @@ class Episodes:
 
     def _encode(self, dialogue: Dialogue, start: int, end: int | None = None) -> Window:
         turns = self._turns(dialogue, start, end)
-        return self.tokenizer.encode_dialogue(turns, self.train_on, self.max_length, _bot(dialogue))
+        return self.tokenizer.encode_dialogue(turns, self.train_on, self.max_length, bot_in(dialogue))
 
     def _turns(self, dialogue: Dialogue, start: int, end: int | None = None) -> Sequence[Turn]:
         return dialogue.turns[: _instructions(dialogue)] + dialogue.turns[start:end]
 
     def _exchanges(self, dialogue: Dialogue, start: int) -> Iterator[Exchange]:
-        turns, bot = self._turns(dialogue, start), _bot(dialogue)
+        turns, bot = self._turns(dialogue, start), bot_in(dialogue)
         for i, prompt, reply in self.tokenizer.replies(turns, self.max_length, bot):
             spoken = [turn for turn in turns[:i] if turn.speaker not in SYSTEM_SPEAKERS]
             if spoken and spoken[-1].speaker != bot:
@@ -255,10 +255,6 @@ def collate(tasks: Sequence[Sequence[Window]], pad_id: int, length: int | None =
     return {"input_ids": padded(0, pad_id), "attention_mask": mask, "labels": padded(1, IGNORE)}
 
 
-def _bot(dialogue: Dialogue) -> str | None:
-    return dialogue.meta.get("bot") or bot_of(dialogue.turns)
-
-
 def _instructions(dialogue: Dialogue) -> int:
     """Return the number of turns of a system or a tool at the beginning of a dialogue."""
     spoken = (i for i, turn in enumerate(dialogue.turns) if turn.speaker not in SYSTEM_SPEAKERS)
@@ -271,7 +267,7 @@ def _starts(dialogue: Dialogue, train_on: str) -> list[int]:
     If there is none, but the first spoken turn is to be learned, return its index. Turns of a system or a tool are not
     spoken.
     """
-    bot = _bot(dialogue)
+    bot = bot_in(dialogue)
     spoken = [i for i, turn in enumerate(dialogue.turns) if turn.speaker not in SYSTEM_SPEAKERS]
     learned = {i: train_on == "all" or dialogue.turns[i].speaker == bot for i in spoken}
     answered = [i for i, j in pairwise(spoken) if learned[j]]

@@ -85,7 +85,8 @@ def evaluate(
         What `eval.json` holds. `curves` has, for each algorithm, the query losses of the tasks (`loss`,
         `[len(steps)][T]`, in nats per token), the `perplexity` and the ends of its interval (`low`, `high`), and
         `bits_per_byte`, as `metrics.over_tasks` returns it. `ratios` has, for each baseline, `ratio`, `low` and `high`.
-        `steps` is in ascending order.
+        `steps` is in ascending order. With `data`, `left_out` counts what was left out of it, by reason, and `seen` has
+        the tasks that the run was trained on.
 
         With `reply_steps`, `replies` has these `steps`, the `questions` asked of each task, and `scores`: for each
         algorithm, for `taught` and `unseen` questions and for each metric, what `metrics.over_tasks` returns.
@@ -119,7 +120,9 @@ def evaluate(
     run = Run.open(path)
     split = load_split(run.config)
     validation = episodes(run.config, split.validation, run.tokenizer)
-    test = episodes(run.config, load_whole(run.config, data) if data else split.test, run.tokenizer)
+    tasks, skipped = load_whole(run.config, data) if data else (split.test, {})
+    seen = {task.task_id for task in split.train}.intersection(task.task_id for task in tasks)
+    test = episodes(run.config, tasks, run.tokenizer)
     asked = draw_questions(test) if reply_steps else []
     bits = _bits_per_byte(test)
     own, curves, replies = run.config.algorithm, {}, {}
@@ -146,6 +149,8 @@ def evaluate(
         "support_size": run.config.support_size,
         "query_size": run.config.query_size,
         "tasks": [name for names, _, _ in test.evaluation() for name in names],
+        "left_out": skipped,
+        "seen": sorted(seen),
         "steps": list(steps),
         "curves": curves,
         "ratios": {name: _ratio(curves[name], curves[own]) for name in curves if name != own},
@@ -304,6 +309,11 @@ def show(report: dict[str, Any], console: Console) -> None:
     """
     where = f"{report['data']}, {len(report['tasks'])} unseen tasks [95% interval over tasks]"
     curves = report["curves"]
+    for reason, count in sorted(report["left_out"].items()):
+        console.print(f"left out: {count} {reason}", markup=False, highlight=False, soft_wrap=True)
+    if seen := report["seen"]:
+        said = f"not unseen: the run was trained on {len(seen)} of these tasks, such as {seen[0]}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     columns = [(name, values, "perplexity", ".1f") for name, values in curves.items()]
     columns += [(f"{name} / {next(iter(curves))}", values, "ratio", ".3f") for name, values in report["ratios"].items()]
     _table(console, f"perplexity after adaptation, {where}", report["steps"], columns)

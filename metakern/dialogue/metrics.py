@@ -154,15 +154,8 @@ def bleu(replies: Sequence[str], references: Sequence[str]) -> float:
 def chrf(replies: Sequence[str], references: Sequence[str]) -> float:
     """Return the corpus chrF2 of replies, in [0, 100], as sacrebleu computes it by default (Popović 2015).
 
-    It compares n-grams of characters, so it also credits a reply for parts of words.
-
-    Args:
-        replies: At least one text.
-        references: One reference for each reply.
-
-    Raises:
-        ValueError: If there is no reply, or the numbers of replies and references differ.
-        ImportError: If the package sacrebleu is missing.
+    It compares n-grams of characters, so it also credits a reply for parts of words. Arguments and errors are those of
+    `bleu`.
 
     >>> round(chrf(["the cat sat on the mat"], ["the cat sat on the mat"]))
     100

@@ -28,7 +28,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from metakern.dialogue.readers import Dialogue, count_of
-from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS, bot_of
+from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS, bot_in
 from metakern.dialogue.words import length, words
 from metakern.errors import DataError
 
@@ -155,7 +155,7 @@ def split_tasks(
         taken = {groups[name] for family in order for name in family if name in named}
         members = [name for family in order for name in family if groups[name] in taken]
         part += [name for name in members if name in named]
-        skipped["tasks of a group with a task that is named for another split"] += len(members) - len(part)
+        skipped["tasks whose group has a task that is named for a held-out split"] += len(members) - len(part)
         order = [family for family in order if groups[family[0]] not in taken]
     count = sum(map(len, order))
     for part, named, share in zip(chosen, (test, validation), fractions[:0:-1], strict=True):
@@ -247,7 +247,7 @@ def _texts(dialogue: Dialogue, min_words: int, overlap: str) -> Texts:
     spoken = [turn for turn in dialogue.turns if turn.speaker not in SYSTEM_SPEAKERS]
     turns = [tuple(word for word in words(turn.text) if any(map(str.isalnum, word))) for turn in spoken]
     whole = tuple(said or turn.text for said, turn in zip(turns, spoken, strict=True))
-    bot = dialogue.meta.get("bot") or bot_of(dialogue.turns)
+    bot = bot_in(dialogue)
     compared = {"dialogues": [], "turns": turns}.get(
         overlap, [said for said, turn in zip(turns, spoken, strict=True) if turn.speaker != bot]
     )

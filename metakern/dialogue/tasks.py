@@ -67,13 +67,15 @@ def load_split(config: Config) -> Split:
 
 
 @by_the_user()
-def load_whole(config: Config, data: str) -> tuple[TaskData, ...]:
-    """Read other data than that of `config`, and return all its tasks that have dialogues for support and query.
+def load_whole(config: Config, data: str) -> tuple[tuple[TaskData, ...], dict[str, int]]:
+    """Read other data than that of `config`; return all its tasks that have dialogues for support and query.
+
+    A dictionary says what was left out, by reason.
 
     Raises:
         DataError: If the data can't be read or hold no such task.
     """
-    return whole_tasks(_read(config, data), min_words=config.min_words, overlap=config.overlap)[0]
+    return whole_tasks(_read(config, data), min_words=config.min_words, overlap=config.overlap)
 
 
 def _read(config: Config, data: str) -> Dialogues:

@@ -313,6 +313,11 @@ def _roles(turns: Sequence[Turn], bot: str | None) -> tuple[str, ...]:
     )
 
 
+def bot_in(dialogue: Dialogue) -> str | None:
+    """Return the speaker whose turns a model learns: the one that the dialogue names, or else `bot_of` its turns."""
+    return dialogue.meta.get("bot") or bot_of(dialogue.turns)
+
+
 def bot_of(turns: Sequence[Turn]) -> str | None:
     """Return the speaker who is the bot if nothing else says so, or None if there is none.
 

@@ -138,6 +138,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, start: str |
             _Loop(run, phase, plain, episodes(config, split.validation, tokenizer), log).go(saved, stop_asked)
             saved = {}
     run.restore("best")
+    if len(set(config.inner_steps)) > 1:
+        run.algorithm.steps = config.most_inner_steps  # as in a run that is opened
     return run
 
 
@@ -172,7 +174,7 @@ class _Loop:
         self.config, self.algorithm = run.config, phase.algorithm
         self.looks = (0, *sorted(set(self.config.inner_steps))) if phase.name == "train" else (0,)
         self.rates = _rates(self.algorithm) if phase.name == "train" else []
-        self.plain = plain if phase.name == "train" else None
+        self.plain = plain
         trained = [p for p in self.algorithm.parameters() if p.requires_grad]
         own = {id(p) for p in run.model.parameters()}
         model = [p for p in trained if id(p) in own]
@@ -221,7 +223,7 @@ class _Loop:
         self.optimizer.zero_grad()
         loss = algorithm(support, query)
         loss.backward()
-        if self.plain is not None and config.lm_weight:
+        if config.lm_weight and self.phase.name == "train":
             (config.lm_weight * self.plain(support, query)).backward()
         norm = torch.nn.utils.clip_grad_norm_(algorithm.parameters(), config.clip or math.inf)
         if not torch.isfinite(loss.detach() + norm):

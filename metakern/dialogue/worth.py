@@ -23,8 +23,8 @@ from metakern.dialogue.config import Config
 from metakern.dialogue.evaluate import at_factors, best_factors
 from metakern.dialogue.split import Split
 from metakern.dialogue.tasks import episodes, load_split
-from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS, bot_of
-from metakern.dialogue.trainer import train
+from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS, bot_in
+from metakern.dialogue.trainer import StoppedError, train
 from metakern.dialogue.words import words
 
 __all__ = ["LITTLE", "STEPS", "measure", "show", "sizes"]
@@ -75,12 +75,16 @@ def measure(config: Config) -> dict[str, Any]:
 
     Raises:
         DataError, UserError, DivergenceError: As `train`.
+        StoppedError: After Ctrl-C or SIGTERM.
     """
     split = load_split(config)
     found = sizes(split)
     with tempfile.TemporaryDirectory() as folder:
         plain = replace(config, algorithm="finetune", algorithm_options=(), pretrain_steps=0, eval_every=config.steps)
-        run = train(plain, Path(folder) / "run")
+        try:
+            run = train(plain, Path(folder) / "run")
+        except StoppedError:
+            raise StoppedError("data: stopped; nothing is kept") from None
         validation, test = (episodes(plain, part, run.tokenizer) for part in (split.validation, split.test))
         factors = best_factors(run, validation, STEPS)
         losses = at_factors(run, factors, test, STEPS).mean(1).tolist()
@@ -112,6 +116,6 @@ def show(name: str, found: dict[str, Any], console: Console) -> None:
 
 
 def _turns(dialogue: Any, of_bot: bool) -> Iterable[tuple[str, ...]]:
-    bot = dialogue.meta.get("bot") or bot_of(dialogue.turns)
+    bot = bot_in(dialogue)
     spoken = (turn for turn in dialogue.turns if turn.speaker not in SYSTEM_SPEAKERS)
     return (words(turn.text) or (turn.text,) for turn in spoken if (turn.speaker == bot) is of_bot)

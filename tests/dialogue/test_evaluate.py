@@ -209,7 +209,14 @@ def test_other_data_can_be_evaluated_and_wrong_arguments_are_errors(trained, tmp
     other = write_tasks(tmp_path / "other", tasks=12)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    assert evaluate(copy, (0,), data=str(other))["data"] == str(other)
+    report = evaluate(copy, (0,), data=str(other))
+    assert report["data"] == str(other)
+    assert len(report["tasks"]) == 12
+    train_tasks = {task.task_id for task in load_split(Run.open(copy).config).train}
+    assert report["seen"] == sorted(train_tasks & set(report["tasks"])) != []
+    console = Console(file=StringIO(), width=120)
+    show(report, console)
+    assert f"not unseen: the run was trained on {len(report['seen'])} of these tasks" in console.file.getvalue()
     with pytest.raises(UserError, match=r"compare must be among maml, .*, got 'fine'"):
         evaluate(folder, (0,), ("fine",))
     with pytest.raises(UserError, match=r"steps must be whole numbers of at least 0, got \[-1\]"):

@@ -101,7 +101,7 @@ def test_named_tasks_are_held_out_and_the_rest_of_their_group_is_left_out():
     talks = [d for i in range(9) for d in task(f"t{i}", f"hi {i}", f"yo {i}", group=f"g{i // 2}")]
     split = split_tasks(talks, min_dialogues=2, test={"t0", "t8"}, validation={"t2", "t3"})
     assert names(split) == ({"t4", "t5", "t6", "t7"}, {"t2", "t3"}, {"t0", "t8"})
-    assert split.skipped == {"tasks of a group with a task that is named for another split": 1}
+    assert split.skipped == {"tasks whose group has a task that is named for a held-out split": 1}
     with pytest.raises(DataError):
         split_tasks(talks, min_dialogues=2, test={"none"})
 
@@ -137,6 +137,7 @@ def test_files_and_patterns_name_the_held_out_tasks(tmp_path):
     other = written(tmp_path / "test.jsonl", "axy")
     config = Config(data=data, min_dialogues=2, test_data=other, validation_tasks=("b*",))
     assert names(load_split(config)) == ({"c", "d", "e", "f"}, {"b"}, {"a", "x", "y"})
-    assert {t.task_id for t in load_whole(config, other)} == {"a", "x", "y"}
+    tasks, skipped = load_whole(config, other)
+    assert ({t.task_id for t in tasks}, skipped) == ({"a", "x", "y"}, {})
     with pytest.raises(UserError, match="test_tasks must match a task of the data, such as a, b, c, d, e; got zz"):
         load_split(Config(data=data, test_tasks=("zz",)))

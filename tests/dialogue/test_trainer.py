@@ -109,6 +109,7 @@ def test_numbers_of_inner_steps_take_turns_and_their_mean_is_validated(tmp_path,
     monkeypatch.setattr(mk.MAML, "forward", noted)
     run = train(tiny_config(data, inner_steps=(1, 4), steps=5, eval_every=5), tmp_path / "run")
     assert taken == [1, 4, 1, 4, 1]
+    assert run.algorithm.steps == 4
     split = load_split(run.config)
     _, losses = curve(run.algorithm, episodes(run.config, split.validation, run.tokenizer), (1, 4))
     assert run.state["best"] == pytest.approx(losses.mean().item(), rel=1e-5)

@@ -237,7 +237,7 @@ class Captures:
             if tasks > 1:
                 before.restore()
         captured = self._programs.get(one.key)
-        if captured is None or captured.executable is None:
+        if captured is None or not isinstance(captured.executable, Executable):
             if one.key in self._programs and captured is None and not self._branch_of(whole):
                 whole.branch = next(self._next_branch)
                 self._keep(whole, None)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metakern.meta.capture.recorder import INTEGERS
 from metakern.meta.draws import ZEROS
 
 SHARE = 0.5  # of the free memory that a graph may take; ordinary runs, which audit it, take as much beside it
@@ -76,7 +77,6 @@ class Graph:
                 with suppress(Exception), _captured(torch.cuda.CUDAGraph(), graphs):
                     torch.zeros(1, device=self._device)  # which frees the generators that a broken capture holds
                 raise
-        self.bytes = sum(t.untyped_storage().nbytes() for t in (*self._inputs, *self._outputs) if t is not None)
 
     def fits(self) -> bool:
         """Whether all tensors that it reads are where they were, with the layouts that they had."""
@@ -119,7 +119,7 @@ class _Reads(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _READ and args[0].device.type == "cuda":
+        if func is _READ and args[0].dtype in INTEGERS:
             return next(self._numbers)
         if func is ZEROS:
             return torch.zeros(*args, **(kwargs or {}))

@@ -32,7 +32,7 @@ from metakern.native.record import Recording
 
 _aten = torch.ops.aten
 _LOOKS_AT_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_INTEGERS = {torch.bool, torch.int64, torch.int32}
+INTEGERS = {torch.bool, torch.int64, torch.int32}
 _RANDOM = torch.Tag.nondeterministic_seeded
 _LIFTS = {_aten.lift_fresh.default, _aten.lift.default}
 _COPIES = {_aten._to_copy.default, _aten.copy_.default, _aten.copy.default}
@@ -139,7 +139,7 @@ class Recorder(Recording):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _aten._local_scalar_dense.default and args[0].dtype in _INTEGERS:
+        if func is _aten._local_scalar_dense.default and args[0].dtype in INTEGERS:
             with _disable_current_modes():
                 self.decisions.append((self.named(args[0]), args[0].item()))
             return self.decisions[-1][1]
