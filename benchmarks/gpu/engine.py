@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from benchmarks import algorithms, peers, truth
 from benchmarks.gpu.checks import errors
 from benchmarks.gpu.measure import eager_milliseconds, milliseconds, peak_mib
 from benchmarks.gpu.pool import Job, Row
-from benchmarks.gpu.problems import device
+from benchmarks.gpu.problems import device, flat, moved
 from benchmarks.peers.metakern import adapted
 from benchmarks.workloads import FAMILIES, Workload, make
 from benchmarks.workloads.models import Llama
@@ -42,15 +41,6 @@ TIMED = {
 }
 
 CALLS = {"metakern": 15, "torch_func": 3, "plain": 1}
-
-
-def moved(work: Workload) -> Workload:
-    support, query = (tuple(t.to(device()) for t in batch) for batch in (work.support, work.query))
-    return replace(work, model=work.model.to(device()), support=support, query=query)
-
-
-def flat(gradient: dict[str, Tensor]) -> Tensor:
-    return torch.cat([gradient[name].detach().flatten().double() for name in sorted(gradient)])
 
 
 @torch.no_grad()

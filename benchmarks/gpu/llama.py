@@ -16,7 +16,7 @@ from benchmarks import peers
 from benchmarks.gpu.checks import errors
 from benchmarks.gpu.measure import eager_milliseconds, peak_mib
 from benchmarks.gpu.pool import Job, Row
-from benchmarks.gpu.problems import Random, device
+from benchmarks.gpu.problems import Random, device, flat
 from benchmarks.workloads import Workload
 
 METHODS = {"metakern": "metakern auto, not captured", "plain": "plain PyTorch"}
@@ -65,8 +65,7 @@ def check(L: int, dtype: str, tiny: bool) -> Row:
     kind = getattr(torch, dtype)
 
     def found(peer: str, dtype: torch.dtype) -> Tensor:
-        gradient = step(peer, work(TINY if tiny else CHECKED, 2, 2, L, dtype))()
-        return torch.cat([gradient[name].flatten().double() for name in sorted(gradient)])
+        return flat(step(peer, work(TINY if tiny else CHECKED, 2, 2, L, dtype))())
 
     truth = found("plain", torch.float64)
     ours, theirs = (errors([found(peer, kind)], [truth]).item() for peer in METHODS)

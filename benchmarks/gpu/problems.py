@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.calls import Shapes, function
+from benchmarks.workloads import Workload
 from metakern.ops import SPECS
 from metakern.ops.core.spec import Make, Sample
 from metakern.ops.cross_entropy import ragged
@@ -24,6 +25,17 @@ Draw = Callable[[Make], Sample]
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def moved(work: Workload) -> Workload:
+    """Return the workload on the device."""
+    support, query = (tuple(t.to(device()) for t in batch) for batch in (work.support, work.query))
+    return replace(work, model=work.model.to(device()), support=support, query=query)
+
+
+def flat(gradient: dict[str, Tensor]) -> Tensor:
+    """Return a gradient as one vector in float64, in the order of the names."""
+    return torch.cat([gradient[name].detach().flatten().double() for name in sorted(gradient)])
 
 
 class Random(Make):

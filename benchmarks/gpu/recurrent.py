@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from benchmarks.calls import RULES
 from benchmarks.gpu.checks import DTYPES, Check, compare
 from benchmarks.gpu.measure import eager_milliseconds, milliseconds, peak_mib
 from benchmarks.gpu.pool import Job, Row
-from benchmarks.gpu.problems import device
+from benchmarks.gpu.problems import device, flat, moved
 from benchmarks.workloads import make
 from metakern import native
 from metakern.ops import SPECS
@@ -137,15 +136,13 @@ def meta_steps(name: str) -> Row:
     row: Row = {}
     gradients = {}
     for peer, method in (("metakern", "metakern auto"), ("plain", "plain PyTorch")):
-        work = make(name)
-        on_gpu = [tuple(t.to(device()) for t in batch) for batch in (work.support, work.query)]
-        work = replace(work, model=work.model.to(device()), support=on_gpu[0], query=on_gpu[1])
+        work = moved(make(name))
         step = peers.load(peer).methods[method](work)
         with torch.backends.cudnn.flags(enabled=peer == "metakern"):
             gradients[peer] = {key: g.detach().clone() for key, g in step().items()}
             row[f"{peer}_peak_mib"] = peak_mib(step)
             row[f"{peer}_ms"] = eager_milliseconds(step, 7 if peer == "metakern" else 3)
-    ours, theirs = (torch.cat([gradients[peer][k].flatten() for k in sorted(gradients["plain"])]) for peer in gradients)
+    ours, theirs = map(flat, gradients.values())
     row["difference"] = ((ours - theirs).norm() / theirs.norm()).item()
     row["speedup"] = row["plain_ms"] / row["metakern_ms"]
     return row
