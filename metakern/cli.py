@@ -176,8 +176,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         type=_names,
         default=(),
-        help="algorithms to compare with, such as finetune,fomaml; each is trained first if it has not been;"
-        " with --replies also retrieval, the reply to the nearest context of the support",
+        help="what to compare with: algorithms, each of which is trained first if it has not been; pretrained, the"
+        " weights that the run began with; finetune:adam or pretrained:adam, adapted with another inner optimizer; with"
+        " --replies also retrieval, the reply to the nearest context of the support",
+    )
+    evaluate.add_argument(
+        "--repeats", metavar="N", type=_number, default=1, help="episodes of each task, which are averaged (default: 1)"
     )
     evaluate.add_argument(
         "--replies", action="store_true", help="also let the adapted models reply, and compare with the bot's replies"
@@ -293,15 +297,17 @@ def _eval(
     data: str | None,
     steps: tuple[int, ...],
     compare: tuple[str, ...],
+    repeats: int,
     replies: bool,
     reply_steps: tuple[int, ...] | None,
 ) -> None:
     from rich.console import Console
 
-    from metakern.dialogue.evaluate import REPLY_STEPS, evaluate, show
+    from metakern.dialogue.evaluate import REPLY_STEPS, evaluate
+    from metakern.dialogue.report import show
 
     reply_steps = reply_steps or (REPLY_STEPS if replies else ())
-    show(evaluate(run, steps, compare, data, reply_steps), Console())
+    show(evaluate(run, steps, compare, data, reply_steps, repeats), Console())
     written = ("eval.json", "eval.png", "replies.png")[: 3 if reply_steps else 2]
     print(f"written: {', '.join(str(Path(run) / name) for name in written)}")
 

@@ -38,11 +38,13 @@ class Exchange:
         prompt: The ids of the window before the reply.
         reply: The ids of the reply as they are to be learned. They end with the token that ends a turn if the window
             holds the whole reply.
+        text: The text of `reply`.
     """
 
     context: str
     prompt: tuple[int, ...]
     reply: tuple[int, ...]
+    text: str
 
 
 class Episodes:
@@ -67,6 +69,7 @@ class Episodes:
         train_on: Which turns are to be learned: "bot" stands for the bot's, "all" for all but those of a system or a
             tool.
         task_power: Tasks are drawn in proportion to their numbers of usable dialogues to this power; with 0, all alike.
+        repeats: The number of episodes of each task in an evaluation.
         windows: Where a window may begin: "any" stands for each turn that is answered, "opening" for the first one
             only, near which people keep to a topic, and "later" for those that the opening window does not reach.
 
@@ -97,14 +100,16 @@ class Episodes:
         train_on: str = "bot",
         windows: str = "any",
         task_power: float = 0.0,
+        repeats: int = 1,
     ) -> None:
         if windows not in ("any", "opening", "later"):
             raise ValueError(f"Episodes: windows must be any, opening or later, got {windows!r}")
         if train_on not in ("bot", "all"):
             raise ValueError(f"Episodes: train_on must be bot or all, got {train_on!r}")
-        if min(support_size, query_size) < 1:
+        if min(support_size, query_size, repeats) < 1:
             raise ValueError(
-                f"Episodes: support_size and query_size must be at least 1, got {support_size} and {query_size}"
+                "Episodes: support_size, query_size and repeats must be at least 1,"
+                f" got {support_size}, {query_size} and {repeats}"
             )
         if max_length < tokenizer.least:
             raise ValueError(
@@ -112,6 +117,7 @@ class Episodes:
             )
         self.tokenizer, self.max_length, self.seed, self.train_on = tokenizer, max_length, seed, train_on
         self.sizes, self.windows, self.task_power = (support_size, query_size), windows, task_power
+        self.repeats = repeats
         self._tasks: list[tuple[str, list[Startable]]] = []
         for task in tasks:
             usable = [(d, starts) for d in task.dialogues if (starts := self._starts(d))]
@@ -158,33 +164,35 @@ class Episodes:
         return _draw(self._tasks, tasks, rng, weights), rng
 
     def evaluation(self, limit: int | None = None, *, batch: int = 16) -> Iterator[tuple[list[str], Batch, Batch]]:
-        """Yield one fixed episode of each task: names, support, query.
+        """Yield fixed episodes of the tasks: names, support, query.
 
-        An episode depends on the seed and the task alone; only the padding depends on the other tasks of a batch.
+        There are `repeats` episodes of each task, one after the other. An episode depends on the seed, the task and its
+        number alone; only the padding depends on the other episodes of a batch.
 
         Args:
             limit: How many of the first tasks to take; None takes all.
-            batch: The number of tasks in a batch; the last one may have fewer.
+            batch: The number of episodes in a batch; the last one may have fewer.
         """
-        chosen = self._tasks[:limit]
-        for i in range(0, len(chosen), batch):
-            part = chosen[i : i + batch]
-            yield self._batch(part, [self._evaluation_rng(name) for name, _ in part])
+        chosen = [(task, i) for task in self._tasks[:limit] for i in range(self.repeats)]
+        for start in range(0, len(chosen), batch):
+            part = chosen[start : start + batch]
+            yield self._batch([task for task, _ in part], [self._evaluation_rng(task[0], i) for task, i in part])
 
     def exchanges(self) -> Iterator[tuple[str, list[Exchange], list[Exchange]]]:
-        """Yield the exchanges in the episodes of `evaluation`: for each task its name, the support's, the query's.
+        """Yield the exchanges in the episodes of `evaluation`: for each the task's name, the support's, the query's.
 
         An exchange that stands in two windows of a side comes once.
         """
         for name, dialogues in self._tasks:
-            support, query = (
-                list(dict.fromkeys(exchange for window in side for exchange in self._exchanges(*window)))
-                for side in self._draw_windows(dialogues, self._evaluation_rng(name))
-            )
-            yield name, support, query
+            for i in range(self.repeats):
+                support, query = (
+                    list(dict.fromkeys(exchange for window in side for exchange in self._exchanges(*window)))
+                    for side in self._draw_windows(dialogues, self._evaluation_rng(name, i))
+                )
+                yield name, support, query
 
-    def _evaluation_rng(self, name: str) -> random.Random:
-        return random.Random(f"evaluation/{self.seed}/{name}")
+    def _evaluation_rng(self, name: str, number: int) -> random.Random:
+        return random.Random(f"evaluation/{self.seed}/{name}" + f"/{number}" * bool(number))
 
     def _batch(
         self, tasks: Sequence[tuple[str, list[Startable]]], rngs: Sequence[random.Random]
@@ -230,7 +238,8 @@ class Episodes:
         for i, prompt, reply in self.tokenizer.replies(turns, self.max_length, bot):
             spoken = [turn for turn in turns[:i] if turn.speaker not in SYSTEM_SPEAKERS]
             if spoken and spoken[-1].speaker != bot:
-                yield Exchange("\n".join(turn.text for turn in turns[:i]), tuple(prompt), tuple(reply))
+                context = "\n".join(turn.text for turn in turns[:i])
+                yield Exchange(context, tuple(prompt), tuple(reply), self.tokenizer.decode(reply))
 
 
 def collate(tasks: Sequence[Sequence[Window]], pad_id: int, length: int | None = None) -> Batch:

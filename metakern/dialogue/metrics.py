@@ -24,7 +24,7 @@ from torch import Tensor
 
 from metakern.dialogue.words import words
 
-__all__ = ["bleu", "chrf", "distinct_n", "exact", "interval", "over_tasks", "paired_interval", "word_f1"]
+__all__ = ["bleu", "by_task", "chrf", "distinct_n", "exact", "interval", "over_tasks", "paired_interval", "word_f1"]
 
 ARTICLES = {"a", "an", "the"}
 JUDGED = 40  # the number of characters of a reply that `exact` compares
@@ -69,6 +69,23 @@ def paired_interval(a: Tensor | Sequence[float], b: Tensor | Sequence[float]) ->
     if first.shape != second.shape:
         raise ValueError(f"paired_interval: b must be {list(first.shape)} as a is, got {list(second.shape)}")
     return interval(first - second)
+
+
+def by_task(values: Tensor | Sequence[Sequence[float]], repeats: int) -> Tensor:
+    """Return the means of rows of values over the `repeats` episodes of each task, which stand one after the other.
+
+    Args:
+        values: `[K, T * repeats]`.
+        repeats: At least 1.
+
+    Returns:
+        `[K, T]`.
+
+    >>> by_task([[1.0, 3.0, 5.0, 5.0]], repeats=2)
+    tensor([[2., 5.]])
+    """
+    rows = torch.as_tensor(values)
+    return rows.unflatten(1, (-1, repeats)).mean(2) if repeats > 1 else rows
 
 
 def over_tasks(values: Tensor | Sequence[Sequence[float]]) -> dict[str, list[Any]]:

@@ -15,16 +15,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from metakern.dialogue.baselines import InContext, Retrieval
 from metakern.dialogue.episodes import Episodes, Exchange
 from metakern.dialogue.generate import greedy
-from metakern.dialogue.metrics import JUDGED, bleu, chrf, distinct_n, exact, over_tasks, plain, word_f1
+from metakern.dialogue.metrics import JUDGED, bleu, by_task, chrf, distinct_n, exact, over_tasks, plain, word_f1
 from metakern.dialogue.tasks import load_adapted, on_device_of
 from metakern.errors import DataError
 from metakern.meta.parameters import twin
 
-__all__ = ["Questions", "draw_questions", "generated", "retrieved", "scores"]
+__all__ = ["KINDS", "Questions", "draw_questions", "generated", "retrieved", "scores"]
 
+KINDS = ("taught", "unseen")
 MARGIN = 8
 HELD = 2**27  # the number of adapted parameters, of all tasks that are adapted at once
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
@@ -39,7 +42,7 @@ METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
 
 @dataclass(frozen=True)
 class Questions:
-    """What a model is asked about a task.
+    """What a model is asked about a task, in one episode.
 
     Attributes:
         support: All exchanges of the support.
@@ -53,11 +56,11 @@ class Questions:
 
 
 def draw_questions(source: Episodes, limit: int = 12) -> list[Questions]:
-    """Return the questions about each task of `source`, on its episode of `evaluation`.
+    """Return the questions of each episode that `source` has for evaluation.
 
     Args:
         source: Its seed draws the questions.
-        limit: The largest number of taught questions of a task, and of unseen ones.
+        limit: The largest number of taught questions of an episode, and of unseen ones.
 
     Raises:
         DataError: If the support or the query of a task has no reply that can be judged.
@@ -80,7 +83,7 @@ def draw_questions(source: Episodes, limit: int = 12) -> list[Questions]:
 
 
 def generated(algorithm: Any, source: Episodes, asked: Sequence[Questions], steps: int) -> Iterator[list[str]]:
-    """Yield for each task the replies to its taught and then its unseen questions, after `steps` inner steps.
+    """Yield for each episode the replies to its taught and then its unseen questions, after `steps` inner steps.
 
     `InContext` takes no steps and has the support before each question.
 
@@ -118,7 +121,7 @@ def generated(algorithm: Any, source: Episodes, asked: Sequence[Questions], step
 def retrieved(source: Episodes, asked: Sequence[Questions]) -> Iterator[list[str]]:
     """Yield what `generated` yields, by `Retrieval` of the reply to the nearest context of the support."""
     for task in asked:
-        answer = Retrieval([e.context for e in task.support], [source.tokenizer.decode(e.reply) for e in task.support])
+        answer = Retrieval([e.context for e in task.support], [e.text for e in task.support])
         yield [answer(question.context) for question in (*task.taught, *task.unseen)]
 
 
@@ -131,21 +134,21 @@ def scores(source: Episodes, asked: Sequence[Questions], replies: Sequence[Seque
         replies: For each number of steps and each task, what `generated` yields.
 
     Returns:
-        A dictionary with `taught` and `unseen`; for each, and for each of `METRICS`, what `metrics.over_tasks` returns.
+        A dictionary with `taught` and `unseen`; for each, and for each of `METRICS`, what `metrics.over_tasks` returns
+        of the means over the episodes of each task.
     """
     found: dict[str, Any] = {"taught": {}, "unseen": {}}
     for kind, metrics in found.items():
-        references = [[source.tokenizer.decode(e.reply) for e in getattr(task, kind)] for task in asked]
+        references = [[e.text for e in getattr(task, kind)] for task in asked]
         kept = [slice(len(task.taught)) if kind == "taught" else slice(len(task.taught), None) for task in asked]
         for name, metric in METRICS.items():
-            metrics[name] = over_tasks(
-                [[metric(r[k], ref) for r, k, ref in zip(row, kept, references, strict=True)] for row in replies]
-            )
+            rows = [[metric(r[k], ref) for r, k, ref in zip(row, kept, references, strict=True)] for row in replies]
+            metrics[name] = over_tasks(by_task(torch.tensor(rows, dtype=torch.float64), source.repeats))
     return found
 
 
 def _can_be_judged(source: Episodes, exchange: Exchange) -> bool:
-    text = plain(source.tokenizer.decode(exchange.reply))
+    text = plain(exchange.text)
     return bool(text) and (exchange.reply[-1] == source.tokenizer.eos_id or len(text) >= JUDGED)
 
 

@@ -29,6 +29,7 @@ from metakern.dialogue.baselines import FineTune
 from metakern.dialogue.config import Config
 from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
+from metakern.dialogue.rates import at_factors, best_factors
 from metakern.dialogue.registry import build_algorithm, tokenizer_class
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import curve, episodes, load_split, on_device_of
@@ -265,17 +266,20 @@ class _Loop:
         """Log the losses on the validation tasks, save weights of `train` as `best` if they are, and save `last`."""
         run, config, state = self.run, self.config, self.run.state
         names, losses = curve(self.algorithm, self.validation, self.looks, config.eval_tasks)
-        judged = losses[:1] if isinstance(self.algorithm, FineTune) else losses
+        untuned = isinstance(self.algorithm, FineTune)  # whose training says nothing of the inner rates
+        judged = losses[:1] if untuned else losses
         if not judged.isfinite().all():
             raise self.divergence(names, judged.sum(0))
+        if untuned and len(losses) > 1:
+            factors = best_factors(self.algorithm, self.validation, self.looks, config.eval_tasks)
+            losses = at_factors(self.algorithm, factors, self.validation, self.looks, config.eval_tasks)
         before, after = losses[0].mean().item(), losses[min(1, len(losses) - 1) :].mean().item()
         self.log(self.phase.name, state["step"], validation_before=before, validation_after=after)
         change = f" -> {after:.4f}" if len(losses) > 1 else ""
         self.log.say(f"{self.phase.name} {state['step']}: validation loss {before:.4f}{change}")
-        score = judged[min(1, len(judged) - 1) :].mean().item()
         state["worse"] = state.get("worse", 0) + 1
-        if state["best"] is None or score < state["best"]:
-            state["best"], state["worse"] = score, 0
+        if state["best"] is None or after < state["best"]:
+            state["best"], state["worse"] = after, 0
             if self.phase.name == "train":
                 run.save("best")
         self.save()

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from metakern.dialogue.config import Config
-from metakern.dialogue.evaluate import at_factors, best_factors
+from metakern.dialogue.rates import at_factors, best_factors
 from metakern.dialogue.split import Split
 from metakern.dialogue.tasks import episodes, load_split
 from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS, bot_in
@@ -86,8 +86,8 @@ def measure(config: Config) -> dict[str, Any]:
         except StoppedError:
             raise StoppedError("data: stopped; nothing is kept") from None
         validation, test = (episodes(plain, part, run.tokenizer) for part in (split.validation, split.test))
-        factors = best_factors(run, validation, STEPS)
-        losses = at_factors(run, factors, test, STEPS).mean(1).tolist()
+        factors = best_factors(run.algorithm, validation, STEPS, config.eval_tasks)
+        losses = at_factors(run.algorithm, factors, test, STEPS).mean(1).tolist()
     found |= {"steps": list(STEPS), "rates": [config.inner_lr * factor for factor in factors]}
     return found | {"loss": losses, "gain": losses[0] - min(losses)}
 

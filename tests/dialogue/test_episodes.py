@@ -344,7 +344,7 @@ def test_bad_arguments():
         episodes(windows="best")
     with pytest.raises(ValueError, match="train_on must be bot or all, got 'us'"):
         episodes(train_on="us")
-    with pytest.raises(ValueError, match="support_size and query_size must be at least 1, got 0 and 3"):
+    with pytest.raises(ValueError, match="support_size, query_size and repeats must be at least 1, got 0, 3 and 1"):
         episodes(support_size=0)
     with pytest.raises(ValueError, match="tasks must be at least 1, got 0"):
         episodes().sample(0, 0)

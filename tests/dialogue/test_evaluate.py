@@ -12,12 +12,17 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from tiny import tiny_config, write_tasks
 
+import metakern as mk
 from metakern.dialogue import evaluate as module
+from metakern.dialogue import rates
+from metakern.dialogue import report as reports
+from metakern.dialogue.contenders import contender
 from metakern.dialogue.episodes import Episodes
-from metakern.dialogue.evaluate import evaluate, plot, plot_replies, show
+from metakern.dialogue.evaluate import evaluate
 from metakern.dialogue.metrics import interval
 from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.replies import draw_questions, generated, retrieved, scores
+from metakern.dialogue.report import plot, plot_replies, show
 from metakern.dialogue.run import Run
 from metakern.dialogue.split import TaskData
 from metakern.dialogue.tasks import curve, episodes, load_split
@@ -45,7 +50,7 @@ def test_the_curve_is_computed_on_test_tasks_with_intervals(trained):
     assert report["tasks"] == unseen
     assert set(unseen).isdisjoint(task.task_id for task in (*split.train, *split.validation))
     test = episodes(run.config, split.test, run.tokenizer)
-    losses = module.at_factors(run, report["curves"]["maml"]["rate_factor"], test, (0, 1, 3))
+    losses = rates.at_factors(run.algorithm, report["curves"]["maml"]["rate_factor"], test, (0, 1, 3))
     assert report["curves"]["maml"]["loss"] == losses.tolist()
     assert losses[0].equal(curve(run.algorithm, test, (0,))[1][0])
     for i, row in enumerate(losses):
@@ -155,7 +160,7 @@ def test_the_rates_are_as_before_after_they_were_scaled(trained):
         run = Run.open(path)
         rate = run.algorithm.inner.lr
         before = [rate.initial, *(p.detach().clone() for p in rate.parameters())]
-        with suppress(RuntimeError), module._scaled(run, 3.0):
+        with suppress(RuntimeError), rates.scaled(run.algorithm, 3.0):
             assert rate.initial == pytest.approx(3 * before[0])
             assert all(p.allclose(3 * b) for p, b in zip(rate.parameters(), before[1:], strict=True))
             raise RuntimeError
@@ -168,14 +173,14 @@ def test_the_rate_search_ends_where_both_neighbors_are_worse(trained, monkeypatc
     folder, _ = trained
     tried = []
 
-    def at_factor(run, factor, source, steps, limit):
+    def at_factor(algorithm, factor, source, steps, limit):
         exponent = round(2 * math.log10(factor))
         tried.append(exponent)
         losses = torch.tensor([0.0, abs(exponent - 4), abs(exponent + 2)])[:, None].expand(3, limit).clone()
         return losses.masked_fill(torch.tensor(exponent > 4), math.nan)
 
-    monkeypatch.setattr(module, "_at_factor", at_factor)
-    factors = module.best_factors(Run.open(folder / "finetune"), None, (0, 1, 3))
+    monkeypatch.setattr(rates, "_at_factor", at_factor)
+    factors = rates.best_factors(Run.open(folder / "finetune").algorithm, None, (0, 1, 3), 2)
     assert factors == pytest.approx([1, 100, 0.1])
     assert sorted(tried) == list(range(-3, 6))
 
@@ -188,8 +193,79 @@ def test_the_table_and_the_plot_show_every_curve(trained):
     for words in ("maml", "finetune", "fomaml", "finetune / maml", "fomaml / maml", f"{len(report['tasks'])} unseen"):
         assert words in text
     assert f"{report['curves']['maml']['perplexity'][2]:.1f} [" in text
-    alone = {**report, "curves": {"maml": report["curves"]["maml"]}, "ratios": {}}
+    alone = {**report, "curves": {"maml": report["curves"]["maml"]}, "ratios": {}, "best_plain": None}
     assert len(plot(alone)) != len(plot(report))
+
+
+def test_contenders_share_weights_and_have_their_own_inner_optimizers(trained, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained[0], folder)
+    names = ("finetune", "finetune:adam", "pretrained", "pretrained:adam")
+    report = evaluate(folder, (0, 2), names)
+    losses = {name: report["curves"][name]["loss"] for name in names}
+    run = Run.open(folder)
+    test = episodes(run.config, load_split(run.config).test, run.tokenizer)
+    for name in ("finetune", "pretrained"):
+        assert losses[name][0] == losses[f"{name}:adam"][0]
+        assert losses[name][1] != losses[f"{name}:adam"][1]
+    finetuned = Run.open(folder / "finetune")
+    assert losses["finetune"][0] == curve(finetuned.algorithm, test, (0,))[1][0].tolist()
+    run.restore("pretrained", run.model)
+    assert losses["pretrained"][0] == curve(run.algorithm, test, (0,))[1][0].tolist()
+    assert isinstance(contender(run, "pretrained:adam").algorithm.inner, mk.optim.Adam)
+    assert isinstance(contender(run, "finetune:adam").algorithm.inner, mk.optim.Adam)
+    best = report["best_plain"]
+    for i in range(2):
+        means = {name: torch.tensor(loss[i]).mean().item() for name, loss in losses.items()}
+        assert means[best["names"][i]] == min(means.values())
+        assert best["ratio"][i] == report["ratios"][best["names"][i]]["ratio"][i]
+
+
+def test_plain_training_keeps_the_weights_that_adapt_best_at_a_tuned_rate(tmp_path):
+    data = write_tasks(tmp_path / "data", tasks=40, dialogues=9)
+    config = tiny_config(data, algorithm="finetune", steps=6, eval_every=2, pretrain_steps=0, inner_steps=(1, 2))
+    run = train(config, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["validation_after"] for line in lines if "validation_after" in line}
+    assert run.state["step"] == min(scores, key=scores.get)
+    validation = episodes(config, load_split(config).validation, run.tokenizer)
+    factors = rates.best_factors(run.algorithm, validation, (0, 1, 2))
+    found = rates.at_factors(run.algorithm, factors, validation, (0, 1, 2))
+    assert found[1:].mean().item() == pytest.approx(run.state["best"], rel=1e-6)
+
+
+def test_repeated_episodes_are_averaged_for_each_task(judged, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(judged[0], folder)
+    report = evaluate(folder, (0, 1), ("retrieval",), reply_steps=(0,), repeats=3)
+    run = Run.open(folder)
+    tasks = load_split(run.config).test
+    test = episodes(run.config, tasks, run.tokenizer, repeats=3)
+    names, losses = curve(run.algorithm, test, (0,))
+    assert names == [task.task_id for task in tasks for _ in range(3)]
+    assert len({*losses[0].tolist()}) == len(names)
+    assert report["tasks"] == [task.task_id for task in tasks]
+    assert report["curves"]["maml"]["loss"][0] == losses[0].view(-1, 3).mean(1).tolist()
+    asked = draw_questions(test)
+    own = scores(test, asked, [list(retrieved(test, asked))])["unseen"]["chrf"]["values"]
+    assert report["replies"]["scores"]["retrieval"]["unseen"]["chrf"]["values"] == own
+    assert len(own[0]) == len(tasks)
+    with pytest.raises(UserError, match="repeats must be at least 1, got 0"):
+        evaluate(folder, (0,), repeats=0)
+
+
+def test_names_of_contenders_are_checked(trained, tmp_path):
+    for name, error in (
+        ("finetune:sgdd", "compare finetune:sgdd must name an inner optimizer of sgd, adam"),
+        ("maml:adam", "compare maml:adam must be an algorithm without an inner loop in training"),
+        ("incontext:adam", "compare incontext:adam must be an algorithm without an inner loop in training"),
+    ):
+        with pytest.raises(UserError, match=error):
+            evaluate(trained[0], (0,), (name,))
+    data = write_tasks(tmp_path / "data")
+    train(tiny_config(data, steps=1, pretrain_steps=0), tmp_path / "run")
+    with pytest.raises(UserError, match="began with random weights, so it has no contender pretrained"):
+        evaluate(tmp_path / "run", (0,), ("pretrained",))
 
 
 def test_one_test_task_has_an_infinite_interval_that_is_null_in_json(tmp_path):
@@ -257,13 +333,42 @@ def test_replies_are_judged_beside_the_curves(judged):
                 assert [len(row) for row in metric["values"]] == [len(tasks)] * 2
     said = []
     for k, factor in zip((0, 2), replies["scores"]["maml"]["rate_factor"], strict=True):
-        with module._scaled(run, factor):
+        with rates.scaled(run.algorithm, factor):
             said.append(list(generated(run.algorithm, test, asked, k)))
     own = {kind: replies["scores"]["maml"][kind] for kind in ("taught", "unseen")}
     assert own == scores(test, asked, said)
     for name, found in (("retrieval", replies["scores"]["retrieval"]), ("incontext", replies["scores"]["incontext"])):
         assert found["unseen"]["chrf"]["values"][0] == found["unseen"]["chrf"]["values"][1], name
     assert replies["scores"]["retrieval"] == scores(test, asked, [list(retrieved(test, asked))] * 2)
+
+
+def test_samples_are_replies_of_the_run_to_its_first_task(judged):
+    folder, report = judged
+    run = Run.open(folder)
+    test = episodes(run.config, load_split(run.config).test, run.tokenizer)
+    asked, samples = draw_questions(test)[0], report["replies"]["samples"]
+    assert samples["task"] == report["tasks"][0]
+    assert samples["steps"] == [0, 2]
+    for key, factor, k in zip(
+        ("before", "after"), report["replies"]["scores"]["maml"]["rate_factor"], (0, 2), strict=True
+    ):
+        with rates.scaled(run.algorithm, factor):
+            said = next(generated(run.algorithm, test, [asked], k))
+        assert [sample[key] for sample in samples["taught"]] == said[: len(samples["taught"])]
+        assert [sample[key] for sample in samples["unseen"]] == said[len(asked.taught) :][: len(samples["unseen"])]
+    assert [sample["bot"] for sample in samples["unseen"]] == [exchange.text for exchange in asked.unseen[:3]]
+    console = Console(file=StringIO(), width=200)
+    show({**report, "replies": {**report["replies"], "samples": _with_a_right_reply(samples)}}, console)
+    text = console.file.getvalue()
+    assert text.count("(right)") == 1
+    for sample in (*samples["taught"], *samples["unseen"]):
+        assert sample["question"] in text
+
+
+def _with_a_right_reply(samples):
+    wrong = {kind: [{**s, "before": "?", "after": "?"} for s in samples[kind]] for kind in ("taught", "unseen")}
+    wrong["taught"][0]["after"] = wrong["taught"][0]["bot"]
+    return {**samples, **wrong}
 
 
 def test_replies_of_a_baseline_come_at_its_best_rate_for_each_number_of_steps(judged):
@@ -273,7 +378,7 @@ def test_replies_of_a_baseline_come_at_its_best_rate_for_each_number_of_steps(ju
     factors = report["replies"]["scores"]["finetune"]["rate_factor"]
     validation, test = (episodes(run.config, part, run.tokenizer) for part in (split.validation, split.test))
     of_curve = report["curves"]["finetune"]["rate_factor"]
-    assert factors == [of_curve[0], *module.best_factors(run, validation, (2,))]
+    assert factors == [of_curve[0], *rates.best_factors(run.algorithm, validation, (2,), 2)]
     tuned = Run.open(folder / "finetune", inner_lr=run.config.inner_lr * factors[1]).algorithm
     asked = draw_questions(test)
     found = scores(test, asked, [list(generated(tuned, test, asked, 2))])
@@ -294,7 +399,7 @@ def test_the_table_and_the_plot_of_replies(judged, monkeypatch):
         assert name in taught
         assert f"{exact['mean'][1]:.0%} [{exact['low'][1]:.0%}, {exact['high'][1]:.0%}]" in taught
     drawn = []
-    monkeypatch.setattr(module, "_png", drawn.append)
+    monkeypatch.setattr(reports, "_png", drawn.append)
     plot_replies(report)
     (figure,) = drawn
     assert isinstance(figure, Figure)

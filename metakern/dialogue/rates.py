@@ -1,0 +1,83 @@
+"""Choose the inner rates of an algorithm for each number of inner steps: a factor that multiplies all of them.
+
+So no algorithm is judged with rates that were meant for another number of steps, or that nobody has tuned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakern.dialogue.episodes import Episodes
+from metakern.dialogue.tasks import curve
+from metakern.optim.base import Stepwise
+
+__all__ = ["at_factors", "best_factors", "scaled"]
+
+REACH = 6  # how many half decades above and below 1 the factor of the inner rates is searched
+
+
+def _optimizers(algorithm: Any) -> list[Stepwise]:
+    """Return the inner optimizers of an algorithm whose rates can be scaled."""
+    inner = getattr(algorithm, "inner", None)
+    return [module for module in inner.modules() if isinstance(module, Stepwise)] if inner is not None else []
+
+
+@contextmanager
+def scaled(algorithm: Any, factor: float) -> Iterator[None]:
+    """Within the block, all inner rates of an algorithm, learned or not, are multiplied by a factor."""
+    rates = [optimizer.lr for optimizer in _optimizers(algorithm)]
+    before = [([p.detach().clone() for p in rate.parameters()], rate.initial) for rate in rates]
+    try:
+        with torch.no_grad():
+            for rate in rates:
+                rate.initial *= factor
+                for p in rate.parameters():
+                    p.mul_(factor)
+        yield
+    finally:
+        with torch.no_grad():
+            for rate, (values, initial) in zip(rates, before, strict=True):
+                rate.initial = initial
+                for p, value in zip(rate.parameters(), values, strict=True):
+                    p.copy_(value)
+
+
+def _at_factor(algorithm: Any, factor: float, source: Episodes, steps: tuple[int, ...], limit: int) -> Tensor:
+    """Return the query losses `[len(steps), T]` of an algorithm whose inner rates are multiplied by a factor."""
+    with scaled(algorithm, factor):
+        return curve(algorithm, source, steps, limit)[1]
+
+
+def at_factors(
+    algorithm: Any, factors: Sequence[float], source: Episodes, steps: tuple[int, ...], limit: int = 0
+) -> Tensor:
+    """Return the query losses `[len(steps), T]` of the first `limit` tasks of `source` (0: all).
+
+    There is a factor of the algorithm's inner rates for each number of steps.
+    """
+    found = {factor: _at_factor(algorithm, factor, source, steps, limit) for factor in dict.fromkeys(factors)}
+    return torch.stack([found[factor][i] for i, factor in enumerate(factors)])
+
+
+def best_factors(algorithm: Any, validation: Episodes, steps: tuple[int, ...], limit: int = 0) -> list[float]:
+    """Return the factor of the inner rates with the lowest mean loss on validation tasks, for each number of steps.
+
+    The tasks are the first `limit` of `validation` (0: all). The search goes in half decades from the rates as they
+    are, until both neighbors of each best factor are worse. An algorithm without inner rates has the factor 1.
+    """
+    if not _optimizers(algorithm):
+        return [1.0] * len(steps)
+    means: dict[int, Tensor] = {}
+    best = [0] * len(steps)
+    while untried := {e for b in best for e in (b - 1, b, b + 1) if abs(e) <= REACH} - means.keys():
+        for exponent in sorted(untried):
+            losses = _at_factor(algorithm, 10 ** (exponent / 2), validation, steps, limit)
+            means[exponent] = losses.mean(1).nan_to_num(math.inf, math.inf)
+        best = [min(means, key=lambda e: (means[e][i].item(), abs(e))) for i in range(len(steps))]
+    return [10 ** (exponent / 2) for exponent in best]

@@ -1,0 +1,182 @@
+"""Show what `metakern.dialogue.evaluate.evaluate` measured: tables with intervals, some replies, and plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator, PercentFormatter, ScalarFormatter
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from metakern.dialogue.metrics import exact
+from metakern.dialogue.replies import KINDS
+
+__all__ = ["plot", "plot_replies", "show"]
+
+Row = tuple[str, dict[str, Any], str, str]  # a name, values with their `low` and `high`, their key and their format
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print a report of `evaluate` as tables with intervals, a row for each contender and a column for each step.
+
+    They show perplexities, their ratios, bits per byte and, if replies were judged, the shares of right ones.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    curves, steps, own = report["curves"], report["steps"], next(iter(report["curves"]))
+    for reason, count in sorted(report["left_out"].items()):
+        say(f"left out: {count} {reason}")
+    if seen := report["seen"]:
+        say(f"not unseen: the run was trained on {len(seen)} of these tasks, such as {seen[0]}")
+    say(f"{report['data']}, {len(report['tasks'])} unseen tasks, by inner steps [95% interval over tasks]\n")
+    perplexities = [(name, values, "perplexity", ".1f") for name, values in curves.items()]
+    _table(console, "perplexity", steps, perplexities)
+    ratios: list[Row] = [(f"{name} / {own}", values, "ratio", ".3f") for name, values in report["ratios"].items()]
+    if ratios:
+        if (best := report["best_plain"]) and len(ratios) > 1:
+            ratios.append((f"best plain / {own}", best, "ratio", ".3f"))
+        _table(console, f"ratio of perplexities (above 1: {own} is better)", steps, ratios)
+    bits = [(name, values["bits_per_byte"], "mean", ".3f") for name, values in curves.items()]
+    _table(console, "bits per byte", steps, bits)
+    if replies := report.get("replies"):
+        for kind in KINDS:
+            right = [(name, values[kind]["exact"], "mean", ".0%") for name, values in replies["scores"].items()]
+            _table(console, f"{kind} questions answered right", replies["steps"], right)
+        _show_samples(replies["samples"], say)
+
+
+def _show_samples(samples: dict[str, Any], say: Callable[[str], None]) -> None:
+    before, after = samples["steps"]
+    named = {"bot": "bot", "before": f"after {before} steps", "after": f"after {after} steps"}
+    width = max(map(len, named.values()))
+    say(f"{samples['task']}, which training has not seen:")
+    for kind, title in zip(KINDS, ("taught, so in its support", "not taught, so in its query"), strict=True):
+        say(f"\n  {title}")
+        for sample in samples[kind]:
+            say(f"    {'user':<{width}}  {sample['question']}")
+            for key, name in named.items():
+                right = "  (right)" * (key != "bot" and exact(sample[key], sample["bot"]))
+                say(f"    {name:<{width}}  {' '.join(sample[key].split())}{right}")
+            say("")
+
+
+def _table(console: Console, title: str, steps: Sequence[int], rows: Sequence[Row]) -> None:
+    """Print a table. One task alone has no interval. Without a terminal, the table is as wide as it needs to be."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("")
+    for k in steps:
+        table.add_column(str(k), justify="right")
+    for name, values, key, form in rows:
+        cells = []
+        for value, low, high in zip(values[key], values["low"], values["high"], strict=True):
+            interval = f" [{low:{form}}, {high:{form}}]" if math.isfinite(high) else ""
+            cells.append(f"{value:{form}}{interval}")
+        table.add_row(escape(name), *map(escape, cells))
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    widest = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    console.print(table, width=None if console.is_terminal else widest, crop=False)
+
+
+def plot(report: dict[str, Any]) -> bytes:
+    """Return a report of `evaluate` as a PNG: perplexities and, if there are other contenders, how the run compares.
+
+    One more panel has their ratios. If plain ones are among them, another has a dot for each task.
+    """
+    steps, ratios, best = report["steps"], report["ratios"], report["best_plain"]
+    with _figure(report, 1 + bool(ratios) + bool(best)) as (figure, (left, *right)):
+        for color, (name, values) in enumerate(report["curves"].items()):
+            _line(left, steps, values, "perplexity", name, f"C{color}")
+        left.set_ylabel("perplexity of the query (lower is better)")
+        left.set_yscale("log")
+        left.yaxis.set_major_formatter(ScalarFormatter())
+        left.yaxis.set_minor_formatter(NullFormatter())
+        for axes in right[:1]:
+            for color, (name, values) in enumerate(ratios.items(), start=1):
+                _line(axes, steps, values, "ratio", name, f"C{color}")
+            axes.axhline(1, color="C0", linewidth=1.5)
+            axes.set_ylabel(f"perplexity of the contender / {next(iter(report['curves']))}")
+        for axes in (left, *right[:1]):
+            axes.set_xticks(steps)
+            axes.legend(frameon=False)
+        for axes in right[1:]:
+            _scatter(axes, report)
+        return _png(figure)
+
+
+def _scatter(axes: Axes, report: dict[str, Any]) -> None:
+    """Draw a dot for each task: the loss of the best plain contender, and the run's, after as many steps as it trains.
+
+    If no measured number of steps is one that the run trains with, it is the one nearest to the largest of them.
+    """
+    i, k = min(enumerate(report["steps"]), key=lambda step: abs(step[1] - max(report["inner_steps"])))
+    own, name = next(iter(report["curves"])), report["best_plain"]["names"][i]
+    x, y = (report["curves"][key]["loss"][i] for key in (name, own))
+    ends = min(*x, *y), max(*x, *y)
+    axes.plot(ends, ends, color="0.6", linewidth=1, label="equal")
+    axes.plot(x, y, "o", markersize=4, alpha=0.6)
+    axes.set_aspect("equal")
+    axes.set_xlabel(f"{name}: nats per token after {k} steps")
+    axes.set_ylabel(f"{own}: nats per token, a dot for each task")
+
+
+def plot_replies(report: dict[str, Any]) -> bytes:
+    """Return the replies in a report of `evaluate` as a PNG: the shares of taught and unseen questions answered right.
+
+    The steps are on a scale that is logarithmic from 1 on.
+    """
+    replies = report["replies"]
+    with _figure(report, len(KINDS)) as (figure, panels):
+        for axes, kind in zip(panels, KINDS, strict=True):
+            for color, (name, values) in enumerate(replies["scores"].items()):
+                _line(axes, replies["steps"], values[kind]["exact"], "mean", name, f"C{color}")
+            axes.set_ylabel(f"{kind} questions answered right")
+            axes.set_ylim(-0.03, 1.03)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.set_xscale("symlog", linthresh=1, linscale=0.5)
+            axes.set_xlim(-0.2, 1.2 * max(replies["steps"][-1], 1))
+            axes.set_xticks(replies["steps"], map(str, replies["steps"]))
+            axes.xaxis.set_minor_locator(NullLocator())
+        panels[0].legend(frameon=False)
+        return _png(figure)
+
+
+@contextmanager
+def _figure(report: dict[str, Any], panels: int) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Yield a figure over the inner steps and its panels, in the style that holds within the block."""
+    style: Any = {
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+    }
+    with rc_context(style):
+        figure = Figure(figsize=(4.2 * panels + 1.6, 4.2), layout="constrained")
+        tasks = f"{len(report['tasks'])} unseen tasks, {report['support_size']} support conversations each"
+        figure.suptitle(f"{report['data']}: {tasks}; bands are 95% intervals over tasks", fontsize=11)
+        axes = list(figure.subplots(1, panels, squeeze=False)[0])
+        for panel in axes:
+            panel.set_xlabel("inner steps on the support")
+        yield figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=160)
+    return image.getvalue()
+
+
+def _line(axes: Axes, steps: list[int], values: dict[str, Any], key: str, name: str, color: str) -> None:
+    axes.plot(steps, values[key], marker="o", markersize=5, linewidth=2, color=color, label=name)
+    axes.fill_between(steps, values["low"], values["high"], color=color, alpha=0.18, linewidth=0)
