@@ -1,0 +1,114 @@
+"""Markdown tables of results/dialogue.json, and the numbers of its picture.
+
+    ratio_k = exp(mean_t mean_s [b_k(t, s) - l_k(t, s)])
+
+l_k(t, s) is the query loss of the run, trained by MAML, on the test task t of the seed s after k inner steps, and
+b_k(t, s) that of a contender. Intervals are 95% Student t intervals over tasks; a task that several seeds test counts
+once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from benchmarks import results
+from benchmarks.results import FOLDER
+from benchmarks.tables import described, table
+
+Interval = tuple[float, float, float]  # the middle, the low end, the high end
+OWN, BEST = "maml", "best plain"
+PLAIN = ("pretrained", "pretrained:adam", "finetune", "finetune:adam", "incontext", "prompt")
+NAMES = {"fomaml": "FOMAML", "finetune": "fine-tuned, SGD", "finetune:adam": "fine-tuned, Adam"} | {
+    "pretrained": "pretrained, SGD",
+    "pretrained:adam": "pretrained, Adam",
+    "incontext": "in context",
+    "prompt": "soft prompt",
+    "reptile": "Reptile",
+    "anil": "ANIL",
+    "boil": "BOIL",
+    "hypernetwork": "hypernetwork",
+    OWN: "MAML",
+}
+
+
+def load() -> dict[str, dict[str, Any]]:
+    """Return the results of the cells: for each the entries by seed."""
+    return results.load(FOLDER / "dialogue.json")
+
+
+def over_tasks(seeds: dict[str, Any], value: Callable[[dict[str, Any]], Iterable[float]]) -> Interval:
+    """Return the mean and the interval, over tasks, of a value that an entry has for each of its tasks."""
+    from metakern.dialogue.metrics import interval
+
+    found: dict[str, list[float]] = {}
+    for entry in seeds.values():
+        for task, x in zip(entry["tasks"], value(entry), strict=True):
+            found.setdefault(task, []).append(x)
+    mean, half = interval([sum(values) / len(values) for values in found.values()])
+    return mean, mean - half, mean + half
+
+
+def ratio(seeds: dict[str, Any], contender: str, i: int) -> Interval:
+    """Return the ratio of perplexities of a contender, or of the best plain one of each seed, and the run."""
+
+    def difference(entry: dict[str, Any]) -> Iterable[float]:
+        loss = entry["loss"]
+        of = {name: rows[i] for name, rows in loss.items()}
+        name = min((n for n in PLAIN if n in of), key=lambda n: sum(of[n])) if contender == BEST else contender
+        return (b - own for b, own in zip(of[name], of[OWN], strict=True))
+
+    mean, low, high = map(math.exp, over_tasks(seeds, difference))
+    return mean, low, high
+
+
+def right(seeds: dict[str, Any], kind: str, contender: str, i: int) -> Interval:
+    """Return the share of right replies to taught or unseen questions."""
+    return over_tasks(seeds, lambda entry: entry["right"][kind][contender][i])
+
+
+def ratios_table(cells: Iterable[str] | None = None, contenders: Iterable[str] | None = None) -> str:
+    """The ratios of cells, a row for each contender; all cells and all contenders by default."""
+    found, rows = load(), []
+    for name in cells or found:
+        seeds = found[name]
+        entry = next(iter(seeds.values()))
+        for contender in contenders or (BEST, *(name for name in entry["loss"] if name != OWN)):
+            if contender == BEST or contender in entry["loss"]:
+                shown = (f"{x:.3f} [{low:.3f}, {high:.3f}]" for x, low, high in _over_steps(seeds, contender, entry))
+                rows.append([_titled(name, seeds), f"{NAMES.get(contender, contender)} / MAML", *shown])
+                name, seeds = name, seeds
+    steps = next(iter(next(iter(found.values())).values()))["steps"]
+    return table(["data/model", "", *(f"k = {k}" for k in steps)], rows)
+
+
+def _over_steps(seeds: dict[str, Any], contender: str, entry: dict[str, Any]) -> Iterable[Interval]:
+    return (ratio(seeds, contender, i) for i in range(len(entry["steps"])))
+
+
+def _titled(name: str, seeds: dict[str, Any]) -> str:
+    tasks = {task for entry in seeds.values() for task in entry["tasks"]}
+    return f"{name}: {len(tasks)} tasks, {len(seeds)} seeds"
+
+
+def replies_table() -> str:
+    """The shares of right replies of all cells whose replies were judged."""
+    rows, steps = [], []
+    for name, seeds in load().items():
+        entry = next(iter(seeds.values()))
+        if "right" not in entry:
+            continue
+        steps = entry["reply_steps"]
+        for kind, contenders in entry["right"].items():
+            for contender in contenders:
+                shares = (right(seeds, kind, contender, i) for i in range(len(steps)))
+                shown = (f"{x:.0%} [{low:.0%}, {high:.0%}]" for x, low, high in shares)
+                rows.append([name, kind, NAMES.get(contender, contender), *shown])
+    return table(["data/model", "questions", "", *(f"k = {k}" for k in steps)], rows)
+
+
+def machines() -> str:
+    """Where and when the cells were measured."""
+    lines = (f"{described(entry)}  " for seeds in load().values() for entry in seeds.values())
+    return "\n".join(dict.fromkeys(lines))
