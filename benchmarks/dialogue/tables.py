@@ -38,12 +38,12 @@ def load() -> dict[str, dict[str, Any]]:
     return results.load(FOLDER / "dialogue.json")
 
 
-def over_tasks(seeds: dict[str, Any], value: Callable[[dict[str, Any]], Iterable[float]]) -> Interval:
+def over_tasks(seeds: Iterable[dict[str, Any]], value: Callable[[dict[str, Any]], Iterable[float]]) -> Interval:
     """Return the mean and the interval, over tasks, of a value that an entry has for each of its tasks."""
     from metakern.dialogue.metrics import interval
 
     found: dict[str, list[float]] = {}
-    for entry in seeds.values():
+    for entry in seeds:
         for task, x in zip(entry["tasks"], value(entry), strict=True):
             found.setdefault(task, []).append(x)
     mean, half = interval([sum(values) / len(values) for values in found.values()])
@@ -59,13 +59,15 @@ def ratio(seeds: dict[str, Any], contender: str, i: int) -> Interval:
         name = min((n for n in PLAIN if n in of), key=lambda n: sum(of[n])) if contender == BEST else contender
         return (b - own for b, own in zip(of[name], of[OWN], strict=True))
 
-    mean, low, high = map(math.exp, over_tasks(seeds, difference))
+    having = (entry for entry in seeds.values() if contender == BEST or contender in entry["loss"])
+    mean, low, high = map(math.exp, over_tasks(having, difference))
     return mean, low, high
 
 
 def right(seeds: dict[str, Any], kind: str, contender: str, i: int) -> Interval:
     """Return the share of right replies to taught or unseen questions."""
-    return over_tasks(seeds, lambda entry: entry["right"][kind][contender][i])
+    having = (entry for entry in seeds.values() if contender in entry["right"][kind])
+    return over_tasks(having, lambda entry: entry["right"][kind][contender][i])
 
 
 def ratios_table(cells: Iterable[str] | None = None, contenders: Iterable[str] | None = None) -> str:
@@ -78,7 +80,6 @@ def ratios_table(cells: Iterable[str] | None = None, contenders: Iterable[str] |
             if contender == BEST or contender in entry["loss"]:
                 shown = (f"{x:.3f} [{low:.3f}, {high:.3f}]" for x, low, high in _over_steps(seeds, contender, entry))
                 rows.append([_titled(name, seeds), f"{NAMES.get(contender, contender)} / MAML", *shown])
-                name, seeds = name, seeds
     steps = next(iter(next(iter(found.values())).values()))["steps"]
     return table(["data/model", "", *(f"k = {k}" for k in steps)], rows)
 
