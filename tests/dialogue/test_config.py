@@ -115,6 +115,20 @@ def test_every_inner_optimizer_of_a_config_can_be_built() -> None:
         assert inner.lr.initial == Config().inner_lr
 
 
+def test_options_of_an_inner_optimizer_reach_it() -> None:
+    config = Config(inner="adam", inner_options=("eps=1e-4", "learn=eps"), lr_per="all")
+    inner = build_algorithm(config, torch.nn.Linear(3, 2)).inner
+    assert inner.eps.initial == 1e-4
+    assert {name for name, _ in inner.named_parameters()} == {"lr.value", "eps.value"}
+    for options, message in (
+        (("eps",), "inner_options must be name=value, got 'eps'"),
+        (("epsilon=1",), "inner_options must be arguments of adam, got .*epsilon"),
+        (("eps=-1",), "eps must be positive"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_algorithm(replace(config, inner_options=options), torch.nn.Linear(3, 2))
+
+
 def test_the_precision_of_a_config_reaches_the_algorithm() -> None:
     for algorithm in ALGORITHMS.keys() - {"prompt", "incontext", "hypernetwork"}:
         config = Config(algorithm=algorithm, precision="bfloat16")

@@ -149,7 +149,10 @@ def test_packaged_chatterbot():
     found = read("chatterbot:english")
     questions = [(d.task_id, words(d.turns[0].text)) for d in found]
     assert len(set(questions)) == len(questions) > 400
-    assert {d.task_id.split("/")[0] for d in read("chatterbot")} > {"english", "chinese", "german"}
+    every = {d.task_id.split("/")[0]: d.meta["group"] for d in read("chatterbot")}
+    assert {"english", "chinese", "german"} < every.keys()
+    moved = {language: group for language, group in every.items() if language != group}
+    assert moved == {"traditionalchinese": "chinese", "hinglish": "hindi"}
     with pytest.raises(DataError, match=r"language must be one of .*english.*, got klingon"):
         read("chatterbot:klingon")
 

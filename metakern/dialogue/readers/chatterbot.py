@@ -2,7 +2,7 @@
 
     data/<language>/<topic>.yml: {"categories": [...], "conversations": [[question, answer, ...], ...]}
 
-A task is a topic in a language; its group is the language. Most questions occur several times with different answers.
+A task is a topic in a language; its group is the language, in whatever script. Most questions occur several times with different answers.
 Only the first one is kept, since the same question in support and query would be a leak.
 """
 
@@ -18,6 +18,8 @@ from metakern.dialogue.words import words
 from metakern.errors import DataError
 
 __all__ = ["chatterbot"]
+
+SAME = {"traditionalchinese": "chinese", "hinglish": "hindi"}  # folders of one language in another script
 
 
 @reader(
@@ -36,12 +38,13 @@ def chatterbot(path: Path, skipped: Counter[str], *, language: str = "") -> Iter
         path = path / language
     for file in files(path, (".yml", ".yaml")):
         task_id, asked = f"{file.parent.name}/{file.stem}", set[Hashable]()
+        meta = {"bot": "bot", "group": SAME.get(file.parent.name, file.parent.name)}
         for number, conversation in enumerate(_conversations(file)):
             if not isinstance(conversation, list):
                 skipped["that are not a list of turns"] += 1
                 continue
             turns = ((("user", "bot")[i % 2], _text(item)) for i, item in enumerate(conversation))
-            talk = dialogue(task_id, f"{task_id}/{number}", turns, {"bot": "bot", "group": file.parent.name})
+            talk = dialogue(task_id, f"{task_id}/{number}", turns, meta)
             question = talk.turns and (words(talk.turns[0].text) or talk.turns[0].text)
             if question in asked:
                 skipped["with a repeated question"] += 1
