@@ -9,6 +9,7 @@ from textwrap import fill
 from typing import Any
 
 from benchmarks import peers
+from benchmarks.dialogue import tables as dialogue
 from benchmarks.results import FOLDER
 from benchmarks.tables import best, exact, is_torch, measured, ms, ours, sweeps
 from benchmarks.workloads import WorkloadName
@@ -44,6 +45,7 @@ def markup(name: str, alt: str) -> str:
 def draw() -> None:
     """Draw the picture of the README and those of all sweeps."""
     save("maml", bars)
+    save("dialogue", adaptation)
     for base, keys in bases().items():
         save(stem(base), partial(lines, base, keys))
 
@@ -99,6 +101,45 @@ def bars(theme: str) -> Any:
     axes.spines["bottom"].set_visible(False)
     axes.invert_yaxis()
     axes.set_title("One exact second-order meta-gradient: time, as a multiple of metakern's", loc="left")
+    return figure
+
+
+def adaptation(theme: str) -> Any:
+    """The ratio of the best plain contender to MAML by inner steps, and the shares of right replies of the bots."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    cells = dialogue.load()
+    for name, seeds in cells.items():
+        if not name.endswith("/gpt"):
+            continue
+        steps = next(iter(seeds.values()))["steps"]
+        middle, low, high = zip(*(dialogue.ratio(seeds, dialogue.BEST, i) for i in range(len(steps))), strict=True)
+        (line,) = left.plot(steps, middle, marker=".", label=name.removesuffix("/gpt"))
+        left.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    left.axhline(1, color=THEMES[theme][1], linewidth=1)
+    left.set_xticks(steps)
+    left.set_title("Perplexity: best plain baseline / MAML", loc="left")
+    entry = next(iter(cells["bots/gpt"].values()))
+    places = range(len(entry["reply_steps"]))
+    for name, color, style in (
+        ("maml", OURS, "-"),
+        ("finetune:adam", COLORS["jax"], "-"),
+        ("retrieval", THEMES[theme][1], "--"),
+    ):
+        for kind, width in (("taught", 0.8), ("unseen", 1.8)):
+            shares = [dialogue.right(cells["bots/gpt"], kind, name, i)[0] for i in places]
+            label = dialogue.NAMES.get(name, name) if kind == "unseen" else None
+            right.plot(places, shares, color=color, linestyle=style, linewidth=width, marker=".", label=label)
+    right.set_xticks(places, map(str, entry["reply_steps"]))
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    right.set_title("Replies of unseen bots that are right", loc="left")
+    for axes in (left, right):
+        axes.set_xlabel("inner steps")
+        axes.legend(frameon=False)
+        axes.grid(True)
     return figure
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import gpu_tables as gpu
+from benchmarks.dialogue import tables as dialogue
 from benchmarks.options import Parser
 from benchmarks.pictures import bases, draw, markup, stem
 from benchmarks.results import FOLDER, ROOT, machine
@@ -90,6 +91,16 @@ ALGORITHMS = """\
 Every algorithm on the sine waves of the MAML paper (`python -m benchmarks.algorithms`): mean squared errors of new
 waves after 0 to 10 inner steps [least and greatest over the seeds], the inner rate that was chosen on other waves, the
 time of an outer step over that of MAML's [quartiles], and the peak memory of a step."""
+DIALOGUE = """\
+How much better dialogue models adapt to unseen tasks when MAML has trained them (`python -m benchmarks.dialogue`). The
+run and its contenders have the same model, pretrained weights, episodes and number of outer steps, and for each number
+k of inner steps the inner rate that is best on validation tasks. The table has the perplexity of a contender over that
+of MAML, within each task [95% interval over tasks]; above 1, MAML is better. "Best plain" is the best of the contenders
+without meta-learning at that k, chosen on the test tasks themselves. A seed decides the split into tasks, the weights
+and the episodes; a task that several seeds test counts once."""
+REPLIES = """\
+The share of questions that are answered right after k inner steps, greedily: "taught" ones are in the support, "unseen"
+ones in the query. `metakern.dialogue.replies` says what is right."""
 GPU = """\
 `python -m benchmarks.gpu`, from a clone on a machine with a GPU. A check compares all orders of an op, or a
 meta-gradient, with float64. Its error may be twice that of plain PyTorch in the same dtype, and some units of rounding
@@ -126,8 +137,17 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
             markup, "maml", "The time of one exact second-order meta-gradient, beside the fastest peers"
         ),
         "maml": partial(summary_table, ["medium"]),
+        "dialogue": partial(
+            markup,
+            "dialogue",
+            "How much better meta-trained models adapt than plain ones, on five kinds of dialogue data",
+        ),
     },
-    "docs/dialogue.md": {"demo": partial(curve_table, "demo"), "smollm2": partial(curve_table, "smollm2")},
+    "docs/dialogue.md": {
+        "ratios": partial(dialogue.ratios_table, (dialogue.BEST, "fomaml")),
+        "replies": partial(dialogue.replies_table, ("maml", "finetune:adam", "pretrained:adam", "retrieval")),
+        "smollm2": partial(curve_table, "smollm2"),
+    },
 }
 
 
@@ -155,6 +175,7 @@ def full() -> str:
         parts += [sweep_table(key, points) for key, points in keys.items()]
     if algorithms := algorithms_table():
         parts += ["## Algorithms", ALGORITHMS, algorithms]
+    parts += ["## Dialogue", DIALOGUE, dialogue.ratios_table(), REPLIES, dialogue.replies_table(), dialogue.machines()]
     parts += ["## Recurrent cells", RECURRENT, recurrent_table(), BATCH_1, recurrent_targets_table()]
     parts += ["## Attention", ATTENTION, attention_table(), "## Ops", OPS, ops_table()]
     for found in gpu.gpus():
@@ -188,7 +209,7 @@ def keep_curve(name: str, run: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = Parser(prog=prog, description=(__doc__ or "").splitlines()[0])
-    for name in ("demo", "smollm2"):
+    for name in ("smollm2",):
         text = f"first copy the adaptation curve of this run to results/{name}.json"
         parser.add_argument(f"--{name}", type=Path, metavar="RUN", help=text)
     for name, folder in vars(parser.parse_args(arguments)).items():

@@ -10,7 +10,7 @@ once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks import results
@@ -70,39 +70,36 @@ def right(seeds: dict[str, Any], kind: str, contender: str, i: int) -> Interval:
     return over_tasks(having, lambda entry: entry["right"][kind][contender][i])
 
 
-def ratios_table(cells: Iterable[str] | None = None, contenders: Iterable[str] | None = None) -> str:
-    """The ratios of cells, a row for each contender; all cells and all contenders by default."""
-    found, rows = load(), []
-    for name in cells or found:
-        seeds = found[name]
-        entry = next(iter(seeds.values()))
-        for contender in contenders or (BEST, *(name for name in entry["loss"] if name != OWN)):
-            if contender == BEST or contender in entry["loss"]:
-                shown = (f"{x:.3f} [{low:.3f}, {high:.3f}]" for x, low, high in _over_steps(seeds, contender, entry))
-                rows.append([_titled(name, seeds), f"{NAMES.get(contender, contender)} / MAML", *shown])
-    steps = next(iter(next(iter(found.values())).values()))["steps"]
+def ratios_table(contenders: Sequence[str] = ()) -> str:
+    """The ratios of all cells, a row for each contender; () stands for all."""
+    rows, steps = [], []
+    for name, seeds in load().items():
+        steps = next(iter(seeds.values()))["steps"]
+        measured = dict.fromkeys((BEST, *(c for entry in seeds.values() for c in entry["loss"] if c != OWN)))
+        for contender in contenders or measured:
+            if contender in measured:
+                found = (ratio(seeds, contender, i) for i in range(len(steps)))
+                shown = (f"{x:.3f} [{low:.3f}, {high:.3f}]" for x, low, high in found)
+                rows.append([titled(name, seeds), f"{NAMES.get(contender, contender)} / MAML", *shown])
     return table(["data/model", "", *(f"k = {k}" for k in steps)], rows)
 
 
-def _over_steps(seeds: dict[str, Any], contender: str, entry: dict[str, Any]) -> Iterable[Interval]:
-    return (ratio(seeds, contender, i) for i in range(len(entry["steps"])))
+def titled(name: str, seeds: dict[str, Any]) -> str:
+    """Return a cell's name with its numbers of tasks and seeds."""
+    tasks, n = {task for entry in seeds.values() for task in entry["tasks"]}, len(seeds)
+    return f"{name}: {len(tasks)} tasks, {n} seed{'s' * (n > 1)}"
 
 
-def _titled(name: str, seeds: dict[str, Any]) -> str:
-    tasks = {task for entry in seeds.values() for task in entry["tasks"]}
-    return f"{name}: {len(tasks)} tasks, {len(seeds)} seeds"
-
-
-def replies_table() -> str:
-    """The shares of right replies of all cells whose replies were judged."""
+def replies_table(contenders: Sequence[str] = ()) -> str:
+    """The shares of right replies of all cells whose replies were judged; () stands for all contenders."""
     rows, steps = [], []
     for name, seeds in load().items():
         entry = next(iter(seeds.values()))
         if "right" not in entry:
             continue
         steps = entry["reply_steps"]
-        for kind, contenders in entry["right"].items():
-            for contender in contenders:
+        for kind, measured in entry["right"].items():
+            for contender in contenders or measured:
                 shares = (right(seeds, kind, contender, i) for i in range(len(steps)))
                 shown = (f"{x:.0%} [{low:.0%}, {high:.0%}]" for x, low, high in shares)
                 rows.append([name, kind, NAMES.get(contender, contender), *shown])
