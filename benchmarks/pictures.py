@@ -122,7 +122,7 @@ def adaptation(theme: str) -> Any:
     left.axhline(1, color=THEMES[theme][1], linewidth=1)
     left.set_xticks(steps)
     left.set_title("Perplexity: best plain baseline / MAML", loc="left")
-    entry = next(iter(cells["bots/gpt"].values()))
+    entry = cells["bots/gpt"]["0"]
     places = range(len(entry["reply_steps"]))
     for name, color, style in (
         ("maml", OURS, "-"),

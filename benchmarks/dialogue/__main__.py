@@ -49,7 +49,7 @@ def measure(name: str, cell: dict[str, Any], data: dict[str, str], seed: int) ->
     """Train and evaluate one seed of a cell, or go on with it; return its entry in the results."""
     config, folder = config_of(cell, data, seed), ROOT / "runs" / "benchmark" / f"{name.replace('/', '-')}-{seed}"
     train(config, folder, resume=(folder / "checkpoints" / "last.json").exists())
-    judged = cell.get("replies", False)
+    judged = seed < cell.get("replies", 0)
     compare = (*CONTENDERS, *(cell.get("more", ()) if seed == 0 else ()), *(("retrieval",) if judged else ()))
     repeats = cell.get("repeats", 1)
     report = evaluate(folder, STEPS, compare, reply_steps=REPLY_STEPS if judged else (), repeats=repeats)

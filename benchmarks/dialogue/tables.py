@@ -66,7 +66,7 @@ def ratio(seeds: dict[str, Any], contender: str, i: int) -> Interval:
 
 def right(seeds: dict[str, Any], kind: str, contender: str, i: int) -> Interval:
     """Return the share of right replies to taught or unseen questions."""
-    having = (entry for entry in seeds.values() if contender in entry["right"][kind])
+    having = (entry for entry in seeds.values() if contender in entry.get("right", {}).get(kind, {}))
     return over_tasks(having, lambda entry: entry["right"][kind][contender][i])
 
 
@@ -94,8 +94,8 @@ def replies_table(contenders: Sequence[str] = ()) -> str:
     """The shares of right replies of all cells whose replies were judged; () stands for all contenders."""
     rows, steps = [], []
     for name, seeds in load().items():
-        entry = next(iter(seeds.values()))
-        if "right" not in entry:
+        entry = next((entry for entry in seeds.values() if "right" in entry), None)
+        if not entry:
             continue
         steps = entry["reply_steps"]
         for kind, measured in entry["right"].items():

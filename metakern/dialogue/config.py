@@ -26,6 +26,8 @@ from metakern.meta.algorithms.registry import ALGORITHMS, find_algorithm
 
 __all__ = ["Config"]
 
+PRETRAIN_STEPS = 300  # of a model that begins with random weights
+
 
 def _option(
     default: Any,
@@ -73,9 +75,9 @@ class Config:
         (), "further options of the format's reader, as name=value: tasks=domains of crosswoz"
     )
     train_on: str = _option("bot", "speakers whose turns count in the loss", choices=("bot", "all"))
-    vocab_size: int = _option(2048, "tokens in the byte-level BPE vocabulary (not for hf models)", least=262)
+    vocab_size: int = _option(1024, "tokens in the byte-level BPE vocabulary (not for hf models)", least=262)
     max_length: int = _option(
-        64, "tokens in a window, which is the part of a conversation that the model reads at once", least=2
+        96, "tokens in a window, which is the part of a conversation that the model reads at once", least=2
     )
     windows: str = _option(
         "any",
@@ -108,7 +110,7 @@ class Config:
     query_size: int = _option(8, "windows of a task in its query, on which the adapted model is judged", least=1)
 
     model: str = _option(
-        "gru",
+        "gpt",
         "language model; hf:PATH is a pretrained one in the directory PATH, hf:smollm2 one that a package holds",
         choices=("rnn", "gru", "lstm", "gpt", "hf:PATH"),
     )
@@ -121,7 +123,7 @@ class Config:
     lora_targets: tuple[str, ...] = _option((), "name patterns of the linear layers that get adapters (hf models)")
     width: int = _option(128, "width of the embedding, and of all layers in gpt (not for hf models)", least=1)
     hidden: int = _option(256, "hidden units in a recurrent layer (rnn, gru, lstm)", least=1)
-    layers: int = _option(1, "number of layers (not for hf models)", least=1)
+    layers: int = _option(2, "number of layers (not for hf models)", least=1)
     heads: int = _option(4, "attention heads in a layer (gpt)", least=1)
     dropout: float = _option(0.0, "dropout probability (not for hf models)", least=0)
 
@@ -137,15 +139,18 @@ class Config:
     inner_options: tuple[str, ...] = _option(
         (), "further arguments of the inner optimizer, as name=value: momentum=0.9 of sgd, eps=1e-4 of adam"
     )
-    inner_lr: float = _option(0.1, "inner learning rate; with a learned rate, its initial value", above=0)
+    inner_lr: float = _option(0.3, "inner learning rate; with a learned rate, its initial value", above=0)
     learn_lr: bool = _option(True, "learn the inner learning rate in the outer loop (not in finetune)")
     lr_per: str = _option(
-        "parameter",
+        "element",
         "learn one inner rate for all parameters, one for each parameter tensor, or one for each of its elements",
         choices=("all", "parameter", "element"),
     )
     inner_steps: tuple[int, ...] = _option(
-        (3,), "inner steps in training; several numbers take turns from outer step to outer step", least=1
+        (1, 3, 5),
+        "inner steps in training; several numbers take turns from outer step to outer step (mamlplusplus, metalstm: the"
+        " largest)",
+        least=1,
     )
     positive_rates: bool = _option(False, "set learned inner rates that become negative to 0")
     adapt: tuple[str, ...] = _option(
@@ -164,30 +169,33 @@ class Config:
     lm_weight: float = _option(
         0.0, "weight of the plain loss of the unadapted model on support and query, beside the outer loss", least=0
     )
-    outer_lr: float = _option(1e-3, "learning rate of the outer optimizer, AdamW", above=0)
-    rate_lr: float = _option(1e-3, "outer learning rate of the learned inner rates", above=0)
+    outer_lr: float = _option(2e-3, "learning rate of the outer optimizer, AdamW", above=0)
+    rate_lr: float = _option(1e-2, "outer learning rate of the learned inner rates", above=0)
     finetune_lr: float = _option(
         0.0, "outer_lr of the finetune baseline that `metakern eval` trains; 0: outer_lr of this run", least=0
     )
     weight_decay: float = _option(0.01, "weight decay of the outer AdamW, on matrices only", least=0)
-    warmup: int = _option(50, "steps over which the learning rate rises to its full value", least=0)
+    warmup: int = _option(20, "steps over which the learning rate rises to its full value", least=0)
     cosine: bool = _option(True, "let the learning rate decay to zero along a half cosine")
     clip: float = _option(1.0, "largest norm of the outer gradient; 0: no clipping", least=0)
     tasks: int = _option(4, "tasks in an outer step", least=1)
     task_power: float = _option(
         0.0, "draw tasks in proportion to their numbers of conversations to this power; 0: all alike", least=0
     )
-    steps: int = _option(1000, "outer steps", least=1)
+    steps: int = _option(500, "outer steps", least=1)
     minutes: float = _option(0.0, "time limit of the outer steps, in minutes; 0: none", least=0)
     patience: int = _option(
-        0, "validations without a better one after which the training ends; 0: it never ends early", least=0
+        0, "validations without a better one after which training or pretraining ends; 0: neither ends early", least=0
     )
 
     pretrain_steps: int = _option(
-        0, "steps of plain language modeling before meta-training; baselines start from the same weights", least=0
+        -1,
+        "steps of plain language modeling before meta-training, of which the best weights by validation are kept;"
+        f" contenders start from the same weights; -1: {PRETRAIN_STEPS}, but 0 for hf models",
+        least=-1,
     )
     pretrain_minutes: float = _option(0.0, "time limit of the pretraining, in minutes; 0: none", least=0)
-    pretrain_lr: float = _option(3e-3, "learning rate of the pretraining", above=0)
+    pretrain_lr: float = _option(4e-3, "learning rate of the pretraining", above=0)
     pretrain_on: str = _option(
         "all", "speakers whose turns count in the loss of the pretraining", choices=("bot", "all")
     )
@@ -203,6 +211,8 @@ class Config:
         given: Any = self.inner_steps
         if type(given) is int:
             object.__setattr__(self, "inner_steps", (given,))
+        if self.pretrain_steps == -1:
+            object.__setattr__(self, "pretrain_steps", 0 if self.pretrained else PRETRAIN_STEPS)
         find_algorithm(self.algorithm)
         for key in fields(self):
             _check(key.name, getattr(self, key.name), key.default, key.metadata)
@@ -293,7 +303,7 @@ def _check(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None
         right, kind = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
     elif isinstance(default, tuple):
         of = int if default else str
-        right = isinstance(value, tuple) and all(type(v) is of for v in value) and len(value) >= len(default)
+        right = isinstance(value, tuple) and all(type(v) is of for v in value) and len(value) >= bool(default)
         kind = "whole numbers" if default else "a list of strings"
     else:
         right = type(value) is type(default)

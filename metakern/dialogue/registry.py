@@ -37,7 +37,7 @@ for name, make, rates in (
     ("incontext", InContext, "fixed"),
 ):
     mk.register_algorithm(name, make, rates)
-ONE_NUMBER = (mk.MAMLPlusPlus, mk.MetaLSTM)  # whose parts are for a fixed number of inner steps
+ONE_NUMBER = (mk.MAMLPlusPlus, mk.MetaLSTM)  # whose parts are for a fixed number of inner steps, the largest
 PLAIN = (FineTune, PromptTuning, InContext)  # trained without an inner loop
 OPTIMIZERS: dict[str, Any] = {
     "sgd": mk.optim.SGD,
@@ -61,8 +61,6 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
     algorithm = ALGORITHMS[config.algorithm]
     precision = None if config.precision == "float32" else config.precision
     options: dict[str, Any] = {"steps": config.most_inner_steps, "precision": precision}
-    if len(set(config.inner_steps)) > 1 and algorithm.make in ONE_NUMBER:
-        raise UserError(f"inner_steps must be one number for {config.algorithm}, got {list(config.inner_steps)}")
     if config.adapt:
         options["adapt"] = list(config.adapt)
     if algorithm.make not in PLAIN:

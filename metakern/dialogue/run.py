@@ -4,7 +4,7 @@
     tokenizer.json           the vocabulary
     checkpoints/last         what a resumed run continues from
     checkpoints/best         the weights with the lowest loss on the validation tasks
-    checkpoints/pretrained   the weights before meta-training, from which baselines start too
+    checkpoints/pretrained   the best weights before meta-training, from which contenders start too
     adapter/                 with LoRA: the adapters of `best`, in the format of the package peft
     log.jsonl, tensorboard/  the losses of the training
 

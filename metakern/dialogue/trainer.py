@@ -30,7 +30,7 @@ from metakern.dialogue.config import Config
 from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.rates import at_factors, best_factors
-from metakern.dialogue.registry import build_algorithm, tokenizer_class
+from metakern.dialogue.registry import ONE_NUMBER, build_algorithm, tokenizer_class
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import curve, episodes, load_split, on_device_of
 from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
@@ -135,12 +135,14 @@ def train(config: Config, out: str | Path, *, resume: bool = False, start: str |
         log.say(f"{out}: {config.algorithm} over {config.model} of {run.size}\n{split.summary()}")
         for phase in phases:
             if phase.name == "train" and not saved:
-                run.save("pretrained", run.model)
+                if config.pretrain_steps and not start:
+                    run.restore("pretrained", run.model)
+                else:
+                    run.save("pretrained", run.model)
             _Loop(run, phase, plain, episodes(config, split.validation, tokenizer), log).go(saved, stop_asked)
             saved = {}
     run.restore("best")
-    if len(set(config.inner_steps)) > 1:
-        run.algorithm.steps = config.most_inner_steps  # as in a run that is opened
+    run.algorithm.steps = config.most_inner_steps  # as in a run that is opened
     return run
 
 
@@ -219,7 +221,7 @@ class _Loop:
         done = self.phase.done(state["step"], state["seconds"])
         for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
             group["lr"] = rate * _schedule(config, state["step"], done)
-        if self.phase.name == "train" and len(set(config.inner_steps)) > 1:
+        if self.phase.name == "train" and len(set(config.inner_steps)) > 1 and not isinstance(algorithm, ONE_NUMBER):
             algorithm.steps = config.inner_steps[state["step"] % len(config.inner_steps)]
         self.optimizer.zero_grad()
         loss = algorithm(support, query)
@@ -251,9 +253,8 @@ class _Loop:
         return {"rate": every.mean().item(), "rate_std": every.std(correction=0).item(), "rate_negative": negative}
 
     def is_patient_no_more(self) -> bool:
-        """Whether the last `patience` validations of the training were no better than one before."""
-        patience = self.config.patience if self.phase.name == "train" else 0
-        return bool(patience) and self.run.state.get("worse", 0) >= patience
+        """Whether the last `patience` validations of the phase were no better than one before."""
+        return bool(self.config.patience) and self.run.state.get("worse", 0) >= self.config.patience
 
     def look(self, support: Any, query: Any) -> Tensor:
         """Return the query losses after the numbers of inner steps in `looks`, `[len(looks), T]`, in eval mode."""
@@ -263,7 +264,10 @@ class _Loop:
         return losses
 
     def validate(self) -> None:
-        """Log the losses on the validation tasks, save weights of `train` as `best` if they are, and save `last`."""
+        """Log the losses on the validation tasks; save the weights as `last`, and also as `best` if they are the best.
+
+        The best weights of the pretraining are `pretrained`.
+        """
         run, config, state = self.run, self.config, self.run.state
         names, losses = curve(self.algorithm, self.validation, self.looks, config.eval_tasks)
         untuned = isinstance(self.algorithm, FineTune)  # whose training says nothing of the inner rates
@@ -282,6 +286,8 @@ class _Loop:
             state["best"], state["worse"] = after, 0
             if self.phase.name == "train":
                 run.save("best")
+            else:
+                run.save("pretrained", run.model)
         self.save()
 
     def save(self) -> None:

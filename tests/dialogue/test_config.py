@@ -75,7 +75,7 @@ def test_files_override_defaults_and_flags_override_files(tmp_path):
         ("adapt = [1]", "adapt must be a list of strings, got (1,)"),
         ("model = 'gtp'", "model must be one of rnn, gru, lstm, gpt, hf:PATH, got 'gtp'"),
         ("model = 'hf:'", "model must be one of rnn, gru, lstm, gpt, hf:PATH, got 'hf:'"),
-        ("lora = 8", "lora must be 0 for the model gru, which is not pretrained, got 8"),
+        ("lora = 8", "lora must be 0 for the model gpt, which is not pretrained, got 8"),
         ("precision = 'half'", "precision must be one of float32, bfloat16, got 'half'"),
         ("precision = 'bfloat16'\ndevice = 'cuda'", "precision must be float32 for the device cuda, got 'bfloat16'"),
         ("inner_steps = 0", "inner_steps must be at least 1, got 0"),
@@ -105,13 +105,22 @@ def test_files_that_cannot_be_read_are_errors(tmp_path):
         Config.load(tmp_path / "latin.toml")
 
 
+def test_pretraining_has_a_default_for_models_that_begin_with_random_weights() -> None:
+    assert Config().pretrain_steps == 300
+    assert Config(model="hf:smollm2").pretrain_steps == 0
+    assert Config(model="hf:smollm2", pretrain_steps=7).pretrain_steps == 7
+    assert Config(pretrain_steps=0).pretrain_steps == 0
+    with pytest.raises(UserError, match="pretrain_steps must be at least -1, got -2"):
+        Config(pretrain_steps=-2)
+
+
 def test_every_inner_optimizer_of_a_config_can_be_built() -> None:
     for name in OPTIMIZERS:
         inner = build_algorithm(Config(inner=name), torch.nn.Linear(3, 2)).inner
         if name == "metacurvature":
             assert inner.lr == Config().inner_lr
             continue
-        assert inner.lr.values["weight"].shape == ()
+        assert inner.lr.values["weight"].shape == (2, 3)
         assert inner.lr.initial == Config().inner_lr
 
 

@@ -113,8 +113,23 @@ def test_numbers_of_inner_steps_take_turns_and_their_mean_is_validated(tmp_path,
     split = load_split(run.config)
     _, losses = curve(run.algorithm, episodes(run.config, split.validation, run.tokenizer), (1, 4))
     assert run.state["best"] == pytest.approx(losses.mean().item(), rel=1e-5)
-    with pytest.raises(UserError, match=r"inner_steps must be one number for mamlplusplus, got \[1, 4\]"):
-        train(tiny_config(data, inner_steps=(1, 4), algorithm="mamlplusplus"), tmp_path / "other")
+    taken.clear()
+    train(tiny_config(data, inner_steps=(1, 4), steps=2, algorithm="mamlplusplus"), tmp_path / "other")
+    assert taken == [4, 4]
+
+
+def test_training_begins_with_the_best_weights_of_the_pretraining(tmp_path, data):
+    run = train(tiny_config(data, pretrain_steps=12, eval_every=2, pretrain_lr=3.0, cosine=False), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = {phase: {} for phase in ("pretrain", "train")}
+    for line in lines:
+        if "validation_before" in line:
+            losses[line["phase"]][line["step"]] = line["validation_before"]
+    best = min(losses["pretrain"], key=losses["pretrain"].get)
+    assert best < 12
+    assert losses["train"][0] == losses["pretrain"][best]
+    run.restore("pretrained", run.model)
+    assert (run.state["phase"], run.state["step"]) == ("pretrain", best)
 
 
 def test_the_plain_loss_is_added_with_its_weight(tmp_path, data):

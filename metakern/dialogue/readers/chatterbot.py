@@ -2,8 +2,8 @@
 
     data/<language>/<topic>.yml: {"categories": [...], "conversations": [[question, answer, ...], ...]}
 
-A task is a topic in a language; its group is the language, in whatever script. Most questions occur several times with different answers.
-Only the first one is kept, since the same question in support and query would be a leak.
+A task is a topic in a language; its group is the language, in whatever script. Most questions occur several times with
+different answers. Only the first one is kept, since the same question in support and query would be a leak.
 """
 
 from __future__ import annotations
