@@ -4,7 +4,7 @@ import metakern
 
 project, author, release = "metakern", "the metakern authors", metakern.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-myst_heading_anchors = 2
+myst_heading_anchors = 3
 html_theme, html_title = "furo", f"metakern {release}"
 default_role = "code"  # in docstrings, as `name`
 autodoc_typehints = "signature"

@@ -198,12 +198,14 @@ def _parser() -> argparse.ArgumentParser:
     adapt.add_argument(
         "--support", metavar="FILE", required=True, help="conversations to adapt to, such as chat messages in JSONL"
     )
+    _add_reading(adapt)
     adapt.add_argument("--out", metavar="DIR", required=True, help="folder of the adapted run")
     adapt.add_argument("--steps", metavar="N", type=_number, help="inner steps (default: as in training)")
 
     chat = add(_chat, "Chat with a run")
     chat.add_argument("run", metavar="RUN", help="folder of a run")
     chat.add_argument("--support", metavar="FILE", help="conversations to adapt to before the chat")
+    _add_reading(chat)
     chat.add_argument("--steps", metavar="N", type=_number, help="inner steps (default: as in training)")
     chat.add_argument(
         "--temperature",
@@ -238,6 +240,20 @@ def _parser() -> argparse.ArgumentParser:
         "run", metavar="RUN", nargs="?", help="folder of a run to check; without it, the environment is listed"
     )
     return parser
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a support is read; `_reading` takes their values."""
+    for key in fields(Config):
+        if key.name in ("format", "reader_options"):
+            _add_flag(parser, key)
+
+
+def _reading(format: str = "auto", reader_options: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the arguments of `readers.read` after the first one."""
+    from metakern.dialogue.registry import named
+
+    return {"format": format, **named("reader_options", reader_options)}
 
 
 def _add_flag(group: Any, key: Field[Any]) -> None:
@@ -312,18 +328,20 @@ def _eval(
     print(f"written: {', '.join(str(Path(run) / name) for name in written)}")
 
 
-def _adapt(run: str, support: str, out: str, steps: int | None) -> None:
+def _adapt(run: str, support: str, out: str, steps: int | None, **reading: Any) -> None:
     from metakern.dialogue.chat import adapt
 
-    print(f"{adapt(run, support, out, steps)}\nnext: metakern chat {out}")
+    print(f"{adapt(run, support, out, steps, **_reading(**reading))}\nnext: metakern chat {out}")
 
 
-def _chat(run: str, support: str | None, steps: int | None, temperature: float, top_p: float, seed: int) -> None:
+def _chat(
+    run: str, support: str | None, steps: int | None, temperature: float, top_p: float, seed: int, **reading: Any
+) -> None:
     from metakern.dialogue.chat import Chat, talk
     from metakern.dialogue.readers import read
     from metakern.dialogue.run import Run
 
-    dialogues = read(support) if support else []
+    dialogues = read(support, **_reading(**reading)) if support else []
     talk(Chat(Run.open(run), dialogues, steps=steps, temperature=temperature, top_p=top_p, seed=seed))
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,9 @@ def adapted_model(run: Run, dialogues: Iterable[Dialogue], steps: int | None = N
     return model, line
 
 
-def adapt(path: str | Path, support: str, out: str | Path, steps: int | None = None) -> str:
+def adapt(
+    path: str | Path, support: str, out: str | Path, steps: int | None = None, format: str = "auto", **options: Any
+) -> str:
     """Adapt a run to conversations, and write the result as a new run.
 
     Args:
@@ -100,6 +103,8 @@ def adapt(path: str | Path, support: str, out: str | Path, steps: int | None = N
         support: The conversations to adapt to: a file or folder, or packaged data, as `readers.read` takes it.
         out: The folder of the new run.
         steps: The number of inner steps; None stands for as many as in training.
+        format: The format of the conversations, as of `readers.read`.
+        options: The options of the format's reader.
 
     Returns:
         A line about the perplexity on the support, before and after.
@@ -123,7 +128,7 @@ def adapt(path: str | Path, support: str, out: str | Path, steps: int | None = N
     run, out = Run.open(path), Path(out)
     if (out / "config.toml").exists():
         raise UserError(f"{out}: holds a run already; choose another --out")
-    model, line = adapted_model(run, read(support), steps)
+    model, line = adapted_model(run, read(support, format, **options), steps)
     run.model.load_state_dict(model.state_dict())
     run.tokenizer.save(out / "tokenizer.json")
     io.write(out / "config.toml", run.config.toml().encode())

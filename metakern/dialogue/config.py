@@ -70,9 +70,9 @@ class Config:
         f"format of the file or folder: {', '.join(formats())}; auto recognizes it by the names of files and their"
         " first lines or records",
     )
-    task_key: str = _option("", "key of a record that names its task; empty: as the format has it")
+    task_key: str = _option("", "key or column of a record that names its task; empty: as the format has it")
     reader_options: tuple[str, ...] = _option(
-        (), "further options of the format's reader, as name=value: tasks=domains of crosswoz"
+        (), "further options of the format's reader, as name=value: tasks=domains of crosswoz, question=Frage of csv"
     )
     train_on: str = _option("bot", "speakers whose turns count in the loss", choices=("bot", "all"))
     vocab_size: int = _option(1024, "tokens in the byte-level BPE vocabulary (not for hf models)", least=262)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 from collections import Counter
@@ -13,7 +12,19 @@ from typing import Any, Literal, TypeAlias
 
 from metakern.errors import DataError
 
-__all__ = ["JSON", "Rows", "Source", "files", "first_line", "json_of", "records", "table", "text_of", "visible"]
+__all__ = [
+    "JSON",
+    "Rows",
+    "Source",
+    "cells",
+    "files",
+    "first_line",
+    "json_of",
+    "records",
+    "table",
+    "text_of",
+    "visible",
+]
 
 COMPRESSED = {
     b"\x1f\x8b": "gunzip",
@@ -164,8 +175,10 @@ def records(path: Source, key: str = "messages") -> Iterator[tuple[int, dict[str
         _must_end(text, at + 1, path)
 
 
-def table(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the rows of a file whose first line names the columns, each with the number of the line at which it ends.
+def cells(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator[tuple[int, list[str]]]:
+    """Yield the cells of each row of a CSV file, with the number of the line at which the row ends.
+
+    Empty lines are left out. The file is read a part at a time.
 
     Args:
         path: The file.
@@ -173,24 +186,41 @@ def table(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator[tup
         quoted: Texts may stand in quotation marks and then have delimiters and line breaks inside.
 
     Raises:
-        DataError: If the file can't be read, or a row has fewer columns than the first line.
+        DataError: If the file can't be read, or a quotation mark is not where it may be.
     """
-    text = io.StringIO(text_of(path), newline="")
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    rows = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
+    rows = csv.reader(_lines(path, ""), delimiter=delimiter, quoting=quoting, strict=True)
+    begins = 1
     try:
-        columns = next(rows, [])
         for row in rows:
-            if row and len(row) < len(columns):
-                where = f"{path}:{rows.line_num}: must have {len(columns)} columns"
-                raise DataError(
-                    f"{where}, got {len(row)}: the file may be cut short; fetch it again or remove the line"
-                )
+            begins = rows.line_num + 1  # the next row
             if row:
-                yield rows.line_num, dict(zip(columns, row, strict=False))
+                yield rows.line_num, row
     except csv.Error as error:
-        where = f"{path}:{rows.line_num}: must be CSV, got {error}"
-        raise DataError(f"{where}: the file may be cut short; fetch it again or remove the line") from None
+        where = f"{path}:{begins}: must be CSV, got {error}"
+        raise DataError(
+            f"{where}: the file may be cut short or lack a quotation mark; fetch it again, or mend or remove the line"
+        ) from None
+
+
+def table(path: Path, delimiter: str = ",", quoted: bool = True) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the rows of a file whose first line names the columns, each with the number of the line at which it ends.
+
+    Args:
+        path: The file.
+        delimiter: As of `cells`.
+        quoted: As of `cells`.
+
+    Raises:
+        DataError: As `cells`, and if a row has fewer columns than the first line.
+    """
+    rows = cells(path, delimiter, quoted)
+    _, columns = next(rows, (0, []))
+    for number, row in rows:
+        if len(row) < len(columns):
+            where = f"{path}:{number}: must have {len(columns)} columns"
+            raise DataError(f"{where}, got {len(row)}: the file may be cut short; fetch it again or remove the line")
+        yield number, dict(zip(columns, row, strict=False))
 
 
 class _RepeatedKeyError(ValueError):
@@ -244,7 +274,20 @@ def _after_blank(text: str, at: int) -> int:
 
 
 def first_line(file: Path) -> str:
-    """Return the first line that is not blank, without the white space at its end."""
-    text = text_of(file)
-    start = _after_blank(text, 0)
-    return text[start : end if (end := text.find("\n", start)) >= 0 else len(text)].rstrip()
+    """Return the first line that is not blank, without the white space at its ends."""
+    lines = (line[_after_blank(line, 0) :].rstrip() for line in _lines(file, "\n"))
+    return next(filter(None, lines), "")
+
+
+def _lines(path: Path, newline: str) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file as `open` splits them with `newline`; a byte order mark is left out.
+
+    Raises:
+        DataError: As `text_of`.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            yield from file
+    except (OSError, UnicodeDecodeError):
+        text_of(path)  # raises an error that says what to do
+        raise

@@ -82,6 +82,7 @@ def split_tasks(
     max_held_out: int | None = None,
     validation: Collection[str] | None = None,
     test: Collection[str] | None = None,
+    unread: Mapping[str, int] | None = None,
 ) -> Split:
     """Split dialogues by task into training, validation and test, so that no text is in two of them.
 
@@ -106,6 +107,7 @@ def split_tasks(
         validation: The names of the validation tasks, in place of a share of all. Other tasks of their groups are left
             out.
         test: The same for test. A task with both names is for test.
+        unread: How many dialogues the reader left out, by reason, to be counted with those left out here.
 
     Returns:
         The tasks of each split, and how many dialogues and tasks were left out for which reason.
@@ -124,7 +126,7 @@ def split_tasks(
         raise ValueError(f"split_tasks: fractions must be at least 0 and add up to 1, got {fractions}")
     if min_dialogues < 2:
         raise ValueError(f"split_tasks: min_dialogues must be at least 2, for support and query, got {min_dialogues}")
-    skipped: Counter[str] = Counter()
+    skipped = Counter(unread)
     tasks, groups = _tasks(dialogues, min_words, overlap, skipped)
 
     def enough(names: Iterable[str]) -> list[str]:
@@ -189,7 +191,12 @@ def split_tasks(
 
 
 def whole_tasks(
-    dialogues: Iterable[Dialogue], *, min_dialogues: int = 2, min_words: int = 5, overlap: str = "users"
+    dialogues: Iterable[Dialogue],
+    *,
+    min_dialogues: int = 2,
+    min_words: int = 5,
+    overlap: str = "users",
+    unread: Mapping[str, int] | None = None,
 ) -> tuple[tuple[TaskData, ...], dict[str, int]]:
     """Return all tasks, without dialogues that overlap an earlier one of their task; and what was left out, by reason.
 
@@ -200,7 +207,7 @@ def whole_tasks(
     >>> len(tasks) > 10
     True
     """
-    skipped: Counter[str] = Counter()
+    skipped = Counter(unread)
     tasks, _ = _tasks(dialogues, min_words, overlap, skipped)
     found = [TaskData(name, tuple(d for d, _ in entries)) for name, entries in tasks.items()]
     kept = tuple(task for task in found if len(task.dialogues) >= min_dialogues)

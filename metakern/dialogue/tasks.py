@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Batch, Episodes
-from metakern.dialogue.readers import Dialogue, Dialogues, read
+from metakern.dialogue.readers import Dialogues, read
 from metakern.dialogue.registry import named
 from metakern.dialogue.split import Split, TaskData, split_tasks, whole_tasks
 from metakern.dialogue.tokenizer import DialogueTokenizer
@@ -43,7 +44,8 @@ def load_split(config: Config) -> Split:
         UserError: If names of held-out tasks match none, or an option is not `name=value`.
     """
     shares = config.validation_part, config.test_part
-    dialogues: list[Dialogue] = _read(config, config.data)
+    whole = _read(config, config.data)
+    dialogues, unread = list(whole), Counter(whole.skipped)
     held_out: dict[str, set[str] | None] = {}
     for part in ("validation", "test"):
         file, patterns = getattr(config, f"{part}_data"), getattr(config, f"{part}_tasks")
@@ -51,6 +53,7 @@ def load_split(config: Config) -> Split:
         if file:
             found = _read(config, file)
             held_out[part] = names = {d.task_id for d in found}
+            unread += Counter(found.skipped)
             dialogues = [*found, *(d for d in dialogues if d.task_id not in names)]
         elif patterns:
             held_out[part] = _matching(part, patterns, {d.task_id for d in dialogues})
@@ -63,6 +66,7 @@ def load_split(config: Config) -> Split:
         overlap=config.overlap,
         validation=held_out["validation"],
         test=held_out["test"],
+        unread=unread,
     )
 
 
@@ -75,7 +79,8 @@ def load_whole(config: Config, data: str) -> tuple[tuple[TaskData, ...], dict[st
     Raises:
         DataError: If the data can't be read or hold no such task.
     """
-    return whole_tasks(_read(config, data), min_words=config.min_words, overlap=config.overlap)
+    found = _read(config, data)
+    return whole_tasks(found, min_words=config.min_words, overlap=config.overlap, unread=found.skipped)
 
 
 def _read(config: Config, data: str) -> Dialogues:

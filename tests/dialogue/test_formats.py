@@ -247,6 +247,24 @@ HWU = (
     "1;2;audio;volume_mute;;quiet;;;quiet;quiet;Write\n"
     "1;3;audio;volume_mute;;quiet;;;;;Write\n"
 )
+FAQ = """\
+question,answer,bot
+Open now?,"Yes, until ""six"".",bakery
+Open now?,No.,dentist
+When?,,dentist
+When?,At nine.,
+"""
+CHAT_LOG = """\
+Conversation ID;Time;Role;Message
+7;09:00;customer;Is it there?
+8;09:01;Agent;Hello!
+7;09:02;agent;"Wait;
+I look."
+8;09:03;customer;Where is it?
+7;09:04;agent;Today.
+9;09:05;customer;Anybody?
+9;09:06;;Gone.
+"""
 
 # format, files, dialogues, what is skipped
 SAMPLES: dict[str, tuple[str, dict[str, object], list[Dialogue], dict[str, int]]] = {
@@ -491,6 +509,27 @@ SAMPLES: dict[str, tuple[str, dict[str, object], list[Dialogue], dict[str, int]]
         ],
         {"without a text and an intent": 1},
     ),
+    "faq": (
+        "csv",
+        {"faq.csv": FAQ},
+        [
+            talk("bakery", "faq:2", "Open now?", 'Yes, until "six".'),
+            talk("dentist", "faq:3", "Open now?", "No."),
+        ],
+        {"rows without a question and an answer": 1, "rows without a task": 1},
+    ),
+    "chat log": (
+        "csv",
+        {"log.csv": CHAT_LOG},
+        [
+            talk("log", "log:7", "Is it there?", "Wait;\nI look.\nToday."),
+            talk("log", "log:8", "Hello!", "Where is it?", first="bot"),
+        ],
+        {
+            "rows without a conversation, a speaker and a text": 1,
+            "without a turn of a bot, assistant or agent (--reader-options bot_speaker=NAME)": 1,
+        },
+    ),
     "intent rows": (
         "intents",
         {"mine.jsonl": lines({"utterance": "hi", "intent": "greeting", "domain": "chat"})},
@@ -705,6 +744,7 @@ def test_nested_columns_of_a_dataset_are_read() -> None:
             UBUNTU[:-30],
             "a.csv:4: must be CSV, got unexpected end of data: the file may be cut short",
         ),
+        ("ubuntu", "a.csv", 'Context,Utterance,Label\n"a,b,1\nc,d,1\n', "a.csv:2: must be CSV, got unexpected end"),
         ("ubuntu", "a.csv", "Context,Utterance,Label\na,b\n", "a.csv:2: must have 3 columns, got 2"),
         ("ubuntu", "a.tsv", UBUNTU_CHAT + "2004", "a.tsv:5: must have a time, a sender, an addressee and a text"),
         ("star", "1.json", '{"Events": [],', ":1: must be JSON, got "),
@@ -722,7 +762,7 @@ def test_a_damaged_file_is_an_error_of_one_line(
     assert str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize("name", sorted({*formats()} - {"chatterbot", "chitchat"}))
+@pytest.mark.parametrize("name", sorted({*formats()} - {"chatterbot", "chitchat", "csv"}))
 @pytest.mark.parametrize("record", [{}, {"turns": 3, "services": 3, "utterances": 3, "dialog": 3}, {"a": {"log": 3}}])
 def test_records_of_another_form_are_skipped_and_counted(tmp_path: Path, name: str, record: dict) -> None:
     (tmp_path / "a.json").write_text(json.dumps(record))

@@ -123,7 +123,8 @@ def test_adapt_then_chat_then_eval(folder, tmp_path, monkeypatch, capsys):
     support = str(folder / "data" / "task1.jsonl")
     assert main(["adapt", str(folder / "run"), "--support", support, "--out", str(tmp_path / "mine")]) == 0
     assert f"next: metakern chat {tmp_path / 'mine'}" in capsys.readouterr().out
-    for arguments in ([str(tmp_path / "mine")], [str(folder / "run"), "--support", support, "--steps", "2"]):
+    read_as = ["--support", support, "--format", "messages", "--steps", "2"]
+    for arguments in ([str(tmp_path / "mine")], [str(folder / "run"), *read_as]):
         monkeypatch.setattr(sys, "stdin", io.StringIO("river stone\n"))
         assert main(["chat", *arguments, "--temperature", "0"]) == 0
         assert capsys.readouterr().out.count("\n") == 1
@@ -269,6 +270,10 @@ def test_wrong_config_files_and_folders_are_one_line(folder, tmp_path, capsys):
     assert "holds a run already" in complaint(capsys, "train", "--out", folder / "run", "--data", folder / "data")
     assert "is not the folder of a run" in complaint(capsys, "eval", tmp_path)
     assert "no such file or directory" in complaint(capsys, "chat", folder / "run", "--support", tmp_path / "none")
+    support = folder / "data" / "task1.jsonl"
+    for command in (["chat", folder / "run"], ["adapt", folder / "run", "--out", tmp_path / "x"]):
+        wrong = complaint(capsys, *command, "--support", support, "--reader-options", "limit=3")
+        assert wrong == "messages: options of the reader must be among task_key, got 'limit'"
 
 
 def test_wrong_data_is_one_line(tmp_path, capsys):

@@ -8,7 +8,7 @@ speaker whose turns a model learns to produce. A reader is one function in one f
 
 It yields dialogues, counts in `skipped` what it leaves out, by reason, and raises `DataError` for a damaged file. It
 makes dialogues with `dialogue`; a reader of JSON takes records from `records`, and a reader of CSV takes rows from
-`table`. The further arguments of the function are the options of the reader.
+`table` or `cells`. The further arguments of the function are the options of the reader.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from metakern.dialogue.sources import (
     JSON,
     Rows,
     Source,
+    cells,
     files,
     first_line,
     json_of,
@@ -50,8 +51,10 @@ __all__ = [
     "Turn",
     "UnreadableError",
     "alternating",
+    "cells",
     "dialogue",
     "files",
+    "first_line",
     "json_of",
     "read",
     "reader",
@@ -214,9 +217,9 @@ def read(source: str | Iterable[Mapping[str, Any]], format: str = "auto", **opti
             "chatterbot:english", …; "bots" and "bots:SEED" are synthetic) or a path. A path that has the name of
             packaged data is written "./chitchat". Or an iterable of dictionaries, such as a `datasets.Dataset`, which
             are read like the records of a JSON file.
-        format: "chatterbot", "chitchat", "crosswoz", "dailydialog", "empathetic", "intents", "messages", "metalwoz",
-            "multiwoz", "parlai", "personachat", "sgd", "sharegpt", "star", "taskmaster" or "ubuntu". "auto" recognizes
-            the format by the suffix of a file and by its first line or record of a known kind.
+        format: "chatterbot", "chitchat", "crosswoz", "csv", "dailydialog", "empathetic", "intents", "messages",
+            "metalwoz", "multiwoz", "parlai", "personachat", "sgd", "sharegpt", "star", "taskmaster" or "ubuntu". "auto"
+            recognizes the format by the suffix of a file and by its first line or record of a known kind.
         options: The options of the format's reader, such as `task_key` of "messages".
 
     Returns:
