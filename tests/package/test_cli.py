@@ -107,7 +107,7 @@ def test_eval_judges_replies(folder, tmp_path, capsys):
     assert main(["eval", str(tmp_path / "64"), *options]) == 0
     text = capsys.readouterr().out
     for words in (
-        "replies of maml after 1 steps  1/1 tasks  0:00 left",
+        "replies of maml after 1 steps  1/1 episodes  0:00 left",
         "unseen questions answered right",
         "retrieval",
         "replies.png",
@@ -325,7 +325,7 @@ def test_training_on_a_full_disk_is_one_line(folder, tmp_path, monkeypatch, caps
         patch.setattr(os, "fsync", full)
         assert "No space left on device" in complaint(capsys, *arguments)
     resume = ["--resume"] if (tmp_path / "run" / "checkpoints" / "last.json").exists() else []
-    assert bool(resume) == (at > 4)
+    assert bool(resume) == (at > 6)
     assert main([str(argument) for argument in [*arguments, *resume]]) == 0
 
 
