@@ -58,6 +58,7 @@ def test_every_key_is_a_flag():
         "lora_targets": ("--lora-targets=q_proj", ("q_proj",)),
         "reader_options": ("--reader-options=tasks=domains", ("tasks=domains",)),
         "algorithm_options": ("--algorithm-options=anneal=5", ("anneal=5",)),
+        "inner_options": ("--inner-options=eps=1e-4", ("eps=1e-4",)),
     }
     for key in fields(Config):
         flag, expected = special.get(key.name, (f"--{key.name.replace('_', '-')}={key.default}", key.default))
