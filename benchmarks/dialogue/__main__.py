@@ -50,7 +50,7 @@ def measure(name: str, cell: dict[str, Any], data: dict[str, str], seed: int) ->
     config, folder = config_of(cell, data, seed), ROOT / "runs" / "benchmark" / f"{name.replace('/', '-')}-{seed}"
     train(config, folder, resume=(folder / "checkpoints" / "last.json").exists())
     judged = seed < cell.get("replies", 0)
-    compare = (*CONTENDERS, *(cell.get("more", ()) if seed == 0 else ()), *(("retrieval",) if judged else ()))
+    compare = (*CONTENDERS, *cell.get("more", ()), *(("retrieval",) if judged else ()))
     repeats = cell.get("repeats", 1)
     report = evaluate(folder, STEPS, compare, reply_steps=REPLY_STEPS if judged else (), repeats=repeats)
     settings = asdict(replace(config, data=cell.get("from", config.data)))
