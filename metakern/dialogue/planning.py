@@ -20,7 +20,7 @@ from metakern.errors import UserError
 
 __all__ = ["Costs", "PhaseCosts", "planned", "seconds_of", "seconds_of_calls"]
 
-CALLS = 10  # the later half of which is representative: the first ones verify, record and check programs
+CALLS = 100  # at most; the later half is representative, as the first ones verify, record and check programs
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,17 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def seconds_of_calls(call: Callable[[], object], limit: float) -> tuple[float, float]:
-    """Return what the first calls take longer than later ones, all together, and what a later call takes, in seconds.
+    """Return what the first calls take longer than later ones, all together, and the mean of later ones, in seconds.
 
-    There are ten calls, or fewer (at least three) once they have taken `limit` seconds.
+    There are a hundred calls, or fewer (at least three) once they have taken `limit` seconds. The mean is that of the
+    later half, without its slowest call, in which a captured program may have been audited.
     """
     times: list[float] = []
     while len(times) < 3 or (len(times) < CALLS and sum(times) < limit):
         times.append(seconds_of(call))
-    later = len(times) // 2
-    each = statistics.median(times[-later:])
-    return max(0.0, sum(times[:-later]) - each * (len(times) - later)), each
+    early, later = times[: -(len(times) // 2)], sorted(times[-(len(times) // 2) :])
+    each = statistics.mean(later[:-1] or later)
+    return max(0.0, sum(early) - each * len(early)), each
 
 
 def _rounded(number: float) -> int:

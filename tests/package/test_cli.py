@@ -64,7 +64,7 @@ def test_every_key_is_a_flag():
         parsed = vars(cli._parser().parse_args(["train", flag]))
         assert parsed[key.name] == expected
         assert type(parsed[key.name]) is type(key.default)
-        assert parsed.keys() - {"command", "config", "out", "resume", "traceback"} == {key.name}
+        assert parsed.keys() - {"command", "config", "out", "resume", "time", "traceback"} == {key.name}
 
 
 @pytest.mark.parametrize("command", ["", "train", "eval", "adapt", "chat", "bench", "doctor"])
@@ -253,6 +253,14 @@ def test_wrong_arguments_are_one_line(capsys):
     assert "required: COMMAND" in complaint(capsys)
     assert complaint(capsys, "train", "--lr", "3") == "unrecognized arguments: --lr 3; see metakern --help"
     assert "--steps: invalid int value: 'x'; see metakern train --help" in complaint(capsys, "train", "--steps", "x")
+    for time in ("600", "10 m", "0s", "-1m", "1d"):
+        wrong = f"--time: must be a time above 0 with its unit, such as 90s, 10m or 2h, got '{time}'; see"
+        assert wrong in complaint(capsys, "train", f"--time={time}")
+    for time, seconds in (("90s", 90), ("1.5m", 90), ("2h", 7200)):
+        assert vars(cli._parser().parse_args(["train", "--time", time]))["time"] == seconds
+    assert complaint(capsys, "train", "--time=9m", "--resume", "--out", folder / "run") == (
+        f"{folder / 'run'}: --time must be for a new run, whose steps it plans: change --steps to go on for longer"
+    )
     assert complaint(capsys, "train", "--inner-lr", "-1") == "train: inner_lr must be more than 0, got -1.0"
     assert "must be a whole number, got '-1'" in complaint(capsys, "eval", "run", "--steps=0,-1")
     assert "required: --support" in complaint(capsys, "adapt", "run", "--out", "x")
