@@ -9,14 +9,13 @@ planned beforehand, from a rehearsal on a copy of the model; from then on it dep
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -25,15 +24,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from metakern import io
 from metakern.dialogue import checkpoint
 from metakern.dialogue.baselines import FineTune
 from metakern.dialogue.config import Config
-from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.gain import gain, worth
+from metakern.dialogue.log import Log
 from metakern.dialogue.planning import Costs, PhaseCosts, planned, seconds_of, seconds_of_calls
 from metakern.dialogue.rates import tuned
 from metakern.dialogue.registry import build_algorithm, tokenizer_class
@@ -155,7 +153,7 @@ def train(
         run.restore("pretrained", run.model, Path(start))
     if start or (resume and run.state["phase"] == "train"):
         phases = phases[-1:]
-    with _Log(out) as log, _stop_asked() as stop_asked:
+    with Log(out) as log, _stop_asked() as stop_asked:
         log.say(f"{out}: {config.algorithm} over {config.model} of {run.size}\n{split.summary()}")
         if seconds is not None:
             log.say(costs.summary(config, seconds))
@@ -243,7 +241,7 @@ def _rehearsal(config: Config, tokenizer: DialogueTokenizer, sources: _Sources, 
         UserError: If losses are not finite.
     """
     created = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, _Log(Path(folder), quiet=True) as log:
+    with tempfile.TemporaryDirectory() as folder, Log(Path(folder), quiet=True) as log:
         tokenizer.save(Path(folder) / "tokenizer.json")
         run = Run.create(Path(folder), replace(config, log_every=sys.maxsize), tokenizer)
         plain, phases = _parts(run, sources)
@@ -263,7 +261,7 @@ def _rehearsal(config: Config, tokenizer: DialogueTokenizer, sources: _Sources, 
 class _Loop:
     """The loop of one phase: outer steps, validations and checkpoints."""
 
-    def __init__(self, run: Run, phase: _Phase, plain: FineTune, validation: Episodes, log: _Log) -> None:
+    def __init__(self, run: Run, phase: _Phase, plain: FineTune, validation: Episodes, log: Log) -> None:
         self.run, self.phase, self.validation, self.log = run, phase, validation, log
         self.config, self.algorithm = run.config, phase.algorithm
         self.looks = (0, *sorted(set(self.config.inner_steps))) if phase.name == "train" else (0,)
@@ -297,7 +295,7 @@ class _Loop:
             self.step()
             state["step"] += 1
             state["seconds"] = time.monotonic() - began
-            self.log.step(phase, state)
+            self.log.step(phase.name, state["step"], phase.steps, state["seconds"])
             over = phase.done(state["step"]) == 1
             if over or state["step"] % config.eval_every == 0:
                 self.validate()
@@ -467,38 +465,3 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Log(Display):
-    """The log of a run: numbers in log.jsonl and TensorBoard, and the display of the progress."""
-
-    def __init__(self, folder: Path, quiet: bool = False) -> None:
-        super().__init__(quiet)
-        self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"))
-        self.losses, self.fresh = "", False
-
-    def __exit__(self, *_: Any) -> None:
-        super().__exit__()
-        self.file.close()
-        self.board.close()
-
-    def __call__(self, phase: str, step: int, **numbers: float) -> None:
-        """Write the numbers of a step to log.jsonl and TensorBoard."""
-        self.file.write(json.dumps({"phase": phase, "step": step, **numbers}) + "\n")
-        self.file.flush()
-        for name, value in numbers.items():
-            self.board.add_scalar(f"{phase}/{name}", value, step)
-        if "before" in numbers:
-            self.losses, self.fresh = f"query loss {numbers['before']:.3f} -> {numbers['after']:.3f}", True
-        elif "loss" in numbers:
-            self.losses, self.fresh = f"loss {numbers['loss']:.3f}", True
-
-    def step(self, phase: _Phase, state: Mapping[str, Any]) -> None:
-        """Show the number of the step, the speed, the time left and the losses logged last."""
-        step, seconds = state["step"], state["seconds"]
-        rate = step / max(seconds, 1e-9)
-        minutes, rest = divmod(round((phase.steps - step) / rate), 60)
-        text = f"{step}/{phase.steps}  {rate:.1f} steps/s  {minutes}:{rest:02d} left  {self.losses}"
-        self.progress(phase.name, phase.done(step), text, line=self.fresh)
-        self.fresh = False

@@ -107,7 +107,7 @@ def test_eval_judges_replies(folder, tmp_path, capsys):
     assert main(["eval", str(tmp_path / "64"), *options]) == 0
     text = capsys.readouterr().out
     for words in (
-        "replies of maml after 1 steps  1/1 tasks  0:00 left",
+        "replies of maml after 1 steps  1/1 episodes  0:00 left",
         "unseen questions answered right",
         "retrieval",
         "replies.png",
@@ -248,19 +248,22 @@ def missing(name):
     raise cli.PackageNotFoundError(name)
 
 
+def test_a_time_is_a_number_with_its_unit_and_for_a_new_run(folder, capsys):
+    for time, seconds in (("90s", 90), ("1.5m", 90), ("2h", 7200)):
+        assert vars(cli._parser().parse_args(["train", "--time", time]))["time"] == seconds
+    for time in ("600", "10 m", "0s", "-1m", "1d"):
+        wrong = f"--time: must be a time above 0 with its unit, such as 90s, 10m or 2h, got '{time}'; see"
+        assert wrong in complaint(capsys, "train", f"--time={time}")
+    assert complaint(capsys, "train", "--time=9m", "--resume", "--out", folder / "run") == (
+        f"{folder / 'run'}: --time must be for a new run, whose steps it plans: change --steps to go on for longer"
+    )
+
+
 def test_wrong_arguments_are_one_line(capsys):
     assert "invalid choice: 'trian'" in complaint(capsys, "trian")
     assert "required: COMMAND" in complaint(capsys)
     assert complaint(capsys, "train", "--lr", "3") == "unrecognized arguments: --lr 3; see metakern --help"
     assert "--steps: invalid int value: 'x'; see metakern train --help" in complaint(capsys, "train", "--steps", "x")
-    for time in ("600", "10 m", "0s", "-1m", "1d"):
-        wrong = f"--time: must be a time above 0 with its unit, such as 90s, 10m or 2h, got '{time}'; see"
-        assert wrong in complaint(capsys, "train", f"--time={time}")
-    for time, seconds in (("90s", 90), ("1.5m", 90), ("2h", 7200)):
-        assert vars(cli._parser().parse_args(["train", "--time", time]))["time"] == seconds
-    assert complaint(capsys, "train", "--time=9m", "--resume", "--out", folder / "run") == (
-        f"{folder / 'run'}: --time must be for a new run, whose steps it plans: change --steps to go on for longer"
-    )
     assert complaint(capsys, "train", "--inner-lr", "-1") == "train: inner_lr must be more than 0, got -1.0"
     assert "must be a whole number, got '-1'" in complaint(capsys, "eval", "run", "--steps=0,-1")
     assert "required: --support" in complaint(capsys, "adapt", "run", "--out", "x")
