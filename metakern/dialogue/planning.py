@@ -54,12 +54,12 @@ class Costs:
     train: PhaseCosts
     pretrain: PhaseCosts | None = None
 
-    def summary(self, config: Config, seconds: float) -> str:
+    def summary(self, config: Config) -> str:
         """Return a line that says how many steps are planned, and how many of them a second takes."""
         steps = [f"{config.steps} outer steps at {1 / self.train.step:.3g} a second"]
         if self.pretrain:
             steps = [f"{config.pretrain_steps} steps of pretraining at {1 / self.pretrain.step:.3g} a second", *steps]
-        return f"planned for {seconds:g} s: {', '.join(steps)}"
+        return f"planned: {', '.join(steps)}"
 
 
 def planned(config: Config, seconds: float, costs: Costs) -> Config:

@@ -29,6 +29,7 @@ from metakern import io
 from metakern.dialogue import checkpoint
 from metakern.dialogue.baselines import FineTune
 from metakern.dialogue.config import Config
+from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.gain import gain, worth
 from metakern.dialogue.log import Log
@@ -52,7 +53,7 @@ MAY_CHANGE = (
     "device",
     "threads",
 )
-LOOKS = (0, 1, 3, 5, 10)  # numbers of inner steps after which the pretrained weights are judged
+LOOKS = (0, 1, 3, 5)  # numbers of inner steps after which the pretrained weights are judged
 TUNING = 5  # how many factors of the inner rates a search usually tries
 EPISODES = 16  # of which a rehearsal takes one of median length
 
@@ -138,6 +139,7 @@ def train(
         episodes(config, split.validation, tokenizer),
     )
     if seconds is not None:
+        Display().say(f"{out}: measuring steps, to plan a training of {seconds:g} s")
         costs = _rehearsal(config, tokenizer, sources, seconds, began)
         config = planned(config, seconds, costs)
     if not resume:
@@ -156,7 +158,7 @@ def train(
     with Log(out) as log, _stop_asked() as stop_asked:
         log.say(f"{out}: {config.algorithm} over {config.model} of {run.size}\n{split.summary()}")
         if seconds is not None:
-            log.say(costs.summary(config, seconds))
+            log.say(costs.summary(config))
         for phase in phases:
             loop = _Loop(run, phase, plain, sources.validation, log)
             if saved:
@@ -226,7 +228,7 @@ def _is_pretrained(config: Config) -> bool:
 def _worth_of_adaptation(config: Config, plain: FineTune, validation: Episodes) -> str:
     """Return a sentence on how much fine-tuning the pretrained weights, at tuned rates, lowers the validation loss."""
     means = tuned(plain, validation, LOOKS, config.eval_tasks)[1].mean(1).tolist()
-    return worth(gain(means), "of the pretrained weights", "on the validation tasks")
+    return worth(gain(means), "of the pretrained weights", f"on the validation tasks, in up to {LOOKS[-1]} steps")
 
 
 def _rehearsal(config: Config, tokenizer: DialogueTokenizer, sources: _Sources, seconds: float, began: float) -> Costs:

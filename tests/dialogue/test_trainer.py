@@ -301,7 +301,7 @@ def test_a_training_takes_the_time_that_it_is_planned_for(tmp_path, data, monkey
     assert (found.eval_every, found.log_every) == (-(-found.steps // 2), -(-found.steps // 3))
     assert final(tmp_path / "run")[1]["step"] == found.steps
     steps = f"{found.pretrain_steps} steps of pretraining at 0.5 a second, {found.steps} outer steps at 0.5 a second"
-    assert capsys.readouterr().out.count(f"planned for 900 s: {steps}\n") == 1
+    assert capsys.readouterr().out.count(f"planned: {steps}\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -370,13 +370,14 @@ def test_the_worth_of_adaptation_is_said_after_pretraining(tmp_path, data, monke
     run = Run.create(tmp_path / "run", replace(config, algorithm="finetune"), Run.open(tmp_path / "run").tokenizer)
     run.restore("pretrained", run.model)
     validation = episodes(config, load_split(config).validation, run.tokenizer)
-    looks = (0, 1, 3, 5, 10)
+    looks = (0, 1, 3, 5)
     means = rates.at_factors(
         run.algorithm, rates.best_factors(run.algorithm, validation, looks, 1), validation, looks, 1
     ).mean(1)
     gain = means[0] - means.min()
     assert gain > 0.1
-    assert line == f"adaptation of the pretrained weights is worth {gain:.2f} nats per token on the validation tasks"
+    measured = "nats per token on the validation tasks, in up to 5 steps"
+    assert line == f"adaptation of the pretrained weights is worth {gain:.2f} {measured}"
 
     train(replace(config, steps=3), tmp_path / "run", resume=True)
     train(replace(config, algorithm="finetune"), tmp_path / "run" / "finetune", start=tmp_path / "run")
