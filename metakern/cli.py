@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add(
         _train,
         "Meta-train a dialogue model",
-        usage="metakern train [--config FILE] [--out DIR] [--resume] [SETTING ...]",
+        usage="metakern train [--config FILE] [--out DIR] [--resume] [--time TIME] [SETTING ...]",
         epilog="Each setting is also a key of the TOML file (inner_lr for --inner-lr); a flag overrides the file.",
     )
     train.add_argument(
@@ -136,6 +136,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/DATA-MODEL-ALGORITHM)")
     train.add_argument("--resume", action="store_true", help="continue the run in --out, with its config")
+    train.add_argument(
+        "--time",
+        metavar="TIME",
+        type=_seconds,
+        help="plan the numbers of steps, in the ratio that the settings have them, so that all of it takes about this"
+        " time, such as 90s, 10m or 2h",
+    )
     group: Any = train
     for key in fields(Config):
         if key.name in GROUPS:
@@ -280,6 +287,13 @@ def _number(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"must be a time above 0 with its unit, such as 90s, 10m or 2h, got {text!r}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(_number(part.strip()) for part in text.split(","))
 
@@ -288,14 +302,14 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _train(config: str | None, out: str | None, resume: bool, **flags: Any) -> None:
+def _train(config: str | None, out: str | None, resume: bool, time: float | None, **flags: Any) -> None:
     from metakern.dialogue.trainer import train
 
     if resume and out and not config and (Path(out) / "config.toml").exists():
         config = str(Path(out) / "config.toml")
     settings = Config.parse(flags, "train", base=Config.load(config) if config else None)
     out = out or str(Path("runs") / re.sub(r"\W+", "-", f"{settings.data}-{settings.model}-{settings.algorithm}"))
-    run = train(settings, out, resume=resume)
+    run = train(settings, out, resume=resume, seconds=time)
     print(f"best validation loss {run.state['best']:.4f} at step {run.state['step']}; next: metakern eval {out}")
 
 

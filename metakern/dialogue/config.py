@@ -27,6 +27,7 @@ from metakern.meta.algorithms.registry import ALGORITHMS, find_algorithm
 __all__ = ["Config"]
 
 PRETRAIN_STEPS = 300  # of a model that begins with random weights
+REMOVED = ("minutes", "pretrain_minutes")  # time limits, in the files of older runs
 
 
 def _option(
@@ -183,7 +184,6 @@ class Config:
         0.0, "draw tasks in proportion to their numbers of conversations to this power; 0: all alike", least=0
     )
     steps: int = _option(500, "outer steps", least=1)
-    minutes: float = _option(0.0, "time limit of the outer steps, in minutes; 0: none", least=0)
     patience: int = _option(
         0, "validations without a better one after which training or pretraining ends; 0: neither ends early", least=0
     )
@@ -194,7 +194,6 @@ class Config:
         f" contenders start from the same weights; -1: {PRETRAIN_STEPS}, but 0 for hf models",
         least=-1,
     )
-    pretrain_minutes: float = _option(0.0, "time limit of the pretraining, in minutes; 0: none", least=0)
     pretrain_lr: float = _option(4e-3, "learning rate of the pretraining", above=0)
     pretrain_on: str = _option(
         "all", "speakers whose turns count in the loss of the pretraining", choices=("bot", "all")
@@ -265,19 +264,27 @@ class Config:
         """Read a TOML file, or a packaged config by its name, such as `demo`; a file of that name comes first.
 
         Raises:
-            UserError: If the file can't be read or is not TOML in UTF-8; if a key is unknown, or as the class says.
+            UserError: If the file can't be read or is not TOML in UTF-8; if a key is unknown; if it sets a time limit,
+                as older runs could; or as the class says.
         """
         file = Path(path)
         packaged = files("metakern.dialogue") / "configs" / f"{path}.toml"
         toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
         try:
             text = file.read_text("utf-8") if file.exists() or not packaged.is_file() else packaged.read_text("utf-8")
-            return cls.parse(toml.loads(text), str(path))
+            values = toml.loads(text)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"{path}: cannot read the config: {reason}") from None
         except toml.TOMLDecodeError as error:
             raise UserError(f"{path}: is not TOML: {error}") from None
+        for name in REMOVED:
+            if limit := values.pop(name, 0):
+                raise UserError(
+                    f"{path}: {name} must be 0, as runs have no time limit any more, got {limit}: remove the line;"
+                    " metakern train --time plans the numbers of steps for a given time"
+                )
+        return cls.parse(values, str(path))
 
     def toml(self) -> str:
         """Return the config as a TOML file, with a comment that explains each key; `load` reads it back.

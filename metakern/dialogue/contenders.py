@@ -75,7 +75,7 @@ def contender(run: Run, name: str) -> Run:
         found = Run.create(run.path, config, run.tokenizer)
         found.restore("pretrained", found.model)
         return found
-    config = replace(run.config, algorithm=base, steps=state["step"], minutes=0.0)
+    config = replace(run.config, algorithm=base, steps=state["step"])
     if base != run.config.algorithm:
         config = replace(config, algorithm_options=())
     if base == "finetune":

@@ -13,10 +13,13 @@ Self = TypeVar("Self", bound="Display")
 
 
 class Display:
-    """A context manager that prints lines and, on a terminal, a progress bar below them for each part of the work."""
+    """A context manager that prints lines and, on a terminal, a progress bar below them for each part of the work.
 
-    def __init__(self) -> None:
-        self.console = Console()
+    If `quiet`, it shows nothing.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet)
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), console=self.console
         )

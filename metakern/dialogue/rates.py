@@ -17,7 +17,7 @@ from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.tasks import curve
 from metakern.optim.base import Stepwise
 
-__all__ = ["at_factors", "best_factors", "scaled"]
+__all__ = ["at_factors", "best_factors", "scaled", "tuned"]
 
 REACH = 6  # how many half decades above and below 1 the factor of the inner rates is searched
 
@@ -71,13 +71,18 @@ def best_factors(algorithm: Any, validation: Episodes, steps: tuple[int, ...], l
     The tasks are the first `limit` of `validation` (0: all). The search goes in half decades from the rates as they
     are, until both neighbors of each best factor are worse. An algorithm without inner rates has the factor 1.
     """
-    if not _optimizers(algorithm):
-        return [1.0] * len(steps)
+    return tuned(algorithm, validation, steps, limit)[0] if _optimizers(algorithm) else [1.0] * len(steps)
+
+
+def tuned(algorithm: Any, validation: Episodes, steps: tuple[int, ...], limit: int = 0) -> tuple[list[float], Tensor]:
+    """Return `best_factors`, and the losses `[len(steps), T]` on the validation tasks at these factors."""
+    reach = REACH if _optimizers(algorithm) else 0
+    losses: dict[int, Tensor] = {}
     means: dict[int, Tensor] = {}
     best = [0] * len(steps)
-    while untried := {e for b in best for e in (b - 1, b, b + 1) if abs(e) <= REACH} - means.keys():
+    while untried := {e for b in best for e in (b - 1, b, b + 1) if abs(e) <= reach} - means.keys():
         for exponent in sorted(untried):
-            losses = _at_factor(algorithm, 10 ** (exponent / 2), validation, steps, limit)
-            means[exponent] = losses.mean(1).nan_to_num(math.inf, math.inf)
+            losses[exponent] = _at_factor(algorithm, 10 ** (exponent / 2), validation, steps, limit)
+            means[exponent] = losses[exponent].mean(1).nan_to_num(math.inf, math.inf)
         best = [min(means, key=lambda e: (means[e][i].item(), abs(e))) for i in range(len(steps))]
-    return [10 ** (exponent / 2) for exponent in best]
+    return [10 ** (e / 2) for e in best], torch.stack([losses[e][i] for i, e in enumerate(best)])

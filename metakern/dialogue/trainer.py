@@ -3,25 +3,27 @@
 A run has two phases, which share one loop: `pretrain` (plain language modeling on the training tasks; baselines start
 from its weights too) and `train` (the algorithm of the config). A step depends on the weights, the optimizer's state,
 the state of the random generator and the number of the step alone. A checkpoint holds all four, so a resumed run
-repeats the uninterrupted one bit for bit on the CPU. With a time limit, the learning rate depends on the time too.
+repeats the uninterrupted one bit for bit on the CPU. If a training is to take a given time, the numbers of steps are
+planned beforehand, from a rehearsal on a copy of the model; from then on it depends on steps alone.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import signal
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from metakern import io
 from metakern.dialogue import checkpoint
@@ -29,7 +31,10 @@ from metakern.dialogue.baselines import FineTune
 from metakern.dialogue.config import Config
 from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
-from metakern.dialogue.rates import at_factors, best_factors
+from metakern.dialogue.gain import gain, worth
+from metakern.dialogue.log import Log
+from metakern.dialogue.planning import Costs, PhaseCosts, planned, seconds_of, seconds_of_calls
+from metakern.dialogue.rates import tuned
 from metakern.dialogue.registry import ONE_NUMBER, build_algorithm, tokenizer_class
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import curve, episodes, load_split, on_device_of
@@ -40,16 +45,17 @@ __all__ = ["DivergenceError", "StoppedError", "train"]
 
 MAY_CHANGE = (
     "steps",
-    "minutes",
     "patience",
     "pretrain_steps",
-    "pretrain_minutes",
     "log_every",
     "eval_every",
     "eval_tasks",
     "device",
     "threads",
 )
+LOOKS = (0, 1, 3, 5)  # numbers of inner steps after which the pretrained weights are judged
+TUNING = 5  # how many factors of the inner rates a search usually tries
+EPISODES = 16  # of which a rehearsal takes one of median length
 
 
 class DivergenceError(UserError):
@@ -62,7 +68,14 @@ class StoppedError(UserError):
     code = 130
 
 
-def train(config: Config, out: str | Path, *, resume: bool = False, start: str | Path | None = None) -> Run:
+def train(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    start: str | Path | None = None,
+    seconds: float | None = None,
+) -> Run:
     """Train a model as `config` says, and write the run into the folder `out`.
 
     After an error, the checkpoints in `out` can be used all the same.
@@ -70,17 +83,20 @@ def train(config: Config, out: str | Path, *, resume: bool = False, start: str |
     Args:
         config: All settings of the run.
         out: The folder of the run, which must not hold another one.
-        resume: Continue the run in `out`. Only `steps`, `minutes`, `patience`, `pretrain_steps`, `pretrain_minutes`,
-            `log_every`, `eval_every`, `eval_tasks`, `device` and `threads` may differ from its config.
+        resume: Continue the run in `out`. Only `steps`, `patience`, `pretrain_steps`, `log_every`, `eval_every`,
+            `eval_tasks`, `device` and `threads` may differ from its config.
         start: The folder of another run, whose tokenizer and pretrained weights this one begins with. A baseline
             begins so.
+        seconds: The time that all of it should take, by which `steps`, `pretrain_steps`, `eval_every` and `log_every`
+            are multiplied by one factor. The config of the run has the planned numbers. None: as `config` says.
 
     Returns:
         The run, with the weights that had the lowest loss on the validation tasks.
 
     Raises:
         UserError: If `out` holds a run and `resume` is False, or no run and `resume` is True; if a resumed run has
-            another config; if a setting does not suit the machine or the data.
+            another config; if a setting does not suit the machine or the data; if `seconds` is too short for a step, or
+            given with `resume` or `start`.
         DataError: If the data can't be read or hold too few tasks.
         CheckpointError: If a checkpoint can't be written, or one to begin with can't be used.
         DivergenceError: If a loss or a gradient is not finite.
@@ -93,12 +109,17 @@ def train(config: Config, out: str | Path, *, resume: bool = False, start: str |
     >>> run.state["phase"]
     'train'
     """
+    began = time.perf_counter()
     out = Path(out)
     started = (out / "checkpoints" / "last.json").exists()
     if started and not resume:
         raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
     if resume and not started:
         raise UserError(f"{out}: holds no run to resume (no checkpoints/last.json)")
+    if seconds is not None and (resume or start):
+        raise UserError(
+            f"{out}: --time must be for a new run, whose steps it plans: change --steps to go on for longer"
+        )
     if resume:
         _check_same(Config.load(out / "config.toml"), config, out)
     split = load_split(config)
@@ -112,34 +133,46 @@ def train(config: Config, out: str | Path, *, resume: bool = False, start: str |
     else:
         dialogues = [dialogue for task in split.train for dialogue in task.dialogues]
         tokenizer = Tokenizer.train(dialogues, config.vocab_size, io.cache_folder())
+    sources = _Sources(
+        episodes(config, split.train, tokenizer, train_on=config.pretrain_on, seed=config.seed + 1),
+        episodes(config, split.train, tokenizer),
+        episodes(config, split.validation, tokenizer),
+    )
+    if seconds is not None:
+        Display().say(f"{out}: measuring steps, to plan a training of {seconds:g} s")
+        costs = _rehearsal(config, tokenizer, sources, seconds, began)
+        config = planned(config, seconds, costs)
     if not resume:
         tokenizer.save(out / "tokenizer.json")
     io.write(out / "config.toml", config.toml().encode())
 
     run = Run.create(out, config, tokenizer)
-    plain = build_algorithm(replace(config, algorithm="finetune", algorithm_options=()), run.model)
-    language = episodes(config, split.train, tokenizer, train_on=config.pretrain_on, seed=config.seed + 1)
-    tasks = episodes(config, split.train, tokenizer)
-    phases = [
-        _Phase("pretrain", plain, language, config.pretrain_steps, config.pretrain_minutes, config.pretrain_lr),
-        _Phase("train", run.algorithm, tasks, config.steps, config.minutes, config.outer_lr),
-    ]
+    plain, phases = _parts(run, sources)
     saved: dict[str, Tensor] = {}
     if resume:
         saved = run.restore("last")
     elif start:
         run.restore("pretrained", run.model, Path(start))
-    if start or (resume and run.state["phase"] == "train") or not config.pretrain_steps:
-        phases = phases[1:]
-    with _Log(out) as log, _stop_asked() as stop_asked:
+    if start or (resume and run.state["phase"] == "train"):
+        phases = phases[-1:]
+    with Log(out) as log, _stop_asked() as stop_asked:
         log.say(f"{out}: {config.algorithm} over {config.model} of {run.size}\n{split.summary()}")
+        if seconds is not None:
+            log.say(costs.summary(config))
         for phase in phases:
             if phase.name == "train" and not saved:
                 if config.pretrain_steps and not start:
                     run.restore("pretrained", run.model)
                 else:
                     run.save("pretrained", run.model)
-            _Loop(run, phase, plain, episodes(config, split.validation, tokenizer), log).go(saved, stop_asked)
+            loop = _Loop(run, phase, plain, sources.validation, log)
+            if saved:
+                loop.restore(saved)
+            else:
+                loop.begin()
+                if phase.name == "train" and _is_pretrained(config) and not start:
+                    log.say(_worth_of_adaptation(config, plain, sources.validation))
+            loop.go(stop_asked)
             saved = {}
     run.restore("best")
     run.algorithm.steps = config.most_inner_steps  # as in a run that is opened
@@ -156,23 +189,85 @@ def _check_same(old: Config, new: Config, out: Path) -> None:
 
 
 @dataclass(frozen=True)
+class _Sources:
+    """The episodes of plain language modeling, of the algorithm, and of validations."""
+
+    language: Episodes
+    tasks: Episodes
+    validation: Episodes
+
+
+@dataclass(frozen=True)
 class _Phase:
     name: str
     algorithm: Any
     episodes: Episodes
     steps: int
-    minutes: float
     lr: float
 
-    def done(self, step: int, seconds: float) -> float:
-        """Return the finished share of the steps or of the time limit, whichever is larger, from 0 to 1."""
-        return min(1.0, max(step / self.steps, seconds / (60 * self.minutes) if self.minutes else 0.0))
+    def done(self, step: int) -> float:
+        """Return the finished share of the steps, from 0 to 1."""
+        return min(1.0, step / self.steps)
+
+    def beginning(self) -> dict[str, Any]:
+        """Return the state of a run at the beginning of the phase."""
+        return {"phase": self.name, "step": 0, "seconds": 0.0, "best": None, "worse": 0}
+
+
+def _parts(run: Run, sources: _Sources) -> tuple[FineTune, list[_Phase]]:
+    """Return plain training of the model of a run, and the phases of its training."""
+    config = run.config
+    plain = build_algorithm(replace(config, algorithm="finetune", algorithm_options=()), run.model)
+    phases = [
+        _Phase("pretrain", plain, sources.language, config.pretrain_steps, config.pretrain_lr),
+        _Phase("train", run.algorithm, sources.tasks, config.steps, config.outer_lr),
+    ]
+    return plain, phases if config.pretrain_steps else phases[1:]
+
+
+def _is_pretrained(config: Config) -> bool:
+    return bool(config.pretrain_steps or config.pretrained)
+
+
+def _worth_of_adaptation(config: Config, plain: FineTune, validation: Episodes) -> str:
+    """Return a sentence on how much fine-tuning the pretrained weights, at tuned rates, lowers the validation loss."""
+    means = tuned(plain, validation, LOOKS, config.eval_tasks)[1].mean(1).tolist()
+    return worth(gain(means), "of the pretrained weights", f"on the validation tasks, in up to {LOOKS[-1]} steps")
+
+
+def _rehearsal(config: Config, tokenizer: DialogueTokenizer, sources: _Sources, seconds: float, began: float) -> Costs:
+    """Measure the parts of a training on a model of its own, and leave nothing behind.
+
+    Args:
+        seconds: The time that the training should take. Calls of each kind of step take up to 2% of it; if they are
+            slow, three calls.
+        began: When the training began, by `time.perf_counter`.
+
+    Raises:
+        UserError: If losses are not finite.
+    """
+    created = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, Log(Path(folder), quiet=True) as log:
+        tokenizer.save(Path(folder) / "tokenizer.json")
+        run = Run.create(Path(folder), replace(config, log_every=sys.maxsize), tokenizer)
+        plain, phases = _parts(run, sources)
+        again = time.perf_counter() - created  # what the training spends anew
+        try:
+            found = {p.name: _Loop(run, p, plain, sources.validation, log).costs(seconds / 50) for p in phases}
+        except DivergenceError:
+            raise UserError(
+                "train: --time cannot be planned, as losses of the untrained model are not finite: try a lower inner_lr"
+            ) from None
+        if _is_pretrained(config):
+            again += TUNING * seconds_of(partial(curve, plain, sources.validation, LOOKS, config.eval_tasks))
+    again += sum(costs.first for costs in found.values())
+    return Costs(time.perf_counter() - began + again, found["train"], found.get("pretrain"))
 
 
 class _Loop:
     """The loop of one phase: outer steps, validations and checkpoints."""
 
-    def __init__(self, run: Run, phase: _Phase, plain: FineTune, validation: Episodes, log: _Log) -> None:
+    def __init__(self, run: Run, phase: _Phase, plain: FineTune, validation: Episodes, log: Log) -> None:
         self.run, self.phase, self.validation, self.log = run, phase, validation, log
         self.config, self.algorithm = run.config, phase.algorithm
         self.looks = (0, *sorted(set(self.config.inner_steps))) if phase.name == "train" else (0,)
@@ -189,23 +284,23 @@ class _Loop:
         self.optimizer = torch.optim.AdamW(groups, phase.lr, weight_decay=0.0)
         self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
 
-    def go(self, saved: dict[str, Tensor], stop_asked: Callable[[], bool]) -> None:
-        """Run the phase to its end, from its beginning or, with the tensors `saved` of a checkpoint, from there."""
+    def begin(self) -> None:
+        """Begin the phase with a validation."""
+        self.run.state = self.phase.beginning()
+        self.validate()
+
+    def go(self, stop_asked: Callable[[], bool]) -> None:
+        """Run the phase to its end."""
         run, phase, config = self.run, self.phase, self.config
-        if saved:
-            self.restore(saved)
-        else:
-            run.state = {"phase": phase.name, "step": 0, "seconds": 0.0, "best": None, "worse": 0}
-            self.validate()
         state = run.state
         began = time.monotonic() - state["seconds"]
         self.algorithm.train()
-        while phase.done(state["step"], state["seconds"]) < 1 and not self.is_patient_no_more():
+        while phase.done(state["step"]) < 1 and not self.is_patient_no_more():
             self.step()
             state["step"] += 1
             state["seconds"] = time.monotonic() - began
-            self.log.step(phase, state)
-            over = phase.done(state["step"], state["seconds"]) == 1
+            self.log.step(phase.name, state["step"], phase.steps, state["seconds"])
+            over = phase.done(state["step"]) == 1
             if over or state["step"] % config.eval_every == 0:
                 self.validate()
             if stop_asked() and not over:
@@ -218,7 +313,7 @@ class _Loop:
         config, algorithm, state = self.config, self.algorithm, self.run.state
         episode = self.phase.episodes.sample(state["step"], config.tasks)
         support, query = (on_device_of(self.run.model, batch) for batch in episode)
-        done = self.phase.done(state["step"], state["seconds"])
+        done = self.phase.done(state["step"])
         for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
             group["lr"] = rate * _schedule(config, state["step"], done)
         if self.phase.name == "train" and len(set(config.inner_steps)) > 1 and not isinstance(algorithm, ONE_NUMBER):
@@ -275,8 +370,7 @@ class _Loop:
         if not judged.isfinite().all():
             raise self.divergence(names, judged.sum(0))
         if untuned and len(losses) > 1:
-            factors = best_factors(self.algorithm, self.validation, self.looks, config.eval_tasks)
-            losses = at_factors(self.algorithm, factors, self.validation, self.looks, config.eval_tasks)
+            _, losses = tuned(self.algorithm, self.validation, self.looks, config.eval_tasks)
         before, after = losses[0].mean().item(), losses[min(1, len(losses) - 1) :].mean().item()
         self.log(self.phase.name, state["step"], validation_before=before, validation_after=after)
         change = f" -> {after:.4f}" if len(losses) > 1 else ""
@@ -289,6 +383,30 @@ class _Loop:
             else:
                 run.save("pretrained", run.model)
         self.save()
+
+    def costs(self, limit: float) -> PhaseCosts:
+        """Measure the parts of the phase; steps have learning rates of 0.
+
+        A step is measured on an episode of median length, for each number of inner steps that takes its turn.
+
+        Args:
+            limit: The seconds after which no further calls of a kind of step are measured.
+        """
+        state, config = self.phase.beginning(), self.config
+        self.run.state, self.full_rates = state, [0.0] * len(self.full_rates)
+        self.algorithm.train()
+        turns = len(config.inner_steps) if self.phase.name == "train" else 1
+        first, each = 0.0, 0.0
+        for turn in range(turns):
+            numbers = range(turns + turn, turns + turns * EPISODES, turns)
+            lengths = {i: self.phase.episodes.sample(i, config.tasks)[0]["input_ids"].shape[-1] for i in numbers}
+            state["step"] = sorted(numbers, key=lengths.__getitem__)[EPISODES // 2]
+            once, later = seconds_of_calls(self.step, limit)
+            first, each = first + once, each + later / turns
+        episode = self.phase.episodes.sample(state["step"], config.tasks)
+        look = partial(self.look, *(on_device_of(self.run.model, batch) for batch in episode))
+        looks = [seconds_of(look) for _ in range(2)]
+        return PhaseCosts(first + looks[0], each, seconds_of(self.validate), looks[1])
 
     def save(self) -> None:
         """Write the checkpoint `last`, which holds everything that the next step depends on."""
@@ -315,9 +433,11 @@ class _Loop:
         bad = [name for name, loss in zip(names, losses.tolist(), strict=True) if not math.isfinite(loss)]
         what = f"the loss of task {bad[0]!r}" if bad else "the gradient"
         where = f"step {self.run.state['step']} of {self.phase.name}"
-        kept = checkpoint.load(self.run.path / "checkpoints", "last")[1]["step"]
         rate = "pretrain_lr" if self.phase.name == "pretrain" else "outer_lr"
-        cure = f"checkpoints/last holds step {kept}: try a lower inner_lr or {rate} in a new run"
+        cure = f"try a lower inner_lr or {rate} in a new run"
+        folder = self.run.path / "checkpoints"
+        if (folder / "last.json").exists():
+            cure = f"checkpoints/last holds step {checkpoint.load(folder, 'last')[1]['step']}: {cure}"
         return DivergenceError(f"{what} is not finite at {where}; {cure}")
 
 
@@ -353,39 +473,3 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Log(Display):
-    """The log of a run: numbers in log.jsonl and TensorBoard, and the display of the progress."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"))
-        self.losses, self.fresh = "", False
-
-    def __exit__(self, *_: Any) -> None:
-        super().__exit__()
-        self.file.close()
-        self.board.close()
-
-    def __call__(self, phase: str, step: int, **numbers: float) -> None:
-        """Write the numbers of a step to log.jsonl and TensorBoard."""
-        self.file.write(json.dumps({"phase": phase, "step": step, **numbers}) + "\n")
-        self.file.flush()
-        for name, value in numbers.items():
-            self.board.add_scalar(f"{phase}/{name}", value, step)
-        if "before" in numbers:
-            self.losses, self.fresh = f"query loss {numbers['before']:.3f} -> {numbers['after']:.3f}", True
-        elif "loss" in numbers:
-            self.losses, self.fresh = f"loss {numbers['loss']:.3f}", True
-
-    def step(self, phase: _Phase, state: Mapping[str, Any]) -> None:
-        """Show the number of the step, the speed, the time left and the losses logged last."""
-        step, seconds = state["step"], state["seconds"]
-        rate = step / max(seconds, 1e-9)
-        left = min((phase.steps - step) / rate, max(60 * phase.minutes - seconds, 0) if phase.minutes else math.inf)
-        minutes, rest = divmod(round(left), 60)
-        text = f"{step}/{phase.steps}  {rate:.1f} steps/s  {minutes}:{rest:02d} left  {self.losses}"
-        self.progress(phase.name, phase.done(step, seconds), text, line=self.fresh)
-        self.fresh = False

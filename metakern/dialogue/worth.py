@@ -1,9 +1,7 @@
 """What adaptation is worth on some data, before anybody meta-trains on them.
 
 A small model is trained plainly on the training tasks, and then fine-tuned to the support of each test task. The gain
-is how much that lowers the loss of the query:
-
-    gain = mean_t l_0(t) - min_k mean_t l_k(t)          nats per token, after k steps at the best rate for k
+(`metakern.dialogue.gain`) is how much that lowers the loss of the query.
 
 Where the context already tells the task, there is nothing to adapt to, and no meta-learner can win more than is there.
 """
@@ -20,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from metakern.dialogue.config import Config
+from metakern.dialogue.gain import gain, worth
 from metakern.dialogue.rates import at_factors, best_factors
 from metakern.dialogue.split import Split
 from metakern.dialogue.tasks import episodes, load_split
@@ -27,10 +26,9 @@ from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS, bot_in
 from metakern.dialogue.trainer import StoppedError, train
 from metakern.dialogue.words import words
 
-__all__ = ["LITTLE", "STEPS", "measure", "show", "sizes"]
+__all__ = ["STEPS", "measure", "show", "sizes"]
 
 STEPS = (0, 1, 3, 5, 10, 30)
-LITTLE = 0.1  # nats
 
 
 def sizes(split: Split) -> dict[str, Any]:
@@ -89,7 +87,7 @@ def measure(config: Config) -> dict[str, Any]:
         factors = best_factors(run.algorithm, validation, STEPS, config.eval_tasks)
         losses = at_factors(run.algorithm, factors, test, STEPS).mean(1).tolist()
     found |= {"steps": list(STEPS), "rates": [config.inner_lr * factor for factor in factors]}
-    return found | {"loss": losses, "gain": losses[0] - min(losses)}
+    return found | {"loss": losses, "gain": gain(losses)}
 
 
 def show(name: str, found: dict[str, Any], console: Console) -> None:
@@ -110,9 +108,7 @@ def show(name: str, found: dict[str, Any], console: Console) -> None:
     )
     curve = ", ".join(f"{loss:.3f} after {k}" for k, loss in zip(found["steps"], found["loss"], strict=True))
     say(f"loss of unseen tasks in nats per token, fine-tuned: {curve}")
-    say(f"adaptation is worth {found['gain']:.2f} nats per token")
-    if found["gain"] < LITTLE:
-        say("that is little: the context tells the task already, and no meta-learner can win much more here")
+    say(worth(found["gain"]))
 
 
 def _turns(dialogue: Any, of_bot: bool) -> Iterable[tuple[str, ...]]:

@@ -95,6 +95,18 @@ def test_errors_in_a_file_are_one_line_with_its_path(tmp_path, text, complaint):
     assert "\n" not in str(error.value)
 
 
+def test_files_of_runs_from_before_are_read_if_they_have_no_time_limit(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text(Config(steps=7).toml() + "minutes = 0.0\npretrain_minutes = 0.0\n")
+    assert Config.load(file) == Config(steps=7)
+    for name in ("minutes", "pretrain_minutes"):
+        file.write_text(f"{name} = 2.5\n")
+        with pytest.raises(UserError, match=f"{file}: {name} must be 0, as .*, got 2.5: remove the line; .* --time"):
+            Config.load(file)
+        with pytest.raises(UserError, match=f"unknown key '{name}'"):
+            Config.parse({name: 0.0})
+
+
 def test_files_that_cannot_be_read_are_errors(tmp_path):
     with pytest.raises(UserError, match="cannot read the config: No such file"):
         Config.load(tmp_path / "none.toml")

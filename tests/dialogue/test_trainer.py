@@ -11,12 +11,12 @@ import torch
 from tiny import tiny_config, write_tasks
 
 import metakern as mk
-from metakern.dialogue import checkpoint
+from metakern.dialogue import checkpoint, rates, trainer
 from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import curve, episodes, load_split
-from metakern.dialogue.trainer import DivergenceError, StoppedError, _schedule, train
+from metakern.dialogue.trainer import DivergenceError, StoppedError, _Loop, _schedule, train
 from metakern.errors import CheckpointError, UserError
 
 
@@ -242,6 +242,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     assert all(tensor.isfinite().all() for tensor in kept.values())
 
 
+def test_a_first_validation_that_is_not_finite_is_one_line(tmp_path, data):
+    with pytest.raises(DivergenceError) as error:
+        train(tiny_config(data, pretrain_steps=0, inner_lr=1e38), tmp_path / "run")
+    assert re.fullmatch(
+        r"the loss of task 'task\d' is not finite at step 0 of train; try a lower inner_lr or outer_lr in a new run",
+        str(error.value),
+    )
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_validation_that_is_not_finite_names_its_task(tmp_path, data, monkeypatch, adapted):
     broken = torch.tensor([1.0, float("nan"), 1.0])
@@ -274,11 +283,125 @@ def test_a_diverged_step_names_its_task_or_the_gradient(tmp_path, data, monkeypa
     assert str(error.value).startswith(f"{what.format(*names)} is not finite at step 2 of train")
 
 
-def test_a_time_limit_ends_a_phase(tmp_path, data):
-    config = tiny_config(data, steps=10**6, minutes=1e-9, pretrain_steps=10**6, pretrain_minutes=1e-9)
+def test_a_training_takes_the_time_that_it_is_planned_for(tmp_path, data, monkeypatch, capsys):
+    now, known = [0.0], set()
+
+    def timed(owner, name, seconds):
+        real = getattr(owner, name)
+
+        def slow(*arguments):
+            now[0] += seconds(*arguments)
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    def step(loop):
+        seconds = 2.0 if loop.phase.name == "pretrain" else loop.config.inner_steps[loop.run.state["step"] % 2]
+        kind = loop.run.path, loop.phase.name, seconds
+        seconds += 0.0 if kind in known else 20.0
+        known.add(kind)
+        return seconds
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    timed(_Loop, "step", step)
+    timed(_Loop, "validate", lambda loop: 6.0 if loop.phase.name == "pretrain" else 16.0)
+    timed(_Loop, "look", lambda loop, *_: 1.0)
+    timed(trainer, "curve", lambda *_: 10.0)
+    timed(rates, "curve", lambda *_: 10.0)
+    config = tiny_config(data, inner_steps=(1, 3), pretrain_steps=4, steps=6, eval_every=3, log_every=2)
+    train(config, tmp_path / "run", seconds=900.0)
+    assert now[0] == pytest.approx(900, rel=0.03)
+    found = Config.load(tmp_path / "run" / "config.toml")
+    assert found.pretrain_steps / found.steps == pytest.approx(4 / 6, rel=0.1)
+    assert (found.eval_every, found.log_every) == (-(-found.steps // 2), -(-found.steps // 3))
+    assert final(tmp_path / "run")[1]["step"] == found.steps
+    steps = f"{found.pretrain_steps} steps of pretraining at 0.5 a second, {found.steps} outer steps at 0.5 a second"
+    assert capsys.readouterr().out.count(f"planned: {steps}\n") == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dropout": 0.3, "inner_steps": (1, 2), "lr_per": "element", "rate_lr": 1.0},
+        {"algorithm": "mamlplusplus", "algorithm_options": ("anneal=4", "first_order_calls=1"), "pretrain_steps": 0},
+        {"algorithm": "finetune", "model": "lstm"},
+    ],
+)
+def test_planning_changes_nothing_but_the_numbers_of_steps(tmp_path, data, monkeypatch, changes):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    planned_steps = {"steps": 5, "pretrain_steps": min(changes.get("pretrain_steps", 3), 3)}
+    config = tiny_config(data, **changes)
+    monkeypatch.setattr("metakern.dialogue.trainer.planned", lambda config, *_: replace(config, **planned_steps))
+    torch.manual_seed(99)
+    with monkeypatch.context() as patch:
+        stop_at = planned_steps["pretrain_steps"] + 2
+        real, made = Run.create, []
+
+        def create(path, *arguments):
+            made.append(path)
+            if path == tmp_path / "run":
+                stop_after(patch, stop_at)
+            return real(path, *arguments)
+
+        patch.setattr(Run, "create", create)
+        with pytest.raises(StoppedError, match="stopped at step 2 of train"):
+            train(config, tmp_path / "run", seconds=1e-3)
+    assert len(made) == 2
+    assert not list((tmp_path / "temporary").iterdir())
+    train(Config.load(tmp_path / "run" / "config.toml"), tmp_path / "run", resume=True)
+    train(replace(config, **planned_steps), tmp_path / "other")
+    for name in ("last", "best", "pretrained"):
+        one, other = (checkpoint.load(tmp_path / run / "checkpoints", name) for run in ("run", "other"))
+        assert one[0].keys() == other[0].keys()
+        assert all(torch.equal(one[0][key], other[0][key]) for key in one[0])
+    for phase in ("pretrain", "train"):
+        assert log_of(tmp_path / "run", phase) == log_of(tmp_path / "other", phase)
+
+
+def test_a_time_that_cannot_be_planned_for_is_one_line(tmp_path, data):
+    config = tiny_config(data, pretrain_steps=0)
+    with pytest.raises(UserError, match=r"train: --time must be at least \d+s, .*, got 0.001s: give more time"):
+        train(config, tmp_path / "run", seconds=1e-3)
+    with pytest.raises(UserError, match=r"train: --time cannot be planned, as losses .*: try a lower inner_lr"):
+        train(replace(config, inner_lr=1e30), tmp_path / "run", seconds=60.0)
+    assert not (tmp_path / "run").exists()
+    for options in ({"resume": True}, {"start": tmp_path / "run"}):
+        train(replace(config, steps=1), tmp_path / "run", resume=(tmp_path / "run").exists())
+        out = tmp_path / ("run" if "resume" in options else "other")
+        with pytest.raises(UserError, match=f"{out}: --time must be for a new run, whose steps it plans"):
+            train(config, out, seconds=60.0, **options)
+
+
+def test_the_worth_of_adaptation_is_said_after_pretraining(tmp_path, data, monkeypatch, capsys):
+    def said():
+        lines = capsys.readouterr().out.splitlines()
+        return [(lines[i - 1], line) for i, line in enumerate(lines) if line.startswith(("adaptation", "that is"))]
+
+    config = tiny_config(data, algorithm="reptile", pretrain_steps=60, pretrain_lr=0.02, steps=2, eval_tasks=1)
     train(config, tmp_path / "run")
-    assert final(tmp_path / "run")[1]["step"] == 1
-    assert [line["step"] for line in log_of(tmp_path / "run", "pretrain") if "loss" in line] == [0]
+    ((before, line),) = said()
+    assert before.startswith("train 0: validation loss ")
+    run = Run.create(tmp_path / "run", replace(config, algorithm="finetune"), Run.open(tmp_path / "run").tokenizer)
+    run.restore("pretrained", run.model)
+    validation = episodes(config, load_split(config).validation, run.tokenizer)
+    looks = (0, 1, 3, 5)
+    means = rates.at_factors(
+        run.algorithm, rates.best_factors(run.algorithm, validation, looks, 1), validation, looks, 1
+    ).mean(1)
+    gain = means[0] - means.min()
+    assert gain > 0.1
+    measured = "nats per token on the validation tasks, in up to 5 steps"
+    assert line == f"adaptation of the pretrained weights is worth {gain:.2f} {measured}"
+
+    train(replace(config, steps=3), tmp_path / "run", resume=True)
+    train(replace(config, algorithm="finetune"), tmp_path / "run" / "finetune", start=tmp_path / "run")
+    train(replace(config, pretrain_steps=0), tmp_path / "other")
+    assert not said()
+    monkeypatch.setattr("metakern.dialogue.gain.LITTLE", 100.0)
+    train(replace(config, pretrain_steps=1), tmp_path / "little")
+    (_, _), (_, little) = said()
+    assert little == ("that is little: the context tells the task already, and no meta-learner can win much more here")
 
 
 def test_a_baseline_starts_where_the_run_started(tmp_path, data):

@@ -7,9 +7,10 @@ from rich.console import Console
 from tiny import tiny_config, write_tasks
 
 from metakern.cli import main
+from metakern.dialogue.gain import LITTLE
 from metakern.dialogue.readers import dialogue
 from metakern.dialogue.split import Split, TaskData
-from metakern.dialogue.worth import LITTLE, measure, show, sizes
+from metakern.dialogue.worth import measure, show, sizes
 
 
 def test_sizes_are_those_counted_by_hand():

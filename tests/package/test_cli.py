@@ -65,7 +65,7 @@ def test_every_key_is_a_flag():
         parsed = vars(cli._parser().parse_args(["train", flag]))
         assert parsed[key.name] == expected
         assert type(parsed[key.name]) is type(key.default)
-        assert parsed.keys() - {"command", "config", "out", "resume", "traceback"} == {key.name}
+        assert parsed.keys() - {"command", "config", "out", "resume", "time", "traceback"} == {key.name}
 
 
 @pytest.mark.parametrize("command", ["", "train", "eval", "adapt", "chat", "bench", "doctor"])
@@ -248,6 +248,17 @@ sys.exit(main())
 
 def missing(name):
     raise cli.PackageNotFoundError(name)
+
+
+def test_a_time_is_a_number_with_its_unit_and_for_a_new_run(folder, capsys):
+    for time, seconds in (("90s", 90), ("1.5m", 90), ("2h", 7200)):
+        assert vars(cli._parser().parse_args(["train", "--time", time]))["time"] == seconds
+    for time in ("600", "10 m", "0s", "-1m", "1d"):
+        wrong = f"--time: must be a time above 0 with its unit, such as 90s, 10m or 2h, got '{time}'; see"
+        assert wrong in complaint(capsys, "train", f"--time={time}")
+    assert complaint(capsys, "train", "--time=9m", "--resume", "--out", folder / "run") == (
+        f"{folder / 'run'}: --time must be for a new run, whose steps it plans: change --steps to go on for longer"
+    )
 
 
 def test_wrong_arguments_are_one_line(capsys):
