@@ -72,20 +72,28 @@ def _show_samples(samples: dict[str, Any], say: Callable[[str], None]) -> None:
 
 
 def _table(console: Console, title: str, steps: Sequence[int], rows: Sequence[Row]) -> None:
-    """Print a table. One task alone has no interval. Without a terminal, the table is as wide as it needs to be."""
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("")
-    for k in steps:
-        table.add_column(str(k), justify="right")
-    for name, values, key, form in rows:
-        cells = []
-        for value, low, high in zip(values[key], values["low"], values["high"], strict=True):
-            interval = f" [{low:{form}}, {high:{form}}]" if math.isfinite(high) else ""
-            cells.append(f"{value:{form}}{interval}")
-        table.add_row(escape(name), *map(escape, cells))
-    console.print(title, markup=False, highlight=False, soft_wrap=True)
-    widest = console.measure(table, options=console.options.update(max_width=10_000)).maximum
-    console.print(table, width=None if console.is_terminal else widest, crop=False)
+    """Print a table, without intervals if they do not fit into the terminal. One task alone has no interval."""
+
+    def made(with_intervals: bool) -> Table:
+        table = Table("", box=SIMPLE_HEAD)
+        for k in steps:
+            table.add_column(str(k), justify="right")
+        for name, values, key, form in rows:
+            cells = []
+            for value, low, high in zip(values[key], values["low"], values["high"], strict=True):
+                interval = f" [{low:{form}}, {high:{form}}]" if with_intervals and math.isfinite(high) else ""
+                cells.append(f"{value:{form}}{interval}")
+            table.add_row(escape(name), *map(escape, cells))
+        return table
+
+    def width(table: Table) -> int:
+        return console.measure(table, options=console.options.update(max_width=10_000)).maximum
+
+    table, note = made(True), ""
+    if console.is_terminal and width(table) > console.width:
+        table, note = made(False), " (with intervals in a wider terminal)"
+    console.print(title + note, markup=False, highlight=False, soft_wrap=True)
+    console.print(table, width=width(table), crop=False)
 
 
 def plot(report: dict[str, Any]) -> bytes:

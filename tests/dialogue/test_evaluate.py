@@ -268,6 +268,23 @@ def test_names_of_contenders_are_checked(trained, tmp_path):
         evaluate(tmp_path / "run", (0,), ("pretrained",))
 
 
+def test_a_narrow_terminal_shows_values_without_intervals(trained):
+    _, report = trained
+    shown = {}
+    for width, terminal in ((40, True), (40, False), (200, True)):
+        console = Console(file=StringIO(), width=width, force_terminal=terminal, color_system=None)
+        show(report, console)
+        shown[width, terminal] = console.file.getvalue()
+    interval = f"{report['curves']['maml']['perplexity'][2]:.1f} ["
+    assert interval not in shown[40, True]
+    assert "perplexity (with intervals in a wider terminal)" in shown[40, True]
+    for text in (shown[40, False], shown[200, True]):
+        assert interval in text
+        assert "wider terminal" not in text
+    for text in shown.values():
+        assert any(line.split()[:1] == ["fomaml"] for line in text.splitlines())
+
+
 def test_one_test_task_has_an_infinite_interval_that_is_null_in_json(tmp_path):
     data = write_tasks(tmp_path / "data")
     train(tiny_config(data, steps=1, pretrain_steps=0), tmp_path / "run")
