@@ -22,6 +22,7 @@ from metakern.dialogue.replies import KINDS
 
 __all__ = ["plot", "plot_replies", "show"]
 
+WIDE = 10_000  # columns, for output that is no terminal's
 Row = tuple[str, dict[str, Any], str, str]  # a name, values with their `low` and `high`, their key and their format
 
 
@@ -30,6 +31,9 @@ def show(report: dict[str, Any], console: Console) -> None:
 
     They show perplexities, their ratios, bits per byte and, if replies were judged, the shares of right ones.
     """
+
+    if not console.is_terminal:
+        console = Console(file=console.file, width=WIDE)
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -86,14 +90,11 @@ def _table(console: Console, title: str, steps: Sequence[int], rows: Sequence[Ro
             table.add_row(escape(name), *map(escape, cells))
         return table
 
-    def width(table: Table) -> int:
-        return console.measure(table, options=console.options.update(max_width=10_000)).maximum
-
     table, note = made(True), ""
-    if console.is_terminal and width(table) > console.width:
+    if console.measure(table, options=console.options.update(max_width=WIDE)).maximum > console.width:
         table, note = made(False), " (with intervals in a wider terminal)"
     console.print(title + note, markup=False, highlight=False, soft_wrap=True)
-    console.print(table, width=width(table), crop=False)
+    console.print(table)
 
 
 def plot(report: dict[str, Any]) -> bytes:
