@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +22,7 @@ from metakern.dialogue.replies import KINDS
 
 __all__ = ["plot", "plot_replies", "show"]
 
+FARTHEST = 5  # the largest ratio that is plotted
 WIDE = 10_000  # columns, for output that is no terminal's
 Row = tuple[str, dict[str, Any], str, str]  # a name, values with their `low` and `high`, their key and their format
 
@@ -100,20 +101,24 @@ def _table(console: Console, title: str, steps: Sequence[int], rows: Sequence[Ro
 def plot(report: dict[str, Any]) -> bytes:
     """Return a report of `evaluate` as a PNG: perplexities and, if there are other contenders, how the run compares.
 
-    One more panel has their ratios. If plain ones are among them, another has a dot for each task.
+    One more panel has their ratios, up to a factor of `FARTHEST`. If plain ones are among them, another has a dot for
+    each task.
     """
     steps, ratios, best = report["steps"], report["ratios"], report["best_plain"]
     with _figure(report, 1 + bool(ratios) + bool(best)) as (figure, (left, *right)):
         for color, (name, values) in enumerate(report["curves"].items()):
-            _line(left, steps, values, "perplexity", name, f"C{color}")
+            _line(left, steps, values, "perplexity", name, f"C{color}", band=not color)
         left.set_ylabel("perplexity of the query (lower is better)")
         left.set_yscale("log")
-        left.yaxis.set_major_formatter(ScalarFormatter())
-        left.yaxis.set_minor_formatter(NullFormatter())
+        _bound(left, 0, FARTHEST * max(next(iter(report["curves"].values()))["perplexity"]))
+        _label_numbers(left)
         for axes in right[:1]:
             for color, (name, values) in enumerate(ratios.items(), start=1):
                 _line(axes, steps, values, "ratio", name, f"C{color}")
             axes.axhline(1, color="C0", linewidth=1.5)
+            axes.set_yscale("log")
+            _bound(axes, 1 / FARTHEST, FARTHEST)
+            _label_numbers(axes)
             axes.set_ylabel(f"perplexity of the contender / {next(iter(report['curves']))}")
         for axes in (left, *right[:1]):
             axes.set_xticks(steps)
@@ -121,6 +126,20 @@ def plot(report: dict[str, Any]) -> bytes:
         for axes in right[1:]:
             _scatter(axes, report)
         return _png(figure)
+
+
+def _bound(axes: Axes, low: float, high: float) -> None:
+    """Show nothing outside of [low, high]."""
+    lowest, highest = axes.get_ylim()
+    axes.set_ylim(max(lowest, low), min(highest, high))
+
+
+def _label_numbers(axes: Axes) -> None:
+    """Label some numbers of a logarithmic scale, as they are."""
+    lowest, highest = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if highest < 30 * lowest else (1, 3)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _scatter(axes: Axes, report: dict[str, Any]) -> None:
@@ -186,6 +205,9 @@ def _png(figure: Figure) -> bytes:
     return image.getvalue()
 
 
-def _line(axes: Axes, steps: list[int], values: dict[str, Any], key: str, name: str, color: str) -> None:
+def _line(
+    axes: Axes, steps: list[int], values: dict[str, Any], key: str, name: str, color: str, band: bool = True
+) -> None:
     axes.plot(steps, values[key], marker="o", markersize=5, linewidth=2, color=color, label=name)
-    axes.fill_between(steps, values["low"], values["high"], color=color, alpha=0.18, linewidth=0)
+    if band:
+        axes.fill_between(steps, values["low"], values["high"], color=color, alpha=0.18, linewidth=0)
