@@ -140,6 +140,9 @@ class Config:
     inner_options: tuple[str, ...] = _option(
         (), "further arguments of the inner optimizer, as name=value: momentum=0.9 of sgd, eps=1e-4 of adam"
     )
+    inner_clip: float = _option(
+        0.0, "largest norm of the gradient of an inner step, for each task; 0: no clipping", least=0
+    )
     inner_lr: float = _option(0.3, "inner learning rate; with a learned rate, its initial value", above=0)
     learn_lr: bool = _option(True, "learn the inner learning rate in the outer loop (not in finetune)")
     lr_per: str = _option(

@@ -17,12 +17,12 @@ from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.tasks import curve
 from metakern.optim.base import Stepwise
 
-__all__ = ["at_factors", "best_factors", "scaled", "tuned"]
+__all__ = ["at_factors", "best_factors", "optimizers", "scaled", "tuned"]
 
 REACH = 6  # how many half decades above and below 1 the factor of the inner rates is searched
 
 
-def _optimizers(algorithm: Any) -> list[Stepwise]:
+def optimizers(algorithm: Any) -> list[Stepwise]:
     """Return the inner optimizers of an algorithm whose rates can be scaled."""
     inner = getattr(algorithm, "inner", None)
     return [module for module in inner.modules() if isinstance(module, Stepwise)] if inner is not None else []
@@ -31,7 +31,7 @@ def _optimizers(algorithm: Any) -> list[Stepwise]:
 @contextmanager
 def scaled(algorithm: Any, factor: float) -> Iterator[None]:
     """Within the block, all inner rates of an algorithm, learned or not, are multiplied by a factor."""
-    rates = [optimizer.lr for optimizer in _optimizers(algorithm)]
+    rates = [optimizer.lr for optimizer in optimizers(algorithm)]
     before = [([p.detach().clone() for p in rate.parameters()], rate.initial) for rate in rates]
     try:
         with torch.no_grad():
@@ -71,12 +71,12 @@ def best_factors(algorithm: Any, validation: Episodes, steps: tuple[int, ...], l
     The tasks are the first `limit` of `validation` (0: all). The search goes in half decades from the rates as they
     are, until both neighbors of each best factor are worse. An algorithm without inner rates has the factor 1.
     """
-    return tuned(algorithm, validation, steps, limit)[0] if _optimizers(algorithm) else [1.0] * len(steps)
+    return tuned(algorithm, validation, steps, limit)[0] if optimizers(algorithm) else [1.0] * len(steps)
 
 
 def tuned(algorithm: Any, validation: Episodes, steps: tuple[int, ...], limit: int = 0) -> tuple[list[float], Tensor]:
     """Return `best_factors`, and the losses `[len(steps), T]` on the validation tasks at these factors."""
-    reach = REACH if _optimizers(algorithm) else 0
+    reach = REACH if optimizers(algorithm) else 0
     losses: dict[int, Tensor] = {}
     means: dict[int, Tensor] = {}
     best = [0] * len(steps)

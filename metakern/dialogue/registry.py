@@ -66,6 +66,8 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
     if algorithm.make not in PLAIN:
         options["capture"] = config.capture
     if algorithm.rates == "own":
+        if config.inner_clip:
+            raise UserError(f"inner_clip must be 0 for {config.algorithm}, which has an inner optimizer of its own")
         options["lr"] = config.inner_lr
     else:
         learned = config.learn_lr and algorithm.rates == "learned"
@@ -86,9 +88,10 @@ def inner_optimizer(config: Config, learned: bool) -> InnerOptimizer:
     if make is not mk.optim.MetaCurvature:
         options = {"learn_lr": learned, "per": config.lr_per, **options}
     try:
-        return make(lr=config.inner_lr, **options)
+        inner = make(lr=config.inner_lr, **options)
     except TypeError as error:
         raise UserError(f"inner_options must be arguments of {config.inner}, got {error}") from None
+    return mk.optim.Clipped(inner, config.inner_clip) if config.inner_clip else inner
 
 
 def named(key: str, texts: Sequence[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metakern import io
 from metakern.dialogue import checkpoint
@@ -34,7 +34,7 @@ from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.gain import gain, worth
 from metakern.dialogue.log import Log
 from metakern.dialogue.planning import Costs, PhaseCosts, planned, seconds_of, seconds_of_calls
-from metakern.dialogue.rates import tuned
+from metakern.dialogue.rates import optimizers, tuned
 from metakern.dialogue.registry import ONE_NUMBER, build_algorithm, tokenizer_class
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import curve, episodes, load_split, on_device_of
@@ -443,8 +443,7 @@ class _Loop:
 
 def _rates(algorithm: Any) -> list[Tensor]:
     """Return the learned inner rates of an algorithm."""
-    rate = getattr(getattr(algorithm, "inner", None), "lr", None)
-    return list(rate.parameters()) if isinstance(rate, nn.Module) else []
+    return [rate for optimizer in optimizers(algorithm) for rate in optimizer.lr.parameters()]
 
 
 def _schedule(config: Config, step: int, done: float) -> float:

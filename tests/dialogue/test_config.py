@@ -150,6 +150,14 @@ def test_options_of_an_inner_optimizer_reach_it() -> None:
             build_algorithm(replace(config, inner_options=options), torch.nn.Linear(3, 2))
 
 
+def test_inner_gradients_are_clipped_if_a_config_says_so() -> None:
+    assert isinstance(build_algorithm(Config(), torch.nn.Linear(3, 2)).inner, mk.optim.SGD)
+    clipped = build_algorithm(Config(inner_clip=0.5), torch.nn.Linear(3, 2)).inner
+    assert (type(clipped), clipped.norm, clipped.inner.lr.initial) == (mk.optim.Clipped, 0.5, Config().inner_lr)
+    with pytest.raises(UserError, match="inner_clip must be 0 for metasgd, which has an inner optimizer of its own"):
+        build_algorithm(Config(inner_clip=0.5, algorithm="metasgd"), torch.nn.Linear(3, 2))
+
+
 def test_the_precision_of_a_config_reaches_the_algorithm() -> None:
     for algorithm in ALGORITHMS.keys() - {"prompt", "incontext", "hypernetwork"}:
         config = Config(algorithm=algorithm, precision="bfloat16")

@@ -118,6 +118,14 @@ def test_numbers_of_inner_steps_take_turns_and_their_mean_is_validated(tmp_path,
     assert taken == [4, 4]
 
 
+def test_clipped_inner_gradients_have_learned_rates_in_the_log(tmp_path, data):
+    train(tiny_config(data, inner_clip=0.1, lr_per="element", log_every=1), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    rates = [line["rate"] for line in lines if "rate" in line]
+    assert rates[0] == pytest.approx(0.3)
+    assert rates[-1] != rates[0]
+
+
 def test_training_begins_with_the_best_weights_of_the_pretraining(tmp_path, data):
     run = train(tiny_config(data, pretrain_steps=12, eval_every=2, pretrain_lr=3.0, cosine=False), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
