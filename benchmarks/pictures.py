@@ -126,6 +126,7 @@ def adaptation(theme: str) -> Any:
     places = range(len(entry["reply_steps"]))
     for name, color, style in (
         ("maml", OURS, "-"),
+        ("pretrained:adam", "#a371f7", "-"),
         ("finetune:adam", COLORS["jax"], "-"),
         ("retrieval", THEMES[theme][1], "--"),
     ):
@@ -135,7 +136,7 @@ def adaptation(theme: str) -> Any:
             right.plot(places, shares, color=color, linestyle=style, linewidth=width, marker=".", label=label)
     right.set_xticks(places, map(str, entry["reply_steps"]))
     right.yaxis.set_major_formatter(PercentFormatter(1))
-    right.set_title("Replies of unseen bots that are right", loc="left")
+    right.set_title("Right replies of unseen bots (thin: taught)", loc="left")
     for axes in (left, right):
         axes.set_xlabel("inner steps")
         axes.legend(frameon=False)

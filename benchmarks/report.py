@@ -146,7 +146,6 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/dialogue.md": {
         "ratios": partial(dialogue.ratios_table, (dialogue.BEST, "fomaml")),
         "replies": partial(dialogue.replies_table, ("maml", "finetune:adam", "pretrained:adam", "retrieval")),
-        "chitchat": partial(curve_table, "chitchat"),
         "smollm2": partial(curve_table, "smollm2"),
     },
 }
@@ -210,7 +209,7 @@ def keep_curve(name: str, run: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = Parser(prog=prog, description=(__doc__ or "").splitlines()[0])
-    for name in ("chitchat", "smollm2"):
+    for name in ("smollm2",):
         text = f"first copy the adaptation curve of this run to results/{name}.json"
         parser.add_argument(f"--{name}", type=Path, metavar="RUN", help=text)
     for name, folder in vars(parser.parse_args(arguments)).items():

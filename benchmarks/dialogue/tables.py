@@ -79,7 +79,7 @@ def ratios_table(contenders: Sequence[str] = ()) -> str:
         for contender in contenders or measured:
             if contender in measured:
                 found = (ratio(seeds, contender, i) for i in range(len(steps)))
-                shown = (f"{x:.3f} [{low:.3f}, {high:.3f}]" for x, low, high in found)
+                shown = (f"{x:.2f} [{low:.2f}, {high:.2f}]" if x < 100 else "> 100" for x, low, high in found)
                 rows.append([titled(name, seeds), f"{NAMES.get(contender, contender)} / MAML", *shown])
     return table(["data/model", "", *(f"k = {k}" for k in steps)], rows)
 
@@ -101,7 +101,7 @@ def replies_table(contenders: Sequence[str] = ()) -> str:
         for kind, measured in entry["right"].items():
             for contender in contenders or measured:
                 shares = (right(seeds, kind, contender, i) for i in range(len(steps)))
-                shown = (f"{x:.0%} [{low:.0%}, {high:.0%}]" for x, low, high in shares)
+                shown = (f"{x:.0%} [{max(low, 0):.0%}, {min(high, 1):.0%}]" for x, low, high in shares)
                 rows.append([name, kind, NAMES.get(contender, contender), *shown])
     return table(["data/model", "questions", "", *(f"k = {k}" for k in steps)], rows)
 

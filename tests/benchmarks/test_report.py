@@ -145,7 +145,7 @@ def test_pictures_are_drawn_for_light_and_dark_pages_and_are_reproducible(stored
     pictures.draw()
     names = {
         f"{name}-{theme}.{kind}"
-        for name in ("maml", "sweep-lstm-small")
+        for name in ("maml", "dialogue", "sweep-lstm-small")
         for theme in pictures.THEMES
         for kind in ("png", "svg")
     }
