@@ -118,7 +118,8 @@ def adapt(
     >>> import contextlib, io, tempfile
     >>> from metakern.dialogue.config import Config
     >>> from metakern.dialogue.trainer import train
-    >>> config = Config(data="chatterbot:english", vocab_size=262, max_length=16, hidden=8, inner_steps=1, steps=1)
+    >>> data = {"data": "chatterbot:english", "vocab_size": 262, "max_length": 16}
+    >>> config = Config(**data, width=8, inner_steps=1, steps=1, pretrain_steps=0)
     >>> with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
     ...     run = train(config, f"{folder}/run")
     ...     line = adapt(f"{folder}/run", "chatterbot:german", f"{folder}/german")

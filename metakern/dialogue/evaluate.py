@@ -92,7 +92,9 @@ def evaluate(
 
     >>> import contextlib, io, tempfile
     >>> from metakern.dialogue.config import Config
-    >>> config = Config(data="chatterbot:english", vocab_size=262, max_length=16, hidden=8, inner_steps=1, steps=1)
+    >>> from metakern.dialogue.trainer import train
+    >>> data = {"data": "chatterbot:english", "vocab_size": 262, "max_length": 16}
+    >>> config = Config(**data, width=8, inner_steps=1, steps=1, pretrain_steps=0)
     >>> with tempfile.TemporaryDirectory() as path, contextlib.redirect_stdout(io.StringIO()):
     ...     run = train(config, path)
     ...     report = evaluate(path, steps=(0, 1))

@@ -103,7 +103,8 @@ def train(
         StoppedError: After Ctrl-C or SIGTERM, when the run has been saved.
 
     >>> import contextlib, io, tempfile
-    >>> config = Config(data="chatterbot:english", vocab_size=262, max_length=16, hidden=8, inner_steps=1, steps=1)
+    >>> data = {"data": "chatterbot:english", "vocab_size": 262, "max_length": 16}
+    >>> config = Config(**data, width=8, inner_steps=1, steps=1, pretrain_steps=0)
     >>> with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
     ...     run = train(config, out)
     >>> run.state["phase"]
