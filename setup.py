@@ -140,7 +140,8 @@ def extensions() -> list[Pybind11Extension]:
     return found
 
 
-benchmarks = find_packages(include=["benchmarks", "benchmarks.*"], exclude=["benchmarks.gpu"])  # needs a clone
+CLONE = ["benchmarks.gpu", "benchmarks.dialogue"]  # need a clone
+benchmarks = find_packages(include=["benchmarks", "benchmarks.*"], exclude=CLONE)
 setup(
     packages=find_packages(include=["metakern", "metakern.*"]) + [f"metakern._bench.{name}" for name in benchmarks],
     # In a folder of their own that `metakern bench` puts on the path, as the name is too common for site-packages.
