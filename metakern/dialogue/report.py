@@ -56,9 +56,17 @@ def show(report: dict[str, Any], console: Console) -> None:
     _table(console, "bits per byte", steps, bits)
     if replies := report.get("replies"):
         for kind in KINDS:
-            right = [(name, values[kind]["exact"], "mean", ".0%") for name, values in replies["scores"].items()]
+            right = [
+                (name, _within(values[kind]["exact"]), "mean", ".0%") for name, values in replies["scores"].items()
+            ]
             _table(console, f"{kind} questions answered right", replies["steps"], right)
         _show_samples(replies["samples"], say)
+
+
+def _within(shares: dict[str, Any]) -> dict[str, Any]:
+    """Return shares whose intervals, which know no bounds, are cut to [0, 1]."""
+    low, high = ([min(max(x, 0.0), 1.0) if math.isfinite(x) else x for x in shares[end]] for end in ("low", "high"))
+    return {**shares, "low": low, "high": high}
 
 
 def _show_samples(samples: dict[str, Any], say: Callable[[str], None]) -> None:

@@ -414,7 +414,7 @@ def test_the_table_and_the_plot_of_replies(judged, monkeypatch):
     for name in report["replies"]["scores"]:
         exact = report["replies"]["scores"][name]["taught"]["exact"]
         assert name in taught
-        assert f"{exact['mean'][1]:.0%} [{exact['low'][1]:.0%}, {exact['high'][1]:.0%}]" in taught
+        assert f"{exact['mean'][1]:.0%} [{max(exact['low'][1], 0):.0%}, {min(exact['high'][1], 1):.0%}]" in taught
     drawn = []
     monkeypatch.setattr(reports, "_png", drawn.append)
     plot_replies(report)
