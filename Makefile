@@ -13,7 +13,7 @@ TORCH ?= torch==2.13.0# or TORCH="torch", for the build that pip takes by defaul
 BIN := .venv/bin
 TRAIN = $(BIN)/metakern train --config $@ --out runs/$@ $(if $(wildcard runs/$@/checkpoints/last.json),--resume)
 EVAL = $(BIN)/metakern eval runs/$@ --compare $(COMPARE)
-COMPARE = pretrained:adam,finetune:adam
+COMPARE = finetune:adam
 SOURCES := metakern tests examples docs requirements setup.py $(wildcard benchmarks)
 
 .PHONY: demo bots languages chitchat smollm2 test lint types unit smoke docs lock test-latest test-lowest clean
@@ -23,7 +23,7 @@ demo: bots languages
 
 bots: .venv/demo
 	$(TRAIN)
-	$(EVAL),retrieval --reply-steps 0,10,30
+	$(EVAL),retrieval --reply-steps 0,30
 
 chitchat: COMPARE = pretrained,finetune
 languages chitchat: .venv/demo
