@@ -140,7 +140,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "dialogue": partial(
             markup,
             "dialogue",
-            "How much better meta-trained models adapt than plain ones, on five kinds of dialogue data",
+            "How well dialogue models adapt to unseen tasks, beside plain baselines",
         ),
     },
     "docs/dialogue.md": {

@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
             if "from" in cell and cell["from"] not in options.data:
                 print(f"{name}: left out, as it needs --data {cell['from']}=PATH", flush=True)
                 continue
-            print(f"{name}, seed {seed}", flush=True)
+            print(f"{name}, seed {seed}: {cell['about']}", flush=True)
             try:
                 results.keep(options.out, name, measure(name, cell, options.data, seed), str(seed))
             except UserError as error:

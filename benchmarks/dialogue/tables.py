@@ -19,7 +19,6 @@ from benchmarks.tables import described, table
 
 Interval = tuple[float, float, float]  # the middle, the low end, the high end
 OWN, BEST = "maml", "best plain"
-PLAIN = ("pretrained", "pretrained:adam", "finetune", "finetune:adam", "incontext", "prompt")
 NAMES = {"fomaml": "FOMAML", "finetune": "fine-tuned, SGD", "finetune:adam": "fine-tuned, Adam"} | {
     "pretrained": "pretrained, SGD",
     "pretrained:adam": "pretrained, Adam",
@@ -53,10 +52,12 @@ def over_tasks(seeds: Iterable[dict[str, Any]], value: Callable[[dict[str, Any]]
 def ratio(seeds: dict[str, Any], contender: str, i: int) -> Interval:
     """Return the ratio of perplexities of a contender, or of the best plain one of each seed, and the run."""
 
+    from metakern.dialogue.contenders import is_plain
+
     def difference(entry: dict[str, Any]) -> Iterable[float]:
         loss = entry["loss"]
         of = {name: rows[i] for name, rows in loss.items()}
-        name = min((n for n in PLAIN if n in of), key=lambda n: sum(of[n])) if contender == BEST else contender
+        name = min(filter(is_plain, of), key=lambda n: sum(of[n])) if contender == BEST else contender
         return (b - own for b, own in zip(of[name], of[OWN], strict=True))
 
     having = (entry for entry in seeds.values() if contender == BEST or contender in entry["loss"])

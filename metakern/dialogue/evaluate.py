@@ -108,14 +108,14 @@ def evaluate(
         raise UserError(f"eval: steps must be whole numbers of at least 0, got {list(steps)}")
     if min(reply_steps, default=0) < 0:
         raise UserError(f"eval: reply_steps must be whole numbers of at least 0, got {list(reply_steps)}")
+    if repeats < 1:
+        raise UserError(f"eval: repeats must be at least 1, got {repeats}")
     steps, reply_steps = (tuple(sorted(set(numbers))) for numbers in (steps, reply_steps))
     run = Run.open(path)
     split = load_split(run.config)
     validation = episodes(run.config, split.validation, run.tokenizer)
     tasks, skipped = load_whole(run.config, data) if data else (split.test, {})
     seen = {task.task_id for task in split.train}.intersection(task.task_id for task in tasks)
-    if repeats < 1:
-        raise UserError(f"eval: repeats must be at least 1, got {repeats}")
     test = episodes(run.config, tasks, run.tokenizer, repeats=repeats)
     asked = draw_questions(test) if reply_steps else []
     bits = _bits_per_byte(test)

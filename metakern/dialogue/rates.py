@@ -69,7 +69,8 @@ def best_factors(algorithm: Any, validation: Episodes, steps: tuple[int, ...], l
     """Return the factor of the inner rates with the lowest mean loss on validation tasks, for each number of steps.
 
     The tasks are the first `limit` of `validation` (0: all). The search goes in half decades from the rates as they
-    are, until both neighbors of each best factor are worse. An algorithm without inner rates has the factor 1.
+    are, until both neighbors of each best factor are worse; where all losses are infinite, it goes to smaller rates. An
+    algorithm without inner rates has the factor 1.
     """
     return tuned(algorithm, validation, steps, limit)[0] if optimizers(algorithm) else [1.0] * len(steps)
 
@@ -84,5 +85,10 @@ def tuned(algorithm: Any, validation: Episodes, steps: tuple[int, ...], limit: i
         for exponent in sorted(untried):
             losses[exponent] = _at_factor(algorithm, 10 ** (exponent / 2), validation, steps, limit)
             means[exponent] = losses[exponent].mean(1).nan_to_num(math.inf, math.inf)
-        best = [min(means, key=lambda e: (means[e][i].item(), abs(e))) for i in range(len(steps))]
+        best = [min(means, key=lambda e: _rank(means[e][i].item(), e)) for i in range(len(steps))]
     return [10 ** (e / 2) for e in best], torch.stack([losses[e][i] for i, e in enumerate(best)])
+
+
+def _rank(mean: float, exponent: int) -> tuple[float, int]:
+    """Return what orders factors: the lower loss first, then the factor near 1 or, of infinite losses, the smaller."""
+    return mean, abs(exponent) if math.isfinite(mean) else exponent

@@ -365,13 +365,14 @@ class _Loop:
         The best weights of the pretraining are `pretrained`.
         """
         run, config, state = self.run, self.config, self.run.state
-        names, losses = curve(self.algorithm, self.validation, self.looks, config.eval_tasks)
-        untuned = isinstance(self.algorithm, FineTune)  # whose training says nothing of the inner rates
-        judged = losses[:1] if untuned else losses
-        if not judged.isfinite().all():
-            raise self.divergence(names, judged.sum(0))
-        if untuned and len(losses) > 1:
-            _, losses = tuned(self.algorithm, self.validation, self.looks, config.eval_tasks)
+        look = (self.algorithm, self.validation, self.looks, config.eval_tasks)
+        names: list[str] = []
+        if isinstance(self.algorithm, FineTune) and len(self.looks) > 1:  # its training says nothing of the inner rates
+            _, losses = tuned(*look)
+        else:
+            names, losses = curve(*look)
+        if not losses.isfinite().all():
+            raise self.divergence(names or curve(*look)[0], losses.sum(0))
         before, after = losses[0].mean().item(), losses[min(1, len(losses) - 1) :].mean().item()
         self.log(self.phase.name, state["step"], validation_before=before, validation_after=after)
         change = f" -> {after:.4f}" if len(losses) > 1 else ""

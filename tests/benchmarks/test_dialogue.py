@@ -31,7 +31,9 @@ def test_every_cell_has_a_config_of_maml_and_known_keys():
 def test_a_cell_is_measured_kept_and_skipped(tmp_path, monkeypatch, capsys):
     data = write_tasks(tmp_path / "data", tasks=30, dialogues=9)
     config = tiny_config(data, steps=2, pretrain_steps=2, max_length=64, eval_tasks=2)
-    cells = {"mine/gru": {"config": "mine", "from": "mine", "replies": 1, "more": ["anil"], "repeats": 2}}
+    cells = {
+        "mine/gru": {"config": "mine", "from": "mine", "about": "tea", "replies": 1, "more": ["anil"], "repeats": 2}
+    }
     monkeypatch.setattr(benchmark, "CELLS", cells)
     monkeypatch.setattr(benchmark, "ROOT", tmp_path)
     monkeypatch.setattr(benchmark, "config_of", lambda cell, data, seed: replace(config, seed=seed, data=data["mine"]))

@@ -184,6 +184,13 @@ def test_the_rate_search_ends_where_both_neighbors_are_worse(trained, monkeypatc
     assert factors == pytest.approx([1, 100, 0.1])
     assert sorted(tried) == list(range(-3, 6))
 
+    def diverging(algorithm, factor, source, steps, limit):
+        exponent = round(2 * math.log10(factor))
+        return torch.full((1, 2), math.nan if exponent > -4 else float(-exponent))
+
+    monkeypatch.setattr(rates, "_at_factor", diverging)
+    assert rates.best_factors(Run.open(folder / "finetune").algorithm, None, (3,)) == pytest.approx([10**-2])
+
 
 def test_the_table_and_the_plot_show_every_curve(trained):
     _, report = trained
