@@ -28,6 +28,8 @@ Startable = tuple[Dialogue, list[int]]  # a dialogue, and the turns at which a w
 Window = tuple[list[int], list[int]]  # ids and labels
 T = TypeVar("T")
 
+RENAMED = 0.3  # share of the words of the vocabulary that change places in an augmented task
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -69,6 +71,10 @@ class Episodes:
         train_on: Which turns are to be learned: "bot" stands for the bot's, "all" for all but those of a system or a
             tool.
         task_power: Tasks are drawn in proportion to their numbers of usable dialogues to this power; with 0, all alike.
+        augment: The probability with which `sample` renames the tokens of a task: 30% of those that texts consist of
+            change places at random, the same way in support and query. What a renamed bot says can only be learned from
+            its support, not remembered from earlier episodes (Rajendran, Irpan, Jang 2020, "Meta-learning requires
+            meta-augmentation", section 4).
         repeats: The number of episodes of each task in an evaluation.
         windows: Where a window may begin: "any" stands for each turn that is answered, "opening" for the first one
             only, near which people keep to a topic, and "later" for those that the opening window does not reach.
@@ -100,6 +106,7 @@ class Episodes:
         train_on: str = "bot",
         windows: str = "any",
         task_power: float = 0.0,
+        augment: float = 0.0,
         repeats: int = 1,
     ) -> None:
         if windows not in ("any", "opening", "later"):
@@ -117,7 +124,7 @@ class Episodes:
             )
         self.tokenizer, self.max_length, self.seed, self.train_on = tokenizer, max_length, seed, train_on
         self.sizes, self.windows, self.task_power = (support_size, query_size), windows, task_power
-        self.repeats = repeats
+        self.augment, self.repeats = augment, repeats
         self._tasks: list[tuple[str, list[Startable]]] = []
         for task in tasks:
             usable = [(d, starts) for d in task.dialogues if (starts := self._starts(d))]
@@ -148,7 +155,21 @@ class Episodes:
         """
         drawn, rng = self._drawn(step, tasks)
         _, support, query = self._batch(drawn, [rng] * tasks)
+        for t in range(tasks):
+            if self.augment and rng.random() < self.augment:
+                names = self._renaming(rng)
+                for batch in (support, query):
+                    for key in ("input_ids", "labels"):
+                        ids = batch[key][t]
+                        ids.copy_(torch.where(ids == IGNORE, ids, names[ids.clamp(min=0)]))
         return support, query
+
+    def _renaming(self, rng: random.Random) -> Tensor:
+        """Return a permutation of the vocabulary, `[vocab_size]`, that moves a random part of the words."""
+        moved = [i for i in self.tokenizer.word_ids if rng.random() < RENAMED]
+        names = torch.arange(self.tokenizer.vocab_size)
+        names[moved] = torch.tensor(_draw(moved, len(moved), rng), dtype=torch.int64)
+        return names
 
     def names(self, step: int, tasks: int) -> list[str]:
         """Return the names of the tasks that `sample` draws with the same arguments, in the same order."""

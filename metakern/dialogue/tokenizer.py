@@ -20,6 +20,7 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 try:
@@ -83,6 +84,12 @@ class DialogueTokenizer(ABC):
     @abstractmethod
     def _is_special(self, index: int) -> bool:
         """Return whether an id is a special token, such as one that ends a turn."""
+
+    @property
+    def word_ids(self) -> list[int]:
+        """The ids, in order, of which texts alone consist: neither special tokens nor in the frame around texts."""
+        framing = set(chain(*self._frame(("system", "user", "assistant"))))
+        return [i for i in range(self.vocab_size) if not self._is_special(i) and i not in framing]
 
     def encode_dialogue(
         self, turns: Sequence[Turn], train_on: str = "bot", max_length: int = 64, bot: str | None = None
@@ -213,6 +220,7 @@ class Tokenizer(DialogueTokenizer):
         self.pad_id, self.bos_id, self.eos_id, self.user_id, self.bot_id, self.system_id = (
             ids[token] for token in SPECIAL_TOKENS
         )
+        self._special = {ids[token] for token in SPECIAL_TOKENS}
 
     @classmethod
     def train(cls, dialogues: Iterable[Dialogue], vocab_size: int = 2048, cache_dir: Path | None = None) -> Tokenizer:
@@ -302,7 +310,7 @@ class Tokenizer(DialogueTokenizer):
         return frame
 
     def _is_special(self, index: int) -> bool:
-        return index == self.eos_id
+        return index in self._special
 
 
 def _roles(turns: Sequence[Turn], bot: str | None) -> tuple[str, ...]:

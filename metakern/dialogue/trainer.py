@@ -35,11 +35,12 @@ from metakern.dialogue.gain import gain, worth
 from metakern.dialogue.log import Log
 from metakern.dialogue.planning import Costs, PhaseCosts, planned, seconds_of, seconds_of_calls
 from metakern.dialogue.rates import optimizers, tuned
-from metakern.dialogue.registry import ONE_NUMBER, build_algorithm, tokenizer_class
+from metakern.dialogue.registry import ONE_NUMBER, PLAIN, build_algorithm, tokenizer_class
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import curve, episodes, load_split, on_device_of
 from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
 from metakern.errors import UserError
+from metakern.meta.algorithms.registry import ALGORITHMS
 
 __all__ = ["DivergenceError", "StoppedError", "train"]
 
@@ -136,7 +137,7 @@ def train(
         tokenizer = Tokenizer.train(dialogues, config.vocab_size, io.cache_folder())
     sources = _Sources(
         episodes(config, split.train, tokenizer, train_on=config.pretrain_on, seed=config.seed + 1),
-        episodes(config, split.train, tokenizer),
+        episodes(config, split.train, tokenizer, augment=_augment(config)),
         episodes(config, split.validation, tokenizer),
     )
     if seconds is not None:
@@ -178,6 +179,12 @@ def train(
     run.restore("best")
     run.algorithm.steps = config.most_inner_steps  # as in a run that is opened
     return run
+
+
+def _augment(config: Config) -> float:
+    """Return the share of the tasks to rename: none if nothing is learned from a support, or tokens have meanings."""
+    without = config.pretrained or ALGORITHMS[config.algorithm].make in PLAIN
+    return 0.0 if without else config.augment
 
 
 def _check_same(old: Config, new: Config, out: Path) -> None:

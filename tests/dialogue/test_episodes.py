@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.readers import Dialogue, Turn, dialogue, read
 from metakern.dialogue.split import Split, TaskData
 from metakern.dialogue.split import split_tasks as split_by
-from metakern.dialogue.tokenizer import IGNORE, Tokenizer
+from metakern.dialogue.tokenizer import IGNORE, SPECIAL_TOKENS, Tokenizer
 from metakern.errors import DataError
 
 TOPICS = Path(__file__).parent / "data" / "topics.jsonl"
@@ -337,6 +337,44 @@ def test_opening_and_later_windows_share_no_turn():
     assert numbers("any") == set(range(40))
     with pytest.raises(DataError, match="task 't' must have 2 dialogues with a reply"):
         episodes(tasks, windows="later", max_length=200)
+
+
+def test_augmented_tasks_are_renamed_the_same_way_in_support_and_query():
+    plain, renamed = episodes(), episodes(augment=1.0)
+    words, frame = set(TOKENIZER.word_ids), set(range(len(SPECIAL_TOKENS)))
+    assert len(words) == TOKENIZER.vocab_size - len(frame)
+    assert not words & frame
+    tables = []
+    for step in range(3):
+        sides = list(zip(plain.sample(step, 2), renamed.sample(step, 2), strict=True))
+        for t in range(2):
+            names: dict[int, int] = {}
+            for before, after in sides:
+                assert torch.equal(before["attention_mask"], after["attention_mask"])
+                for key in ("input_ids", "labels"):
+                    for old, new in zip(
+                        before[key][t].flatten().tolist(), after[key][t].flatten().tolist(), strict=True
+                    ):
+                        assert names.setdefault(old, new) == new
+            assert len(set(names.values())) == len(names)  # no two tokens get one name
+            assert all(old == new for old, new in names.items() if old not in words)
+            moved = [old for old, new in names.items() if old != new]
+            assert 0.05 * len(names) < len(moved) < 0.6 * len(names)
+            tables.append(names)
+    for a, b in pairwise(tables):  # each task has names of its own
+        assert any(a.get(old, new) != new for old, new in b.items())
+    judged = (next(source.evaluation())[1]["input_ids"] for source in (plain, renamed))
+    assert torch.equal(*judged)  # evaluations are as people wrote them
+
+
+def test_the_share_of_augmented_tasks():
+    plain, some = episodes(), episodes(augment=0.25)
+    changed = [
+        not torch.equal(a, b)
+        for step in range(60)
+        for a, b in zip(plain.sample(step, 4)[0]["labels"], some.sample(step, 4)[0]["labels"], strict=True)
+    ]
+    assert 0.15 < sum(changed) / len(changed) < 0.35
 
 
 def test_bad_arguments():
