@@ -38,9 +38,8 @@ def _option(
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    most: float | None = None,
 ) -> Any:
-    rule = {"choices": choices, "least": least, "above": above, "below": below, "most": most}
+    rule = {"choices": choices, "least": least, "above": above, "below": below}
     return field(default=default, metadata={"help": text, **rule})
 
 
@@ -187,12 +186,12 @@ class Config:
     task_power: float = _option(
         0.0, "draw tasks in proportion to their numbers of conversations to this power; 0: all alike", least=0
     )
-    augment: float = _option(
-        0.5,
-        "share of the tasks of meta-training whose tokens are renamed, so that a bot must be learned from its support"
-        " (not for hf models, nor for algorithms without an inner loop)",
+    augment_below: int = _option(
+        30,
+        "with fewer tasks than this to train on, which could be remembered, meta-training renames the tokens of half of"
+        " them, so that they must be learned from their support (not for hf models, nor for algorithms without an inner"
+        " loop); 0: never",
         least=0,
-        most=1,
     )
     steps: int = _option(500, "outer steps", least=1)
     patience: int = _option(
@@ -335,8 +334,6 @@ def _check(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None
     for number in value if isinstance(value, tuple) else (value,):
         if rule["least"] is not None and not number >= rule["least"]:
             raise UserError(f"{name} must be at least {rule['least']}, got {number}")
-        if rule["most"] is not None and not number <= rule["most"]:
-            raise UserError(f"{name} must be at most {rule['most']}, got {number}")
     if rule["above"] is not None and not value > rule["above"]:
         raise UserError(f"{name} must be more than {rule['above']}, got {value}")
     if rule["below"] is not None and not value < rule["below"]:

@@ -56,6 +56,7 @@ MAY_CHANGE = (
 )
 LOOKS = (0, 1, 3, 5)  # numbers of inner steps after which the pretrained weights are judged
 TUNING = 5  # how many factors of the inner rates a search usually tries
+AUGMENTED = 0.5  # share of few training tasks whose tokens are renamed
 EPISODES = 16  # of which a rehearsal takes one of median length
 
 
@@ -137,7 +138,7 @@ def train(
         tokenizer = Tokenizer.train(dialogues, config.vocab_size, io.cache_folder())
     sources = _Sources(
         episodes(config, split.train, tokenizer, train_on=config.pretrain_on, seed=config.seed + 1),
-        episodes(config, split.train, tokenizer, augment=_augment(config)),
+        episodes(config, split.train, tokenizer, augment=_augment(config, len(split.train))),
         episodes(config, split.validation, tokenizer),
     )
     if seconds is not None:
@@ -181,10 +182,14 @@ def train(
     return run
 
 
-def _augment(config: Config) -> float:
-    """Return the share of the tasks to rename: none if nothing is learned from a support, or tokens have meanings."""
+def _augment(config: Config, tasks: int) -> float:
+    """Return the share of the training tasks to rename.
+
+    There is none if the tasks are too many to be remembered, the model's tokens have meanings already, or nothing is
+    learned from a support.
+    """
     without = config.pretrained or ALGORITHMS[config.algorithm].make in PLAIN
-    return 0.0 if without else config.augment
+    return 0.0 if without or tasks >= config.augment_below else AUGMENTED
 
 
 def _check_same(old: Config, new: Config, out: Path) -> None:
