@@ -246,7 +246,9 @@ def _parser() -> argparse.ArgumentParser:
         default="127.0.0.1",
         help="address to listen at; without tokens a loopback address (default: 127.0.0.1)",
     )
-    serve.add_argument("--port", metavar="N", type=_number, default=8000, help="port to listen at (default: 8000)")
+    serve.add_argument(
+        "--port", metavar="N", type=_number, default=8000, help="port to listen at; 0: any free one (default: 8000)"
+    )
     serve.add_argument("--add-token", metavar="USER", help="print a new token of a user, and exit")
     serve.add_argument("--revoke-token", metavar="USER", help="make all tokens of a user invalid, and exit")
     serve.add_argument(

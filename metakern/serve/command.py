@@ -6,6 +6,8 @@ import fcntl
 import ipaddress
 import logging
 import os
+import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -31,7 +33,7 @@ def store_of(run: str, store: str | None) -> Path:
 
 
 def serve(run: str, store: str | None, host: str, port: int, settings: Settings) -> None:
-    """Serve a run until SIGINT or SIGTERM.
+    """Serve a run until SIGINT or SIGTERM; replies under way are then finished, for up to half a minute.
 
     Raises:
         UserError: If the run or the store can't be used, another server has the store, the port is taken, or `host` is
@@ -40,9 +42,8 @@ def serve(run: str, store: str | None, host: str, port: int, settings: Settings)
     os.umask(0o077)  # the store, its log and the weights are for the owner alone
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     path = store_of(run, store)
-    opened = Run.open(run)
-    with _alone(path):
-        kept = Store(path)
+    with _listening(host, port) as listener, _alone(path):
+        opened, kept = Run.open(run), Store(path)
         guarded = kept.has_tokens()
         if not (guarded or _is_loopback(host)):
             kept.close()
@@ -51,22 +52,12 @@ def serve(run: str, store: str | None, host: str, port: int, settings: Settings)
                 " --add-token USER"
             )
         service = Service(opened, kept, settings)
-        hosts = ["*"] if guarded else [*LOCAL, host]
-        config = uvicorn.Config(
-            create_app(service, hosts),
-            host=host,
-            port=port,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=GRACE,
-        )
-        server = uvicorn.Server(config)
-        print(f"{service.name} at http://{host}:{port}, documentation at /docs", flush=True)
-        try:
-            server.run()
-        except SystemExit:
-            service.close()
-            raise UserError(f"serve: port must be free, got {port}: choose another --port") from None
+        app = create_app(service, ["*"] if guarded else [*LOCAL, host])
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
+        address = f"[{host}]" if ":" in host else host
+        print(f"{service.name} at http://{address}:{listener.getsockname()[1]}, described at /docs", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when the server has ended
+        uvicorn.Server(config).run([listener])
 
 
 def add_token(run: str, store: str | None, user: str) -> str:
@@ -96,6 +87,19 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """Return the socket that the server listens at within the block."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"serve: cannot listen at {host}, port {port}: {why}: choose another --port") from None
+    with listener:
+        yield listener
 
 
 @contextmanager
