@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = ["ChatRequest", "CompletionRequest", "TeachRequest"]
 
@@ -25,21 +25,30 @@ NEUTRAL: dict[str, Any] = {
 }
 IGNORED = {"metadata", "prompt_cache_key", "safety_identifier", "service_tier"}  # they do not change a reply
 MOST_CHOICES = 16
-Text = Annotated[str, Field(min_length=1)]
+
+
+def _unicode(text: str) -> str:
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("must be Unicode text, got a lone surrogate")
+    return text
+
+
+Unicode = Annotated[str, AfterValidator(_unicode)]
+Text = Annotated[Unicode, Field(min_length=1)]
 
 
 class Part(BaseModel):
     """A part of a message that is given in parts."""
 
     type: Literal["text"]
-    text: str
+    text: Unicode
 
 
 class Message(BaseModel):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Unicode | list[Part]
     name: str | None = None
 
     @field_validator("content")
@@ -64,11 +73,11 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    model: str
+    model: Unicode
     max_tokens: int | None = Field(None, ge=1, description="default: as many as the window has room for")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="default: 0.7")
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="default: 0.9")
-    stop: str | list[Text] | None = None
+    stop: Unicode | list[Text] | None = None
     seed: int | None = None
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     user: str | None = None

@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 from langchain_openai import ChatOpenAI
-from serving import adapted, ask, teach
+from serving import adapted, ask, teach, until
 
 from metakern.cli import main
 
@@ -37,12 +37,13 @@ def process(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen, s
 
 def test_other_clients_work_and_a_kill_loses_nothing(folder, tmp_path):
     store = str(tmp_path / "users.sqlite")
-    with process(folder, "--store", store) as (server, address):
+    with process(folder, "--store", store, "--rows", "1") as (server, address):
         with httpx.Client(base_url=address, timeout=60) as web:
             teach(web, "ann", ("river?", "cloud otter"))
             assert adapted(web, "ann")["current"]
             check_openai(address)
             check_langchain(address)
+            check_a_client_that_goes(web)
             taught = teach(web, "ann", ("stone?", "maple"))
         server.send_signal(signal.SIGKILL)
         server.wait()
@@ -80,6 +81,18 @@ def check_langchain(address: str) -> None:
     model = ChatOpenAI(base_url=f"{address}/v1", api_key="ann", model="run", temperature=0, max_retries=0)
     assert model.invoke("river?").content == "cloud otter"
     assert "".join(piece.content for piece in model.stream("river?")) == "cloud otter"
+
+
+def check_a_client_that_goes(web: httpx.Client) -> None:
+    def metric(name: str) -> int:
+        return int(re.search(rf"^metakern_{name} (\d+)$", web.get("/metrics").text, re.MULTILINE)[1])
+
+    before = metric("tokens_total")
+    say = {"model": "run-base", "user": "bob", "messages": [{"role": "user", "content": "river?"}], "temperature": 1}
+    with web.stream("POST", "/v1/chat/completions", json=say | {"n": 16, "stream": True}) as reply:
+        next(reply.iter_lines())
+    until(lambda: metric("active_replies") + metric("waiting_requests") == 0)
+    assert metric("tokens_total") - before < 200  # of about 16 times 24
 
 
 def check_end(server: subprocess.Popen, web: httpx.Client) -> None:
