@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def test_other_clients_work_and_a_kill_loses_nothing(folder, tmp_path):
         assert adapted(web, "ann")["current"]
         assert (ask(web, "ann", "river?"), ask(web, "ann", "stone?")) == ("cloud otter", "maple")
         assert main(["serve", str(folder), "--store", store, "--port", "0"]) == 2  # it is served already
+        check_docs(address, store)
         check_end(server, web)
 
 
@@ -93,6 +95,24 @@ def check_a_client_that_goes(web: httpx.Client) -> None:
         next(reply.iter_lines())
     until(lambda: metric("active_replies") + metric("waiting_requests") == 0)
     assert metric("tokens_total") - before < 200  # of about 16 times 24
+
+
+def check_docs(address: str, store: str) -> None:
+    """The commands and the code of docs/serving.md run, on this server and store."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    said = []
+    for language, block in blocks:
+        code = block.replace("localhost:8000", address.removeprefix("http://")).replace('"bots"', '"run"')
+        program = code.split()[0]
+        if language == "python":
+            until(lambda: httpx.get(f"{address}/v1/users/ann/adapt").json()["current"])
+            exec(code, {"print": lambda text, end: said.append(text)})
+        elif shutil.which(program):
+            code = code.replace("runs/bots/users.sqlite", store).replace("backup.sqlite", f"{store}.backup")
+            subprocess.run(code, shell=True, check=True, capture_output=True)
+    assert "".join(said) == "pianos"
 
 
 def check_end(server: subprocess.Popen, web: httpx.Client) -> None:
