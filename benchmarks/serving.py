@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving [--users 1,8,16,64] [--rounds 5] [--replies 4]
 
-replies    Each user asks for a number of replies of 8 to 40 tokens, one after the other. Three ways do the same work, in
+replies    Each user asks for some replies of 8 to 40 tokens, one after the other. Three ways do the same work, in
            interleaved rounds: `batch`, the engine with a row for each user; `one row`, the same engine with one row,
            which serves one user after the other; and `chat`, the loop of `metakern chat` over models in memory, which
            has no cache. All must give the same tokens. Ratios are medians of ratios within a round, with quartiles.
@@ -46,8 +46,8 @@ from metakern.dialogue.tasks import load_split
 from metakern.dialogue.tokenizer import Tokenizer
 from metakern.io import write
 from metakern.meta.parameters import twin
-from metakern.serve.command import store_of
 from metakern.serve.engine import Engine, Request, Resident
+from metakern.serve.server import store_of
 from metakern.serve.service import Service, Settings
 from metakern.serve.store import Store
 

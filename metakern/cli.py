@@ -418,15 +418,15 @@ def _serve(
     revoke_token: str | None,
     **limits: Any,
 ) -> None:
-    from metakern.serve import command
+    from metakern.serve import server
     from metakern.serve.service import Settings
 
     if add_token is not None:
-        print(command.add_token(run, store, add_token))
+        print(server.add_token(run, store, add_token))
     elif revoke_token is not None:
-        print(f"tokens of {revoke_token} that are no longer valid: {command.revoke_token(run, store, revoke_token)}")
+        print(f"tokens of {revoke_token} that are no longer valid: {server.revoke_token(run, store, revoke_token)}")
     else:
-        command.serve(run, store, host, port, Settings(**limits))
+        server.serve(run, store, host, port, Settings(**limits))
 
 
 def _bench(benchmark: str, arguments: list[str]) -> None:

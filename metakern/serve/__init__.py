@@ -6,5 +6,5 @@ stack           a model whose layers hold the weights of many users, and its cac
 sampling        draws the next token of each reply
 teacher         adapts users' models in the background
 store           users, exchanges and tokens in SQLite; adapted weights in safetensors
-limits, metrics, command    sizes and rates; Prometheus; `metakern serve`
+limits, metrics, server     sizes and rates; Prometheus; `metakern serve`
 """

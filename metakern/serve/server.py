@@ -24,6 +24,7 @@ from metakern.serve.store import Store
 
 __all__ = ["add_token", "revoke_token", "serve", "store_of"]
 
+MOST_PORT = 65535
 GRACE = 30  # seconds that open replies have to end in
 
 
@@ -92,12 +93,15 @@ def _is_loopback(host: str) -> bool:
 @contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
     """Return the socket that the server listens at within the block."""
+    if port > MOST_PORT:
+        raise UserError(f"serve: port must be at most {MOST_PORT}, got {port}")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"serve: cannot listen at {host}, port {port}: {why}: choose another --port") from None
+    except OSError as error:
+        raise UserError(
+            f"serve: cannot listen at {host}, port {port}: {error.strerror}; choose another --port or --host"
+        ) from None
     with listener:
         yield listener
 
