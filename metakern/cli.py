@@ -1,4 +1,4 @@
-"""The command line: data, train, eval, adapt, chat, bench, doctor.
+"""The command line: data, train, eval, adapt, chat, serve, bench, doctor.
 
 An error that the user can put right becomes one line on the standard error and exit code 2, Ctrl-C exit code 130. Any
 other error is a bug in metakern and becomes one line and exit code 1. With --traceback, Python's traceback takes the
@@ -45,6 +45,7 @@ EXTRAS = {
     **dict.fromkeys(DIALOGUE, "metakern[dialogue]"),
     "transformers": "metakern[hf]",
     "gguf": "metakern[smollm2]",
+    **dict.fromkeys(("fastapi", "uvicorn"), "metakern[serve]"),
     "triton": "triton",
     **({"tomli": "metakern[dialogue]"} if sys.version_info < (3, 11) else {}),
 }
@@ -230,6 +231,49 @@ def _parser() -> argparse.ArgumentParser:
     )
     chat.add_argument("--seed", metavar="N", type=_number, default=0, help="seed of the sampling (default: 0)")
 
+    serve = add(
+        _serve,
+        "Serve a run over HTTP, with a model for each user",
+        epilog="The interface is that of OpenAI, at /v1; /docs describes it. Users teach at /v1/users/USER/exchanges.",
+    )
+    serve.add_argument("run", metavar="RUN", help="folder of a run")
+    serve.add_argument(
+        "--store", metavar="FILE", help="SQLite file of what users teach (default: users.sqlite in the run's folder)"
+    )
+    serve.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        default="127.0.0.1",
+        help="address to listen at; without tokens a loopback address (default: 127.0.0.1)",
+    )
+    serve.add_argument(
+        "--port", metavar="N", type=_number, default=8000, help="port to listen at; 0: any free one (default: 8000)"
+    )
+    serve.add_argument("--add-token", metavar="USER", help="print a new token of a user, and exit")
+    serve.add_argument("--revoke-token", metavar="USER", help="make all tokens of a user invalid, and exit")
+    serve.add_argument(
+        "--rows", metavar="N", type=_positive, default=32, help="replies in a batch, at most (default: 32)"
+    )
+    serve.add_argument(
+        "--waiting", metavar="N", type=_positive, default=256, help="replies that may wait for the batch (default: 256)"
+    )
+    serve.add_argument(
+        "--models", metavar="N", type=_positive, default=256, help="users' models in memory, at most (default: 256)"
+    )
+    serve.add_argument(
+        "--rate", metavar="N", type=_positive, default=600, help="requests a minute of a user (default: 600)"
+    )
+    serve.add_argument(
+        "--exchanges", metavar="N", type=_positive, default=100, help="exchanges that a user can teach (default: 100)"
+    )
+    serve.add_argument(
+        "--most-steps", metavar="N", type=_positive, default=60, help="inner steps of an adaptation (default: 60)"
+    )
+    serve.add_argument(
+        "--cors", metavar="ORIGINS", type=_names, default=(), help="origins whose pages may ask (default: none)"
+    )
+    serve.add_argument("--log-texts", action="store_true", help="write messages and replies into the log")
+
     bench = add(
         _bench,
         "Time metakern on this machine",
@@ -284,6 +328,12 @@ def _add_flag(group: Any, key: Field[Any]) -> None:
 def _number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not _number(text):
+        raise argparse.ArgumentTypeError("must be at least 1, got 0")
     return int(text)
 
 
@@ -357,6 +407,26 @@ def _chat(
 
     dialogues = read(support, **_reading(**reading)) if support else []
     talk(Chat(Run.open(run), dialogues, steps=steps, temperature=temperature, top_p=top_p, seed=seed))
+
+
+def _serve(
+    run: str,
+    store: str | None,
+    host: str,
+    port: int,
+    add_token: str | None,
+    revoke_token: str | None,
+    **limits: Any,
+) -> None:
+    from metakern.serve import server
+    from metakern.serve.service import Settings
+
+    if add_token is not None:
+        print(server.add_token(run, store, add_token))
+    elif revoke_token is not None:
+        print(f"tokens of {revoke_token} that are no longer valid: {server.revoke_token(run, store, revoke_token)}")
+    else:
+        server.serve(run, store, host, port, Settings(**limits))
 
 
 def _bench(benchmark: str, arguments: list[str]) -> None:

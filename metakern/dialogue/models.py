@@ -9,8 +9,9 @@
 | logits         | [B, L, V] |
 
 The logits at position i depend only on tokens up to i, so padding on the right needs no mask: `attention_mask` is
-accepted and ignored. The head shares the weight of the embedding (in an RNNLM, if `tie` says so). `build_model` makes
-a model of the same architecture from `model.config`.
+accepted and ignored. `next_logits` reads only new tokens: what it needs of those before them is in a cache, the keys
+and values of a GPT or the states of an RNNLM. The head shares the weight of the embedding (in an RNNLM, if `tie` says
+so). `build_model` makes a model of the same architecture from `model.config`.
 
 Radford et al. 2019, "Language models are unsupervised multitask learners", section 2.3 (GPT); Su et al. 2021,
 "RoFormer", section 3.2 (rotary positions); Press and Wolf 2017, "Using the output embedding to improve language
@@ -19,10 +20,12 @@ models" (tied heads).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from metakern import ops
 from metakern.nn import GRU, LSTM, RNN, RMSNorm
@@ -30,6 +33,7 @@ from metakern.nn import GRU, LSTM, RNN, RMSNorm
 __all__ = ["GPT", "MODELS", "RNNLM", "build_model"]
 
 CELLS = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
+Cache = tuple[Tensor, ...]  # [B, ...] each
 
 
 class RNNLM(nn.Module):
@@ -52,6 +56,8 @@ class RNNLM(nn.Module):
     >>> model(torch.zeros(2, 5, dtype=torch.long)).shape
     torch.Size([2, 5, 300])
     """
+
+    cuts_cache = False  # whether `next_logits` can go on from the first tokens of a cache
 
     def __init__(
         self,
@@ -88,6 +94,29 @@ class RNNLM(nn.Module):
         hidden, _ = self.rnn(self.drop(self.embedding(input_ids)))
         return self.drop(self.projection(hidden))
 
+    def empty_cache(self, rows: int) -> Cache:
+        """Return a cache for `rows` sequences: the states after no token, each `[rows, layers, H]`."""
+        shape = rows, self.rnn.num_layers, self.rnn.hidden_size
+        return tuple(self.embedding.weight.new_zeros(shape) for _ in range(1 + (self.rnn.mode == "LSTM")))
+
+    def next_logits(self, input_ids: Tensor, counts: Tensor, cache: Cache, known: Tensor) -> Tensor:
+        """Return the logits `[B, V]` of the token after new tokens, and put these into the cache.
+
+        Args:
+            input_ids: `[B, L]`, the new tokens, padded on the right.
+            counts: `[B]`, int64 on the CPU: the number of new tokens of each sequence, from 1 to L.
+            cache: What `empty_cache(B)` returned and earlier calls have filled.
+            known: `[B]`, int64: the number of tokens in the cache of each sequence.
+        """
+        x = self.embedding(input_ids)
+        if x.shape[1] > 1:
+            x = pack_padded_sequence(x, counts, batch_first=True, enforce_sorted=False)
+        before = tuple(state.transpose(0, 1) for state in cache)
+        _, after = self.rnn(x, before if len(before) > 1 else before[0])
+        for state, new in zip(cache, after if len(before) > 1 else (after,), strict=True):
+            state.copy_(new.transpose(0, 1))
+        return self.head(self.projection(cache[0][:, -1:])).squeeze(1)
+
 
 class GPT(nn.Module):
     """A Transformer decoder: pre-norm, with RMSNorm, rotary positions and GELU.
@@ -109,6 +138,8 @@ class GPT(nn.Module):
     torch.Size([2, 5, 300])
     """
 
+    cuts_cache = True
+
     def __init__(
         self,
         vocab_size: int,
@@ -124,7 +155,7 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: width must be a multiple of 2 * heads, got {width} and {heads} heads")
         self.config = {"name": "gpt", "vocab_size": vocab_size, "width": width, "heads": heads}
         self.config |= {"layers": layers, "max_length": max_length, "dropout": dropout}
-        self.max_length, self.head_width = max_length, width // heads
+        self.max_length, self.heads, self.head_width = max_length, heads, width // heads
         self.embedding = nn.Embedding(vocab_size, width)
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
@@ -153,6 +184,40 @@ class GPT(nn.Module):
             x = block(x, *rotation)
         return self.norm(x)
 
+    def empty_cache(self, rows: int) -> Cache:
+        """Return a cache for `rows` sequences: keys and values `[rows, layers, heads, max_length, D / heads]`."""
+        shape = rows, len(self.blocks), self.heads, self.max_length, self.head_width
+        keys = self.embedding.weight.new_zeros(shape)
+        return keys, torch.zeros_like(keys)
+
+    def next_logits(self, input_ids: Tensor, counts: Tensor, cache: Cache, known: Tensor) -> Tensor:
+        """Return the logits `[B, V]` of the token after new tokens, and put these into the cache.
+
+        Args:
+            input_ids: `[B, L]`, the new tokens, padded on the right.
+            counts: `[B]`, int64: the number of new tokens of each sequence, from 1 to L.
+            cache: What `empty_cache(B)` returned and earlier calls have filled.
+            known: `[B]`, int64: the number of tokens in the cache of each sequence.
+
+        Raises:
+            ValueError: If a sequence becomes longer than `max_length`.
+        """
+        B, L = input_ids.shape
+        longest = int((known + counts).max())
+        if longest > self.max_length:
+            raise ValueError(f"GPT: a sequence must be at most {self.max_length} long, got {longest}")
+        steps = torch.arange(L, device=known.device)
+        positions = (known.unsqueeze(1) + steps).clamp(max=self.max_length - 1)  # [B, L]
+        x = self.embedding(input_ids)
+        cos, sin = (table[positions] for table in rotations(self.max_length, self.head_width, x))
+        rows, columns = torch.where(steps < counts.unsqueeze(1))  # of the tokens that are no padding
+        seen = torch.arange(longest, device=known.device) <= positions.unsqueeze(-1)  # [B, L, longest]
+        for i, block in enumerate(self.blocks):
+            layer = cache[0][:, i], cache[1][:, i]
+            x = cast(Block, block).extend(x, cos, sin, layer, (rows, columns), positions[rows, columns], seen)
+        last = x[torch.arange(B, device=known.device), counts - 1].unsqueeze(1)
+        return self.head(self.norm(last)).squeeze(1)
+
 
 class Block(nn.Module):
     """One pre-norm layer of a GPT: x `[B, L, D]` -> `[B, L, D]`, given the `rotations` of its heads."""
@@ -166,10 +231,44 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = self._projected(x)
+        return self._after(x, ops.attention(ops.rope(q, cos, sin), ops.rope(k, cos, sin), v))
+
+    def extend(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: tuple[Tensor, Tensor],
+        new: tuple[Tensor, Tensor],
+        places: Tensor,
+        seen: Tensor,
+    ) -> Tensor:
+        """Do as `forward` for new tokens, after those whose keys and values are in a cache.
+
+        Args:
+            x: `[B, L, D]`, the new tokens with padding; `cos` and `sin` are the rotations of each, `[B, L, D / H]`.
+            cache: The keys and the values of the layer, `[B, H, max_length, D / H]` each.
+            new: The sequence and the place in `x` of each token that is no padding.
+            places: The place in the cache of each of them.
+            seen: `[B, L, longest]`, True for the places of the cache that a token sees.
+        """
+        q, k, v = self._projected(x)
+        q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+        for held, added in zip(cache, (k, v), strict=True):
+            held[new[0], :, places] = added[new[0], :, new[1]]
+        keys, values = (held[:, :, : seen.shape[-1]] for held in cache)
+        return self._after(x, F.scaled_dot_product_attention(q, keys, values, attn_mask=seen.unsqueeze(1)))
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, each `[B, H, L, D / H]`."""
         B, L, D = x.shape
-        q, k, v = self.qkv(self.attention_norm(x)).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        attended = ops.attention(ops.rope(q, cos, sin), ops.rope(k, cos, sin), v)
-        x = x + self.drop(self.out(attended.transpose(1, 2).reshape(B, L, D)))
+        qkv = self.qkv(self.attention_norm(x)).view(B, L, 3, self.heads, D // self.heads)
+        return qkv.permute(2, 0, 3, 1, 4).unbind()
+
+    def _after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Return the output of the layer, given its input and what its heads `[B, H, L, D / H]` attended to."""
+        x = x + self.drop(self.out(attended.transpose(1, 2).reshape(x.shape)))
         return x + self.drop(self.down(ops.gelu(self.up(self.mlp_norm(x)))))
 
 

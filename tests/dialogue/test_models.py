@@ -160,3 +160,30 @@ def test_bad_arguments(ids):
             call()
     with pytest.raises(TypeError, match="width"):
         build_model("gru", V, width=3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_with_a_cache_equal_those_of_the_whole_text(name, ids):
+    model = make(name).eval()
+    lengths = torch.tensor([4, 1, 3])
+    cache, known = model.empty_cache(3), torch.zeros(3, dtype=torch.long)
+    for counts, new in (
+        (lengths, ids[:, :4]),
+        (torch.ones(3, dtype=torch.long), None),
+        (torch.tensor([1, 2, 1]), None),
+    ):
+        if new is None:
+            new = torch.stack([row.roll(-int(n))[:2] for row, n in zip(ids, known, strict=True)])[:, : counts.max()]
+        logits = model.next_logits(new, counts, cache, known)
+        known = known + counts
+        for i, length in enumerate(known.tolist()):
+            torch.testing.assert_close(logits[i], model(ids[i : i + 1, :length])[0, -1], atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_full_is_refused(ids):
+    model = make("gpt").eval()
+    cache = model.empty_cache(3)
+    with pytest.raises(ValueError, match="GPT: a sequence must be at most 12 long, got 13"):
+        model.next_logits(ids[:, :1], torch.ones(3, dtype=torch.long), cache, torch.tensor([3, 12, 0]))

@@ -24,6 +24,7 @@ LAYERS = [
     ("meta",),
     ("diagnosis", "compat"),
     ("dialogue",),
+    ("serve",),
     ("cli",),
     ("__init__", "__main__"),
 ]

@@ -1,0 +1,121 @@
+"""`metakern serve`: open the run and the store, and answer requests until the process is told to end."""
+
+from __future__ import annotations
+
+import fcntl
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from metakern.dialogue.run import Run
+from metakern.errors import UserError
+from metakern.serve.app import LOCAL, create_app
+from metakern.serve.limits import valid_name
+from metakern.serve.service import Service, Settings
+from metakern.serve.store import Store
+
+__all__ = ["add_token", "revoke_token", "serve", "store_of"]
+
+MOST_PORT = 65535
+GRACE = 30  # seconds that open replies have to end in
+
+
+def store_of(run: str, store: str | None) -> Path:
+    """Return the file of the store: `store`, or a file in the folder of the run."""
+    return Path(store) if store else Path(run) / "users.sqlite"
+
+
+def serve(run: str, store: str | None, host: str, port: int, settings: Settings) -> None:
+    """Serve a run until SIGINT or SIGTERM; replies under way are then finished, for up to half a minute.
+
+    Raises:
+        UserError: If the run or the store can't be used, another server has the store, the port is taken, or `host` is
+            not a loopback address and there is no token.
+    """
+    os.umask(0o077)  # the store, its log and the weights are for the owner alone
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    path = store_of(run, store)
+    with _listening(host, port) as listener, _alone(path):
+        opened, kept = Run.open(run), Store(path)
+        guarded = kept.has_tokens()
+        if not (guarded or _is_loopback(host)):
+            kept.close()
+            raise UserError(
+                f"serve: host must be a loopback address as long as there are no tokens, got {host}: make one with"
+                " --add-token USER"
+            )
+        service = Service(opened, kept, settings)
+        app = create_app(service, ["*"] if guarded else [*LOCAL, host])
+        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
+        address = f"[{host}]" if ":" in host else host
+        print(f"{service.name} at http://{address}:{listener.getsockname()[1]}, described at /docs", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when the server has ended
+        uvicorn.Server(config).run([listener])
+
+
+def add_token(run: str, store: str | None, user: str) -> str:
+    """Return a new token of a user.
+
+    Raises:
+        UserError: If the store can't be used, or the name is not valid.
+    """
+    if not valid_name(user):
+        raise UserError(f"serve: a user must have up to 64 letters, digits and ._@-, got {user!r}")
+    with closing(Store(store_of(run, store))) as kept:
+        return kept.add_token(user)
+
+
+def revoke_token(run: str, store: str | None, user: str) -> int:
+    """Make all tokens of a user invalid, at once; return how many.
+
+    Raises:
+        UserError: If the store can't be used.
+    """
+    with closing(Store(store_of(run, store))) as kept:
+        return kept.revoke(user)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """Return the socket that the server listens at within the block."""
+    if port > MOST_PORT:
+        raise UserError(f"serve: port must be at most {MOST_PORT}, got {port}")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"serve: cannot listen at {host}, port {port}: {error.strerror}; choose another --port or --host"
+        ) from None
+    with listener:
+        yield listener
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other servers from the store within the block."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{path}: is served by another process: end it, or choose another --store") from None
+            yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened: {error.strerror}") from None
