@@ -112,7 +112,7 @@ def named(key: str, texts: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{key} must be name=value, got {text!r}")
         try:
             found[name] = json.loads({"none": "null"}.get(value.lower(), value.lower()))
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found
 
