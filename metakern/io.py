@@ -24,6 +24,7 @@ from metakern.errors import CheckpointError, UserError
 
 LARGEST = 2**36  # bytes of a file, if the caller sets no lower limit
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -163,3 +164,12 @@ def cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakern"
     except RuntimeError:
         return Path(os.devnull) / "metakern"
+
+
+def printable(text: str) -> str:
+    """Return a text with a question mark in the place of each control character but tabs and line breaks.
+
+    >>> printable("\\x1b[2J clears\\n")
+    '?[2J clears\\n'
+    """
+    return CONTROL.sub("?", text)

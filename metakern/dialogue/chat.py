@@ -252,7 +252,7 @@ def talk(chat: Chat) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         if answer is not None:
-            print(answer, flush=True)
+            print(io.printable(answer), flush=True)
 
 
 def _next_line() -> str:

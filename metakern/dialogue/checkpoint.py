@@ -81,7 +81,8 @@ def load(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             found = _load(folder, name, _before(folder, name))
         except CheckpointError:
             raise error from None
-        print(f"metakern: {error}: using the checkpoint before, of step {found[1].get('step')}", file=sys.stderr)
+        what = str(error).partition(";")[0]
+        print(f"metakern: {what}; the checkpoint before, of step {found[1].get('step')}, is used", file=sys.stderr)
         return found
 
 

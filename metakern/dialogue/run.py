@@ -18,6 +18,7 @@ files. `verified` compares the settings and those files with what is in the fold
 from __future__ import annotations
 
 import hashlib
+import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -78,6 +79,8 @@ class Run:
             DataError: If a pretrained model can't be read.
             UserError: If there is no GPU for the device cuda, or a setting does not suit the model.
         """
+        if config.threads > (most := max(64, 4 * (os.cpu_count() or 1))):
+            raise UserError(f"threads must be at most {most} on this machine, got {config.threads}")
         if config.threads:
             torch.set_num_threads(config.threads)
         if config.device == "cuda" and not torch.cuda.is_available():

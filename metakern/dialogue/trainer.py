@@ -104,7 +104,7 @@ def train(
     'train'
     """
     with io.locked(Path(out)):
-        return _train(config, Path(out), resume, start and Path(start), seconds)
+        return _train(config, Path(out), resume, Path(start) if start else None, seconds)
 
 
 def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds: float | None) -> Run:
