@@ -1,5 +1,6 @@
 """Exact, batched second-order MAML: fused PyTorch ops with second derivatives, and an engine for meta-gradients."""
 
+from metakern import interrupts as interrupts  # the first one: it handles Ctrl-C during all others
 from metakern import losses, nn, ops, optim
 from metakern.adapters.lora import lora, merge_lora, remove_lora
 from metakern.adapters.peft import load_lora, save_lora

@@ -15,8 +15,10 @@ def main() -> int:
     warnings.simplefilter("default")
     for category in (*DEPRECATIONS, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)
+    from metakern import interrupts
     from metakern.cli import main
 
+    interrupts.end()
     return main()
 
 

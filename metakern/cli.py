@@ -28,6 +28,7 @@ import metakern
 from metakern import native
 from metakern.dialogue.config import Config, describe
 from metakern.errors import UserError
+from metakern.io import printable
 from metakern.tested import remark
 
 __all__ = ["main"]
@@ -56,6 +57,7 @@ BENCHMARKS = {
 }
 # Errors of the machine, which the user can put right: a full disk, or a path that may not be read or written.
 THE_MACHINE_S = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+OUT_OF_MEMORY = re.compile("can't allocate memory|out of memory|Storage size calculation overflowed")
 BENCH = {"rich", "matplotlib", "tomli"}
 
 
@@ -99,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _complain(f"the package {package} is missing: pip install {EXTRAS[package]}")
         if isinstance(error, ImportError) and "pip install" in str(error):
             return _complain(str(error))
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+            return _complain("the memory is too small for this: lower the sizes of the model, of batches or of windows")
         if isinstance(error, OSError) and error.errno in THE_MACHINE_S:
             return _complain(f"{error.filename or 'input or output'}: {error.strerror}")
         return _complain(
@@ -107,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int = 2) -> int:
-    print(f"metakern: {' '.join(message.split())}", file=sys.stderr)
+    print(f"metakern: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
@@ -388,8 +392,6 @@ def _eval(
 
     reply_steps = reply_steps or (REPLY_STEPS if replies else ())
     show(evaluate(run, steps, compare, data, reply_steps, repeats), Console())
-    written = ("eval.json", "eval.png", "replies.png")[: 3 if reply_steps else 2]
-    print(f"written: {', '.join(str(Path(run) / name) for name in written)}")
 
 
 def _adapt(run: str, support: str, out: str, steps: int | None, **reading: Any) -> None:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.adapters.lora import LoraLinear, Settings, adapt, adaptable, is_conv1d, join, lora_layers, matrix
-from metakern.io import write
+from metakern.io import read, write
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -35,6 +35,11 @@ FOREIGN = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config"),
     *("target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config"),
 )
+# The pattern of a stranger must not keep the matcher busy for ever. These limits leave it few ways to match.
+LONGEST, REPEATS, FORKS = 300, 2, 6  # characters; * + and { among them; | and ? among them
+LARGEST = 1e30  # of alpha and the dropout
+LARGEST_CONFIG = 2**24  # bytes
+MOST = 10**4  # patterns
 STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights that keep the base weights
 
 
@@ -209,12 +214,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise FileNotFoundError(f"load_lora: directory must hold {name}, got {str(folder)!r}")
     try:
         name = CONFIG
-        config = dict(json.loads((folder / name).read_bytes()))
+        config = json.loads(read(folder / name, LARGEST_CONFIG))
         name = TENSORS
         with safe_open(folder / name, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a mapping
             alpha = (file.metadata() or {}).get("alpha")
-    except (ValueError, TypeError, SafetensorError):
+        patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
+        if not all(isinstance(pattern, dict) and len(pattern) <= MOST for pattern in patterns):
+            raise TypeError
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError):
         raise ValueError(f"load_lora: files must be readable, got a damaged {name} in {str(folder)!r}") from None
     if config.get("peft_type") != "LORA":
         raise ValueError(f"load_lora: peft_type must be LORA, got {config.get('peft_type')!r}")
@@ -239,6 +247,13 @@ def _by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Te
             "lora_" in factor and not (factor in FACTORS and name.endswith(".weight") and tensor.dim() == 2)
         ):
             raise ValueError(f"load_lora: tensors must be named and shaped as LoRA's, got {key!r} {list(tensor.shape)}")
+        floating = tensor.is_floating_point()
+        if (
+            (factor in FACTORS and not floating)
+            or tensor.is_complex()
+            or (floating and not tensor.float().isfinite().all())
+        ):
+            raise ValueError(f"load_lora: tensors must be finite floating-point numbers, got {key!r} of {tensor.dtype}")
         if factor in FACTORS:
             pairs.setdefault(path, {})[factor] = tensor
         else:
@@ -258,12 +273,36 @@ def _settings(config: Mapping[str, Any], path: str, rank: int) -> Settings:
 
     def of(name: str, pattern: str) -> Any:
         patterns = config.get(pattern) or {}
-        return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), config.get(name))
+        return next((v for key, v in patterns.items() if _matches(key, path)), config.get(name))
 
     if of("r", "rank_pattern") != rank:
         raise ValueError(f"load_lora: the rank of {path!r} must be {of('r', 'rank_pattern')!r}, got {rank}")
-    settings = Settings(rank, of("lora_alpha", "alpha_pattern"), config.get("lora_dropout") or 0.0)
-    if settings.alpha is None:
+    alpha, dropout = of("lora_alpha", "alpha_pattern"), config.get("lora_dropout") or 0.0
+    if alpha is None:
         raise ValueError("load_lora: config must have lora_alpha, got none")
-    alpha = settings.alpha * rank**0.5 if config.get("use_rslora") else settings.alpha  # rsLoRA divides by sqrt(rank)
-    return replace(settings, alpha=float(alpha))
+    for name, value in (("lora_alpha", alpha), ("lora_dropout", dropout)):
+        if not isinstance(value, (int, float)) or not abs(value) < LARGEST:
+            raise ValueError(f"load_lora: {name} must be a number, got {reprlib.repr(value)}")
+    alpha = alpha * rank**0.5 if config.get("use_rslora") else alpha  # rsLoRA divides by sqrt(rank)
+    return Settings(rank, float(alpha), dropout)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether a regular expression of an adapter's config matches the end of a layer's name.
+
+    Raises:
+        ValueError: If it is none, or could take very long.
+    """
+    simple = re.sub(r"\\\W|\\[dw]", "", pattern)  # without escapes
+    if (
+        len(pattern) > LONGEST
+        or len(re.findall(r"[*+{]", simple)) > REPEATS
+        or len(re.findall(r"[|?]", simple)) > FORKS
+    ):
+        raise ValueError(f"load_lora: patterns must be short and simple, got {reprlib.repr(pattern)}: name the layers")
+    if re.search(r"\)[*+?{]|\(\?(?!:)|\\\d", simple):
+        raise ValueError(f"load_lora: patterns must not repeat groups, got {reprlib.repr(pattern)}: name the layers")
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"load_lora: patterns must be regular expressions, got {pattern!r}: {error}") from None

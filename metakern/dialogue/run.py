@@ -10,11 +10,16 @@
 
 A checkpoint holds only what the run trains. It lacks the frozen weights of a pretrained model: the config names that
 model, and a digest in the checkpoint tells whether it is still the same.
+
+The digest of a checkpoint covers all of a run: its tensors, its state, the settings, and the digest of the tokenizer's
+files. `verified` compares the settings and those files with what is in the folder.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,13 +29,24 @@ import torch
 from torch import Tensor, nn
 
 import metakern as mk
+from metakern import io
 from metakern.dialogue import checkpoint
-from metakern.dialogue.config import Config
+from metakern.dialogue.config import MAY_CHANGE, Config
 from metakern.dialogue.registry import build_algorithm, build_model_of, tokenizer_class
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import CheckpointError, DataError, UserError
 
-__all__ = ["Run"]
+__all__ = ["Run", "verified"]
+
+# All that a pretrained tokenizer reads, whatever its class.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+PHASES = ("pretrain", "train", "adapted")
+LARGEST_TOKENIZER = 2**28  # bytes of one of its files
+MOST_STEPS = 10**12
 
 
 @dataclass
@@ -63,6 +79,8 @@ class Run:
             DataError: If a pretrained model can't be read.
             UserError: If there is no GPU for the device cuda, or a setting does not suit the model.
         """
+        if config.threads > (most := max(64, 4 * (os.cpu_count() or 1))):
+            raise UserError(f"threads must be at most {most} on this machine, got {config.threads}")
         if config.threads:
             torch.set_num_threads(config.threads)
         if config.device == "cuda" and not torch.cuda.is_available():
@@ -86,9 +104,7 @@ class Run:
             CheckpointError: If the checkpoint is missing or damaged, or belongs to another vocabulary or model.
         """
         path = Path(path)
-        if not (path / "config.toml").is_file():
-            raise UserError(f"{path}: is not the folder of a run (it has no config.toml); metakern train makes one")
-        config = replace(Config.load(path / "config.toml"), **changes)
+        config = replace(verified(path, name), **changes)
         try:
             run = cls.create(path, config, tokenizer_class(config).load(path / "tokenizer.json"))
         except DataError as error:
@@ -109,11 +125,6 @@ class Run:
         )
         return f"{every:,} parameters" + (f", {trained:,} of them trained" if trained < every else "")
 
-    @property
-    def vocabulary(self) -> str:
-        """The digest of the tokenizer's file, by which a checkpoint knows the vocabulary that it was trained with."""
-        return hashlib.sha256((self.path / "tokenizer.json").read_bytes()).hexdigest()
-
     def save(self, name: str, module: nn.Module | None = None, extra: Mapping[str, Tensor] | None = None) -> None:
         """Write the checkpoint `name`; with LoRA, `best` also goes into the folder `adapter`.
 
@@ -127,7 +138,8 @@ class Run:
         """
         weights = checkpoint.module_tensors(module or self.algorithm)
         tensors = {f"weights.{key}": value for key, value in weights.items()} | dict(extra or {})
-        state = {**self.state, "vocabulary": self.vocabulary, "base": self.base}
+        facts = {"vocabulary": _vocabulary(self.path), "base": self.base, "config": self.config.settings()}
+        state = {**self.state, **facts}
         checkpoint.save(self.path / "checkpoints", name, tensors, state)
         if self.config.lora and name == "best":
             mk.save_lora(self.model, self.path / "adapter")
@@ -146,16 +158,92 @@ class Run:
         """
         folder = (source or self.path) / "checkpoints"
         tensors, state = checkpoint.load(folder, name)
-        if state.pop("vocabulary", None) != self.vocabulary:
-            raise CheckpointError(
-                f"{self.path / 'tokenizer.json'}: is not the vocabulary that {folder / name} was trained with"
-            )
-        if state.pop("base", "") != self.base:
+        _check_state(state, folder / name)
+        if state.pop("vocabulary") != _vocabulary(self.path):
+            raise _other_vocabulary(self.path, folder / name)
+        if state.pop("base") != self.base:
             raise CheckpointError(
                 f"{folder / name}: was trained from other weights of {self.config.model} than are there now:"
                 " put those back"
             )
+        del state["config"]
         weights = {key[8:]: tensors.pop(key) for key in list(tensors) if key.startswith("weights.")}
         checkpoint.load_module(module or self.algorithm, weights, folder / name)
         self.state = state
         return tensors
+
+
+def verified(path: Path, name: str) -> Config:
+    """Return the config of the run in the folder `path`, after comparing it and the tokenizer with a checkpoint.
+
+    Args:
+        path: The folder.
+        name: The checkpoint, such as "last".
+
+    Raises:
+        UserError: If `path` is not the folder of a run, or its config can't be read or is damaged.
+        CheckpointError: If the checkpoint is missing or damaged; if a setting that must stay, or a file of the
+            tokenizer, is another than when the checkpoint was saved.
+    """
+    file, source = path / "config.toml", path / "checkpoints" / name
+    if not file.exists():
+        raise UserError(f"{path}: is not the folder of a run (it has no config.toml); metakern train makes one")
+    config = Config.load(file, complete=True)
+    state = checkpoint.state_of(source.parent, name)
+    _check_state(state, source)
+    saved = state["config"]
+    for key, own in config.settings().items():
+        moved = key == "model" and config.pretrained and str(saved.get(key)).startswith("hf:")
+        if saved.get(key, own) != own and key not in MAY_CHANGE and not moved:
+            raise CheckpointError(
+                f"{file}: {key} must be {saved[key]!r} as when {source} was saved, got {own!r}: change it back"
+            )
+    if state["vocabulary"] != _vocabulary(path):
+        raise _other_vocabulary(path, source)
+    return config
+
+
+def _vocabulary(path: Path) -> str:
+    """Return the digest of the tokenizer's files in the folder of a run.
+
+    Raises:
+        DataError: If a file can't be read.
+    """
+    digest = hashlib.sha256()
+    for file in (*(path / name for name in TOKENIZER_FILES), *sorted(path.glob("additional_chat_templates/*"))):
+        try:
+            digest.update(f"{file.name} {hashlib.sha256(io.read(file, LARGEST_TOKENIZER)).hexdigest()}".encode())
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def _other_vocabulary(path: Path, source: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path / 'tokenizer.json'}: is not the vocabulary that {source} was trained with: put its files back"
+    )
+
+
+def _check_state(state: Mapping[str, Any], source: Path) -> None:
+    """Raise a CheckpointError unless the state of a checkpoint has all that a run needs, of the right types."""
+
+    def is_number(value: Any, least: float, kinds: Any = (int, float)) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool) and least <= value < MOST_STEPS
+
+    rules = {
+        "phase": state.get("phase") in PHASES,
+        "step": is_number(state.get("step"), 0, int),
+        "seconds": is_number(state.get("seconds", 0), 0),
+        "best": state.get("best") is None or is_number(state["best"], -MOST_STEPS),
+        "worse": is_number(state.get("worse", 0), 0, int),
+        "vocabulary": isinstance(state.get("vocabulary"), str),
+        "base": isinstance(state.get("base"), str),
+        "config": isinstance(state.get("config"), dict),
+        "from": isinstance(state.get("from", ""), str),
+    }
+    for key, right in rules.items():
+        if not right:
+            shown = reprlib.repr(state.get(key))
+            raise CheckpointError(f"{source}: {key} must be as metakern writes it, got {shown}; use another checkpoint")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from metakern import io
 from metakern.errors import DataError
 
 __all__ = [
@@ -33,6 +34,7 @@ COMPRESSED = {
     b"BZh": "bunzip2",
     b"\x28\xb5\x2f\xfd": "unzstd",
 }
+LARGEST = 2**31  # bytes of a file
 JSON = (".json", ".jsonl", ".ndjson")
 BLANK = re.compile(r"[\s\ufeff]*")  # concatenated files have byte order marks inside
 
@@ -103,12 +105,13 @@ def text_of(path: Source) -> str:
     """Return the text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        DataError: If the file can't be read, is compressed or is not UTF-8, or `path` are rows.
+        DataError: If the file can't be read, is compressed, is not UTF-8, is no regular file or larger than 2 GiB, or
+            `path` are rows.
     """
     if isinstance(path, Rows):
         raise DataError(f"{path}: must be a file in this format, got rows in memory")
     try:
-        data = path.read_bytes()
+        data = io.read(path, LARGEST)
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if tool := next((tool for magic, tool in COMPRESSED.items() if data.startswith(magic)), None):
@@ -286,7 +289,7 @@ def _lines(path: Path, newline: str) -> Iterator[str]:
         DataError: As `text_of`.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline=newline) as file:
+        with open(io.opened(path, LARGEST), encoding="utf-8-sig", newline=newline) as file:
             yield from file
     except (OSError, UnicodeDecodeError):
         text_of(path)  # raises an error that says what to do

@@ -20,6 +20,7 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -29,14 +30,15 @@ except ImportError as error:
     raise ImportError("metakern.dialogue: the package tokenizers is missing: pip install metakern[dialogue]") from error
 
 from metakern.dialogue.readers import Dialogue, Turn
-from metakern.errors import DataError
-from metakern.io import write
+from metakern.errors import CheckpointError, DataError
+from metakern.io import read, write
 
 __all__ = ["IGNORE", "SPECIAL_TOKENS", "DialogueTokenizer", "Tokenizer"]
 
 IGNORE = -100
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<user>", "<bot>", "<system>")
 ALPHABET = 256  # bytes
+LARGEST = 2**28  # bytes of a tokenizer's file
 SYSTEM_SPEAKERS = ("system", "tool")
 
 
@@ -229,26 +231,24 @@ class Tokenizer(DialogueTokenizer):
         Args:
             dialogues: They must hold a text.
             vocab_size: The largest number of tokens, including the 6 special tokens and the 256 bytes.
-            cache_dir: A directory that keeps tokenizers under a hash of the texts and the size; one that is there is
-                loaded. None keeps none.
+            cache_dir: A directory that keeps tokenizers under a hash of the texts and the size, and one of the file;
+                one that is there and whole is loaded. None keeps none. It need not be writable.
 
         Raises:
             ValueError: If `vocab_size` is below 262.
             DataError: If the dialogues hold no text.
-            CheckpointError: If the file in `cache_dir` can't be written.
         """
         if vocab_size < (least := ALPHABET + len(SPECIAL_TOKENS)):
             raise ValueError(f"Tokenizer.train: vocab_size must be at least {least}, got {vocab_size}")
         texts = [turn.text for dialogue in dialogues for turn in dialogue.turns]
         if not texts:
             raise DataError("Tokenizer.train: dialogues must hold a text, got none")
-        digest = hashlib.sha256(json.dumps([vocab_size, SPECIAL_TOKENS, texts]).encode()).hexdigest()
-        cached = Path(cache_dir) / f"tokenizer-{digest[:16]}.json" if cache_dir else None
-        if cached and cached.exists():
-            try:
-                return cls.load(cached)
-            except DataError:
-                cached.unlink()  # the file is damaged: train again
+        digest = _sha256(json.dumps([vocab_size, SPECIAL_TOKENS, texts]).encode())
+        prefix = f"tokenizer-{digest[:16]}-"
+        for cached in Path(cache_dir).glob(f"{prefix}*.json") if cache_dir else ():
+            with suppress(OSError, DataError):  # a damaged file: train again
+                if cached.name == f"{prefix}{_sha256(read(cached, LARGEST))[:16]}.json":
+                    return cls.load(cached)
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
         bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -260,8 +260,9 @@ class Tokenizer(DialogueTokenizer):
         )
         bpe.train_from_iterator(texts, trainer)
         tokenizer = cls(bpe)
-        if cached:
-            tokenizer.save(cached)
+        if cache_dir:
+            with suppress(CheckpointError):  # a cache that can't be written
+                tokenizer.save(Path(cache_dir) / f"{prefix}{_sha256(bpe.to_str().encode())[:16]}.json")
         return tokenizer
 
     def save(self, path: str | Path) -> None:
@@ -280,12 +281,14 @@ class Tokenizer(DialogueTokenizer):
             DataError: If the file can't be read or is not such a tokenizer.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read(path, LARGEST).decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
         try:
             bpe = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the class that `tokenizers` raises is Exception itself
+        except BaseException as error:  # `tokenizers` raises Exception itself, and a panic of Rust is none
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise DataError(f"{path}: must be a tokenizer, got a damaged file ({error})") from None
         return cls(bpe)
 
@@ -311,6 +314,10 @@ class Tokenizer(DialogueTokenizer):
 
     def _is_special(self, index: int) -> bool:
         return index in self._special
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _roles(turns: Sequence[Turn], bot: str | None) -> tuple[str, ...]:

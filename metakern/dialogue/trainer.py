@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -28,7 +28,7 @@ from torch import Tensor
 from metakern import io
 from metakern.dialogue import checkpoint
 from metakern.dialogue.baselines import FineTune
-from metakern.dialogue.config import Config
+from metakern.dialogue.config import MAY_CHANGE, Config
 from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.gain import gain, worth
@@ -36,24 +36,15 @@ from metakern.dialogue.log import Log
 from metakern.dialogue.planning import Costs, PhaseCosts, planned, seconds_of, seconds_of_calls
 from metakern.dialogue.rates import optimizers, tuned
 from metakern.dialogue.registry import ONE_NUMBER, PLAIN, build_algorithm, tokenizer_class
-from metakern.dialogue.run import Run
+from metakern.dialogue.run import Run, verified
 from metakern.dialogue.tasks import curve, episodes, load_split, on_device_of
 from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
-from metakern.errors import UserError
+from metakern.errors import CheckpointError, UserError
 from metakern.meta.algorithms.registry import ALGORITHMS
 
 __all__ = ["DivergenceError", "StoppedError", "train"]
 
-MAY_CHANGE = (
-    "steps",
-    "patience",
-    "pretrain_steps",
-    "log_every",
-    "eval_every",
-    "eval_tasks",
-    "device",
-    "threads",
-)
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # the optimizer's state of a parameter
 LOOKS = (0, 1, 3, 5)  # numbers of inner steps after which the pretrained weights are judged
 TUNING = 5  # how many factors of the inner rates a search usually tries
 AUGMENTED = 0.5  # share of few training tasks whose tokens are renamed
@@ -80,7 +71,8 @@ def train(
 ) -> Run:
     """Train a model as `config` says, and write the run into the folder `out`.
 
-    After an error, the checkpoints in `out` can be used all the same.
+    After an error or a crash, the checkpoints in `out` can be used all the same. No other process can train into `out`
+    in the meantime.
 
     Args:
         config: All settings of the run.
@@ -97,10 +89,11 @@ def train(
 
     Raises:
         UserError: If `out` holds a run and `resume` is False, or no run and `resume` is True; if a resumed run has
-            another config; if a setting does not suit the machine or the data; if `seconds` is too short for a step, or
-            given with `resume` or `start`.
+            another config; if another process trains into `out`; if a setting does not suit the machine or the data; if
+            `seconds` is too short for a step, or given with `resume` or `start`.
         DataError: If the data can't be read or hold too few tasks.
-        CheckpointError: If a checkpoint can't be written, or one to begin with can't be used.
+        CheckpointError: If a checkpoint can't be written, or one to begin with can't be used: it is damaged, or its run
+            has another config or tokenizer than when it was saved.
         DivergenceError: If a loss or a gradient is not finite.
         StoppedError: After Ctrl-C or SIGTERM, when the run has been saved.
 
@@ -112,10 +105,16 @@ def train(
     >>> run.state["phase"]
     'train'
     """
+    with io.locked(Path(out)):
+        return _train(config, Path(out), resume, Path(start) if start else None, seconds)
+
+
+def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds: float | None) -> Run:
     began = time.perf_counter()
-    out = Path(out)
-    started = (out / "checkpoints" / "last.json").exists()
-    if started and not resume:
+    folder = out / "checkpoints"
+    started = checkpoint.exists(folder, "last")
+    adapted = (out / "config.toml").exists() and checkpoint.exists(folder, "best")
+    if (started or adapted) and not resume:
         raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
     if resume and not started:
         raise UserError(f"{out}: holds no run to resume (no checkpoints/last.json)")
@@ -124,11 +123,13 @@ def train(
             f"{out}: --time must be for a new run, whose steps it plans: change --steps to go on for longer"
         )
     if resume:
-        _check_same(Config.load(out / "config.toml"), config, out)
+        _check_same(verified(out, "last"), config, out)
+    if start:
+        verified(start, "pretrained")
     split = load_split(config)
     tokenizer: DialogueTokenizer
     if resume or start:
-        tokenizer = tokenizer_class(config).load(Path(out if resume else start or out) / "tokenizer.json")
+        tokenizer = tokenizer_class(config).load((out if resume else start or out) / "tokenizer.json")
     elif config.pretrained:
         from metakern.dialogue.huggingface import ChatTokenizer
 
@@ -155,7 +156,7 @@ def train(
     if resume:
         saved = run.restore("last")
     elif start:
-        run.restore("pretrained", run.model, Path(start))
+        run.restore("pretrained", run.model, start)
     if start or (resume and run.state["phase"] == "train"):
         phases = phases[-1:]
     with Log(out) as log, _stop_asked() as stop_asked:
@@ -426,16 +427,38 @@ class _Loop:
         """Write the checkpoint `last`, which holds everything that the next step depends on."""
         moments = self.optimizer.state_dict()["state"]
         tensors = {f"outer.{i}.{key}": value for i, state in moments.items() for key, value in state.items()}
-        self.run.save("last", extra=tensors | {"random": torch.get_rng_state()})
+        self.run.save("last", extra=tensors | self.random())
 
-    def restore(self, saved: dict[str, Tensor]) -> None:
-        """Set the optimizer and the random generator to the state in `saved`, the tensors that `save` calls extra."""
+    def random(self) -> dict[str, Tensor]:
+        """Return the states of the random generators."""
+        states = {"random": torch.get_rng_state()}
+        return states | ({"random.cuda": torch.cuda.get_rng_state()} if self.config.device == "cuda" else {})
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Set the optimizer and the random generators to the state in `saved`, the tensors that `save` calls extra.
+
+        Raises:
+            CheckpointError: If they are not those of this run.
+        """
+        source = self.run.path / "checkpoints" / "last"
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        saved = dict(saved)
+        on_gpu = saved.pop("random.cuda", None)
         moments: dict[int, dict[str, Tensor]] = {}
-        for name in saved.keys() - {"random"}:
-            _, i, key = name.split(".")
-            moments.setdefault(int(i), {})[key] = saved[name]
+        like: dict[str, Tensor] = {}
+        for i, parameter in enumerate(parameters):
+            names = {key: f"outer.{i}.{key}" for key in MOMENTS}
+            if names["step"] in saved:  # the optimizer has moved this parameter
+                moments[i] = {key: saved.get(name, parameter) for key, name in names.items()}
+                like |= {name: torch.zeros(()) if key == "step" else parameter for key, name in names.items()}
+        checkpoint.check_tensors(like | {"random": torch.get_rng_state()}, saved, source)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        torch.set_rng_state(saved["random"])
+        try:
+            torch.set_rng_state(saved["random"])
+            if on_gpu is not None and self.config.device == "cuda":
+                torch.cuda.set_rng_state(on_gpu)
+        except (RuntimeError, TypeError):
+            raise CheckpointError(f"{source}: holds no state of a random generator; use another checkpoint") from None
 
     def divergence(self, names: Sequence[str], losses: Tensor) -> DivergenceError:
         """Return an error that names the step, the first task whose loss, of `losses` `[T]`, is not finite, and a cure.

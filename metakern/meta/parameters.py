@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import translate
 from typing import Any
 
 import torch
@@ -111,13 +112,16 @@ def selector(adapt: Adapt) -> Callable[[str], bool]:
         raise TypeError(
             f"MAML: adapt must be a name pattern, a list of them, or a function of a name, got {type(adapt).__name__}"
         )
-    patterns = [re.compile(_as_regex(pattern)) for pattern in adapt]
-    return lambda name: any(pattern.fullmatch(name) for pattern in patterns)
+    patterns = [re.compile(form) for pattern in adapt for form in _as_regex(pattern)]
+    return lambda name: any(pattern.match(name) for pattern in patterns)
 
 
-def _as_regex(pattern: str) -> str:
-    """Return the regular expression of a shell-style pattern over dotted names, such as "head" or "layers.*.bias"."""
+def _as_regex(pattern: str) -> tuple[str, str]:
+    """Return regular expressions of a shell-style pattern over dotted names, such as "head" or "layers.*.bias".
+
+    One matches the names that the pattern describes, the other one all below them.
+    """
     if not isinstance(pattern, str):
         raise TypeError(f"MAML: adapt must hold name patterns (strings), got {type(pattern).__name__}")
-    escaped = "".join({"*": ".*", "?": "."}.get(ch, re.escape(ch)) for ch in pattern)
-    return rf"{escaped}(\..*)?"
+    pattern = pattern.replace("[", "[[]")  # brackets stand for themselves
+    return translate(pattern), translate(f"{pattern}.*")

@@ -53,15 +53,13 @@ def choose(ours: Product, isa: str) -> Choice:
             raise ValueError(f"METAKERN_PRODUCTS must be native or torch, got {asked!r}")
         return Choice(asked == "native", f"METAKERN_PRODUCTS={asked}")
     key = {"processor": _processor(), "isa": isa, "torch": torch.__version__, "metakern": _version()}
-    file = None
-    with suppress(OSError, RuntimeError):  # there is no home
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-        file = io.cache_folder() / "products" / f"{digest}.json"
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    file = io.cache_folder() / "products" / f"{digest}.json"
     ratio = _kept(file, key)
     if ratio is None:
         ratio = measured(ours)
         # Another process may have been faster, and all processes must decide alike.
-        if file and _kept(file, key) is None:
+        if _kept(file, key) is None:
             with suppress(CheckpointError):  # the folder can't be written
                 io.write(file, json.dumps(key | {"ratio": ratio}, indent=1).encode() + b"\n")
         ratio = _kept(file, key) or ratio
@@ -98,11 +96,11 @@ def _measured(ours: Product) -> float:
     return statistics.median(theirs / own for own, theirs in best)
 
 
-def _kept(file: Path | None, key: dict[str, str]) -> float | None:
+def _kept(file: Path, key: dict[str, str]) -> float | None:
     """Returns the ratio in the file, or None if there is no file of this key, or a damaged one."""
     try:
-        found = json.loads(file.read_bytes()) if file else None
-    except (OSError, ValueError):
+        found = json.loads(io.read(file, 2**16))
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or found | {"ratio": 0} != key | {"ratio": 0}:
         return None

@@ -1,4 +1,4 @@
-"""Checkpoints: a save is complete or changes nothing, and damaged files are refused."""
+"""Checkpoints: a save is complete or changes nothing, and damaged files are refused or replaced by those before."""
 
 import errno
 import json
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from metakern.dialogue import checkpoint
-from metakern.errors import CheckpointError
-from metakern.io import write
+from metakern.errors import CheckpointError, UserError
+from metakern.io import locked, write
 
 
 @pytest.fixture
@@ -52,7 +52,37 @@ def test_a_new_checkpoint_replaces_the_old_one_of_its_name_alone(saved):
     checkpoint.save(saved, "last", {"x": torch.ones(2)}, {"step": 2})
     assert checkpoint.load(saved, "last")[1] == {"step": 2}
     assert checkpoint.load(saved, "best")[0]["x"].tolist() == [0, 0]
-    assert len(list(saved.iterdir())) == 4
+    checkpoint.save(saved, "last", {"x": torch.ones(3)}, {"step": 3})
+    assert checkpoint.load(saved, "last")[1] == {"step": 3}
+    of_last = ["last-before.json", "last.json", *sorted(file.name for file in saved.glob("last-*.safetensors"))]
+    assert len(of_last) == 4  # with the one before, and none older
+    assert sorted(file.name for file in saved.glob("last*")) == sorted(of_last)
+
+
+def test_the_checkpoint_before_is_loaded_where_one_is_damaged(saved, capsys):
+    checkpoint.save(saved, "last", {"x": torch.ones(2)}, {"step": 2})
+    digest = json.loads((saved / "last.json").read_text())["sha256"]
+    files = [saved / "last.json", saved / f"last-{digest[:16]}.safetensors"]
+    for file in files:
+        whole = file.read_bytes()
+        for content in (whole[:-1] + bytes([whole[-1] ^ 1]) if file != files[0] else whole[:-3], b"", None):
+            file.unlink()
+            if content is not None:
+                file.write_bytes(content)
+            check_step_1(saved)
+            assert capsys.readouterr().err.startswith(f"metakern: {file}: ")
+            assert checkpoint.exists(saved, "last")
+        file.write_bytes(whole)
+    assert checkpoint.load(saved, "last")[1] == checkpoint.state_of(saved, "last") == {"step": 2}
+    assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_checkpoint_never_becomes_the_one_before(saved):
+    checkpoint.save(saved, "last", {"x": torch.ones(2)}, {"step": 2})
+    (saved / "last.json").write_text("{")
+    checkpoint.save(saved, "last", {"x": torch.ones(3)}, {"step": 3})
+    (saved / "last.json").unlink()
+    check_step_1(saved)
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -93,10 +123,33 @@ def test_damaged_tensors_are_refused(saved):
 def test_damaged_json_is_refused(saved):
     file = saved / "last.json"
     whole = file.read_text()
-    for damaged in ("", whole[:-5], "[]", "{}", json.dumps({"tensors": 3}), json.dumps({"tensors": "x"})):
+    record = json.loads(whole)
+    changed = [record | change for change in ({"step": 2}, {"sha256": 3}, {"sha256": "../x"}, {"new": 1})]
+    changed += [{key: record[key] for key in record if key != lost} for lost in record]
+    texts = ["", whole[:-5], "[]", "{}", "3", "[" * 10**5, '{"step": ' + "9" * 5000 + "}", *map(json.dumps, changed)]
+    for damaged in texts:
         file.write_text(damaged)
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError, match=r"last\.json: is cut short or damaged"):
             checkpoint.load(saved, "last")
+    file.write_text(json.dumps(dict(reversed(record.items()))))  # the layout does not matter
+    check_step_1(saved)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "endless", "huge"])
+@pytest.mark.parametrize("pattern", ["last.json", "*.safetensors"])
+def test_what_is_no_file_of_moderate_size_is_refused(saved, kind, pattern):
+    (file,) = saved.glob(pattern)
+    file.unlink()
+    make = {
+        "pipe": lambda: os.mkfifo(file),
+        "device": lambda: file.symlink_to("/dev/null"),
+        "folder": file.mkdir,
+        "endless": lambda: file.symlink_to("/dev/zero"),
+        "huge": lambda: os.truncate(os.open(file, os.O_CREAT | os.O_WRONLY), 2**37),
+    }
+    make[kind]()
+    with pytest.raises(CheckpointError, match=r"cannot be read: (it must (be a regular file|have at most)|Is a dir)"):
+        checkpoint.load(saved, "last")
 
 
 def test_a_missing_checkpoint_is_an_error(saved):
@@ -139,6 +192,10 @@ def test_tensors_of_another_module_are_refused_and_change_nothing(tmp_path):
         checkpoint.load_module(module, tensors, tmp_path)
     with pytest.raises(CheckpointError, match="more is not a tensor of this config"):
         checkpoint.load_module(module, {**tensors, "head.bias": bias, "more": bias}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"head\.bias must be torch\.float32 for this config, got torch\.int8"):
+        checkpoint.load_module(module, {**tensors, "head.bias": bias.to(torch.int8)}, tmp_path)
+    with pytest.raises(CheckpointError, match=r"head\.bias must be finite"):
+        checkpoint.load_module(module, {**tensors, "head.bias": bias * torch.inf}, tmp_path)
     assert torch.equal(module.head.weight, before)
 
 
@@ -153,3 +210,45 @@ def test_a_file_has_the_mode_that_the_user_chose(tmp_path):
         os.umask(before)
     assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"second", 0o600)
     assert [p.name for p in tmp_path.iterdir()] == ["config.toml"]
+
+
+def test_file_and_folder_are_forced_to_the_disk_before_and_after_the_rename(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        noted = name if name == "replace" else lambda file: "folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file"
+        monkeypatch.setattr(
+            os, name, lambda *args, real=real, n=noted: (calls.append(n if n == "replace" else n(args[0])), real(*args))
+        )
+    write(tmp_path / "new" / "file", b"data")
+    assert calls == ["folder", "file", "replace", "folder"]
+
+
+def test_a_folder_is_locked_and_swept(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(ZeroDivisionError), locked(folder):
+        raise ZeroDivisionError
+    assert not folder.exists()  # nothing was written
+    (folder / "checkpoints").mkdir(parents=True)
+    left = [folder / ".config.toml.0123abcd.tmp", folder / "checkpoints" / ".last.json.0123abcd.tmp"]
+    kept = [folder / ".notes.tmp", folder / "notes"]
+    for file in left + kept:
+        file.touch()
+    (folder / ".lock").write_text("process 1 on elsewhere")  # its process has died
+    with locked(folder):
+        assert [file.exists() for file in left + kept] == [False, False, True, True]
+        with pytest.raises(UserError, match=rf"run: is in use by process {os.getpid()} on .*: wait for its end"):
+            locked(folder).__enter__()
+    with locked(folder):
+        pass
+    assert not (folder / ".lock").exists()
+
+
+def test_a_process_that_dies_releases_its_lock(tmp_path):
+    if not (child := os.fork()):
+        with locked(tmp_path):
+            os.kill(os.getpid(), 9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+    assert (tmp_path / ".lock").read_text() == f"process {child} on {os.uname().nodename}"
+    with locked(tmp_path):
+        pass

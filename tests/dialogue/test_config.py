@@ -1,5 +1,6 @@
 """Configs: defaults, files and flags, and one line for each mistake."""
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -23,13 +24,13 @@ def values_of(key):
     if isinstance(key.default, bool):
         return st.booleans()
     if isinstance(key.default, int):
-        return st.integers(max(rule["least"], -(10**9)), 10**9)
+        return st.integers(rule["least"], rule["most"])
     if isinstance(key.default, float):
         most = 1e9 if rule["below"] is None else rule["below"]
         return st.floats(rule["least"] or 0, most, exclude_min=rule["above"] is not None, exclude_max=True)
     text = st.text(st.characters(exclude_categories=["Cs", "Cc"]))
     if key.default and isinstance(key.default, tuple):
-        return st.lists(st.integers(rule["least"], 10**9), min_size=1).map(tuple)
+        return st.lists(st.integers(rule["least"], rule["most"]), min_size=1).map(tuple)
     return st.lists(text).map(tuple) if isinstance(key.default, tuple) else text
 
 
@@ -83,6 +84,17 @@ def test_files_override_defaults_and_flags_override_files(tmp_path):
         ("inner_steps = [1, 2.5]", "inner_steps must be whole numbers, got (1, 2.5)"),
         ("overlap = 'bots'", "overlap must be one of users, turns, dialogues, got 'bots'"),
         ("steps = ", "is not TOML"),
+        ("steps = " + "9" * 5000, "is not TOML: too deeply nested or too long a number"),
+        ("steps = " + "[" * 10**5, "is not TOML"),
+        ("steps = 0x" + "f" * 5000, "steps must be at most 1000000000, got"),
+        ("threads = 1000000", "threads must be at most 1024, got 1000000"),
+        ("width = 1e12", "width must be a whole number, got 1000000000000.0"),
+        ("width = 1000000000000", "width must be at most 65536, got 1000000000000"),
+        ("inner_lr = 1e308", "inner_lr must be at most 3e+38, got 1e+308"),
+        ("inner_steps = [1, 20000]", "inner_steps must be at most 10000, got 20000"),
+        (f"inner_steps = {[1] * 5000}", "inner_steps must have at most 4096 characters or entries, got more"),
+        (f"adapt = ['{'*' * 5000}']", "adapt must have at most 4096 characters or entries, got more"),
+        (f"{'k' * 10**5} = 1", "unknown key 'kkk"),
     ],
 )
 def test_errors_in_a_file_are_one_line_with_its_path(tmp_path, text, complaint):
@@ -93,11 +105,29 @@ def test_errors_in_a_file_are_one_line_with_its_path(tmp_path, text, complaint):
     assert str(error.value).startswith(f"{file}: ")
     assert complaint in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600 + len(str(file))
+
+
+def test_a_file_that_is_not_as_it_was_written_is_refused_unless_its_digest_is_removed(tmp_path):
+    file = tmp_path / "c.toml"
+    whole = Config(steps=7).toml()
+    lines = whole.splitlines()[:-1]
+    for damaged in (whole.replace("steps = 7", "steps = 8"), whole.replace("threads = 0", ""), whole[:-2] + "\n"):
+        file.write_text(damaged)
+        with pytest.raises(UserError, match=r"is not as it was written: put it back or, if you changed it, remove"):
+            Config.load(file)
+    file.write_text("\n".join(lines).replace("steps = 7", "steps = 8"))
+    assert Config.load(file, complete=True) == Config(steps=8)
+    file.write_text("\n".join(lines[:-1]))  # cut short
+    with pytest.raises(UserError, match="lacks threads: it was cut short; put it back"):
+        Config.load(file, complete=True)
+    file.write_text(whole.replace("\n", "\r\n"))
+    assert Config.load(file, complete=True) == Config(steps=7)
 
 
 def test_files_of_runs_from_before_are_read_if_they_have_no_time_limit(tmp_path):
     file = tmp_path / "c.toml"
-    file.write_text(Config(steps=7).toml() + "minutes = 0.0\npretrain_minutes = 0.0\n")
+    file.write_text("minutes = 0.0\npretrain_minutes = 0.0\nsteps = 7\n")
     assert Config.load(file) == Config(steps=7)
     for name in ("minutes", "pretrain_minutes"):
         file.write_text(f"{name} = 2.5\n")
@@ -112,6 +142,12 @@ def test_files_that_cannot_be_read_are_errors(tmp_path):
         Config.load(tmp_path / "none.toml")
     with pytest.raises(UserError, match="cannot read the config: Is a directory"):
         Config.load(tmp_path)
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(UserError, match="cannot read the config: it must be a regular file"):
+        Config.load(tmp_path / "pipe.toml")
+    (tmp_path / "long.toml").write_text("#" * 2**21)
+    with pytest.raises(UserError, match="cannot read the config: it must have at most 1,048,576 bytes, got 2,097,152"):
+        Config.load(tmp_path / "long.toml")
     (tmp_path / "latin.toml").write_bytes(b'data = "caf\xe9"')
     with pytest.raises(UserError, match="is not UTF-8"):
         Config.load(tmp_path / "latin.toml")

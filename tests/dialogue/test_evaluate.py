@@ -304,6 +304,18 @@ def test_one_test_task_has_an_infinite_interval_that_is_null_in_json(tmp_path):
     assert ", inf" not in console.file.getvalue()
 
 
+def test_a_run_that_cannot_be_written_is_evaluated_all_the_same(trained, monkeypatch, capsys):
+    folder, report = trained
+
+    def read_only(path, data):
+        raise CheckpointError(f"{path}: cannot write: Read-only file system")
+
+    monkeypatch.setattr("metakern.io.write", read_only)
+    curve = evaluate(folder, (0, 1))["curves"]["maml"]["loss"]
+    assert curve == report["curves"]["maml"]["loss"][:2]
+    assert capsys.readouterr().err == f"metakern: {folder / 'eval.json'}: cannot write: Read-only file system\n"
+
+
 def test_other_data_can_be_evaluated_and_wrong_arguments_are_errors(trained, tmp_path):
     folder, _ = trained
     other = write_tasks(tmp_path / "other", tasks=12)
@@ -323,7 +335,8 @@ def test_other_data_can_be_evaluated_and_wrong_arguments_are_errors(trained, tmp
         evaluate(folder, (-1,))
     with pytest.raises(UserError, match="is not the folder of a run"):
         evaluate(tmp_path / "other")
-    next((copy / "checkpoints").glob("best-*.safetensors")).write_bytes(b"cut")
+    for file in (copy / "checkpoints").glob("best-*.safetensors"):
+        file.write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="is cut short or damaged"):
         evaluate(copy, (0,))
 

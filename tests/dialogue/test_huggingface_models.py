@@ -1,6 +1,7 @@
 """Pretrained models: chat templates, runs that train the whole model or LoRA adapters, and errors."""
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -439,6 +440,36 @@ def test_models_that_cannot_be_used_are_one_line(tmp_path, data, model, capsys):
     t5.save_pretrained(tmp_path / "t5")
     tiny_tokenizer().save_pretrained(tmp_path / "t5")
     assert "holds no causal language model that can be read" in complaint("--model", f"hf:{tmp_path / 't5'}", *small)
+
+
+@pytest.mark.parametrize("part", ["config.json", "tokenizer_config.json"])
+def test_code_that_comes_with_a_model_never_runs(tmp_path, data, model, part, monkeypatch, capsys):
+    """A config that names Python files makes transformers ask on the terminal whether to run them."""
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(model, folder)
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    config = json.loads((folder / part).read_text())
+    names = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    config |= {"auto_map": names, "model_type": "evil", "architectures": ["Evil"], "tokenizer_class": "Evil"}
+    (folder / part).write_text(json.dumps(config))
+    answers = io.StringIO("y\nhello\n")
+    monkeypatch.setattr("sys.stdin", answers)
+    (tmp_path / "config.toml").write_text(hf_config(data, folder, steps=1).toml())
+    assert main(["train", "--config", str(tmp_path / "config.toml"), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"metakern: {folder}: holds no ")
+    assert error.count("\n") == 1
+    assert answers.tell() == 0  # nobody was asked
+    assert not ran.exists()
+
+
+def test_pickled_weights_are_refused(tmp_path, model):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"holds no causal language model that can be read: .*safetensors"):
+        load_model(str(folder), 8, 300)
 
 
 def test_smollm2_without_its_package_is_an_error(monkeypatch):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from metakern.dialogue.readers import Turn, read
 from metakern.dialogue.tokenizer import IGNORE, SPECIAL_TOKENS, Tokenizer, bot_of
 from metakern.errors import CheckpointError, DataError
+from metakern.io import cache_folder
 
 TOPICS = Path(__file__).parent / "data" / "topics.jsonl"
 DIALOGUES = read(str(TOPICS))
@@ -87,7 +88,10 @@ def test_trained_tokenizers_are_cached_by_texts_and_size_and_damaged_caches_igno
     files = sorted(tmp_path.iterdir())
     assert len(files) == 3
     for file in files:
-        file.write_text(file.read_text("utf-8")[:100], "utf-8")
+        stored = json.loads(file.read_text("utf-8"))
+        merges = stored["model"]["merges"]
+        merges[0], merges[1] = merges[1], merges[0]
+        file.write_text(json.dumps(stored), "utf-8")
     assert same(Tokenizer.train(DIALOGUES, 300, tmp_path), Tokenizer.train(DIALOGUES, 300))
 
     def untouched(*_, **__):
@@ -95,6 +99,14 @@ def test_trained_tokenizers_are_cached_by_texts_and_size_and_damaged_caches_igno
 
     monkeypatch.setattr("tokenizers.trainers.BpeTrainer", untouched)
     assert Tokenizer.train(DIALOGUES, 300, tmp_path).vocab_size == 300
+
+
+def test_a_cache_that_cannot_be_made_is_no_reason_to_stop(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    assert Tokenizer.train(DIALOGUES, 300, tmp_path / "file" / "cache").vocab_size == 300
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError))
+    assert Tokenizer.train(DIALOGUES, 300, cache_folder()).vocab_size == 300
 
 
 def test_bad_arguments():

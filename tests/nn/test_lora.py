@@ -560,6 +560,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a frozen weight": (edit(**{f"{X}0.weight": torch.ones(8, 5)}), "'0.weight' must have .*got a frozen weight"),
     "a norm's shape": (edit(**{NORM: torch.ones(9)}), r"'1.weight' must have shape \[9\] in model, got \[8\]"),
     "no prefix": (edit(**{"0.alpha": torch.ones(1)}), "tensors must be named and shaped as LoRA's, got '0.alpha'"),
+    "integers": (edit(**{A: torch.ones(2, 5).to(torch.int8)}), r"tensors must be finite floating-point .* torch\.int8"),
+    "complex": (edit(**{A: torch.ones(2, 5) * 1j}), r"tensors must be finite floating-point .* torch\.complex64"),
+    "NaN": (edit(**{A: torch.full((2, 5), torch.nan)}), r"tensors must be finite floating-point numbers"),
+    "deep JSON": (lambda f: (f / "adapter_config.json").write_text("[" * 10**5), "a damaged adapter_config"),
+    "alpha in words": (edit({"lora_alpha": "two"}), "lora_alpha must be a number, got 'two'|of one save"),
+    "no patterns": (edit({"rank_pattern": ["0"]}), "files must be readable, got a damaged"),
+    "a slow pattern": (edit({"rank_pattern": {"(a+)+": 2}}), "patterns must not repeat groups"),
+    "another slow pattern": (edit({"rank_pattern": {".*" * 99: 2}}), "patterns must be short and simple"),
+    "a slow choice": (edit({"rank_pattern": {"(.|.)" * 40: 2}}), "patterns must be short and simple"),
+    "no regular expression": (edit({"rank_pattern": {"(": 2}}), "patterns must be regular expressions"),
     "a magnitude": (edit(**{f"{X}0.lora_magnitude_vector": torch.ones(8)}), "got '.*lora_magnitude_vector'"),
 }
 

@@ -14,7 +14,7 @@ PACKAGE = Path(metakern.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the lowest to the highest; folders of one line must not import each other.
 LAYERS = [
-    ("errors", "tested"),
+    ("errors", "interrupts", "tested"),
     ("io",),
     ("native",),
     ("ops",),

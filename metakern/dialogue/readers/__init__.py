@@ -66,6 +66,9 @@ __all__ = [
 ]
 
 
+LONGEST = 100_000  # characters of a turn
+
+
 @dataclass(frozen=True)
 class Turn:
     """What one speaker says before another one speaks.
@@ -223,7 +226,8 @@ def read(source: str | Iterable[Mapping[str, Any]], format: str = "auto", **opti
         options: The options of the format's reader, such as `task_key` of "messages".
 
     Returns:
-        A list of dialogues with two turns or more. Its `summary()` says how many others were skipped and why.
+        A list of dialogues with two turns or more, none of which has more than 100,000 characters. Its `summary()` says
+        how many others were skipped and why.
 
     Raises:
         DataError: If `format` or an option is unknown, there is no such source, a file is damaged or of no known
@@ -254,6 +258,8 @@ def read(source: str | Iterable[Mapping[str, Any]], format: str = "auto", **opti
     for item in chosen.load(path, skipped, **options):
         if len(item.turns) < 2:
             skipped["with fewer than 2 turns"] += 1
+        elif max(len(turn.text) for turn in item.turns) > LONGEST:
+            skipped[f"with a turn of more than {LONGEST:,} characters"] += 1
         else:
             found.append(item)
     if not found:

@@ -19,6 +19,7 @@ from metakern.errors import DataError
 
 __all__ = ["chatterbot"]
 
+DEEPEST = 50  # collections inside one another
 SAME = {"traditionalchinese": "chinese", "hinglish": "hindi"}  # folders of one language in another script
 
 
@@ -59,17 +60,23 @@ def _conversations(file: Path) -> list[Any]:
     except ImportError:
         raise DataError("chatterbot: the package pyyaml is missing: pip install metakern[dialogue]") from None
     text = text_of(file)
+    # The base loader leaves scalars as they are written: "Yes" does not become True, and "42" stays a text.
+    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
     try:
-        # The base loader leaves scalars as they are written: "Yes" does not become True, and "42" stays a text.
-        loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)(text)
-        node = loader.get_single_node()
-        data = loader.construct_document(node) if node else None
+        depth = 0
+        for event in yaml.parse(text, loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise DataError(f"{file}: must be YAML of moderate depth, got one that is nested too deeply")
+            if isinstance(event, yaml.AliasEvent):  # a few of them can stand for billions of texts
+                raise DataError(f"{file}: must be YAML without aliases, got *{event.anchor}: write it out")
+        document = loader(text)
+        node = document.get_single_node()
+        data = document.construct_document(node) if node else None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise DataError(f"{file}{line}: must be YAML, got {getattr(error, 'problem', 'damaged text')}") from None
-    except RecursionError:
-        raise DataError(f"{file}: must be YAML of moderate depth, got one that is nested too deeply") from None
     if not isinstance(data, dict) or not isinstance(data.get("conversations"), list):
         raise DataError(f"{file}: must hold a list under the key conversations, got none")
     if node and len(data) < len(node.value):
