@@ -65,6 +65,12 @@ def cavia(model: nn.Module, lr: float) -> nn.Module:
     return mk.CAVIA(contextual, loss, inner=SGD(lr), steps=INNER_STEPS)
 
 
+def imaml(model: nn.Module, lr: float) -> nn.Module:
+    """Return iMAML with a learned penalty that starts so strong that a few inner steps come near a minimum."""
+    penalty: dict[str, Any] = {"strength": 30.0, "learn_strength": True, "tolerance": 1.0}
+    return mk.IMAML(model, loss, SGD(lr), INNER_STEPS, solver_steps=INNER_STEPS, **penalty)
+
+
 # Algorithm -> a function of the model and the inner rate.
 ALGORITHMS: dict[str, Callable[[nn.Module, float], Any]] = {
     "MAML": lambda model, lr: mk.MAML(model, loss, SGD(lr), INNER_STEPS),
@@ -73,7 +79,7 @@ ALGORITHMS: dict[str, Callable[[nn.Module, float], Any]] = {
     "Meta-SGD": lambda model, lr: mk.MetaSGD(model, loss, lr=lr, steps=INNER_STEPS),
     "Meta-Curvature": lambda model, lr: mk.MAML(model, loss, mk.optim.MetaCurvature(lr), INNER_STEPS),
     "Meta-LSTM": lambda model, lr: mk.MetaLSTM(model, loss, lr=lr, steps=INNER_STEPS),
-    "iMAML": lambda model, lr: mk.IMAML(model, loss, SGD(lr), INNER_STEPS, strength=1.0, solver_steps=5, tolerance=1e9),
+    "iMAML": imaml,
     "ANIL": lambda model, lr: mk.ANIL(model, loss, inner=SGD(lr), steps=INNER_STEPS),
     "BOIL": lambda model, lr: mk.BOIL(model, loss, inner=SGD(lr), steps=INNER_STEPS),
     "CAVIA": cavia,
