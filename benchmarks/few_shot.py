@@ -133,11 +133,11 @@ def sines() -> Workload:
         },
         rateless=(),
         rates=(0.003, 0.01, 0.03, 0.1),
-        steps=500,
+        steps=300,
         tasks=25,
         inner_steps=K,
         outer_lr=2e-3,
-        test_tasks=500,
+        test_tasks=200,
     )
 
 
@@ -221,12 +221,12 @@ def intents(file: str | None = None) -> Workload:
             "plain training": lambda model, lr: mk.MAML(model, loss, SGD(lr), 0),
         },
         rateless=("prototypical network", "prototypical network, cosine"),
-        rates=(0.1, 0.3, 1.0, 3.0),
-        steps=150,
+        rates=(0.3, 1.0, 3.0),
+        steps=100,
         tasks=8,
         inner_steps=K,
         outer_lr=3e-3,
-        test_tasks=200,
+        test_tasks=100,
     )
 
 
@@ -264,7 +264,7 @@ def service() -> Workload:
         },
         rateless=("support as context",),
         rates=(0.1, 0.3, 1.0),
-        steps=100,
+        steps=60,
         tasks=4,
         inner_steps=K,
         outer_lr=5e-3,

@@ -181,10 +181,10 @@ def _turned(x: Any) -> Any:
     return linear(lambda x: x.mT, x)
 
 
-def _summed(a: Any, b: Any) -> Any:
+def summed(a: Any, b: Any) -> Any:
     """Returns a bᵀ, a sum over the coordinates, in parts: cuBLAS adds up a long sum one by one."""
     if isinstance(a, Dual):
-        return Dual(_summed(a.value, b.value), _summed(a.tangent, b.value) + _summed(a.value, b.tangent))
+        return Dual(summed(a.value, b.value), summed(a.tangent, b.value) + summed(a.value, b.tangent))
     parts = a.shape[-1] // PART
     if parts < 2:
         return a @ b.mT
@@ -219,10 +219,10 @@ def _vjp(c: SimpleNamespace, *tensors: Any) -> Tensors:
         _turned(y.w_hh) @ ct_a,
         y.f * ct_c,
         y.of_gate * ct_s,
-        _summed(ct_a, y.x),
-        _summed(ct_a, y.h),
+        summed(ct_a, y.x),
+        summed(ct_a, y.h),
         linear(lambda x: x.sum(-1), ct_a),
-        _summed(ct_s, y.h_next),
+        summed(ct_s, y.h_next),
         linear(lambda *parts: torch.stack(parts, -1), *ct_own, linear(lambda x: x.sum(-1), ct_s)),
     )
 
