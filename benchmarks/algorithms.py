@@ -36,7 +36,7 @@ from benchmarks.worker import resident, settle
 LOOKS = (0, 1, 3, 5, 10)
 SEEDS = 2
 TRIAL_SHARE = 0.2  # of the steps, for the choice of the inner rate
-ROUNDS, CALLS = 9, 5
+ROUNDS, CALLS = 7, 3
 
 
 @cache

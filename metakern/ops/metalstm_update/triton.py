@@ -10,12 +10,14 @@ BLOCK_H holds all hidden units, so that they stay in registers. A program of vjp
 weights over its block, and PyTorch adds up the blocks. In float64 on a GPU, and for more than LARGEST_H hidden units,
 all rules are those of the reference.
 
-jvp and vjp_jvp compute with dual numbers, a value and its tangent. Those of all layers would not fit into registers
-beside the products, so the products with w_hh are PyTorch's there. The inner loop needs forward and vjp alone.
+jvp and vjp_jvp compute with dual numbers, a value and its tangent. These would not fit into registers beside the
+products of the first layer, so that those are PyTorch's there, and a kernel does all between them. The inner loop needs
+forward and vjp alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import exp
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +25,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from metakern.ops.core import matrices
+from metakern.ops.core.dual import Dual, duals
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Make, Sample
 from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, jit, launch, precision, wide
-from metakern.ops.metalstm_update import REFERENCE, summed
+from metakern.ops.metalstm_update import REFERENCE, arguments, arguments_vjp
 
 BLOCK = 16  # at 32 and 64 vjp spilled more registers
 LARGEST_H = 32
@@ -76,26 +78,12 @@ def _matrix(w_ptr, t, gate, H: tl.constexpr, j, k):
 
 
 @triton.jit
-def _argument(
-    x, products, t, gate, n, N, h, log, sign, H: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Returns the argument of a gate of the first layer, [BLOCK_H, BLOCK_N].
-
-    `products` points to w_hh h, [T, 4H, N]; None computes it.
-    """
+def _argument(x, t, gate, h, log, sign, H: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+    """Returns the argument of a gate of the first layer, [BLOCK_H, BLOCK_N]."""
     j, k = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_H)[None, :]
     w_log, w_sign, bias = _weights(x, t, gate, H, j, j < H)
-    if products is None:
-        product = tl.dot(_matrix(x[6], t, gate, H, j, k), h, input_precision=PRECISION, out_dtype=h.dtype)
-    else:
-        product = _row(products, t, gate, n, N, H, j)
+    product = tl.dot(_matrix(x[6], t, gate, H, j, k), h, input_precision=PRECISION, out_dtype=h.dtype)
     return product + w_log * log + w_sign * sign + bias
-
-
-@triton.jit
-def _row(a_ptr, t, gate, n, N, H: tl.constexpr, j):
-    """Returns a gate's block of a tensor [T, 4H, N], [BLOCK_H, BLOCK_N]."""
-    return tl.load(a_ptr + ((t * 4 + gate) * H + j) * N + n, (j < H) & (n < N), other=0.0)
 
 
 @triton.jit
@@ -110,24 +98,8 @@ def _score(x, t, gate, h_next, phi, last, BIAS: tl.constexpr, H: tl.constexpr, j
 
 
 @triton.jit
-def _inputs(x, t, n, N, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Returns phi, grad, h, c, and the last rate and decay of a block."""
-    j = tl.arange(0, BLOCK_H)[:, None]
-    at, inside = (t * H + j) * N + n, (j < H) & (n < N)
-    return (
-        wide(tl.load(x[0] + t * N + n, n < N, other=0.0)),
-        wide(tl.load(x[1] + t * N + n, n < N, other=0.0)),
-        wide(tl.load(x[2] + at, inside, other=0.0)),
-        wide(tl.load(x[3] + at, inside, other=0.0)),
-        wide(tl.load(x[4] + t * 2 * N + n, n < N, other=0.0)),
-        wide(tl.load(x[4] + (t * 2 + 1) * N + n, n < N, other=0.0)),
-    )
-
-
-@triton.jit
 def _layers(
     x,
-    products,
     t,
     n,
     N,
@@ -140,12 +112,15 @@ def _layers(
 ):
     """Returns the inputs of a block and all that both layers compute from them."""
     j = tl.arange(0, BLOCK_H)[:, None]
-    phi, grad, h, c, last_rate, last_decay = _inputs(x, t, n, N, H, BLOCK_H)
+    at, inside = (t * H + j) * N + n, (j < H) & (n < N)
+    phi, grad, last_rate, last_decay = _row(x, t, n, N)
+    h = wide(tl.load(x[2] + at, inside, other=0.0))
+    c = wide(tl.load(x[3] + at, inside, other=0.0))
     log, sign, log_slope, sign_slope = _read(grad, P, LEAST, STEEP)
-    i = _sigmoid(_argument(x, products, t, 0, n, N, h, log, sign, H, BLOCK_H, PRECISION))
-    f = _sigmoid(_argument(x, products, t, 1, n, N, h, log, sign, H, BLOCK_H, PRECISION))
-    g = _tanh(_argument(x, products, t, 2, n, N, h, log, sign, H, BLOCK_H, PRECISION))
-    o = _sigmoid(_argument(x, products, t, 3, n, N, h, log, sign, H, BLOCK_H, PRECISION))
+    i = _sigmoid(_argument(x, t, 0, h, log, sign, H, BLOCK_H, PRECISION))
+    f = _sigmoid(_argument(x, t, 1, h, log, sign, H, BLOCK_H, PRECISION))
+    g = _tanh(_argument(x, t, 2, h, log, sign, H, BLOCK_H, PRECISION))
+    o = _sigmoid(_argument(x, t, 3, h, log, sign, H, BLOCK_H, PRECISION))
     c_next = f * c + i * g
     e = _tanh(c_next)
     rate = _sigmoid(_score(x, t, 0, o * e, phi, last_rate, True, H, j))
@@ -159,13 +134,20 @@ def _layers(
 
 
 @triton.jit
-def _argument_jvp(x, t_x, t_products, t, gate, n, N, read, t_read, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Returns the tangent of the argument of a gate of the first layer, given that of w_hh h."""
-    j = tl.arange(0, BLOCK_H)[:, None]
-    w_log, w_sign, _ = _weights(x, t, gate, H, j, j < H)
-    t_w_log, t_w_sign, t_bias = _weights(t_x, t, gate, H, j, j < H)
-    of_weights = t_w_log * read[0] + t_w_sign * read[1] + t_bias
-    return _row(t_products, t, gate, n, N, H, j) + of_weights + w_log * t_read[0] + w_sign * t_read[1]
+def _row(x, t, n, N):
+    """Returns phi, grad, and the last rate and decay of a block, [1, BLOCK_N] each."""
+    return (
+        wide(tl.load(x[0] + t * N + n, n < N, other=0.0)),
+        wide(tl.load(x[1] + t * N + n, n < N, other=0.0)),
+        wide(tl.load(x[4] + t * 2 * N + n, n < N, other=0.0)),
+        wide(tl.load(x[4] + (t * 2 + 1) * N + n, n < N, other=0.0)),
+    )
+
+
+@triton.jit
+def _gate_of(a_ptr, t, gate, n, N, H: tl.constexpr, j):
+    """Returns a gate's block of a tensor [T, 4H, N], [BLOCK_H, BLOCK_N]."""
+    return tl.load(a_ptr + ((t * 4 + gate) * H + j) * N + n, (j < H) & (n < N), other=0.0)
 
 
 @triton.jit
@@ -176,43 +158,39 @@ def _score_jvp(x, t_x, t, gate, h_next, t_h_next, phi, t_phi, last, t_last, H: t
 
 
 @triton.jit
-def _layers_jvp(
-    x,
-    t_x,
-    t_products,
-    t,
-    n,
-    N,
-    inputs,
-    read,
-    first,
-    gates,
-    H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """Returns the tangents of what `_layers` returns, those of h' in place of the slopes of u."""
+def _layers_jvp(x, t_x, a, t, n, N, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Returns the dual numbers of a block: its row, c, i, f, g, o, tanh(c'), c', h', and the gates of the second layer.
+
+    `a`: the arguments of the first layer's gates, and their tangents.
+    """
     j = tl.arange(0, BLOCK_H)[:, None]
-    t_inputs = _inputs(t_x, t, n, N, H, BLOCK_H)
-    phi, _, _, c, last_rate, last_decay = inputs
-    t_phi, t_grad, _, t_c, t_last_rate, t_last_decay = t_inputs
-    i, f, g, o, _, e = first
-    rate, decay = gates
-    t_read = read[2] * t_grad, read[3] * t_grad
-    t_i = i * (1 - i) * _argument_jvp(x, t_x, t_products, t, 0, n, N, read, t_read, H, BLOCK_H)
-    t_f = f * (1 - f) * _argument_jvp(x, t_x, t_products, t, 1, n, N, read, t_read, H, BLOCK_H)
-    t_g = (1 - g * g) * _argument_jvp(x, t_x, t_products, t, 2, n, N, read, t_read, H, BLOCK_H)
-    t_o = o * (1 - o) * _argument_jvp(x, t_x, t_products, t, 3, n, N, read, t_read, H, BLOCK_H)
-    t_c_next = t_f * c + f * t_c + t_i * g + i * t_g
+    at, inside = (t * H + j) * N + n, (j < H) & (n < N)
+    row, t_row = _row(x, t, n, N), _row(t_x, t, n, N)
+    c, t_c = wide(tl.load(x[3] + at, inside, other=0.0)), wide(tl.load(t_x[3] + at, inside, other=0.0))
+    i, f = _sigmoid(_gate_of(a[0], t, 0, n, N, H, j)), _sigmoid(_gate_of(a[0], t, 1, n, N, H, j))
+    g, o = _tanh(_gate_of(a[0], t, 2, n, N, H, j)), _sigmoid(_gate_of(a[0], t, 3, n, N, H, j))
+    t_i, t_f = i * (1 - i) * _gate_of(a[1], t, 0, n, N, H, j), f * (1 - f) * _gate_of(a[1], t, 1, n, N, H, j)
+    t_g, t_o = (1 - g * g) * _gate_of(a[1], t, 2, n, N, H, j), o * (1 - o) * _gate_of(a[1], t, 3, n, N, H, j)
+    c_next, t_c_next = f * c + i * g, t_f * c + f * t_c + t_i * g + i * t_g
+    e = _tanh(c_next)
     t_e = (1 - e * e) * t_c_next
-    t_h_next = t_o * e + o * t_e
-    t_s = _score_jvp(x, t_x, t, 0, o * e, t_h_next, phi, t_phi, last_rate, t_last_rate, H, j)
-    t_rate = rate * (1 - rate) * t_s
-    t_s = _score_jvp(x, t_x, t, 1, o * e, t_h_next, phi, t_phi, last_decay, t_last_decay, H, j)
+    h_next, t_h_next = o * e, t_o * e + o * t_e
+    rate = _sigmoid(_score(x, t, 0, h_next, row[0], row[2], True, H, j))
+    decay = _sigmoid(_score(x, t, 1, h_next, row[0], row[3], True, H, j))
+    t_rate = _score_jvp(x, t_x, t, 0, h_next, t_h_next, row[0], t_row[0], row[2], t_row[2], H, j)
+    t_decay = _score_jvp(x, t_x, t, 1, h_next, t_h_next, row[0], t_row[0], row[3], t_row[3], H, j)
     return (
-        t_inputs,
-        (t_read[0], t_read[1], t_h_next),
-        (t_i, t_f, t_g, t_o, t_c_next, t_e),
-        (t_rate, decay * (1 - decay) * t_s),
+        (row, t_row),
+        (c, t_c),
+        (i, t_i),
+        (f, t_f),
+        (g, t_g),
+        (o, t_o),
+        (e, t_e),
+        (c_next, t_c_next),
+        (h_next, t_h_next),
+        (rate, rate * (1 - rate) * t_rate),
+        (decay, decay * (1 - decay) * t_decay),
     )
 
 
@@ -231,7 +209,7 @@ def _update_kernel(
 ):
     t = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    inputs, _, first, gates = _layers(x, None, t, n, N, H, P, LEAST, STEEP, BLOCK_H, PRECISION)
+    inputs, _, first, gates = _layers(x, t, n, N, H, P, LEAST, STEEP, BLOCK_H, PRECISION)
     j = tl.arange(0, BLOCK_H)[:, None]
     at, inside = (t * H + j) * N + n, (j < H) & (n < N)
     tl.store(y[0] + t * N + n, gates[1] * inputs[0] - gates[0] * inputs[1], n < N)
@@ -242,36 +220,20 @@ def _update_kernel(
 
 
 @jit
-def _update_jvp_kernel(
-    x,
-    t_x,
-    products,
-    t_products,
-    t_y,
-    N,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    LEAST: tl.constexpr,
-    STEEP: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Stores t_y, given w_hh h and its tangent, [T, 4H, N]."""
+def _update_jvp_kernel(x, t_x, a, t_y, N, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Stores t_y, given the arguments of the first layer's gates and their tangents, [T, 4H, N]."""
     t = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    inputs, read, first, gates = _layers(x, products, t, n, N, H, P, LEAST, STEEP, BLOCK_H, PRECISION)
-    t_inputs, t_read, t_first, t_gates = _layers_jvp(
-        x, t_x, t_products, t, n, N, inputs, read, first, gates, H, BLOCK_H
-    )
+    rows, _, _, _, _, _, _, c_next, h_next, rate, decay = _layers_jvp(x, t_x, a, t, n, N, H, BLOCK_H)
+    (phi, grad, _, _), (t_phi, t_grad, _, _) = rows
     j = tl.arange(0, BLOCK_H)[:, None]
     at, inside = (t * H + j) * N + n, (j < H) & (n < N)
-    t_phi = t_gates[1] * inputs[0] + gates[1] * t_inputs[0] - t_gates[0] * inputs[1] - gates[0] * t_inputs[1]
-    tl.store(t_y[0] + t * N + n, t_phi, n < N)
-    tl.store(t_y[1] + at, t_read[2], inside)
-    tl.store(t_y[2] + at, t_first[4], inside)
-    tl.store(t_y[3] + t * 2 * N + n, t_gates[0], n < N)
-    tl.store(t_y[3] + (t * 2 + 1) * N + n, t_gates[1], n < N)
+    t_phi_next = decay[1] * phi + decay[0] * t_phi - rate[1] * grad - rate[0] * t_grad
+    tl.store(t_y[0] + t * N + n, t_phi_next, n < N)
+    tl.store(t_y[1] + at, h_next[1], inside)
+    tl.store(t_y[2] + at, c_next[1], inside)
+    tl.store(t_y[3] + t * 2 * N + n, rate[1], n < N)
+    tl.store(t_y[3] + (t * 2 + 1) * N + n, decay[1], n < N)
 
 
 @triton.jit
@@ -329,7 +291,7 @@ def _update_vjp_kernel(
     t = tl.program_id(1).to(tl.int64)
     part = t * tl.num_programs(0) + tl.program_id(0)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    inputs, read, first, gates = _layers(x, None, t, n, N, H, P, LEAST, STEEP, BLOCK_H, PRECISION)
+    inputs, read, first, gates = _layers(x, t, n, N, H, P, LEAST, STEEP, BLOCK_H, PRECISION)
     phi, grad, h, c, last_rate, last_decay = inputs
     log, sign, log_slope, sign_slope = read
     i, f, g, o, _, e = first
@@ -376,33 +338,17 @@ def _cotangents(ct, t, n, N, H: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def _gate_vjp_jvp(
-    x,
-    t_x,
-    sums,
-    t,
-    part,
-    gate,
-    ct_gate,
-    t_ct_gate,
-    value,
-    t_value,
-    phi,
-    t_phi,
-    last,
-    t_last,
-    h_next,
-    t_h_next,
-    H: tl.constexpr,
-    j,
-):
-    """Stores the tangents of what `_gate_vjp` stores; returns those of what it returns, and its cotangent of h'."""
-    ct_s = ct_gate * value * (1 - value)
-    t_ct_s = t_ct_gate * value * (1 - value) + ct_gate * (1 - 2 * value) * t_value
-    tl.store(sums[3] + (part * 2 + gate) * H + j, _sum(t_ct_s * h_next + ct_s * t_h_next), j < H)
-    own_sums = sums[4] + (part * 2 + gate) * 3
-    tl.store(own_sums, tl.sum(t_ct_s * phi + ct_s * t_phi))
-    tl.store(own_sums + 1, tl.sum(t_ct_s * last + ct_s * t_last))
+def _gate_vjp_jvp(x, t_x, sums, t, part, gate, ct_gate, t_ct_gate, value, phi, last, h_next, H: tl.constexpr, j):
+    """Stores the tangents of the sums of a gate of the second layer, given dual numbers.
+
+    Returns the tangents of its cotangents of phi and of the last gate, then its cotangent of h' and the tangent of it.
+    """
+    ct_s = ct_gate * value[0] * (1 - value[0])
+    t_ct_s = t_ct_gate * value[0] * (1 - value[0]) + ct_gate * (1 - 2 * value[0]) * value[1]
+    tl.store(sums[0] + (part * 2 + gate) * H + j, _sum(t_ct_s * h_next[0] + ct_s * h_next[1]), j < H)
+    own_sums = sums[1] + (part * 2 + gate) * 3
+    tl.store(own_sums, tl.sum(t_ct_s * phi[0] + ct_s * phi[1]))
+    tl.store(own_sums + 1, tl.sum(t_ct_s * last[0] + ct_s * last[1]))
     tl.store(own_sums + 2, tl.sum(t_ct_s))
     own, t_own = x[9] + (t * 2 + gate) * 3, t_x[9] + (t * 2 + gate) * 3
     w = wide(tl.load(x[8] + (t * 2 + gate) * H + j, j < H, other=0.0))
@@ -410,73 +356,32 @@ def _gate_vjp_jvp(
     return (
         wide(tl.load(t_own)) * ct_s + wide(tl.load(own)) * t_ct_s,
         wide(tl.load(t_own + 1)) * ct_s + wide(tl.load(own + 1)) * t_ct_s,
-        t_w * ct_s + w * t_ct_s,
         w * ct_s,
+        t_w * ct_s + w * t_ct_s,
     )
 
 
 @triton.jit
-def _argument_vjp_jvp(
-    x, t_x, ct_a, sums, t, part, gate, n, N, a, t_a, read, t_read, H: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    """Stores a gate's cotangent `a` and its tangent `t_a`, and the sums of the weights that multiply u(grad), and b.
-
-    Returns the gate's part of the cotangent of u(grad)'s logarithm, and the tangents of this and of that of the sign.
-    """
-    j = tl.arange(0, BLOCK_H)[:, None]
-    at = ((t * 4 + gate) * H + j) * N + n
-    tl.store(ct_a[0] + at, a, (j < H) & (n < N))
-    tl.store(ct_a[1] + at, t_a, (j < H) & (n < N))
-    row = (part * 4 + gate) * H + j
-    tl.store(sums[0] + row * 2, _sum(t_a * read[0] + a * t_read[0]), j < H)
-    tl.store(sums[0] + row * 2 + 1, _sum(t_a * read[1] + a * t_read[1]), j < H)
-    tl.store(sums[2] + row, _sum(t_a), j < H)
-    w_log, w_sign, _ = _weights(x, t, gate, H, j, j < H)
-    t_w_log, t_w_sign, _ = _weights(t_x, t, gate, H, j, j < H)
-    return (
-        tl.sum(w_log * a, 0)[None, :],
-        tl.sum(t_w_log * a + w_log * t_a, 0)[None, :],
-        tl.sum(t_w_sign * a + w_sign * t_a, 0)[None, :],
-    )
+def _store_gate(ct_a, t, gate, n, N, ct, t_ct, H: tl.constexpr, j):
+    at, inside = ((t * 4 + gate) * H + j) * N + n, (j < H) & (n < N)
+    tl.store(ct_a[0] + at, ct, inside)
+    tl.store(ct_a[1] + at, t_ct, inside)
 
 
 @jit
 def _update_vjp_jvp_kernel(
-    x,
-    t_x,
-    products,
-    t_products,
-    ct,
-    t_ct,
-    t_ct_x,
-    ct_a,
-    sums,
-    N,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    LEAST: tl.constexpr,
-    STEEP: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, t_x, a, ct, t_ct, t_ct_x, ct_a, sums, N, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Stores t_ct_x but that of h, the block's sums for the weights but w_hh, and ct_a and its tangent, [T, 4H, N].
+    """Stores the cotangents of the first layer's arguments and their tangents, [T, 4H, N], and what is not from these.
 
-    It is given w_hh h and its tangent, [T, 4H, N]; `t_ct` may be None.
+    That are t_ct_x of phi, grad (without what comes through the first layer), c and the gates, and the block's sums for
+    the second layer's weights. `a`: the first layer's arguments and their tangents; `t_ct` may be None.
     """
     t = tl.program_id(1).to(tl.int64)
     part = t * tl.num_programs(0) + tl.program_id(0)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    inputs, read, first, gates = _layers(x, products, t, n, N, H, P, LEAST, STEEP, BLOCK_H, PRECISION)
-    t_inputs, t_read, t_first, t_gates = _layers_jvp(
-        x, t_x, t_products, t, n, N, inputs, read, first, gates, H, BLOCK_H
-    )
-    phi, grad, _, c, last_rate, last_decay = inputs
-    t_phi, t_grad, _, t_c, t_last_rate, t_last_decay = t_inputs
-    i, f, g, o, _, e = first
-    t_i, t_f, t_g, t_o, _, t_e = t_first
-    rate, decay = gates
-    t_rate, t_decay = t_gates
+    rows, c, i, f, g, o, e, _, h_next, rate, decay = _layers_jvp(x, t_x, a, t, n, N, H, BLOCK_H)
+    (phi, grad, last_rate, last_decay), (t_phi, t_grad, t_last_rate, t_last_decay) = rows
     j = tl.arange(0, BLOCK_H)[:, None]
     at, inside = (t * H + j) * N + n, (j < H) & (n < N)
     ct_p, ct_h, ct_c, ct_rate, ct_decay = _cotangents(ct, t, n, N, H, BLOCK_H)
@@ -488,94 +393,50 @@ def _update_vjp_jvp_kernel(
     ct_decay += phi * ct_p
     t_ct_rate -= t_grad * ct_p + grad * t_ct_p
     t_ct_decay += t_phi * ct_p + phi * t_ct_p
-    h_next = o * e
-    of_phi, of_last, t_of_h, of_h = _gate_vjp_jvp(
-        x,
-        t_x,
-        sums,
-        t,
-        part,
-        0,
-        ct_rate,
-        t_ct_rate,
-        rate,
-        t_rate,
-        phi,
-        t_phi,
-        last_rate,
-        t_last_rate,
-        h_next,
-        t_read[2],
-        H,
-        j,
+    phis = phi, t_phi
+    t_ct_phi = decay[1] * ct_p + decay[0] * t_ct_p
+    of_phi, of_last, of_h, t_of_h = _gate_vjp_jvp(
+        x, t_x, sums, t, part, 0, ct_rate, t_ct_rate, rate, phis, (last_rate, t_last_rate), h_next, H, j
     )
     tl.store(t_ct_x[4] + t * 2 * N + n, of_last, n < N)
-    t_ct_phi = t_decay * ct_p + decay * t_ct_p + of_phi
+    t_ct_phi += of_phi
     ct_h += of_h
     t_ct_h += t_of_h
-    of_phi, of_last, t_of_h, of_h = _gate_vjp_jvp(
-        x,
-        t_x,
-        sums,
-        t,
-        part,
-        1,
-        ct_decay,
-        t_ct_decay,
-        decay,
-        t_decay,
-        phi,
-        t_phi,
-        last_decay,
-        t_last_decay,
-        h_next,
-        t_read[2],
-        H,
-        j,
+    of_phi, of_last, of_h, t_of_h = _gate_vjp_jvp(
+        x, t_x, sums, t, part, 1, ct_decay, t_ct_decay, decay, phis, (last_decay, t_last_decay), h_next, H, j
     )
     tl.store(t_ct_x[4] + (t * 2 + 1) * N + n, of_last, n < N)
     tl.store(t_ct_x[0] + t * N + n, t_ct_phi + of_phi, n < N)
+    tl.store(t_ct_x[1] + t * N + n, -rate[1] * ct_p - rate[0] * t_ct_p, n < N)
     ct_h += of_h
     t_ct_h += t_of_h
-    t_ct_c += t_ct_h * o * (1 - e * e) + ct_h * (t_o * (1 - e * e) - 2 * o * e * t_e)
-    ct_c += ct_h * o * (1 - e * e)
-    tl.store(t_ct_x[3] + at, t_f * ct_c + f * t_ct_c, inside)
-    a = ct_c * g * i * (1 - i)
-    t_a = (t_ct_c * g + ct_c * t_g) * i * (1 - i) + ct_c * g * (1 - 2 * i) * t_i
-    log_i, t_log_i, t_sign_i = _argument_vjp_jvp(x, t_x, ct_a, sums, t, part, 0, n, N, a, t_a, read, t_read, H, BLOCK_H)
-    a = ct_c * c * f * (1 - f)
-    t_a = (t_ct_c * c + ct_c * t_c) * f * (1 - f) + ct_c * c * (1 - 2 * f) * t_f
-    log_f, t_log_f, t_sign_f = _argument_vjp_jvp(x, t_x, ct_a, sums, t, part, 1, n, N, a, t_a, read, t_read, H, BLOCK_H)
-    a = ct_c * i * (1 - g * g)
-    t_a = (t_ct_c * i + ct_c * t_i) * (1 - g * g) - 2 * ct_c * i * g * t_g
-    log_g, t_log_g, t_sign_g = _argument_vjp_jvp(x, t_x, ct_a, sums, t, part, 2, n, N, a, t_a, read, t_read, H, BLOCK_H)
-    a = ct_h * e * o * (1 - o)
-    t_a = (t_ct_h * e + ct_h * t_e) * o * (1 - o) + ct_h * e * (1 - 2 * o) * t_o
-    log_o, t_log_o, t_sign_o = _argument_vjp_jvp(x, t_x, ct_a, sums, t, part, 3, n, N, a, t_a, read, t_read, H, BLOCK_H)
-    slope = read[2]
-    t_ct_grad = (t_log_i + t_log_f + t_log_g + t_log_o) * slope + (t_sign_i + t_sign_f + t_sign_g + t_sign_o) * read[3]
-    t_ct_grad -= (log_i + log_f + log_g + log_o) * P * slope * slope * t_grad
-    tl.store(t_ct_x[1] + t * N + n, t_ct_grad - t_rate * ct_p - rate * t_ct_p, n < N)
+    slope, t_slope = 1 - e[0] * e[0], -2 * e[0] * e[1]
+    t_ct_c += t_ct_h * o[0] * slope + ct_h * (o[1] * slope + o[0] * t_slope)
+    ct_c += ct_h * o[0] * slope
+    tl.store(t_ct_x[3] + at, f[1] * ct_c + f[0] * t_ct_c, inside)
+    s, t_s = i[0] * (1 - i[0]), (1 - 2 * i[0]) * i[1]
+    t_ct_a = (t_ct_c * g[0] + ct_c * g[1]) * s + ct_c * g[0] * t_s
+    _store_gate(ct_a, t, 0, n, N, ct_c * g[0] * s, t_ct_a, H, j)
+    s, t_s = f[0] * (1 - f[0]), (1 - 2 * f[0]) * f[1]
+    t_ct_a = (t_ct_c * c[0] + ct_c * c[1]) * s + ct_c * c[0] * t_s
+    _store_gate(ct_a, t, 1, n, N, ct_c * c[0] * s, t_ct_a, H, j)
+    s, t_s = 1 - g[0] * g[0], -2 * g[0] * g[1]
+    t_ct_a = (t_ct_c * i[0] + ct_c * i[1]) * s + ct_c * i[0] * t_s
+    _store_gate(ct_a, t, 2, n, N, ct_c * i[0] * s, t_ct_a, H, j)
+    s, t_s = o[0] * (1 - o[0]), (1 - 2 * o[0]) * o[1]
+    t_ct_a = (t_ct_h * e[0] + ct_h * e[1]) * s + ct_h * e[0] * t_s
+    _store_gate(ct_a, t, 3, n, N, ct_h * e[0] * s, t_ct_a, H, j)
 
 
-def _launch(kernel: Any, c: SimpleNamespace, x: Tensors, *others: Tensors | None) -> None:
+def _launch(kernel: Any, x: Tensors, *others: Any, **options: Any) -> None:
     T, H, N = x[2].shape
-    launch(
-        kernel,
-        (cdiv(N, BLOCK), T),
-        x[0].device,
-        x,
-        *others,
-        N,
-        H=H,
-        P=c.p,
-        LEAST=exp(-c.p),
-        STEEP=exp(c.p),
-        BLOCK_H=max(16, triton.next_power_of_2(H)),
-        BLOCK_N=BLOCK,
-        PRECISION=precision(),
-        num_warps=4,
-    )
+    sizes = {"H": H, "BLOCK_H": max(16, triton.next_power_of_2(H)), "BLOCK_N": BLOCK}
+    launch(kernel, (cdiv(N, BLOCK), T), x[0].device, x, *others, N, **sizes, **options, num_warps=4)
+
+
+def _of_products(c: SimpleNamespace) -> dict[str, Any]:
+    """Returns the constants of the kernels that compute both layers."""
+    return {"P": c.p, "LEAST": exp(-c.p), "STEEP": exp(c.p), "PRECISION": precision()}
 
 
 def _left(x: Tensors) -> bool:
@@ -587,16 +448,19 @@ def _left(x: Tensors) -> bool:
 def _forward(c: SimpleNamespace, x: Tensors) -> tuple[Tensors, Tensors]:
     if _left(x):
         return REFERENCE.forward(c, x)
-    x, y = contiguous(*x), _like_outputs(x)
-    _launch(_update_kernel, c, x, y)
+    x = contiguous(*x)
+    y = tuple(torch.empty_like(x[i]) for i in (0, 2, 3, 4))
+    _launch(_update_kernel, x, y, **_of_products(c))
     return y, ()
 
 
 def _jvp(c: SimpleNamespace, x: Tensors, r: Tensors, t_x: Tensors) -> tuple[Tensors, Tensors]:
     if _left(x):
         return REFERENCE.jvp(c, x, r, t_x)
-    x, t_x, t_y = contiguous(*x), contiguous(*t_x), _like_outputs(x)
-    _launch(_update_jvp_kernel, c, x, t_x, *_products(x, t_x), t_y)
+    x, t_x = contiguous(*x), contiguous(*t_x)
+    t_y = tuple(torch.empty_like(x[i]) for i in (0, 2, 3, 4))
+    a = arguments(c.p, duals(x, t_x))
+    _launch(_update_jvp_kernel, x, t_x, contiguous(a.value, a.tangent), t_y)
     return t_y, ()
 
 
@@ -604,8 +468,8 @@ def _vjp(c: SimpleNamespace, x: Tensors, r: Tensors, ct_y: Tensors) -> Tensors:
     if _left(x):
         return REFERENCE.vjp(c, x, r, ct_y)
     x, ct_y = contiguous(*x), contiguous(*ct_y)
-    ct_x, sums = _like_inputs(x)
-    _launch(_update_vjp_kernel, c, x, ct_y, ct_x, sums)
+    ct_x, sums = tuple(map(torch.empty_like, x[:5])), _sums(x, range(5, 10))
+    _launch(_update_vjp_kernel, x, ct_y, ct_x, sums, **_of_products(c))
     return (*ct_x, *(s.sum(1).to(x[0].dtype) for s in sums))
 
 
@@ -615,33 +479,20 @@ def _vjp_jvp(
     if _left(x):
         return REFERENCE.vjp_jvp(c, x, r, t_x, t_r, ct_y, t_ct_y)
     x, t_x, ct_y, t_ct_y = contiguous(*x), contiguous(*t_x), contiguous(*ct_y), t_ct_y and contiguous(*t_ct_y)
-    (t_ct_x, sums), products = _like_inputs(x), _products(x, t_x)
-    ct_a, t_ct_a = (torch.empty_like(product) for product in products)
-    _launch(_update_vjp_jvp_kernel, c, x, t_x, *products, ct_y, t_ct_y, t_ct_x, (ct_a, t_ct_a), sums)
-    (h, w), (t_h, t_w) = ([matrices.wide(v[i]) for i in (2, 6)] for v in (x, t_x))
-    t_ct_x[2].copy_(torch.baddbmm(t_w.mT @ ct_a, w.mT, t_ct_a))
-    totals = [s.sum(1) for s in sums]
-    totals[1] = summed(t_ct_a, h) + summed(ct_a, t_h)
-    return (*t_ct_x, *(total.to(x[0].dtype) for total in totals))
+    t_ct_x, sums, dual = tuple(map(torch.empty_like, x[:5])), _sums(x, (8, 9)), duals(x, t_x)
+    a = arguments(c.p, dual)
+    ct_a = Dual(torch.empty_like(a.value), torch.empty_like(a.value))
+    ct = ct_a.value, ct_a.tangent
+    _launch(_update_vjp_jvp_kernel, x, t_x, contiguous(a.value, a.tangent), ct_y, t_ct_y, t_ct_x, ct, sums)
+    t_ct_grad, t_ct_h, *weights = (of.tangent for of in arguments_vjp(c.p, dual, ct_a))
+    found = t_ct_x[0], t_ct_x[1] + t_ct_grad, t_ct_h, *t_ct_x[3:], *weights, *(s.sum(1) for s in sums)
+    return tuple(v.to(x[0].dtype) for v in found)
 
 
-def _products(x: Tensors, t_x: Tensors) -> tuple[Tensor, Tensor]:
-    """Returns w_hh h and its tangent, [T, 4H, N]."""
-    (h, w), (t_h, t_w) = ([matrices.wide(v[i]) for i in (2, 6)] for v in (x, t_x))
-    return w @ h, torch.baddbmm(t_w @ h, w, t_h)
-
-
-def _like_outputs(x: Tensors) -> Tensors:
-    """Returns empty tensors of the sizes of phi', h', c' and gates', given the inputs."""
-    return tuple(torch.empty(x[i].shape, dtype=x[i].dtype, device=x[i].device) for i in (0, 2, 3, 4))
-
-
-def _like_inputs(x: Tensors) -> tuple[Tensors, Tensors]:
-    """Returns empty tensors for the cotangents of phi, grad and the state, and for each block's of the weights."""
+def _sums(x: Tensors, places: Iterable[int]) -> Tensors:
+    """Returns empty tensors for the sums of each block for the weights x[i], i in `places`."""
     blocks, like = cdiv(x[0].shape[1], BLOCK), matrices.wide(x[0])
-    return tuple(map(torch.empty_like, x[:5])), tuple(
-        w.new_empty(w.shape[0], blocks, *w.shape[1:], dtype=like.dtype) for w in x[5:]
-    )
+    return tuple(like.new_empty(x[i].shape[0], blocks, *x[i].shape[1:]) for i in places)
 
 
 RULES = Rules(_forward, _jvp, _vjp, _vjp_jvp)
