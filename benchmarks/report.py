@@ -19,7 +19,7 @@ from benchmarks.pictures import bases, draw, markup, stem
 from benchmarks.results import FOLDER, ROOT, machine
 from benchmarks.tables import (
     ONE_CORE,
-    algorithms_table,
+    algorithms_tables,
     attention_table,
     curve_table,
     measured,
@@ -88,9 +88,10 @@ BATCH_1 = """\
 The targets for the LSTM. At batch 1 every step reads all recurrent weights, so the rate is limited by the caches, and
 by memory where the weights exceed the caches:"""
 ALGORITHMS = """\
-Every algorithm on the sine waves of the MAML paper (`python -m benchmarks.algorithms`): mean squared errors of new
-waves after 0 to 10 inner steps [least and greatest over the seeds], the inner rate that was chosen on other waves, the
-time of an outer step over that of MAML's [quartiles], and the peak memory of a step."""
+Every algorithm on three small workloads (`python -m benchmarks.algorithms`), with the same tasks and number of outer
+steps: query losses of new tasks after 0 to 10 inner steps [least and greatest over the seeds], the inner rate that was
+chosen on other tasks, the time of an outer step over that of MAML's [quartiles], and the peak memory of a step.
+Algorithms that are not on a workload do not apply to it, or take many times the time of the others (Meta-LSTM)."""
 DIALOGUE = """\
 How much better dialogue models adapt to unseen tasks when MAML has trained them (`python -m benchmarks.dialogue`). The
 run and its contenders have the same model, pretrained weights, episodes and number of outer steps, and for each number
@@ -173,8 +174,8 @@ def full() -> str:
     for base, keys in bases().items():
         parts += [f"### {base}", markup(stem(base), base).replace("benchmarks/", "")]
         parts += [sweep_table(key, points) for key, points in keys.items()]
-    if algorithms := algorithms_table():
-        parts += ["## Algorithms", ALGORITHMS, algorithms]
+    if algorithms := algorithms_tables():
+        parts += ["## Algorithms", ALGORITHMS, *algorithms]
     parts += ["## Dialogue", DIALOGUE, dialogue.ratios_table(), REPLIES, dialogue.replies_table(), dialogue.machines()]
     parts += ["## Recurrent cells", RECURRENT, recurrent_table(), BATCH_1, recurrent_targets_table()]
     parts += ["## Attention", ATTENTION, attention_table(), "## Ops", OPS, ops_table()]

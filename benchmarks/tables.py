@@ -196,23 +196,21 @@ def curve_table(name: str) -> str:
     return "\n".join([*lines, "", described(data)])
 
 
-def algorithms_table() -> str:
-    """Errors after inner steps, time and memory of every algorithm on the sine waves; "" if there are no results."""
-    found = results.load(FOLDER / "algorithms.json")
-    if not found:
-        return ""
-    rows = []
-    for name, row in found.items():
-        columns = list(zip(*row["errors"], strict=True))
-        errors = [f"{statistics.mean(c):.3f} [{min(c):.3f}, {max(c):.3f}]" for c in columns]
-        middle, low, high = row["over_maml"]
-        rows.append(
-            [name, *errors, f"{row['lr']:g}", f"{middle:.2f} [{low:.2f}, {high:.2f}]", f"{row['peak_mib']:.0f}"]
-        )
-    one = next(iter(found.values()))
-    title = f"{one['steps']} outer steps, {one['seeds']} seeds."
-    head = ["", *(f"after {k}" for k in one["looks"]), "rate", "step / MAML's", "MiB"]
-    return f"{title}\n\n{table(head, rows)}\n\n{described(one)}"
+def algorithms_tables() -> list[str]:
+    """Query losses after inner steps, time and memory of every algorithm: a table for each workload with results."""
+    found = []
+    for rows in results.load(FOLDER / "algorithms.json").values():
+        one, lines = next(iter(rows.values())), []
+        for name, row in rows.items():
+            columns = list(zip(*row["losses"], strict=True))
+            losses = [f"{statistics.mean(c):.3f} [{min(c):.3f}, {max(c):.3f}]" for c in columns]
+            middle, low, high = row["over_maml"]
+            rate = "" if row["lr"] is None else f"{row['lr']:g}"
+            lines.append([name, *losses, rate, f"{middle:.2f} [{low:.2f}, {high:.2f}]", f"{row['peak_mib']:.0f}"])
+        head = ["", *(f"after {k}" for k in one["looks"]), "rate", "step / MAML's", "MiB"]
+        title = f"{one['about']} {one['steps']} outer steps, {one['seeds']} seeds."
+        found.append(f"{title}\n\n{table(head, lines)}\n\n{described(one)}")
+    return found
 
 
 def recurrent_table() -> str:

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import metakern as mk
-from benchmarks import algorithms, peers, truth
+from benchmarks import few_shot, peers, truth
 from benchmarks.gpu.checks import errors
 from benchmarks.gpu.measure import eager_milliseconds, milliseconds, peak_mib
 from benchmarks.gpu.pool import Job, Row
@@ -19,6 +19,7 @@ from benchmarks.peers.metakern import adapted
 from benchmarks.workloads import FAMILIES, Workload, make
 from benchmarks.workloads.models import Llama
 
+SINES = few_shot.sines()
 CAPTURED = {"capture": True}
 # Method -> the options of MAML, and how often it is called: the default captures at its third call. Later calls audit.
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
@@ -106,10 +107,9 @@ def algorithm(name: str) -> Row:
         nonlocal captured
         torch.manual_seed(0)
         generator, gradients = torch.Generator().manual_seed(1), []
-        model = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
-        made = algorithms.ALGORITHMS[name](model, 0.01).to(where, torch.float64)
+        made = SINES.algorithms[name](SINES.model(), 0.01).to(where, torch.float64)
         for _ in range(5):
-            support, query = algorithms.waves(5, generator)
+            support, query = few_shot.waves(5, generator)
             made.zero_grad()
             made(*(tuple(x.to(where, torch.float64) for x in batch) for batch in (support, query))).backward()
             gradients.append(torch.cat([p.grad.flatten().cpu() for p in made.parameters() if p.grad is not None]))
@@ -127,7 +127,7 @@ def checks(tiny: bool) -> Iterator[Job]:
         for method in METHODS:
             name = f"{family}:{'tiny' if tiny else 'small,tasks=4'}"
             yield Job({"op": "meta-gradient", "sample": name, "method": method}, partial(workload, name, method))
-    for name in list(algorithms.ALGORITHMS)[: 1 if tiny else None]:
+    for name in list(SINES.algorithms)[: 1 if tiny else None]:
         yield Job({"op": "algorithm", "sample": name, "dtype": "float64"}, partial(algorithm, name))
 
 

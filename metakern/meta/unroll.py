@@ -69,9 +69,16 @@ class Unroll:
     graph: bool = False  # whether the loss takes derivatives itself, and so needs gradients enabled
     snapshots: int | None = None  # the most points that `recompute` keeps besides the first; None for all
 
-    def trajectory(self, theta: Sequence[Tensor], support: Any, steps: int) -> Iterator[list[Tensor]]:
-        """Yield phi_0, …, phi_steps, without a graph."""
+    def trajectory(
+        self, theta: Sequence[Tensor], support: Any, steps: int, start: Sequence[Tensor] | None = None
+    ) -> Iterator[list[Tensor]]:
+        """Yield phi_0, …, phi_steps, without a graph.
+
+        phi_0 is `start`, or theta, which the optimizer's first state is made from in either case.
+        """
         point = self._start(theta)
+        if start is not None:
+            point = replace(point, phi=list(start))
         yield point.phi
         for _ in range(steps):
             _, point = self._step(point, support)

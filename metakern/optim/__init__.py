@@ -11,6 +11,7 @@ from metakern.optim.muon import Muon
 from metakern.optim.normalized import NormalizedSGD
 from metakern.optim.rmsprop import RMSprop
 from metakern.optim.sgd import SGD
+from metakern.optim.stepoffsets import StepOffsets
 
 __all__ = [
     "SGD",
@@ -25,4 +26,5 @@ __all__ = [
     "Muon",
     "NormalizedSGD",
     "RMSprop",
+    "StepOffsets",
 ]

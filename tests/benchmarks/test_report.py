@@ -1,9 +1,12 @@
 """The report: tables and pictures of stored results, and the targets that they meet."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
-from benchmarks import algorithms, pictures, report, results, tables, targets
+from benchmarks import algorithms, few_shot, pictures, report, results, tables, targets
 from benchmarks.tables import summary_table, sweep_table, sweeps
 from benchmarks.targets import against, growth, is_fastest, is_leanest, judged, mean_over_default, of_peak
 
@@ -165,18 +168,42 @@ def test_a_page_without_a_place_for_its_table_is_an_error(stored):
 def test_algorithms_are_measured_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(algorithms, "ROUNDS", 2)
     monkeypatch.setattr(algorithms, "CALLS", 1)
-    assert algorithms.chosen("boil, proto") == ["BOIL"]
-    threads = torch.get_num_threads()
-    try:
-        row = algorithms.measured("CAVIA", steps=5, seeds=2)
-    finally:
-        torch.set_num_threads(threads)
-    assert [len(curve) for curve in row["errors"]] == [5, 5]
-    entry = {"machine": WHERE, "looks": list(algorithms.LOOKS), "steps": 5, "seeds": 2} | row
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
-    assert tables.algorithms_table() == ""
-    results.keep(tmp_path / "algorithms.json", "CAVIA", entry)
-    assert "| CAVIA |" in tables.algorithms_table()
-    with pytest.raises(SystemExit):
-        algorithms.main(["--algorithms", "proto"])
-    assert "--algorithms must be words in MAML; " in capsys.readouterr().err
+    assert tables.algorithms_tables() == []
+    for which, name in (("sines", "CAVIA"), ("intents", "prototypical network")):
+        made = algorithms.workload(which)
+        of = replace(made, test_tasks=2, rates=made.rates[:1])
+        assert algorithms.chosen(of, f"zzz, {name.upper()}")[0] == name
+        row = algorithms.measured(of, name, steps=2, seeds=2)
+        assert [len(curve) for curve in row["losses"]] == [5, 5]
+        entry = {"machine": WHERE, "looks": list(algorithms.LOOKS), "steps": 2, "seeds": 2, "about": of.about} | row
+        results.keep(tmp_path / "algorithms.json", which, entry, name)
+    sines, intents = tables.algorithms_tables()
+    assert "| CAVIA |" in sines
+    assert "five in a task, made of verbs and things, by the mean" in intents
+    for option, message in (
+        (["--algorithms", "zzz"], "--algorithms must be words in MAML; "),
+        (["--workloads", "sine"], "--workloads must be among sines, intents, dialogue, got 'sine'"),
+    ):
+        with pytest.raises(SystemExit):
+            algorithms.main(["--workloads", "sines", *option])
+        assert message in capsys.readouterr().err
+
+
+def test_every_workload_draws_the_same_tasks_for_the_same_seed():
+    for which in few_shot.WORKLOADS:
+        of = algorithms.workload(which)
+        one, same, other = (next(of.draw(False, 3, seed)) for seed in (1, 1, 2))
+        held = next(of.draw(True, 3, 1))
+        texts = [torch.cat([x.flatten().double() for x in tree_leaves(e)]) for e in (one, same, other, held)]
+        assert torch.equal(texts[0], texts[1])
+        assert not any(len(texts[0]) == len(t) and torch.equal(texts[0], t) for t in texts[2:])
+        assert algorithms.LOOKS.index(of.inner_steps)
+
+
+def test_intents_are_read_from_a_file(tmp_path):
+    lines = [f"say {word} {k},{word}" for word in ("yes", "no", "maybe", "never", "again", "now") for k in range(6)]
+    (tmp_path / "some.csv").write_text("\n".join(["text,intent", *lines, "rare,rare"]))
+    found = few_shot.utterances(str(tmp_path / "some.csv"))
+    assert found["some/no"] == [f"say no {k}" for k in range(6)]
+    assert "read from some.csv" in few_shot.intents(str(tmp_path / "some.csv")).about

@@ -192,12 +192,172 @@ def test_imaml_equals_maml_at_a_converged_inner_loop() -> None:
     assert_equal(gradients(model, imaml(support, query)), truth, 1e-6)
 
 
-def test_imaml_reports_a_solver_that_does_not_converge_and_refuses_what_has_no_minimum() -> None:
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3)).double()
+
+
+def with_offsets(maml: mk.MAMLPlusPlus) -> dict[str, Tensor]:
+    """Set the offsets of the norms to random values, and return them by name."""
+    make = torch.Generator().manual_seed(3)
+    offsets = dict(maml.inner.offsets.items())
+    for p in offsets.values():
+        p.data = torch.randn(p.shape, generator=make, dtype=torch.float64)
+    return offsets
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["statistics of the batch", "running statistics"])
+def test_maml_plus_plus_has_norms_for_each_step(training: bool) -> None:
+    model, support, query = normed().train(training), points(1), points(2)
+    theta, weights = dict(model.named_parameters()), [0.0, 0.2, 0.3, 0.5]
+    for options in ({"strategy": "store"}, {"strategy": "recompute", "batching": "loop"}, {"capture": True}):
+        maml = mk.MAMLPlusPlus(model, regression_loss, mk.optim.SGD(lr=0.3), 3, per_step_norms=True, **options)
+        maml.weights = lambda calls: tuple(weights)  # type: ignore[method-assign]
+        offsets = with_offsets(maml)
+        assert sorted(offsets) == ["1.bias", "1.weight", "3.bias", "3.weight"]
+
+        def update(phi: dict[str, Tensor], grads: dict[str, Tensor], k: int, offsets: Any = offsets) -> Any:
+            moved = {name: p - 0.3 * grads[name] for name, p in phi.items() if name not in offsets}
+            return {name: theta[name] + o[k] if k < 3 else phi[name] for name, o in offsets.items()} | moved
+
+        value = sum(
+            w * plain_loss(model, regression_loss, support, query, k, update) for k, w in enumerate(weights) if w
+        )
+        truth = gradients(maml, value)
+        assert all(truth[f"inner.offsets.{name.replace('.', ':')}"].norm() > 1e-3 for name in offsets)
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        for _ in range(3):
+            ours = maml(support, query)
+            torch.testing.assert_close(ours.detach(), value.detach())
+            assert_equal(gradients(maml, ours), truth)
+        assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    losses = maml.evaluate(support, query, (5,))
+    torch.testing.assert_close(losses.mean(), plain_loss(model, regression_loss, support, query, 5, update).detach())
+
+
+def test_per_step_norms_need_norms_that_adapt() -> None:
+    for model, options in ((mlp(), {}), (normed(), {"adapt": ["0"]})):
+        with pytest.raises(ValueError, match="per_step_norms must have norms with adapted parameters, got none"):
+            mk.MAMLPlusPlus(model, regression_loss, per_step_norms=True, **options)
+    with pytest.raises(ValueError, match="per_step_norms must be True or False, got 1"):
+        mk.MAMLPlusPlus(normed(), regression_loss, per_step_norms=1)  # type: ignore[arg-type]
+    maml = mk.MAMLPlusPlus(normed(), regression_loss, steps=2, per_step_norms=True, adapt=["0", "3"])
+    assert sorted(maml.inner.offsets) == ["3.bias", "3.weight"]
+    with pytest.raises(TypeError, match="StepOffsets: inner must be one of"):
+        mk.optim.StepOffsets(torch.optim.SGD, ["0.weight"], 2)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"StepOffsets: names must be a list of names, got '0\.weight'"):
+        mk.optim.StepOffsets(mk.optim.SGD(), "0.weight", 2)
+    with pytest.raises(ValueError, match="StepOffsets: steps must be an integer of at least 1, got 0"):
+        mk.optim.StepOffsets(mk.optim.SGD(), ["0.weight"], 0)
+
+
+def linear_minima(model: nn.Linear, support: Any, strength: Tensor) -> list[Tensor]:
+    """Return [W, b] at the minimum of iMAML's inner loss of each task, in closed form, for a linear model."""
+    theta = torch.cat([model.weight, model.bias[:, None]], 1)
+    found = []
+    for x, y in zip(*support, strict=True):
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        c = 2 / y.numel()  # of the mean of squares
+        A = c * x.T @ x + strength * torch.eye(x.shape[1], dtype=x.dtype)
+        found.append(torch.linalg.solve(A, c * x.T @ y + strength * theta.T).T)
+    return found
+
+
+def linear_truth(model: nn.Linear, support: Any, query: Any, strength: Tensor) -> Tensor:
+    """Return the mean query loss at `linear_minima`, with its graph."""
+    losses = []
+    for w, x, y in zip(linear_minima(model, support, strength), *query, strict=True):
+        losses.append((x @ w[:, :-1].T + w[:, -1] - y).square().mean())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [("cg", {"capture": True, "solver_steps": 12}), ("neumann", {"task_chunk": 2, "solver_steps": 40})],
+)
+def test_imaml_learns_the_strength_of_its_penalty(solver: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, support, query = nn.Linear(5, 3).double(), points(1), points(2)
+    settings: dict[str, Any] = {"steps": 32, "strength": 9.0, "learn_strength": True, **options}
+    imaml = mk.IMAML(model, regression_loss, solver=solver, **settings)
+    for _ in range(3):
+        log = imaml.log_strength.detach().clone().requires_grad_()
+        value = linear_truth(model, support, query, log.exp())
+        truth = {**gradients(model, value), "log_strength": log.grad}
+        imaml.log_strength.grad = None
+        ours = imaml(support, query)
+        torch.testing.assert_close(ours.detach(), value.detach())
+        found = gradients(model, ours)
+        assert_equal({**found, "log_strength": imaml.log_strength.grad.clone()}, truth, 1e-8)
+        with torch.no_grad():
+            imaml.log_strength += 0.3  # after a program was recorded
+    assert imaml.strength == pytest.approx(9 * torch.e**0.9)
+    imaml.strength = 2.0
+    assert imaml.log_strength.exp().item() == pytest.approx(2.0)
+    assert [name for name, _ in imaml.named_parameters()] == ["log_strength", "model.weight", "model.bias"]
+
+
+def test_a_warm_start_reaches_the_minimum_around_theta_in_few_steps() -> None:
+    torch.manual_seed(0)
+    model, support, query = nn.Linear(5, 3).double(), points(1), points(2)
+    strength = torch.tensor(9.0).double()
+    truth, minima = (
+        gradients(model, linear_truth(model, support, query, strength)),
+        linear_minima(model, support, strength),
+    )
+    for options in ({"capture": True}, {"capture": False, "task_chunk": 2}):
+        make = lambda steps, options=options: mk.IMAML(  # noqa: E731
+            model, regression_loss, steps=steps, strength=9.0, solver_steps=20, keep_solutions=True, **options
+        )
+        cold, warm = make(40), make(1)
+        with pytest.warns(UserWarning, match="IMAML: the inner loop must reach a relative residual of 0.1, got"):
+            assert (gradients(model, warm(support, query))["weight"] - truth["weight"]).norm() > 0.01
+        for _ in range(3):
+            assert_equal(gradients(model, cold(support, query)), truth, 1e-9)
+            assert_equal(
+                cold.solutions, {"weight": torch.stack(minima)[:, :, :-1], "bias": torch.stack(minima)[..., -1]}
+            )
+            assert_equal(gradients(model, warm(support, query, start=cold.solutions)), truth, 1e-9)
+        assert_equal(warm.adapt(support, 3, start=cold.solutions), cold.solutions, 1e-9)
+        losses = cold.evaluate(support, query, (40,))
+        torch.testing.assert_close(warm.evaluate(support, query, (0, 3), start=cold.solutions), losses.expand(2, T))
+        with torch.no_grad():
+            torch.testing.assert_close(warm(support, query, start=cold.solutions), losses.mean())
+    assert_equal(warm.adapt(support, 2, start=warm.adapt(support, 3)), warm.adapt(support, 5))
+    with pytest.raises(ValueError, match="start must hold each adapted parameter for each task"):
+        warm(support, query, start={"weight": minima[0]})
+    assert mk.IMAML(model, regression_loss).solutions is None
+
+
+def test_imaml_says_how_far_its_inner_loops_are_from_their_minima() -> None:
     model, support, query = mlp().double(), points(1), points(2)
-    with pytest.warns(UserWarning, match="IMAML: the solver must reach a relative residual of 0.1, got"):
-        mk.IMAML(model, regression_loss, strength=1e-3, solver="neumann", capture=False)(support, query)
+    imaml = mk.IMAML(model, regression_loss, mk.optim.SGD(lr=0.05), 4, strength=2.5, tolerance=1.0, capture=False)
+    imaml(support, query)
+    phi = imaml.adapt(support)
+    for t in range(T):
+        own = {name: p[t].clone().requires_grad_() for name, p in phi.items()}
+        loss = regression_loss(Functional(model, own), tree_map(lambda a, t=t: a[t], support))
+        g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(own.values()))])
+        d = 2.5 * torch.cat([(own[name] - p).flatten() for name, p in model.named_parameters()])
+        torch.testing.assert_close(imaml.inner_residuals[t], ((g + d).norm() / (g.norm() + d.norm())).detach())
+    imaml.steps = 0
+    imaml(support, query)
+    torch.testing.assert_close(imaml.inner_residuals, torch.ones(T).double())
+
+
+def test_imaml_reports_what_does_not_converge_once_and_refuses_what_has_no_minimum() -> None:
+    model, support, query = mlp().double(), points(1), points(2)
+    imaml = mk.IMAML(model, regression_loss, strength=1e-3, solver="neumann", capture=False)
+    with pytest.warns(UserWarning, match="IMAML: ") as caught:
+        imaml(support, query)
+    for found, start in zip(caught, ("inner loop", "solver"), strict=True):
+        assert f"IMAML: the {start} must reach a relative residual of 0.1, got" in str(found.message)
+        assert found.filename == __file__
+    imaml(support, query)
     for wrong in (
         {"strength": 0.0},
+        {"learn_strength": 1},
+        {"keep_solutions": "yes"},
         {"solver": "lu"},
         {"solver_steps": 0},
         {"tolerance": -1.0},

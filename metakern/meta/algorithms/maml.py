@@ -7,7 +7,7 @@ Finn, Abbeel, Levine 2017, "Model-agnostic meta-learning for fast adaptation of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import isfinite
@@ -179,14 +179,19 @@ class MAML(nn.Module):
             StaleCaptureError: A captured program no longer equals an ordinary run, because something changed that no
                 guard sees.
         """
+        return self._mean(support, query)
+
+    def _mean(self, support: Any, query: Any, start: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the mean outer loss, as `forward` does; `start`: what the adapted parameters start from."""
         support = per_step(support, self.steps)
         outer = self._outer(query, same_tasks(support, query))
         _reaches(support, query, outer.last)
         if not torch.is_grad_enabled():
-            losses = self.evaluate(support, query, outer.steps)
+            losses = self.evaluate(support, query, outer.steps, start)
             self.query_losses = losses[0] if outer.weights is None else (losses * outer.weights.T).sum(0)
             return self.query_losses.mean()
-        self.query_losses, gradients, leaves = self._gradients(support, outer)
+        given = [] if start is None else self._given(self._prepare(support, outer, outer=True), support, start)
+        self.query_losses, gradients, leaves = self._gradients(support, outer, *given)
         return meta_gradient(self.query_losses, gradients, leaves)
 
     def _gradients(self, support: Any, outer: Outer, *start: list[Tensor]) -> tuple[Tensor, Gradients, list[Tensor]]:
@@ -253,25 +258,30 @@ class MAML(nn.Module):
 
         @in_precision(self.precision)
         def compute(support: Any, *start: list[Tensor]) -> list[Tensor]:
-            trajectory = prepared.unroll.trajectory(self._theta(prepared, support, *start), support, steps)
-            for k, phi in enumerate(trajectory):
+            for k, phi in enumerate(self._trajectory(prepared, support, steps, *start)):
                 if until is not None and until(k, dict(zip(prepared.parameters.adapted, phi, strict=True))):
                     break
             return phi
 
-        theta = dict(zip(prepared.parameters.adapted, prepared.theta(tasks_of(support)), strict=True))
-        given = [] if start is None else [_started(start, theta)]
+        given = self._given(prepared, support, start)
         chunks = list(prepared.by_chunks(compute, support, more=given))
         phi = (torch.cat(parts).detach().clone() for parts in zip(*chunks, strict=True))
         return dict(zip(prepared.parameters.adapted, phi, strict=True))
 
-    def evaluate(self, support: Any, query: Any, steps: Sequence[int] = (0, 1, 3, 5, 10)) -> Tensor:
+    def evaluate(
+        self,
+        support: Any,
+        query: Any,
+        steps: Sequence[int] = (0, 1, 3, 5, 10),
+        start: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Return the query losses after several numbers of inner steps (the adaptation curve).
 
         Args:
             support: The batch of the inner steps, a tree of tensors `[T, ...]`.
             query: The batch of the losses, a tree of tensors `[T, ...]`, with the same tasks.
             steps: The numbers of inner steps after which the query loss is computed.
+            start: As for `adapt`.
 
         Returns:
             A detached tensor `[len(steps), T]`.
@@ -290,17 +300,18 @@ class MAML(nn.Module):
         same_tasks(support, query)
         if torch.is_inference_mode_enabled():  # adaptation takes gradients
             with torch.inference_mode(False):
-                return self.evaluate(ordinary(support), ordinary(query), steps)
+                return self.evaluate(ordinary(support), ordinary(query), steps, start)
         prepared = self._prepare(support, query)
         _reaches(support, query, max(wanted))
 
         @in_precision(self.precision)
-        def compute(support: Any, query: Any) -> Tensor:
-            trajectory = enumerate(prepared.unroll.trajectory(self._theta(prepared, support), support, max(wanted)))
+        def compute(support: Any, query: Any, *start: list[Tensor]) -> Tensor:
+            trajectory = enumerate(self._trajectory(prepared, support, max(wanted), *start))
             losses = {k: prepared.unroll.query(phi, at_step(query, k)) for k, phi in trajectory if k in wanted}
             return torch.stack([losses[k] for k in wanted])
 
-        return torch.cat(list(prepared.by_chunks(compute, support, query)), dim=1)
+        given = self._given(prepared, support, start)
+        return torch.cat(list(prepared.by_chunks(compute, support, query, more=given)), dim=1)
 
     def _outer(self, query: Any, tasks: int) -> Outer:
         """Return the outer loss by `steps` and `query_weights`."""
@@ -360,6 +371,17 @@ class MAML(nn.Module):
             return start[0]
         with torch.no_grad():
             return prepared.theta(tasks_of(support), self._initial(prepared, support))
+
+    def _trajectory(self, prepared: Prepared, support: Any, steps: int, *start: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Yield the parameters of the tasks of a batch before and after each inner step, without a graph."""
+        return prepared.unroll.trajectory(self._theta(prepared, support, *start), support, steps)
+
+    def _given(self, prepared: Prepared, support: Any, start: Mapping[str, Tensor] | None) -> list[list[Tensor]]:
+        """Return what the user wants the adapted parameters to start from, as a list of one list; [] for None."""
+        if start is None:
+            return []
+        theta = prepared.theta(tasks_of(support, "support"))
+        return [_started(start, dict(zip(prepared.parameters.adapted, theta, strict=True)))]
 
     def _optimizer(self) -> InnerOptimizer:
         """Return the optimizer of the inner loop."""

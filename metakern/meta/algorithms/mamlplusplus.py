@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from metakern.meta.algorithms.maml import MAML
 from metakern.meta.batching import Loss
-from metakern.optim import SGD, InnerOptimizer
+from metakern.meta.parameters import Adapt, Parameters
+from metakern.optim import SGD, InnerOptimizer, StepOffsets
 
 LEAST = 0.03  # the weight that each loss but the last keeps, in 1/K
 
@@ -23,8 +24,8 @@ class MAMLPlusPlus(MAML):
     """MAML with the multi-step loss, the rates and the annealing of MAML++ (Antoniou et al. 2019, section 4).
 
     A training call computes K query losses instead of one. The paper's cosine schedule of the outer rate is
-    `torch.optim.lr_scheduler.CosineAnnealingLR`; its batch norms take the statistics of the batch, as `nn.BatchNorm2d`
-    does here in training mode. Separate scales and shifts of batch norms for each inner step are not part of it.
+    `torch.optim.lr_scheduler.CosineAnnealingLR`. Its batch norms take the statistics of the batch of each step, as
+    `nn.BatchNorm2d` does here in training mode, and in the paper's own code.
 
     Args:
         model: The model, as `metakern.MAML` takes it.
@@ -36,6 +37,9 @@ class MAMLPlusPlus(MAML):
         first_order_calls: The number of training calls at the beginning that take no second derivatives (the paper's
             derivative-order annealing).
         lr: The initial inner rate, where `inner` is None.
+        per_step_norms: Whether norms have weights and biases of their own for each inner step (the paper's per-step
+            batch normalization), which the outer loop learns and the inner loop does not adapt: by
+            `metakern.optim.StepOffsets`, for all layers with "norm" in the name of their class.
         **options: The other arguments of `metakern.MAML`, except `first_order` and `query_weights`.
 
     Attributes:
@@ -43,7 +47,8 @@ class MAMLPlusPlus(MAML):
 
     Raises:
         TypeError: As `metakern.MAML` raises it.
-        ValueError: As `metakern.MAML` raises it; also if `steps` is 0, or `anneal` or `first_order_calls` is negative.
+        ValueError: As `metakern.MAML` raises it; also if `steps` is 0, `anneal` or `first_order_calls` is negative, or
+            `per_step_norms` is not a bool, or is True and no norm has a parameter that `adapt` selects.
 
     >>> import torch, metakern as mk
     >>> maml = mk.MAMLPlusPlus(torch.nn.Linear(8, 4), mk.losses.classification, steps=2, anneal=100)
@@ -64,6 +69,7 @@ class MAMLPlusPlus(MAML):
         anneal: int = 1000,
         first_order_calls: int = 0,
         lr: float = 0.01,
+        per_step_norms: bool = False,
         **options: Any,
     ) -> None:
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
@@ -71,7 +77,11 @@ class MAMLPlusPlus(MAML):
         for name, value in (("anneal", anneal), ("first_order_calls", first_order_calls)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"MAMLPlusPlus: {name} must be an integer of at least 0, got {value!r}")
+        if not isinstance(per_step_norms, bool):
+            raise ValueError(f"MAMLPlusPlus: per_step_norms must be True or False, got {per_step_norms!r}")
         inner = SGD(lr, learn_lr=True, per="parameter", steps=steps) if inner is None else inner
+        if per_step_norms and isinstance(model, nn.Module):
+            inner = StepOffsets(inner, _norms(model, options.get("adapt")), steps)
         super().__init__(model, loss, inner, steps, **options)
         self.anneal, self.first_order_calls = anneal, first_order_calls
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
@@ -92,3 +102,12 @@ class MAMLPlusPlus(MAML):
         done = min(calls / self.anneal, 1.0) if self.anneal else 1.0
         each = max(1 - done, LEAST) / self.steps
         return (0.0, *[each] * (self.steps - 1), 1 - (self.steps - 1) * each)
+
+
+def _norms(model: nn.Module, adapt: Adapt) -> list[str]:
+    """Return the names of the adapted parameters of norms. Raises ValueError if there are none."""
+    norms = {id(module) for module in model.modules() if "norm" in type(module).__name__.lower()}
+    names = [name for module, _, name in Parameters(model, adapt).places if id(module) in norms]
+    if not names:
+        raise ValueError("MAMLPlusPlus: per_step_norms must have norms with adapted parameters, got none")
+    return names

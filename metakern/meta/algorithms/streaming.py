@@ -99,11 +99,17 @@ class Streaming(MAML):
         stream = _chunks(stream)
         return super().adapt(stream, len(stream.batches) if steps is None else steps, start, until)
 
-    def evaluate(self, stream: Any, query: Any = None, steps: Sequence[int] | None = None) -> Tensor:
+    def evaluate(
+        self,
+        stream: Any,
+        query: Any = None,
+        steps: Sequence[int] | None = None,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Return the loss of each chunk before its own inner step, `[K, T]`; or as MAML's `evaluate`, with a query."""
         stream = _chunks(stream)
         steps = range(len(stream.batches)) if steps is None else steps
-        return super().evaluate(stream, stream if query is None else query, steps)
+        return super().evaluate(stream, stream if query is None else query, steps, start)
 
     def _starts(self, stream: PerStep, window: int) -> Iterator[tuple[int, list[list[Tensor]]]]:
         """Yield the number of the first chunk of each window, and what the weights of its tasks start from."""

@@ -71,15 +71,17 @@ def tanh(x: Any) -> Any:
     return Dual(y, (1 - y * y) * x.tangent)
 
 
+def duals(x: Tensors, t_x: Tensors) -> list[Dual]:
+    """Returns the dual numbers of tensors and their tangents; half precision becomes float32."""
+    return [Dual(wide(a), wide(t)) for a, t in zip(x, t_x, strict=True)]
+
+
 def rules(forward: Callable[..., Tensors], vjp: Callable[..., Tensors]) -> Rules:
     """Returns the four rules in plain PyTorch of an op without residuals; half precision is computed in float32.
 
     forward(c, *x) returns the outputs, and vjp(c, *x, *ct_y) the cotangents of the inputs. Both are written for tensors
     and for dual numbers.
     """
-
-    def duals(x: Tensors, t_x: Tensors) -> list[Dual]:
-        return [Dual(wide(a), wide(t)) for a, t in zip(x, t_x, strict=True)]
 
     def values(x: Tensors, results: Tensors) -> Tensors:
         return tuple((y.tangent if isinstance(y, Dual) else y).to(x[0].dtype) for y in results)

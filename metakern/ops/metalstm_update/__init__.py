@@ -37,6 +37,7 @@ Andrychowicz et al. 2016, "Learning to learn by gradient descent by gradient des
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import exp
 from types import SimpleNamespace
 from typing import Any
@@ -150,10 +151,7 @@ def _slope(z: Any, p: float) -> Any:
 def _layers(p: float, phi: Any, grad: Any, h: Any, c: Any, gates: Any, *weights: Any) -> SimpleNamespace:
     """Returns what both layers compute, from tensors or dual numbers."""
     w_x, w_hh, b, w_h, w_own = weights
-    x: Any = _read(grad.value if isinstance(grad, Dual) else grad, p)
-    if isinstance(grad, Dual):
-        x = Dual(x, _slope(grad.value, p) * grad.tangent.unsqueeze(1))
-    a = w_x @ x + w_hh @ h + _column(b)
+    a = arguments(p, (phi, grad, h, c, gates, *weights))
     i, f, g, o = (linear(lambda a, k=k: a.unflatten(1, (4, -1))[:, k], a) for k in range(4))
     i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
     c_next = f * c + i * g
@@ -163,6 +161,27 @@ def _layers(p: float, phi: Any, grad: Any, h: Any, c: Any, gates: Any, *weights:
     gates_next = sigmoid(w_h @ h_next + of_phi * _row(phi) + of_gate * gates + bias)
     rate, decay = _two(gates_next)
     return SimpleNamespace(**{k: v for k, v in locals().items() if k != "weights"})
+
+
+def arguments(p: float, inputs: Sequence[Any]) -> Any:
+    """Returns the arguments of the first layer's gates, [T, 4H, N], from the op's inputs, tensors or dual numbers."""
+    _, grad, h, _, _, w_x, w_hh, b, *_ = inputs
+    return w_x @ _of_grad(p, grad) + w_hh @ h + _column(b)
+
+
+def arguments_vjp(p: float, inputs: Sequence[Any], ct_a: Any) -> list[Any]:
+    """Returns the cotangents of grad, h, w_x, w_hh and b, given those of the arguments of the first layer's gates."""
+    _, grad, h, _, _, w_x, w_hh, *_ = inputs
+    ct_x = _turned(w_x) @ ct_a * _slope(grad, p)
+    ct_grad, ct_b = (linear(lambda a, dim=dim: a.sum(dim), ct) for ct, dim in ((ct_x, 1), (ct_a, -1)))
+    return [ct_grad, _turned(w_hh) @ ct_a, summed(ct_a, _of_grad(p, grad)), summed(ct_a, h), ct_b]
+
+
+def _of_grad(p: float, grad: Any) -> Any:
+    """Returns u(grad) [T, 2, N], a tensor or a dual number."""
+    if isinstance(grad, Dual):
+        return Dual(_read(grad.value, p), _slope(grad.value, p) * grad.tangent.unsqueeze(1))
+    return _read(grad, p)
 
 
 def _row(x: Any) -> Any:
@@ -181,10 +200,10 @@ def _turned(x: Any) -> Any:
     return linear(lambda x: x.mT, x)
 
 
-def _summed(a: Any, b: Any) -> Any:
+def summed(a: Any, b: Any) -> Any:
     """Returns a bᵀ, a sum over the coordinates, in parts: cuBLAS adds up a long sum one by one."""
     if isinstance(a, Dual):
-        return Dual(_summed(a.value, b.value), _summed(a.tangent, b.value) + _summed(a.value, b.tangent))
+        return Dual(summed(a.value, b.value), summed(a.tangent, b.value) + summed(a.value, b.tangent))
     parts = a.shape[-1] // PART
     if parts < 2:
         return a @ b.mT
@@ -211,18 +230,16 @@ def _vjp(c: SimpleNamespace, *tensors: Any) -> Tensors:
         ct_c * y.i * (1 - y.g * y.g),
         ct_h * y.e * y.o * (1 - y.o),
     )
-    ct_x = _turned(y.w_x) @ ct_a * _slope(y.grad, c.p)
+    ct_grad, ct_h, *ct_first = arguments_vjp(c.p, x, ct_a)
     ct_own = (linear(lambda x: x.sum(-1), ct_s * part) for part in (_row(y.phi), y.gates))
     return (
         y.decay * ct_p + linear(lambda x: x.sum(1), y.of_phi * ct_s),
-        linear(lambda x: x.sum(1), ct_x) - y.rate * ct_p,
-        _turned(y.w_hh) @ ct_a,
+        ct_grad - y.rate * ct_p,
+        ct_h,
         y.f * ct_c,
         y.of_gate * ct_s,
-        _summed(ct_a, y.x),
-        _summed(ct_a, y.h),
-        linear(lambda x: x.sum(-1), ct_a),
-        _summed(ct_s, y.h_next),
+        *ct_first,
+        summed(ct_s, y.h_next),
         linear(lambda *parts: torch.stack(parts, -1), *ct_own, linear(lambda x: x.sum(-1), ct_s)),
     )
 
