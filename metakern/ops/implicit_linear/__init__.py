@@ -1,0 +1,353 @@
+"""Linear layer whose weight differs, for each task, from a shared one by a sum of outer products that is never formed.
+
+    y = x (W - Σ_j rate_j D_jᵀ X_j)ᵀ + b = x Wᵀ + b - Σ_j rate_j (x X_jᵀ) D_j
+
+Gradient descent makes such weights: X_j is what the layer saw at a token of an earlier step, D_j the cotangent of its
+output there, and rate_j the learning rate. The product with W is that of `linear`. This op adds the correction, for
+which it has four rules. With r the rates, each of which multiplies a column:
+
+    S = x Xᵀ                 t_S = t_x Xᵀ + x t_Xᵀ
+    P = -S r                 t_P = -(t_S r + S t_r)
+    Q = ct_y Dᵀ              t_Q = t_ct_y Dᵀ + ct_y t_Dᵀ
+    G = -Q r                 t_G = -(t_Q r + Q t_r)
+
+    forward   y      = b + P D
+    jvp       t_y    = t_b + t_P D + P t_D
+    vjp       ct_x   = G X                ct_X   = Gᵀ x                  ct_D   = Pᵀ ct_y
+              ct_r   = -Σ_n Q S           ct_b   = Σ_n ct_y
+    vjp_jvp   t_ct_x = t_G X + G t_X      t_ct_X = t_Gᵀ x + Gᵀ t_x       t_ct_D = t_Pᵀ ct_y + Pᵀ t_ct_y
+              t_ct_r = -Σ_n (t_Q S + Q t_S)                              t_ct_b = Σ_n t_ct_y
+
+| tensor | shape |
+|---|---|
+| x | [T, N, in] |
+| bias b | [T, out], optional |
+| X, D | [T, M, in], [T, M, out] |
+| rates r | [T, M] |
+| y | [T, N, out] |
+| S, P, Q, G | [T, N, M], of which only a block of rows is in memory |
+
+Residuals: none. A weight of its own would take in·out numbers for each task and N·in·out multiplications for its
+gradient; this takes M·(in + out) numbers and N·M·(in + out) multiplications. Half precision accumulates in float32
+inside each product, and over blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakern.ops.core import checks, cpp, matrices
+from metakern.ops.core.autocast import autocast
+from metakern.ops.core.autograd import Op
+from metakern.ops.core.matrices import Product, products, rows, wide
+from metakern.ops.core.rules import Rules, Tensors
+from metakern.ops.core.spec import Cost, Make, Sample, Spec
+from metakern.ops.linear import SPEC as _LINEAR
+from metakern.ops.linear import linear
+
+# Bytes of a block of rows of S. It fits into the cache, so that the second product reads it from there.
+_BYTES = {"cpu": 4 * 2**20, "cuda": 16 * 2**20}
+_LEAST_ROWS = 64
+
+
+@autocast("lower")
+def implicit_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, X: Tensor, D: Tensor, rates: Tensor | float
+) -> Tensor:
+    """Returns x Wᵀ + b - Σ_j rate_j (x X_jᵀ) D_j, a linear layer after gradient descent that forms no weight.
+
+    It equals a linear layer whose weight was changed by `weight -= rate_j * outer(D_j, X_j)` for each pair j. Rates of
+    steps, momentum and masks are all rates of pairs: a token of padding has the rate 0. The result is differentiable
+    twice in all arguments. Half precision accumulates in float32; `torch.autocast` lowers float32 to its own dtype.
+
+    Args:
+        x: [..., in], or [T, ..., in] for T tasks with pairs of their own.
+        weight: The weight W before the changes, [out, in], which all tasks share, or [T, out, in] with one for each
+            task; None for the correction alone, without x Wᵀ.
+        bias: [out], or [T, out] with one for each task; None for zeros.
+        X: The inputs of the layer at M tokens of earlier steps, [M, in], or [T, M, in] with those of each task.
+        D: The cotangents of its outputs at these tokens, [M, out] or [T, M, out], as X is.
+        rates: The learning rate of each pair, [M] or [T, M], or one for all: a number or a scalar. Where the other
+            arguments are in half precision, it may be float32.
+
+    Returns:
+        [..., out] or [T, ..., out].
+
+    Raises:
+        TypeError: For tensors that are not floating point, or not of one dtype, or rates that are no number.
+        ValueError: Where shapes or devices do not fit.
+
+    >>> import metakern as mk, torch
+    >>> x, weight, X, D = torch.ones(2, 1, 3), torch.ones(4, 3), torch.ones(2, 5, 3), torch.ones(2, 5, 4)
+    >>> mk.ops.implicit_linear(x, weight, None, X, D, torch.tensor([[0.0], [0.1]]).expand(2, 5))[:, 0, 0]
+    tensor([3.0000, 1.5000])
+    """
+    name = "implicit_linear"
+    for key, value in {"x": x, "X": X, "D": D}.items():
+        checks.tensor(name, key, value)
+    checks.floating(name, x=x, weight=weight, bias=bias, X=X, D=D)
+    tasks = checks.tasks(name, x, "in", X=(X, "M, in"))
+    own, out = X.shape[:-2], D.shape[-1] if D.dim() else 0
+    checks.shape(name, "D", D, (*X.shape[:-1], out), "[M, out]" if tasks is None else "[T, M, out]")
+    if weight is not None:
+        _fits(name, "weight", weight, own, (out, X.shape[-1]), "out, in")
+    if bias is not None:
+        _fits(name, "bias", bias, own, (out,), "out")
+    r = _rates(name, rates, X)
+    in_base = weight is not None and bias is not None and bias.dim() == weight.dim() - 1
+    offset = None if bias is None or in_base else bias.expand(*own, out)
+    base = None if weight is None else linear(x, weight, bias if in_base else None)
+    if tasks is None:
+        X, D, r, offset = X[None], D[None], r[None], None if offset is None else offset[None]
+    (y,) = OP(rows(x, tasks), offset, X, D, r)
+    y = y.view(*x.shape[:-1], out)
+    return y if base is None else base + y
+
+
+def _fits(name: str, key: str, value: Tensor, own: tuple[int, ...], shape: tuple[int, ...], meaning: str) -> None:
+    """Requires a parameter [*shape] that all tasks share or, where the pairs are those of each task, [T, *shape]."""
+    if own and value.dim() > len(shape):
+        checks.shape(name, key, value, (*own, *shape), f"[T, {meaning}]")
+    else:
+        checks.shape(name, key, value, shape, f"[{meaning}]")
+
+
+def _rates(name: str, rates: Tensor | float, X: Tensor) -> Tensor:
+    """Returns the rates as a tensor [M] or [T, M]."""
+    shape, dtype = X.shape[:-1], wide(X[:0]).dtype
+    if not isinstance(rates, Tensor):
+        if not isinstance(rates, float | int):
+            raise TypeError(f"{name}: rates must be a tensor or a number, got {type(rates).__name__}")
+        return torch.full(shape, float(rates), dtype=dtype, device=X.device)
+    checks.floating(name, X=X, rates=rates.to(X.dtype) if rates.dtype == dtype else rates)
+    if rates.shape not in ((), shape[-1:], shape):
+        meaning = "[M] or [T, M]" if len(shape) == 2 else "[M]"
+        raise ValueError(
+            f"{name}: rates must be a number or have shape {meaning} = {list(shape)}, got {list(rates.shape)}"
+        )
+    return rates.expand(shape)
+
+
+def _rules(product: Product) -> Rules:
+    """Returns the four rules without blocks, given a product."""
+    total = partial(products, product)
+
+    def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
+        x, bias, X, D, rates = inputs
+        P = _scaled(product(x, X.mT), rates)
+        return (product(P, D, None if bias is None else bias.unsqueeze(1)),), ()
+
+    def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
+        (x, _, X, D, rates), (t_x, t_bias, t_X, t_D, t_rates) = inputs, t_inputs
+        S = None if t_D is None and t_rates is None else product(x, X.mT)
+        t_S = total((t_x, X.mT), (x, _transposed(t_X)))
+        t_P = _added(_scaled(t_S, rates), _scaled(S, t_rates))
+        t_b = None if t_bias is None else t_bias.unsqueeze(1)
+        t_y = total((t_P, D), (None if t_D is None else _scaled(S, rates), t_D), add=t_b)
+        if t_y is t_b:
+            return (t_bias.unsqueeze(1).expand(*x.shape[:2], -1).clone(),), ()
+        return (t_y,), ()
+
+    def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
+        (x, _, X, D, rates), (ct_y,) = inputs, ct_outputs
+        for_x, for_bias, for_X, for_D, for_rates = c.needs
+        S = product(x, X.mT) if for_D or for_rates else None
+        Q = product(ct_y, D.mT) if for_x or for_X or for_rates else None
+        G = _scaled(Q, rates)
+        return (
+            product(G, X) if for_x else None,
+            ct_y.sum(1) if for_bias else None,
+            product(G.mT, x) if for_X else None,
+            product(_scaled(S, rates).mT, ct_y) if for_D else None,
+            _by_rate((Q, S), like=rates) if for_rates else None,
+        )
+
+    def vjp_jvp(
+        c: SimpleNamespace,
+        inputs: Tensors,
+        r: Tensors,
+        t_inputs: Tensors,
+        t_r: Tensors,
+        ct_outputs: Tensors,
+        t_ct_outputs: Tensors | None,
+    ) -> Tensors:
+        (x, _, X, D, rates), (t_x, _, t_X, t_D, t_rates), (ct_y,) = inputs, t_inputs, ct_outputs
+        for_x, for_bias, for_X, for_D, for_rates = c.needs
+        (t_ct_y,) = t_ct_outputs or (None,)
+        S, Q = product(x, X.mT), product(ct_y, D.mT)
+        t_S = total((t_x, X.mT), (x, _transposed(t_X))) if for_D or for_rates else None
+        t_Q = total((t_ct_y, D.mT), (ct_y, _transposed(t_D)))
+        G, t_G = _scaled(Q, rates), _added(_scaled(t_Q, rates), _scaled(Q, t_rates))
+        P, t_P = _scaled(S, rates), _added(_scaled(t_S, rates), _scaled(S, t_rates))
+        return (
+            total((t_G, X), (G, t_X)) if for_x else None,
+            t_ct_y.sum(1) if for_bias and t_ct_y is not None else None,
+            total((_transposed(t_G), x), (G.mT, t_x)) if for_X else None,
+            total((_transposed(t_P), ct_y), (P.mT, t_ct_y)) if for_D else None,
+            _by_rate((t_Q, S), (Q, t_S), like=rates) if for_rates else None,
+        )
+
+    return Rules(forward, jvp, vjp, vjp_jvp)
+
+
+def _transposed(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.mT
+
+
+def _scaled(S: Tensor | None, rates: Tensor | None) -> Any:
+    """Returns -S r in the dtype of S, or None if either is None."""
+    return None if S is None or rates is None else (S * -rates.unsqueeze(1)).to(S.dtype)
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _by_rate(*pairs: tuple[Tensor | None, Tensor | None], like: Tensor) -> Tensor | None:
+    """Returns -Σ_n of the products of the pairs that hold no None, or None where there is no such pair."""
+    sums = [(wide(a) * b).sum(1) for a, b in pairs if a is not None and b is not None]
+    return -sum(sums[1:], sums[0]).to(like.dtype) if sums else None
+
+
+def _by_blocks(rules: Rules) -> Rules:
+    """Returns rules that call the given ones for a block of rows at a time."""
+
+    def joined(blocks: list[Tensors]) -> Tensors:
+        """Concatenates the results for rows, which come first in each block, and adds up the others."""
+        if len(blocks) == 1:
+            return blocks[0]
+        of_rows, *others = zip(*blocks, strict=True)
+        return None if of_rows[0] is None else torch.cat(of_rows, 1), *map(_summed, others)
+
+    def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
+        return joined([rules.forward(c, _at(n, inputs))[0] for n in _blocks(inputs)]), ()
+
+    def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
+        return joined([rules.jvp(c, _at(n, inputs), (), _at(n, t_inputs))[0] for n in _blocks(inputs)]), ()
+
+    def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
+        return joined([rules.vjp(c, _at(n, inputs), (), _at(n, ct_outputs)) for n in _blocks(inputs)])
+
+    def vjp_jvp(
+        c: SimpleNamespace,
+        inputs: Tensors,
+        r: Tensors,
+        t_inputs: Tensors,
+        t_r: Tensors,
+        ct_outputs: Tensors,
+        t_ct_outputs: Tensors | None,
+    ) -> Tensors:
+        groups = inputs, (), t_inputs, (), ct_outputs, t_ct_outputs
+        return joined([rules.vjp_jvp(c, *(g and _at(n, g) for g in groups)) for n in _blocks(inputs)])
+
+    return Rules(forward, jvp, vjp, vjp_jvp)
+
+
+def _at(n: slice, group: Tensors) -> Tensors:
+    """Returns a group of tensors for a block of rows: the first tensor is of rows, the others belong to all of them."""
+    first, *rest = group
+    return None if first is None else first[:, n], *rest
+
+
+def _blocks(inputs: Tensors) -> Iterator[slice]:
+    """Returns the blocks of rows, one at least: a block of S has at most `_BYTES`, or else `_LEAST_ROWS` rows."""
+    x, _, X, *_ = inputs
+    (T, N, _), M = x.shape, X.shape[1]
+    row_bytes = max(T * M, 1) * max(x.element_size(), 4)
+    size = max(_BYTES.get(x.device.type, _BYTES["cuda"]) // row_bytes, _LEAST_ROWS)
+    return (slice(n, min(n + size, N)) for n in range(0, max(N, 1), size))
+
+
+def _summed(values: Tensors) -> Tensor | None:
+    """Returns the sum of the values of all blocks, or None if they have none; half precision is added in float32."""
+    first, *rest = values
+    return None if first is None else sum(rest, wide(first)).to(first.dtype)
+
+
+OP = Op(
+    "implicit_linear",
+    inputs=("x", "bias", "X", "D", "rates"),
+    kernels={"reference": _by_blocks(_rules(matrices.product)), "cpu": _by_blocks(_rules(cpp.product))},
+    zero_tangents=False,
+)
+
+
+def _plain(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, X: Tensor, D: Tensor, rates: Tensor | float
+) -> Tensor:
+    tasks = "t" * (X.dim() - 2)
+    r = torch.as_tensor(rates, dtype=x.dtype, device=x.device).expand(X.shape[:-1])
+    s = torch.einsum(f"{tasks}...i,{tasks}mi->{tasks}...m", x, X)
+    y = -torch.einsum(f"{tasks}...m,{tasks}m,{tasks}mo->{tasks}...o", s, r, D)
+    if weight is not None:
+        y = y + _LINEAR.plain(x, weight)
+    if bias is None:
+        return y
+    return y + bias.view(*bias.shape[:-1], *(1,) * (x.dim() - bias.dim()), bias.shape[-1])
+
+
+def _samples(make: Make) -> list[Sample]:
+    def sample(
+        name: str,
+        rows: tuple[int, ...],
+        M: int,
+        out: int,
+        T: int | None = None,
+        weight: str = "task",
+        bias: str = "task",
+        rates: str = "pair",
+    ) -> Sample:
+        tasks = () if T is None else (T,)
+        of = {"task": tasks, "shared": ()}
+        args = (
+            make(*tasks, *rows),
+            make(*of[weight], out, rows[-1]) if weight in of else None,
+            make(*of[bias], out) if bias in of else None,
+            make(*tasks, M, rows[-1]),
+            make(*tasks, M, out),
+            make(*{"pair": (*tasks, M), "token": (M,), "one": ()}[rates]),
+        )
+        own = T is not None and weight != "shared" and bias != "shared" and rates == "pair"
+        return Sample(name, args, per_task=own)
+
+    return [
+        sample("tasks", (4, 5), 3, 2, T=3),
+        sample("correction", (3, 5), 4, 3, T=2, weight="none", bias="none"),
+        sample("shared", (3, 4), 5, 2, T=2, weight="shared", bias="shared", rates="token"),
+        sample("own-bias", (3, 4), 2, 3, T=2, weight="shared", rates="one"),
+        sample("own-weight", (2, 3), 3, 4, T=2, bias="shared"),
+        sample("one", (2, 3, 5), 4, 3),
+        sample("vector", (5,), 3, 2, bias="none", rates="one"),
+        sample("deep", (2, 3, 4), 3, 5, T=2, weight="none"),
+        sample("no-rows", (0, 3), 2, 4, T=2),
+        sample("no-pairs", (2, 3), 0, 4, T=2),
+        sample("no-tasks", (2, 3), 2, 4, T=0),
+    ]
+
+
+def _benchmark(make: Make) -> list[Sample]:
+    def sample(name: str, T: int, N: int, M: int, size: int, out: int) -> Sample:
+        args = make(T, N, size), make(out, size), make(T, out), make(T, M, size), make(T, M, out), make(T, M)
+        return Sample(name, args, per_task=False)
+
+    return [sample("8x64+128-512x512", 8, 64, 128, 512, 512), sample("4x64+192-576x1536", 4, 64, 192, 576, 1536)]
+
+
+def _cost(sample: Sample, order: int) -> Cost:
+    x, weight, _, X, D, _ = sample.args
+    (M, size), out, element = X.shape[-2:], D.shape[-1], x.element_size()
+    n = x.numel() // size
+    moved = n * size + X.numel() + D.numel() + weight.numel()
+    return Cost(
+        flop=2 * n * (M * ((1, 3, 7)[order] * size + (1, 2, 5)[order] * out) + (1, 2, 4)[order] * size * out),
+        bytes=((1, 2, 3)[order] * moved + (1, 1, 2)[order] * n * out) * element,
+    )
+
+
+SPEC = Spec(OP, implicit_linear, _plain, _samples, _benchmark, _cost)
