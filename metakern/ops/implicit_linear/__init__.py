@@ -89,17 +89,14 @@ def implicit_linear(
     tensor([3.0000, 1.5000])
     """
     name = "implicit_linear"
-    for key, value in {"x": x, "X": X, "D": D}.items():
-        checks.tensor(name, key, value)
-    checks.floating(name, x=x, weight=weight, bias=bias, X=X, D=D)
-    tasks = checks.tasks(name, x, "in", X=(X, "M, in"))
-    own, out = X.shape[:-2], D.shape[-1] if D.dim() else 0
-    checks.shape(name, "D", D, (*X.shape[:-1], out), "[M, out]" if tasks is None else "[T, M, out]")
+    checks.tensor(name, "x", x)
+    r = rates_of_pairs(name, X, D, rates)
+    checks.floating(name, X=X, x=x, weight=weight, bias=bias)
+    tasks, own, out = checks.tasks(name, x, "in", X=(X, "M, in")), X.shape[:-2], D.shape[-1]
     if weight is not None:
         _fits(name, "weight", weight, own, (out, X.shape[-1]), "out, in")
     if bias is not None:
         _fits(name, "bias", bias, own, (out,), "out")
-    r = _rates(name, rates, X)
     in_base = weight is not None and bias is not None and bias.dim() == weight.dim() - 1
     offset = None if bias is None or in_base else bias.expand(*own, out)
     base = None if weight is None else linear(x, weight, bias if in_base else None)
@@ -110,28 +107,31 @@ def implicit_linear(
     return y if base is None else base + y
 
 
+def rates_of_pairs(op: str, X: Tensor, D: Tensor, rates: Tensor | float) -> Tensor:
+    """Checks pairs X [T, M, in] and D [T, M, out], or without T, and returns their rates as a tensor [T, M] or [M]."""
+    for key, value in {"X": X, "D": D}.items():
+        checks.tensor(op, key, value)
+    checks.floating(op, X=X, D=D)
+    if X.dim() not in (2, 3):
+        raise ValueError(f"{op}: X must have shape [M, in] or [T, M, in], got {list(X.shape)}")
+    shape, of_tasks, dtype = X.shape[:-1], "T, " * (X.dim() - 2), wide(X[:0]).dtype
+    checks.shape(op, "D", D, (*shape, D.shape[-1] if D.dim() else 0), f"[{of_tasks}M, out]")
+    if not isinstance(rates, Tensor):
+        if not isinstance(rates, float | int):
+            raise TypeError(f"{op}: rates must be a tensor or a number, got {type(rates).__name__}")
+        return torch.full(shape, float(rates), dtype=dtype, device=X.device)
+    checks.floating(op, X=X, rates=rates.to(X.dtype) if rates.dtype == dtype else rates)
+    if rates.dim() and rates.shape != shape[-1:]:
+        checks.shape(op, "rates", rates, shape, f"[{of_tasks}M]")
+    return rates.expand(shape)
+
+
 def _fits(name: str, key: str, value: Tensor, own: tuple[int, ...], shape: tuple[int, ...], meaning: str) -> None:
     """Requires a parameter [*shape] that all tasks share or, where the pairs are those of each task, [T, *shape]."""
     if own and value.dim() > len(shape):
         checks.shape(name, key, value, (*own, *shape), f"[T, {meaning}]")
     else:
         checks.shape(name, key, value, shape, f"[{meaning}]")
-
-
-def _rates(name: str, rates: Tensor | float, X: Tensor) -> Tensor:
-    """Returns the rates as a tensor [M] or [T, M]."""
-    shape, dtype = X.shape[:-1], wide(X[:0]).dtype
-    if not isinstance(rates, Tensor):
-        if not isinstance(rates, float | int):
-            raise TypeError(f"{name}: rates must be a tensor or a number, got {type(rates).__name__}")
-        return torch.full(shape, float(rates), dtype=dtype, device=X.device)
-    checks.floating(name, X=X, rates=rates.to(X.dtype) if rates.dtype == dtype else rates)
-    if rates.shape not in ((), shape[-1:], shape):
-        meaning = "[M] or [T, M]" if len(shape) == 2 else "[M]"
-        raise ValueError(
-            f"{name}: rates must be a number or have shape {meaning} = {list(shape)}, got {list(rates.shape)}"
-        )
-    return rates.expand(shape)
 
 
 def _rules(product: Product) -> Rules:
@@ -317,14 +317,14 @@ def _samples(make: Make) -> list[Sample]:
         return Sample(name, args, per_task=own)
 
     return [
-        sample("tasks", (4, 5), 3, 2, T=3),
-        sample("correction", (3, 5), 4, 3, T=2, weight="none", bias="none"),
+        sample("correction", (4, 5), 3, 2, T=3, weight="none"),
+        sample("tasks", (3, 5), 4, 3, T=2),
         sample("shared", (3, 4), 5, 2, T=2, weight="shared", bias="shared", rates="token"),
         sample("own-bias", (3, 4), 2, 3, T=2, weight="shared", rates="one"),
         sample("own-weight", (2, 3), 3, 4, T=2, bias="shared"),
         sample("one", (2, 3, 5), 4, 3),
         sample("vector", (5,), 3, 2, bias="none", rates="one"),
-        sample("deep", (2, 3, 4), 3, 5, T=2, weight="none"),
+        sample("deep", (2, 3, 4), 3, 5, T=2, weight="none", bias="none"),
         sample("no-rows", (0, 3), 2, 4, T=2),
         sample("no-pairs", (2, 3), 0, 4, T=2),
         sample("no-tasks", (2, 3), 2, 4, T=0),
@@ -333,19 +333,18 @@ def _samples(make: Make) -> list[Sample]:
 
 def _benchmark(make: Make) -> list[Sample]:
     def sample(name: str, T: int, N: int, M: int, size: int, out: int) -> Sample:
-        args = make(T, N, size), make(out, size), make(T, out), make(T, M, size), make(T, M, out), make(T, M)
-        return Sample(name, args, per_task=False)
+        return Sample(name, (make(T, N, size), None, make(T, out), make(T, M, size), make(T, M, out), make(T, M)))
 
-    return [sample("8x64+128-512x512", 8, 64, 128, 512, 512), sample("4x64+192-576x1536", 4, 64, 192, 576, 1536)]
+    return [sample("8x64x128-512-512", 8, 64, 128, 512, 512), sample("4x64x192-576-1536", 4, 64, 192, 576, 1536)]
 
 
 def _cost(sample: Sample, order: int) -> Cost:
     x, weight, _, X, D, _ = sample.args
     (M, size), out, element = X.shape[-2:], D.shape[-1], x.element_size()
-    n = x.numel() // size
-    moved = n * size + X.numel() + D.numel() + weight.numel()
+    n, base = x.numel() // size, 0 if weight is None else size * out
+    moved = n * size + X.numel() + D.numel() + (0 if weight is None else weight.numel())
     return Cost(
-        flop=2 * n * (M * ((1, 3, 7)[order] * size + (1, 2, 5)[order] * out) + (1, 2, 4)[order] * size * out),
+        flop=2 * n * (M * ((1, 3, 7)[order] * size + (1, 2, 5)[order] * out) + (1, 2, 4)[order] * base),
         bytes=((1, 2, 3)[order] * moved + (1, 1, 2)[order] * n * out) * element,
     )
 
