@@ -4,19 +4,17 @@
 
 Gradient descent makes such weights: X_j is what the layer saw at a token of an earlier step, D_j the cotangent of its
 output there, and rate_j the learning rate. The product with W is that of `linear`. This op adds the correction, for
-which it has four rules. With r the rates, each of which multiplies a column:
+which it has four rules. With r the rates, one for each row of the scores S, P, Q and G:
 
-    S = x Xᵀ                 t_S = t_x Xᵀ + x t_Xᵀ
-    P = -S r                 t_P = -(t_S r + S t_r)
-    Q = ct_y Dᵀ              t_Q = t_ct_y Dᵀ + ct_y t_Dᵀ
-    G = -Q r                 t_G = -(t_Q r + Q t_r)
+    S = X xᵀ      P = -r S       t_S = X t_xᵀ + t_X xᵀ            t_P = -(r t_S + t_r S)
+    Q = D ct_yᵀ   G = -r Q       t_Q = D t_ct_yᵀ + t_D ct_yᵀ      t_G = -(r t_Q + t_r Q)
 
-    forward   y      = b + P D
-    jvp       t_y    = t_b + t_P D + P t_D
-    vjp       ct_x   = G X                ct_X   = Gᵀ x                  ct_D   = Pᵀ ct_y
-              ct_r   = -Σ_n Q S           ct_b   = Σ_n ct_y
-    vjp_jvp   t_ct_x = t_G X + G t_X      t_ct_X = t_Gᵀ x + Gᵀ t_x       t_ct_D = t_Pᵀ ct_y + Pᵀ t_ct_y
-              t_ct_r = -Σ_n (t_Q S + Q t_S)                              t_ct_b = Σ_n t_ct_y
+    forward   y      = b + Pᵀ D
+    jvp       t_y    = t_b + t_Pᵀ D + Pᵀ t_D
+    vjp       ct_x   = Gᵀ X                   ct_X   = G x                 ct_D   = P ct_y
+              ct_r   = -Σ_n Q S               ct_b   = Σ_n ct_y
+    vjp_jvp   t_ct_x = t_Gᵀ X + Gᵀ t_X        t_ct_X = t_G x + G t_x       t_ct_D = t_P ct_y + P t_ct_y
+              t_ct_r = -Σ_n (t_Q S + Q t_S)   t_ct_b = Σ_n t_ct_y
 
 | tensor | shape |
 |---|---|
@@ -25,7 +23,7 @@ which it has four rules. With r the rates, each of which multiplies a column:
 | X, D | [T, M, in], [T, M, out] |
 | rates r | [T, M] |
 | y | [T, N, out] |
-| S, P, Q, G | [T, N, M], of which only a block of rows is in memory |
+| S, P, Q, G | [T, M, N], of which only those of a block of rows of x are in memory |
 
 Residuals: none. A weight of its own would take in·out numbers for each task and N·in·out multiplications for its
 gradient; this takes M·(in + out) numbers and N·M·(in + out) multiplications. Half precision accumulates in float32
@@ -34,10 +32,10 @@ inside each product, and over blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +49,7 @@ from metakern.ops.core.spec import Cost, Make, Sample, Spec
 from metakern.ops.linear import SPEC as _LINEAR
 from metakern.ops.linear import linear
 
-# Bytes of a block of rows of S. It fits into the cache, so that the second product reads it from there.
+# Bytes of S for a block of rows of x. It fits into the cache, so that the second products read it from there.
 _BYTES = {"cpu": 4 * 2**20, "cuda": 16 * 2**20}
 _LEAST_ROWS = 64
 
@@ -134,22 +132,34 @@ def _fits(name: str, key: str, value: Tensor, own: tuple[int, ...], shape: tuple
         checks.shape(name, key, value, shape, f"[{meaning}]")
 
 
-def _rules(product: Product) -> Rules:
-    """Returns the four rules without blocks, given a product."""
+class Side(NamedTuple):
+    """The factors of S = X xᵀ (rows x, pairs X) or Q = D ct_yᵀ (rows ct_y, pairs D), and their tangents."""
+
+    rows: Tensor
+    pairs: Tensor
+    t_rows: Tensor | None = None
+    t_pairs: Tensor | None = None
+
+
+def rules(product: Product, scores: Callable[..., Tensors]) -> Rules:
+    """Returns the four rules without blocks, given a product and `scores`.
+
+    scores(rates, t_rates, of_x, of_ct_y, for_rates, tangents) gets a `Side` for S and one for Q, or None where it is
+    not wanted. It returns P, t_P, G, t_G, each None where it is zero or not wanted, and with `for_rates` ct_r or, if
+    there are `tangents`, t_ct_r.
+    """
     total = partial(products, product)
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
         x, bias, X, D, rates = inputs
-        P = _scaled(product(x, X.mT), rates)
-        return (product(P, D, None if bias is None else bias.unsqueeze(1)),), ()
+        P, *_ = scores(rates, None, Side(x, X), None)
+        return (product(P.mT, D, None if bias is None else bias.unsqueeze(1)),), ()
 
     def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
         (x, _, X, D, rates), (t_x, t_bias, t_X, t_D, t_rates) = inputs, t_inputs
-        S = None if t_D is None and t_rates is None else product(x, X.mT)
-        t_S = total((t_x, X.mT), (x, _transposed(t_X)))
-        t_P = _added(_scaled(t_S, rates), _scaled(S, t_rates))
+        P, t_P, *_ = scores(rates, t_rates, Side(x, X, t_x, t_X), None, tangents=True)
         t_b = None if t_bias is None else t_bias.unsqueeze(1)
-        t_y = total((t_P, D), (None if t_D is None else _scaled(S, rates), t_D), add=t_b)
+        t_y = total((_transposed(t_P), D), (P.mT, t_D), add=t_b)
         if t_y is t_b:
             return (t_bias.unsqueeze(1).expand(*x.shape[:2], -1).clone(),), ()
         return (t_y,), ()
@@ -157,15 +167,15 @@ def _rules(product: Product) -> Rules:
     def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
         (x, _, X, D, rates), (ct_y,) = inputs, ct_outputs
         for_x, for_bias, for_X, for_D, for_rates = c.needs
-        S = product(x, X.mT) if for_D or for_rates else None
-        Q = product(ct_y, D.mT) if for_x or for_X or for_rates else None
-        G = _scaled(Q, rates)
+        of_x = Side(x, X) if for_D or for_rates else None
+        of_ct_y = Side(ct_y, D) if for_x or for_X or for_rates else None
+        P, _, G, _, ct_rates = scores(rates, None, of_x, of_ct_y, for_rates)
         return (
-            product(G, X) if for_x else None,
+            product(G.mT, X) if for_x else None,
             ct_y.sum(1) if for_bias else None,
-            product(G.mT, x) if for_X else None,
-            product(_scaled(S, rates).mT, ct_y) if for_D else None,
-            _by_rate((Q, S), like=rates) if for_rates else None,
+            product(G, x) if for_X else None,
+            product(P, ct_y) if for_D else None,
+            ct_rates,
         )
 
     def vjp_jvp(
@@ -180,17 +190,15 @@ def _rules(product: Product) -> Rules:
         (x, _, X, D, rates), (t_x, _, t_X, t_D, t_rates), (ct_y,) = inputs, t_inputs, ct_outputs
         for_x, for_bias, for_X, for_D, for_rates = c.needs
         (t_ct_y,) = t_ct_outputs or (None,)
-        S, Q = product(x, X.mT), product(ct_y, D.mT)
-        t_S = total((t_x, X.mT), (x, _transposed(t_X))) if for_D or for_rates else None
-        t_Q = total((t_ct_y, D.mT), (ct_y, _transposed(t_D)))
-        G, t_G = _scaled(Q, rates), _added(_scaled(t_Q, rates), _scaled(Q, t_rates))
-        P, t_P = _scaled(S, rates), _added(_scaled(t_S, rates), _scaled(S, t_rates))
+        of_x = Side(x, X, t_x, t_X) if for_D or for_rates else None
+        of_ct_y = Side(ct_y, D, t_ct_y, t_D) if for_x or for_X or for_rates else None
+        P, t_P, G, t_G, t_ct_rates = scores(rates, t_rates, of_x, of_ct_y, for_rates, tangents=True)
         return (
-            total((t_G, X), (G, t_X)) if for_x else None,
+            total((_transposed(t_G), X), (_transposed(G), t_X)) if for_x else None,
             t_ct_y.sum(1) if for_bias and t_ct_y is not None else None,
-            total((_transposed(t_G), x), (G.mT, t_x)) if for_X else None,
-            total((_transposed(t_P), ct_y), (P.mT, t_ct_y)) if for_D else None,
-            _by_rate((t_Q, S), (Q, t_S), like=rates) if for_rates else None,
+            total((t_G, x), (G, t_x)) if for_X else None,
+            total((t_P, ct_y), (P, t_ct_y)) if for_D else None,
+            t_ct_rates,
         )
 
     return Rules(forward, jvp, vjp, vjp_jvp)
@@ -200,19 +208,41 @@ def _transposed(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.mT
 
 
-def _scaled(S: Tensor | None, rates: Tensor | None) -> Any:
-    """Returns -S r in the dtype of S, or None if either is None."""
-    return None if S is None or rates is None else (S * -rates.unsqueeze(1)).to(S.dtype)
+def _scores(product: Product) -> Callable[..., Tensors]:
+    """Returns `scores` in plain PyTorch around a product."""
+
+    def products_of(side: Side | None) -> tuple[Any, Any]:
+        if side is None:
+            return None, None
+        rows, pairs, t_rows, t_pairs = side
+        return product(pairs, rows.mT), products(product, (pairs, _transposed(t_rows)), (t_pairs, rows.mT))
+
+    def scores(
+        rates: Tensor,
+        t_rates: Tensor | None,
+        of_x: Side | None,
+        of_ct_y: Side | None,
+        for_rates: bool = False,
+        tangents: bool = False,
+    ) -> Tensors:
+        (S, t_S), (Q, t_Q) = products_of(of_x), products_of(of_ct_y)
+        pairs = ((t_Q, S), (Q, t_S)) if tangents else ((Q, S),)
+        sums = [(wide(a) * b).sum(2) for a, b in pairs if a is not None and b is not None] if for_rates else []
+        of_rates = -sum(sums[1:], sums[0]).to(rates.dtype) if sums else None
+        factor, t_factor = -rates.unsqueeze(2), None if t_rates is None else -t_rates.unsqueeze(2)
+        t_P, t_G = _t_scaled(S, t_S, factor, t_factor), _t_scaled(Q, t_Q, factor, t_factor)
+        P, G = (None if A is None else A.mul_(factor) for A in (S, Q))
+        return P, t_P, G, t_G, of_rates
+
+    return scores
 
 
-def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _by_rate(*pairs: tuple[Tensor | None, Tensor | None], like: Tensor) -> Tensor | None:
-    """Returns -Σ_n of the products of the pairs that hold no None, or None where there is no such pair."""
-    sums = [(wide(a) * b).sum(1) for a, b in pairs if a is not None and b is not None]
-    return -sum(sums[1:], sums[0]).to(like.dtype) if sums else None
+def _t_scaled(A: Tensor | None, t_A: Tensor | None, factor: Tensor, t_factor: Tensor | None) -> Tensor | None:
+    """Returns factor t_A + t_factor A, in the memory of t_A if it is given, or None if it is zero."""
+    scaled = None if t_A is None else t_A.mul_(factor)
+    if A is None or t_factor is None:
+        return scaled
+    return (A * t_factor).to(A.dtype) if scaled is None else scaled.add_(A * t_factor)
 
 
 def _by_blocks(rules: Rules) -> Rules:
@@ -256,7 +286,7 @@ def _at(n: slice, group: Tensors) -> Tensors:
 
 
 def _blocks(inputs: Tensors) -> Iterator[slice]:
-    """Returns the blocks of rows, one at least: a block of S has at most `_BYTES`, or else `_LEAST_ROWS` rows."""
+    """Returns the blocks of rows, one at least: S for a block has at most `_BYTES`, or else `_LEAST_ROWS` rows."""
     x, _, X, *_ = inputs
     (T, N, _), M = x.shape, X.shape[1]
     row_bytes = max(T * M, 1) * max(x.element_size(), 4)
@@ -273,7 +303,10 @@ def _summed(values: Tensors) -> Tensor | None:
 OP = Op(
     "implicit_linear",
     inputs=("x", "bias", "X", "D", "rates"),
-    kernels={"reference": _by_blocks(_rules(matrices.product)), "cpu": _by_blocks(_rules(cpp.product))},
+    kernels={
+        "reference": _by_blocks(rules(matrices.product, _scores(matrices.product))),
+        "cpu": _by_blocks(rules(cpp.product, _scores(cpp.product))),
+    },
     zero_tangents=False,
 )
 
