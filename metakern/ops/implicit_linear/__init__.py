@@ -135,31 +135,52 @@ def _fits(name: str, key: str, value: Tensor, own: tuple[int, ...], shape: tuple
 class Side(NamedTuple):
     """The factors of S = X xᵀ (rows x, pairs X) or Q = D ct_yᵀ (rows ct_y, pairs D), and their tangents."""
 
-    rows: Tensor
-    pairs: Tensor
-    t_rows: Tensor | None = None
-    t_pairs: Tensor | None = None
+    rows: Any
+    pairs: Any
+    t_rows: Any = None
+    t_pairs: Any = None
+
+
+class Wanted(NamedTuple):
+    """Which of P, t_P, G, t_G and the sums for the rates, ct_r or t_ct_r, a rule uses."""
+
+    P: bool = False
+    t_P: bool = False  # noqa: N815
+    G: bool = False
+    t_G: bool = False  # noqa: N815
+    for_rates: bool = False
+    tangents: bool = False  # the sums are t_ct_r
+
+    def factors(self, of_x: Side, of_ct_y: Side, t_rates: Tensor | None) -> tuple[bool, bool, bool, bool]:
+        """Returns which of S, t_S, Q and t_Q have to be computed; a tangent that is zero has not."""
+        t_S, t_Q = (side.t_rows is not None or side.t_pairs is not None for side in (of_x, of_ct_y))
+        return (
+            self.P or (self.t_P and t_rates is not None) or (self.for_rates and (t_Q or not self.tangents)),
+            t_S and (self.t_P or self.for_rates),
+            self.G or (self.t_G and t_rates is not None) or (self.for_rates and (t_S or not self.tangents)),
+            t_Q and (self.t_G or self.for_rates),
+        )
 
 
 def rules(product: Product, scores: Callable[..., Tensors]) -> Rules:
     """Returns the four rules without blocks, given a product and `scores`.
 
-    scores(rates, t_rates, of_x, of_ct_y, for_rates, tangents) gets a `Side` for S and one for Q, or None where it is
-    not wanted. It returns P, t_P, G, t_G, each None where it is zero or not wanted, and with `for_rates` ct_r or, if
-    there are `tangents`, t_ct_r.
+    scores(wanted, rates, t_rates, of_x, of_ct_y) gets a `Side` for S and one for Q. It returns P, t_P, G, t_G and the
+    sums for the rates, each None where it is zero or not wanted.
     """
     total = partial(products, product)
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
         x, bias, X, D, rates = inputs
-        P, *_ = scores(rates, None, Side(x, X), None)
+        P, *_ = scores(Wanted(P=True), rates, None, Side(x, X), Side(None, D))
         return (product(P.mT, D, None if bias is None else bias.unsqueeze(1)),), ()
 
     def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
         (x, _, X, D, rates), (t_x, t_bias, t_X, t_D, t_rates) = inputs, t_inputs
-        P, t_P, *_ = scores(rates, t_rates, Side(x, X, t_x, t_X), None, tangents=True)
+        wanted = Wanted(P=t_D is not None, t_P=True)
+        P, t_P, *_ = scores(wanted, rates, t_rates, Side(x, X, t_x, t_X), Side(None, D))
         t_b = None if t_bias is None else t_bias.unsqueeze(1)
-        t_y = total((_transposed(t_P), D), (P.mT, t_D), add=t_b)
+        t_y = total((_transposed(t_P), D), (_transposed(P), t_D), add=t_b)
         if t_y is t_b:
             return (t_bias.unsqueeze(1).expand(*x.shape[:2], -1).clone(),), ()
         return (t_y,), ()
@@ -167,9 +188,8 @@ def rules(product: Product, scores: Callable[..., Tensors]) -> Rules:
     def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
         (x, _, X, D, rates), (ct_y,) = inputs, ct_outputs
         for_x, for_bias, for_X, for_D, for_rates = c.needs
-        of_x = Side(x, X) if for_D or for_rates else None
-        of_ct_y = Side(ct_y, D) if for_x or for_X or for_rates else None
-        P, _, G, _, ct_rates = scores(rates, None, of_x, of_ct_y, for_rates)
+        wanted = Wanted(P=for_D, G=for_x or for_X, for_rates=for_rates)
+        P, _, G, _, ct_rates = scores(wanted, rates, None, Side(x, X), Side(ct_y, D))
         return (
             product(G.mT, X) if for_x else None,
             ct_y.sum(1) if for_bias else None,
@@ -190,9 +210,16 @@ def rules(product: Product, scores: Callable[..., Tensors]) -> Rules:
         (x, _, X, D, rates), (t_x, _, t_X, t_D, t_rates), (ct_y,) = inputs, t_inputs, ct_outputs
         for_x, for_bias, for_X, for_D, for_rates = c.needs
         (t_ct_y,) = t_ct_outputs or (None,)
-        of_x = Side(x, X, t_x, t_X) if for_D or for_rates else None
-        of_ct_y = Side(ct_y, D, t_ct_y, t_D) if for_x or for_X or for_rates else None
-        P, t_P, G, t_G, t_ct_rates = scores(rates, t_rates, of_x, of_ct_y, for_rates, tangents=True)
+        wanted = Wanted(
+            P=for_D and t_ct_y is not None,
+            t_P=for_D,
+            G=(for_x and t_X is not None) or (for_X and t_x is not None),
+            t_G=for_x or for_X,
+            for_rates=for_rates,
+            tangents=True,
+        )
+        of_x, of_ct_y = Side(x, X, t_x, t_X), Side(ct_y, D, t_ct_y, t_D)
+        P, t_P, G, t_G, t_ct_rates = scores(wanted, rates, t_rates, of_x, of_ct_y)
         return (
             total((_transposed(t_G), X), (_transposed(G), t_X)) if for_x else None,
             t_ct_y.sum(1) if for_bias and t_ct_y is not None else None,
@@ -211,27 +238,23 @@ def _transposed(x: Tensor | None) -> Tensor | None:
 def _scores(product: Product) -> Callable[..., Tensors]:
     """Returns `scores` in plain PyTorch around a product."""
 
-    def products_of(side: Side | None) -> tuple[Any, Any]:
-        if side is None:
-            return None, None
+    def both(side: Side, S: bool, t_S: bool) -> tuple[Any, Any]:
         rows, pairs, t_rows, t_pairs = side
-        return product(pairs, rows.mT), products(product, (pairs, _transposed(t_rows)), (t_pairs, rows.mT))
+        return (
+            product(pairs, rows.mT) if S else None,
+            products(product, (pairs, _transposed(t_rows)), (t_pairs, rows.mT)) if t_S else None,
+        )
 
-    def scores(
-        rates: Tensor,
-        t_rates: Tensor | None,
-        of_x: Side | None,
-        of_ct_y: Side | None,
-        for_rates: bool = False,
-        tangents: bool = False,
-    ) -> Tensors:
-        (S, t_S), (Q, t_Q) = products_of(of_x), products_of(of_ct_y)
-        pairs = ((t_Q, S), (Q, t_S)) if tangents else ((Q, S),)
-        sums = [(wide(a) * b).sum(2) for a, b in pairs if a is not None and b is not None] if for_rates else []
+    def scores(wanted: Wanted, rates: Tensor, t_rates: Tensor | None, of_x: Side, of_ct_y: Side) -> Tensors:
+        needed = wanted.factors(of_x, of_ct_y, t_rates)
+        (S, t_S), (Q, t_Q) = both(of_x, *needed[:2]), both(of_ct_y, *needed[2:])
+        pairs = ((t_Q, S), (Q, t_S)) if wanted.tangents else ((Q, S),)
+        sums = [(wide(a) * b).sum(2) for a, b in pairs if a is not None and b is not None] if wanted.for_rates else []
         of_rates = -sum(sums[1:], sums[0]).to(rates.dtype) if sums else None
         factor, t_factor = -rates.unsqueeze(2), None if t_rates is None else -t_rates.unsqueeze(2)
-        t_P, t_G = _t_scaled(S, t_S, factor, t_factor), _t_scaled(Q, t_Q, factor, t_factor)
-        P, G = (None if A is None else A.mul_(factor) for A in (S, Q))
+        t_P = _t_scaled(S, t_S, factor, t_factor) if wanted.t_P else None
+        t_G = _t_scaled(Q, t_Q, factor, t_factor) if wanted.t_G else None
+        P, G = S.mul_(factor) if wanted.P else None, Q.mul_(factor) if wanted.G else None
         return P, t_P, G, t_G, of_rates
 
     return scores

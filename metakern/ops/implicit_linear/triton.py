@@ -18,7 +18,7 @@ from metakern.ops.core import matrices
 from metakern.ops.core.rules import Tensors
 from metakern.ops.core.spec import Make, Sample
 from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, jit, launch, precision, wide
-from metakern.ops.implicit_linear import Side, by_blocks, rules
+from metakern.ops.implicit_linear import Side, Wanted, by_blocks, rules
 
 
 class Blocks(NamedTuple):
@@ -60,26 +60,30 @@ def _dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _products(x, X, t_x, t_X, t, m, n, M, N, K, ACC: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """Returns S = X xᵀ and t_S, [BLOCK_M, BLOCK_N], or Q and t_Q if D and ct_y are given for X and x."""
+def _products(
+    x, X, t_x, t_X, t, m, n, M, N, K,
+    NEEDED: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Returns S = X xᵀ, if it is NEEDED, and t_S, [BLOCK_M, BLOCK_N]; or Q and t_Q, with D for X and ct_y for x."""
     S = tl.zeros([m.shape[0], n.shape[0]], ACC)
     t_S = tl.zeros([m.shape[0], n.shape[0]], ACC)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        pairs = _tile(X, t, m, M, k, K)  # [BLOCK_M, BLOCK_K]
-        rows = _tile(x, t, n, N, k, K)  # [BLOCK_N, BLOCK_K]
-        S = _dot(pairs, rows.T, S, PRECISION)
-        if t_x is not None:
-            t_rows = _tile(t_x, t, n, N, k, K)
-            t_S = _dot(pairs, t_rows.T, t_S, PRECISION)
-        if t_X is not None:
-            t_pairs = _tile(t_X, t, m, M, k, K)
-            t_S = _dot(t_pairs, rows.T, t_S, PRECISION)
+    if NEEDED or t_x is not None or t_X is not None:
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            pairs = _tile(X, t, m, M, k, K)  # [BLOCK_M, BLOCK_K]
+            rows = _tile(x, t, n, N, k, K)  # [BLOCK_N, BLOCK_K]
+            if NEEDED:
+                S = _dot(pairs, rows.T, S, PRECISION)
+            if t_x is not None:
+                t_S = _dot(pairs, _tile(t_x, t, n, N, k, K).T, t_S, PRECISION)
+            if t_X is not None:
+                t_S = _dot(_tile(t_X, t, m, M, k, K), rows.T, t_S, PRECISION)
     return S, t_S
 
 
 @triton.jit
 def _put(ptr, at, inside, tile):
+    """Stores a tile of scores unless `ptr` is None."""
     if ptr is not None:
         tl.store(ptr + at, tile.to(ptr.dtype.element_ty), inside)
 
@@ -87,10 +91,10 @@ def _put(ptr, at, inside, tile):
 @jit
 def _scores_kernel(
     x, X, t_x, t_X, ct_y, D, t_ct_y, t_D, rate_ptr, t_rate_ptr, P_ptr, t_P_ptr, G_ptr, t_G_ptr, sum_ptr, M, N, IN, OUT,
-    TANGENTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    S_NEEDED: tl.constexpr, Q_NEEDED: tl.constexpr, TANGENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stores the scores that are not None, and -Σ_n Q S or, with TANGENTS, -Σ_n (t_Q S + Q t_S)."""
+    """Stores the scores and the sums that are not None: -Σ_n Q S or, with TANGENTS, -Σ_n (t_Q S + Q t_S)."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks = tl.cdiv(M, BLOCK_M) * blocks_n
     t = (tl.program_id(0) // blocks).to(tl.int64)
@@ -101,55 +105,47 @@ def _scores_kernel(
     inside = (m < M)[:, None] & (n < N)[None, :]
     ACC: tl.constexpr = tl.float64 if rate_ptr.dtype.element_ty == tl.float64 else tl.float32
     r = -wide(tl.load(rate_ptr + t * M + m, m < M, other=0.0))[:, None]
+    S, t_S = _products(x, X, t_x, t_X, t, m, n, M, N, IN, S_NEEDED, ACC, BLOCK_K, PRECISION)
+    _put(P_ptr, at, inside, S * r)
+    t_P = t_S * r
     if t_rate_ptr is not None:
         t_r = -wide(tl.load(t_rate_ptr + t * M + m, m < M, other=0.0))[:, None]
-    if X is not None:
-        S, t_S = _products(x, X, t_x, t_X, t, m, n, M, N, IN, ACC, BLOCK_K, PRECISION)
-        _put(P_ptr, at, inside, S * r)
-        if TANGENTS:
-            _put(t_P_ptr, at, inside, t_S * r if t_rate_ptr is None else t_S * r + S * t_r)
-    if D is not None:
-        Q, t_Q = _products(ct_y, D, t_ct_y, t_D, t, m, n, M, N, OUT, ACC, BLOCK_K, PRECISION)
-        _put(G_ptr, at, inside, Q * r)
-        if TANGENTS:
-            _put(t_G_ptr, at, inside, t_Q * r if t_rate_ptr is None else t_Q * r + Q * t_r)
+        t_P += S * t_r
+    _put(t_P_ptr, at, inside, t_P)
+    Q, t_Q = _products(ct_y, D, t_ct_y, t_D, t, m, n, M, N, OUT, Q_NEEDED, ACC, BLOCK_K, PRECISION)
+    _put(G_ptr, at, inside, Q * r)
+    t_G = t_Q * r if t_rate_ptr is None else t_Q * r + Q * t_r
+    _put(t_G_ptr, at, inside, t_G)
     if sum_ptr is not None:
         total = tl.sum(t_Q * S + Q * t_S if TANGENTS else Q * S, 1)
         tl.store(sum_ptr + (t * blocks_n + block_n) * M + m, -total, m < M)
 
 
-def scores(
-    rates: Tensor,
-    t_rates: Tensor | None,
-    of_x: Side | None,
-    of_ct_y: Side | None,
-    for_rates: bool = False,
-    tangents: bool = False,
-) -> Tensors:
-    """Returns P, t_P, G, t_G and ct_r or t_ct_r, as `rules` of metakern/ops/implicit_linear asks for them."""
-    side = of_x or of_ct_y
-    if side is None:
+def scores(wanted: Wanted, rates: Tensor, t_rates: Tensor | None, of_x: Side, of_ct_y: Side) -> Tensors:
+    """Returns P, t_P, G, t_G and the sums for the rates, as `rules` of metakern/ops/implicit_linear asks for them."""
+    S, t_S, Q, t_Q = wanted.factors(of_x, of_ct_y, t_rates)
+    if not (S or t_S or Q or t_Q):
         return (None,) * 5
-    rows = side.rows
-    (T, N, _), M, (block, block_k, warps) = rows.shape, side.pairs.shape[1], BLOCKS[rows.element_size()]
-
-    def empty(side: Side | None, is_tangent: bool) -> Tensor | None:
-        if side is None or (is_tangent and not tangents):
-            return None
-        return rows.new_empty(T, M, N)
-
-    P, t_P, G, t_G = (empty(side, is_tangent) for side in (of_x, of_ct_y) for is_tangent in (False, True))
-    sums = rows.new_empty(T, cdiv(N, block), M, dtype=matrices.wide(rates[:0]).dtype) if for_rates else None
-    matrix_of = [_matrix(tensor) for side in (of_x, of_ct_y) for tensor in _ordered(side)]
+    rows = of_x.rows
+    (T, N, IN), M, OUT = rows.shape, rates.shape[1], of_ct_y.pairs.shape[2]
+    block, block_k, warps = BLOCKS[rows.element_size()]
+    of_rates = t_rates is not None
+    made = (wanted.P, wanted.t_P and (t_S or of_rates), wanted.G, wanted.t_G and (t_Q or of_rates))
+    found = [rows.new_empty(T, M, N) if want else None for want in made]
+    sums = rows.new_empty(T, cdiv(N, block), M, dtype=matrices.wide(rates[:0]).dtype) if wanted.for_rates else None
     launch(
         _scores_kernel,
         (cdiv(M, block) * cdiv(N, block) * T,),
         rows.device,
-        *matrix_of,
+        *_matrices(of_x, S, t_S),
+        *_matrices(of_ct_y, Q, t_Q),
         *contiguous(rates, t_rates),
-        *(P, t_P, G, t_G, sums),
-        *(M, N, *(0 if side is None else side.rows.shape[2] for side in (of_x, of_ct_y))),
-        TANGENTS=tangents,
+        *found,
+        sums,
+        *(M, N, IN, OUT),
+        S_NEEDED=S,
+        Q_NEEDED=Q,
+        TANGENTS=wanted.tangents,
         BLOCK_M=block,
         BLOCK_N=block,
         BLOCK_K=block_k,
@@ -157,11 +153,13 @@ def scores(
         num_warps=warps,
         num_stages=3,
     )
-    return P, t_P, G, t_G, None if sums is None else sums.sum(1).to(rates.dtype)
+    return *found, None if sums is None else sums.sum(1).to(rates.dtype)
 
 
-def _ordered(side: Side | None) -> Tensors:
-    return (None,) * 4 if side is None else (side.rows, side.pairs, side.t_rows, side.t_pairs)
+def _matrices(side: Side, is_needed: bool, is_tangent_needed: bool) -> list[Matrix | None]:
+    """Returns rows, pairs and their tangents as arguments of the kernel; None for those that it does not read."""
+    read = (is_needed or is_tangent_needed,) * 2 + (is_tangent_needed,) * 2
+    return [_matrix(tensor) if use else None for tensor, use in zip(side, read, strict=True)]
 
 
 def _matrix(x: Tensor | None) -> Matrix | None:
