@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 from largest import Largest
+from storages import Storages
 from torch import Tensor
 
 import metakern as mk
@@ -101,6 +102,40 @@ def test_meta_gradient_of_gradient_descent_equals_that_of_weights(backend: str) 
     torch.testing.assert_close(results[1], results[0], rtol=1e-11, atol=1e-11)
 
 
+def second(f: Callable, inputs: list[Tensor], i: int, j: int) -> tuple[Tensor, ...]:
+    """Return the derivatives of the cotangent of input i by input j and by ct, in both modes."""
+    draw, leaves = Make(seed=3), [t.detach().requires_grad_(k in (i, j)) for k, t in enumerate(inputs)]
+    v = draw(*inputs[i].shape)
+    y = f(*leaves)
+    ct, t_ct = draw(*y.shape).requires_grad_(), draw(*y.shape)
+    (ct_i,) = torch.autograd.grad(y, leaves[i], ct, create_graph=True)
+    by_reverse = torch.autograd.grad(ct_i, [leaves[j], ct], v, allow_unused=True, materialize_grads=True)
+    with fwd.dual_level():
+        duals = [fwd.make_dual(leaf, v) if k == i else leaf for k, leaf in enumerate(leaves)]
+        (ct_j,) = torch.autograd.grad(f(*duals), duals[j], ct.detach(), create_graph=True)
+        tangent = fwd.unpack_dual(ct_j).tangent
+        (ct_j,) = torch.autograd.grad(f(*duals), duals[j], fwd.make_dual(ct.detach(), t_ct), create_graph=True)
+        tangents = (tangent, fwd.unpack_dual(ct_j).tangent)
+    return (*by_reverse, *(torch.zeros_like(inputs[j]) if t is None else t.detach() for t in tangents))
+
+
+def of_correction(f: Callable) -> Callable:
+    return lambda x, bias, X, D, rates: f(x, None, bias, X, D, rates)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, *["triton"] * (mk.backends()["triton"] == "available")])
+def test_every_pair_of_inputs_has_its_second_derivatives(backend: str) -> None:
+    """With a tangent of one input and the cotangent of one other wanted, most of the scores are not computed."""
+    x, _, bias, X, D, rates = drawn(2, 3, 2, 4, 3)
+    inputs = [x, bias, X, D, rates]
+    ours, plain = of_correction(mk.ops.implicit_linear), of_correction(room.SPEC.plain)
+    for i in range(len(inputs)):
+        for j in range(len(inputs)):
+            expected = second(plain, inputs, i, j)
+            with mk.backend(backend):
+                torch.testing.assert_close(second(ours, inputs, i, j), expected, msg=f"{i}, {j}")
+
+
 @ORDERS
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_do_not_depend_on_blocks(order: Callable, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +162,20 @@ def test_holds_neither_a_weight_of_a_task_nor_the_products_of_all_rows_and_pairs
         expected = order(room.SPEC.plain, inputs)
     torch.testing.assert_close(results, expected)
     assert ours.elements < min(3 * 70 * 60, 2 * 3 * 40 * 50) <= others.elements
+
+
+def test_an_inner_step_multiplies_only_for_the_cotangent_of_x() -> None:
+    """In the backward pass, and in the one through it."""
+    x, _, _, X, D, rates = drawn(2, 5, 4, 3, 6)
+    h = x.sin()
+    with mk.backend("reference"):
+        y = mk.ops.implicit_linear(h, None, None, X, D, rates)
+        with Storages(h) as found:
+            (ct_x,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        assert found.products == 0
+        with Storages(X) as found:
+            torch.autograd.grad((ct_x * ct_x).sum(), D)
+        assert found.products == 3  # t_S for the cotangents of ct_y and D, and S for that of D in the forward
 
 
 def test_sums_over_blocks_of_half_precision_are_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
