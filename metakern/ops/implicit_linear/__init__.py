@@ -95,12 +95,11 @@ def implicit_linear(
         _fits(name, "weight", weight, own, (out, X.shape[-1]), "out, in")
     if bias is not None:
         _fits(name, "bias", bias, own, (out,), "out")
-    in_base = weight is not None and bias is not None and bias.dim() == weight.dim() - 1
-    offset = None if bias is None or in_base else bias.expand(*own, out)
-    base = None if weight is None else linear(x, weight, bias if in_base else None)
+        bias = bias.expand(*own, out)
+    base = None if weight is None else linear(x, weight)
     if tasks is None:
-        X, D, r, offset = X[None], D[None], r[None], None if offset is None else offset[None]
-    (y,) = OP(rows(x, tasks), offset, X, D, r)
+        X, D, r, bias = X[None], D[None], r[None], None if bias is None else bias[None]
+    (y,) = OP(rows(x, tasks), bias, X, D, r)
     y = y.view(*x.shape[:-1], out)
     return y if base is None else base + y
 
