@@ -1,8 +1,9 @@
-"""`linear` alone: expanded weights, which are never copied, and errors."""
+"""`linear` alone: expanded weights, which are never copied, cotangents that are not used, and errors."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from storages import Storages
 from torch import Tensor
 
 import metakern as mk
@@ -34,6 +35,24 @@ def test_an_expanded_weight_equals_its_copies_at_both_orders_and_is_never_copied
         torch.testing.assert_close(a, b)
     copied = [e for e in profile.events() if e.name == "aten::clone" and e.input_shapes[0] == [4, 2, 3]]
     assert not copied
+
+
+def test_a_backward_pass_computes_only_the_cotangents_that_it_uses() -> None:
+    """torch.autograd.grad with respect to x alone multiplies nothing for the weight; later ones still depend on it."""
+    make = Make(seed=4)
+    x, weight = make(2, 3, 4).requires_grad_(), make(2, 5, 4).requires_grad_()
+    found = []
+    for f in (mk.ops.linear, lambda h, w: h @ w.mT):
+        with mk.backend("reference"):
+            h = x.sin()
+            y = f(h, weight)
+            with Storages(h) as reads:
+                (g,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
+            assert reads.products == 0
+            with Storages(h) as reads:
+                found.append((g, *torch.autograd.grad((g * g).sum(), (x, weight))))
+            assert reads.products > 0
+    torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.parametrize(

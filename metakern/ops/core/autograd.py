@@ -163,6 +163,24 @@ def _scattered(values: tuple[Tensor | None, ...], keep: tuple[bool, ...]) -> Ten
     return tuple(next(rest) if kept else None for kept in keep)
 
 
+def _used(ctx: Any) -> tuple[bool, ...]:
+    """Returns for each argument of a Function whether the backward pass that is running uses its cotangent.
+
+    `ctx.needs_input_grad` is True for all arguments that require gradients. But torch.autograd.grad asks for those of
+    a few tensors: an inner step does not use the cotangents of the parameters that it does not adapt.
+    """
+    nodes = (node for node, _ in ctx.next_functions)  # of the arguments that are tensors
+    runs = (next(nodes) if given else None for given in ctx.given)
+    return (False, *(needed and _runs(node) for needed, node in zip(ctx.needs_input_grad[1:], runs, strict=False)))
+
+
+def _runs(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf that is asked for, of which it can't tell
+        return True
+
+
 class _Rule(Function):
     """The base of all Functions here: zero gradients arrive as None, and vmap folds into the tasks."""
 
@@ -177,6 +195,7 @@ class _Rule(Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         call, *tensors = inputs
         ctx.call = call
+        ctx.given = tuple(tensor is not None for tensor in tensors)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
@@ -224,7 +243,7 @@ class _Op(_Rule):
         call, ct_y = ctx.call, ct[: ctx.call.op.outputs]
         if any(c is not None for c in ct[call.op.outputs :]):
             call.refuse("derivatives through residuals")
-        needs = ctx.needs_input_grad[1 : 1 + len(call.op.inputs)]
+        needs = _used(ctx)[1 : 1 + len(call.op.inputs)]
         if not any(needs) or all(c is None for c in ct_y):
             return (None,) * len(ctx.needs_input_grad)
         x, constants, r = call.saved(ctx, "x", "c", "r")
@@ -266,7 +285,7 @@ class _Vjp(_Rule):
     def backward(ctx: Any, *g: Tensor | None) -> tuple:
         call = ctx.call
         x, constants, r, ct_y, q = call.saved(ctx, "x", "c", "r", "y", "q")
-        needs, _, _, needs_ct = call.split(ctx.needs_input_grad[1:], "x", "c", "r", "y")
+        needs, _, _, needs_ct = call.split(_used(ctx)[1:], "x", "c", "r", "y")
         nothing = (None,) * (1 + len(x) + len(constants) + len(r) + len(ct_y))
         g = g[: sum(call.needs)]
         if all(gi is None for gi in g):
@@ -315,7 +334,7 @@ class _Jvp(_Rule):
         nothing = (None,) * (1 + 2 * len(x) + len(constants) + len(r))
         if all(c is None for c in ct_t_y):
             return nothing
-        needs, _, _, needs_t = call.split(ctx.needs_input_grad[1:], "x", "c", "r", "x")
+        needs, _, _, needs_t = call.split(_used(ctx)[1:], "x", "c", "r", "x")
         ct_t_y = _cotangents(ct_t_y, ctx.shapes)
         wanted = call.wanting((*needs, *needs_t), call.residuals)
         out = _scattered(_JvpTransposed.apply(wanted, *x, *constants, *r, *t_x, *t_r, *ct_t_y), (*needs, *needs_t))
