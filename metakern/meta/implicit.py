@@ -259,6 +259,12 @@ class ImplicitUnroll(Unroll):
             theta[i] = None if ct is None else ct[None]
         return replace(found, theta=theta, shared=found.shared[len(places) :])
 
+    def slope(self, phi: Sequence[Tensor], batch: Any) -> Slope:
+        learned = set(range(self.batching.size)) - set(self.batching.places.values())
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_(i in learned) for i, p in enumerate(phi)]
+            return self._differentiated(leaves, batch, create_graph=False)
+
     def _differentiated(self, phi: Sequence[Tensor], batch: Any, create_graph: bool) -> Slope:
         losses, seen = self.batching.seen(phi, batch)
         self.batching.keep(self.batching.steps(phi), seen.layout)

@@ -90,7 +90,7 @@ class Unroll:
 
     def _step(self, point: Point, support: Any) -> tuple[Slope, Point]:
         """Return the slope at a point, and the point after one inner step from there."""
-        slope = self._slope(point.phi, at_step(support, point.k))
+        slope = self.slope(point.phi, at_step(support, point.k))
         with torch.no_grad():
             phi, state = self._updated(point.phi, slope, point.state)
         return slope, Point(point.k + 1, phi, state, Random(phi[0].device, self.python))
@@ -114,7 +114,8 @@ class Unroll:
                 kept = point.k
         return point
 
-    def _slope(self, phi: Sequence[Tensor], batch: Any) -> Slope:
+    def slope(self, phi: Sequence[Tensor], batch: Any) -> Slope:
+        """Return the slope at phi, without a graph."""
         with torch.enable_grad():
             return self._differentiated([p.detach().requires_grad_() for p in phi], batch, create_graph=False)
 
@@ -170,7 +171,7 @@ class Unroll:
                 if point.slope is not None:
                     slope = point.slope
                 else:  # an affine update's pullback needs no gradients
-                    slope = self._slope(point.phi, batch) if keeps_slopes else Slope(point.phi, losses)
+                    slope = self.slope(point.phi, batch) if keeps_slopes else Slope(point.phi, losses)
                 direct, ct_slope, next_ct_state, _ = self._pullback(point, slope, ct_phi, ct_state)
                 if not self.first_order and any(c is not None for c in ct_slope):
                     point.random.restore()

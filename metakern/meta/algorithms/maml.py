@@ -37,7 +37,7 @@ class MAML(nn.Module):
     tensor, `[T, ...]`. Anything in it that is not a tensor is the same for all tasks. A `metakern.PerStep` holds a
     batch for each inner step.
 
-    `strategy`, `batching`, `task_chunk`, `memory` and `capture` change time and memory, not the numbers (up to
+    `strategy`, `batching`, `task_chunk`, `memory`, `weights` and `capture` change time and memory, not the numbers (up to
     rounding). `maml.plan` shows what was chosen, and why.
 
     Args:
@@ -72,6 +72,11 @@ class MAML(nn.Module):
         query_weights: The weights of the query losses after 0, 1, ..., K inner steps in the outer loss (Antoniou,
             Edwards, Storkey 2019, "How to train your MAML", section 4), `steps` + 1 numbers. A loss of weight 0 is not
             computed. None counts the loss after K steps alone. It may be set anew at each call.
+        weights: "implicit" does not form the weights that tasks have of linear layers: a layer computes its output
+            from the shared weight, the inputs that it saw in earlier inner steps, and the cotangents of its outputs
+            there. Memory then grows with the number of tokens in place of these weights. It needs batching "fold" and
+            gradient descent with rates for whole parameters, such as `metakern.optim.SGD`; weights for which it is not
+            possible stay "explicit". "auto" takes it for large weights that see few tokens.
 
     Attributes:
         query_losses: The outer loss of each task at the last call, `[T]`, detached; None before the first call.
@@ -109,6 +114,7 @@ class MAML(nn.Module):
         memory: str = "auto",
         precision: str | None = None,
         query_weights: Sequence[float] | None = None,
+        weights: str = "auto",
     ) -> None:
         super().__init__()
         if not callable(loss) or type(loss).__module__ == "torch.nn.modules.loss":
@@ -129,7 +135,7 @@ class MAML(nn.Module):
             raise ValueError(f'MAML: capture must be "auto", True or False, got {capture!r}')
         inner = SGD() if inner is None else inner
         check(precision, ())
-        engine = _engine_of(model, adapt, Wishes(batching, strategy, task_chunk, memory), inner)
+        engine = _engine_of(model, adapt, Wishes(batching, strategy, task_chunk, memory, weights), inner)
         self.model, self.inner = model, inner
         self.loss, self.steps, self.first_order, self.capture = loss, non_negative(steps), first_order, capture
         self.precision, self.query_weights = precision, query_weights
@@ -244,8 +250,9 @@ class MAML(nn.Module):
 
         @in_precision(self.precision)
         def compute(support: Any, *start: list[Tensor]) -> list[Tensor]:
-            *_, phi = prepared.unroll.trajectory(self._theta(prepared, support, *start), support, steps)
-            return phi
+            unroll = prepared.loop(bool(start))
+            *_, phi = unroll.trajectory(self._theta(prepared, support, *start), support, steps)
+            return unroll.formed(phi)
 
         theta = dict(zip(prepared.parameters.adapted, prepared.theta(tasks_of(support)), strict=True))
         given = [] if start is None else [_started(start, theta)]
@@ -309,10 +316,10 @@ class MAML(nn.Module):
 
         The gradients are in the order of `prepared.outer`.
         """
-        unroll, plan = prepared.unroll, prepared.plan
-        compute = unroll.store if plan.strategy == "store" else unroll.recompute
         with torch.enable_grad():
             own = {} if start else self._initial(prepared, support)
+        unroll = prepared.loop(bool(start or own))
+        compute = unroll.store if prepared.plan.strategy == "store" else unroll.recompute
         theta = start[0] if start else prepared.theta(tasks_of(support), own)
         found = compute(theta, prepared.shared, support, outer)
         if not own:
