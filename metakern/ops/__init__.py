@@ -15,6 +15,7 @@ from metakern.ops.embedding import embedding
 from metakern.ops.gelu import gelu
 from metakern.ops.global_norm import global_norm
 from metakern.ops.gru import gru
+from metakern.ops.implicit_linear import implicit_linear
 from metakern.ops.layer_norm import layer_norm
 from metakern.ops.linear import linear
 from metakern.ops.linear_cross_entropy import linear_cross_entropy
@@ -42,6 +43,7 @@ __all__ = [
     "gelu",
     "global_norm",
     "gru",
+    "implicit_linear",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

@@ -170,6 +170,10 @@ def _recurrent(gates: int, states: int) -> Callable[[Make], tuple]:
 ARGUMENTS: dict[str, Callable[[Make], tuple]] = {
     "linear": lambda make: (make(3, 20, 40), make(3, 30, 40), make(3, 30)),
     "lora_linear": lambda make: (make(3, 20, 40), make(30, 40), make(3, 4, 40), make(3, 30, 4), 0.5),
+    "implicit_linear": lambda make: (
+        *(make(3, 20, 40), make(30, 40), make(3, 30)),
+        *(make(3, 50, 40), make(3, 50, 30), 0.1 * make(3, 50)),
+    ),
     "attention": _attention,
     "linear_cross_entropy": lambda make: (make(2, 40, 24), make(2, 60, 24), make.integers(60, 2, 40)),
     "rnn": _recurrent(1, 1),
