@@ -186,10 +186,10 @@ class Implicit(Folded):
         def run(tasks: Tensor) -> Tensor:
             rows = tasks.reshape(fold.tasks, -1, tasks.shape[-1])
             y = ops.linear(self._scaled(name, rows), weight)
-            y = y if bias is None else y + bias.unsqueeze(1)
             if self._pairs[name]:
-                X, D, rates = self._factors(name)
-                y = y + ((rows @ X.mT) * rates.unsqueeze(1)) @ D
+                y = y + ops.implicit_linear(rows, None, bias, *self._factors(name))
+            elif bias is not None:
+                y = y + bias.unsqueeze(1)
             if self._seen is not None:
                 y = self._recorded(self._seen, name, self._seen.index(x, rows), y)
             return y.view(*tasks.shape[:-1], -1)
@@ -201,13 +201,13 @@ class Implicit(Folded):
         return rows * self._coefficients[name][:, :1, None] if self.decays else rows
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the pairs of all steps and calls as one, [T, M, in] and [T, M, out], and the rows' factors [T, M]."""
+        """Return the pairs of all steps and calls as one, [T, M, in] and [T, M, out], and the rates of their rows."""
         c, pairs = self._coefficients[name], self._pairs[name]
         key = tuple(id(x) for _, x, _ in pairs)
         if key not in self._joined:  # once for all layers that were called on the same inputs
             self._joined[key] = torch.cat([x for _, x, _ in pairs], 1)
         D = torch.cat([d for _, _, d in pairs], 1)
-        rates = torch.cat([c[:, k : k + 1].expand(-1, x.shape[1]) for k, x, _ in pairs], 1)
+        rates = torch.cat([-c[:, k : k + 1].expand(-1, x.shape[1]) for k, x, _ in pairs], 1)
         return self._joined[key], D, rates
 
     def _recorded(self, seen: Seen, name: str, i: int, y: Tensor) -> Tensor:
