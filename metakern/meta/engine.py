@@ -44,6 +44,7 @@ from metakern.meta.verify import comparable, modules_of, one_line
 from metakern.optim import InnerOptimizer
 
 PLANS = 16  # plans kept; the one unused for longest is dropped
+IMPLICIT = "implicit weights"  # in place of a batching's name among those that failed
 SIZES = 256  # batch sizes for which a plan remembers that its folded losses were confirmed
 _FOLDED = ("linear", "embedding", "layer_norm", "rms_norm")  # functions of modules that folding replaces
 
@@ -111,7 +112,8 @@ class Engine:
             kinds[structure(batch)] = batch
         first = structure(batches[0])  # the support comes first: its second derivatives are verified
         tried = [kinds.pop(first), *kinds.values()]
-        planner = Planner(roles, loss, self.wishes, watch, inner)
+        wishes = replace(self.wishes, weights="explicit") if IMPLICIT in without else self.wishes
+        planner = Planner(roles, loss, wishes, watch, inner)
         found = planner.plan(tried, steps, first_order or not outer, without)
         self._volatile |= found.changed & before.keys()
         for i, leaf in enumerate(found.outside):
@@ -269,7 +271,8 @@ class Prepared:
 
     def _replan(self, why: str, batches: Sequence[Any]) -> None:
         """Replace this plan by one with the next batching, after this batching failed on a later batch."""
-        name, other = self.unroll.batching.name, self._again(self.unroll.batching.name, whole(*batches))
+        name = IMPLICIT if self.plan.implicit else self.unroll.batching.name
+        other = self._again(name, whole(*batches))
         self.__dict__.update(other.__dict__)
         self.plan = replace(self.plan, reasons=(*self.plan.reasons, f"{name} failed on a later batch: {why}"))
 

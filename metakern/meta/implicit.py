@@ -179,8 +179,8 @@ class Implicit(Folded):
 
     def _linear(self, name: str, fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
         """Run a linear layer; the rule of a unit."""
-        weight, bias = self.parameters.adapted[name], fold.weight(module, "bias")
-        weight = weight if self.learns else weight.detach()
+        W, bias = self.parameters.adapted[name], fold.weight(module, "bias")
+        weight = W if self.learns else W.detach()
         weight = weight.mT if self.transposed[name] else weight
 
         def run(tasks: Tensor) -> Tensor:
@@ -277,8 +277,10 @@ class ImplicitUnroll(Unroll):
 
     def _grads(self, phi: Sequence[Tensor], found: Gradients) -> list[Any]:
         """Return the gradients at phi: those found, and for each implicit weight the unit vector of this step."""
-        k, places = self.batching.steps(phi), self.batching.places.values()
-        return [_unit(p, k + 1, p.shape[1]) if i in places else found[i] for i, p in enumerate(phi[: self.batching.size])]
+        k, grads = self.batching.steps(phi), list(found[: self.batching.size])
+        for i in self.batching.places.values():
+            grads[i] = _unit(phi[i], k + 1, phi[i].shape[1])
+        return grads
 
     def _updated(self, phi: Sequence[Tensor], slope: Slope, state: State) -> tuple[list[Tensor], State]:
         n = self.batching.size

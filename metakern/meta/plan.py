@@ -126,7 +126,8 @@ class Planner:
         names = list(WAYS) if self.wishes.batching == "auto" else [self.wishes.batching]
         names = [name for name in names if name not in without]
         reasons = [f"{name} is not possible: it failed on a later batch" for name in without]
-        with opened(self.parameters, self.loss, batches, first_order, double, slopes, self.watch, self.weights.names) as trial:
+        low_rank = self.weights.names
+        with opened(self.parameters, self.loss, batches, first_order, double, slopes, self.watch, low_rank) as trial:
             found = self._tried(trial, names, trial.plain, batches, inner_steps, reasons)
             if found is None and not trial.plain and any("third derivatives" in reason for reason in reasons):
                 found = self._tried(trial, names, True, batches, inner_steps, reasons)
@@ -185,6 +186,8 @@ class Planner:
                 chosen.fold.records = batching.fold.records
                 implicit, why = self.weights.batching(trial, chosen.fold.records, plain, hvp, steps)
                 chosen, reasons = implicit or chosen, [*reasons, *why]
+            elif self.wishes.weights == "implicit":
+                reasons.append("explicit weights: implicit ones need batching fold")
             plan = self._sized(chosen, hvp, saved, tasks_of(batches[0]), steps, reasons)
             return Found(plan, chosen, trial.outside, any(trial.draws), trial.python, trial.changed, trial.graph)
         return None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from metakern.meta.batches import Outer
-from metakern.meta.batching import Folded, Loss
+from metakern.meta.batching import Loss
 from metakern.meta.draws import Alike
 from metakern.meta.fold import LINEAR, Fold
 from metakern.meta.implicit import Implicit, ImplicitUnroll, Layout
@@ -50,7 +50,9 @@ class Weights:
             self.names = [name for name in self.names if parameters.adapted[name].numel() >= LARGE]
         self.reasons = [f"explicit weights: {_listed(names)}: {why}" for why, names in left.items()]
 
-    def batching(self, trial: Trial, records: Any, plain: bool, hvp: str, steps: int) -> tuple[Folded | None, list[str]]:
+    def batching(
+        self, trial: Trial, records: Any, plain: bool, hvp: str, steps: int
+    ) -> tuple[Implicit | None, list[str]]:
         """Return the batching with implicit weights, or None where there are none to be, and the reasons."""
         if not self.names:
             return None, self.reasons if self.wish == "implicit" else []
@@ -69,7 +71,8 @@ class Weights:
         return self._made(self.parameters, records, plain, names), [reason, *self.reasons]
 
     def _made(self, parameters: Parameters, records: Any, plain: bool, names: Sequence[str]) -> Implicit:
-        decays = not (isinstance(self.inner, SGD) and self.inner.weight_decay.absent)
+        decay: Any = getattr(self.inner, "weight_decay", None)
+        decays = decay is None or not decay.absent
         made = Implicit(parameters, self.loss, plain, names, decays)
         made.fold.records = made.explicit.fold.records = records
         return made

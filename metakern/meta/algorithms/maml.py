@@ -37,8 +37,8 @@ class MAML(nn.Module):
     tensor, `[T, ...]`. Anything in it that is not a tensor is the same for all tasks. A `metakern.PerStep` holds a
     batch for each inner step.
 
-    `strategy`, `batching`, `task_chunk`, `memory`, `weights` and `capture` change time and memory, not the numbers (up to
-    rounding). `maml.plan` shows what was chosen, and why.
+    `strategy`, `batching`, `task_chunk`, `memory`, `weights` and `capture` change time and memory, not the numbers (up
+    to rounding). `maml.plan` shows what was chosen, and why.
 
     Args:
         model: The model; its parameters are the shared initialisation theta. MAML does not modify it.
