@@ -44,7 +44,7 @@ from metakern.meta.batches import Outer, at_step
 from metakern.meta.batching import Folded, Loss
 from metakern.meta.fold import LINEAR, Fold, FoldError, per_task
 from metakern.meta.parameters import Parameters
-from metakern.meta.unroll import Gradients, Point, Result, Slope, Unroll, derivatives, pulled_back, with_zeros
+from metakern.meta.unroll import Gradients, Point, Result, Slope, Unroll, added, derivatives, pulled_back, with_zeros
 from metakern.optim.base import State
 
 
@@ -99,6 +99,7 @@ class Implicit(Folded):
                 self.fold.units[module] = partial(self._linear, name)
         self.layouts: list[Layout] = []  # of the inner steps
         self.learns = False  # whether autograd is to differentiate with respect to W_0
+        self._sums: dict[str, Tensor] = {}  # gradients of W_0
         self._seen: Seen | None = None
         self._tangents: Gradients = ()
 
@@ -165,17 +166,24 @@ class Implicit(Folded):
             found[i] = total
         return found
 
-    def summed(self, seen: Seen, cts: Sequence[tuple[Tensor | None, Tensor | None]]) -> Gradients:
-        """Return Σ d_ty x + e_ty t_x for each W_0, over tasks, tokens and calls with cotangents (d, e) in `cts`."""
-        found: dict[str, Tensor] = {}
+    def add(self, seen: Seen, cts: Sequence[tuple[Tensor | None, Tensor | None]]) -> None:
+        """Add dᵀ x + eᵀ t_x, for the cotangents (d, e) of each call and its input x, to the gradient of its W_0.
+
+        So a weight's gradient takes its own memory once, whatever the numbers of steps and tasks.
+        """
         for (name, i), ct in zip(seen.calls, cts, strict=True):
             for d, x in zip(ct, forward_ad.unpack_dual(self._scaled(name, seen.inputs[i])), strict=True):
                 if d is None or x is None:
                     continue
                 d, x = d.detach().flatten(0, 1), x.detach().flatten(0, 1)
                 left, right = (x.mT, d) if self.transposed[name] else (d.mT, x)
-                found[name] = torch.addmm(found[name], left, right) if name in found else left @ right
-        return [found.get(name) for name in self.places]
+                known = self._sums.get(name)
+                self._sums[name] = left @ right if known is None else torch.addmm(known, left, right)
+
+    def added(self) -> Gradients:
+        """Return the gradients of all W_0 that were added up, and begin anew."""
+        sums, self._sums = self._sums, {}
+        return [sums.get(name) for name in self.places]
 
     def _linear(self, name: str, fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
         """Run a linear layer; the rule of a unit."""
@@ -227,8 +235,8 @@ class Implicit(Folded):
 class ImplicitUnroll(Unroll):
     """An inner loop with implicit weights.
 
-    W_0 counts as a parameter that the inner loop does not adapt, before `shared`. Its gradient in a result is the sum
-    over the tasks, [1, *shape].
+    W_0 counts as a parameter that the inner loop does not adapt, before `shared`. Where its gradient is found from the
+    inputs and outputs of the layers, `batching` adds it up. In a result it is the sum over the tasks, [1, *shape].
     """
 
     batching: Implicit
@@ -252,10 +260,14 @@ class ImplicitUnroll(Unroll):
     def recompute(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, outer: Outer) -> Result:
         return self._result(super().recompute(theta, [*self.batching.weights, *shared], support, outer))
 
+    def weight_gradients(self, found: Gradients) -> Gradients:
+        """Return the gradients of W_0: those found, and those added up since the last call."""
+        return added(found[: len(self.batching.places)], self.batching.added())
+
     def _result(self, found: Result) -> Result:
         """Return a result with the gradients of W_0 among those of theta."""
         theta, places = list(found.theta), self.batching.places.values()
-        for i, ct in zip(places, found.shared, strict=False):
+        for i, ct in zip(places, self.weight_gradients(found.shared), strict=True):
             theta[i] = None if ct is None else ct[None]
         return replace(found, theta=theta, shared=found.shared[len(places) :])
 
@@ -296,8 +308,8 @@ class ImplicitUnroll(Unroll):
             losses = outer.weighted(losses, k)
             ct = derivatives(losses.sum(), [*leaves, *seen.outputs, *shared[len(self.batching.places) :]])
         n, m = len(phi), len(phi) + len(seen.outputs)
-        of_weights = self.batching.summed(seen, [(c, None) for c in ct[n:m]])
-        return losses.detach(), [*ct[:n], *of_weights, *ct[m:]]
+        self.batching.add(seen, [(c, None) for c in ct[n:m]])
+        return losses.detach(), [*ct[:n], *[None] * len(self.batching.places), *ct[m:]]
 
     def _pullback(
         self, point: Point, slope: Slope, ct_phi: Gradients, ct_state: Gradients
@@ -327,10 +339,10 @@ class ImplicitUnroll(Unroll):
             ct = derivatives([total, *(x for x, _ in known)], wanted, weights)
             parts = [(None, None) if c is None else forward_ad.unpack_dual(c) for c in ct]
             n, m = len(phi), len(phi) + len(seen.outputs)
-            of_weights = self.batching.summed(seen, [(t, c) for c, t in parts[n:m]])
+            self.batching.add(seen, [(t, c) for c, t in parts[n:m]])
         tangents = [t for _, t in parts]
         grads = [None if c is None else c.detach() for c, _ in parts[: self.batching.size]]
-        return self._grads(phi, grads), [*tangents[:n], *of_weights, *tangents[m:]]
+        return self._grads(phi, grads), [*tangents[:n], *[None] * len(self.batching.places), *tangents[m:]]
 
     def _reverse_over_reverse(
         self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, *ct_pairs: Tensor | None

@@ -42,7 +42,7 @@ Gradients = Sequence[Tensor | None]
 class Result:
     """Outer losses [T], and the gradients of their sum with respect to theta, shared and hyper-parameters.
 
-    Those of theta are one for each task, [T, *shape].
+    Those of theta are one for each task, [T, *shape], or the sum over the tasks, [1, *shape].
     """
 
     losses: Tensor
@@ -53,7 +53,7 @@ class Result:
     @property
     def summed(self) -> Gradients:
         """The gradients of theta, summed over the tasks, which share it."""
-        return [None if c is None else c.sum(0) for c in self.theta]
+        return [None if c is None else c[0] if len(c) == 1 else c.sum(0) for c in self.theta]
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def verify(trial: Trial, batching: Implicit, hvp: str) -> None:
         with _steady(trial, batching, i):
             losses, ct = unroll.of_query(phi, shared, Outer(batch, (0,)), 0)
         trial.compare("loss", [losses], trial.truths[i][0])
-        trial.compare("gradient", *_aligned(trial, batching, ct, trial.truths[i][1]))
+        trial.compare("gradient", *_aligned(trial, unroll, ct, trial.truths[i][1]))
     for mode in dict.fromkeys(("reverse", hvp)) if not trial.first_order else ():
         unroll = replace(unroll, hvp=mode)
         with _steady(trial, batching, 0):
@@ -140,7 +140,7 @@ def verify(trial: Trial, batching: Implicit, hvp: str) -> None:
         with _steady(trial, batching, 0):
             along = _direction(trial, batching, slope.pairs)
             _, products = unroll.hessian_vector_product(phi, shared, trial.probe, trial.v, *along)
-        trial.compare("Hessian-vector product", *_aligned(trial, batching, products, trial.truths[0][2]))
+        trial.compare("Hessian-vector product", *_aligned(trial, unroll, products, trial.truths[0][2]))
 
 
 @contextmanager
@@ -179,10 +179,11 @@ def _direction(trial: Trial, batching: Implicit, pairs: Sequence[Tensor]) -> lis
     return [*of_X, *of_D]
 
 
-def _aligned(trial: Trial, batching: Implicit, found: Gradients, truth: Gradients) -> tuple[list[Any], list[Any]]:
+def _aligned(trial: Trial, unroll: ImplicitUnroll, found: Gradients, truth: Gradients) -> tuple[list[Any], list[Any]]:
     """Return derivatives with respect to phi, W_0 and shared parameters, and those of plain autograd, in one order."""
-    n, count, places = batching.size, len(batching.places), batching.places
-    of_pairs, of_weights = found[n : n + 2 * count], found[n + 2 * count : n + 3 * count]
+    batching, places = unroll.batching, unroll.batching.places
+    n, count = batching.size, len(places)
+    of_pairs, of_weights = found[n : n + 2 * count], unroll.weight_gradients(found[n + 2 * count :])
     ours = [c for i, c in enumerate(found[:n]) if i not in places.values()]
     theirs = [t for i, t in enumerate(truth[:n]) if i not in places.values()]
     for j, (name, i) in enumerate(places.items()):
