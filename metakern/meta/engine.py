@@ -209,9 +209,10 @@ class Prepared:
             self._captures[key] = Captures(roots, capture, names, precision, self._watch)
         return self._captures[key]
 
-    def loop(self, apart: bool) -> Unroll:
-        """Return the inner loop; `apart`: for tasks whose parameters do not start at the shared ones."""
-        return self.unroll.explicit if apart and isinstance(self.unroll, ImplicitUnroll) else self.unroll
+    @property
+    def explicit(self) -> Unroll:
+        """The inner loop with explicit weights."""
+        return self.unroll.explicit if isinstance(self.unroll, ImplicitUnroll) else self.unroll
 
     def theta(self, tasks: int, own: Mapping[str, Tensor] = MappingProxyType({})) -> list[Tensor]:
         """Return phi_0, `[tasks, *shape]`: the shared initialisation, or the `own` value of each task."""

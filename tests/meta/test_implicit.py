@@ -247,7 +247,14 @@ def penalized(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "loss", "batch", "inner", "found", "reason"),
     [
-        (partial(Embedded, False), guesses, labelled, mk.optim.SGD(0.3), ("layer.weight", "head.weight"), "by Embedding"),
+        (
+            partial(Embedded, False),
+            guesses,
+            labelled,
+            mk.optim.SGD(0.3),
+            ("layer.weight", "head.weight"),
+            "by Embedding",
+        ),
         (partial(Embedded, True), guesses, labelled, mk.optim.SGD(0.3), ("layer.weight",), "used by Embedding"),
         (scaled, regression_loss, points, mk.optim.SGD(0.3), ("2.weight",), "used by ParametrizationList"),
         (mlp, penalized, points, mk.optim.SGD(0.3), (), "fold is not possible"),

@@ -23,7 +23,7 @@ from metakern.meta.engine import Engine, Prepared, running
 from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Plan, Wishes
 from metakern.meta.precision import check, in_precision
-from metakern.meta.unroll import Gradients, added, derivatives
+from metakern.meta.unroll import Gradients, Unroll, added, derivatives
 from metakern.optim import SGD, InnerOptimizer
 
 
@@ -250,7 +250,7 @@ class MAML(nn.Module):
 
         @in_precision(self.precision)
         def compute(support: Any, *start: list[Tensor]) -> list[Tensor]:
-            unroll = prepared.loop(bool(start))
+            unroll = self._loop(prepared, *start)
             *_, phi = unroll.trajectory(self._theta(prepared, support, *start), support, steps)
             return unroll.formed(phi)
 
@@ -291,8 +291,9 @@ class MAML(nn.Module):
 
         @in_precision(self.precision)
         def compute(support: Any, query: Any) -> Tensor:
-            trajectory = enumerate(prepared.unroll.trajectory(self._theta(prepared, support), support, max(wanted)))
-            losses = {k: prepared.unroll.query(phi, at_step(query, k)) for k, phi in trajectory if k in wanted}
+            unroll = self._loop(prepared)
+            trajectory = enumerate(unroll.trajectory(self._theta(prepared, support), support, max(wanted)))
+            losses = {k: unroll.query(phi, at_step(query, k)) for k, phi in trajectory if k in wanted}
             return torch.stack([losses[k] for k in wanted])
 
         return torch.cat(list(prepared.by_chunks(compute, support, query)), dim=1)
@@ -318,7 +319,7 @@ class MAML(nn.Module):
         """
         with torch.enable_grad():
             own = {} if start else self._initial(prepared, support)
-        unroll = prepared.loop(bool(start or own))
+        unroll = self._loop(prepared, *start)
         compute = unroll.store if prepared.plan.strategy == "store" else unroll.recompute
         theta = start[0] if start else prepared.theta(tasks_of(support), own)
         found = compute(theta, prepared.shared, support, outer)
@@ -355,6 +356,10 @@ class MAML(nn.Module):
             return start[0]
         with torch.no_grad():
             return prepared.theta(tasks_of(support), self._initial(prepared, support))
+
+    def _loop(self, prepared: Prepared, *start: list[Tensor]) -> Unroll:
+        """Return the inner loop: with explicit weights if the tasks do not all start from the shared ones."""
+        return prepared.explicit if start or type(self)._initial is not MAML._initial else prepared.unroll
 
     def _optimizer(self) -> InnerOptimizer:
         """Return the optimizer of the inner loop."""
