@@ -99,14 +99,15 @@ class Implicit(Folded):
                 self.fold.units[module] = partial(self._linear, name)
         self.layouts: list[Layout] = []  # of the inner steps
         self.learns = False  # whether autograd is to differentiate with respect to W_0
+        self.pair_bytes = 0  # an estimate of what a step adds to phi, for each task
         self._sums: dict[str, Tensor] = {}  # gradients of W_0
         self._seen: Seen | None = None
-        self._tangents: Gradients = ()
+        self._tangents: Iterator[Tensor | None] = iter(())
 
     @property
-    def weights(self) -> list[Tensor]:
-        """W_0 of each implicit weight."""
-        return [self.parameters.adapted[name] for name in self.places]
+    def weights(self) -> dict[str, Tensor]:
+        """The shared weights W_0, by name."""
+        return {name: self.parameters.adapted[name] for name in self.places}
 
     @contextmanager
     def learning(self) -> Iterator[None]:
@@ -121,17 +122,17 @@ class Implicit(Folded):
         params, T = list(phi[: self.size]), phi[0].shape[0]
         self._coefficients = {name: params[i] for name, i in self.places.items()}
         self._pairs, self._joined = self._opened(phi), dict[Any, Tensor]()
-        for i, weight in zip(self.places.values(), self.weights, strict=True):
+        for i, weight in zip(self.places.values(), self.weights.values(), strict=True):
             params[i] = weight.new_full((), torch.nan).expand(T, *weight.shape)  # what reads it becomes NaN
         return super().losses(params, batch)
 
     def seen(self, phi: Sequence[Tensor], batch: Any, tangents: Gradients = ()) -> tuple[Tensor, Seen]:
         """Return the losses [T], and what the layers saw; `tangents` are added to the outputs of the calls."""
-        self._seen, self._tangents = Seen(), tangents
+        self._seen, self._tangents = Seen(), iter(tangents)
         try:
             return self.losses(phi, batch), self._seen
         finally:
-            self._seen, self._tangents = None, ()
+            self._seen, self._tangents = None, iter(())
 
     def steps(self, phi: Sequence[Tensor]) -> int:
         """Return the number of inner steps whose pairs phi holds."""
@@ -166,7 +167,7 @@ class Implicit(Folded):
             found[i] = total
         return found
 
-    def add(self, seen: Seen, cts: Sequence[tuple[Tensor | None, Tensor | None]]) -> None:
+    def add_gradients(self, seen: Seen, cts: Sequence[tuple[Tensor | None, Tensor | None]]) -> None:
         """Add dᵀ x + eᵀ t_x, for the cotangents (d, e) of each call and its input x, to the gradient of its W_0.
 
         So a weight's gradient takes its own memory once, whatever the numbers of steps and tasks.
@@ -180,7 +181,7 @@ class Implicit(Folded):
                 known = self._sums.get(name)
                 self._sums[name] = left @ right if known is None else torch.addmm(known, left, right)
 
-    def added(self) -> Gradients:
+    def take_gradients(self) -> Gradients:
         """Return the gradients of all W_0 that were added up, and begin anew."""
         sums, self._sums = self._sums, {}
         return [sums.get(name) for name in self.places]
@@ -219,13 +220,12 @@ class Implicit(Folded):
         return self._joined[key], D, rates
 
     def _recorded(self, seen: Seen, name: str, i: int, y: Tensor) -> Tensor:
-        """Record a call, and return its output with the tangent that this call is given."""
-        if torch.is_grad_enabled() and not y.requires_grad:
+        """Record a call, and return its output with the next of the tangents added to it."""
+        if torch.is_grad_enabled() and not y.requires_grad:  # nothing before it learns, but D is wanted
             y.requires_grad_()
-        for tangent in self._tangents[len(seen.calls) : len(seen.calls) + 1]:
+        if (tangent := next(self._tangents, None)) is not None:
             primal, t_y = forward_ad.unpack_dual(y)
-            if tangent is not None:
-                y = forward_ad.make_dual(primal, tangent if t_y is None else t_y + tangent)
+            y = forward_ad.make_dual(primal, tangent if t_y is None else t_y + tangent)
         seen.calls.append((name, i))
         seen.outputs.append(y)
         return y
@@ -255,14 +255,14 @@ class ImplicitUnroll(Unroll):
 
     def store(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, outer: Outer) -> Result:
         with self.batching.learning():
-            return self._result(super().store(theta, [*self.batching.weights, *shared], support, outer))
+            return self._result(super().store(theta, [*self.batching.weights.values(), *shared], support, outer))
 
     def recompute(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, outer: Outer) -> Result:
-        return self._result(super().recompute(theta, [*self.batching.weights, *shared], support, outer))
+        return self._result(super().recompute(theta, [*self.batching.weights.values(), *shared], support, outer))
 
     def weight_gradients(self, found: Gradients) -> Gradients:
         """Return the gradients of W_0: those found, and those added up since the last call."""
-        return added(found[: len(self.batching.places)], self.batching.added())
+        return added(found[: len(self.batching.places)], self.batching.take_gradients())
 
     def _result(self, found: Result) -> Result:
         """Return a result with the gradients of W_0 among those of theta."""
@@ -308,7 +308,7 @@ class ImplicitUnroll(Unroll):
             losses = outer.weighted(losses, k)
             ct = derivatives(losses.sum(), [*leaves, *seen.outputs, *shared[len(self.batching.places) :]])
         n, m = len(phi), len(phi) + len(seen.outputs)
-        self.batching.add(seen, [(c, None) for c in ct[n:m]])
+        self.batching.add_gradients(seen, [(c, None) for c in ct[n:m]])
         return losses.detach(), [*ct[:n], *[None] * len(self.batching.places), *ct[m:]]
 
     def _pullback(
@@ -339,7 +339,7 @@ class ImplicitUnroll(Unroll):
             ct = derivatives([total, *(x for x, _ in known)], wanted, weights)
             parts = [(None, None) if c is None else forward_ad.unpack_dual(c) for c in ct]
             n, m = len(phi), len(phi) + len(seen.outputs)
-            self.batching.add(seen, [(t, c) for c, t in parts[n:m]])
+            self.batching.add_gradients(seen, [(t, c) for c, t in parts[n:m]])
         tangents = [t for _, t in parts]
         grads = [None if c is None else c.detach() for c, _ in parts[: self.batching.size]]
         return self._grads(phi, grads), [*tangents[:n], *[None] * len(self.batching.places), *tangents[m:]]

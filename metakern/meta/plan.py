@@ -206,8 +206,10 @@ class Planner:
     ) -> Plan:
         implicit = batching.places if isinstance(batching, Implicit) else {}
         adapted = [p for name, p in self.parameters.adapted.items() if name not in implicit]
-        device = next(iter(adapted)).device
+        device = next(iter(self.parameters.adapted.values())).device
         copy_bytes = sum(p.numel() * p.element_size() for p in adapted)
+        if isinstance(batching, Implicit):
+            copy_bytes += inner_steps * batching.pair_bytes
         if self.inner is not None:  # its state is as much a part of a step as the parameters
             with torch.no_grad():
                 copy_bytes += sum(s.nbytes for s in self.inner.init([p.detach()[None] for p in adapted]))

@@ -57,18 +57,19 @@ class Weights:
         if not self.names:
             return None, self.reasons if self.wish == "implicit" else []
         try:
-            names = self.names
-            if self.wish == "auto":
-                names = self._paying(rows_of(trial, self._made(trial.roles, records, plain, names)), steps)
-            if not names:
-                return None, ["explicit weights: a task's rows are too many for implicit ones to pay"]
             with trial.watch.part("implicit weights"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                rows = rows_of(trial, self._made(trial.roles, records, plain, self.names))
+                names = self.names if self.wish == "implicit" else self._paying(rows, steps)
+                if not names:
+                    return None, ["explicit weights: a task has too many tokens for implicit ones to pay"]
                 verify(trial, self._made(trial.roles, records, plain, names), hvp)
         except Exception as error:  # a model may raise anything where a weight is not what it expects
             return None, [f"implicit weights are not possible: {one_line(error)}", *self.reasons]
+        made = self._made(self.parameters, records, plain, names)
+        made.pair_bytes = sum(rows[name] * sum(p.shape) * p.itemsize for name, p in made.weights.items())
         reason = f"implicit weights: {_listed(names)} equal plain autograd on two tasks, {trial.measure()}"
-        return self._made(self.parameters, records, plain, names), [reason, *self.reasons]
+        return made, [reason, *self.reasons]
 
     def _made(self, parameters: Parameters, records: Any, plain: bool, names: Sequence[str]) -> Implicit:
         decay: Any = getattr(self.inner, "weight_decay", None)
@@ -79,12 +80,8 @@ class Weights:
 
     def _paying(self, rows: dict[str, int], steps: int) -> list[str]:
         """Return the names of the weights for which the implicit form takes less time and memory."""
-        found = []
-        for name, count in rows.items():
-            a, b = self.parameters.adapted[name].shape
-            if steps * count * (a + b) <= SHARE * a * b:
-                found.append(name)
-        return found
+        shapes = {name: self.parameters.adapted[name].shape for name in rows}
+        return [name for name, (a, b) in shapes.items() if steps * rows[name] * (a + b) <= SHARE * a * b]
 
 
 def _candidates(parameters: Parameters, inner: InnerOptimizer) -> tuple[list[str], dict[str, list[str]]]:
@@ -127,7 +124,7 @@ def verify(trial: Trial, batching: Implicit, hvp: str) -> None:
     `hvp`: the mode of Hessian-vector products that the plan takes.
     """
     unroll, phi = ImplicitUnroll(batching, SGD(), 1, hvp=hvp), _point(trial, batching)
-    shared = [*batching.weights, *trial.shared]
+    shared = [*batching.weights.values(), *trial.shared]
     for i, batch in enumerate(trial.batches):
         with _steady(trial, batching, i):
             losses, ct = unroll.of_query(phi, shared, Outer(batch, (0,)), 0)
