@@ -47,6 +47,8 @@ from metakern.meta.parameters import Parameters
 from metakern.meta.unroll import Gradients, Point, Result, Slope, Unroll, added, derivatives, pulled_back, with_zeros
 from metakern.optim.base import State
 
+Pairs = list[tuple[int, Tensor, Tensor]]  # (j + 1, X_j, D_j) for each call of a weight's layers in step j, in turn
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -101,6 +103,8 @@ class Implicit(Folded):
         self.learns = False  # whether autograd is to differentiate with respect to W_0
         self.pair_bytes = 0  # an estimate of what a step adds to phi, for each task
         self._sums: dict[str, Tensor] = {}  # gradients of W_0
+        self._pairs: dict[str, Pairs] = {}
+        self._joined: dict[tuple[int, ...], Tensor] = {}
         self._seen: Seen | None = None
         self._tangents: Iterator[Tensor | None] = iter(())
 
@@ -121,10 +125,13 @@ class Implicit(Folded):
     def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
         params, T = list(phi[: self.size]), phi[0].shape[0]
         self._coefficients = {name: params[i] for name, i in self.places.items()}
-        self._pairs, self._joined = self._opened(phi), dict[Any, Tensor]()
+        self._pairs = self._opened(phi)
         for i, weight in zip(self.places.values(), self.weights.values(), strict=True):
             params[i] = weight.new_full((), torch.nan).expand(T, *weight.shape)  # what reads it becomes NaN
-        return super().losses(params, batch)
+        try:
+            return super().losses(params, batch)
+        finally:
+            self._pairs, self._joined = {}, {}
 
     def seen(self, phi: Sequence[Tensor], batch: Any, tangents: Gradients = ()) -> tuple[Tensor, Seen]:
         """Return the losses [T], and what the layers saw; `tangents` are added to the outputs of the calls."""
@@ -145,9 +152,9 @@ class Implicit(Folded):
         """Keep the layout of step k."""
         self.layouts[k : k + 1] = [layout]
 
-    def _opened(self, phi: Sequence[Tensor]) -> dict[str, list[tuple[int, Tensor, Tensor]]]:
-        """Return for each implicit weight the triples (j + 1, X, D) of its calls in step j, for all steps in turn."""
-        found: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in self.places}
+    def _opened(self, phi: Sequence[Tensor]) -> dict[str, Pairs]:
+        """Return the pairs that phi holds, for each implicit weight."""
+        found: dict[str, Pairs] = {name: [] for name in self.places}
         start = self.size
         for k, layout in enumerate(self.layouts[: self.steps(phi)], 1):
             X, D = phi[start : start + layout.inputs], phi[start + layout.inputs : start + layout.size]

@@ -46,8 +46,9 @@ class Weights:
     def __init__(self, parameters: Parameters, loss: Loss, inner: InnerOptimizer | None, wish: str) -> None:
         self.parameters, self.loss, self.inner, self.wish = parameters, loss, inner, wish
         self.names, left = ([], {}) if wish == "explicit" or inner is None else _candidates(parameters, inner)
-        if wish == "auto":
-            self.names = [name for name in self.names if parameters.adapted[name].numel() >= LARGE]
+        if wish == "auto":  # which is measured on CPUs
+            sizes = {name: p.numel() for name, p in parameters.adapted.items() if p.device.type == "cpu"}
+            self.names = [name for name in self.names if sizes.get(name, 0) >= LARGE]
         self.reasons = [f"explicit weights: {_listed(names)}: {why}" for why, names in left.items()]
 
     def batching(
@@ -91,6 +92,8 @@ def _candidates(parameters: Parameters, inner: InnerOptimizer) -> tuple[list[str
         return [], {f"{type(inner).__name__} does not scale all elements of a parameter by the same numbers": matrices}
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return [], {"inside torch.autocast": matrices}
+    if any(parameters.adapted[name].itemsize < 4 for name in matrices):
+        return [], {"in half precision, coefficients would be rounded": matrices}
     units, users = Fold(parameters).units, dict[str, set[Any]]()
     for module, attribute, name in parameters.places:
         linear = attribute == "weight" and module in units and units[module] in LINEAR
