@@ -129,7 +129,7 @@ def blocks(theta: Theta) -> int:
 
 
 def model(settings: dict[str, Any]) -> Callable[[Theta, Array], Array]:
-    if settings["model"] in ("gpt", "llama"):
+    if settings["model"] in ("gpt", "llama", "full-llama"):
         return partial(gpt if settings["model"] == "gpt" else llama, heads=settings["heads"])
     return mlp if settings["model"] == "mlp" else recurrent
 

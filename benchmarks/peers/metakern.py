@@ -1,4 +1,4 @@
-"""metakern as a call without options gives it; with each strategy, captured; not captured; and first order.
+"""metakern as a call without options gives it; with each strategy, captured; with other options; and first order.
 
 With `capture=True` the first call records the program. By default the third call does, and the fourth checks it.
 """
@@ -32,7 +32,8 @@ def adapted(work: Workload) -> Workload:
     for name, layer in layers.items():
         base = nn.Linear(layer.in_features, layer.out_features, bias=False, device=layer.weight.device)
         model.set_submodule(name, base)
-    mk.lora(model, rank=next(iter(layers.values())).lora_A.shape[0], targets=list(layers))
+    if layers:
+        mk.lora(model, rank=next(iter(layers.values())).lora_A.shape[0], targets=list(layers))
     mk.patch(model)
     model.load_state_dict(work.model.state_dict())
     return replace(work, model=model)
@@ -60,6 +61,7 @@ methods = {
     **{f"metakern {name}": method(strategy=name, capture=True) for name in ("store", "recompute", "auto")},
     "metakern auto, not captured": method(capture=False),
     "metakern auto, bfloat16": method(capture=True, precision="bfloat16"),
+    "metakern auto, explicit weights": method(capture=True, weights="explicit"),
     "metakern least memory": method(capture=True, memory="least"),
     "metakern, first order": method(first_order=True, capture=True),
 }

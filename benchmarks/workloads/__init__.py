@@ -26,7 +26,7 @@ from benchmarks.workloads.models import KINDS, cross_entropy
 
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 FOLDER = Path(__file__).parent
-FAMILIES = ("mlp", "rnn", "gru", "lstm", "gpt", "llama-lora")  # the order of the tables; other families follow
+FAMILIES = ("mlp", "rnn", "gru", "lstm", "gpt", "llama-lora", "llm-full")  # the order of the tables; others follow
 SIZES = ("small", "medium", "large", "tiny")
 ABOUT = {"title", "model", "lr"}
 

@@ -94,7 +94,7 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 class Llama(nn.Module):
     """A Llama: pre-norm blocks of RMS norms, rotary positions, grouped-query attention and SwiGLU.
 
-    Only LoRA's factors learn. targets: the linear layers of a block that have them.
+    Only LoRA's factors learn, or all parameters if there are none. targets: the layers of a block that have factors.
     """
 
     rotate, gated = staticmethod(rotate), staticmethod(gated)
@@ -128,7 +128,7 @@ class Llama(nn.Module):
         )
         self.norm, self.head = nn.RMSNorm(width, eps=1e-5), nn.Linear(width, vocabulary, bias=False)
         for name, p in self.named_parameters():
-            p.requires_grad_("lora_" in name)
+            p.requires_grad_("lora_" in name or not targets)
 
     def angles(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines, [L, head_dim], for the positions of x [B, L, D]."""
@@ -150,6 +150,10 @@ class Llama(nn.Module):
             normed = block["norm2"](x)
             x = x + block["down"](self.gated(block["gate"](normed), block["up"](normed)))
         return self.head(self.norm(x))
+
+
+def full_llama(vocabulary: int, width: int, inner: int, heads: int, kv_heads: int, layers: int) -> nn.Module:
+    return Llama(vocabulary, width, inner, heads, kv_heads, layers, rank=0, targets=())
 
 
 def vectors(tasks: int, examples: int, widths: Sequence[int]) -> Batch:
@@ -194,4 +198,5 @@ KINDS = {
     "lstm": Kind(partial(RecurrentLM, nn.LSTM), tokens),
     "gpt": Kind(GPT, tokens),
     "llama": Kind(Llama, tokens),
+    "full-llama": Kind(full_llama, tokens),
 }

@@ -96,7 +96,7 @@ class _ByDifferences(Unroll):
     """The engine's unroll with Hessian-vector products by finite differences of the gradient."""
 
     def hessian_vector_product(
-        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, ct_losses: Tensor | None = None
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, *ct_read: Tensor | None
     ) -> tuple[list[Tensor], Gradients]:
         def gradients(at: Tensors, weights: Tensor | None = None) -> list[Tensor]:
             with torch.enable_grad():
@@ -106,7 +106,7 @@ class _ByDifferences(Unroll):
                 return with_zeros(derivatives(total, inputs), inputs)
 
         products: Gradients = slope(gradients, phi, with_zeros(v, phi))
-        if ct_losses is not None:
+        for ct_losses in ct_read:
             products = added(products, gradients(phi, ct_losses))
         return gradients(phi)[: len(phi)], products
 

@@ -34,6 +34,7 @@ from metakern.meta.batching import Folded, Loss, exact_kernels
 from metakern.meta.capture import Captures
 from metakern.meta.draws import Alike
 from metakern.meta.fold import FoldError
+from metakern.meta.implicit import Implicit, ImplicitUnroll
 from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Found, Plan, Planner, Wishes
 from metakern.meta.seconds import Stopwatch, Usage
@@ -43,6 +44,7 @@ from metakern.meta.verify import comparable, modules_of, one_line
 from metakern.optim import InnerOptimizer
 
 PLANS = 16  # plans kept; the one unused for longest is dropped
+IMPLICIT = "implicit weights"  # in place of a batching's name among those that failed
 SIZES = 256  # batch sizes for which a plan remembers that its folded losses were confirmed
 _FOLDED = ("linear", "embedding", "layer_norm", "rms_norm")  # functions of modules that folding replaces
 
@@ -110,13 +112,15 @@ class Engine:
             kinds[structure(batch)] = batch
         first = structure(batches[0])  # the support comes first: its second derivatives are verified
         tried = [kinds.pop(first), *kinds.values()]
-        planner = Planner(roles, loss, self.wishes, watch, inner)
+        wishes = replace(self.wishes, weights="explicit") if IMPLICIT in without else self.wishes
+        planner = Planner(roles, loss, wishes, watch, inner)
         found = planner.plan(tried, steps, first_order or not outer, without)
         self._volatile |= found.changed & before.keys()
         for i, leaf in enumerate(found.outside):
             roles.shared[f"(loss) {i}"] = leaf  # type: ignore[assignment]
         plan = found.plan
-        unroll = Unroll(found.batching, inner, steps, first_order, plan.hvp, found.python, found.graph, plan.snapshots)
+        kind: type[Unroll] = ImplicitUnroll if isinstance(found.batching, Implicit) else Unroll
+        unroll = kind(found.batching, inner, steps, first_order, plan.hvp, found.python, found.graph, plan.snapshots)
 
         def again(failed: str, batches: Sequence[Any]) -> Prepared:
             return self._made(loss, inner, steps, first_order, outer, batches, [*without, failed], watch)
@@ -205,6 +209,11 @@ class Prepared:
             self._captures[key] = Captures(roots, capture, names, precision, self._watch)
         return self._captures[key]
 
+    @property
+    def explicit(self) -> Unroll:
+        """The inner loop with explicit weights."""
+        return self.unroll.explicit if isinstance(self.unroll, ImplicitUnroll) else self.unroll
+
     def theta(self, tasks: int, own: Mapping[str, Tensor] = MappingProxyType({})) -> list[Tensor]:
         """Return phi_0, `[tasks, *shape]`: the shared initialisation, or the `own` value of each task."""
         shared = self.parameters.adapted.items()
@@ -263,7 +272,8 @@ class Prepared:
 
     def _replan(self, why: str, batches: Sequence[Any]) -> None:
         """Replace this plan by one with the next batching, after this batching failed on a later batch."""
-        name, other = self.unroll.batching.name, self._again(self.unroll.batching.name, whole(*batches))
+        name = IMPLICIT if self.plan.implicit else self.unroll.batching.name
+        other = self._again(name, whole(*batches))
         self.__dict__.update(other.__dict__)
         self.plan = replace(self.plan, reasons=(*self.plan.reasons, f"{name} failed on a later batch: {why}"))
 
@@ -289,7 +299,10 @@ class Prepared:
         """Compare folded losses with those of the first and the last task alone; raise FoldError where they differ."""
         tasks = tasks_of(batch)
         apart = 1 + 0.1 * torch.arange(tasks) / tasks  # the parameters differ, even if the data of tasks are equal
-        theta = [p * apart.to(p).view(-1, *(1,) * (p.dim() - 1)) for p in self.theta(tasks)]
+        theta = [
+            p if name in self.plan.implicit else p * apart.to(p).view(-1, *(1,) * (p.dim() - 1))
+            for name, p in zip(self.parameters.adapted, self.theta(tasks), strict=True)
+        ]
         state = ModuleState(self.parameters.model.modules())
         alike = partial(comparable, in_float64=False)  # the model's own dtypes: what casts must cast
         tolerance = 1e-3 if theta[0].dtype in (torch.float32, torch.float64) and not _autocast() else 5e-2
@@ -297,7 +310,7 @@ class Prepared:
             batching.fold.within = alike  # the mode set here has no effect once the fold steps out of vmap
             try:
                 with Alike(tasks) if self._draws else nullcontext():
-                    found = batching.losses(theta, batch)
+                    found = batching.losses(self.unroll.initial(theta, 0), batch)
             finally:
                 batching.fold.within = nullcontext
                 state.restore()

@@ -200,18 +200,20 @@ def _rule(module: Any) -> Unit:
         return _batch_norm
     if kind is LoraLinear:
         return _lora
+    if isinstance(module, huggingface.Conv1D):
+        return _conv1d
     if isinstance(module, huggingface.Elementary):
         return _elementary
     if kind.__module__.startswith("transformers."):
         known = huggingface.known(kind)
         if known is huggingface.Conv1D:
-            return partial(_elementary, kind=known)
+            return _conv1d
         if known in (huggingface.RMSNorm, huggingface.CenteredRMSNorm):
             return _broadcast
     return _mapped
 
 
-def _per_task(fold: Fold, x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
+def per_task(fold: Fold, x: Tensor, op: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply one of metakern's ops on [T, ..., D] to a tensor of the model, without the overhead of function modes."""
     with torch._C.DisableTorchFunction():
         return _split(fold, x, op)
@@ -226,18 +228,18 @@ def _split(fold: Fold, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tenso
 
 def _linear(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
     weight, bias = fold.weight(module, "weight"), fold.weight(module, "bias")
-    return _per_task(fold, x, lambda x: ops.linear(x, weight, bias))
+    return per_task(fold, x, lambda x: ops.linear(x, weight, bias))
 
 
 def _lora(fold: Fold, module: LoraLinear, x: Tensor) -> Tensor:
     """Apply the frozen base once to the rows of all tasks, and the factors to each task's rows."""
-    apply = _split if module.training and module.dropout else _per_task  # `comparable` must see a dropout
+    apply = _split if module.training and module.dropout else per_task  # `comparable` must see a dropout
     return apply(fold, x, lambda x: run_lora(module, x, partial(fold.weight, module)))
 
 
 def _layer_norm(fold: Fold, module: nn.LayerNorm, x: Tensor) -> Tensor:
     weight, bias = fold.weight(module, "weight"), fold.weight(module, "bias")
-    return _per_task(fold, x, lambda x: ops.layer_norm(x, weight, bias, module.eps))
+    return per_task(fold, x, lambda x: ops.layer_norm(x, weight, bias, module.eps))
 
 
 def _batch_norm(fold: Fold, module: Any, x: Tensor) -> Tensor:
@@ -259,7 +261,7 @@ def _batch_norm(fold: Fold, module: Any, x: Tensor) -> Tensor:
 def _rms_norm(fold: Fold, module: nn.RMSNorm, x: Tensor) -> Tensor:
     weight = fold.weight(module, "weight")
     eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
-    return _per_task(fold, x, lambda x: ops.rms_norm(x, weight, eps))
+    return per_task(fold, x, lambda x: ops.rms_norm(x, weight, eps))
 
 
 def _embedding(fold: Fold, module: Any, tokens: Tensor) -> Tensor:
@@ -271,12 +273,19 @@ def _embedding(fold: Fold, module: Any, tokens: Tensor) -> Tensor:
             return rows
         return torch.where((tokens == module.padding_idx).unsqueeze(-1), rows.detach(), rows)  # has no gradient
 
-    return _per_task(fold, tokens, look_up)
+    return per_task(fold, tokens, look_up)
 
 
-def _elementary(fold: Fold, module: Any, x: Tensor, kind: Any = None) -> Tensor:
+def _elementary(fold: Fold, module: Any, x: Tensor) -> Tensor:
     """A module that is one op of its input and parameters, as `metakern.patch` puts them into Hugging Face models."""
-    return _per_task(fold, x, lambda x: (kind or type(module)).compute(module, x, partial(fold.weight, module)))
+    return per_task(fold, x, lambda x: type(module).compute(module, x, partial(fold.weight, module)))
+
+
+def _conv1d(fold: Fold, module: Any, x: Tensor) -> Tensor:
+    return per_task(fold, x, lambda x: huggingface.Conv1D.compute(module, x, partial(fold.weight, module)))
+
+
+LINEAR: dict[Unit, bool] = {_linear: False, _conv1d: True}  # rules of linear layers -> whether the weight is [in, out]
 
 
 def _broadcast(fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
@@ -306,8 +315,7 @@ def _recurrent(fold: Fold, module: nn.RNNBase, x: Tensor, hx: Any = None) -> tup
         if not all(carries):
             raise FoldError(f"{type(module).__name__} must be given a state for each sequence, got one for all tasks")
         states = tuple(state.unflatten(1, (fold.tasks, -1)) for state in states)
-    per_task = fold.split(x.transpose(0, batch_dim))
-    y, states = run(module, per_task, states, partial(fold.weight, module))
+    y, states = run(module, fold.split(x.transpose(0, batch_dim)), states, partial(fold.weight, module))
     states = tuple(state.flatten(1, 2) for state in states)
     return y.flatten(0, 1).transpose(0, batch_dim), states if module.mode == "LSTM" else states[0]
 

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from metakern.meta.batches import tasks_of
 from metakern.meta.batching import WAYS, Batching, Loss
+from metakern.meta.implicit import Implicit
 from metakern.meta.parameters import Parameters
 from metakern.meta.seconds import Seconds, Stopwatch, Usage
 from metakern.meta.unroll import fewest_snapshots
 from metakern.meta.verify import Trial, one_line, opened
+from metakern.meta.weights import WEIGHTS, Weights
 from metakern.optim import InnerOptimizer
 
 FLOAT64_PARAMETERS = 200_000_000
@@ -39,6 +41,7 @@ class Plan:
         hvp: The mode of the outer derivative of Hessian-vector products, "forward" or "reverse". Used by "recompute".
         task_chunk: The greatest number of tasks computed at once.
         activation_bytes: An estimate of what one task's loss saves for its backward pass, in bytes.
+        implicit: The names of the implicit weights.
         snapshots: The most inner steps whose parameters "recompute" keeps at once, besides the first.
         reasons: One line for each choice.
         seconds: What verification and captured programs took so far.
@@ -52,6 +55,7 @@ class Plan:
     activation_bytes: int
     snapshots: int
     reasons: tuple[str, ...] = field(repr=False)
+    implicit: tuple[str, ...] = ()
     seconds: Seconds = field(default=Seconds(), repr=False, compare=False)
     usage: Usage = field(default=Usage(), repr=False, compare=False)
 
@@ -64,6 +68,8 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"batching {self.batching}, strategy {self.strategy}", f"task_chunk {self.task_chunk}"]
+        if self.implicit:
+            lines.append(f"{len(self.implicit)} implicit weights")
         if self.strategy == "recompute":
             lines[0] += f" (Hessian-vector products {self.hvp} over reverse)"
         return "\n".join([*lines, *(f"  - {line}" for line in (*self.reasons, self.usage, self.seconds))])
@@ -94,7 +100,7 @@ class Planner:
         inner: InnerOptimizer | None = None,
     ) -> None:
         self.parameters, self.loss, self.wishes, self.watch = parameters, loss, wishes, watch or Stopwatch()
-        self.inner = inner
+        self.inner, self.weights = inner, Weights(parameters, loss, inner, wishes.weights)
 
     def plan(
         self,
@@ -120,7 +126,8 @@ class Planner:
         names = list(WAYS) if self.wishes.batching == "auto" else [self.wishes.batching]
         names = [name for name in names if name not in without]
         reasons = [f"{name} is not possible: it failed on a later batch" for name in without]
-        with opened(self.parameters, self.loss, batches, first_order, double, slopes, self.watch) as trial:
+        low_rank = self.weights.names
+        with opened(self.parameters, self.loss, batches, first_order, double, slopes, self.watch, low_rank) as trial:
             found = self._tried(trial, names, trial.plain, batches, inner_steps, reasons)
             if found is None and not trial.plain and any("third derivatives" in reason for reason in reasons):
                 found = self._tried(trial, names, True, batches, inner_steps, reasons)
@@ -177,7 +184,11 @@ class Planner:
             chosen: Any = WAYS[name](self.parameters, self.loss, plain)
             if name == "fold":
                 chosen.fold.records = batching.fold.records
-            plan = self._sized(name, hvp, saved, tasks_of(batches[0]), steps, reasons)
+                implicit, why = self.weights.batching(trial, chosen.fold.records, plain, hvp, steps)
+                chosen, reasons = implicit or chosen, [*reasons, *why]
+            elif self.wishes.weights == "implicit":
+                reasons.append("explicit weights: implicit ones need batching fold")
+            plan = self._sized(chosen, hvp, saved, tasks_of(batches[0]), steps, reasons)
             return Found(plan, chosen, trial.outside, any(trial.draws), trial.python, trial.changed, trial.graph)
         return None
 
@@ -190,10 +201,15 @@ class Planner:
         needed = 8 * (TRIAL_COPIES * numbers + frozen)
         return numbers + frozen <= FLOAT64_PARAMETERS and needed <= free_bytes(device) // 2
 
-    def _sized(self, name: str, hvp: str, saved: int, tasks: int, inner_steps: int, reasons: list[str]) -> Plan:
-        adapted = list(self.parameters.adapted.values())
-        device = next(iter(adapted)).device
+    def _sized(
+        self, batching: Batching, hvp: str, saved: int, tasks: int, inner_steps: int, reasons: list[str]
+    ) -> Plan:
+        implicit = batching.places if isinstance(batching, Implicit) else {}
+        adapted = [p for name, p in self.parameters.adapted.items() if name not in implicit]
+        device = next(iter(self.parameters.adapted.values())).device
         copy_bytes = sum(p.numel() * p.element_size() for p in adapted)
+        if isinstance(batching, Implicit):
+            copy_bytes += inner_steps * batching.pair_bytes
         if self.inner is not None:  # its state is as much a part of a step as the parameters
             with torch.no_grad():
                 copy_bytes += sum(s.nbytes for s in self.inner.init([p.detach()[None] for p in adapted]))
@@ -231,7 +247,7 @@ class Planner:
             reasons.append(
                 f"{min(chunk, tasks)} of {tasks} tasks at once: {mib(working)} a task, within {mib(room)} of {where}"
             )
-        return Plan(name, strategy, hvp, chunk, saved, snapshots, tuple(reasons))
+        return Plan(batching.name, strategy, hvp, chunk, saved, snapshots, tuple(reasons), tuple(implicit))
 
 
 SNAPSHOTS = 4  # the fewest inner steps whose parameters "recompute" keeps, if there are as many
@@ -248,6 +264,7 @@ class Wishes:
     strategy: str = "auto"
     task_chunk: int | str = "auto"
     memory: str = "auto"
+    weights: str = "auto"
 
     def __post_init__(self) -> None:
         if self.batching not in ("auto", *WAYS):
@@ -256,6 +273,8 @@ class Wishes:
             raise ValueError(f"MAML: strategy must be auto, store or recompute, got {self.strategy!r}")
         if self.memory not in ("auto", "least"):
             raise ValueError(f"MAML: memory must be auto or least, got {self.memory!r}")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"MAML: weights must be auto, explicit or implicit, got {self.weights!r}")
         chunk = self.task_chunk
         if chunk != "auto" and not (isinstance(chunk, int) and not isinstance(chunk, bool) and chunk >= 1):
             raise ValueError(f'MAML: task_chunk must be "auto" or an integer of at least 1, got {chunk!r}')

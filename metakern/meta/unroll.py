@@ -42,7 +42,7 @@ Gradients = Sequence[Tensor | None]
 class Result:
     """Outer losses [T], and the gradients of their sum with respect to theta, shared and hyper-parameters.
 
-    Those of theta are one for each task, [T, *shape].
+    Those of theta are one for each task, [T, *shape], or the sum over the tasks, [1, *shape].
     """
 
     losses: Tensor
@@ -53,7 +53,7 @@ class Result:
     @property
     def summed(self) -> Gradients:
         """The gradients of theta, summed over the tasks, which share it."""
-        return [None if c is None else c.sum(0) for c in self.theta]
+        return [None if c is None else c[0] if len(c) == 1 else c.sum(0) for c in self.theta]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Unroll:
 
         phi_0 is `start`, or theta, which the optimizer's first state is made from in either case.
         """
-        point = self._start(theta)
+        point = self._start(self.initial(theta, steps))
         if start is not None:
             point = replace(point, phi=list(start))
         yield point.phi
@@ -84,21 +84,29 @@ class Unroll:
             _, point = self._step(point, support)
             yield point.phi
 
-    def _start(self, theta: Sequence[Tensor]) -> _Point:
-        return _Point(0, list(theta), self.inner.init(theta), Random(theta[0].device, self.python))
+    def initial(self, theta: Sequence[Tensor], steps: int) -> list[Tensor]:
+        """Return phi_0 of an inner loop of so many steps, given the value of each adapted parameter, [T, *shape]."""
+        return list(theta)
 
-    def _step(self, point: _Point, support: Any) -> tuple[_Slope, _Point]:
+    def formed(self, phi: Sequence[Tensor]) -> list[Tensor]:
+        """Return the value of each adapted parameter at phi, [T, *shape]."""
+        return list(phi)
+
+    def _start(self, phi: list[Tensor]) -> Point:
+        return Point(0, phi, self.inner.init(phi), Random(phi[0].device, self.python))
+
+    def _step(self, point: Point, support: Any) -> tuple[Slope, Point]:
         """Return the slope at a point, and the point after one inner step from there."""
-        slope = self._slope(point.phi, at_step(support, point.k))
+        slope = self.slope(point.phi, at_step(support, point.k))
         with torch.no_grad():
             phi, state = self._updated(point.phi, slope, point.state)
-        return slope, _Point(point.k + 1, phi, state, Random(phi[0].device, self.python))
+        return slope, Point(point.k + 1, phi, state, Random(phi[0].device, self.python))
 
-    def _updated(self, phi: Sequence[Tensor], slope: _Slope, state: State) -> tuple[list[Tensor], State]:
+    def _updated(self, phi: Sequence[Tensor], slope: Slope, state: State) -> tuple[list[Tensor], State]:
         losses = (slope.losses,) if self.inner.takes_losses else ()
         return self.inner.update(phi, slope.grads, state, *losses)
 
-    def _advance(self, points: list[_Point], support: Any, k: int, keeps_slopes: bool) -> _Point:
+    def _advance(self, points: list[Point], support: Any, k: int, keeps_slopes: bool) -> Point:
         """Return point k, computed from the last of `points`, to which it adds points on the way."""
         most = self.steps if self.snapshots is None else self.snapshots
         point, kept = points[-1], points[-1].k
@@ -113,11 +121,16 @@ class Unroll:
                 kept = point.k
         return point
 
-    def _slope(self, phi: Sequence[Tensor], batch: Any) -> _Slope:
+    def slope(self, phi: Sequence[Tensor], batch: Any) -> Slope:
+        """Return the slope at phi, without a graph."""
         with torch.enable_grad():
-            leaves = [p.detach().requires_grad_() for p in phi]
-            losses = self.batching.losses(leaves, batch)
-            return _Slope(with_zeros(derivatives(losses.sum(), leaves), phi), losses.detach())
+            return self._differentiated([p.detach().requires_grad_() for p in phi], batch, create_graph=False)
+
+    def _differentiated(self, phi: Sequence[Tensor], batch: Any, create_graph: bool) -> Slope:
+        """Return the slope at phi, with its graph or without."""
+        losses = self.batching.losses(phi, batch)
+        grads = with_zeros(derivatives(losses.sum(), phi, create_graph=create_graph), phi)
+        return Slope(grads, losses if create_graph else losses.detach())
 
     def query(self, phi: Sequence[Tensor], query: Any) -> Tensor:
         """Return Q_t(phi) for each task, [T], without a graph."""
@@ -128,15 +141,13 @@ class Unroll:
         """Return the meta-gradient by one reverse pass through the graph of the whole inner loop."""
         hyper, taken = self.inner.hyper_parameters(), list[Tensor]()
         with torch.enable_grad():
-            theta = [p.detach().requires_grad_() for p in theta]
+            theta = [p.detach().requires_grad_() for p in self.initial(theta, outer.last)]
             phi, state = list(theta), self.inner.init(theta)
             for k in range(outer.last + 1):
                 if k in outer.steps:
                     taken.append(outer.weighted(self.batching.losses(phi, at_step(outer.batch, k)), k))
                 if k < outer.last:
-                    losses = self.batching.losses(phi, at_step(support, k))
-                    grads = with_zeros(derivatives(losses.sum(), phi, create_graph=not self.first_order), phi)
-                    slope = _Slope(grads, losses.detach() if self.first_order else losses)
+                    slope = self._differentiated(phi, at_step(support, k), create_graph=not self.first_order)
                     phi, state = self._updated(phi, slope, state)
             losses = reduce(torch.add, taken)
             ct = derivatives(losses.sum(), [*theta, *shared, *hyper])
@@ -147,11 +158,12 @@ class Unroll:
         """Return the meta-gradient by pulling the cotangent back one step at a time, from the last to the first."""
         n, hyper = len(theta), self.inner.hyper_parameters()
         keeps_slopes = not self.inner.affine or self.inner.takes_losses or (self.first_order and bool(hyper))
-        points = [self._start(theta)]
+        start = self.initial(theta, outer.last)
+        points = [self._start(start)]
         phi = self._advance(points, support, outer.last, keeps_slopes).phi
         losses, ct = self.of_query(phi, shared, outer, outer.last)
         after = Random(phi[0].device, self.python)
-        ct_phi, ct_shared = ct[:n], ct[n:]
+        ct_phi, ct_shared = ct[: len(phi)], ct[len(phi) :]
         ct_state: Gradients = [None] * len(points[0].state)
         ct_hyper: Gradients = [None] * len(hyper)
         for k in reversed(range(outer.last)):
@@ -159,19 +171,20 @@ class Unroll:
             if not reached and k < outer.steps[0]:
                 break
             point = points.pop() if points[-1].k == k else self._advance(points, support, k, keeps_slopes)
+            m = len(point.phi)
             if reached:
                 batch = at_step(support, k)
                 point.random.restore()
                 if point.slope is not None:
                     slope = point.slope
                 else:  # an affine update's pullback needs no gradients
-                    slope = self._slope(point.phi, batch) if keeps_slopes else _Slope(point.phi, losses)
+                    slope = self.slope(point.phi, batch) if keeps_slopes else Slope(point.phi, losses)
                 direct, ct_slope, next_ct_state, _ = self._pullback(point, slope, ct_phi, ct_state)
                 if not self.first_order and any(c is not None for c in ct_slope):
                     point.random.restore()
                     grads, products = self.hessian_vector_product(point.phi, shared, batch, ct_slope[:n], *ct_slope[n:])
                     slope = replace(slope, grads=grads)
-                    direct, ct_shared = added(direct, products[:n]), added(ct_shared, products[n:])
+                    direct, ct_shared = added(direct, products[:m]), added(ct_shared, products[m:])
                 if hyper:
                     ct_hyper = added(ct_hyper, self._pullback(point, slope, ct_phi, ct_state)[3])
                 ct_phi, ct_state = direct, next_ct_state
@@ -179,8 +192,8 @@ class Unroll:
                 after.restore()
                 found, ct = self.of_query(point.phi, shared, outer, k)
                 after = Random(phi[0].device, self.python)
-                losses, ct_phi, ct_shared = losses + found, added(ct_phi, ct[:n]), added(ct_shared, ct[n:])
-        direct, of_hyper = self._initial_pullback(theta, ct_state)
+                losses, ct_phi, ct_shared = losses + found, added(ct_phi, ct[:m]), added(ct_shared, ct[m:])
+        direct, of_hyper = self._initial_pullback(start, ct_state)
         after.restore()
         return Result(losses.detach(), added(ct_phi, direct), ct_shared, added(ct_hyper, of_hyper))
 
@@ -195,7 +208,7 @@ class Unroll:
         return losses.detach(), ct
 
     def _pullback(
-        self, point: _Point, slope: _Slope, ct_phi: Gradients, ct_state: Gradients
+        self, point: Point, slope: Slope, ct_phi: Gradients, ct_state: Gradients
     ) -> tuple[Gradients, Gradients, Gradients, Gradients]:
         """Return the cotangents of phi, the slope, state and hyper-parameters, given those of the update's results.
 
@@ -206,7 +219,7 @@ class Unroll:
         groups: list[list[Tensor]] = [*before, [*self.inner.hyper_parameters()]]
         with torch.enable_grad():
             phi, state = self.inner.update(before[0], before[1][:n], tuple(before[2]), *before[1][n:])
-            ct = _pulled_back([*phi, *state], [*ct_phi, *ct_state], [t for group in groups for t in group])
+            ct = pulled_back([*phi, *state], [*ct_phi, *ct_state], [t for group in groups for t in group])
         rest = iter(ct)
         of_phi, of_slope, of_state, of_hyper = ([next(rest) for _ in group] for group in groups)
         return of_phi, of_slope, of_state, of_hyper
@@ -215,23 +228,23 @@ class Unroll:
         """Return the cotangents of theta and of the hyper-parameters, given those of the initial state."""
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in theta]
-            ct = _pulled_back(self.inner.init(leaves), ct_state, [*leaves, *self.inner.hyper_parameters()])
+            ct = pulled_back(self.inner.init(leaves), ct_state, [*leaves, *self.inner.hyper_parameters()])
         return ct[: len(leaves)], ct[len(leaves) :]
 
     def hessian_vector_product(
-        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, ct_losses: Tensor | None = None
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, *ct_read: Tensor | None
     ) -> tuple[list[Tensor], Gradients]:
         """Return the gradient of S with respect to phi, and the products of [∂²S/∂phi², ∂²S/∂shared∂phi] with v.
 
-        With the cotangents of the losses, `ct_losses` [T], the gradients of the losses weighted by them are added to
-        the products.
+        With the cotangents `ct_read` of what else an update reads, the losses [T], the gradients of the losses weighted
+        by them are added to the products.
         """
         product = self._forward_over_reverse if self.hvp == "forward" else self._reverse_over_reverse
-        grads, products = product(phi, shared, batch, v, ct_losses)
-        return with_zeros(grads, phi), products
+        grads, products = product(phi, shared, batch, v, *ct_read)
+        return with_zeros(grads, phi[: len(v)]), products
 
     def _forward_over_reverse(
-        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, ct_losses: Tensor | None
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, ct_losses: Tensor | None = None
     ) -> tuple[Gradients, Gradients]:
         with torch.enable_grad(), forward_ad.dual_level():
             # A tangent has its primal's strides, so an expanded theta becomes a copy for each task.
@@ -247,34 +260,38 @@ class Unroll:
             return [None if c is None else c.detach() for c, _ in parts[: len(phi)]], [t for _, t in parts]
 
     def _reverse_over_reverse(
-        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, ct_losses: Tensor | None
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, ct_losses: Tensor | None = None
     ) -> tuple[Gradients, Gradients]:
         with torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in phi]
             losses = self.batching.losses(leaves, batch)
             grads = derivatives(losses.sum(), leaves, create_graph=True)
             known = [(g, t) for g, t in zip([*grads, losses], [*v, ct_losses], strict=True) if g is not None]
-            products = _pulled_back([g for g, _ in known], [t for _, t in known], [*leaves, *shared])
+            products = pulled_back([g for g, _ in known], [t for _, t in known], [*leaves, *shared])
         return [None if g is None else g.detach() for g in grads], products
 
 
 @dataclass(frozen=True)
-class _Slope:
-    """What an update reads of the support losses: their gradients, and their values [T]."""
+class Slope:
+    """What an update reads of the support losses: their gradients, and their values [T].
+
+    Where weights are implicit, also the pairs of an inner step (`implicit.py`).
+    """
 
     grads: Sequence[Tensor]
     losses: Tensor
+    pairs: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
-class _Point:
+class Point:
     """An inner loop before step k: parameters, optimizer state and random state, and maybe the slope of step k."""
 
     k: int
     phi: list[Tensor]
     state: State
     random: Random
-    slope: _Slope | None = None
+    slope: Slope | None = None
 
 
 def _first_stop(steps: int, snapshots: int) -> int:
@@ -357,7 +374,7 @@ def derivatives(
     return [next(found) if x.requires_grad else None for x in inputs]
 
 
-def _pulled_back(outputs: Sequence[Tensor], ct: Gradients, inputs: Sequence[Tensor]) -> Gradients:
+def pulled_back(outputs: Sequence[Tensor], ct: Gradients, inputs: Sequence[Tensor]) -> Gradients:
     """Return the cotangents of the inputs, given those of the outputs, of which some may be None."""
     pairs = [(y, c) for y, c in zip(outputs, ct, strict=True) if c is not None]
     return derivatives([y for y, _ in pairs], inputs, [c for _, c in pairs])

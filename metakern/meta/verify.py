@@ -11,7 +11,7 @@ is checked by differences of gradients. Where it is not, `metakern.doctor` says 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from types import FunctionType, MethodType
@@ -40,6 +40,7 @@ TOLERANCE = 1e-6  # relative error of each tensor in float64; a model that compu
 _Truth = list[list[Tensor | None]]
 COSTLY_BYTES = 8 * 2**20  # saved by one task's loss: from here on, smaller tasks are tried if they can be
 PROBE_EXAMPLES, PROBE_LENGTH = 2, 32
+RANK = 4  # of the noise of weights that may be implicit
 STEPS = (1e-6, 1e-7, 1e-5)  # step sizes of the quick comparison; `slopes.judge` decides where all of them disagree
 
 
@@ -63,8 +64,9 @@ class Trial:
         dtype: torch.dtype | None,
         plain: bool,
         watch: Stopwatch,
+        low_rank: Collection[str] = (),
     ) -> None:
-        self._watch = watch
+        self.watch = watch
         self._slopes = slopes and not first_order
         self.loss, self.first_order, self.plain, self.note, self.worst = loss, first_order, plain, "", 0.0
         self._modules = list(dict.fromkeys(m for root in (roles.model, *modules_of(loss)) for m in root.modules()))
@@ -76,11 +78,19 @@ class Trial:
         self.state = ModuleState(self._modules)
         random = torch.Generator().manual_seed(0)
 
-        def noise(p: Tensor) -> Tensor:
-            return torch.randn(2, *p.shape, generator=random, dtype=torch.float32, device="cpu").to(p)
+        def noise(like: Tensor, *shape: int) -> Tensor:
+            return torch.randn(2, *shape, generator=random, dtype=torch.float32, device="cpu").to(like)
 
-        theta = [p.detach() for p in self.roles.adapted.values()]
-        self.phi = [p + 0.05 * (p.abs().mean() + 0.01) * noise(p) for p in theta]
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}  # of the noise of parameters in `low_rank`
+        self.phi: list[Tensor] = []
+        for name, p in self.roles.adapted.items():
+            scale = 0.05 * (p.detach().abs().mean() + 0.01)
+            if name in low_rank:
+                left, right = (noise(p, RANK, size) for size in p.shape)
+                self.factors[name] = scale / RANK**0.5 * left, right
+                self.phi.append(torch.baddbmm(p.detach(), self.factors[name][0].mT, right))
+            else:
+                self.phi.append(p.detach() + scale * noise(p, *p.shape))
         along = [direction([p[t] for p in self.phi], t) for t in range(2)]
         self.v = [torch.stack(pair) for pair in zip(*along, strict=True)]
         self.shared: list[Tensor] = list(self.roles.shared.values())
@@ -174,7 +184,7 @@ class Trial:
         that is 0 or not finite, as where no label is left, tells nothing.
         """
 
-        @self._watch.part("sizes")
+        @self.watch.part("sizes")
         def graph(batch: Any, t: int = 0) -> tuple[list[Any], int]:
             saved: dict[int, int] = {}
             adapted = [nn.Parameter(p[t]) for p in self.phi]
@@ -262,7 +272,7 @@ class Trial:
             adapted = [nn.Parameter(p[t]) for p in self.phi]
             seeded()
             python, alike = python_states(), Alike()
-            with self._watch.part("truth, first order"), self._task(t, batch, adapted, alike, exact) as value:
+            with self.watch.part("truth, first order"), self._task(t, batch, adapted, alike, exact) as value:
                 self.python |= python_states() != python
                 _unchanged(buffers)
                 reached = self._reached(value, adapted, before) if t == 0 else []
@@ -279,12 +289,12 @@ class Trial:
                 pairs = [(g, v[t]) for g, v in zip(grads, self.v, strict=False) if g is not None]
                 products: Gradients = [None] * len(grads)
                 if second_order:
-                    with self._watch.part("truth, second order"):
+                    with self.watch.part("truth, second order"):
                         products = derivatives([g for g, _ in pairs], [*adapted, *self.shared], [v for _, v in pairs])
             rows.append((value.detach(), [None if g is None else g.detach() for g in grads], products))
             drawn = alike.taken
         if second_order and self._slopes:
-            with self._watch.part("slopes"):
+            with self.watch.part("slopes"):
                 self._check_slopes(batch, rows[0][1], rows[0][2])
         losses, n = torch.stack([value for value, _, _ in rows]), len(self.phi)
         truth: _Truth = [[losses], _both(rows[0][1], rows[1][1], n)]
@@ -356,7 +366,7 @@ class Trial:
         """
         if self.python and batching.name != "loop":
             raise MismatchError("only 'loop' draws from Python's or NumPy's generators for each task")
-        with self._watch.part(f"{batching.name}, first order"):
+        with self.watch.part(f"{batching.name}, first order"):
             if isinstance(batching, Folded):
                 if not all(self.apart):
                     raise MismatchError("two tasks of the batch can't be made to differ, so folding can't be verified")
@@ -366,20 +376,20 @@ class Trial:
             bytes_a_task = max(self._first_order(batching, i) for i in range(len(self.batches)))
         if self.first_order:
             return "reverse", bytes_a_task
-        with self._watch.part(f"{batching.name}, second order"):
+        with self.watch.part(f"{batching.name}, second order"):
             return self._second_order(batching), bytes_a_task
 
     def _second_order(self, batching: Batching) -> str:
         """Check the Hessian-vector products of a batching, and return their mode."""
-        self._compare("Hessian-vector product", self._products(batching, "reverse"), self.truths[0][2])
+        self.compare("Hessian-vector product", self._products(batching, "reverse"), self.truths[0][2])
         try:
-            self._compare("Hessian-vector product", self._products(batching, "forward"), self.truths[0][2])
+            self.compare("Hessian-vector product", self._products(batching, "forward"), self.truths[0][2])
         except RuntimeError as error:
             self.note = f"Hessian-vector products reverse over reverse, for want of forward mode: {one_line(error)}"
             return "reverse"
         return "forward"
 
-    def _drawn(self, i: int) -> list[tuple[str, int]] | None:
+    def drawn(self, i: int) -> list[tuple[str, int]] | None:
         """Return the random operations of one task of batch i, or None where nothing is drawn."""
         return self.draws[i] if self.draws[i] or self.python else None
 
@@ -403,13 +413,13 @@ class Trial:
         with self.steady(), torch.enable_grad():
             leaves = [p.detach().requires_grad_() for p in self.phi]
             with hooks:
-                losses = _Drawing(batching, self._drawn(i)).losses(leaves, self.batches[i])
+                losses = _Drawing(batching, self.drawn(i)).losses(leaves, self.batches[i])
             grads = [g if g is None else g.detach() for g in derivatives(losses.sum(), [*leaves, *self.shared])]
-        self._compare("loss", [losses.detach()], self.truths[i][0])
-        self._compare("gradient", grads, self.truths[i][1])
+        self.compare("loss", [losses.detach()], self.truths[i][0])
+        self.compare("gradient", grads, self.truths[i][1])
 
     def _products(self, batching: Batching, hvp: str) -> Sequence[Tensor | None]:
-        unroll = Unroll(_Drawing(batching, self._drawn(0)), SGD(), steps=1, hvp=hvp)
+        unroll = Unroll(_Drawing(batching, self.drawn(0)), SGD(), steps=1, hvp=hvp)
         with self.steady():
             return unroll.hessian_vector_product(self.phi, self.shared, self.probe, self.v)[1]
 
@@ -431,7 +441,7 @@ class Trial:
         for known in (structure(batch), kind):
             batching.fold.keep(known, *records)
 
-    def _compare(self, what: str, found: Sequence[Tensor | None], truth: Sequence[Tensor | None]) -> None:
+    def compare(self, what: str, found: Sequence[Tensor | None], truth: Sequence[Tensor | None]) -> None:
         low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.roles.model.parameters())
         tolerance = TOLERANCE if self.phi[0].dtype == torch.float64 else 5e-2 if low else 1e-3
         norms = [0.0 if t is None else t.norm().item() for t in truth]
@@ -478,8 +488,11 @@ def opened(
     double: bool,
     slopes: bool,
     watch: Stopwatch,
+    low_rank: Collection[str] = (),
 ) -> Iterator[Trial]:
     """Open a trial: in float64 if `double` is set and model and loss allow it, else in the model's own dtype.
+
+    Its tasks differ by matrices of low rank in the parameters named in `low_rank`.
 
     After the block, model, loss and random states are what they were. Raises ValueError where the loss is not a finite
     scalar, depends on no adapted parameter, or changes buffers.
@@ -488,7 +501,7 @@ def opened(
     users = ModuleState(dict.fromkeys(m for root in (roles.model, *modules_of(loss)) for m in root.modules()))
     with undisturbed(device):
         try:
-            yield _first(roles, loss, batches, first_order, slopes, double, users, watch)
+            yield _first(roles, loss, batches, first_order, slopes, double, users, watch, low_rank)
         finally:
             users.restore()
 
@@ -502,6 +515,7 @@ def _first(
     double: bool,
     users: ModuleState,
     watch: Stopwatch,
+    low_rank: Collection[str],
 ) -> Trial:
     """Return the first trial that does not raise: in float64, then in the model's own dtype.
 
@@ -513,7 +527,7 @@ def _first(
         if plain and not (raised and _wants_plain(raised[-1])):
             continue
         try:
-            return Trial(roles, loss, batches, first_order, slopes, dtype, plain, watch)
+            return Trial(roles, loss, batches, first_order, slopes, dtype, plain, watch, low_rank)
         except Exception as error:
             users.restore()
             if dtype is None and not (not plain and _wants_plain(error)):

@@ -29,8 +29,9 @@ class InnerOptimizer(nn.Module):
     Every tensor of phi and g is `[T, *shape]`, a parameter of T tasks. An optimizer is a module, so that the outer loop
     can learn its hyper-parameters: each `nn.Parameter` of it gets its exact gradient. A subclass defines `update`, and
     `init` if it has a state. It sets `affine` if its update is affine in (phi, g, state), so that the VJP of the update
-    depends on none of them. It sets `takes_losses` if its update reads the support losses, which then are the fourth
-    argument of `update`.
+    depends on none of them. It sets `combines` if it returns linear combinations of phi, the gradient and the state,
+    whose coefficients are the same for all elements of a parameter. It sets `takes_losses` if its update reads the
+    support losses, which then are the fourth argument of `update`.
 
     Raises:
         TypeError: For an option that the class does not have; the error names the most similar one.
@@ -44,6 +45,7 @@ class InnerOptimizer(nn.Module):
     """
 
     affine = False
+    combines = False
     takes_losses = False
 
     def __init_subclass__(cls, **options: Any) -> None:

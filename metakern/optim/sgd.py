@@ -69,6 +69,13 @@ class SGD(Stepwise):
         self.nesterov = nesterov
 
     @property
+    def combines(self) -> bool:  # type: ignore[override]
+        """Whether the hyper-parameters are numbers for whole tensors, and no subclass has another update."""
+        own = type(self).update is Stepwise.update and type(self).step is SGD.step
+        hyper = [getattr(self, name) for name in self.names]
+        return own and not any(h.learn and h.per == "element" for h in hyper)
+
+    @property
     def fills(self) -> tuple[float, ...]:
         return () if self.momentum.absent else (0.0,)
 

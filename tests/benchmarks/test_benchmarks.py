@@ -160,7 +160,7 @@ def test_names_of_workloads_are_parsed():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("cnn", "family must be one of mlp, rnn, gru, lstm, gpt, llama-lora, got 'cnn'"),
+        ("cnn", "family must be one of mlp, rnn, gru, lstm, gpt, llama-lora, llm-full, got 'cnn'"),
         ("gpt:huge", "size of gpt must be one of small, medium, large, tiny, got 'huge'"),
         (
             "lstm,width=3",

@@ -44,7 +44,7 @@ class HyperNetwork(MAML):
         rank: A matrix whose sides are both larger than this is written as a product of this rank.
         inner: The optimizer of the inner steps.
         steps: The number of inner steps after the generator.
-        **options: The other arguments of `metakern.MAML`.
+        **options: The other arguments of `metakern.MAML`, except `weights`: tasks do not start from the same ones.
 
     Attributes:
         generator: The `Generator`.
@@ -80,7 +80,7 @@ class HyperNetwork(MAML):
     ) -> None:
         if not isinstance(encoder, nn.Module):
             raise TypeError(f"HyperNetwork: encoder must be an nn.Module, got {type(encoder).__name__}")
-        super().__init__(model, loss, inner, steps, **options)
+        super().__init__(model, loss, inner, steps, **options | {"weights": "explicit"})
         self.encoder, self.size = encoder, size
         self.generator = Generator(Parameters(model, self._engine.adapt).adapted, size, width, rank)
 

@@ -185,7 +185,7 @@ class IMAML(MAML):
         return kept
 
     def _trajectory(self, prepared: Prepared, support: Any, steps: int, *start: list[Tensor]) -> Iterator[list[Tensor]]:
-        return prepared.unroll.trajectory(prepared.theta(tasks_of(support)), support, steps, *start)
+        return self._loop(prepared, *start).trajectory(prepared.theta(tasks_of(support)), support, steps, *start)
 
     def _meta_gradient(
         self, prepared: Prepared, support: Any, outer: Outer, *start: list[Tensor]

@@ -23,7 +23,7 @@ from metakern.meta.engine import Engine, Prepared, running
 from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Plan, Wishes
 from metakern.meta.precision import check, in_precision
-from metakern.meta.unroll import Gradients, added, derivatives
+from metakern.meta.unroll import Gradients, Unroll, added, derivatives
 from metakern.optim import SGD, InnerOptimizer
 
 Until = Callable[[int, dict[str, Tensor]], bool]
@@ -39,8 +39,8 @@ class MAML(nn.Module):
     tensor, `[T, ...]`. Anything in it that is not a tensor is the same for all tasks. A `metakern.PerStep` holds a
     batch for each inner step.
 
-    `strategy`, `batching`, `task_chunk`, `memory` and `capture` change time and memory, not the numbers (up to
-    rounding). `maml.plan` shows what was chosen, and why.
+    `strategy`, `batching`, `task_chunk`, `memory`, `weights` and `capture` change time and memory, not the numbers (up
+    to rounding). `maml.plan` shows what was chosen, and why.
 
     Args:
         model: The model; its parameters are the shared initialisation theta. MAML does not modify it.
@@ -74,6 +74,11 @@ class MAML(nn.Module):
         query_weights: The weights of the query losses after 0, 1, ..., K inner steps in the outer loss (Antoniou,
             Edwards, Storkey 2019, "How to train your MAML", section 4), `steps` + 1 numbers. A loss of weight 0 is not
             computed. None counts the loss after K steps alone. It may be set anew at each call.
+        weights: "implicit" does not form the weights that tasks have of linear layers: a layer computes its output
+            from the shared weight, the inputs that it saw in earlier inner steps, and the cotangents of its outputs
+            there. Memory then grows with the number of tokens in place of these weights. It needs batching "fold" and
+            gradient descent with rates for whole parameters, such as `metakern.optim.SGD`; weights for which it is not
+            possible stay "explicit". "auto" takes it for large weights that see few tokens.
 
     Attributes:
         query_losses: The outer loss of each task at the last call, `[T]`, detached; None before the first call.
@@ -111,6 +116,7 @@ class MAML(nn.Module):
         memory: str = "auto",
         precision: str | None = None,
         query_weights: Sequence[float] | None = None,
+        weights: str = "auto",
     ) -> None:
         super().__init__()
         if not callable(loss) or type(loss).__module__ == "torch.nn.modules.loss":
@@ -131,7 +137,7 @@ class MAML(nn.Module):
             raise ValueError(f'MAML: capture must be "auto", True or False, got {capture!r}')
         inner = SGD() if inner is None else inner
         check(precision, ())
-        engine = _engine_of(model, adapt, Wishes(batching, strategy, task_chunk, memory), inner)
+        engine = _engine_of(model, adapt, Wishes(batching, strategy, task_chunk, memory, weights), inner)
         self.model, self.inner = model, inner
         self.loss, self.steps, self.first_order, self.capture = loss, non_negative(steps), first_order, capture
         self.precision, self.query_weights = precision, query_weights
@@ -258,10 +264,13 @@ class MAML(nn.Module):
 
         @in_precision(self.precision)
         def compute(support: Any, *start: list[Tensor]) -> list[Tensor]:
+            unroll = self._loop(prepared, *start)
             for k, phi in enumerate(self._trajectory(prepared, support, steps, *start)):
-                if until is not None and until(k, dict(zip(prepared.parameters.adapted, phi, strict=True))):
-                    break
-            return phi
+                if until is not None:
+                    formed = unroll.formed(phi)
+                    if until(k, dict(zip(prepared.parameters.adapted, formed, strict=True))):
+                        return formed
+            return unroll.formed(phi)
 
         given = self._given(prepared, support, start)
         chunks = list(prepared.by_chunks(compute, support, more=given))
@@ -306,8 +315,9 @@ class MAML(nn.Module):
 
         @in_precision(self.precision)
         def compute(support: Any, query: Any, *start: list[Tensor]) -> Tensor:
+            unroll = self._loop(prepared, *start)
             trajectory = enumerate(self._trajectory(prepared, support, max(wanted), *start))
-            losses = {k: prepared.unroll.query(phi, at_step(query, k)) for k, phi in trajectory if k in wanted}
+            losses = {k: unroll.query(phi, at_step(query, k)) for k, phi in trajectory if k in wanted}
             return torch.stack([losses[k] for k in wanted])
 
         given = self._given(prepared, support, start)
@@ -332,10 +342,10 @@ class MAML(nn.Module):
 
         The gradients are in the order of `prepared.outer`.
         """
-        unroll, plan = prepared.unroll, prepared.plan
-        compute = unroll.store if plan.strategy == "store" else unroll.recompute
         with torch.enable_grad():
             own = {} if start else self._initial(prepared, support)
+        unroll = self._loop(prepared, *start)
+        compute = unroll.store if prepared.plan.strategy == "store" else unroll.recompute
         theta = start[0] if start else prepared.theta(tasks_of(support), own)
         found = compute(theta, prepared.shared, support, outer)
         if not own:
@@ -373,8 +383,12 @@ class MAML(nn.Module):
             return prepared.theta(tasks_of(support), self._initial(prepared, support))
 
     def _trajectory(self, prepared: Prepared, support: Any, steps: int, *start: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Yield the parameters of the tasks of a batch before and after each inner step, without a graph."""
-        return prepared.unroll.trajectory(self._theta(prepared, support, *start), support, steps)
+        """Yield phi_0, …, phi_steps of the tasks of a batch, without a graph."""
+        return self._loop(prepared, *start).trajectory(self._theta(prepared, support, *start), support, steps)
+
+    def _loop(self, prepared: Prepared, *start: list[Tensor]) -> Unroll:
+        """Return the inner loop: with explicit weights if the tasks do not all start from the shared ones."""
+        return prepared.explicit if start or type(self)._initial is not MAML._initial else prepared.unroll
 
     def _given(self, prepared: Prepared, support: Any, start: Mapping[str, Tensor] | None) -> list[list[Tensor]]:
         """Return what the user wants the adapted parameters to start from, as a list of one list; [] for None."""

@@ -36,7 +36,7 @@ class ProtoMAML(MAML):
         loss: `loss(model, batch)` returns the loss of one task, such as `metakern.losses.classification`.
         head: The name of the head among the model's modules, a linear layer with a bias; by default the last linear
             layer.
-        **options: The other arguments of `metakern.MAML`.
+        **options: The other arguments of `metakern.MAML`, except `weights`: tasks do not start from the same head.
 
     Raises:
         TypeError: As `metakern.MAML` raises it.
@@ -55,7 +55,7 @@ class ProtoMAML(MAML):
     """
 
     def __init__(self, model: nn.Module, loss: Loss, head: str | None = None, **options: Any) -> None:
-        super().__init__(model, loss, **options)
+        super().__init__(model, loss, **options | {"weights": "explicit"})
         modules = dict(model.named_modules())
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         self.head = (linear or [""])[-1] if head is None else head

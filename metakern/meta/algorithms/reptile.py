@@ -43,9 +43,9 @@ class Reptile(MAML):
     def _meta_gradient(
         self, prepared: Prepared, support: Any, outer: Outer, *start: list[Tensor]
     ) -> list[Tensor | None]:
-        unroll, theta = prepared.unroll, self._theta(prepared, support, *start)
+        unroll, theta = self._loop(prepared, *start), self._theta(prepared, support, *start)
         *_, phi = unroll.trajectory(theta, support, self.steps)
-        moved = [(start - end).sum(0) for start, end in zip(theta, phi, strict=True)]
+        moved = [(start - end).sum(0) for start, end in zip(theta, unroll.formed(phi), strict=True)]
         hyper = unroll.inner.hyper_parameters()
         return [
             unroll.query(phi, at_step(outer.batch, self.steps)),

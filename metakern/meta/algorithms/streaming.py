@@ -128,7 +128,7 @@ class Streaming(MAML):
         @in_precision(self.precision)
         def compute(stream: PerStep) -> list[list[Tensor]]:
             trajectory = prepared.unroll.trajectory(prepared.theta(tasks_of(stream)), stream, firsts[-1])
-            return [phi for k, phi in enumerate(trajectory) if k in firsts]
+            return [prepared.unroll.formed(phi) for k, phi in enumerate(trajectory) if k in firsts]
 
         parts = list(prepared.by_chunks(compute, stream))  # for each chunk of tasks, the weights at each window
         for first, *phi in zip(firsts, *parts, strict=True):

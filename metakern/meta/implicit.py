@@ -1,0 +1,367 @@
+"""Implicit weights: in the inner loop, the weights that tasks have of a linear layer are not formed.
+
+Where the inner optimizer makes linear combinations of parameters and gradients, as gradient descent does, the weight of
+a task after k steps is
+
+    W_k = c_k0 W_0 + Σ_j<k c_k,j+1 G_j        G_j = D_jᵀ X_j
+
+with X_j what the layer saw in step j, D_j the cotangent of its output there, and so G_j the gradient. The layer needs
+only W_0, which all tasks share, and the pairs (X_j, D_j):
+
+    y = c_k0 x W_0ᵀ + Σ_j<k c_k,j+1 (x X_jᵀ) D_j
+
+Memory grows with the number of tokens in place of parameters, and the inner loop computes no gradient of a weight. The
+coefficients c_k are what the inner optimizer makes of (1, 0, 0, …) in place of the parameter and (0, 1, 0, …),
+(0, 0, 1, …), … in place of the gradients, so that rates, momentum and weight decay, fixed or learned, act on them as
+they do on weights.
+
+| tensor | shape |
+|---|---|
+| W_0 | [out, in] |
+| c_k, which phi_k holds in place of the weight | [T, K + 1] |
+| x, y | [T, N, in], [T, N, out] |
+| X_j, D_j | [T, N_j, in], [T, N_j, out] |
+
+phi_k also holds the pairs of the steps before, so a step adds a pair for each call of a layer. Its pullback is one
+Hessian-vector product, as with weights: D is the gradient of the loss with respect to y, so the cotangent of D becomes
+a tangent of y, and that of X one more cotangent of the layer's input. docs/design/implicit.md derives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+
+from metakern import ops
+from metakern.meta.batches import Outer, at_step
+from metakern.meta.batching import Folded, Loss
+from metakern.meta.fold import LINEAR, Fold, FoldError, per_task
+from metakern.meta.parameters import Parameters
+from metakern.meta.unroll import Gradients, Point, Result, Slope, Unroll, added, derivatives, pulled_back, with_zeros
+from metakern.optim.base import State
+
+Pairs = list[tuple[int, Tensor, Tensor]]  # (j + 1, X_j, D_j) for each call of a weight's layers in step j, in turn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensors a step adds to phi: `inputs` inputs X, then a cotangent D for each call of a layer.
+
+    A call is the name of its weight and the index of its input, which several calls may share.
+    """
+
+    inputs: int
+    calls: tuple[tuple[str, int], ...]
+
+    @property
+    def size(self) -> int:
+        return self.inputs + len(self.calls)
+
+
+@dataclass
+class Seen:
+    """What the implicit layers saw in a forward pass: inputs [T, N, in], and for each call its output [T, N, out]."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    calls: list[tuple[str, int]] = field(default_factory=list)
+    arguments: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # id of a tensor -> (it, index of the input)
+
+    def index(self, argument: Tensor, rows: Tensor) -> int:
+        """Return the index of a layer's input; layers that are called on the same tensor share it."""
+        if id(argument) not in self.arguments:
+            self.arguments[id(argument)] = argument, len(self.inputs)
+            self.inputs.append(rows)
+        return self.arguments[id(argument)][1]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(len(self.inputs), tuple(self.calls))
+
+
+class Implicit(Folded):
+    """Folding, where the linear layers' weights `names` are implicit. `decays`: whether c_k0 may differ from 1."""
+
+    def __init__(self, parameters: Parameters, loss: Loss, plain: bool, names: Sequence[str], decays: bool) -> None:
+        super().__init__(parameters, loss, plain)
+        self.explicit, self.decays = Folded(parameters, loss, plain), decays
+        self.size = len(parameters.adapted)  # of phi without pairs
+        self.places = {name: i for i, name in enumerate(parameters.adapted) if name in names}  # in phi
+        self.transposed: dict[str, bool] = {}
+        for module, _, name in parameters.places:
+            if name in self.places:
+                self.transposed[name] = LINEAR[self.fold.units[module]]
+                self.fold.units[module] = partial(self._linear, name)
+        self.layouts: list[Layout] = []  # of the inner steps
+        self.learns = False  # whether autograd is to differentiate with respect to W_0
+        self.pair_bytes = 0  # an estimate of what a step adds to phi, for each task
+        self._sums: dict[str, Tensor] = {}  # gradients of W_0
+        self._pairs: dict[str, Pairs] = {}
+        self._joined: dict[tuple[int, ...], Tensor] = {}
+        self._seen: Seen | None = None
+        self._tangents: Iterator[Tensor | None] = iter(())
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The shared weights W_0, by name."""
+        return {name: self.parameters.adapted[name] for name in self.places}
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Within the block autograd differentiates with respect to W_0 too."""
+        self.learns = True
+        try:
+            yield
+        finally:
+            self.learns = False
+
+    def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
+        params, T = list(phi[: self.size]), phi[0].shape[0]
+        self._coefficients = {name: params[i] for name, i in self.places.items()}
+        self._pairs = self._opened(phi)
+        for i, weight in zip(self.places.values(), self.weights.values(), strict=True):
+            params[i] = weight.new_full((), torch.nan).expand(T, *weight.shape)  # what reads it becomes NaN
+        try:
+            return super().losses(params, batch)
+        finally:
+            self._pairs, self._joined = {}, {}
+
+    def seen(self, phi: Sequence[Tensor], batch: Any, tangents: Gradients = ()) -> tuple[Tensor, Seen]:
+        """Return the losses [T], and what the layers saw; `tangents` are added to the outputs of the calls."""
+        self._seen, self._tangents = Seen(), iter(tangents)
+        try:
+            return self.losses(phi, batch), self._seen
+        finally:
+            self._seen, self._tangents = None, iter(())
+
+    def steps(self, phi: Sequence[Tensor]) -> int:
+        """Return the number of inner steps whose pairs phi holds."""
+        size, k = self.size, 0
+        while size < len(phi):
+            size, k = size + self.layouts[k].size, k + 1
+        return k
+
+    def keep(self, k: int, layout: Layout) -> None:
+        """Keep the layout of step k."""
+        self.layouts[k : k + 1] = [layout]
+
+    def _opened(self, phi: Sequence[Tensor]) -> dict[str, Pairs]:
+        """Return the pairs that phi holds, for each implicit weight."""
+        found: dict[str, Pairs] = {name: [] for name in self.places}
+        start = self.size
+        for k, layout in enumerate(self.layouts[: self.steps(phi)], 1):
+            X, D = phi[start : start + layout.inputs], phi[start + layout.inputs : start + layout.size]
+            for (name, i), d in zip(layout.calls, D, strict=True):
+                found[name].append((k, X[i], d))
+            start += layout.size
+        return found
+
+    def formed(self, phi: Sequence[Tensor]) -> list[Tensor]:
+        """Return all parameters of each task at phi, [T, *shape]."""
+        found, pairs = list(phi[: self.size]), self._opened(phi)
+        for name, i in self.places.items():
+            total = phi[i][:, :1, None] * self.parameters.adapted[name].detach()
+            for k, x, d in pairs[name]:
+                left, right = (x, d) if self.transposed[name] else (d, x)
+                total = torch.baddbmm(total, (phi[i][:, k, None, None] * left).mT, right)
+            found[i] = total
+        return found
+
+    def add_gradients(self, seen: Seen, cts: Sequence[tuple[Tensor | None, Tensor | None]]) -> None:
+        """Add dᵀ x + eᵀ t_x, for the cotangents (d, e) of each call and its input x, to the gradient of its W_0.
+
+        So a weight's gradient takes its own memory once, whatever the numbers of steps and tasks.
+        """
+        for (name, i), ct in zip(seen.calls, cts, strict=True):
+            for d, x in zip(ct, forward_ad.unpack_dual(self._scaled(name, seen.inputs[i])), strict=True):
+                if d is None or x is None:
+                    continue
+                d, x = d.detach().flatten(0, 1), x.detach().flatten(0, 1)
+                left, right = (x.mT, d) if self.transposed[name] else (d.mT, x)
+                known = self._sums.get(name)
+                self._sums[name] = left @ right if known is None else torch.addmm(known, left, right)
+
+    def take_gradients(self) -> Gradients:
+        """Return the gradients of all W_0 that were added up, and begin anew."""
+        sums, self._sums = self._sums, {}
+        return [sums.get(name) for name in self.places]
+
+    def _linear(self, name: str, fold: Fold, module: nn.Module, x: Tensor) -> Tensor:
+        """Run a linear layer; the rule of a unit."""
+        W, bias = self.parameters.adapted[name], fold.weight(module, "bias")
+        weight = W if self.learns else W.detach()
+        weight = weight.mT if self.transposed[name] else weight
+
+        def run(tasks: Tensor) -> Tensor:
+            rows = tasks.reshape(fold.tasks, -1, tasks.shape[-1])
+            y = ops.linear(self._scaled(name, rows), weight)
+            if self._pairs[name]:
+                y = y + ops.implicit_linear(rows, None, bias, *self._factors(name))
+            elif bias is not None:
+                y = y + bias.unsqueeze(1)
+            if self._seen is not None:
+                y = self._recorded(self._seen, name, self._seen.index(x, rows), y)
+            return y.view(*tasks.shape[:-1], -1)
+
+        return per_task(fold, x, run)
+
+    def _scaled(self, name: str, rows: Tensor) -> Tensor:
+        """Return the rows of a layer's input times the coefficient of W_0."""
+        return rows * self._coefficients[name][:, :1, None] if self.decays else rows
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the pairs of all steps and calls as one, [T, M, in] and [T, M, out], and the rates of their rows."""
+        c, pairs = self._coefficients[name], self._pairs[name]
+        key = tuple(id(x) for _, x, _ in pairs)
+        if key not in self._joined:  # once for all layers that were called on the same inputs
+            self._joined[key] = torch.cat([x for _, x, _ in pairs], 1)
+        D = torch.cat([d for _, _, d in pairs], 1)
+        rates = torch.cat([-c[:, k : k + 1].expand(-1, x.shape[1]) for k, x, _ in pairs], 1)
+        return self._joined[key], D, rates
+
+    def _recorded(self, seen: Seen, name: str, i: int, y: Tensor) -> Tensor:
+        """Record a call, and return its output with the next of the tangents added to it."""
+        if torch.is_grad_enabled() and not y.requires_grad:  # nothing before it learns, but D is wanted
+            y.requires_grad_()
+        if (tangent := next(self._tangents, None)) is not None:
+            primal, t_y = forward_ad.unpack_dual(y)
+            y = forward_ad.make_dual(primal, tangent if t_y is None else t_y + tangent)
+        seen.calls.append((name, i))
+        seen.outputs.append(y)
+        return y
+
+
+@dataclass(frozen=True)
+class ImplicitUnroll(Unroll):
+    """An inner loop with implicit weights.
+
+    W_0 counts as a parameter that the inner loop does not adapt, before `shared`. Where its gradient is found from the
+    inputs and outputs of the layers, `batching` adds it up. In a result it is the sum over the tasks, [1, *shape].
+    """
+
+    batching: Implicit
+
+    @property
+    def explicit(self) -> Unroll:
+        """The same inner loop with weights for each task, which may start anywhere."""
+        return Unroll(**{f.name: getattr(self, f.name) for f in fields(self)} | {"batching": self.batching.explicit})
+
+    def initial(self, theta: Sequence[Tensor], steps: int) -> list[Tensor]:
+        places = self.batching.places.values()
+        return [_unit(p, 0, steps + 1) if i in places else p for i, p in enumerate(theta)]
+
+    def formed(self, phi: Sequence[Tensor]) -> list[Tensor]:
+        return self.batching.formed(phi)
+
+    def store(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, outer: Outer) -> Result:
+        with self.batching.learning():
+            return self._result(super().store(theta, [*self.batching.weights.values(), *shared], support, outer))
+
+    def recompute(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, outer: Outer) -> Result:
+        return self._result(super().recompute(theta, [*self.batching.weights.values(), *shared], support, outer))
+
+    def weight_gradients(self, found: Gradients) -> Gradients:
+        """Return the gradients of W_0: those found, and those added up since the last call."""
+        return added(found[: len(self.batching.places)], self.batching.take_gradients())
+
+    def _result(self, found: Result) -> Result:
+        """Return a result with the gradients of W_0 among those of theta."""
+        theta, places = list(found.theta), self.batching.places.values()
+        for i, ct in zip(places, self.weight_gradients(found.shared), strict=True):
+            theta[i] = None if ct is None else ct[None]
+        return replace(found, theta=theta, shared=found.shared[len(places) :])
+
+    def slope(self, phi: Sequence[Tensor], batch: Any) -> Slope:
+        learned = set(range(self.batching.size)) - set(self.batching.places.values())
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_(i in learned) for i, p in enumerate(phi)]
+            return self._differentiated(leaves, batch, create_graph=False)
+
+    def _differentiated(self, phi: Sequence[Tensor], batch: Any, create_graph: bool) -> Slope:
+        losses, seen = self.batching.seen(phi, batch)
+        self.batching.keep(self.batching.steps(phi), seen.layout)
+        wanted = [*phi[: self.batching.size], *seen.outputs]
+        ct = with_zeros(derivatives(losses.sum(), wanted, create_graph=create_graph), wanted)
+        grads, pairs = self._grads(phi, ct), [*seen.inputs, *ct[self.batching.size :]]
+        if create_graph:
+            return Slope(grads, losses, pairs)
+        return Slope(grads, losses.detach(), [t.detach() for t in pairs])
+
+    def _grads(self, phi: Sequence[Tensor], found: Gradients) -> list[Any]:
+        """Return the gradients at phi: those found, and for each implicit weight the unit vector of this step."""
+        k, grads = self.batching.steps(phi), list(found[: self.batching.size])
+        for i in self.batching.places.values():
+            grads[i] = _unit(phi[i], k + 1, phi[i].shape[1])
+        return grads
+
+    def _updated(self, phi: Sequence[Tensor], slope: Slope, state: State) -> tuple[list[Tensor], State]:
+        n = self.batching.size
+        after, state = super()._updated(phi[:n], slope, state)
+        return [*after, *phi[n:], *slope.pairs], state
+
+    def of_query(
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], outer: Outer, k: int
+    ) -> tuple[Tensor, Gradients]:
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in phi]
+            losses, seen = self.batching.seen(leaves, at_step(outer.batch, k))
+            losses = outer.weighted(losses, k)
+            ct = derivatives(losses.sum(), [*leaves, *seen.outputs, *shared[len(self.batching.places) :]])
+        n, m = len(phi), len(phi) + len(seen.outputs)
+        self.batching.add_gradients(seen, [(c, None) for c in ct[n:m]])
+        return losses.detach(), [*ct[:n], *[None] * len(self.batching.places), *ct[m:]]
+
+    def _pullback(
+        self, point: Point, slope: Slope, ct_phi: Gradients, ct_state: Gradients
+    ) -> tuple[Gradients, Gradients, Gradients, Gradients]:
+        """Return what Unroll does; the cotangents of the new pairs come after those of the gradients."""
+        n, m = self.batching.size, len(point.phi)
+        point, slope = replace(point, phi=point.phi[:n]), replace(slope, grads=slope.grads[:n])
+        of_phi, of_slope, of_state, of_hyper = super()._pullback(point, slope, ct_phi[:n], ct_state)
+        return [*of_phi, *ct_phi[n:m]], [*of_slope, *ct_phi[m:]], of_state, of_hyper
+
+    def _forward_over_reverse(
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, *ct_pairs: Tensor | None
+    ) -> tuple[Gradients, Gradients]:
+        layout = self.batching.layouts[self.batching.steps(phi)]
+        ct_inputs, ct_outputs = ct_pairs[: layout.inputs], ct_pairs[layout.inputs :]
+        with torch.enable_grad(), forward_ad.dual_level():
+            duals = [p.detach().contiguous().requires_grad_() for p in phi]
+            for i, t in enumerate(v):
+                if t is not None and i not in self.batching.places.values():
+                    duals[i] = forward_ad.make_dual(duals[i], t)
+            losses, seen = self.batching.seen(duals, batch, ct_outputs)
+            if seen.layout != layout:
+                raise FoldError("the model must call the same layers whenever a step is computed")
+            total, known = losses.sum(), [(x, t) for x, t in zip(seen.inputs, ct_inputs, strict=True) if t is not None]
+            weights = [torch.ones_like(total), *(forward_ad.make_dual(torch.zeros_like(t), t) for _, t in known)]
+            wanted = [*duals, *seen.outputs, *shared[len(self.batching.places) :]]
+            ct = derivatives([total, *(x for x, _ in known)], wanted, weights)
+            parts = [(None, None) if c is None else forward_ad.unpack_dual(c) for c in ct]
+            n, m = len(phi), len(phi) + len(seen.outputs)
+            self.batching.add_gradients(seen, [(t, c) for c, t in parts[n:m]])
+        tangents = [t for _, t in parts]
+        grads = [None if c is None else c.detach() for c, _ in parts[: self.batching.size]]
+        return self._grads(phi, grads), [*tangents[:n], *[None] * len(self.batching.places), *tangents[m:]]
+
+    def _reverse_over_reverse(
+        self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, *ct_pairs: Tensor | None
+    ) -> tuple[Gradients, Gradients]:
+        with torch.enable_grad(), self.batching.learning():
+            leaves = [p.detach().requires_grad_() for p in phi]
+            slope = self._differentiated(leaves, batch, create_graph=True)
+            products = pulled_back([*slope.grads, *slope.pairs], [*v, *ct_pairs], [*leaves, *shared])
+        return [g.detach() for g in slope.grads], products
+
+
+def _unit(like: Tensor, index: int, size: int) -> Tensor:
+    """Return the unit vector of an axis for each task of `like`, [T, size]."""
+    parts = [like.new_zeros(1, index), like.new_ones(1, 1), like.new_zeros(1, size - index - 1)]
+    return torch.cat(parts, 1).expand(len(like), size)

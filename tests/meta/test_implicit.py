@@ -1,0 +1,342 @@
+"""Implicit weights against plain autograd and against explicit weights, and which weights can be implicit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from models import T, assert_equal, build, gradients, mlp, plain_loss, points, regression_loss, sgd
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import metakern as mk
+from metakern.meta import weights
+from metakern.meta.implicit import Implicit, ImplicitUnroll
+
+STRATEGIES = ("store", "recompute")
+
+
+def implicit(model: nn.Module, loss: Callable, inner: Any, steps: int, **options: Any) -> mk.MAML:
+    return mk.MAML(model, loss, inner, steps, **{"weights": "implicit", "capture": False, "task_chunk": 2} | options)
+
+
+def learned(maml: Any, value: Tensor) -> dict[str, Tensor]:
+    """Return copies of the gradients of model and inner optimizer."""
+    maml.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in maml.named_parameters() if p.grad is not None}
+
+
+def assert_as_explicit(make: Callable[..., Any], *batches: Any) -> Any:
+    """Assert that `make(weights=…, strategy=…)` gives one meta-gradient for all options; return the last object."""
+    truth = None
+    for form, strategy in (("explicit", "store"), *(("implicit", strategy) for strategy in STRATEGIES)):
+        maml = make(weights=form, strategy=strategy)
+        found = learned(maml, maml(*batches))
+        assert bool(maml.plan.implicit) == (form == "implicit")
+        truth = truth or found
+        assert_equal(found, truth)
+    return maml
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "count"),
+    [("mlp", 1, 2), ("mlp", 3, 2), ("mlp", 5, 2), ("gpt-folded", 3, 2), ("hf-gpt2", 3, 8), ("hf-llama", 3, 15)],
+)
+def test_meta_gradient_equals_plain_autograd(name: str, steps: int, count: int) -> None:
+    model, loss, support, query, _ = build(name)
+    value = plain_loss(model, loss, support, query, steps, sgd(0.3))
+    truth = gradients(model, value)
+    first_order = gradients(model, plain_loss(model, loss, support, query, steps, sgd(0.3), first_order=True))
+    assert max((first_order[n] - truth[n]).norm() / truth[n].norm() for n in truth if truth[n].norm() > 0) > 1e-3
+    for strategy in STRATEGIES:
+        maml = implicit(model, loss, mk.optim.SGD(lr=0.3), steps, strategy=strategy)
+        ours = maml(support, query)
+        torch.testing.assert_close(ours, value.detach(), rtol=1e-12, atol=1e-12)
+        assert_equal(gradients(model, ours), truth)
+        assert len(maml.plan.implicit) == count
+        assert (maml.plan.batching, maml.plan.strategy) == ("fold", strategy)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": 0.3, "learn": ["lr"], "per": "parameter", "steps": 2},
+        {"lr": 0.2, "momentum": 0.5, "learn": ["lr", "momentum"]},
+        {"lr": 0.2, "momentum": 0.4, "nesterov": True, "weight_decay": 0.1, "learn": ["weight_decay"]},
+    ],
+    ids=["rates", "momentum", "nesterov-decay"],
+)
+def test_hyper_parameters_get_their_gradients(options: dict[str, Any], first_order: bool) -> None:
+    model = mlp().double()
+
+    def make(**forms: Any) -> mk.MAML:
+        inner = mk.optim.SGD(**options).double()
+        return mk.MAML(model, regression_loss, inner, 4, first_order, capture=False, **forms)
+
+    maml = assert_as_explicit(make, points(1), points(2))
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in maml.inner.parameters())
+
+
+class Again(nn.Module):
+    """A layer that is called twice, another one with its weight, and a head without a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(self.b(self.a(x).tanh()).tanh()).tanh())
+
+
+def test_a_weight_may_be_used_several_times() -> None:
+    model = Again().double()
+    value = plain_loss(model, regression_loss, points(1), points(2), 3, sgd(0.3))
+    truth = gradients(model, value)
+    for strategy in STRATEGIES:
+        maml = implicit(model, regression_loss, mk.optim.SGD(lr=0.3), 3, strategy=strategy)
+        assert_equal(gradients(model, maml(points(1), points(2))), truth)
+        assert maml.plan.implicit == ("a.weight", "head.weight")
+
+
+def test_parameters_that_are_not_adapted_get_their_mixed_derivatives() -> None:
+    model = Again().double()
+    adapted = lambda name: name != "a.bias" and not name.startswith("head")  # noqa: E731
+    truth = gradients(model, plain_loss(model, regression_loss, points(1), points(2), 3, sgd(0.3), adapted))
+    for strategy in STRATEGIES:
+        maml = implicit(model, regression_loss, mk.optim.SGD(lr=0.3), 3, strategy=strategy, adapt=adapted)
+        assert_equal(gradients(model, maml(points(1), points(2))), truth)
+
+
+def test_all_parameters_may_be_implicit() -> None:
+    model = nn.Sequential(nn.Linear(5, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False)).double()
+    make = partial(mk.MAML, model, regression_loss, mk.optim.SGD(lr=0.3), 3, capture=False)
+    assert len(assert_as_explicit(make, points(1), points(2)).plan.implicit) == 2
+
+
+def test_a_model_without_forward_mode_goes_reverse_over_reverse() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.Mish(), nn.Linear(8, 3)).double()
+    make = partial(mk.MAML, model, regression_loss, mk.optim.SGD(lr=0.3), 3, capture=False)
+    assert assert_as_explicit(make, points(1), points(2)).plan.hvp == "reverse"
+
+
+def test_steps_may_have_batches_of_different_sizes_and_query_losses_of_their_own() -> None:
+    model = mlp().double()
+    support = mk.PerStep(*(tree_map(lambda a, n=n: a[:, :n], points(n)) for n in (3, 1, 4)))
+    query = mk.PerStep(*(tree_map(lambda a, n=n: a[:, :n], points(10 + n)) for n in (2, 3, 4, 1)))
+    make = partial(mk.MAML, model, regression_loss, mk.optim.SGD(lr=0.3), 3, capture=False)
+    assert_as_explicit(partial(make, query_weights=[0.1, 0.0, 0.4, 1.0]), support, query)
+
+
+def test_the_least_memory_gives_the_same_numbers() -> None:
+    model, found = mlp().double(), []
+    for options in ({"strategy": "store"}, {"memory": "least"}):
+        maml = implicit(model, regression_loss, mk.optim.SGD(lr=0.3), 6, **options)
+        found.append(gradients(model, maml(points(1), points(2))))
+    assert maml.plan.strategy == "recompute"
+    assert_equal(found[1], found[0])
+
+
+def test_captured_programs_follow_the_data_and_the_parameters() -> None:
+    torch.manual_seed(0)
+    model = mlp().double()
+    maml = implicit(model, regression_loss, mk.optim.SGD(lr=0.3, learn_lr=True).double(), 2, capture=True)
+    for seed in range(4):
+        found = learned(maml, maml(points(seed), points(seed + 10)))
+        fresh = implicit(model, regression_loss, maml.inner, 2, weights="explicit")
+        assert_equal(found, learned(fresh, fresh(points(seed), points(seed + 10))))
+        with torch.no_grad():
+            for p in maml.parameters():
+                p.mul_(1.1)
+    assert maml.plan.implicit
+    assert maml.plan.usage.ordinary == 0
+
+
+class Sizes(TorchDispatchMode):
+    """Keeps the sizes of all tensors that operations return within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        self.seen |= {t.untyped_storage().size() // t.itemsize for t in tree_leaves(result) if isinstance(t, Tensor)}
+        return result
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_weight_of_a_task_is_formed(strategy: str) -> None:
+    model = nn.Sequential(nn.Linear(5, 61), nn.Tanh(), nn.Linear(61, 47), nn.Tanh(), nn.Linear(47, 3)).double()
+    for form in ("explicit", "implicit"):
+        options = {"weights": form, "strategy": strategy, "task_chunk": T}
+        maml = implicit(model, regression_loss, mk.optim.SGD(lr=0.3), 2, **options)
+        maml(points(1), points(2)).backward()  # makes the plan
+        model.zero_grad()
+        with Sizes() as sizes:
+            maml(points(1), points(2)).backward()
+            maml.evaluate(points(1), points(2), steps=(0, 3))
+        assert (T * 61 * 47 in sizes.seen) == (form == "explicit")
+
+
+def test_adapted_weights_are_formed_at_the_end_and_can_be_adapted_further() -> None:
+    model, inner = mlp().double(), mk.optim.SGD(lr=0.3, weight_decay=0.1)
+    phi = {}
+    for form in ("explicit", "implicit"):
+        maml = implicit(model, regression_loss, inner, 3, weights=form)
+        first = maml.adapt(points(1))
+        phi[form] = first | {f"{name} again": p for name, p in maml.adapt(points(2), steps=2, start=first).items()}
+        phi[form]["curve"] = maml.evaluate(points(1), points(2), steps=(0, 1, 4))
+    assert maml.plan.implicit
+    assert_equal(phi["implicit"], phi["explicit"], 1e-12)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(mk.FOMAML, steps=2),
+        partial(mk.ANIL, steps=2),
+        partial(mk.MAMLPlusPlus, steps=2),
+        partial(mk.Reptile, steps=2),
+    ],
+    ids=["fomaml", "anil", "maml++", "reptile"],
+)
+def test_algorithms(make: Callable[..., Any]) -> None:
+    model = mlp().double()
+    assert_as_explicit(lambda **forms: make(model, regression_loss, capture=False, **forms), points(1), points(2))
+
+
+def test_streams_go_on_from_the_weights_of_the_window_before() -> None:
+    model = mlp().double()
+    stream = mk.PerStep(*(points(seed) for seed in range(5)))
+    make = partial(mk.Streaming, model, regression_loss, mk.optim.SGD(lr=0.2), window=2, capture=False)
+    assert_as_explicit(make, stream)
+
+
+class Embedded(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.layer(self.embedding(tokens)).tanh())
+
+
+def guesses(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def labelled(seed: int) -> tuple[Tensor, Tensor]:
+    make = torch.Generator().manual_seed(seed)
+    return torch.randint(7, (T, 5), generator=make), torch.randint(7, (T, 5), generator=make)
+
+
+def scaled() -> nn.Module:
+    model = mlp()
+    nn.utils.parametrizations.weight_norm(model[0])
+    return model
+
+
+def penalized(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return regression_loss(model, batch) + 0.1 * model[2].weight.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "batch", "inner", "found", "reason"),
+    [
+        (
+            partial(Embedded, False),
+            guesses,
+            labelled,
+            mk.optim.SGD(0.3),
+            ("layer.weight", "head.weight"),
+            "by Embedding",
+        ),
+        (partial(Embedded, True), guesses, labelled, mk.optim.SGD(0.3), ("layer.weight",), "used by Embedding"),
+        (scaled, regression_loss, points, mk.optim.SGD(0.3), ("2.weight",), "used by ParametrizationList"),
+        (mlp, penalized, points, mk.optim.SGD(0.3), (), "fold is not possible"),
+        (mlp, regression_loss, points, mk.optim.Adam(0.1), (), "Adam does not scale"),
+        (mlp, regression_loss, points, mk.optim.MetaSGD(0.1), (), "MetaSGD does not scale"),
+        (mlp, regression_loss, points, mk.optim.NormalizedSGD(0.1), (), "NormalizedSGD does not scale"),
+        (mlp, regression_loss, points, mk.optim.Clipped(mk.optim.SGD(0.3), 1.0), (), "Clipped does not scale"),
+    ],
+    ids=["embedding", "tied", "weight-norm", "penalty", "adam", "metasgd", "normalized", "clipped"],
+)
+def test_other_weights_are_explicit_with_a_reason(
+    make: Any, loss: Any, batch: Any, inner: Any, found: tuple[str, ...], reason: str
+) -> None:
+    model, of_explicit = make().double(), {}
+    inner = inner.double()
+    for form in ("explicit", "implicit"):
+        maml = implicit(model, loss, inner, 2, weights=form)
+        of_form = learned(maml, maml(batch(1), batch(2)))
+        of_explicit = of_explicit or of_form
+    assert_equal(of_form, of_explicit)
+    assert maml.plan.implicit == found
+    assert reason in str(maml.plan)
+
+
+def test_autocast_and_other_batchings_are_explicit() -> None:
+    model = mlp()
+    batches = [tree_map(Tensor.float, points(seed)) for seed in (1, 2)]
+    for context, options, reason in (
+        (torch.autocast("cpu", torch.bfloat16), {}, "inside torch.autocast"),
+        (nullcontext(), {"batching": "vmap"}, "need batching fold"),
+    ):
+        with context:
+            maml = implicit(model, regression_loss, mk.optim.SGD(lr=0.1), 1, **options)
+            maml(*batches).backward()
+        assert not maml.plan.implicit
+        assert reason in str(maml.plan)
+
+
+@pytest.mark.parametrize("fault", ["rates", "tangents", "inputs"])
+def test_a_wrong_implicit_weight_is_found_by_the_verification(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    factors, product, recorded = Implicit._factors, ImplicitUnroll._forward_over_reverse, Implicit._recorded
+
+    def wrong_rates(self: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        X, D, rates = factors(self, name)
+        return X, D, rates * 1.001
+
+    def lost_tangents(self: Any, phi: Any, shared: Any, batch: Any, v: Any, *ct_pairs: Any) -> Any:
+        return product(self, phi, shared, batch, v, *(None for _ in ct_pairs))
+
+    def detached(self: Any, seen: Any, name: str, i: int, y: Tensor) -> Tensor:
+        seen.inputs[i] = seen.inputs[i].detach()
+        return recorded(self, seen, name, i, y)
+
+    wrong: dict[str, tuple[Any, str, Any]] = {
+        "rates": (Implicit, "_factors", wrong_rates),
+        "tangents": (ImplicitUnroll, "_forward_over_reverse", lost_tangents),
+        "inputs": (Implicit, "_recorded", detached),
+    }
+    monkeypatch.setattr(*wrong[fault])
+    model = mlp().double()
+    maml = implicit(model, regression_loss, mk.optim.SGD(lr=0.3), 2)
+    maml(points(1), points(2))
+    assert not maml.plan.implicit
+    assert "implicit weights are not possible: MismatchError" in str(maml.plan)
+
+
+def test_auto_takes_large_weights_that_see_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "LARGE", 40 * 40)
+    model = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 80), nn.Tanh(), nn.Linear(80, 3)).double()
+    plans = []
+    for steps in (2, 4):  # 4 rows a step: 16 rows break even at 40 x 80 / 120 = 26.7, of which `auto` allows a half
+        maml = implicit(model, regression_loss, mk.optim.SGD(lr=0.3), steps, weights="auto")
+        maml(points(1), points(2))
+        plans.append(maml.plan)
+    assert plans[0].implicit == ("2.weight",)
+    assert plans[1].implicit == ()
+    assert "too many tokens" in str(plans[1])
+    with pytest.raises(ValueError, match="weights must be auto, explicit or implicit, got 'none'"):
+        implicit(model, regression_loss, mk.optim.SGD(), 1, weights="none")
