@@ -47,7 +47,7 @@ def test_the_model_replies_as_taught_after_as_many_steps_as_that_takes(run):
     assert [p.steps for p in seen] == list(range(lesson.end.steps + 1))
     assert [p.right < 3 for p in seen] == [True] * lesson.end.steps + [False]
     assert run.config.most_inner_steps < lesson.end.steps < 60
-    assert seen[0].loss > 10 * lesson.end.loss
+    assert seen[0].loss > 5 * lesson.end.loss
     assert lesson.summary.startswith(f"inner steps: {lesson.end.steps}, taught replies right: 3 of 3, loss on them: ")
     support = support_batch(run, taught(*pairs))
     assert run.algorithm.evaluate(support, support, (lesson.end.steps,)).item() == pytest.approx(lesson.end.loss)
