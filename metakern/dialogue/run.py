@@ -108,7 +108,10 @@ class Run:
         try:
             run = cls.create(path, config, tokenizer_class(config).load(path / "tokenizer.json"))
         except DataError as error:
-            hint = f"; if {config.model} has moved, change model in {path / 'config.toml'}" if config.pretrained else ""
+            hint = (
+                f"; if {config.model} has moved, change model in {path / 'config.toml'}, and remove the line # SHA-256"
+            )
+            hint = hint if config.pretrained else ""
             raise UserError(f"{error}{hint}") from None
         run.restore(name)
         return run
@@ -196,7 +199,8 @@ def verified(path: Path, name: str) -> Config:
         moved = key == "model" and config.pretrained and str(saved.get(key)).startswith("hf:")
         if saved.get(key, own) != own and key not in MAY_CHANGE and not moved:
             raise CheckpointError(
-                f"{file}: {key} must be {saved[key]!r} as when {source} was saved, got {own!r}: change it back"
+                f"{file}: {key} must be {reprlib.repr(saved[key])} as when {source} was saved, got"
+                f" {reprlib.repr(own)}: change it back"
             )
     if state["vocabulary"] != _vocabulary(path):
         raise _other_vocabulary(path, source)

@@ -166,6 +166,7 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
                 if config.pretrain_steps and not start:
                     run.restore("pretrained", run.model)
                 else:
+                    run.state = run.state or phase.beginning()
                     run.save("pretrained", run.model)
             loop = _Loop(run, phase, plain, sources.validation, log)
             if saved:
