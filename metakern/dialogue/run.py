@@ -77,7 +77,7 @@ class Run:
 
         Raises:
             DataError: If a pretrained model can't be read.
-            UserError: If there is no GPU for the device cuda, or a setting does not suit the model.
+            UserError: If there is no GPU for the device cuda, or a setting does not suit the model or the machine.
         """
         if config.threads > (most := max(64, 4 * (os.cpu_count() or 1))):
             raise UserError(f"threads must be at most {most} on this machine, got {config.threads}")
@@ -108,11 +108,10 @@ class Run:
         try:
             run = cls.create(path, config, tokenizer_class(config).load(path / "tokenizer.json"))
         except DataError as error:
-            hint = (
-                f"; if {config.model} has moved, change model in {path / 'config.toml'}, and remove the line # SHA-256"
+            moved = f"if {config.model} has moved, change model in {path / 'config.toml'}, without its line # SHA-256"
+                f"if {config.model} has moved, change model in {path / 'config.toml'}, and remove the line # SHA-256"
             )
-            hint = hint if config.pretrained else ""
-            raise UserError(f"{error}{hint}") from None
+            raise UserError(f"{error}; {moved}" if config.pretrained else str(error)) from None
         run.restore(name)
         return run
 

@@ -128,6 +128,8 @@ def test_an_adaptation_that_is_cut_short_can_be_repeated(folder, support, tmp_pa
             Run.open(tmp_path / "adapted")
     adapt(folder, str(support), tmp_path / "adapted")
     assert Run.open(tmp_path / "adapted").state["phase"] == "adapted"
+    with pytest.raises(UserError, match="holds a run already"):
+        train(Run.open(folder).config, tmp_path / "adapted")
 
 
 def test_replies_are_reproducible_and_commands_are_answered(run):
