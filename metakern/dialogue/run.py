@@ -109,8 +109,6 @@ class Run:
             run = cls.create(path, config, tokenizer_class(config).load(path / "tokenizer.json"))
         except DataError as error:
             moved = f"if {config.model} has moved, change model in {path / 'config.toml'}, without its line # SHA-256"
-                f"if {config.model} has moved, change model in {path / 'config.toml'}, and remove the line # SHA-256"
-            )
             raise UserError(f"{error}; {moved}" if config.pretrained else str(error)) from None
         run.restore(name)
         return run
