@@ -225,14 +225,16 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError):
         raise ValueError(f"load_lora: files must be readable, got a damaged {name} in {str(folder)!r}") from None
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"load_lora: peft_type must be LORA, got {config.get('peft_type')!r}")
+        raise ValueError(f"load_lora: peft_type must be LORA, got {reprlib.repr(config.get('peft_type'))}")
     if alpha not in (None, _alpha(config)):
         raise ValueError(f"load_lora: files must be of one save, got two with different alphas in {str(folder)!r}")
     foreign = {key: config[key] for key in FOREIGN if config.get(key)}
     if config.get("init_lora_weights") not in STARTS:
         foreign["init_lora_weights"] = config["init_lora_weights"]
     if foreign:
-        raise ValueError(f"load_lora: config must be of plain LoRA, got {foreign}: merge the adapter with PEFT instead")
+        raise ValueError(
+            f"load_lora: config must be of plain LoRA, got {reprlib.repr(foreign)}: merge the adapter with PEFT instead"
+        )
     return config, tensors
 
 
@@ -276,7 +278,7 @@ def _settings(config: Mapping[str, Any], path: str, rank: int) -> Settings:
         return next((v for key, v in patterns.items() if _matches(key, path)), config.get(name))
 
     if of("r", "rank_pattern") != rank:
-        raise ValueError(f"load_lora: the rank of {path!r} must be {of('r', 'rank_pattern')!r}, got {rank}")
+        raise ValueError(f"load_lora: the rank of {path!r} must be {reprlib.repr(of('r', 'rank_pattern'))}, got {rank}")
     alpha, dropout = of("lora_alpha", "alpha_pattern"), config.get("lora_dropout") or 0.0
     if alpha is None:
         raise ValueError("load_lora: config must have lora_alpha, got none")

@@ -81,7 +81,7 @@ def contender(run: Run, name: str) -> Run:
     if base == "finetune":
         config = replace(config, outer_lr=config.finetune_lr or config.outer_lr)
     folder = run.path / base
-    begun = (folder / "checkpoints" / "last.json").exists()
+    begun = checkpoint.exists(folder / "checkpoints", "last")
     if not begun or checkpoint.load(folder / "checkpoints", "last")[1]["step"] < config.steps:
         found = train(config, folder, resume=begun, start=run.path)
         return Run.open(folder, **changes) if changes else found

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from metakern.dialogue.metrics import exact
 from metakern.dialogue.replies import KINDS
+from metakern.io import printable
 
 __all__ = ["plot", "plot_replies", "show"]
 
@@ -37,7 +38,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         console = Console(file=console.file, width=WIDE)
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     curves, steps, own = report["curves"], report["steps"], next(iter(report["curves"]))
     for reason, count in sorted(report["left_out"].items()):

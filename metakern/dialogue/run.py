@@ -77,7 +77,7 @@ class Run:
 
         Raises:
             DataError: If a pretrained model can't be read.
-            UserError: If there is no GPU for the device cuda, or a setting does not suit the model.
+            UserError: If there is no GPU for the device cuda, or a setting does not suit the model or the machine.
         """
         if config.threads > (most := max(64, 4 * (os.cpu_count() or 1))):
             raise UserError(f"threads must be at most {most} on this machine, got {config.threads}")
@@ -108,8 +108,8 @@ class Run:
         try:
             run = cls.create(path, config, tokenizer_class(config).load(path / "tokenizer.json"))
         except DataError as error:
-            hint = f"; if {config.model} has moved, change model in {path / 'config.toml'}" if config.pretrained else ""
-            raise UserError(f"{error}{hint}") from None
+            moved = f"if {config.model} has moved, change model in {path / 'config.toml'}, without its line # SHA-256"
+            raise UserError(f"{error}; {moved}" if config.pretrained else str(error)) from None
         run.restore(name)
         return run
 
@@ -196,7 +196,8 @@ def verified(path: Path, name: str) -> Config:
         moved = key == "model" and config.pretrained and str(saved.get(key)).startswith("hf:")
         if saved.get(key, own) != own and key not in MAY_CHANGE and not moved:
             raise CheckpointError(
-                f"{file}: {key} must be {saved[key]!r} as when {source} was saved, got {own!r}: change it back"
+                f"{file}: {key} must be {reprlib.repr(saved[key])} as when {source} was saved, got"
+                f" {reprlib.repr(own)}: change it back"
             )
     if state["vocabulary"] != _vocabulary(path):
         raise _other_vocabulary(path, source)

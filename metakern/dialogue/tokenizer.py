@@ -289,7 +289,8 @@ class Tokenizer(DialogueTokenizer):
         except BaseException as error:  # `tokenizers` raises Exception itself, and a panic of Rust is none
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
-            raise DataError(f"{path}: must be a tokenizer, got a damaged file ({error})") from None
+            why = " ".join(str(error)[:200].split())
+            raise DataError(f"{path}: must be a tokenizer, got a damaged file ({why})") from None
         return cls(bpe)
 
     def encode(self, text: str) -> list[int]:

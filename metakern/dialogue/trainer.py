@@ -111,10 +111,8 @@ def train(
 
 def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds: float | None) -> Run:
     began = time.perf_counter()
-    folder = out / "checkpoints"
-    started = checkpoint.exists(folder, "last")
-    adapted = (out / "config.toml").exists() and checkpoint.exists(folder, "best")
-    if (started or adapted) and not resume:
+    started = checkpoint.exists(out / "checkpoints", "last")
+    if (started or _is_adapted(out)) and not resume:
         raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
     if resume and not started:
         raise UserError(f"{out}: holds no run to resume (no checkpoints/last.json)")
@@ -168,6 +166,7 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
                 if config.pretrain_steps and not start:
                     run.restore("pretrained", run.model)
                 else:
+                    run.state = run.state or phase.beginning()
                     run.save("pretrained", run.model)
             loop = _Loop(run, phase, plain, sources.validation, log)
             if saved:
@@ -181,6 +180,14 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
     run.restore("best")
     run.algorithm.steps = config.most_inner_steps  # as in a run that is opened
     return run
+
+
+def _is_adapted(out: Path) -> bool:
+    """Whether a folder holds a run that `metakern adapt` made."""
+    try:
+        return checkpoint.state_of(out / "checkpoints", "best").get("phase") == "adapted"
+    except CheckpointError:
+        return False
 
 
 def _augment(config: Config, tasks: int) -> float:

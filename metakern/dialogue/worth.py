@@ -25,6 +25,7 @@ from metakern.dialogue.tasks import episodes, load_split
 from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS, bot_in
 from metakern.dialogue.trainer import StoppedError, train
 from metakern.dialogue.words import words
+from metakern.io import printable
 
 __all__ = ["STEPS", "measure", "show", "sizes"]
 
@@ -94,7 +95,7 @@ def show(name: str, found: dict[str, Any], console: Console) -> None:
     """Print what `measure` found."""
 
     def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
     say(
         f"{name}: {found['tasks']} tasks, {found['dialogues']} dialogues (median {found['dialogues_a_task']:g} a task),"

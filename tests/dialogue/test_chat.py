@@ -111,6 +111,28 @@ def test_adapt_writes_a_run(folder, run, support, tmp_path):
     assert not (tmp_path / "more").exists()
 
 
+def test_an_adaptation_that_is_cut_short_can_be_repeated(folder, support, tmp_path, monkeypatch):
+    real = module.io.write
+    for failing in ("tokenizer.json", "best.json", "config.toml"):
+
+        def full(path, data, failing=failing):
+            if path.name == failing:
+                raise KeyboardInterrupt
+            real(path, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("metakern.dialogue.tokenizer.write", full)
+            patch.setattr("metakern.io.write", full)
+            with pytest.raises(KeyboardInterrupt):
+                adapt(folder, str(support), tmp_path / "adapted")
+        with pytest.raises(UserError, match="is not the folder of a run"):
+            Run.open(tmp_path / "adapted")
+    adapt(folder, str(support), tmp_path / "adapted")
+    assert Run.open(tmp_path / "adapted").state["phase"] == "adapted"
+    with pytest.raises(UserError, match="holds a run already"):
+        train(Run.open(folder).config, tmp_path / "adapted")
+
+
 def test_replies_are_reproducible_and_commands_are_answered(run):
     chat, same = Chat(run, seed=5), Chat(run, seed=5)
     said = [chat.hear("river stone?"), chat.hear("why river?")]
@@ -206,7 +228,14 @@ def test_the_terminal_has_a_history(monkeypatch, tmp_path, toolkit):
         assert module._terminal()("you> ") == "river"
         keys.send_text("\x1b[A\n")  # up
         assert module._terminal()("you> ") == "river"
-    assert "river" in (tmp_path / "metakern" / "history").read_text()
+    history = tmp_path / "metakern" / "history"
+    assert "river" in history.read_text()
+    assert history.stat().st_mode & 0o777 == 0o600
+    history.unlink()
+    history.mkdir()  # a cache that can't be used
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("stone\n")
+        assert module._terminal()("you> ") == "stone"
 
 
 def test_a_system_turn_in_the_support_is_not_learned(run, tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -265,6 +266,11 @@ def test_bad_sources_are_errors_of_one_line(tmp_path):
         read(str(tmp_path), "chitchat")
 
 
+# Nine lines of YAML that stand for 9**9 texts.
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
+BOMB += "conversations: [*a9]"
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -273,7 +279,9 @@ def test_bad_sources_are_errors_of_one_line(tmp_path):
         ("conversations: 3", "key conversations"),
         ("", "key conversations"),
         ("conversations: [[a, b]]\nconversations: [[c, d]]", "must have each key once"),
-        ("conversations: [&a [*a, b]]", "must be YAML"),
+        ("conversations: [&a [*a, b]]", "must be YAML without aliases, got *a: write it out"),
+        (BOMB, "must be YAML without aliases"),
+        ("a: {b: " * 60 + "c" + "}" * 60, "of moderate depth"),
         ("conversations: [[a\0, b]]", "must be YAML"),
         ("conversations: " + "[" * 20_000 + "]" * 20_000, "must be YAML"),
     ],
@@ -284,6 +292,39 @@ def test_bad_yaml_is_an_error_of_one_line(tmp_path, text, problem):
     with pytest.raises(DataError) as excinfo:
         read(str(path))
     one_line(excinfo, str(path), problem)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".yml", ".txt"])
+def test_a_pipe_or_a_device_is_an_error_and_blocks_nobody(tmp_path, suffix):
+    for place in (lambda path: os.mkfifo(path), lambda path: path.symlink_to("/dev/zero")):
+        path = tmp_path / f"talk{suffix}"
+        path.unlink(missing_ok=True)
+        place(path)
+        with pytest.raises(DataError, match="cannot be read: it must be a regular file, not a pipe or a device"):
+            read(str(path))
+    with pytest.raises(DataError, match=r"must be in a known format|must hold"):  # in a folder, they are no data
+        read(str(tmp_path))
+
+
+def test_long_lines_and_texts_have_limits(tmp_path):
+    def record(size):
+        roles = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a" * size}]
+        return json.dumps({"messages": roles}) + "\n"
+
+    path = tmp_path / "talk.jsonl"
+    path.write_text(record(100_000_000))
+    with pytest.raises(DataError, match="must hold a dialogue, got 1 with a turn of more than 100,000 characters"):
+        read(str(path))
+    path.write_text(record(100_000) + record(100_001))
+    assert len(read(str(path))) == 1
+    path = tmp_path / "talk.csv"
+    path.write_text("question,answer\nHi," + "a" * 10**6 + "\n")
+    with pytest.raises(DataError, match="field larger than field limit"):
+        read(str(path))
+    path.write_text("a")
+    os.truncate(path, 2**32)
+    with pytest.raises(DataError, match="it must have at most 2,147,483,648 bytes, got 4,294,967,296"):
+        read(str(path))
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch):

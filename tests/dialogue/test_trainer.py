@@ -3,14 +3,17 @@
 import json
 import os
 import re
+import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_config, write_tasks
 
 import metakern as mk
+from metakern import io
 from metakern.dialogue import checkpoint, rates, trainer
 from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Episodes
@@ -447,6 +450,90 @@ def test_a_run_with_another_vocabulary_is_refused(tmp_path, data):
         Run.open(folder)
     with pytest.raises(CheckpointError, match="is not the vocabulary"):
         train(tiny_config(data, steps=2, pretrain_steps=0), folder, resume=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    """The folder of a finished run, which tests copy."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(tiny_config(data, steps=2, eval_every=1, pretrain_steps=0), folder)
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_config_that_was_cut_short_or_changed_does_not_resume_with_defaults(copied, data):
+    config, file = tiny_config(data, steps=3, eval_every=1, pretrain_steps=0), copied / "config.toml"
+    whole = file.read_text()
+    lines = whole.splitlines()[:-1]
+    for text, said in (
+        (whole[: len(whole) // 2], "lacks "),
+        (whole.replace("hidden = 8", "hidden = 9"), "is not as it was written: put it back"),
+        ("\n".join(lines).replace("hidden = 8", "hidden = 9"), "hidden must be 8 as when .*last was saved, got 9"),
+        ("\n".join(lines[:40]), "lacks "),
+    ):
+        file.write_text(text)
+        for resumed in (config, replace(config, hidden=9)):
+            with pytest.raises(UserError, match=f"config.toml: {said}"):
+                train(resumed, copied, resume=True)
+        assert file.read_text() == text
+    file.write_text("\n".join(lines))  # without the digest, as after a change by hand
+    train(config, copied, resume=True)
+    assert final(copied)[1]["step"] == 3
+
+
+def test_a_run_resumes_from_the_checkpoint_before(copied, data, tmp_path, capsys):
+    config = tiny_config(data, steps=2, eval_every=1, pretrain_steps=0)
+    whole = final(copied)
+    last = copied / "checkpoints" / "last.json"
+    for content in (last.read_text().replace('"train"', '"trbin"'), None):
+        last.unlink() if content is None else last.write_text(content)
+        train(config, copied, resume=True)
+        assert f"metakern: {last}: " in capsys.readouterr().err
+        assert final(copied)[1] == whole[1]
+        assert all(torch.equal(value, final(copied)[0][key]) for key, value in whole[0].items())
+
+
+def test_two_processes_cannot_train_into_one_folder(copied, data):
+    with io.locked(copied), pytest.raises(UserError, match=r"run: is in use by process \d+ on"):
+        train(tiny_config(data, steps=3, eval_every=1, pretrain_steps=0), copied, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("outer.0.exp_avg", lambda x: x.to(torch.int8), "must be torch.float32 for this config, got torch.int8"),
+        ("outer.0.exp_avg", lambda x: x * torch.nan, "must be finite, got infinities or NaN"),
+        ("outer.0.exp_avg", lambda x: x[1:], "must be .* for this config, got"),
+        ("outer.0.exp_avg", lambda x: None, "is missing"),
+        ("outer.0.step", lambda x: None, "is not a tensor of this config"),
+        ("outer.99.step", lambda x: torch.zeros(()), "is not a tensor of this config"),
+        ("random", lambda x: x[1:], "must be .* for this config, got"),
+        ("random", lambda x: torch.full_like(x, 255), "holds no state of a random generator"),
+        ("weights.model.head.bias", lambda x: x.double(), "must be torch.float32 for this config, got torch.float64"),
+    ],
+)
+def test_wrong_tensors_with_a_right_digest_are_refused(copied, data, name, change, said):
+    folder = copied / "checkpoints"
+    tensors, state = checkpoint.load(folder, "last")
+    value = change(tensors.pop(name, None))
+    checkpoint.save(folder, "last", tensors if value is None else tensors | {name: value}, state)
+    with pytest.raises(CheckpointError, match=f"last: .*{said}"):
+        train(tiny_config(data, steps=3, eval_every=1, pretrain_steps=0), copied, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change", [{"phase": "trbin"}, {"step": -1}, {"step": "2"}, {"best": True}, {"worse": None}, {"config": []}]
+)
+def test_wrong_states_with_a_right_digest_are_refused(copied, change):
+    folder = copied / "checkpoints"
+    tensors, state = checkpoint.load(folder, "best")
+    checkpoint.save(folder, "best", tensors, state | change)
+    with pytest.raises(CheckpointError, match=f"best: {next(iter(change))} must be as metakern writes it, got"):
+        Run.open(copied)
 
 
 def test_the_schedule_warms_up_and_ends_at_zero():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from tiny import tiny_config, write_tasks
@@ -366,6 +367,60 @@ def test_ctrl_c_in_training_says_how_to_resume(folder, tmp_path):
     assert error.count("\n") == 1
     step = json.loads((out / "checkpoints" / "last.json").read_text())["step"]
     assert f"stopped at step {step} of train" in error
+
+
+@pytest.mark.parametrize("command", [["-m", "metakern"], ["metakern"]])
+def test_ctrl_c_during_imports_ends_with_one_line(tmp_path, command):
+    if command == ["metakern"]:  # as pip installs it
+        script = tmp_path / "metakern"
+        script.write_text("import sys\nfrom metakern.__main__ import main\nsys.exit(main())\n")
+        command = [str(script)]
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(metakern.__file__).parent.parent)])
+    done = subprocess.run(
+        [sys.executable, *command, "doctor"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, b"metakern: stopped\n")
+
+
+def test_ctrl_c_during_imports_of_the_package_raises_as_ever(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(metakern.__file__).parent.parent)])
+    code = "try:\n    import metakern\nexcept KeyboardInterrupt:\n    print('mine')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, b"mine\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--width=65536", "--hidden=65536", "--layers=1000", "--model=lstm"], "must suit the memory: training"),
+        (["--threads=1024"], "threads must be at most "),
+        (["--threads=1000000"], "threads must be at most 1024, got 1000000"),
+        (["--inner-lr=1e308"], "inner_lr must be at most 3e+38, got 1e+308"),
+        (["--algorithm=imaml", f"--algorithm-options=tolerance={'[' * 10**5}"], "algorithm_options must"),
+    ],
+)
+def test_numbers_beyond_every_limit_are_one_line(folder, tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    arguments = ["train", "--config", folder / "tiny.toml", "--out", tmp_path / "run", *flags]
+    assert said in complaint(capsys, *arguments)
+
+
+def test_memory_that_is_too_small_is_no_fault_of_metakern(capsys, monkeypatch):
+    def large():
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(cli, "_environment", large)
+    assert complaint(capsys, "doctor").startswith("the memory is too small for this: lower the sizes")
+
+
+def test_control_characters_never_reach_a_terminal(capsys, monkeypatch):
+    assert complaint(capsys, "eval", "\x1b]0;title\x07run").startswith("?]0;title?run: is not the folder of a run")
 
 
 def test_ctrl_c_outside_of_training_ends_with_one_line(monkeypatch, capsys):
