@@ -7,7 +7,7 @@ gives the same episodes on every machine.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
@@ -27,6 +27,11 @@ Batch = dict[str, Tensor]
 Startable = tuple[Dialogue, list[int]]  # a dialogue, and the turns at which a window may begin
 Window = tuple[list[int], list[int]]  # ids and labels
 T = TypeVar("T")
+Share = Callable[[int], slice]  # from a number of episodes to the slice of them that is wanted
+
+
+def _whole(count: int) -> slice:
+    return slice(count)
 
 
 @dataclass(frozen=True)
@@ -133,12 +138,14 @@ class Episodes:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def sample(self, step: int, tasks: int) -> tuple[Batch, Batch]:
+    def sample(self, step: int, tasks: int, share: Share = _whole) -> tuple[Batch, Batch]:
         """Return the support and the query of one step, which depend on the seed and the arguments alone.
 
         Args:
             step: The number of the step.
-            tasks: T, the number of tasks to draw, at least 1. No task comes twice before all have come once.
+            tasks: The number of tasks to draw, at least 1. No task comes twice before all have come once.
+            share: Which of them to return, as of `metakern.dialogue.processes`. All T tasks are drawn, so that an
+                episode is the same in every share, but only those in the share are encoded.
 
         Returns:
             Two batches, which are dictionaries of int64 tensors `[T, B, L]`, as the class says.
@@ -147,7 +154,7 @@ class Episodes:
             ValueError: If `tasks` is below 1.
         """
         drawn, rng = self._drawn(step, tasks)
-        _, support, query = self._batch(drawn, [rng] * tasks)
+        _, support, query = self._batch(drawn, [rng] * tasks, share(tasks))
         return support, query
 
     def names(self, step: int, tasks: int) -> list[str]:
@@ -163,7 +170,9 @@ class Episodes:
         weights = [len(dialogues) ** self.task_power for _, dialogues in self._tasks]
         return _draw(self._tasks, tasks, rng, weights), rng
 
-    def evaluation(self, limit: int | None = None, *, batch: int = 16) -> Iterator[tuple[list[str], Batch, Batch]]:
+    def evaluation(
+        self, limit: int | None = None, *, batch: int = 16, share: Share = _whole
+    ) -> Iterator[tuple[list[str], Batch, Batch]]:
         """Yield fixed episodes of the tasks: names, support, query.
 
         There are `repeats` episodes of each task, one after the other. An episode depends on the seed, the task and its
@@ -172,8 +181,10 @@ class Episodes:
         Args:
             limit: How many of the first tasks to take; None takes all.
             batch: The number of episodes in a batch; the last one may have fewer.
+            share: Which of all episodes to yield.
         """
         chosen = [(task, i) for task in self._tasks[:limit] for i in range(self.repeats)]
+        chosen = chosen[share(len(chosen))]
         for start in range(0, len(chosen), batch):
             part = chosen[start : start + batch]
             yield self._batch([task for task, _ in part], [self._evaluation_rng(task[0], i) for task, i in part])
@@ -195,14 +206,15 @@ class Episodes:
         return random.Random(f"evaluation/{self.seed}/{name}" + f"/{number}" * bool(number))
 
     def _batch(
-        self, tasks: Sequence[tuple[str, list[Startable]]], rngs: Sequence[random.Random]
+        self, tasks: Sequence[tuple[str, list[Startable]]], rngs: Sequence[random.Random], part: slice = slice(None)
     ) -> tuple[list[str], Batch, Batch]:
-        drawn = [self._draw_windows(dialogues, rng) for (_, dialogues), rng in zip(tasks, rngs, strict=True)]
+        """Draw the windows of tasks, and return the names and batches of those in `part`."""
+        drawn = [self._draw_windows(dialogues, rng) for (_, dialogues), rng in zip(tasks, rngs, strict=True)][part]
         sides = [[[self._encode(*window) for window in task[side]] for task in drawn] for side in (0, 1)]
         longest = max(len(ids) for side in sides for rows in side for ids, _ in rows)
         length = min(-(-longest // 8) * 8, self.max_length)
         support, query = (collate(side, self.tokenizer.pad_id, length) for side in sides)
-        return [name for name, _ in tasks], support, query
+        return [name for name, _ in tasks[part]], support, query
 
     def _draw_windows(
         self, dialogues: Sequence[Startable], rng: random.Random

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from metakern import io
+from metakern.dialogue import processes
 from metakern.dialogue.baselines import InContext
 from metakern.dialogue.contenders import RETRIEVAL, check, contender, is_plain
 from metakern.dialogue.display import Display
@@ -157,14 +158,19 @@ def evaluate(
         "ratios": {name: _ratio(curves[name]["loss"], curves[own]["loss"]) for name in curves if name != own},
         "best_plain": _best([curves[name]["loss"] for name in plain], plain, curves[own]["loss"]) if plain else None,
     }
-    folder = Path(path)
     if reply_steps:
         counts = {kind: [len(getattr(task, kind)) for task in asked] for kind in KINDS}
         report["replies"] = {"steps": list(reply_steps), "questions": counts, "scores": replies, "samples": samples}
+    processes.first(lambda: _write(report, Path(path)))
+    return report
+
+
+def _write(report: dict[str, Any], folder: Path) -> None:
+    """Write a report and its plots into the folder of a run."""
+    if "replies" in report:
         io.write(folder / "replies.png", plot_replies(report))
     io.write(folder / "eval.json", (json.dumps(_finite(report), indent=1) + "\n").encode())
     io.write(folder / "eval.png", plot(report))
-    return report
 
 
 def _replies(
@@ -172,7 +178,7 @@ def _replies(
 ) -> list[list[list[str]]]:
     """Return a contender's replies after numbers of steps, with a factor of the inner rates for each number."""
     replies: list[list[list[str]]] = []
-    began = time.monotonic()
+    began, own = time.monotonic(), len(asked[processes.share(len(asked))])
     with Display() as display:
         for i, k in enumerate(steps):
             if replies and isinstance(run.algorithm, InContext):
@@ -182,10 +188,11 @@ def _replies(
             with scaled(run.algorithm, factors[k]):
                 for task in generated(run.algorithm, test, asked, k):
                     replies[-1].append(task)
-                    done = (i + len(replies[-1]) / len(asked)) / len(steps)
+                    done = (i + len(replies[-1]) / own) / len(steps)
                     minutes, rest = divmod(round((time.monotonic() - began) * (1 / done - 1)), 60)
-                    text = f"after {k} steps  {len(replies[-1])}/{len(asked)} episodes  {minutes}:{rest:02d} left"
-                    display.progress(f"replies of {name}", done, text, line=len(replies[-1]) == len(asked))
+                    text = f"after {k} steps  {len(replies[-1])}/{own} episodes  {minutes}:{rest:02d} left"
+                    display.progress(f"replies of {name}", done, text, line=len(replies[-1]) == own)
+            replies[-1] = [task for part in processes.gather(replies[-1]) for task in part]
     return replies
 
 
