@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if processes > 1 and "WORLD_SIZE" not in os.environ:
             from metakern.dialogue.processes import launch
 
-            return launch(given, processes, max_restarts)
+            return launch(["-m", "metakern", *given], processes, max_restarts)
         options.pop("command")(**options)
         sys.stdout.flush()
         return 0

@@ -79,7 +79,10 @@ def joined() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
     with _together():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, place, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        if _on_this_machine() == count:  # after a restart torchrun's store still has the addresses of dead processes
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=place, world_size=count, timeout=TIMEOUT)
     try:
         yield
     except UserError as error:
@@ -277,8 +280,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise LostProcessError(f"another process of the run has ended, or can't be reached ({reason[:120]})") from error
+        raise LostProcessError("another process of the run has ended or can't be reached") from error
 
 
 def launch_id() -> str:
@@ -290,11 +292,11 @@ def launch_id() -> str:
     return f"{platform.node()}/{os.getppid()}" if found == "none" else found
 
 
-def launch(arguments: Sequence[str], processes: int, max_restarts: int) -> int:
-    """Run a command of metakern in several processes of this machine by PyTorch's elastic launcher; return its code.
+def launch(arguments: Sequence[str], processes: int, max_restarts: int = 0) -> int:
+    """Run Python in several processes of this machine by PyTorch's elastic launcher; return the exit code.
 
     Args:
-        arguments: Those of the command line.
+        arguments: Those of Python, such as `["-m", "metakern", "train"]`.
         processes: The number of processes. The machine's cores are divided between them unless OMP_NUM_THREADS is set.
         max_restarts: How often all processes are started again after one has ended early.
     """
@@ -304,7 +306,7 @@ def launch(arguments: Sequence[str], processes: int, max_restarts: int) -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds, for the step that is being taken
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # of the launcher; the processes report their errors themselves
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -316,7 +318,7 @@ def launch(arguments: Sequence[str], processes: int, max_restarts: int) -> int:
         max_restarts=max_restarts,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "metakern", *arguments)
+        elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
         which, failure = error.get_first_failure()
         if failure.exitcode > 0:
