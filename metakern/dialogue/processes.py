@@ -54,6 +54,7 @@ __all__ = [
 T = TypeVar("T")
 BUCKET = 25 * 2**20  # bytes of gradients in one all-reduce, as in DistributedDataParallel
 TIMEOUT = timedelta(hours=1)  # of a collective, in which others wait while the first process trains a tokenizer
+LOST = "another process of the run has ended or can't be reached"
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -280,7 +281,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostProcessError("another process of the run has ended or can't be reached") from error
+        raise LostProcessError(f"{LOST}; go on with --resume") from error
 
 
 def launch_id() -> str:

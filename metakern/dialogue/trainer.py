@@ -342,32 +342,35 @@ class _Loop:
         began = time.monotonic() - state["seconds"]
         self.algorithm.train()
         while phase.done(state["step"]) < 1 and not self.is_patient_no_more():
-            self.step_or_save()
+            with self.saved_at_a_loss():
+                self.step()
             state["step"] += 1
             state["seconds"] = time.monotonic() - began
             self.log.step(phase.name, state["step"], phase.steps, state["seconds"])
             over = phase.done(state["step"]) == 1
             if over or state["step"] % config.eval_every == 0:
                 self.validate()
-            if processes.any_of(stop_asked()) and not over:
+            with self.saved_at_a_loss():
+                stop = processes.any_of(stop_asked())
+            if stop and not over:
                 self.save()
                 where = f"stopped at step {state['step']} of {phase.name}"
                 raise StoppedError(f"{where}; go on with: metakern train --resume --out {run.path}")
 
-    def step_or_save(self) -> None:
-        """Take one outer step; if another process ends meanwhile, save the run as it was before the step."""
+    @contextmanager
+    def saved_at_a_loss(self) -> Iterator[None]:
+        """Within the block, if another process ends, save the run as it was at the beginning of the block."""
         buffers = [(b, b.clone()) for b in self.algorithm.buffers()] if processes.size() > 1 else []
         try:
-            self.step()
+            yield
         except processes.LostProcessError as error:
             for buffer, before in buffers:
                 buffer.copy_(before)
             if processes.is_first():
                 self.write()
             where = f"the run is saved at step {self.run.state['step']} of {self.phase.name}"
-            raise processes.LostProcessError(
-                f"{error}; {where}; go on with: metakern train --resume --out {self.run.path}"
-            ) from error
+            cure = f"go on with: metakern train --resume --out {self.run.path}"
+            raise processes.LostProcessError(f"{processes.LOST}; {where}; {cure}") from error
 
     def step(self) -> None:
         """Take one outer step; every `log_every` steps, log it, with the query losses before and after adaptation."""

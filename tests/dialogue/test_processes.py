@@ -1,6 +1,7 @@
 """Several processes: they train what one process trains, stop together, and survive the end of one of them."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,8 @@ def test_all_processes_stop_at_the_step_in_which_one_is_asked_to(shared):
 
 
 def test_a_run_is_saved_when_a_process_is_killed(shared):
-    assert f"ended or can't be reached; the run is saved at step {KILLED_AT} of train" in shared[2]
+    saved = re.findall(r"has ended or can't be reached; the run is saved at step (\d) of train", shared[2])
+    assert int(saved[0]) in (KILLED_AT - 1, KILLED_AT)  # the process may be gone before its last messages arrive
 
 
 def test_a_process_on_its_own_has_all_tasks():
