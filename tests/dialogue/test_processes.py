@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -128,3 +129,11 @@ def test_the_command_line_starts_processes_but_not_within_one_of_them(monkeypatc
     assert cli.main(command) == 2
     assert "nowhere" in capsys.readouterr().err
     assert len(started) == 1
+
+
+def test_commands_of_the_page_are_understood():
+    page = (ROOT / "docs" / "scaling.md").read_text("utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^ *(?:metakern|.*-m metakern) (.*)$", page, re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        cli._parser().parse_args(shlex.split(command))
