@@ -1,11 +1,12 @@
 """Measure training over two processes of this machine, and simulate more of them.
 
-    python -m benchmarks.scaling [--only equal,fsdp,ratio,simulate] [--steps 50]
+    python -m benchmarks.scaling [--only equal,fsdp,ratio,stream,simulate] [--steps 50] [--megabytes 200]
 
 `equal` trains a small model with every algorithm, 7 tasks a step, in two processes and in one, and compares their
 weights, moments and logs. `fsdp` does so with a Llama of 4 layers in float64 that FSDP2 shards. `ratio` times a step of
 two processes, a thread each, as a ratio to that of one process with all tasks, beside the prediction of the cost model
-from a step with half of the tasks and an all-reduce. Timings need two idle cores. `simulate` computes speedups of the
+from a step with half of the tasks and an all-reduce. Timings need two idle cores. `stream` measures the memory of conversations
+that stay in their files, on a generated file. `simulate` computes speedups of the
 cost model (`benchmarks/scaling/model.py`) for three machines and draws them. Results go to
 benchmarks/results/scaling.json.
 """
@@ -26,6 +27,7 @@ from benchmarks.results import FOLDER
 from benchmarks.scaling.model import Machine, Work, simulate
 from metakern.dialogue.processes import launch
 
+PARTS = ("equal", "fsdp", "ratio", "stream", "simulate")
 PROCESSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # The rates that a process is assumed to have; the bandwidth is that to another machine.
 MACHINES = {
@@ -53,8 +55,11 @@ def two(part: str, folder: Path, steps: int) -> None:
         raise SystemExit(code)
 
 
-def measured(part: str, folder: Path, steps: int) -> dict[str, Any]:
+def measured(part: str, folder: Path, steps: int, megabytes: int) -> dict[str, Any]:
     """Return what a part of `benchmarks.scaling.shared` finds in two processes."""
+    if part == "stream":
+        command = [sys.executable, "-m", "benchmarks.scaling.streamed", str(folder), str(megabytes)]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     if part != "equal":
         two(part, folder, steps)
         return json.loads((folder / f"{part}.json").read_text())
@@ -69,19 +74,24 @@ def measured(part: str, folder: Path, steps: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] = ()) -> None:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="equal,fsdp,ratio,simulate", help="parts, comma-separated (default: all)")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated (default: all)")
     parser.add_argument("--steps", type=positive, default=50, help="outer steps of equal and fsdp (default: 50)")
+    parser.add_argument("--megabytes", type=positive, default=200, help="size of the file of stream (default: 200)")
     parser.add_argument("--out", type=kept, default=FOLDER / "scaling.json", help="file for the results")
     args = parser.parse_args(argv)
     for part in args.only.split(","):
-        if part not in ("equal", "fsdp", "ratio", "simulate"):
-            parser.error(f"--only must be among equal, fsdp, ratio and simulate, got {part!r}")
+        if part not in PARTS:
+            parser.error(f"--only must be among {', '.join(PARTS)}, got {part!r}")
     for part in args.only.split(","):
         if part == "simulate":
             entry = simulated()
         else:
             with tempfile.TemporaryDirectory() as folder:
-                entry = {"machine": results.machine(), "steps": args.steps, **measured(part, Path(folder), args.steps)}
+                entry = {
+                    "machine": results.machine(),
+                    "steps": args.steps,
+                    **measured(part, Path(folder), args.steps, args.megabytes),
+                }
         results.keep(args.out, part, entry)
         print(part, json.dumps(entry), flush=True)
     if "simulate" in args.only:

@@ -75,6 +75,11 @@ class Config:
     reader_options: tuple[str, ...] = _option(
         (), "further options of the format's reader, as name=value: tasks=domains of crosswoz, question=Frage of csv"
     )
+    stream: bool = _option(
+        False,
+        "leave conversations in their files and read them when they are drawn; needs a format that has a JSON record on"
+        " each line, such as messages",
+    )
     train_on: str = _option("bot", "speakers whose turns count in the loss", choices=("bot", "all"))
     vocab_size: int = _option(1024, "tokens in the byte-level BPE vocabulary (not for hf models)", least=262)
     max_length: int = _option(
@@ -223,6 +228,8 @@ class Config:
                 f"lora must be 0 for the model {self.model}, which is not pretrained, got {self.lora}:"
                 " choose a model hf:PATH for it"
             )
+        if self.stream and self.windows == "later":
+            raise UserError("windows must be any or opening with stream, got 'later', for which all must be read")
         if self.precision != "float32" and self.device != "cpu":
             raise UserError(f"precision must be float32 for the device {self.device}, got {self.precision!r}")
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metakern.dialogue.readers import Dialogue, Turn
+from metakern.dialogue.shards import Line
 from metakern.dialogue.split import TaskData
 from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, DialogueTokenizer, bot_in
 from metakern.errors import DataError
@@ -24,7 +25,7 @@ from metakern.errors import DataError
 __all__ = ["Episodes", "Exchange", "collate"]
 
 Batch = dict[str, Tensor]
-Startable = tuple[Dialogue, list[int]]  # a dialogue, and the turns at which a window may begin
+Startable = tuple[Dialogue, list[int]] | Line  # a dialogue, and the turns at which a window may begin
 Window = tuple[list[int], list[int]]  # ids and labels
 T = TypeVar("T")
 Share = Callable[[int], slice]  # from a number of episodes to the slice of them that is wanted
@@ -125,7 +126,7 @@ class Episodes:
         self.repeats = repeats
         self._tasks: list[tuple[str, list[Startable]]] = []
         for task in tasks:
-            usable = [(d, starts) for d in task.dialogues if (starts := self._starts(d))]
+            usable = list(self._usable(task.dialogues))
             if len(usable) < 2:
                 raise DataError(
                     f"Episodes: task {task.task_id!r} must have 2 dialogues with a reply, for support and query,"
@@ -224,10 +225,27 @@ class Episodes:
         share = round(len(shuffled) * self.sizes[0] / sum(self.sizes))
         cut = min(max(share, 1), len(shuffled) - 1)
         support, query = (
-            [_begun(pool[i % len(pool)], rng) for i in range(size)]
+            [self._begun(pool[i % len(pool)], rng) for i in range(size)]
             for pool, size in zip((shuffled[:cut], shuffled[cut:]), self.sizes, strict=True)
         )
         return support, query
+
+    def _usable(self, dialogues: Sequence[Dialogue]) -> Iterator[Startable]:
+        """Yield the dialogues that have a window; those that stay in their files all have one."""
+        for dialogue in dialogues:
+            if isinstance(dialogue, Line):
+                yield dialogue
+            elif starts := self._starts(dialogue):
+                yield dialogue, starts
+
+    def _begun(self, item: Startable, rng: random.Random) -> tuple[Dialogue, int]:
+        """Return a dialogue and one of the turns at which a window may begin, drawn at random."""
+        if isinstance(item, Line):
+            dialogue = item.read()
+            starts = self._starts(dialogue)
+        else:
+            dialogue, starts = item
+        return dialogue, starts[int(rng.random() * len(starts))]
 
     def _starts(self, dialogue: Dialogue) -> list[int]:
         starts = _starts(dialogue, self.train_on)
@@ -293,12 +311,6 @@ def _starts(dialogue: Dialogue, train_on: str) -> list[int]:
     learned = {i: train_on == "all" or dialogue.turns[i].speaker == bot for i in spoken}
     answered = [i for i, j in pairwise(spoken) if learned[j]]
     return answered or spoken[:1] * any(learned.values())
-
-
-def _begun(item: Startable, rng: random.Random) -> tuple[Dialogue, int]:
-    """Return a dialogue and one of the turns at which a window may begin, drawn at random."""
-    dialogue, starts = item
-    return dialogue, starts[int(rng.random() * len(starts))]
 
 
 def _draw(items: Sequence[T], count: int, rng: random.Random, weights: Sequence[float] | None = None) -> list[T]:

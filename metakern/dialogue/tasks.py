@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Batch, Episodes
 from metakern.dialogue.readers import Dialogues, read
 from metakern.dialogue.registry import named
-from metakern.dialogue.split import Split, TaskData, split_tasks, whole_tasks
+from metakern.dialogue.shards import stream
+from metakern.dialogue.split import Split, TaskData, split_tasks, texts_of, whole_tasks
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import UserError, by_the_user
 
@@ -89,6 +91,9 @@ def _read(config: Config, data: str) -> Dialogues:
     options = named("reader_options", config.reader_options)
     if config.task_key:
         options["task_key"] = config.task_key
+    if config.stream:
+        texts = partial(texts_of, min_words=config.min_words, overlap=config.overlap)
+        return stream(data, config.format, texts, **options)
     return read(data, config.format, **options)
 
 

@@ -11,6 +11,7 @@ share the tasks of each step (`metakern.dialogue.processes`), and a run may go o
 from __future__ import annotations
 
 import math
+import random
 import signal
 import sys
 import tempfile
@@ -57,6 +58,7 @@ MAY_CHANGE = (
 )
 LOOKS = (0, 1, 3, 5)  # numbers of inner steps after which the pretrained weights are judged
 TUNING = 5  # how many factors of the inner rates a search usually tries
+SAMPLE = 20_000  # streamed conversations that the tokenizer learns from
 SAME_SIGNAL = 2.0  # seconds
 EPISODES = 16  # of which a rehearsal takes one of median length
 
@@ -210,6 +212,8 @@ def _tokenizer(config: Config, split: Split, folder: Path | None) -> DialogueTok
 
         return ChatTokenizer.of(config.pretrained, config.system)
     dialogues = [dialogue for task in split.train for dialogue in task.dialogues]
+    if config.stream and len(dialogues) > SAMPLE:
+        dialogues = random.Random(config.seed).sample(dialogues, SAMPLE)
     return Tokenizer.train(dialogues, config.vocab_size, io.cache_folder())
 
 
