@@ -5,10 +5,9 @@
 `equal` trains a small model with every algorithm, 7 tasks a step, in two processes and in one, and compares their
 weights, moments and logs. `fsdp` does so with a Llama of 4 layers in float64 that FSDP2 shards. `ratio` times a step of
 two processes, a thread each, as a ratio to that of one process with all tasks, beside the prediction of the cost model
-from a step with half of the tasks and an all-reduce. Timings need two idle cores. `stream` measures the memory of conversations
-that stay in their files, on a generated file. `simulate` computes speedups of the
-cost model (`benchmarks/scaling/model.py`) for three machines and draws them. Results go to
-benchmarks/results/scaling.json.
+from a step with half of the tasks and an all-reduce. Timings need two idle cores. `stream` measures the memory of
+conversations that stay in their files, on a generated file. `simulate` computes speedups of the cost model
+(`benchmarks/scaling/model.py`) for three machines and draws them. Results go to benchmarks/results/scaling.json.
 """
 
 from __future__ import annotations
@@ -87,11 +86,8 @@ def main(argv: Sequence[str] = ()) -> None:
             entry = simulated()
         else:
             with tempfile.TemporaryDirectory() as folder:
-                entry = {
-                    "machine": results.machine(),
-                    "steps": args.steps,
-                    **measured(part, Path(folder), args.steps, args.megabytes),
-                }
+                found = measured(part, Path(folder), args.steps, args.megabytes)
+            entry = {"machine": results.machine(), "steps": args.steps, **found}
         results.keep(args.out, part, entry)
         print(part, json.dumps(entry), flush=True)
     if "simulate" in args.only:

@@ -228,8 +228,6 @@ class Config:
                 f"lora must be 0 for the model {self.model}, which is not pretrained, got {self.lora}:"
                 " choose a model hf:PATH for it"
             )
-        if self.stream and self.windows == "later":
-            raise UserError("windows must be any or opening with stream, got 'later', for which all must be read")
         if self.precision != "float32" and self.device != "cpu":
             raise UserError(f"precision must be float32 for the device {self.device}, got {self.precision!r}")
 

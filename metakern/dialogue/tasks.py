@@ -91,6 +91,8 @@ def _read(config: Config, data: str) -> Dialogues:
     options = named("reader_options", config.reader_options)
     if config.task_key:
         options["task_key"] = config.task_key
+    if config.stream and config.windows == "later":
+        raise UserError("windows must be any or opening with stream, got 'later', for which all must be read")
     if config.stream:
         texts = partial(texts_of, min_words=config.min_words, overlap=config.overlap)
         return stream(data, config.format, texts, **options)

@@ -85,7 +85,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     with pytest.raises(DataError, match="format must be messages or another one of JSON records, got 'auto'"):
         stream(path, "auto", texts)
     with pytest.raises(UserError, match="windows must be any or opening with stream, got 'later'"):
-        tiny_config(tmp_path, stream=True, windows="later")
+        load_split(tiny_config(tmp_path, stream=True, windows="later"))
 
 
 def test_a_file_that_changes_is_an_error(tmp_path):
