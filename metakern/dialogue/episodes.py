@@ -198,7 +198,7 @@ class Episodes:
         for name, dialogues in self._tasks:
             for i in range(self.repeats):
                 support, query = (
-                    list(dict.fromkeys(exchange for window in side for exchange in self._exchanges(*window)))
+                    list(dict.fromkeys(exchange for w in side for exchange in self._exchanges(*self._begun(*w))))
                     for side in self._draw_windows(dialogues, self._evaluation_rng(name, i))
                 )
                 yield name, support, query
@@ -211,7 +211,7 @@ class Episodes:
     ) -> tuple[list[str], Batch, Batch]:
         """Draw the windows of tasks, and return the names and batches of those in `part`."""
         drawn = [self._draw_windows(dialogues, rng) for (_, dialogues), rng in zip(tasks, rngs, strict=True)][part]
-        sides = [[[self._encode(*window) for window in task[side]] for task in drawn] for side in (0, 1)]
+        sides = [[[self._encode(*self._begun(*window)) for window in task[side]] for task in drawn] for side in (0, 1)]
         longest = max(len(ids) for side in sides for rows in side for ids, _ in rows)
         length = min(-(-longest // 8) * 8, self.max_length)
         support, query = (collate(side, self.tokenizer.pad_id, length) for side in sides)
@@ -219,13 +219,13 @@ class Episodes:
 
     def _draw_windows(
         self, dialogues: Sequence[Startable], rng: random.Random
-    ) -> tuple[list[tuple[Dialogue, int]], list[tuple[Dialogue, int]]]:
-        """Return the windows of a task's support and query: dialogues, and the turns at which the windows begin."""
+    ) -> tuple[list[tuple[Startable, float]], list[tuple[Startable, float]]]:
+        """Return the windows of a task's support and query, as `_begun` takes them."""
         shuffled = _draw(dialogues, len(dialogues), rng)
         share = round(len(shuffled) * self.sizes[0] / sum(self.sizes))
         cut = min(max(share, 1), len(shuffled) - 1)
         support, query = (
-            [self._begun(pool[i % len(pool)], rng) for i in range(size)]
+            [(pool[i % len(pool)], rng.random()) for i in range(size)]
             for pool, size in zip((shuffled[:cut], shuffled[cut:]), self.sizes, strict=True)
         )
         return support, query
@@ -238,14 +238,14 @@ class Episodes:
             elif starts := self._starts(dialogue):
                 yield dialogue, starts
 
-    def _begun(self, item: Startable, rng: random.Random) -> tuple[Dialogue, int]:
-        """Return a dialogue and one of the turns at which a window may begin, drawn at random."""
+    def _begun(self, item: Startable, drawn: float) -> tuple[Dialogue, int]:
+        """Return a dialogue and the turn at which a window begins; `drawn` is a random number from [0, 1)."""
         if isinstance(item, Line):
             dialogue = item.read()
             starts = self._starts(dialogue)
         else:
             dialogue, starts = item
-        return dialogue, starts[int(rng.random() * len(starts))]
+        return dialogue, starts[int(drawn * len(starts))]
 
     def _starts(self, dialogue: Dialogue) -> list[int]:
         starts = _starts(dialogue, self.train_on)

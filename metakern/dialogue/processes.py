@@ -87,7 +87,9 @@ def joined() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.silent = error.everywhere and not is_first()
+        if not is_first():
+            error.silent = error.everywhere
+            error.args = (f"process {rank()}: {error}",)
         raise
     finally:
         dist.destroy_process_group()

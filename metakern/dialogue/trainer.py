@@ -130,18 +130,7 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
     began = time.perf_counter()
     if not resume and processes.first(partial(_restarted, out)):
         resume, seconds, config = True, None, processes.first(partial(Config.load, out / "config.toml"))
-    started = processes.first((out / "checkpoints" / "last.json").exists)
-    if started and not resume:
-        raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
-    if resume and not started:
-        raise UserError(f"{out}: holds no run to resume (no checkpoints/last.json)")
-    if seconds is not None and (resume or start):
-        raise UserError(
-            f"{out}: --time must be for a new run, whose steps it plans: change --steps to go on for longer"
-        )
-    processes.check(config.tasks, config.device)
-    if resume:
-        processes.first(lambda: _check_same(Config.load(out / "config.toml"), config, out))
+    processes.first(lambda: _check(config, out, resume, start, seconds))
     split = load_split(config)
     tokenizer = processes.first(lambda: _tokenizer(config, split, out if resume else start))
     sources = _Sources(
@@ -194,6 +183,22 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
     _restore(run, "best")
     run.algorithm.steps = config.most_inner_steps  # as in a run that is opened
     return run
+
+
+def _check(config: Config, out: Path, resume: bool, start: Path | None, seconds: float | None) -> None:
+    """Raise a `UserError` if the arguments of `train` do not go with each other, the run or the processes."""
+    started = (out / "checkpoints" / "last.json").exists()
+    if started and not resume:
+        raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
+    if resume and not started:
+        raise UserError(f"{out}: holds no run to resume (no checkpoints/last.json)")
+    if seconds is not None and (resume or start):
+        raise UserError(
+            f"{out}: --time must be for a new run, whose steps it plans: change --steps to go on for longer"
+        )
+    processes.check(config.tasks, config.device)
+    if resume:
+        _check_same(Config.load(out / "config.toml"), config, out)
 
 
 def _restarted(out: Path) -> bool:
@@ -475,7 +480,7 @@ class _Loop:
             state["step"] = sorted(numbers, key=lengths.__getitem__)[EPISODES // 2]
             once, later = seconds_of_calls(self.step, limit)
             first, each = first + once, each + later / turns
-        episode = self.phase.episodes.sample(state["step"], config.tasks)
+        episode = self.phase.episodes.sample(state["step"], config.tasks, processes.share)
         look = partial(self.look, *(on_device_of(self.run.model, batch) for batch in episode))
         looks = [seconds_of(look) for _ in range(2)]
         return PhaseCosts(first + looks[0], each, seconds_of(self.validate), looks[1])

@@ -134,6 +134,6 @@ def test_the_command_line_starts_processes_but_not_within_one_of_them(monkeypatc
 def test_commands_of_the_page_are_understood():
     page = (ROOT / "docs" / "scaling.md").read_text("utf-8").replace("\\\n", " ")
     commands = re.findall(r"^ *(?:metakern|.*-m metakern) (.*)$", page, re.MULTILINE)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         cli._parser().parse_args(shlex.split(command))
