@@ -140,7 +140,7 @@ def extensions() -> list[Pybind11Extension]:
     return found
 
 
-CLONE = ["benchmarks.gpu", "benchmarks.dialogue"]  # need a clone
+CLONE = ["benchmarks.gpu", "benchmarks.dialogue", "benchmarks.scaling"]  # need a clone
 benchmarks = find_packages(include=["benchmarks", "benchmarks.*"], exclude=CLONE)
 setup(
     packages=find_packages(include=["metakern", "metakern.*"]) + [f"metakern._bench.{name}" for name in benchmarks],

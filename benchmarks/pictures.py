@@ -50,6 +50,11 @@ def draw() -> None:
         save(stem(base), partial(lines, base, keys))
 
 
+def draw_scaling(found: dict[str, Any]) -> None:
+    """Draw the simulated speedups over several processes."""
+    save("scaling", partial(speedups, found))
+
+
 def save(name: str, make: Callable[[str], Any]) -> None:
     from matplotlib import rc_context
 
@@ -139,6 +144,32 @@ def adaptation(theme: str) -> Any:
     right.set_title("Right replies of unseen bots (thin: taught)", loc="left")
     for axes in (left, right):
         axes.set_xlabel("inner steps")
+        axes.legend(frameon=False)
+        axes.grid(True)
+    return figure
+
+
+def speedups(found: dict[str, Any], theme: str) -> Any:
+    """Simulated speedups by the number of processes, for bandwidths (left) and models (right)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    processes = found["processes"]
+    for axes, kind, title in zip(
+        figure.subplots(1, 2, sharey=True),
+        ("bandwidth", "model"),
+        ("1 G parameters, by bandwidth", "By parameters, at 25 Gbit/s"),
+        strict=True,
+    ):
+        axes.plot(processes, processes, color=THEMES[theme][1], linewidth=1, label="ideal")
+        for name, speedup in found[kind].items():
+            axes.plot(processes, speedup, marker=".", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(processes, map(str, processes))
+        axes.set_yticks(processes, map(str, processes))
+        axes.set_xlabel("processes")
+        axes.set_title(f"Simulated speedup. {title}", loc="left")
         axes.legend(frameon=False)
         axes.grid(True)
     return figure

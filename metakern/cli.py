@@ -82,6 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = vars(_parser().parse_args([word for word in given if not traceback or word != "--traceback"]))
         del options["traceback"]
+        processes, max_restarts = options.pop("processes", 1), options.pop("max_restarts", 0)
+        if processes > 1 and "WORLD_SIZE" not in os.environ:
+            from metakern.dialogue.processes import launch
+
+            return launch(["-m", "metakern", *given], processes, max_restarts)
         options.pop("command")(**options)
         sys.stdout.flush()
         return 0
@@ -94,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if traceback:
             raise
+        if getattr(error, "silent", False):
+            return getattr(error, "code", 2)
         if isinstance(error, UserError) or str(error).startswith(("MAML: ", "doctor: ")):  # about the user's model
             return _complain(str(error), getattr(error, "code", 2))
         package = (getattr(error, "name", None) or "").partition(".")[0]
@@ -133,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add(
         _train,
         "Meta-train a dialogue model",
-        usage="metakern train [--config FILE] [--out DIR] [--resume] [--time TIME] [SETTING ...]",
+        usage="metakern train [--config FILE] [--out DIR] [--resume] [--time TIME] [--processes N] [SETTING ...]",
         epilog="Each setting is also a key of the TOML file (inner_lr for --inner-lr); a flag overrides the file.",
     )
     train.add_argument(
@@ -147,6 +154,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_seconds,
         help="plan the numbers of steps, in the ratio that the settings have them, so that all of it takes about this"
         " time, such as 90s, 10m or 2h",
+    )
+    _add_processes(train)
+    train.add_argument(
+        "--max-restarts",
+        metavar="N",
+        type=_number,
+        default=0,
+        help="how often all processes are started again from the last checkpoint if one ends early (default: 0)",
     )
     group: Any = train
     for key in fields(Config):
@@ -204,6 +219,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_numbers,
         help="numbers of inner steps for --replies, which this flag includes (default: 0,1,3,5,10,30)",
     )
+
+    _add_processes(evaluate)
 
     adapt = add(_adapt, "Adapt a run to conversations and save the result as a new run")
     adapt.add_argument("run", metavar="RUN", help="folder of a run")
@@ -297,6 +314,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that starts several processes; where torchrun has started this one, it has no effect."""
+    parser.add_argument(
+        "--processes",
+        metavar="N",
+        type=_positive,
+        default=1,
+        help="processes of this machine that share the tasks; for several machines see docs/scaling.md (default: 1)",
+    )
+
+
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how a support is read; `_reading` takes their values."""
     for key in fields(Config):
@@ -336,9 +364,9 @@ def _number(text: str) -> int:
 
 
 def _positive(text: str) -> int:
-    if not _number(text):
-        raise argparse.ArgumentTypeError("must be at least 1, got 0")
-    return int(text)
+    if not (found := _number(text)):
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return found
 
 
 def _seconds(text: str) -> float:
@@ -357,14 +385,18 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _train(config: str | None, out: str | None, resume: bool, time: float | None, **flags: Any) -> None:
+    from metakern.dialogue import processes
     from metakern.dialogue.trainer import train
 
     if resume and out and not config and (Path(out) / "config.toml").exists():
         config = str(Path(out) / "config.toml")
     settings = Config.parse(flags, "train", base=Config.load(config) if config else None)
     out = out or str(Path("runs") / re.sub(r"\W+", "-", f"{settings.data}-{settings.model}-{settings.algorithm}"))
-    run = train(settings, out, resume=resume, seconds=time)
-    print(f"best validation loss {run.state['best']:.4f} at step {run.state['step']}; next: metakern eval {out}")
+    with processes.joined():
+        run = train(settings, out, resume=resume, seconds=time)
+        if processes.is_first():
+            best = f"best validation loss {run.state['best']:.4f} at step {run.state['step']}"
+            print(f"{best}; next: metakern eval {out}")
 
 
 def _data(name: str, **flags: Any) -> None:
@@ -387,11 +419,15 @@ def _eval(
 ) -> None:
     from rich.console import Console
 
+    from metakern.dialogue import processes
     from metakern.dialogue.evaluate import REPLY_STEPS, evaluate
     from metakern.dialogue.report import show
 
     reply_steps = reply_steps or (REPLY_STEPS if replies else ())
-    show(evaluate(run, steps, compare, data, reply_steps, repeats), Console())
+    with processes.joined():
+        report = evaluate(run, steps, compare, data, reply_steps, repeats)
+        if processes.is_first():
+            show(report, Console())
 
 
 def _adapt(run: str, support: str, out: str, steps: int | None, **reading: Any) -> None:

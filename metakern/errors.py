@@ -17,6 +17,8 @@ class UserError(Exception):
     """
 
     code = 2
+    everywhere = False  # whether every process of a run raises it, so that the first one alone prints it
+    silent = False  # whether another process prints it
 
 
 class CheckpointError(UserError):

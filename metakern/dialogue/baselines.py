@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import metakern as mk
 from metakern.dialogue.episodes import Batch
+from metakern.dialogue.tokenizer import IGNORE
 from metakern.dialogue.words import words
 from metakern.errors import UserError
 
@@ -26,6 +27,9 @@ class FineTune(nn.Module):
     """Plain training on support and query together, and MAML's adaptation afterwards.
 
     `options` are those of `metakern.MAML`.
+
+    Attributes:
+        counted: The number of labeled tokens in the loss of the last call, a scalar tensor; None before the first call.
     """
 
     def __init__(self, model: nn.Module, loss: Loss, **options: Any) -> None:
@@ -34,13 +38,16 @@ class FineTune(nn.Module):
         maml = mk.MAML(model, loss, **options)
         self.inner, self.adapt, self.evaluate = maml.inner, maml.adapt, maml.evaluate
         self.adapt_trained = maml.adapt  # of `trained`, which is not always `model`
+        self.counted: Tensor | None = None
 
     def forward(self, support: Batch, query: Batch) -> Tensor:
         """Return the mean loss over all labeled tokens, a scalar.
 
         The tensors of support, `[T, B, L]`, and query, `[T, C, L]`, are put together to `[T * (B + C), L]`.
         """
-        return self.loss(self.trained, {k: torch.cat([support[k], query[k]], 1).flatten(0, 1) for k in support})
+        batch = {k: torch.cat([support[k], query[k]], 1).flatten(0, 1) for k in support}
+        self.counted = _labeled(batch)
+        return self.loss(self.trained, batch)
 
 
 class PromptTuning(FineTune):
@@ -64,18 +71,24 @@ class InContext(nn.Module):
         model: Without a limit to the length of its input, or with one as its attribute `max_length`.
         loss: `loss(model, batch)` returns the loss of a batch `[B, L]`.
         **options: Those of `metakern.MAML`, of which none has an effect, as there is no inner loop.
+
+    Attributes:
+        counted: As of `FineTune`.
     """
 
     def __init__(self, model: nn.Module, loss: Loss, **options: Any) -> None:
         super().__init__()
         self.model, self.loss, self.inner, self.adapt = model, loss, None, _refused
+        self.counted: Tensor | None = None
 
     def forward(self, support: Batch, query: Batch) -> Tensor:
         """Return the mean loss over all labeled tokens of the queries, a scalar."""
         tasks = [self._contexts(support, query, t) for t in range(len(query["input_ids"]))]
         longest = max(t["input_ids"].shape[1] for t in tasks)
         joined = [{k: _padded(v, longest, k) for k, v in task.items()} for task in tasks]
-        return self.loss(self.model, {k: torch.cat([task[k] for task in joined]) for k in joined[0]})
+        batch = {k: torch.cat([task[k] for task in joined]) for k in joined[0]}
+        self.counted = _labeled(batch)
+        return self.loss(self.model, batch)
 
     @torch.no_grad()
     def evaluate(self, support: Batch, query: Batch, steps: Sequence[int] = (0,)) -> Tensor:
@@ -150,6 +163,11 @@ class Retrieval:
 
 def _refused(*args: Any, **options: Any) -> Any:
     raise UserError("adapt: prompt and incontext leave a model's weights as they are: adapt a run of another algorithm")
+
+
+def _labeled(batch: Batch) -> Tensor:
+    """Return the number of tokens that count in the mean of a loss of the next token, a scalar tensor."""
+    return (batch["labels"][:, 1:] != IGNORE).sum()
 
 
 def _padded(x: Tensor, length: int, key: str) -> Tensor:

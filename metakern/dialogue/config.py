@@ -88,6 +88,11 @@ class Config:
     reader_options: tuple[str, ...] = _option(
         (), "further options of the format's reader, as name=value: tasks=domains of crosswoz, question=Frage of csv"
     )
+    stream: bool = _option(
+        False,
+        "leave conversations in their files and read them when they are drawn; needs a format that has a JSON record on"
+        " each line, such as messages",
+    )
     train_on: str = _option("bot", "speakers whose turns count in the loss", choices=("bot", "all"))
     vocab_size: int = _option(
         1024, "tokens in the byte-level BPE vocabulary (not for hf models)", least=262, most=2**20

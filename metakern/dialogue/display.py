@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from metakern.dialogue import processes
 from metakern.io import printable
 
 __all__ = ["Display"]
@@ -17,11 +18,11 @@ Self = TypeVar("Self", bound="Display")
 class Display:
     """A context manager that prints lines and, on a terminal, a progress bar below them for each part of the work.
 
-    If `quiet`, it shows nothing.
+    If `quiet`, or in another process than the first one of a run, it shows nothing.
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet)
+        self.console = Console(quiet=quiet or not processes.is_first())
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), console=self.console
         )

@@ -7,7 +7,7 @@ gives the same episodes on every machine.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metakern.dialogue.readers import Dialogue, Turn
+from metakern.dialogue.shards import Line
 from metakern.dialogue.split import TaskData
 from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, DialogueTokenizer, bot_in
 from metakern.errors import DataError
@@ -24,9 +25,15 @@ from metakern.errors import DataError
 __all__ = ["Episodes", "Exchange", "collate"]
 
 Batch = dict[str, Tensor]
-Startable = tuple[Dialogue, list[int]]  # a dialogue, and the turns at which a window may begin
+Startable = tuple[Dialogue, list[int]] | Line  # a dialogue, and the turns at which a window may begin
 Window = tuple[list[int], list[int]]  # ids and labels
 T = TypeVar("T")
+Share = Callable[[int], slice]  # from a number of episodes to the slice of them that is wanted
+
+
+def _whole(count: int) -> slice:
+    return slice(count)
+
 
 RENAMED = 0.3  # share of the words of the vocabulary that change places in an augmented task
 
@@ -127,7 +134,7 @@ class Episodes:
         self.augment, self.repeats = augment, repeats
         self._tasks: list[tuple[str, list[Startable]]] = []
         for task in tasks:
-            usable = [(d, starts) for d in task.dialogues if (starts := self._starts(d))]
+            usable = list(self._usable(task.dialogues))
             if len(usable) < 2:
                 raise DataError(
                     f"Episodes: task {task.task_id!r} must have 2 dialogues with a reply, for support and query,"
@@ -140,12 +147,14 @@ class Episodes:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def sample(self, step: int, tasks: int) -> tuple[Batch, Batch]:
+    def sample(self, step: int, tasks: int, share: Share = _whole) -> tuple[Batch, Batch]:
         """Return the support and the query of one step, which depend on the seed and the arguments alone.
 
         Args:
             step: The number of the step.
-            tasks: T, the number of tasks to draw, at least 1. No task comes twice before all have come once.
+            tasks: The number of tasks to draw, at least 1. No task comes twice before all have come once.
+            share: Which of them to return, as of `metakern.dialogue.processes`. All T tasks are drawn, so that an
+                episode is the same in every share, but only those in the share are encoded.
 
         Returns:
             Two batches, which are dictionaries of int64 tensors `[T, B, L]`, as the class says.
@@ -154,20 +163,21 @@ class Episodes:
             ValueError: If `tasks` is below 1.
         """
         drawn, rng = self._drawn(step, tasks)
-        _, support, query = self._batch(drawn, [rng] * tasks)
-        for t in range(tasks):
-            if self.augment and rng.random() < self.augment:
-                names = self._renaming(rng)
-                for batch in (support, query):
-                    for key in ("input_ids", "labels"):
-                        ids = batch[key][t]
-                        ids.copy_(torch.where(ids == IGNORE, ids, names[ids.clamp(min=0)]))
+        _, support, query = self._batch(drawn, [rng] * tasks, share(tasks))
+        renamings = [self._renaming(rng) for _ in range(tasks)][share(tasks)] if self.augment else []
+        for t, names in enumerate(renamings):
+            for batch in (support, query):
+                for key in ("input_ids", "labels"):
+                    ids = batch[key][t]
+                    ids.copy_(torch.where(ids == IGNORE, ids, names[ids.clamp(min=0)]))
         return support, query
 
     def _renaming(self, rng: random.Random) -> Tensor:
-        """Return a permutation of the vocabulary, `[vocab_size]`, that moves a random part of the words."""
-        moved = [i for i in self.tokenizer.word_ids if rng.random() < RENAMED]
+        """Return a permutation of the vocabulary, `[vocab_size]`, which moves a random part of the words or nothing."""
         names = torch.arange(self.tokenizer.vocab_size)
+        if rng.random() >= self.augment:
+            return names
+        moved = [i for i in self.tokenizer.word_ids if rng.random() < RENAMED]
         names[moved] = torch.tensor(_draw(moved, len(moved), rng), dtype=torch.int64)
         return names
 
@@ -184,7 +194,9 @@ class Episodes:
         weights = [len(dialogues) ** self.task_power for _, dialogues in self._tasks]
         return _draw(self._tasks, tasks, rng, weights), rng
 
-    def evaluation(self, limit: int | None = None, *, batch: int = 16) -> Iterator[tuple[list[str], Batch, Batch]]:
+    def evaluation(
+        self, limit: int | None = None, *, batch: int = 16, share: Share = _whole
+    ) -> Iterator[tuple[list[str], Batch, Batch]]:
         """Yield fixed episodes of the tasks: names, support, query.
 
         There are `repeats` episodes of each task, one after the other. An episode depends on the seed, the task and its
@@ -193,8 +205,10 @@ class Episodes:
         Args:
             limit: How many of the first tasks to take; None takes all.
             batch: The number of episodes in a batch; the last one may have fewer.
+            share: Which of all episodes to yield.
         """
         chosen = [(task, i) for task in self._tasks[:limit] for i in range(self.repeats)]
+        chosen = chosen[share(len(chosen))]
         for start in range(0, len(chosen), batch):
             part = chosen[start : start + batch]
             yield self._batch([task for task, _ in part], [self._evaluation_rng(task[0], i) for task, i in part])
@@ -207,7 +221,7 @@ class Episodes:
         for name, dialogues in self._tasks:
             for i in range(self.repeats):
                 support, query = (
-                    list(dict.fromkeys(exchange for window in side for exchange in self._exchanges(*window)))
+                    list(dict.fromkeys(exchange for w in side for exchange in self._exchanges(*self._begun(*w))))
                     for side in self._draw_windows(dialogues, self._evaluation_rng(name, i))
                 )
                 yield name, support, query
@@ -216,27 +230,45 @@ class Episodes:
         return random.Random(f"evaluation/{self.seed}/{name}" + f"/{number}" * bool(number))
 
     def _batch(
-        self, tasks: Sequence[tuple[str, list[Startable]]], rngs: Sequence[random.Random]
+        self, tasks: Sequence[tuple[str, list[Startable]]], rngs: Sequence[random.Random], part: slice = slice(None)
     ) -> tuple[list[str], Batch, Batch]:
-        drawn = [self._draw_windows(dialogues, rng) for (_, dialogues), rng in zip(tasks, rngs, strict=True)]
-        sides = [[[self._encode(*window) for window in task[side]] for task in drawn] for side in (0, 1)]
+        """Draw the windows of tasks, and return the names and batches of those in `part`."""
+        drawn = [self._draw_windows(dialogues, rng) for (_, dialogues), rng in zip(tasks, rngs, strict=True)][part]
+        sides = [[[self._encode(*self._begun(*window)) for window in task[side]] for task in drawn] for side in (0, 1)]
         longest = max(len(ids) for side in sides for rows in side for ids, _ in rows)
         length = min(-(-longest // 8) * 8, self.max_length)
         support, query = (collate(side, self.tokenizer.pad_id, length) for side in sides)
-        return [name for name, _ in tasks], support, query
+        return [name for name, _ in tasks[part]], support, query
 
     def _draw_windows(
         self, dialogues: Sequence[Startable], rng: random.Random
-    ) -> tuple[list[tuple[Dialogue, int]], list[tuple[Dialogue, int]]]:
-        """Return the windows of a task's support and query: dialogues, and the turns at which the windows begin."""
+    ) -> tuple[list[tuple[Startable, float]], list[tuple[Startable, float]]]:
+        """Return the windows of a task's support and query, as `_begun` takes them."""
         shuffled = _draw(dialogues, len(dialogues), rng)
         share = round(len(shuffled) * self.sizes[0] / sum(self.sizes))
         cut = min(max(share, 1), len(shuffled) - 1)
         support, query = (
-            [_begun(pool[i % len(pool)], rng) for i in range(size)]
+            [(pool[i % len(pool)], rng.random()) for i in range(size)]
             for pool, size in zip((shuffled[:cut], shuffled[cut:]), self.sizes, strict=True)
         )
         return support, query
+
+    def _usable(self, dialogues: Sequence[Dialogue]) -> Iterator[Startable]:
+        """Yield the dialogues that have a window; those that stay in their files all have one."""
+        for dialogue in dialogues:
+            if isinstance(dialogue, Line):
+                yield dialogue
+            elif starts := self._starts(dialogue):
+                yield dialogue, starts
+
+    def _begun(self, item: Startable, drawn: float) -> tuple[Dialogue, int]:
+        """Return a dialogue and the turn at which a window begins; `drawn` is a random number from [0, 1)."""
+        if isinstance(item, Line):
+            dialogue = item.read()
+            starts = self._starts(dialogue)
+        else:
+            dialogue, starts = item
+        return dialogue, starts[int(drawn * len(starts))]
 
     def _starts(self, dialogue: Dialogue) -> list[int]:
         starts = _starts(dialogue, self.train_on)
@@ -302,12 +334,6 @@ def _starts(dialogue: Dialogue, train_on: str) -> list[int]:
     learned = {i: train_on == "all" or dialogue.turns[i].speaker == bot for i in spoken}
     answered = [i for i, j in pairwise(spoken) if learned[j]]
     return answered or spoken[:1] * any(learned.values())
-
-
-def _begun(item: Startable, rng: random.Random) -> tuple[Dialogue, int]:
-    """Return a dialogue and one of the turns at which a window may begin, drawn at random."""
-    dialogue, starts = item
-    return dialogue, starts[int(rng.random() * len(starts))]
 
 
 def _draw(items: Sequence[T], count: int, rng: random.Random, weights: Sequence[float] | None = None) -> list[T]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from metakern import io
+from metakern.dialogue import processes
 from metakern.dialogue.baselines import InContext
 from metakern.dialogue.contenders import RETRIEVAL, check, contender, is_plain
 from metakern.dialogue.display import Display
@@ -162,7 +163,7 @@ def evaluate(
     if reply_steps:
         counts = {kind: [len(getattr(task, kind)) for task in asked] for kind in KINDS}
         report["replies"] = {"steps": list(reply_steps), "questions": counts, "scores": replies, "samples": samples}
-    _write(report, Path(path))
+    processes.first(lambda: _write(report, Path(path)))
     return report
 
 
@@ -186,7 +187,7 @@ def _replies(
 ) -> list[list[list[str]]]:
     """Return a contender's replies after numbers of steps, with a factor of the inner rates for each number."""
     replies: list[list[list[str]]] = []
-    began = time.monotonic()
+    began, own = time.monotonic(), len(asked[processes.share(len(asked))])
     with Display() as display:
         for i, k in enumerate(steps):
             if replies and isinstance(run.algorithm, InContext):
@@ -196,10 +197,11 @@ def _replies(
             with scaled(run.algorithm, factors[k]):
                 for task in generated(run.algorithm, test, asked, k):
                     replies[-1].append(task)
-                    done = (i + len(replies[-1]) / len(asked)) / len(steps)
+                    done = (i + len(replies[-1]) / own) / len(steps)
                     minutes, rest = divmod(round((time.monotonic() - began) * (1 / done - 1)), 60)
-                    text = f"after {k} steps  {len(replies[-1])}/{len(asked)} episodes  {minutes}:{rest:02d} left"
-                    display.progress(f"replies of {name}", done, text, line=len(replies[-1]) == len(asked))
+                    text = f"after {k} steps  {len(replies[-1])}/{own} episodes  {minutes}:{rest:02d} left"
+                    display.progress(f"replies of {name}", done, text, line=len(replies[-1]) == own)
+            replies[-1] = [task for part in processes.gather(replies[-1]) for task in part]
     return replies
 
 

@@ -8,31 +8,39 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from metakern.dialogue import processes
 from metakern.dialogue.display import Display
 
 __all__ = ["Log"]
 
 
 class Log(Display):
-    """The log of a run: numbers in log.jsonl and TensorBoard, and the display of the progress."""
+    """The log of a run: numbers in log.jsonl and TensorBoard, and the display of the progress.
+
+    Of several processes, the first one alone has files.
+    """
 
     def __init__(self, folder: Path, quiet: bool = False) -> None:
         super().__init__(quiet)
-        self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"))
+        self.writes = processes.is_first()
+        if self.writes:
+            self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
+            self.board = SummaryWriter(str(folder / "tensorboard"))
         self.losses, self.fresh = "", False
 
     def __exit__(self, *_: Any) -> None:
         super().__exit__()
-        self.file.close()
-        self.board.close()
+        if self.writes:
+            self.file.close()
+            self.board.close()
 
     def __call__(self, phase: str, step: int, **numbers: float) -> None:
         """Write the numbers of a step to log.jsonl and TensorBoard."""
-        self.file.write(json.dumps({"phase": phase, "step": step, **numbers}) + "\n")
-        self.file.flush()
-        for name, value in numbers.items():
-            self.board.add_scalar(f"{phase}/{name}", value, step)
+        if self.writes:
+            self.file.write(json.dumps({"phase": phase, "step": step, **numbers}) + "\n")
+            self.file.flush()
+            for name, value in numbers.items():
+                self.board.add_scalar(f"{phase}/{name}", value, step)
         if "before" in numbers:
             self.losses, self.fresh = f"query loss {numbers['before']:.3f} -> {numbers['after']:.3f}", True
         elif "loss" in numbers:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from metakern.dialogue import processes
 from metakern.dialogue.baselines import InContext, Retrieval
 from metakern.dialogue.episodes import Episodes, Exchange
 from metakern.dialogue.generate import greedy
@@ -85,7 +86,8 @@ def draw_questions(source: Episodes, limit: int = 12) -> list[Questions]:
 def generated(algorithm: Any, source: Episodes, asked: Sequence[Questions], steps: int) -> Iterator[list[str]]:
     """Yield for each episode the replies to its taught and then its unseen questions, after `steps` inner steps.
 
-    `InContext` takes no steps and has the support before each question.
+    Several processes share the episodes; each yields those of its own. `InContext` takes no steps and has the support
+    before each question.
 
     Args:
         algorithm: An algorithm of `metakern.dialogue.registry`.
@@ -98,9 +100,10 @@ def generated(algorithm: Any, source: Episodes, asked: Sequence[Questions], step
     model = trained if in_context else twin(trained)
     training = algorithm.training
     algorithm.eval()
-    rest = iter(asked)
+    rest = iter(asked[processes.share(len(asked))])
     size = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    for names, support, _ in source.evaluation(batch=max(1, min(16, HELD // max(size, 1)))):
+    batch = max(1, min(16, HELD // max(size, 1)))
+    for names, support, _ in source.evaluation(batch=batch, share=processes.share):
         support = on_device_of(trained, support)
         phi = {} if in_context else getattr(algorithm, "adapt_trained", algorithm.adapt)(support, steps=steps)
         for t, task in zip(range(len(names)), rest, strict=False):

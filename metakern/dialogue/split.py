@@ -24,20 +24,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from metakern.dialogue.readers import Dialogue, count_of
+from metakern.dialogue.shards import Line
 from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS, bot_in
 from metakern.dialogue.words import length, words
 from metakern.errors import DataError
 
-__all__ = ["OVERLAPS", "Split", "TaskData", "split_tasks", "whole_tasks"]
+__all__ = ["OVERLAPS", "Split", "TaskData", "split_tasks", "texts_of", "whole_tasks"]
 
 ROLES = {"user", "assistant", "bot", *SYSTEM_SPEAKERS}  # names of roles, which do not identify a speaker
 OVERLAPS = ("users", "turns", "dialogues")
 SHARED = "dialogues that share a text with another of their task"
-Texts = set[Hashable]
+Texts = Set[Hashable]
 Entries = list[tuple[Dialogue, Texts]]  # a task's dialogues, and the texts by which each overlaps others
 
 
@@ -173,7 +174,7 @@ def split_tasks(
             f"data must have {sum(map(bool, wanted))} {what} of at least {min_dialogues} dialogues",
             f"{len(families)} ({left_out} left out)",
         )
-    used: Texts = set()
+    used: set[Hashable] = set()
     parts: list[tuple[TaskData, ...]] = []
     for names in (*held_out, train):
         for name in names:
@@ -227,7 +228,7 @@ def _tasks(
     if overlap not in OVERLAPS:
         raise ValueError(f"split_tasks: overlap must be one of {', '.join(OVERLAPS)}, got {overlap!r}")
     tasks: dict[str, Entries] = {}
-    seen: dict[str, Texts] = {}
+    seen: dict[str, set[Hashable]] = {}
     joined: dict[tuple[str, str], tuple[str, str]] = {}  # a task or a group -> one that it is joined to
 
     def root(of: tuple[str, str]) -> tuple[str, str]:
@@ -236,21 +237,26 @@ def _tasks(
         return of
 
     for dialogue in dialogues:
-        name, texts = dialogue.task_id, _texts(dialogue, min_words, overlap)
+        name, texts = dialogue.task_id, texts_of(dialogue, min_words, overlap)
         if group := dialogue.meta.get("group"):
             first, second = sorted((root(("group", group)), root(("task", name))))
             joined[second] = first
         if seen.setdefault(name, set()).isdisjoint(texts):
             tasks.setdefault(name, []).append((dialogue, texts))
-            seen[name] |= texts
+            seen[name].update(texts)
         else:
             skipped[SHARED] += 1
     groups = {name: root(("task", name))[1] for name in tasks}
     return tasks, groups if len({*groups.values()}) > 1 else {name: name for name in tasks}
 
 
-def _texts(dialogue: Dialogue, min_words: int, overlap: str) -> Texts:
-    """Return the texts by which dialogues overlap: the words of all turns in order, and those of each long turn."""
+def texts_of(dialogue: Dialogue, min_words: int, overlap: str) -> Texts:
+    """Return the texts by which dialogues overlap: the words of all turns in order, and those of each long turn.
+
+    Of a dialogue that stays in its file, return the hashes of these texts.
+    """
+    if isinstance(dialogue, Line):
+        return dialogue.hashes
     spoken = [turn for turn in dialogue.turns if turn.speaker not in SYSTEM_SPEAKERS]
     turns = [tuple(word for word in words(turn.text) if any(map(str.isalnum, word))) for turn in spoken]
     whole = tuple(said or turn.text for said, turn in zip(turns, spoken, strict=True))
@@ -262,4 +268,5 @@ def _texts(dialogue: Dialogue, min_words: int, overlap: str) -> Texts:
 
 
 def _speakers(dialogue: Dialogue) -> set[str]:
-    return {turn.speaker for turn in dialogue.turns} - ROLES
+    names = dialogue.speakers if isinstance(dialogue, Line) else {turn.speaker for turn in dialogue.turns}
+    return set(names - ROLES)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metakern.dialogue import processes
 from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Batch, Episodes
 from metakern.dialogue.readers import Dialogues, read
 from metakern.dialogue.registry import named
-from metakern.dialogue.split import Split, TaskData, split_tasks, whole_tasks
+from metakern.dialogue.shards import stream
+from metakern.dialogue.split import Split, TaskData, split_tasks, texts_of, whole_tasks
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import UserError, by_the_user
 
@@ -88,6 +91,11 @@ def _read(config: Config, data: str) -> Dialogues:
     options = named("reader_options", config.reader_options)
     if config.task_key:
         options["task_key"] = config.task_key
+    if config.stream and config.windows == "later":
+        raise UserError("windows must be any or opening with stream, got 'later', for which all must be read")
+    if config.stream:
+        texts = partial(texts_of, min_words=config.min_words, overlap=config.overlap)
+        return stream(data, config.format, texts, **options)
     return read(data, config.format, **options)
 
 
@@ -115,15 +123,17 @@ def episodes(config: Config, tasks: tuple[TaskData, ...], tokenizer: DialogueTok
 def curve(algorithm: Any, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> tuple[list[str], Tensor]:
     """Return the names of the first `limit` tasks of `source` (0: all) and their query losses, `[len(steps), T]`.
 
-    The losses are measured in evaluation mode after each number of inner steps in `steps`, in nats per token.
+    The losses are measured in evaluation mode after each number of inner steps in `steps`, in nats per token. Processes
+    share the tasks, and each returns all of them.
     """
     training = algorithm.training
     algorithm.eval()
     names: list[str] = []
-    losses = []
-    for tasks, support, query in source.evaluation(limit or None):
+    losses = [torch.empty(len(steps), 0)]
+    for tasks, support, query in source.evaluation(limit or None, share=processes.share):
         names += tasks
         support, query = (on_device_of(algorithm.model, batch) for batch in (support, query))
         losses.append(algorithm.evaluate(support, query, steps=steps).cpu())
     algorithm.train(training)
-    return names, torch.cat(losses, 1)
+    parts = processes.gather((names, torch.cat(losses, 1)))
+    return [name for own, _ in parts for name in own], torch.cat([found for _, found in parts], 1)

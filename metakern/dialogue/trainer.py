@@ -4,29 +4,31 @@ A run has two phases, which share one loop: `pretrain` (plain language modeling 
 from its weights too) and `train` (the algorithm of the config). A step depends on the weights, the optimizer's state,
 the state of the random generator and the number of the step alone. A checkpoint holds all four, so a resumed run
 repeats the uninterrupted one bit for bit on the CPU. If a training is to take a given time, the numbers of steps are
-planned beforehand, from a rehearsal on a copy of the model; from then on it depends on steps alone.
+planned beforehand, from a rehearsal on a copy of the model; from then on it depends on steps alone. Several processes
+share the tasks of each step (`metakern.dialogue.processes`), and a run may go on with another number of them.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import signal
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metakern import io
-from metakern.dialogue import checkpoint
+from metakern.dialogue import checkpoint, processes
 from metakern.dialogue.baselines import FineTune
 from metakern.dialogue.config import MAY_CHANGE, Config
 from metakern.dialogue.display import Display
@@ -37,6 +39,7 @@ from metakern.dialogue.planning import Costs, PhaseCosts, planned, seconds_of, s
 from metakern.dialogue.rates import optimizers, tuned
 from metakern.dialogue.registry import ONE_NUMBER, PLAIN, build_algorithm, tokenizer_class
 from metakern.dialogue.run import Run, verified
+from metakern.dialogue.split import Split
 from metakern.dialogue.tasks import curve, episodes, load_split, on_device_of
 from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
 from metakern.errors import CheckpointError, UserError
@@ -48,17 +51,22 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # the optimizer's state of a parame
 LOOKS = (0, 1, 3, 5)  # numbers of inner steps after which the pretrained weights are judged
 TUNING = 5  # how many factors of the inner rates a search usually tries
 AUGMENTED = 0.5  # share of few training tasks whose tokens are renamed
+SAMPLE = 20_000  # streamed conversations that the tokenizer learns from
+SAME_SIGNAL = 2.0  # seconds
 EPISODES = 16  # of which a rehearsal takes one of median length
 
 
 class DivergenceError(UserError):
     """A loss or a gradient is not finite."""
 
+    everywhere = True
+
 
 class StoppedError(UserError):
     """The user stopped the run, which has been saved."""
 
     code = 130
+    everywhere = True
 
 
 def train(
@@ -72,7 +80,8 @@ def train(
     """Train a model as `config` says, and write the run into the folder `out`.
 
     After an error or a crash, the checkpoints in `out` can be used all the same. No other process can train into `out`
-    in the meantime.
+    in the meantime. Where torchrun has started several processes, each calls this function with the same arguments and
+    computes its share of the tasks. After a restart by torchrun the run goes on from its last checkpoint.
 
     Args:
         config: All settings of the run.
@@ -96,6 +105,7 @@ def train(
             has another config or tokenizer than when it was saved.
         DivergenceError: If a loss or a gradient is not finite.
         StoppedError: After Ctrl-C or SIGTERM, when the run has been saved.
+        LostProcessError: If another process has ended; the run has been saved.
 
     >>> import contextlib, io, tempfile
     >>> data = {"data": "chatterbot:english", "vocab_size": 262, "max_length": 16}
@@ -105,36 +115,18 @@ def train(
     >>> run.state["phase"]
     'train'
     """
-    with io.locked(Path(out)):
+    with processes.joined(), _locked(Path(out)):
         return _train(config, Path(out), resume, Path(start) if start else None, seconds)
 
 
 def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds: float | None) -> Run:
+    """Train as `train` says, in the group of processes, if there is one."""
     began = time.perf_counter()
-    started = checkpoint.exists(out / "checkpoints", "last")
-    if (started or _is_adapted(out)) and not resume:
-        raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
-    if resume and not started:
-        raise UserError(f"{out}: holds no run to resume (no checkpoints/last.json)")
-    if seconds is not None and (resume or start):
-        raise UserError(
-            f"{out}: --time must be for a new run, whose steps it plans: change --steps to go on for longer"
-        )
-    if resume:
-        _check_same(verified(out, "last"), config, out)
-    if start:
-        verified(start, "pretrained")
+    if not resume and processes.first(partial(_restarted, out)):
+        resume, seconds, config = True, None, processes.first(partial(Config.load, out / "config.toml"))
+    processes.first(lambda: _check(config, out, resume, start, seconds))
     split = load_split(config)
-    tokenizer: DialogueTokenizer
-    if resume or start:
-        tokenizer = tokenizer_class(config).load((out if resume else start or out) / "tokenizer.json")
-    elif config.pretrained:
-        from metakern.dialogue.huggingface import ChatTokenizer
-
-        tokenizer = ChatTokenizer.of(config.pretrained, config.system)
-    else:
-        dialogues = [dialogue for task in split.train for dialogue in task.dialogues]
-        tokenizer = Tokenizer.train(dialogues, config.vocab_size, io.cache_folder())
+    tokenizer = processes.first(lambda: _tokenizer(config, split, out if resume else start))
     sources = _Sources(
         episodes(config, split.train, tokenizer, train_on=config.pretrain_on, seed=config.seed + 1),
         episodes(config, split.train, tokenizer, augment=_augment(config, len(split.train))),
@@ -142,32 +134,38 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
     )
     if seconds is not None:
         Display().say(f"{out}: measuring steps, to plan a training of {seconds:g} s")
-        costs = _rehearsal(config, tokenizer, sources, seconds, began)
+        measured = _rehearsal(config, tokenizer, sources, seconds, began)
+        costs = processes.first(lambda: measured)
         config = planned(config, seconds, costs)
-    if not resume:
-        tokenizer.save(out / "tokenizer.json")
-    io.write(out / "config.toml", config.toml().encode())
 
+    def write() -> None:
+        if not resume:
+            tokenizer.save(out / "tokenizer.json")
+        io.write(out / "config.toml", config.toml().encode())
+
+    processes.first(write)
     run = Run.create(out, config, tokenizer)
     plain, phases = _parts(run, sources)
     saved: dict[str, Tensor] = {}
     if resume:
-        saved = run.restore("last")
+        saved = _restore(run, "last")
     elif start:
-        run.restore("pretrained", run.model, start)
+        _restore(run, "pretrained", run.model, start)
     if start or (resume and run.state["phase"] == "train"):
         phases = phases[-1:]
     with Log(out) as log, _stop_asked() as stop_asked:
         log.say(f"{out}: {config.algorithm} over {config.model} of {run.size}\n{split.summary()}")
+        if processes.size() > 1:
+            log.say(f"{processes.size()} processes share the {config.tasks} tasks of a step")
         if seconds is not None:
             log.say(costs.summary(config))
         for phase in phases:
             if phase.name == "train" and not saved:
                 if config.pretrain_steps and not start:
-                    run.restore("pretrained", run.model)
+                    _restore(run, "pretrained", run.model)
                 else:
                     run.state = run.state or phase.beginning()
-                    run.save("pretrained", run.model)
+                    _save(run, "pretrained", run.model)
             loop = _Loop(run, phase, plain, sources.validation, log)
             if saved:
                 loop.restore(saved)
@@ -177,7 +175,7 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
                     log.say(_worth_of_adaptation(config, plain, sources.validation))
             loop.go(stop_asked)
             saved = {}
-    run.restore("best")
+    _restore(run, "best")
     run.algorithm.steps = config.most_inner_steps  # as in a run that is opened
     return run
 
@@ -198,6 +196,68 @@ def _augment(config: Config, tasks: int) -> float:
     """
     without = config.pretrained or ALGORITHMS[config.algorithm].make in PLAIN
     return 0.0 if without or tasks >= config.augment_below else AUGMENTED
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Within the block, the first process holds the lock of the run's folder."""
+    with ExitStack() as stack:
+        processes.first(lambda: stack.enter_context(io.locked(out)))
+        yield
+
+
+def _check(config: Config, out: Path, resume: bool, start: Path | None, seconds: float | None) -> None:
+    """Raise a `UserError` if the arguments of `train` do not go with each other, the run or the processes."""
+    started = checkpoint.exists(out / "checkpoints", "last")
+    if (started or _is_adapted(out)) and not resume:
+        raise UserError(f"{out}: holds a run already; go on with it by --resume, or choose another --out")
+    if resume and not started:
+        raise UserError(f"{out}: holds no run to resume (no checkpoints/last.json)")
+    if seconds is not None and (resume or start):
+        raise UserError(
+            f"{out}: --time must be for a new run, whose steps it plans: change --steps to go on for longer"
+        )
+    processes.check(config.tasks, config.device)
+    if resume:
+        _check_same(verified(out, "last"), config, out)
+    if start:
+        verified(start, "pretrained")
+
+
+def _restarted(out: Path) -> bool:
+    """Whether `out` holds a run that this launch by torchrun has begun, before a restart."""
+    launch, folder = processes.launch_id(), out / "checkpoints"
+    return (
+        bool(launch)
+        and checkpoint.exists(folder, "last")
+        and checkpoint.state_of(folder, "last").get("launch") == launch
+    )
+
+
+def _tokenizer(config: Config, split: Split, folder: Path | None) -> DialogueTokenizer:
+    """Return the tokenizer of the run in a folder; without one, that of the pretrained model, or a new one."""
+    if folder:
+        return tokenizer_class(config).load(folder / "tokenizer.json")
+    if config.pretrained:
+        from metakern.dialogue.huggingface import ChatTokenizer
+
+        return ChatTokenizer.of(config.pretrained, config.system)
+    dialogues = [dialogue for task in split.train for dialogue in task.dialogues]
+    if config.stream and len(dialogues) > SAMPLE:
+        dialogues = random.Random(config.seed).sample(dialogues, SAMPLE)
+    return Tokenizer.train(dialogues, config.vocab_size, io.cache_folder())
+
+
+def _save(run: Run, name: str, module: nn.Module | None = None, extra: Mapping[str, Tensor] | None = None) -> None:
+    """Let the first process write a checkpoint, as `Run.save` does."""
+    processes.first(partial(run.save, name, module, extra))
+
+
+def _restore(run: Run, name: str, module: nn.Module | None = None, source: Path | None = None) -> dict[str, Tensor]:
+    """Let the first process load a checkpoint, as `Run.restore` does, and send it to the others."""
+    extra, run.state = processes.first(lambda: (run.restore(name, module, source), run.state))
+    processes.synchronize(list(checkpoint.module_tensors(module or run.algorithm).values()))
+    return extra
 
 
 def _check_same(old: Config, new: Config, out: Path) -> None:
@@ -294,13 +354,13 @@ class _Loop:
         self.looks = (0, *sorted(set(self.config.inner_steps))) if phase.name == "train" else (0,)
         self.rates = _rates(self.algorithm) if phase.name == "train" else []
         self.plain = plain
-        trained = [p for p in self.algorithm.parameters() if p.requires_grad]
+        self.trained = [p for p in self.algorithm.parameters() if p.requires_grad]
         own = {id(p) for p in run.model.parameters()}
-        model = [p for p in trained if id(p) in own]
+        model = [p for p in self.trained if id(p) in own]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in model if p.ndim > 1], "weight_decay": self.config.weight_decay},
             {"params": [p for p in model if p.ndim <= 1]},
-            {"params": [p for p in trained if id(p) not in own], "lr": self.config.rate_lr},
+            {"params": [p for p in self.trained if id(p) not in own], "lr": self.config.rate_lr},
         ]
         self.optimizer = torch.optim.AdamW(groups, phase.lr, weight_decay=0.0)
         self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -317,22 +377,41 @@ class _Loop:
         began = time.monotonic() - state["seconds"]
         self.algorithm.train()
         while phase.done(state["step"]) < 1 and not self.is_patient_no_more():
-            self.step()
+            with self.saved_at_a_loss():
+                self.step()
             state["step"] += 1
             state["seconds"] = time.monotonic() - began
             self.log.step(phase.name, state["step"], phase.steps, state["seconds"])
             over = phase.done(state["step"]) == 1
             if over or state["step"] % config.eval_every == 0:
                 self.validate()
-            if stop_asked() and not over:
+            with self.saved_at_a_loss():
+                stop = processes.any_of(stop_asked())
+            if stop and not over:
                 self.save()
                 where = f"stopped at step {state['step']} of {phase.name}"
                 raise StoppedError(f"{where}; go on with: metakern train --resume --out {run.path}")
 
+    @contextmanager
+    def saved_at_a_loss(self) -> Iterator[None]:
+        """Within the block, if another process ends, save the run as it was at the beginning of the block."""
+        buffers = [(b, b.clone()) for b in self.algorithm.buffers()] if processes.size() > 1 else []
+        try:
+            yield
+        except processes.LostProcessError as error:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            if processes.is_first():
+                self.write()
+            where = f"the run is saved at step {self.run.state['step']} of {self.phase.name}"
+            cure = f"go on with: metakern train --resume --out {self.run.path}"
+            raise processes.LostProcessError(f"{processes.LOST}; {where}; {cure}") from error
+
     def step(self) -> None:
         """Take one outer step; every `log_every` steps, log it, with the query losses before and after adaptation."""
         config, algorithm, state = self.config, self.algorithm, self.run.state
-        episode = self.phase.episodes.sample(state["step"], config.tasks)
+        processes.seed(config.seed, self.phase.name, state["step"])
+        episode = self.phase.episodes.sample(state["step"], config.tasks, processes.share)
         support, query = (on_device_of(self.run.model, batch) for batch in episode)
         done = self.phase.done(state["step"])
         for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
@@ -340,12 +419,13 @@ class _Loop:
         if self.phase.name == "train" and len(set(config.inner_steps)) > 1 and not isinstance(algorithm, ONE_NUMBER):
             algorithm.steps = config.inner_steps[state["step"] % len(config.inner_steps)]
         self.optimizer.zero_grad()
-        loss = algorithm(support, query)
+        loss = _share(algorithm, support, query)
         loss.backward()
         if config.lm_weight and self.phase.name == "train":
-            (config.lm_weight * self.plain(support, query)).backward()
+            (config.lm_weight * _share(self.plain, support, query)).backward()
+        loss = processes.sum_gradients(self.trained, loss)
         norm = torch.nn.utils.clip_grad_norm_(algorithm.parameters(), config.clip or math.inf)
-        if not torch.isfinite(loss.detach() + norm):
+        if not torch.isfinite(loss + norm):
             names = self.phase.episodes.names(state["step"], config.tasks)
             raise self.divergence(names, self.look(support, query).sum(0))
         if state["step"] % config.log_every == 0:
@@ -377,7 +457,7 @@ class _Loop:
         self.algorithm.eval()
         losses = self.algorithm.evaluate(support, query, steps=self.looks)
         self.algorithm.train()
-        return losses
+        return torch.cat(processes.gather(losses.cpu()), 1)
 
     def validate(self) -> None:
         """Log the losses on the validation tasks; save the weights as `last`, and also as `best` if they are the best.
@@ -385,6 +465,7 @@ class _Loop:
         The best weights of the pretraining are `pretrained`.
         """
         run, config, state = self.run, self.config, self.run.state
+        processes.check_equal(self.trained, f"step {state['step']} of {self.phase.name}")
         look = (self.algorithm, self.validation, self.looks, config.eval_tasks)
         names: list[str] = []
         if isinstance(self.algorithm, FineTune) and len(self.looks) > 1:  # its training says nothing of the inner rates
@@ -401,9 +482,9 @@ class _Loop:
         if state["best"] is None or after < state["best"]:
             state["best"], state["worse"] = after, 0
             if self.phase.name == "train":
-                run.save("best")
+                _save(run, "best")
             else:
-                run.save("pretrained", run.model)
+                _save(run, "pretrained", run.model)
         self.save()
 
     def costs(self, limit: float) -> PhaseCosts:
@@ -425,15 +506,21 @@ class _Loop:
             state["step"] = sorted(numbers, key=lengths.__getitem__)[EPISODES // 2]
             once, later = seconds_of_calls(self.step, limit)
             first, each = first + once, each + later / turns
-        episode = self.phase.episodes.sample(state["step"], config.tasks)
+        episode = self.phase.episodes.sample(state["step"], config.tasks, processes.share)
         look = partial(self.look, *(on_device_of(self.run.model, batch) for batch in episode))
         looks = [seconds_of(look) for _ in range(2)]
         return PhaseCosts(first + looks[0], each, seconds_of(self.validate), looks[1])
 
     def save(self) -> None:
+        """Let the first process write the checkpoint `last`."""
+        processes.first(self.write)
+
+    def write(self) -> None:
         """Write the checkpoint `last`, which holds everything that the next step depends on."""
         moments = self.optimizer.state_dict()["state"]
         tensors = {f"outer.{i}.{key}": value for i, state in moments.items() for key, value in state.items()}
+        if launch := processes.launch_id():
+            self.run.state["launch"] = launch
         self.run.save("last", extra=tensors | self.random())
 
     def random(self) -> dict[str, Tensor]:
@@ -490,6 +577,13 @@ def _rates(algorithm: Any) -> list[Tensor]:
     return [rate for optimizer in optimizers(algorithm) for rate in optimizer.lr.parameters()]
 
 
+def _share(algorithm: Any, support: Any, query: Any) -> Tensor:
+    """Return what a process contributes to the mean loss over all tasks or, in plain training, all labeled tokens."""
+    loss = algorithm(support, query)
+    counted = getattr(algorithm, "counted", None)
+    return loss * processes.weight(len(query["input_ids"]) if counted is None else counted)
+
+
 def _schedule(config: Config, step: int, done: float) -> float:
     """Return the factor of the learning rate: a linear warmup, times half a cosine over the share `done`, if wanted."""
     cosine = 0.5 * (1 + math.cos(math.pi * done)) if config.cosine else 1.0
@@ -500,13 +594,17 @@ def _schedule(config: Config, step: int, done: float) -> float:
 def _stop_asked() -> Iterator[Callable[[], bool]]:
     """Within the block, the first Ctrl-C or SIGTERM only sets what is yielded to True; a second one stops at once.
 
-    So a step is never cut in two. Signals can be caught in the main thread alone; in others this does nothing.
+    So a step is never cut in two. In a process that torchrun has started, a signal right after the first one is the
+    same one, which torchrun passes on. Signals can be caught in the main thread alone; in others this does nothing.
     """
     asked = threading.Event()
+    first, same = math.inf, SAME_SIGNAL if processes.launch_id() else 0.0
 
     def ask(*_: Any) -> None:
-        if asked.is_set():
+        nonlocal first
+        if time.monotonic() - first >= same:
             raise KeyboardInterrupt
+        first = min(first, time.monotonic())
         asked.set()
 
     signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()

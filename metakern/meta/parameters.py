@@ -30,7 +30,8 @@ class Parameters:
 
     Raises:
         TypeError: A pattern is not a string.
-        ValueError: There is no trainable parameter, `adapt` matches none, or it matches one without a gradient.
+        ValueError: There is no trainable parameter, `adapt` matches none, or it matches one without a gradient; or a
+            parameter is a shard of one.
     """
 
     def __init__(self, model: nn.Module, adapt: Adapt = None) -> None:
@@ -39,6 +40,12 @@ class Parameters:
         self.adapted: dict[str, nn.Parameter] = {}
         self.shared: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
+            if hasattr(parameter, "full_tensor"):
+                raise ValueError(
+                    f"MAML: parameters must be whole in the inner loop, got {name!r}, which is sharded over processes:"
+                    " shard the algorithm and not its layers, fully_shard(maml), and call maml.unshard() before"
+                    " maml.adapt or maml.evaluate"
+                )
             if selected(name) and not parameter.requires_grad and adapt is not None:
                 raise ValueError(
                     f"MAML: adapt must select trainable parameters, got {name!r}, which has requires_grad=False"

@@ -44,11 +44,11 @@ def stop_after(monkeypatch, samples, number=signal.SIGINT):
     """Make the `samples`-th call of Episodes.sample send a signal to this process."""
     real, drawn = Episodes.sample, []
 
-    def sample(self, step, tasks):
+    def sample(self, step, tasks, *share):
         drawn.append(step)
         if len(drawn) == samples:
             os.kill(os.getpid(), number)
-        return real(self, step, tasks)
+        return real(self, step, tasks, *share)
 
     monkeypatch.setattr(Episodes, "sample", sample)
 
@@ -205,9 +205,9 @@ def test_the_checkpoint_with_the_best_validation_loss_is_returned(tmp_path, data
         assert {name for names, _, _ in source.evaluation() for name in names}.isdisjoint(trained)
         return [], torch.tensor([[9.0], [next(scores)]])
 
-    def spy(self, step, tasks):
+    def spy(self, step, tasks, *share):
         trained.update(self.names(step, tasks))
-        return sample(self, step, tasks)
+        return sample(self, step, tasks, *share)
 
     monkeypatch.setattr(Episodes, "sample", spy)
     monkeypatch.setattr("metakern.dialogue.trainer.curve", validate)
@@ -218,10 +218,10 @@ def test_the_checkpoint_with_the_best_validation_loss_is_returned(tmp_path, data
 def test_a_second_ctrl_c_stops_at_once(tmp_path, data, monkeypatch):
     real = Episodes.sample
 
-    def sample(self, step, tasks):
+    def sample(self, step, tasks, *share):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        return real(self, step, tasks)
+        return real(self, step, tasks, *share)
 
     monkeypatch.setattr(Episodes, "sample", sample)
     handler = signal.getsignal(signal.SIGINT)

@@ -85,7 +85,7 @@ class Turn:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Dialogue:
     """One conversation, which belongs to one task.
 
