@@ -251,7 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--replies", metavar="N", type=positive, default=4, help="replies of a user (default: 4)")
     parser.add_argument("--threads", metavar="N", type=positive, default=results.cores(), help="PyTorch's threads")
     options = parser.parse_args(arguments)
-    entry: dict[str, Any] = {**results.machine(), "threads": options.threads, "replies": options.replies, "users": {}}
+    entry: dict[str, Any] = {"machine": results.machine(), "threads": options.threads, "replies": options.replies}
+    entry["users"] = {}
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(Path(folder) / "run", options.threads)
         for users in options.users:
