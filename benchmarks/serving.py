@@ -1,6 +1,6 @@
 """Measure `metakern serve`: many users, each with a model of their own, on the small GPT of `make bots`.
 
-    python -m benchmarks.serving [--users 1,8,16,64] [--rounds 5] [--replies 4]
+    python -m benchmarks.serving [--users 1,8,16,64] [--rounds 5] [--replies 4] [--threads 2]
 
 replies    Each user asks for some replies of 8 to 40 tokens, one after the other. Three ways do the same work, in
            interleaved rounds: `batch`, the engine with a row for each user; `one row`, the same engine with one row,
@@ -139,9 +139,9 @@ def perturb(model: nn.Module, seed: int) -> None:
         p += 0.02 * torch.randn(p.shape, generator=draw)
 
 
-def make_run(folder: Path) -> Run:
+def make_run(folder: Path, threads: int) -> Run:
     """Write a run with random weights, of the sizes in `bots.toml`."""
-    config = Config(data="bots", width=96, layers=2, heads=4, vocab_size=1024, max_length=96, threads=results.cores())
+    config = Config(data="bots", width=96, layers=2, heads=4, vocab_size=1024, max_length=96, threads=threads)
     tokenizer = Tokenizer.train([d for task in load_split(config).train for d in task.dialogues], config.vocab_size)
     run = Run.create(folder, config, tokenizer)
     tokenizer.save(folder / "tokenizer.json")
@@ -249,10 +249,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--users", metavar="N,N", type=numbers, default=[1, 8, 16, 64], help="numbers of users")
     parser.add_argument("--rounds", metavar="N", type=positive, default=5, help="rounds of the replies (default: 5)")
     parser.add_argument("--replies", metavar="N", type=positive, default=4, help="replies of a user (default: 4)")
+    parser.add_argument("--threads", metavar="N", type=positive, default=results.cores(), help="PyTorch's threads")
     options = parser.parse_args(arguments)
-    entry: dict[str, Any] = {**results.machine(), "users": {}}
+    entry: dict[str, Any] = {"machine": results.machine(), "threads": options.threads, "replies": options.replies}
+    entry["users"] = {}
     with tempfile.TemporaryDirectory() as folder:
-        run = make_run(Path(folder) / "run")
+        run = make_run(Path(folder) / "run", options.threads)
         for users in options.users:
             entry["users"][users] = found = measure_replies(run, users, options.replies, options.rounds)
             print(users, json.dumps(found))

@@ -6,6 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from metakern.dialogue.config import Config
+from metakern.dialogue.readers import read
+from metakern.dialogue.run import Run
+from metakern.dialogue.tokenizer import Tokenizer
+from metakern.io import write
 
 WORDS = ("river", "stone", "cloud", "ember", "maple", "otter", "violin", "copper", "lantern", "meadow", "harbor")
 
@@ -53,3 +57,15 @@ def tiny_config(data: Path, **changes: object) -> Config:
         seed=3,
     )
     return replace(config, **changes)
+
+
+def untrained_run(folder: Path, **changes: object) -> Run:
+    """Write a run with the weights that training would begin with, which learns a few exchanges in some steps."""
+    rates = {"inner": "adam", "inner_lr": 0.03, "learn_lr": False, "capture": False}
+    config = tiny_config(write_tasks(folder.parent / "data"), width=32, hidden=32, max_length=48, **rates | changes)
+    tokenizer = Tokenizer.train(read(config.data), config.vocab_size)
+    run = Run.create(folder, config, tokenizer)
+    tokenizer.save(folder / "tokenizer.json")
+    write(folder / "config.toml", config.toml().encode())
+    run.save("best")
+    return run

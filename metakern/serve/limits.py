@@ -1,4 +1,4 @@
-"""What a client may do: who it is, how often it may ask, and how much it may send."""
+"""What a client may do: what it is called, how often it may ask, how much it may send; and errors that say no."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-__all__ = ["ApiError", "Rates", "limited"]
+__all__ = ["ApiError", "Rates", "error_body", "limited", "valid_name"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 KEPT = 10_000  # names whose rates are remembered
 
 
@@ -23,6 +24,12 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, param: str | None = None, retry: float | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.retry = status, message, param, retry
+
+
+def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """Return an error in OpenAI's form."""
+    kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
+    return {"message": message, "type": kind, "param": param, "code": None}
 
 
 class Rates:

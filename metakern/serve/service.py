@@ -97,10 +97,6 @@ class Service:
                 self._residents.popitem(last=False)
             return found
 
-    def changed(self, name: str) -> None:
-        """Adapt a user's model, as the exchanges have changed."""
-        self.teacher.schedule(name)
-
     def delete(self, name: str) -> Deleted | None:
         """Delete a user with everything that is known, in the store and in memory; None: nothing is known."""
         self.teacher.forget(name)

@@ -2,23 +2,19 @@
 
 import pytest
 import torch
-from tiny import tiny_config, write_tasks
+from tiny import untrained_run
 
 from metakern.dialogue.generate import generate
 from metakern.dialogue.readers import Dialogue, Turn, dialogue
 from metakern.dialogue.tasks import load_adapted
 from metakern.dialogue.teach import support_batch, teach
-from metakern.dialogue.trainer import train
 from metakern.errors import UserError
 from metakern.meta.parameters import twin
 
 
 @pytest.fixture(scope="module", params=["gpt", "gru"])
 def run(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teach")
-    sizes = {"model": request.param, "width": 32, "hidden": 32, "max_length": 48, "steps": 1, "pretrain_steps": 1}
-    rates = {"inner": "adam", "inner_lr": 0.03, "learn_lr": False, "capture": False}
-    return train(tiny_config(write_tasks(folder / "data"), **sizes, **rates), folder / "run")
+    return untrained_run(tmp_path_factory.mktemp("teach") / "run", model=request.param)
 
 
 def taught(*pairs: tuple[str, str]) -> list[Dialogue]:
@@ -58,7 +54,7 @@ def test_the_model_replies_as_taught_after_as_many_steps_as_that_takes(run):
 
 def test_later_exchanges_of_a_conversation_are_judged_in_their_context(run):
     turns = (Turn("user", "river?"), Turn("bot", "cloud"), Turn("user", "and?"), Turn("bot", "stone"))
-    lesson = teach(run, [Dialogue("taught", "1", turns, {"bot": "bot"})])
+    lesson = teach(run, [Dialogue("taught", "1", turns, {"bot": "bot"})], most=200)
     assert (lesson.end.right, lesson.end.replies) == (2, 2)
     assert replies(run, lesson, "river?") == ["cloud"]
 

@@ -97,10 +97,25 @@ def test_a_conversation_reads_only_what_is_new(name):
             ids, _ = each.emit.result()
             assert ids == generate(model, prompt, max_new_tokens=3, temperature=0, eos_id=EOS)
         assert max(read[1:]) <= 3  # the last id of the reply, and what was said
+        read.clear()
         changed = request(own, [*prompt[:4], 20, 21], max_new_tokens=3)
         engine.submit([changed])
         expected = generate(model, changed.prompt, max_new_tokens=3, temperature=0, eos_id=EOS)
         assert changed.emit.result()[0] == expected
+        assert read[0] == (2 if name == "gpt" else 6)  # a state can't go back to the fourth token
+
+
+def test_a_row_that_another_reply_has_filled_gets_its_weights_again():
+    models = [make("gpt", seed) for seed in range(2)]
+    expected = [generate(model, [5, 6], max_new_tokens=8, temperature=0, eos_id=EOS) for model in models]
+    assert expected[0][0] != expected[1][0]
+    with running(models[0]) as engine:
+        ann, bob = (resident(engine, model) for model in models)
+        for pairs in ([(ann, 1), (bob, 4)], [(ann, 8)], [(bob, 8)]):
+            asked = [request(own, [5, 6], max_new_tokens=length) for own, length in pairs]
+            engine.submit(asked)
+            for (own, length), each in zip(pairs, asked, strict=True):
+                assert each.emit.result()[0] == expected[own is bob][:length]
 
 
 def test_a_seed_repeats_a_reply_whoever_else_is_in_the_batch():
