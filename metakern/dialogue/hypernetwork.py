@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ class TextHyperNetwork(mk.HyperNetwork):
         **options: The other arguments of `metakern.HyperNetwork`.
 
     Raises:
-        ValueError: The model has no embedding of tokens; or as `metakern.HyperNetwork` raises it.
+        ValueError: The model has no embedding of tokens; at a call, the support has no input_ids `[T, B, L]`; or as
+            `metakern.HyperNetwork` raises it.
     """
 
     def __init__(
@@ -40,6 +41,12 @@ class TextHyperNetwork(mk.HyperNetwork):
         text = mk.nn.TextEncoder(build_model("gru", tokens, embedding=embedding, hidden=hidden))
 
         def encode(batch: Batch) -> Tensor:
-            return text(batch["input_ids"], batch["attention_mask"])
+            ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+            if ids is None or ids.dim() != 2:
+                got = type(batch).__name__ if ids is None else f"input_ids {list(ids.shape)} of a task"
+                raise ValueError(f"TextHyperNetwork: support must hold input_ids [T, B, L] of conversations, got {got}")
+            return text(ids, batch.get("attention_mask"))
 
+        if taken := {"encoder", "size"} & options.keys():
+            raise ValueError(f"TextHyperNetwork: {min(taken)} must not be given: embedding and hidden are its sizes")
         super().__init__(model, loss, mk.nn.SetEncoder(encode, modules=[text]), size=embedding, **options)

@@ -161,8 +161,8 @@ def over_tasks(function: Callable[..., Tensor], tree: Any, *more: Any) -> Tensor
 def tasks_of(tree: Any, what: str = "batch") -> int:
     """Return the number of tasks in a batch.
 
-    Raises ValueError if it has no tensors or no tasks, if its tensors disagree, or if a tensor is a scalar, is nested
-    or requires a gradient. `what` is the name of the batch in messages.
+    Raises ValueError if it has no tensors, no tasks or no elements, if its tensors disagree, or if a tensor is a
+    scalar, is nested or requires a gradient. `what` is the name of the batch in messages.
     """
     leaves = tensors(tree)
     if not leaves:
@@ -184,6 +184,8 @@ def tasks_of(tree: Any, what: str = "batch") -> int:
         )
     if sizes[0] == 0:
         raise ValueError(f"MAML: {what} must hold at least one task, got 0")
+    if not any(leaf.numel() for leaf in leaves):
+        raise ValueError(f"MAML: {what} must hold examples, got tensors of sizes {[list(t.shape) for t in leaves]}")
     return sizes[0]
 
 

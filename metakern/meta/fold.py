@@ -130,6 +130,8 @@ class Fold:
             if any(t.dim() < 2 for t in mapped) or len({t.shape[1] for t in mapped}) != 1:
                 raise FoldError("the model's inputs must share a batch dimension")
             self.size = self.tasks * mapped[0].shape[1]
+            if not self.size:
+                raise FoldError("the model's inputs must hold examples, got a batch dimension of 0")
             inner = list(leaves)
             for i, tensor, dim in zip(where, tensors, in_dims, strict=True):
                 inner[i] = tensor if dim is None else tensor.movedim(dim, 0).flatten(0, 1)

@@ -358,6 +358,7 @@ def test_imaml_reports_what_does_not_converge_once_and_refuses_what_has_no_minim
         {"strength": 0.0},
         {"learn_strength": 1},
         {"keep_solutions": "yes"},
+        {"query_weights": (0.5, 0.5), "steps": 1},
         {"solver": "lu"},
         {"solver_steps": 0},
         {"tolerance": -1.0},
@@ -365,6 +366,9 @@ def test_imaml_reports_what_does_not_converge_once_and_refuses_what_has_no_minim
     ):
         with pytest.raises(ValueError, match="IMAML: "):
             mk.IMAML(model, regression_loss, **wrong)  # type: ignore[arg-type]
+    imaml.query_weights = (0.5, 0.5)
+    with pytest.raises(ValueError, match="IMAML: query_weights must be None"):
+        imaml(support, query)
     with pytest.raises(ValueError, match="support must be one batch"):
         mk.IMAML(model, regression_loss, steps=1)(mk.PerStep(support), query)
     with pytest.raises(ValueError, match="support must be one batch"):

@@ -155,9 +155,23 @@ def test_query_losses_draw_new_dropout_masks_after_each_step() -> None:
 
 @pytest.mark.parametrize("weights", [(1, 1), "abc", (0, 0, 0), (0, float("nan"), 1), (0, True, 1), torch.ones(3), 1])
 def test_wrong_weights_are_refused(weights: Any) -> None:
-    maml = mk.MAML(mlp().double(), regression_loss, steps=2, query_weights=weights)
+    with pytest.raises(ValueError, match="MAML: query_weights must be"):
+        mk.MAML(mlp().double(), regression_loss, steps=2, query_weights=weights)
+    maml = mk.MAML(mlp().double(), regression_loss, steps=2)
+    maml.query_weights = weights
     with pytest.raises(ValueError, match="MAML: query_weights must be"):
         maml(points(1), points(2))
+
+
+def test_batches_without_examples_are_refused() -> None:
+    maml, whole = mk.MAML(mlp().double(), regression_loss), points(1)
+    empty = tuple(x[:, :0] for x in whole)
+    with pytest.raises(ValueError, match=r"MAML: support must hold examples, got tensors of sizes \[\[3, 0, 5\]"):
+        maml(empty, whole)
+    with pytest.raises(ValueError, match="MAML: query must hold examples"):
+        maml(whole, empty)
+    with pytest.raises(ValueError, match="MAML: support must hold examples"):
+        maml.adapt(empty)
 
 
 def test_too_few_batches_for_the_steps_are_refused() -> None:
@@ -186,6 +200,8 @@ def test_adaptation_goes_on_from_adapted_parameters() -> None:
     second = maml.adapt(support, 3, start=first)
     assert_equal(second, maml.adapt(support, 5), 1e-12)
     assert_equal(maml.adapt(support, 0, start=first), first, 1e-15)
+    losses = maml.evaluate(support, support, (2, 5))
+    torch.testing.assert_close(maml.evaluate(support, support, (0, 3), start=first), losses)
     with pytest.raises(ValueError, match="start must hold each adapted parameter"):
         maml.adapt(support, 1, start={"x": torch.ones(2)})
     with pytest.raises(ValueError, match="start must hold each adapted parameter"):

@@ -67,8 +67,8 @@ class IMAML(MAML):
     Raises:
         TypeError: As `metakern.MAML` raises it.
         ValueError: As `metakern.MAML` raises it; also if a hyper-parameter of `inner` is learned, `strength` or
-            `tolerance` is not positive, or `solver` or `solver_steps` has another value; at a call, if the inner steps
-            have batches of their own.
+            `tolerance` is not positive, `solver` or `solver_steps` has another value, or `query_weights` is not None;
+            at a call, if the inner steps have batches of their own.
 
     >>> import torch, metakern as mk
     >>> model = torch.nn.Linear(8, 4)
@@ -106,6 +106,7 @@ class IMAML(MAML):
             raise ValueError(
                 "IMAML: inner must have fixed hyper-parameters, as the gradient does not depend on the path"
             )
+        _without(options.get("query_weights"))
         super().__init__(model, loss, inner, steps, **options | {"strategy": "recompute"})
         like = next(model.parameters())
         self.log_strength = nn.Parameter(like.new_tensor(math.log(strength))) if learn_strength else None
@@ -141,6 +142,7 @@ class IMAML(MAML):
         Raises:
             ValueError: As `metakern.MAML` and its `adapt` raise it, or as the class says.
         """
+        _without(self.query_weights)
         return self._mean(support, query, start)
 
     def _gradients(self, support: Any, outer: Outer, *start: list[Tensor]) -> tuple[Tensor, Gradients, list[Tensor]]:
@@ -247,6 +249,13 @@ class Proximal(InnerOptimizer):
         pulled = [g + self.strength(p) * (p - p0) for p, g, p0 in zip(phi, grads, start, strict=True)]
         phi, rest = self.inner.update(phi, pulled, rest, *losses)
         return list(phi), (*start, *rest)
+
+
+def _without(query_weights: Any) -> None:
+    if query_weights is not None:
+        raise ValueError(
+            f"IMAML: query_weights must be None, as the query loss at the minimum alone counts, got {query_weights!r}"
+        )
 
 
 Product = Callable[[Sequence[Tensor]], list[Tensor]]

@@ -141,6 +141,8 @@ class MAML(nn.Module):
         self.model, self.inner = model, inner
         self.loss, self.steps, self.first_order, self.capture = loss, non_negative(steps), first_order, capture
         self.precision, self.query_weights = precision, query_weights
+        if query_weights is not None:
+            _checked(query_weights, steps)
         self._engine = engine
         self.query_losses: Tensor | None = None  # [T]
 

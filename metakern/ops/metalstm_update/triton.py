@@ -159,7 +159,7 @@ def _score_jvp(x, t_x, t, gate, h_next, t_h_next, phi, t_phi, last, t_last, H: t
 
 @triton.jit
 def _layers_jvp(x, t_x, a, t, n, N, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Returns the dual numbers of a block: its row, c, i, f, g, o, tanh(c'), c', h', and the gates of the second layer.
+    """Returns the row of a block, its tangent, and dual numbers: c, i, f, g, o, tanh(c'), c', h', the last two gates.
 
     `a`: the arguments of the first layer's gates, and their tangents.
     """
@@ -180,7 +180,8 @@ def _layers_jvp(x, t_x, a, t, n, N, H: tl.constexpr, BLOCK_H: tl.constexpr):
     t_rate = _score_jvp(x, t_x, t, 0, h_next, t_h_next, row[0], t_row[0], row[2], t_row[2], H, j)
     t_decay = _score_jvp(x, t_x, t, 1, h_next, t_h_next, row[0], t_row[0], row[3], t_row[3], H, j)
     return (
-        (row, t_row),
+        row,
+        t_row,
         (c, t_c),
         (i, t_i),
         (f, t_f),
@@ -224,8 +225,9 @@ def _update_jvp_kernel(x, t_x, a, t_y, N, H: tl.constexpr, BLOCK_H: tl.constexpr
     """Stores t_y, given the arguments of the first layer's gates and their tangents, [T, 4H, N]."""
     t = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    rows, _, _, _, _, _, _, c_next, h_next, rate, decay = _layers_jvp(x, t_x, a, t, n, N, H, BLOCK_H)
-    (phi, grad, _, _), (t_phi, t_grad, _, _) = rows
+    row, t_row, _, _, _, _, _, _, c_next, h_next, rate, decay = _layers_jvp(x, t_x, a, t, n, N, H, BLOCK_H)
+    phi, grad, _, _ = row
+    t_phi, t_grad, _, _ = t_row
     j = tl.arange(0, BLOCK_H)[:, None]
     at, inside = (t * H + j) * N + n, (j < H) & (n < N)
     t_phi_next = decay[1] * phi + decay[0] * t_phi - rate[1] * grad - rate[0] * t_grad
@@ -375,20 +377,18 @@ def _update_vjp_jvp_kernel(
     """Stores the cotangents of the first layer's arguments and their tangents, [T, 4H, N], and what is not from these.
 
     That are t_ct_x of phi, grad (without what comes through the first layer), c and the gates, and the block's sums for
-    the second layer's weights. `a`: the first layer's arguments and their tangents; `t_ct` may be None.
+    the second layer's weights. `a`: the first layer's arguments and their tangents.
     """
     t = tl.program_id(1).to(tl.int64)
     part = t * tl.num_programs(0) + tl.program_id(0)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    rows, c, i, f, g, o, e, _, h_next, rate, decay = _layers_jvp(x, t_x, a, t, n, N, H, BLOCK_H)
-    (phi, grad, last_rate, last_decay), (t_phi, t_grad, t_last_rate, t_last_decay) = rows
+    row, t_row, c, i, f, g, o, e, _, h_next, rate, decay = _layers_jvp(x, t_x, a, t, n, N, H, BLOCK_H)
+    phi, grad, last_rate, last_decay = row
+    t_phi, t_grad, t_last_rate, t_last_decay = t_row
     j = tl.arange(0, BLOCK_H)[:, None]
     at, inside = (t * H + j) * N + n, (j < H) & (n < N)
     ct_p, ct_h, ct_c, ct_rate, ct_decay = _cotangents(ct, t, n, N, H, BLOCK_H)
-    t_ct_p, t_ct_h, t_ct_c = tl.zeros_like(ct_p), tl.zeros_like(ct_h), tl.zeros_like(ct_c)
-    t_ct_rate, t_ct_decay = tl.zeros_like(ct_rate), tl.zeros_like(ct_decay)
-    if t_ct is not None:
-        t_ct_p, t_ct_h, t_ct_c, t_ct_rate, t_ct_decay = _cotangents(t_ct, t, n, N, H, BLOCK_H)
+    t_ct_p, t_ct_h, t_ct_c, t_ct_rate, t_ct_decay = _cotangents(t_ct, t, n, N, H, BLOCK_H)
     ct_rate -= grad * ct_p
     ct_decay += phi * ct_p
     t_ct_rate -= t_grad * ct_p + grad * t_ct_p
@@ -478,7 +478,8 @@ def _vjp_jvp(
 ) -> Tensors:
     if _left(x):
         return REFERENCE.vjp_jvp(c, x, r, t_x, t_r, ct_y, t_ct_y)
-    x, t_x, ct_y, t_ct_y = contiguous(*x), contiguous(*t_x), contiguous(*ct_y), t_ct_y and contiguous(*t_ct_y)
+    t_ct_y = tuple(map(torch.zeros_like, ct_y)) if t_ct_y is None else t_ct_y
+    x, t_x, ct_y, t_ct_y = contiguous(*x), contiguous(*t_x), contiguous(*ct_y), contiguous(*t_ct_y)
     t_ct_x, sums, dual = tuple(map(torch.empty_like, x[:5])), _sums(x, (8, 9)), duals(x, t_x)
     a = arguments(c.p, dual)
     ct_a = Dual(torch.empty_like(a.value), torch.empty_like(a.value))
