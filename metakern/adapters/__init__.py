@@ -1,1 +1,1 @@
-"""LoRA for whole models, and adapters on disk in the format of the PEFT library."""
+"""LoRA for whole models, changes of weights as LoRA, and adapters on disk in the format of the PEFT library."""

@@ -51,6 +51,7 @@ def tiny(monkeypatch):
     [
         ("linear", "tasks", ((1, 0, 0), (1, 1, 0), (1, 1, 1))),
         ("lora_linear", "tasks", ((1, 0, 0), (1, 1, 0))),
+        ("implicit_linear", "tasks", ((1, 0, 0),)),
         *((cell, "per_task", ((1, 0, 0), (1, 1, 0), (1, 2, 1))) for cell in ("rnn", "gru", "lstm")),
         ("attention", "full", ((1, 0, 0),)),
     ],

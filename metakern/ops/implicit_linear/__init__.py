@@ -26,8 +26,10 @@ which it has four rules. With r the rates, one for each row of the scores S, P, 
 | S, P, Q, G | [T, M, N], of which only those of a block of rows of x are in memory |
 
 Residuals: none. A weight of its own would take in·out numbers for each task and N·in·out multiplications for its
-gradient; this takes M·(in + out) numbers and N·M·(in + out) multiplications. Half precision accumulates in float32
-inside each product, and over blocks.
+gradient; this takes M·(in + out) numbers and N·M·(in + out) multiplications. Every product sums over, or results in, as
+many numbers as the layer is wide, beside which the traffic of the scores is small. So all of them are ordinary matrix
+products, and only the scores that a derivative uses are computed. Half precision accumulates in float32 inside each
+product, and over blocks.
 """
 
 from __future__ import annotations
