@@ -33,7 +33,7 @@ from metakern.tested import remark
 __all__ = ["main"]
 
 GROUPS = {
-    "data": "data",
+    "part": "data",
     "model": "model",
     "algorithm": "meta-learning",
     "outer_lr": "outer loop",

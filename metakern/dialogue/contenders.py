@@ -72,8 +72,8 @@ def contender(run: Run, name: str) -> Run:
         if not (run.config.pretrain_steps or run.config.pretrained):
             raise UserError(f"{run.path}: began with random weights, so it has no contender pretrained")
         config = replace(run.config, algorithm="finetune", algorithm_options=(), **changes)
-        found = Run.create(run.path, config, run.tokenizer)
-        found.restore("pretrained", found.model)
+        found = Run.create(run.path, config, run.tokenizer, run.labels)
+        found.restore("pretrained", found.body)
         return found
     config = replace(run.config, algorithm=base, steps=state["step"])
     if base != run.config.algorithm:

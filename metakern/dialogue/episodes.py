@@ -21,7 +21,7 @@ from metakern.dialogue.split import TaskData
 from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, DialogueTokenizer, bot_in
 from metakern.errors import DataError
 
-__all__ = ["Episodes", "Exchange", "collate"]
+__all__ = ["Episodes", "Exchange", "collate", "draw"]
 
 Batch = dict[str, Tensor]
 Startable = tuple[Dialogue, list[int]]  # a dialogue, and the turns at which a window may begin
@@ -159,9 +159,9 @@ class Episodes:
             raise ValueError(f"sample: tasks must be at least 1, got {tasks}")
         rng = random.Random(f"episodes/{self.seed}/{step}")
         if not self.task_power:
-            return _draw(self._tasks, tasks, rng), rng
+            return draw(self._tasks, tasks, rng), rng
         weights = [len(dialogues) ** self.task_power for _, dialogues in self._tasks]
-        return _draw(self._tasks, tasks, rng, weights), rng
+        return draw(self._tasks, tasks, rng, weights), rng
 
     def evaluation(self, limit: int | None = None, *, batch: int = 16) -> Iterator[tuple[list[str], Batch, Batch]]:
         """Yield fixed episodes of the tasks: names, support, query.
@@ -208,7 +208,7 @@ class Episodes:
         self, dialogues: Sequence[Startable], rng: random.Random
     ) -> tuple[list[tuple[Dialogue, int]], list[tuple[Dialogue, int]]]:
         """Return the windows of a task's support and query: dialogues, and the turns at which the windows begin."""
-        shuffled = _draw(dialogues, len(dialogues), rng)
+        shuffled = draw(dialogues, len(dialogues), rng)
         share = round(len(shuffled) * self.sizes[0] / sum(self.sizes))
         cut = min(max(share, 1), len(shuffled) - 1)
         support, query = (
@@ -289,7 +289,7 @@ def _begun(item: Startable, rng: random.Random) -> tuple[Dialogue, int]:
     return dialogue, starts[int(rng.random() * len(starts))]
 
 
-def _draw(items: Sequence[T], count: int, rng: random.Random, weights: Sequence[float] | None = None) -> list[T]:
+def draw(items: Sequence[T], count: int, rng: random.Random, weights: Sequence[float] | None = None) -> list[T]:
     """Return `count` items in random order; no item comes twice before all have come once.
 
     With weights, each next item is one of the rest in proportion to them (Efraimidis, Spirakis 2006).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,9 +11,10 @@ from torch import nn
 import metakern as mk
 from metakern.dialogue.baselines import PROMPT_LENGTH, FineTune, InContext, PromptTuning
 from metakern.dialogue.hypernetwork import TextHyperNetwork
+from metakern.dialogue.manager.training import part_model, prototypical
 from metakern.dialogue.models import build_model
 from metakern.errors import UserError, by_the_user
-from metakern.meta.algorithms.registry import ALGORITHMS
+from metakern.meta.algorithms.registry import ALGORITHMS, Algorithm
 from metakern.optim import InnerOptimizer
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ for name, make, rates in (
     ("incontext", InContext, "fixed"),
 ):
     mk.register_algorithm(name, make, rates)
+PROTOMAML = Algorithm(mk.ProtoMAML)
 ONE_NUMBER = (mk.MAMLPlusPlus, mk.MetaLSTM)  # whose parts are for a fixed number of inner steps, the largest
 PLAIN = (FineTune, PromptTuning, InContext)  # trained without an inner loop
 OPTIMIZERS: dict[str, Any] = {
@@ -52,13 +54,22 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 @by_the_user()
-def build_algorithm(config: Config, model: nn.Module) -> Any:
+def build_algorithm(config: Config, model: nn.Module, labels: Sequence[str] = ()) -> Any:
     """Return the algorithm of `config` over `model`: a module with `(support, query) -> loss`, `adapt` and `evaluate`.
+
+    Args:
+        config: The settings.
+        model: As `build_model_of` returns it.
+        labels: Those of the run, for a parser or a policy.
 
     Raises:
         UserError: If the model or a setting does not suit the algorithm.
     """
-    algorithm = ALGORITHMS[config.algorithm]
+    if config.part == "parser" and config.algorithm != "protomaml":
+        return _made(prototypical, config, config, model, labels)
+    algorithm = PROTOMAML if config.part == "parser" else ALGORITHMS[config.algorithm]
+    if config.part == "policy" and algorithm.make in (PromptTuning, InContext, TextHyperNetwork):
+        raise UserError(f"algorithm must be one that adapts a policy by gradients, got {config.algorithm!r}")
     precision = None if config.precision == "float32" else config.precision
     options: dict[str, Any] = {"steps": config.most_inner_steps, "precision": precision}
     if config.adapt:
@@ -72,10 +83,14 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
     else:
         learned = config.learn_lr and algorithm.rates == "learned"
         options["inner"] = inner_optimizer(config, learned)
+    loss = mk.losses.causal_lm if config.part == "generator" else mk.losses.classification
+    return _made(algorithm.make, config, model, loss, **options)
+
+
+def _made(make: Callable[..., Any], config: Config, *args: Any, **options: Any) -> Any:
+    """Return `make(*args, **options)`, with the `algorithm_options` of a config among the options."""
     try:
-        return algorithm.make(
-            model, mk.losses.causal_lm, **options | named("algorithm_options", config.algorithm_options)
-        )
+        return make(*args, **options | named("algorithm_options", config.algorithm_options))
     except TypeError as error:
         if "unexpected keyword argument" not in str(error) or not config.algorithm_options:
             raise
@@ -156,11 +171,17 @@ def _pretrained(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module
 
 
 @by_the_user()
-def build_model_of(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module, str]:
+def build_model_of(config: Config, tokenizer: DialogueTokenizer, labels: Sequence[str] = ()) -> tuple[nn.Module, str]:
     """Return the model of `config` before training, and the fingerprint of its pretrained weights ("": it has none).
+
+    Args:
+        config: The settings.
+        tokenizer: The tokenizer of the run.
+        labels: Those of the run, for a parser or a policy.
 
     Raises:
         DataError: If a pretrained model can't be read.
         UserError: If a size or a LoRA setting does not suit the model.
     """
-    return _pretrained(config, tokenizer) if config.pretrained else (_new(config, tokenizer), "")
+    model, base = _pretrained(config, tokenizer) if config.pretrained else (_new(config, tokenizer), "")
+    return model if config.part == "generator" else part_model(config, model, labels), base

@@ -2,6 +2,7 @@
 
     config.toml              all settings
     tokenizer.json           the vocabulary
+    labels.json              of a parser the intents of the training, of a policy the acts that it chooses from
     checkpoints/last         what a resumed run continues from
     checkpoints/best         the weights with the lowest loss on the validation tasks
     checkpoints/pretrained   the best weights before meta-training, from which contenders start too
@@ -15,7 +16,8 @@ model, and a digest in the checkpoint tells whether it is still the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import metakern as mk
+from metakern import io
 from metakern.dialogue import checkpoint
 from metakern.dialogue.config import Config
 from metakern.dialogue.registry import build_algorithm, build_model_of, tokenizer_class
@@ -44,6 +47,7 @@ class Run:
         algorithm: The module that trains and adapts the model.
         state: What the checkpoint says beside tensors: the phase, the step, the seconds, the best validation loss.
         base: The fingerprint of the pretrained weights that the run began with; "" for a model trained from scratch.
+        labels: The labels that a parser or a policy was trained with; none of a generator.
     """
 
     path: Path
@@ -52,9 +56,10 @@ class Run:
     algorithm: Any
     state: dict[str, Any] = field(default_factory=dict)
     base: str = ""
+    labels: tuple[str, ...] = ()
 
     @classmethod
-    def create(cls, path: Path, config: Config, tokenizer: DialogueTokenizer) -> Run:
+    def create(cls, path: Path, config: Config, tokenizer: DialogueTokenizer, labels: Sequence[str] = ()) -> Run:
         """Return a run before training, with weights from the config's seed or from the pretrained model.
 
         It sets the number of PyTorch's threads, if the config does, and seeds PyTorch's random generator.
@@ -68,8 +73,9 @@ class Run:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device must be cpu where PyTorch finds no GPU, got cuda")
         torch.manual_seed(config.seed)
-        model, base = build_model_of(config, tokenizer)
-        return cls(path, config, tokenizer, build_algorithm(config, model.to(config.device)), base=base)
+        model, base = build_model_of(config, tokenizer, labels)
+        algorithm = build_algorithm(config, model.to(config.device), labels).to(config.device)
+        return cls(path, config, tokenizer, algorithm, base=base, labels=tuple(labels))
 
     @classmethod
     def open(cls, path: str | Path, name: str = "best", **changes: Any) -> Run:
@@ -90,7 +96,8 @@ class Run:
             raise UserError(f"{path}: is not the folder of a run (it has no config.toml); metakern train makes one")
         config = replace(Config.load(path / "config.toml"), **changes)
         try:
-            run = cls.create(path, config, tokenizer_class(config).load(path / "tokenizer.json"))
+            labels = _labels(path / "labels.json") if config.part != "generator" else ()
+            run = cls.create(path, config, tokenizer_class(config).load(path / "tokenizer.json"), labels)
         except DataError as error:
             hint = f"; if {config.model} has moved, change model in {path / 'config.toml'}" if config.pretrained else ""
             raise UserError(f"{error}{hint}") from None
@@ -100,6 +107,11 @@ class Run:
     @property
     def model(self) -> nn.Module:
         return self.algorithm.model
+
+    @property
+    def body(self) -> nn.Module:
+        """The language model: the model of a generator, or what the head of a parser or a policy is over."""
+        return getattr(self.model, "body", self.model)
 
     @property
     def size(self) -> str:
@@ -113,6 +125,12 @@ class Run:
     def vocabulary(self) -> str:
         """The digest of the tokenizer's file, by which a checkpoint knows the vocabulary that it was trained with."""
         return hashlib.sha256((self.path / "tokenizer.json").read_bytes()).hexdigest()
+
+    def save_vocabulary(self) -> None:
+        """Write what the weights are of use with: the tokenizer, and the labels if there are any."""
+        self.tokenizer.save(self.path / "tokenizer.json")
+        if self.labels:
+            io.write(self.path / "labels.json", json.dumps(self.labels, ensure_ascii=False, indent=1).encode())
 
     def save(self, name: str, module: nn.Module | None = None, extra: Mapping[str, Tensor] | None = None) -> None:
         """Write the checkpoint `name`; with LoRA, `best` also goes into the folder `adapter`.
@@ -159,3 +177,13 @@ class Run:
         checkpoint.load_module(module or self.algorithm, weights, folder / name)
         self.state = state
         return tensors
+
+
+def _labels(file: Path) -> list[str]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'it is not JSON'}") from None
+    if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
+        raise DataError(f"{file}: must be a list of labels, got another value")
+    return found

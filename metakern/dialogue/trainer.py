@@ -33,11 +33,12 @@ from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.gain import gain, worth
 from metakern.dialogue.log import Log
+from metakern.dialogue.manager.training import labels_of
 from metakern.dialogue.planning import Costs, PhaseCosts, planned, seconds_of, seconds_of_calls
 from metakern.dialogue.rates import optimizers, tuned
 from metakern.dialogue.registry import ONE_NUMBER, build_algorithm, tokenizer_class
 from metakern.dialogue.run import Run
-from metakern.dialogue.tasks import curve, episodes, load_split, on_device_of
+from metakern.dialogue.tasks import Source, curve, episodes, load_split, on_device_of, source_of
 from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
 from metakern.errors import UserError
 
@@ -134,26 +135,28 @@ def train(
     else:
         dialogues = [dialogue for task in split.train for dialogue in task.dialogues]
         tokenizer = Tokenizer.train(dialogues, config.vocab_size, io.cache_folder())
+    labels = labels_of(config, split.train)
+    whole = {"whole": True} if config.part == "parser" and config.algorithm == "finetune" else {}
     sources = _Sources(
         episodes(config, split.train, tokenizer, train_on=config.pretrain_on, seed=config.seed + 1),
-        episodes(config, split.train, tokenizer),
         episodes(config, split.validation, tokenizer),
+        source_of(config, split.train, tokenizer, labels, **whole),
+        source_of(config, split.validation, tokenizer, labels),
     )
     if seconds is not None:
         Display().say(f"{out}: measuring steps, to plan a training of {seconds:g} s")
-        costs = _rehearsal(config, tokenizer, sources, seconds, began)
+        costs = _rehearsal(config, tokenizer, labels, sources, seconds, began)
         config = planned(config, seconds, costs)
-    if not resume:
-        tokenizer.save(out / "tokenizer.json")
     io.write(out / "config.toml", config.toml().encode())
-
-    run = Run.create(out, config, tokenizer)
+    run = Run.create(out, config, tokenizer, labels)
+    if not resume:
+        run.save_vocabulary()
     plain, phases = _parts(run, sources)
     saved: dict[str, Tensor] = {}
     if resume:
         saved = run.restore("last")
     elif start:
-        run.restore("pretrained", run.model, Path(start))
+        run.restore("pretrained", run.body, Path(start))
     if start or (resume and run.state["phase"] == "train"):
         phases = phases[-1:]
     with Log(out) as log, _stop_asked() as stop_asked:
@@ -163,16 +166,16 @@ def train(
         for phase in phases:
             if phase.name == "train" and not saved:
                 if config.pretrain_steps and not start:
-                    run.restore("pretrained", run.model)
+                    run.restore("pretrained", run.body)
                 else:
-                    run.save("pretrained", run.model)
-            loop = _Loop(run, phase, plain, sources.validation, log)
+                    run.save("pretrained", run.body)
+            loop = _Loop(run, phase, plain, log)
             if saved:
                 loop.restore(saved)
             else:
                 loop.begin()
-                if phase.name == "train" and _is_pretrained(config) and not start:
-                    log.say(_worth_of_adaptation(config, plain, sources.validation))
+                if phase.name == "train" and _tells_worth(config) and not start:
+                    log.say(_worth_of_adaptation(config, plain, sources.language_validation))
             loop.go(stop_asked)
             saved = {}
     run.restore("best")
@@ -191,18 +194,20 @@ def _check_same(old: Config, new: Config, out: Path) -> None:
 
 @dataclass(frozen=True)
 class _Sources:
-    """The episodes of plain language modeling, of the algorithm, and of validations."""
+    """The episodes of plain language modeling and of the algorithm, for training and for validation."""
 
     language: Episodes
-    tasks: Episodes
-    validation: Episodes
+    language_validation: Episodes
+    tasks: Source
+    validation: Source
 
 
 @dataclass(frozen=True)
 class _Phase:
     name: str
     algorithm: Any
-    episodes: Episodes
+    episodes: Source
+    validation: Source
     steps: int
     lr: float
 
@@ -216,18 +221,20 @@ class _Phase:
 
 
 def _parts(run: Run, sources: _Sources) -> tuple[FineTune, list[_Phase]]:
-    """Return plain training of the model of a run, and the phases of its training."""
+    """Return plain training of the language model of a run, and the phases of its training."""
     config = run.config
-    plain = build_algorithm(replace(config, algorithm="finetune", algorithm_options=()), run.model)
+    plain = build_algorithm(replace(config, part="generator", algorithm="finetune", algorithm_options=()), run.body)
+    language = sources.language, sources.language_validation
     phases = [
-        _Phase("pretrain", plain, sources.language, config.pretrain_steps, config.pretrain_lr),
-        _Phase("train", run.algorithm, sources.tasks, config.steps, config.outer_lr),
+        _Phase("pretrain", plain, *language, config.pretrain_steps, config.pretrain_lr),
+        _Phase("train", run.algorithm, sources.tasks, sources.validation, config.steps, config.outer_lr),
     ]
     return plain, phases if config.pretrain_steps else phases[1:]
 
 
-def _is_pretrained(config: Config) -> bool:
-    return bool(config.pretrain_steps or config.pretrained)
+def _tells_worth(config: Config) -> bool:
+    """Whether the training says what adaptation of the pretrained language model is worth."""
+    return config.part == "generator" and bool(config.pretrain_steps or config.pretrained)
 
 
 def _worth_of_adaptation(config: Config, plain: FineTune, validation: Episodes) -> str:
@@ -236,10 +243,21 @@ def _worth_of_adaptation(config: Config, plain: FineTune, validation: Episodes) 
     return worth(gain(means), "of the pretrained weights", f"on the validation tasks, in up to {LOOKS[-1]} steps")
 
 
-def _rehearsal(config: Config, tokenizer: DialogueTokenizer, sources: _Sources, seconds: float, began: float) -> Costs:
+def _rehearsal(
+    config: Config,
+    tokenizer: DialogueTokenizer,
+    labels: Sequence[str],
+    sources: _Sources,
+    seconds: float,
+    began: float,
+) -> Costs:
     """Measure the parts of a training on a model of its own, and leave nothing behind.
 
     Args:
+        config: The settings.
+        tokenizer: The tokenizer.
+        labels: Those of a parser or a policy.
+        sources: The episodes.
         seconds: The time that the training should take. Calls of each kind of step take up to 2% of it; if they are
             slow, three calls.
         began: When the training began, by `time.perf_counter`.
@@ -249,18 +267,18 @@ def _rehearsal(config: Config, tokenizer: DialogueTokenizer, sources: _Sources, 
     """
     created = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, Log(Path(folder), quiet=True) as log:
-        tokenizer.save(Path(folder) / "tokenizer.json")
-        run = Run.create(Path(folder), replace(config, log_every=sys.maxsize), tokenizer)
+        run = Run.create(Path(folder), replace(config, log_every=sys.maxsize), tokenizer, labels)
+        run.save_vocabulary()
         plain, phases = _parts(run, sources)
         again = time.perf_counter() - created  # what the training spends anew
         try:
-            found = {p.name: _Loop(run, p, plain, sources.validation, log).costs(seconds / 50) for p in phases}
+            found = {p.name: _Loop(run, p, plain, log).costs(seconds / 50) for p in phases}
         except DivergenceError:
             raise UserError(
                 "train: --time cannot be planned, as losses of the untrained model are not finite: try a lower inner_lr"
             ) from None
-        if _is_pretrained(config):
-            again += TUNING * seconds_of(partial(curve, plain, sources.validation, LOOKS, config.eval_tasks))
+        if _tells_worth(config):
+            again += TUNING * seconds_of(partial(curve, plain, sources.language_validation, LOOKS, config.eval_tasks))
     again += sum(costs.first for costs in found.values())
     return Costs(time.perf_counter() - began + again, found["train"], found.get("pretrain"))
 
@@ -268,8 +286,8 @@ def _rehearsal(config: Config, tokenizer: DialogueTokenizer, sources: _Sources, 
 class _Loop:
     """The loop of one phase: outer steps, validations and checkpoints."""
 
-    def __init__(self, run: Run, phase: _Phase, plain: FineTune, validation: Episodes, log: Log) -> None:
-        self.run, self.phase, self.validation, self.log = run, phase, validation, log
+    def __init__(self, run: Run, phase: _Phase, plain: FineTune, log: Log) -> None:
+        self.run, self.phase, self.log = run, phase, log
         self.config, self.algorithm = run.config, phase.algorithm
         self.looks = (0, *sorted(set(self.config.inner_steps))) if phase.name == "train" else (0,)
         self.rates = _rates(self.algorithm) if phase.name == "train" else []
@@ -365,7 +383,7 @@ class _Loop:
         The best weights of the pretraining are `pretrained`.
         """
         run, config, state = self.run, self.config, self.run.state
-        look = (self.algorithm, self.validation, self.looks, config.eval_tasks)
+        look = (self.algorithm, self.phase.validation, self.looks, config.eval_tasks)
         names: list[str] = []
         if isinstance(self.algorithm, FineTune) and len(self.looks) > 1:  # its training says nothing of the inner rates
             _, losses = tuned(*look)
@@ -383,7 +401,7 @@ class _Loop:
             if self.phase.name == "train":
                 run.save("best")
             else:
-                run.save("pretrained", run.model)
+                run.save("pretrained", run.body)
         self.save()
 
     def costs(self, limit: float) -> PhaseCosts:
