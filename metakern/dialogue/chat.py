@@ -12,62 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metakern import io
-from metakern.dialogue.episodes import collate
 from metakern.dialogue.generate import check_sampling, generate
 from metakern.dialogue.readers import Dialogue, Turn, read
 from metakern.dialogue.run import Run
-from metakern.dialogue.tasks import load_adapted, on_device_of
-from metakern.dialogue.tokenizer import IGNORE, bot_of
+from metakern.dialogue.tasks import load_adapted
+from metakern.dialogue.teach import support_batch
 from metakern.errors import UserError, by_the_user
 from metakern.meta.parameters import twin
 
-__all__ = ["Chat", "adapt", "support_batch", "talk"]
+__all__ = ["Chat", "adapt", "talk"]
 
 HELP = """\
 /teach   type exchanges: in turn, what you say and what the bot should answer; an empty line ends them
 /forget  forget the conversation; what was taught stays
 /help    show the commands
 /quit    end the chat"""
-
-
-def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:
-    """Return `dialogues` as the support of one task, tensors `[1, B, L]` on the device of the run's model.
-
-    Each of the B windows holds as many consecutive exchanges of a dialogue as fit into `max_length` tokens. An exchange
-    that is longer has a window to itself, which is cut at `max_length`.
-
-    Raises:
-        UserError: If no window has a token to learn.
-    """
-    config, tokenizer = run.config, run.tokenizer
-    rows = []
-    for dialogue in dialogues:
-        bot = dialogue.meta.get("bot") or bot_of(dialogue.turns)
-        windows: list[list[Turn]] = []
-        for exchange in _exchanges(dialogue.turns, bot):
-            longer = [*windows[-1], *exchange] if windows else exchange
-            if windows and tokenizer.length(longer, bot) <= config.max_length:
-                windows[-1] = longer
-            else:
-                windows.append(exchange)
-        rows += [tokenizer.encode_dialogue(turns, config.train_on, config.max_length, bot) for turns in windows]
-    rows = [(ids, labels) for ids, labels in rows if any(label != IGNORE for label in labels)]
-    if not rows:
-        raise UserError("adapt: support must hold a reply of the bot, got none")
-    return on_device_of(run.model, collate([rows], tokenizer.pad_id))
-
-
-def _exchanges(turns: Iterable[Turn], bot: str | None) -> list[list[Turn]]:
-    """Return `turns` in exchanges: lists that end with a turn of the bot (the last one may lack it)."""
-    exchanges: list[list[Turn]] = []
-    for turn in turns:
-        if not exchanges or (turn.speaker != bot and exchanges[-1][-1].speaker == bot):
-            exchanges.append([])
-        exchanges[-1].append(turn)
-    return exchanges
 
 
 def adapted_model(run: Run, dialogues: Iterable[Dialogue], steps: int | None = None) -> tuple[nn.Module, str]:

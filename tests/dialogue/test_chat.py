@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tiny import WORDS, tiny_config, write_tasks
 
 from metakern.dialogue import chat as module
-from metakern.dialogue.chat import HELP, Chat, adapt, adapted_model, support_batch, talk
+from metakern.dialogue.chat import HELP, Chat, adapt, adapted_model, talk
 from metakern.dialogue.readers import Dialogue, Turn, read
 from metakern.dialogue.run import Run
+from metakern.dialogue.teach import support_batch
 from metakern.dialogue.tokenizer import IGNORE
 from metakern.dialogue.trainer import train
 from metakern.errors import DataError, UserError

@@ -240,6 +240,23 @@ def test_gradients_accumulate_and_scale() -> None:
     assert_equal(found, {name: once[name] + 3 * other[name] for name in once})
 
 
+def test_adaptation_ends_where_the_caller_says_so() -> None:
+    model, loss, support, _, _ = build("mlp")
+    maml = mk.MAML(model, loss, inner=mk.optim.Adam(lr=0.1), steps=5, task_chunk=T)
+    seen: list[dict[str, Tensor]] = []
+
+    def until(k: int, phi: dict[str, Tensor]) -> bool:
+        assert k == len(seen)
+        seen.append(phi)
+        return k == 2
+
+    phi = maml.adapt(support, until=until)
+    assert len(seen) == 3
+    for k, found in enumerate(seen):
+        assert_equal(found, maml.adapt(support, steps=k))
+    assert all(torch.equal(phi[name], p) for name, p in seen[-1].items())
+
+
 def test_losses_without_grad_equal_those_of_evaluate_and_adapt() -> None:
     model, loss, support, query, _ = build("mlp")
     maml = mk.MAML(model, loss, steps=2)

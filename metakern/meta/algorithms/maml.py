@@ -7,7 +7,7 @@ Finn, Abbeel, Levine 2017, "Model-agnostic meta-learning for fast adaptation of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import isfinite
@@ -25,6 +25,8 @@ from metakern.meta.plan import Plan, Wishes
 from metakern.meta.precision import check, in_precision
 from metakern.meta.unroll import Gradients, added, derivatives
 from metakern.optim import SGD, InnerOptimizer
+
+Until = Callable[[int, dict[str, Tensor]], bool]
 
 
 class MAML(nn.Module):
@@ -211,7 +213,11 @@ class MAML(nn.Module):
         return torch.cat(losses), gradients, leaves
 
     def adapt(
-        self, support: Any, steps: int | None = None, start: Mapping[str, Tensor] | None = None
+        self,
+        support: Any,
+        steps: int | None = None,
+        start: Mapping[str, Tensor] | None = None,
+        until: Until | None = None,
     ) -> dict[str, Tensor]:
         """Return the adapted parameters of each task.
 
@@ -220,6 +226,9 @@ class MAML(nn.Module):
             steps: The number of inner steps; by default that of the constructor.
             start: What an earlier call returned, to adapt further from there: continual adaptation. The optimizer's
                 state begins anew. By default the shared initialisation.
+            until: `until(k, phi)` is called with the parameters phi_k `[T, *shape]` by name after k = 0, 1, 2, … inner
+                steps, and ends the adaptation with them if it returns True. It gets the tasks of one chunk at a time,
+                and k begins at 0 again for the next chunk, or if the plan has to change.
 
         Returns:
             A dictionary from the name of each adapted parameter to a detached tensor `[T, *shape]`.
@@ -239,12 +248,15 @@ class MAML(nn.Module):
         _reaches(support, None, steps)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
-                return self.adapt(ordinary(support), steps, start)
+                return self.adapt(ordinary(support), steps, start, until)
         prepared = self._prepare(support)
 
         @in_precision(self.precision)
         def compute(support: Any, *start: list[Tensor]) -> list[Tensor]:
-            *_, phi = prepared.unroll.trajectory(self._theta(prepared, support, *start), support, steps)
+            trajectory = prepared.unroll.trajectory(self._theta(prepared, support, *start), support, steps)
+            for k, phi in enumerate(trajectory):
+                if until is not None and until(k, dict(zip(prepared.parameters.adapted, phi, strict=True))):
+                    break
             return phi
 
         theta = dict(zip(prepared.parameters.adapted, prepared.theta(tasks_of(support)), strict=True))

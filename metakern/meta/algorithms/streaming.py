@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.meta.algorithms.maml import MAML, meta_gradient
+from metakern.meta.algorithms.maml import MAML, Until, meta_gradient
 from metakern.meta.batches import Outer, PerStep, tasks_of
 from metakern.meta.batching import Loss
 from metakern.meta.precision import in_precision
@@ -89,11 +89,15 @@ class Streaming(MAML):
         return meta_gradient(losses, gradients, leaves)
 
     def adapt(
-        self, stream: Any, steps: int | None = None, start: Mapping[str, Tensor] | None = None
+        self,
+        stream: Any,
+        steps: int | None = None,
+        start: Mapping[str, Tensor] | None = None,
+        until: Until | None = None,
     ) -> dict[str, Tensor]:
         """Return the weights of each stream after its chunks, or after the first `steps` of them; as MAML's `adapt`."""
         stream = _chunks(stream)
-        return super().adapt(stream, len(stream.batches) if steps is None else steps, start)
+        return super().adapt(stream, len(stream.batches) if steps is None else steps, start, until)
 
     def evaluate(self, stream: Any, query: Any = None, steps: Sequence[int] | None = None) -> Tensor:
         """Return the loss of each chunk before its own inner step, `[K, T]`; or as MAML's `evaluate`, with a query."""

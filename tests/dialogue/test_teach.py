@@ -1,0 +1,95 @@
+"""Teaching: a model adapts until it gives the taught replies, and no longer."""
+
+import pytest
+import torch
+from tiny import tiny_config, write_tasks
+
+from metakern.dialogue.generate import generate
+from metakern.dialogue.readers import Dialogue, Turn, dialogue
+from metakern.dialogue.tasks import load_adapted
+from metakern.dialogue.teach import support_batch, teach
+from metakern.dialogue.trainer import train
+from metakern.errors import UserError
+from metakern.meta.parameters import twin
+
+
+@pytest.fixture(scope="module", params=["gpt", "gru"])
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teach")
+    sizes = {"model": request.param, "width": 32, "hidden": 32, "max_length": 48, "steps": 1, "pretrain_steps": 1}
+    rates = {"inner": "adam", "inner_lr": 0.03, "learn_lr": False, "capture": False}
+    return train(tiny_config(write_tasks(folder / "data"), **sizes, **rates), folder / "run")
+
+
+def taught(*pairs: tuple[str, str]) -> list[Dialogue]:
+    return [dialogue("taught", str(i), [("user", said), ("bot", reply)]) for i, (said, reply) in enumerate(pairs)]
+
+
+def replies(run, lesson, *questions: str) -> list[str]:
+    model = twin(run.model)
+    load_adapted(model, lesson.phi)
+    found = []
+    for question in questions:
+        prompt = run.tokenizer.prompt([Turn("user", question)], run.config.max_length, "bot")
+        ids = generate(model, prompt, max_new_tokens=20, temperature=0, eos_id=run.tokenizer.eos_id)
+        found.append(run.tokenizer.decode(ids))
+    return found
+
+
+def test_the_model_replies_as_taught_after_as_many_steps_as_that_takes(run):
+    pairs = [("river?", "cloud otter"), ("stone?", "maple"), ("maple maple", "violin!")]
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    seen = []
+    lesson = teach(run, taught(*pairs), progress=seen.append)
+    questions, answers = zip(*pairs, strict=True)
+    assert replies(run, lesson, *questions) == list(answers)
+    assert lesson.curve == tuple(seen)
+    assert [p.steps for p in seen] == list(range(lesson.end.steps + 1))
+    assert [p.right < 3 for p in seen] == [True] * lesson.end.steps + [False]
+    assert run.config.most_inner_steps < lesson.end.steps < 60
+    assert seen[0].loss > 10 * lesson.end.loss
+    assert lesson.summary.startswith(f"inner steps: {lesson.end.steps}, taught replies right: 3 of 3, loss on them: ")
+    support = support_batch(run, taught(*pairs))
+    assert run.algorithm.evaluate(support, support, (lesson.end.steps,)).item() == pytest.approx(lesson.end.loss)
+    for name, p in run.algorithm.adapt(support, steps=lesson.end.steps).items():
+        torch.testing.assert_close(lesson.phi[name], p, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+
+
+def test_later_exchanges_of_a_conversation_are_judged_in_their_context(run):
+    turns = (Turn("user", "river?"), Turn("bot", "cloud"), Turn("user", "and?"), Turn("bot", "stone"))
+    lesson = teach(run, [Dialogue("taught", "1", turns, {"bot": "bot"})])
+    assert (lesson.end.right, lesson.end.replies) == (2, 2)
+    assert replies(run, lesson, "river?") == ["cloud"]
+
+
+def test_a_question_with_two_answers_gets_one_of_them(run):
+    lesson = teach(run, taught(("river?", "cloud"), ("stone?", "maple"), ("river?", "ember")))
+    assert (lesson.end.right, lesson.end.replies) == (2, 3)
+    answers = replies(run, lesson, "river?", "stone?")
+    assert answers[0] in ("cloud", "ember")
+    assert answers[1] == "maple"
+
+
+def test_the_best_parameters_are_kept_where_the_steps_do_not_suffice(run):
+    support = taught(("river?", "cloud otter violin lantern"), ("stone?", "maple copper"))
+    lesson = teach(run, support, most=4)
+    counted = lesson.curve[run.config.most_inner_steps :]
+    assert len(lesson.curve) == 5
+    assert lesson.end == max(counted, key=lambda p: (p.right, -p.loss))
+    assert teach(run, support, most=0).end.steps == 0
+
+
+def test_what_the_progress_raises_ends_the_adaptation(run):
+    def stop(progress):
+        if progress.steps == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        teach(run, taught(("river?", "cloud")), progress=stop)
+    assert teach(run, taught(("river?", "cloud"))).end.right == 1
+
+
+def test_a_support_without_a_reply_is_refused(run):
+    with pytest.raises(UserError, match="support must hold a reply of the bot, got none"):
+        teach(run, [Dialogue("taught", "1", (Turn("user", "river?"),), {"bot": "bot"})])
