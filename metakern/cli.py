@@ -27,7 +27,8 @@ import torch
 import metakern
 from metakern import native
 from metakern.dialogue.config import Config, describe
-from metakern.errors import UserError
+from metakern.dialogue.terminal import printable
+from metakern.errors import UserError, by_the_user
 from metakern.tested import remark
 
 __all__ = ["main"]
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int = 2) -> int:
-    print(f"metakern: {' '.join(message.split())}", file=sys.stderr)
+    print(f"metakern: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
@@ -207,13 +208,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_reading(adapt)
     adapt.add_argument("--out", metavar="DIR", required=True, help="folder of the adapted run")
-    adapt.add_argument("--steps", metavar="N", type=_number, help="inner steps (default: as in training)")
+    _add_most(adapt)
 
     chat = add(_chat, "Chat with a run")
     chat.add_argument("run", metavar="RUN", help="folder of a run")
     chat.add_argument("--support", metavar="FILE", help="conversations to adapt to before the chat")
     _add_reading(chat)
-    chat.add_argument("--steps", metavar="N", type=_number, help="inner steps (default: as in training)")
+    _add_most(chat)
+    chat.add_argument(
+        "--parser", metavar="RUN", help="run of a parser, which finds what was taught (default: by common words)"
+    )
+    chat.add_argument("--policy", metavar="RUN", help="run of a policy, which predicts the next act for /why")
+    chat.add_argument(
+        "--unknown",
+        metavar="NAME",
+        default="generate",
+        help="what to do about a message that was not taught: generate, ask back, hand over (default: generate)",
+    )
     chat.add_argument(
         "--temperature",
         metavar="X",
@@ -229,6 +240,26 @@ def _parser() -> argparse.ArgumentParser:
         help="sample from the likeliest tokens that together have this probability (default: 0.9)",
     )
     chat.add_argument("--seed", metavar="N", type=_number, default=0, help="seed of the sampling (default: 0)")
+    chat.add_argument(
+        "--repetition-penalty",
+        metavar="X",
+        type=float,
+        default=1.0,
+        help="divide the logits of tokens that are in the reply already (default: 1.0)",
+    )
+    chat.add_argument(
+        "--no-repeat",
+        metavar="N",
+        type=_number,
+        default=0,
+        help="let no N tokens in a row come twice in a reply; 0: allow it (default: 0)",
+    )
+    chat.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end a reply before this text; may be given again"
+    )
+    chat.add_argument(
+        "--max-tokens", metavar="N", type=_number, help="tokens of a reply (default: half of the run's max_length)"
+    )
 
     bench = add(
         _bench,
@@ -247,6 +278,16 @@ def _parser() -> argparse.ArgumentParser:
         "run", metavar="RUN", nargs="?", help="folder of a run to check; without it, the environment is listed"
     )
     return parser
+
+
+def _add_most(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that limits an adaptation."""
+    parser.add_argument(
+        "--steps",
+        metavar="N",
+        type=_number,
+        help="largest number of inner steps; an adaptation ends when the taught replies come out (default: 60)",
+    )
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
@@ -334,8 +375,16 @@ def _eval(
     from rich.console import Console
 
     from metakern.dialogue.evaluate import REPLY_STEPS, evaluate
+    from metakern.dialogue.manager.evaluate import evaluate_part, show_part
     from metakern.dialogue.report import show
+    from metakern.dialogue.run import part_of
 
+    if (part := part_of(run)) != "generator":
+        if replies or reply_steps:
+            raise UserError(f"{run}: is the run of a {part}, which has no replies: leave out --replies")
+        show_part(evaluate_part(run, steps, compare, data, repeats), Console())
+        print(f"written: {Path(run) / 'eval.json'}")
+        return
     reply_steps = reply_steps or (REPLY_STEPS if replies else ())
     show(evaluate(run, steps, compare, data, reply_steps, repeats), Console())
     written = ("eval.json", "eval.png", "replies.png")[: 3 if reply_steps else 2]
@@ -344,19 +393,58 @@ def _eval(
 
 def _adapt(run: str, support: str, out: str, steps: int | None, **reading: Any) -> None:
     from metakern.dialogue.chat import adapt
+    from metakern.dialogue.teach import MOST_STEPS
 
-    print(f"{adapt(run, support, out, steps, **_reading(**reading))}\nnext: metakern chat {out}")
+    line = adapt(run, support, out, MOST_STEPS if steps is None else steps, _status, **_reading(**reading))
+    print(f"{printable(line)}\nnext: metakern chat {out}")
 
 
 def _chat(
-    run: str, support: str | None, steps: int | None, temperature: float, top_p: float, seed: int, **reading: Any
+    run: str,
+    support: str | None,
+    steps: int | None,
+    parser: str | None,
+    policy: str | None,
+    unknown: str,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    repetition_penalty: float,
+    no_repeat: int,
+    stop: list[str],
+    max_tokens: int | None,
+    **reading: Any,
 ) -> None:
     from metakern.dialogue.chat import Chat, talk
+    from metakern.dialogue.generate import Sampling
+    from metakern.dialogue.manager.parser import FewShotParser
+    from metakern.dialogue.manager.policy import ActPolicy, TaughtPolicy
     from metakern.dialogue.readers import read
     from metakern.dialogue.run import Run
+    from metakern.dialogue.teach import MOST_STEPS
 
-    dialogues = read(support, **_reading(**reading)) if support else []
-    talk(Chat(Run.open(run), dialogues, steps=steps, temperature=temperature, top_p=top_p, seed=seed))
+    with by_the_user():
+        sampling = Sampling(temperature, top_p, repetition_penalty, no_repeat)
+    taught = TaughtPolicy(unknown)
+    chat = Chat(
+        Run.open(run),
+        read(support, **_reading(**reading)) if support else [],
+        parser=FewShotParser(parser) if parser else None,
+        policy=ActPolicy(policy, taught) if policy else taught,
+        progress=_status,
+        sampling=sampling,
+        most=MOST_STEPS if steps is None else steps,
+        stop=stop,
+        most_tokens=max_tokens,
+        seed=seed,
+    )
+    talk(chat)
+
+
+def _status(line: str) -> None:
+    """Show where a computation stands in one line of the terminal, in place of the last one; elsewhere nothing."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{printable(line)}\r", end="", file=sys.stderr, flush=True)
 
 
 def _bench(benchmark: str, arguments: list[str]) -> None:

@@ -12,7 +12,6 @@ exp is applied to their ends. `metakern.dialogue.replies` says how replies are j
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -162,7 +161,7 @@ def evaluate(
         counts = {kind: [len(getattr(task, kind)) for task in asked] for kind in KINDS}
         report["replies"] = {"steps": list(reply_steps), "questions": counts, "scores": replies, "samples": samples}
         io.write(folder / "replies.png", plot_replies(report))
-    io.write(folder / "eval.json", (json.dumps(_finite(report), indent=1) + "\n").encode())
+    io.write(folder / "eval.json", io.as_json(report))
     io.write(folder / "eval.png", plot(report))
     return report
 
@@ -241,12 +240,3 @@ def _through_exp(mean: Sequence[float], half: Sequence[float], name: str) -> dic
     center, reach = torch.tensor(mean).double(), torch.tensor(half).double()
     ends = {name: center, "low": center - reach, "high": center + reach}
     return {key: value.exp().tolist() for key, value in ends.items()}
-
-
-def _finite(value: Any) -> Any:
-    """Return `value` with None in the places of inf and nan, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -33,7 +33,7 @@ from metakern.dialogue.registry import build_algorithm, build_model_of, tokenize
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import CheckpointError, DataError, UserError
 
-__all__ = ["Run"]
+__all__ = ["Run", "part_of"]
 
 
 @dataclass
@@ -92,9 +92,7 @@ class Run:
             CheckpointError: If the checkpoint is missing or damaged, or belongs to another vocabulary or model.
         """
         path = Path(path)
-        if not (path / "config.toml").is_file():
-            raise UserError(f"{path}: is not the folder of a run (it has no config.toml); metakern train makes one")
-        config = replace(Config.load(path / "config.toml"), **changes)
+        config = replace(_config(path), **changes)
         try:
             labels = _labels(path / "labels.json") if config.part != "generator" else ()
             run = cls.create(path, config, tokenizer_class(config).load(path / "tokenizer.json"), labels)
@@ -177,6 +175,21 @@ class Run:
         checkpoint.load_module(module or self.algorithm, weights, folder / name)
         self.state = state
         return tensors
+
+
+def part_of(path: str | Path) -> str:
+    """Return what the run in the folder `path` is: a generator, a parser or a policy.
+
+    Raises:
+        UserError: If `path` is not the folder of a run.
+    """
+    return _config(Path(path)).part
+
+
+def _config(path: Path) -> Config:
+    if not (path / "config.toml").is_file():
+        raise UserError(f"{path}: is not the folder of a run (it has no config.toml); metakern train makes one")
+    return Config.load(path / "config.toml")
 
 
 def _labels(file: Path) -> list[str]:

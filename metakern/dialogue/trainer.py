@@ -33,7 +33,9 @@ from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.gain import gain, worth
 from metakern.dialogue.log import Log
+from metakern.dialogue.manager.parser import calibrate
 from metakern.dialogue.manager.training import labels_of
+from metakern.dialogue.manager.utterances import Utterances
 from metakern.dialogue.planning import Costs, PhaseCosts, planned, seconds_of, seconds_of_calls
 from metakern.dialogue.rates import optimizers, tuned
 from metakern.dialogue.registry import ONE_NUMBER, build_algorithm, tokenizer_class
@@ -179,6 +181,9 @@ def train(
             loop.go(stop_asked)
             saved = {}
     run.restore("best")
+    if isinstance(sources.validation, Utterances):
+        run.state["thresholds"] = calibrate(run, sources.validation)
+        run.save("best")
     run.algorithm.steps = config.most_inner_steps  # as in a run that is opened
     return run
 

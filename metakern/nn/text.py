@@ -52,7 +52,6 @@ class TextEncoder(nn.Module):
         return torch.where(kept, states, 0.0).sum(1) / kept.to(states.dtype).sum(1).clamp(min=1)
 
 
-
 def hidden_states(
     body: Any, input_ids: Tensor, attention_mask: Tensor | None = None, of: str = "hidden_states"
 ) -> Tensor:

@@ -83,7 +83,7 @@ def test_a_module_is_in_eval_mode_while_it_generates_and_gets_its_modes_back():
 
 def test_wrong_arguments_and_logits_of_nan_are_errors():
     for options, message in [
-        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be finite and at least 0, got -1.0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"input_ids": []}, r"input_ids must be \[L\] or \[1, L\] with L at least 1, got \[0\]"),
         ({"input_ids": torch.zeros(2, 3)}, r"got \[2, 3\]"),

@@ -6,16 +6,18 @@ over a window predicts the act of each of its replies from all that was said bef
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from metakern.dialogue.episodes import Episodes
-from metakern.dialogue.readers import Dialogue
+from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.split import TaskData
 from metakern.dialogue.tokenizer import IGNORE, DialogueTokenizer, bot_in
 from metakern.errors import DataError
 
-__all__ = ["Acts", "acts_in"]
+__all__ = ["Acts", "acts_in", "labeled"]
+
+Example = tuple[str, int]  # a text and the number of the act that follows it
 
 
 def acts_in(dialogues: Iterable[Dialogue]) -> list[str]:
@@ -26,9 +28,7 @@ def acts_in(dialogues: Iterable[Dialogue]) -> list[str]:
     """
     found = sorted({turn.act for d in dialogues for turn in d.turns if turn.act and turn.speaker == bot_in(d)})
     if len(found) < 2:
-        raise DataError(
-            f"policy: data must have two dialogue acts of the bot, as the format sgd has, got {len(found)}"
-        )
+        raise DataError(f"policy: data must have two dialogue acts of the bot, as the format sgd has, got {len(found)}")
     return found
 
 
@@ -42,6 +42,9 @@ class Acts(Episodes):
         tokenizer: As of `Episodes`.
         acts: The acts, by number.
         options: The other arguments of `Episodes`.
+
+    Attributes:
+        unknown: The number of replies in `tasks` whose act is not among `acts`.
     """
 
     def __init__(
@@ -49,11 +52,48 @@ class Acts(Episodes):
     ) -> None:
         self.number: Mapping[str, int] = {act: i for i, act in enumerate(acts)}
         super().__init__(tasks, tokenizer, **options)
+        said = [(turn, bot_in(d)) for task in tasks for d in task.dialogues for turn in d.turns]
+        self.unknown = sum(bool(turn.act) and turn.act not in self.number and turn.speaker == bot for turn, bot in said)
+
+    def examples(self) -> Iterator[tuple[list[Example], list[Example]]]:
+        """Yield the labels in the episodes of `evaluation`, each with the text of the turn before: support, query."""
+        for name, dialogues in self._tasks:
+            for i in range(self.repeats):
+                support, query = (
+                    [example for window in side for example in self._examples(*window)]
+                    for side in self._draw_windows(dialogues, self._evaluation_rng(name, i))
+                )
+                yield support, query
+
+    def _examples(self, dialogue: Dialogue, start: int) -> Iterator[Example]:
+        turns = self._turns(dialogue, start)
+        for i, _, _ in self.tokenizer.replies(turns, self.max_length, bot_in(dialogue)):
+            if turns[i].act in self.number:
+                yield turns[i - 1].text if i else "", self.number[turns[i].act]
 
     def _encode(self, dialogue: Dialogue, start: int, end: int | None = None) -> tuple[list[int], list[int]]:
-        turns, bot = self._turns(dialogue, start, end), bot_in(dialogue)
-        ids, _ = self.tokenizer.encode_dialogue(turns, "bot", self.max_length, bot)
-        labels = [IGNORE] * len(ids)
-        for i, before, _ in self.tokenizer.replies(turns, self.max_length, bot):
-            labels[len(before) - 1] = self.number.get(turns[i].act, IGNORE)
-        return ids, labels
+        turns = self._turns(dialogue, start, end)
+        return labeled(turns, self.tokenizer, self.number, self.max_length, bot_in(dialogue))
+
+
+def labeled(
+    turns: Sequence[Turn],
+    tokenizer: DialogueTokenizer,
+    number: Mapping[str, int],
+    max_length: int,
+    bot: str | None,
+) -> tuple[list[int], list[int]]:
+    """Return the ids and the labels of the beginning of a dialogue, as `Acts` has them.
+
+    Args:
+        turns: The turns, oldest first.
+        tokenizer: The tokenizer.
+        number: The number of each known act.
+        max_length: The largest number of ids.
+        bot: The speaker who is the bot.
+    """
+    ids, _ = tokenizer.encode_dialogue(turns, "bot", max_length, bot)
+    labels = [IGNORE] * len(ids)
+    for i, before, _ in tokenizer.replies(turns, max_length, bot):
+        labels[len(before) - 1] = number.get(turns[i].act, IGNORE)
+    return ids, labels

@@ -85,4 +85,3 @@ def prototypical(config: Config, model: Any, labels: Sequence[str], **options: A
         if config.algorithm == "finetune"
         else mk.ProtoNet(model, **options)
     )
-

@@ -60,9 +60,9 @@ class Utterances:
         DataError: If there are fewer than two intents, or one has not a text more than the largest number of shots.
 
     >>> from metakern.dialogue.tokenizer import Tokenizer
-    >>> talks = [Dialogue(i, f"{n}", (Turn("user", f"{i} {n}"), Turn("bot", i))) for i in ("pay", "call") for n in "123"]
-    >>> tasks = [TaskData(i, tuple(d for d in talks if d.task_id == i)) for i in ("pay", "call")]
-    >>> tokenizer = Tokenizer.train(talks, 262)
+    >>> talks = {i: [Dialogue(i, n, (Turn("user", i + n), Turn("bot", i))) for n in "123"] for i in ("pay", "call")}
+    >>> tasks = [TaskData(intent, tuple(said)) for intent, said in talks.items()]
+    >>> tokenizer = Tokenizer.train(talks["pay"] + talks["call"], 262)
     >>> source = Utterances(tasks, tokenizer, ways=2, shots=(1,), queries=2, max_length=32, seed=0)
     >>> support, query = source.sample(step=0, tasks=3)
     >>> support["labels"].tolist(), query["input_ids"].shape[:2]
