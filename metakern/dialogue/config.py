@@ -55,7 +55,7 @@ class Config:
     Raises:
         UserError: If a value has the wrong type, is not finite, is out of range or is none of the choices; also if
             `lora` is not 0 and `model` is not `hf:PATH`, or `precision` is not float32 and `device` is not cpu, or
-            `lm_weight` is not 0 and `part` is not generator.
+            `lm_weight` is not 0 and `part` is not generator, or `model` is bag and `part` is not parser.
 
     >>> Config(steps=10).steps
     10
@@ -129,8 +129,9 @@ class Config:
 
     model: str = _option(
         "gpt",
-        "language model; hf:PATH is a pretrained one in the directory PATH, hf:smollm2 one that a package holds",
-        choices=("rnn", "gru", "lstm", "gpt", "hf:PATH"),
+        "language model; hf:PATH is a pretrained one in the directory PATH, hf:smollm2 one that a package holds; bag is"
+        " a weighted mean of embeddings, for a parser, which is no language model",
+        choices=("rnn", "gru", "lstm", "gpt", "bag", "hf:PATH"),
     )
     system: str = _option(
         "", "system message before each conversation that has none (hf models); empty: as the chat template has it"
@@ -212,7 +213,7 @@ class Config:
     pretrain_steps: int = _option(
         -1,
         "steps of plain language modeling before meta-training, of which the best weights by validation are kept;"
-        f" contenders start from the same weights; -1: {PRETRAIN_STEPS}, but 0 for hf models",
+        f" contenders start from the same weights; -1: {PRETRAIN_STEPS}, but 0 for bag and hf models",
         least=-1,
     )
     pretrain_lr: float = _option(4e-3, "learning rate of the pretraining", above=0)
@@ -232,7 +233,8 @@ class Config:
         if type(given) is int:
             object.__setattr__(self, "inner_steps", (given,))
         if self.pretrain_steps == -1:
-            object.__setattr__(self, "pretrain_steps", 0 if self.pretrained else PRETRAIN_STEPS)
+            plain = self.pretrained or self.model == "bag"
+            object.__setattr__(self, "pretrain_steps", 0 if plain else PRETRAIN_STEPS)
         if self.algorithm == "auto":
             object.__setattr__(self, "algorithm", "protonet" if self.part == "parser" else "maml")
         find_algorithm(self.algorithm)
@@ -244,6 +246,10 @@ class Config:
             raise UserError(
                 f"lora must be 0 for the model {self.model}, which is not pretrained, got {self.lora}:"
                 " choose a model hf:PATH for it"
+            )
+        if self.model == "bag" and (self.part != "parser" or self.pretrain_steps):
+            raise UserError(
+                "model must be a language model, got 'bag': it is for --part parser with --pretrain-steps 0 alone"
             )
         if self.lm_weight and self.part != "generator":
             raise UserError(f"lm_weight must be 0 for the part {self.part}, got {self.lm_weight:g}")

@@ -11,6 +11,7 @@ from torch import nn
 import metakern as mk
 from metakern.dialogue.baselines import PROMPT_LENGTH, FineTune, InContext, PromptTuning
 from metakern.dialogue.hypernetwork import TextHyperNetwork
+from metakern.dialogue.manager.models import BagEncoder
 from metakern.dialogue.manager.training import part_model, prototypical
 from metakern.dialogue.models import build_model
 from metakern.errors import UserError, by_the_user
@@ -54,21 +55,23 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 @by_the_user()
-def build_algorithm(config: Config, model: nn.Module, labels: Sequence[str] = ()) -> Any:
+def build_algorithm(config: Config, model: nn.Module, labels: Sequence[str] = (), part: str = "") -> Any:
     """Return the algorithm of `config` over `model`: a module with `(support, query) -> loss`, `adapt` and `evaluate`.
 
     Args:
         config: The settings.
         model: As `build_model_of` returns it.
         labels: Those of the run, for a parser or a policy.
+        part: What the model is: a generator, a parser or a policy; "" stands for the part that the config names.
 
     Raises:
         UserError: If the model or a setting does not suit the algorithm.
     """
-    if config.part == "parser" and config.algorithm != "protomaml":
+    part = part or config.part
+    if part == "parser" and config.algorithm != "protomaml":
         return _made(prototypical, config, config, model, labels)
-    algorithm = PROTOMAML if config.part == "parser" else ALGORITHMS[config.algorithm]
-    if config.part == "policy" and algorithm.make in (PromptTuning, InContext, TextHyperNetwork):
+    algorithm = PROTOMAML if part == "parser" else ALGORITHMS[config.algorithm]
+    if part == "policy" and algorithm.make in (PromptTuning, InContext, TextHyperNetwork):
         raise UserError(f"algorithm must be one that adapts a policy by gradients, got {config.algorithm!r}")
     precision = None if config.precision == "float32" else config.precision
     options: dict[str, Any] = {"steps": config.most_inner_steps, "precision": precision}
@@ -83,7 +86,7 @@ def build_algorithm(config: Config, model: nn.Module, labels: Sequence[str] = ()
     else:
         learned = config.learn_lr and algorithm.rates == "learned"
         options["inner"] = inner_optimizer(config, learned)
-    loss = mk.losses.causal_lm if config.part == "generator" else mk.losses.classification
+    loss = mk.losses.causal_lm if part == "generator" else mk.losses.classification
     return _made(algorithm.make, config, model, loss, **options)
 
 
@@ -144,6 +147,8 @@ def tokenizer_class(config: Config) -> type[DialogueTokenizer]:
 
 
 def _new(config: Config, tokenizer: DialogueTokenizer) -> nn.Module:
+    if config.model == "bag":
+        return BagEncoder(tokenizer.vocab_size, config.width)
     longest = config.max_length
     if config.algorithm == "incontext":
         longest *= 1 + config.support_size

@@ -34,7 +34,7 @@ from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.gain import gain, worth
 from metakern.dialogue.log import Log
 from metakern.dialogue.manager.parser import calibrate
-from metakern.dialogue.manager.training import labels_of
+from metakern.dialogue.manager.training import labels_of, prepare
 from metakern.dialogue.manager.utterances import Utterances
 from metakern.dialogue.planning import Costs, PhaseCosts, planned, seconds_of, seconds_of_calls
 from metakern.dialogue.rates import optimizers, tuned
@@ -153,6 +153,7 @@ def train(
     run = Run.create(out, config, tokenizer, labels)
     if not resume:
         run.save_vocabulary()
+        prepare(run.model, split.train, tokenizer)
     plain, phases = _parts(run, sources)
     saved: dict[str, Tensor] = {}
     if resume:
@@ -228,7 +229,7 @@ class _Phase:
 def _parts(run: Run, sources: _Sources) -> tuple[FineTune, list[_Phase]]:
     """Return plain training of the language model of a run, and the phases of its training."""
     config = run.config
-    plain = build_algorithm(replace(config, part="generator", algorithm="finetune", algorithm_options=()), run.body)
+    plain = build_algorithm(replace(config, algorithm="finetune", algorithm_options=()), run.body, part="generator")
     language = sources.language, sources.language_validation
     phases = [
         _Phase("pretrain", plain, *language, config.pretrain_steps, config.pretrain_lr),

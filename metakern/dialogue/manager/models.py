@@ -1,51 +1,98 @@
-"""The models of a parser and of a policy, over the hidden states of a language model.
+"""The models of a parser and of a policy.
 
-    Classifier    mean over the tokens of a text -> head             one label for each text
-    Tagger        hidden state of each token -> head                 one label for each token
+    BagEncoder    x = Σ_i importance(token_i) · embedding(token_i), divided by its norm       [B, D]
+    Classifier    the embedding of a text -> head, one label for each text                    [B, C]
+    Tagger        the hidden state of each token -> head, one label for each token            [B, L, C]
 
-| tensor         | shape     |
-|----------------|-----------|
-| input_ids      | [B, L]    |
-| attention_mask | [B, L]    |
-| logits         | [B, C] of a Classifier, [B, L, C] of a Tagger |
+Inputs are `input_ids` and `attention_mask`, both `[B, L]`. Instead of a BagEncoder, a parser can have a `TextEncoder`
+over a language model, its `body`, which plain language modeling trains first. So does the body of a Tagger.
 
-Both have the language model as `body`, so that plain language modeling can train it first.
+The importance of a token begins as its inverse document frequency, and embeddings begin at random, almost orthogonal to
+each other. So a new BagEncoder compares texts much as TF-IDF does, and training starts from there.
+
+Jones 1972, "A statistical interpretation of term specificity and its application in retrieval" (IDF); Arora, Liang, Ma
+2017, "A simple but tough-to-beat baseline for sentence embeddings" (weighted means of embeddings).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 
-from metakern.nn.text import TextEncoder, hidden_states
-
-__all__ = ["Classifier", "PlainClassifier", "Tagger", "width_of"]
-
 import metakern as mk
 from metakern.losses import labelled
+from metakern.nn.text import TextEncoder, hidden_states
+
+__all__ = ["BagEncoder", "Classifier", "PlainClassifier", "Tagger"]
+
+
+class BagEncoder(nn.Module):
+    """Embeds texts by the tokens that they hold, whatever their order.
+
+    Args:
+        vocab_size: V, the number of tokens.
+        width: D, the width of the embeddings.
+
+    >>> encoder = BagEncoder(300, width=16)
+    >>> encoder(torch.tensor([[3, 4], [4, 3]])).norm(dim=-1)
+    tensor([1., 1.], grad_fn=<LinalgVectorNormBackward0>)
+    """
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        if vocab_size < 1 or width < 1:
+            raise ValueError(f"BagEncoder: vocab_size and width must be at least 1, got {vocab_size} and {width}")
+        self.embedding = nn.Embedding(vocab_size, width)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        self.importance = nn.Embedding(vocab_size, 1)
+        nn.init.ones_(self.importance.weight)
+
+    @torch.no_grad()
+    def weigh(self, texts: Iterable[Sequence[int]]) -> None:
+        """Set the importance of tokens to their inverse document frequency, log((1 + N) / (1 + n)) + 1.
+
+        Args:
+            texts: N texts, each as its ids; n of them hold a token. A token that all hold gets the importance 0.
+        """
+        held = torch.zeros_like(self.importance.weight)
+        count = 0
+        for ids in texts:
+            held[torch.tensor(sorted(set(ids)), dtype=torch.long)] += 1
+            count += 1
+        self.importance.weight.copy_((((1 + count) / (1 + held)).log() + 1).where(held < count, 0.0))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return embeddings `[B, D]` of norm 1; zeros for a text without tokens of any importance."""
+        importance = self.importance(input_ids)  # [B, L, 1]
+        if attention_mask is not None:
+            importance = importance * attention_mask.unsqueeze(-1)
+        x = (importance * self.embedding(input_ids)).sum(1)
+        squared = x.square().sum(-1, keepdim=True)
+        return x * squared.where(squared > 0, 1.0).rsqrt()
 
 
 class Classifier(nn.Module):
-    """A linear head over the embeddings of a `TextEncoder`.
+    """A linear head over the embeddings of a `BagEncoder` or a `TextEncoder`.
 
     Args:
         encoder: Maps `input_ids` and `attention_mask` to embeddings `[B, D]`.
         classes: C, the number of classes.
 
-    >>> from metakern.dialogue.models import build_model
-    >>> model = Classifier(TextEncoder(build_model("gru", 300, embedding=8, hidden=8)), classes=4)
+    >>> model = Classifier(BagEncoder(300, width=8), classes=4)
     >>> model(torch.zeros(2, 5, dtype=torch.long)).shape
     torch.Size([2, 4])
     """
 
-    def __init__(self, encoder: TextEncoder, classes: int) -> None:
+    def __init__(self, encoder: BagEncoder | TextEncoder, classes: int) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(width_of(encoder.body), classes)
+        self.encoder, self.head = encoder, nn.Linear(_width(encoder), classes)
 
     @property
     def body(self) -> nn.Module:
-        """The language model."""
-        return self.encoder.body
+        """The language model, or the encoder if there is none."""
+        return getattr(self.encoder, "body", self.encoder)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits `[B, C]` of the texts `input_ids` `[B, L]`."""
@@ -67,7 +114,7 @@ class Tagger(nn.Module):
 
     def __init__(self, body: nn.Module, classes: int) -> None:
         super().__init__()
-        self.body, self.head = body, nn.Linear(width_of(body), classes)
+        self.body, self.head = body, nn.Linear(_width(mk.nn.TextEncoder(body)), classes)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits `[B, L, C]` of the tokens `input_ids` `[B, L]`."""
@@ -86,19 +133,22 @@ class PlainClassifier(mk.ProtoNet):
         options: The other arguments of `metakern.ProtoNet`.
     """
 
-    def __init__(self, model: TextEncoder, classes: int, **options: object) -> None:
+    def __init__(self, model: nn.Module, classes: int, **options: object) -> None:
         super().__init__(model, **options)  # type: ignore[arg-type]
-        self.head = nn.Linear(width_of(model.body), classes)
+        self.head = nn.Linear(_width(model), classes)
 
     def forward(self, support: dict[str, Tensor], query: dict[str, Tensor]) -> Tensor:
         """Return the mean cross-entropy over the texts of support and query, whose labels are not negative."""
-        batch = {key: torch.cat([support[key], query[key]], 1).flatten(0, 1) for key in support}
-        _, inputs, labels = labelled(batch, "PlainClassifier: batch")
-        return mk.ops.cross_entropy(self.head(self.model(**inputs)), labels)
+        logits, labels = [], []
+        for batch in (support, query):
+            _, inputs, of = labelled({k: x.flatten(0, 1) for k, x in batch.items()}, "PlainClassifier: batch")
+            logits.append(self.head(self.model(**inputs)))
+            labels.append(of)
+        return mk.ops.cross_entropy(torch.cat(logits), torch.cat(labels))
 
 
 @torch.no_grad()
-def width_of(body: nn.Module) -> int:
-    """Return the width of the hidden states of a language model."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=next(body.parameters()).device)
-    return hidden_states(body, ids).shape[-1]
+def _width(encoder: nn.Module) -> int:
+    """Return the width of the embeddings of an encoder."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=next(encoder.parameters()).device)
+    return int(encoder(ids).shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 import metakern as mk
 from metakern.dialogue.manager.acts import Acts, acts_in
-from metakern.dialogue.manager.models import Classifier, PlainClassifier, Tagger
+from metakern.dialogue.manager.models import BagEncoder, Classifier, PlainClassifier, Tagger
 from metakern.dialogue.manager.utterances import Utterances
 from metakern.dialogue.split import TaskData
 from metakern.dialogue.tokenizer import DialogueTokenizer
@@ -18,7 +19,7 @@ from metakern.errors import UserError
 if TYPE_CHECKING:
     from metakern.dialogue.config import Config
 
-__all__ = ["labels_of", "part_episodes", "part_model", "prototypical"]
+__all__ = ["labels_of", "part_episodes", "part_model", "prepare", "prototypical"]
 
 
 def labels_of(config: Config, tasks: Sequence[TaskData]) -> tuple[str, ...]:
@@ -55,6 +56,14 @@ def part_episodes(
     return Acts(tasks, tokenizer, acts=labels, **common | sizes | changes)
 
 
+def prepare(model: Any, tasks: Sequence[TaskData], tokenizer: DialogueTokenizer) -> None:
+    """Set what a new model takes from the training tasks: the importance of tokens in a `BagEncoder`."""
+    encoder = getattr(model, "encoder", model)
+    if isinstance(encoder, BagEncoder):
+        texts = (d.turns[:1] for task in tasks for d in task.dialogues)
+        encoder.weigh(tokenizer.prompt(turns, sys.maxsize, "bot") for turns in texts)
+
+
 def part_model(config: Config, model: nn.Module, labels: Sequence[str]) -> nn.Module:
     """Return the model of a part over a language model: an encoder or classifier for a parser, a tagger for a policy.
 
@@ -63,10 +72,10 @@ def part_model(config: Config, model: nn.Module, labels: Sequence[str]) -> nn.Mo
     """
     if config.pretrained and config.pretrain_steps:
         raise UserError(f"pretrain_steps must be 0 for the part {config.part} over an hf model")
-    body = model if hasattr(model, "hidden_states") else model.base_model
+    body: Any = model.base_model if config.pretrained else model
     if config.part == "policy":
         return Tagger(body, len(labels))
-    encoder = mk.nn.TextEncoder(body)
+    encoder = body if isinstance(body, BagEncoder) else mk.nn.TextEncoder(body)
     return Classifier(encoder, config.ways) if config.algorithm == "protomaml" else encoder
 
 
