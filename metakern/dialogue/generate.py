@@ -196,9 +196,9 @@ def text_of_stream(
         if ends:
             yield from filter(None, [text[shown : min(ends)].rstrip()])
             return
-        whole = text.rstrip("\ufffd").rstrip()
-        held = max((k for word in stop for k in range(1, len(word)) if text.endswith(word[:k])), default=0)
-        sure = min(len(whole), len(text) - held)
+        whole = text.rstrip("\ufffd")
+        held = max((k for word in stop for k in range(1, len(word)) if whole.endswith(word[:k])), default=0)
+        sure = min(len(whole.rstrip()), len(whole) - held)
         if sure > shown:
             yield text[shown:sure]
             shown = sure
