@@ -133,8 +133,9 @@ def generate(
     [4, 5, 6, 7]
     """
     sampling = Sampling(temperature, top_p, repetition_penalty, no_repeat_ngram)
-    options = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "generator": generator}
-    return list(stream(model, input_ids, sampling=sampling, **options))
+    return list(
+        stream(model, input_ids, max_new_tokens=max_new_tokens, sampling=sampling, eos_id=eos_id, generator=generator)
+    )
 
 
 def stream(

@@ -18,7 +18,7 @@ def test_printable_text_can_be_written_and_commands_nothing(text):
     shown = printable(text)
     shown.encode()
     assert len(shown) == len(text)
-    assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 or c in "\u202e\u2066" for c in shown)
+    assert not any((ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 or c in "\u202e\u2066" for c in shown)
     assert printable(shown) == shown
 
 

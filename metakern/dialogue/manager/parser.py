@@ -249,7 +249,7 @@ def calibrate(run: Run, validation: Utterances) -> dict[str, float]:
 def chosen_threshold(parser: FewShotParser | NearestParser, validation: Utterances, shots: int) -> float:
     """Return the threshold that is best on episodes of validation intents with this number of shots."""
     episodes = validation.fixed(EPISODES, shots, validation.queries)
-    return best_threshold(*map(torch.cat, zip(*(judged(parser, e) for e in episodes), strict=True)))  # type: ignore[arg-type]
+    return best_threshold(*map(torch.cat, zip(*(judged(parser, e) for e in episodes), strict=True)))
 
 
 def judged(parser: FewShotParser | NearestParser, episode: Episode) -> Judged:
