@@ -28,6 +28,7 @@ __all__ = ["Config"]
 
 PRETRAIN_STEPS = 300  # of a model that begins with random weights
 PARTS = ("generator", "parser", "policy")
+RECURRENT = ("rnn", "gru", "lstm")  # the models of a policy
 PARSERS = ("protonet", "protomaml", "finetune")  # the algorithms of a parser
 REMOVED = ("minutes", "pretrain_minutes")  # time limits, in the files of older runs
 
@@ -55,7 +56,8 @@ class Config:
     Raises:
         UserError: If a value has the wrong type, is not finite, is out of range or is none of the choices; also if
             `lora` is not 0 and `model` is not `hf:PATH`, or `precision` is not float32 and `device` is not cpu, or
-            `lm_weight` is not 0 and `part` is not generator, or `model` is bag and `part` is not parser.
+            `lm_weight` is not 0 and `part` is not generator, or `model` is bag and `part` is not parser, or `part` is
+            policy and `model` not recurrent.
 
     >>> Config(steps=10).steps
     10
@@ -213,7 +215,8 @@ class Config:
     pretrain_steps: int = _option(
         -1,
         "steps of plain language modeling before meta-training, of which the best weights by validation are kept;"
-        f" contenders start from the same weights; -1: {PRETRAIN_STEPS}, but 0 for bag and hf models",
+        f" contenders start from the same weights; -1: {PRETRAIN_STEPS}, but 0 for a policy and for"
+        " bag and hf models",
         least=-1,
     )
     pretrain_lr: float = _option(4e-3, "learning rate of the pretraining", above=0)
@@ -233,8 +236,8 @@ class Config:
         if type(given) is int:
             object.__setattr__(self, "inner_steps", (given,))
         if self.pretrain_steps == -1:
-            plain = self.pretrained or self.model == "bag"
-            object.__setattr__(self, "pretrain_steps", 0 if plain else PRETRAIN_STEPS)
+            none = self.pretrained or self.model == "bag" or self.part == "policy"
+            object.__setattr__(self, "pretrain_steps", 0 if none else PRETRAIN_STEPS)
         if self.algorithm == "auto":
             object.__setattr__(self, "algorithm", "protonet" if self.part == "parser" else "maml")
         find_algorithm(self.algorithm)
@@ -250,6 +253,11 @@ class Config:
         if self.model == "bag" and (self.part != "parser" or self.pretrain_steps):
             raise UserError(
                 "model must be a language model, got 'bag': it is for --part parser with --pretrain-steps 0 alone"
+            )
+        if self.part == "policy" and (self.model not in RECURRENT or self.pretrain_steps):
+            raise UserError(
+                f"model must be one of {', '.join(RECURRENT)} for a policy, with pretrain_steps 0, got {self.model!r}"
+                f" and {self.pretrain_steps}"
             )
         if self.lm_weight and self.part != "generator":
             raise UserError(f"lm_weight must be 0 for the part {self.part}, got {self.lm_weight:g}")

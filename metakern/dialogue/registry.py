@@ -11,8 +11,8 @@ from torch import nn
 import metakern as mk
 from metakern.dialogue.baselines import PROMPT_LENGTH, FineTune, InContext, PromptTuning
 from metakern.dialogue.hypernetwork import TextHyperNetwork
-from metakern.dialogue.manager.models import BagEncoder
-from metakern.dialogue.manager.training import part_model, prototypical
+from metakern.dialogue.manager.models import ActModel, BagEncoder
+from metakern.dialogue.manager.training import parser_model, prototypical
 from metakern.dialogue.models import build_model
 from metakern.errors import UserError, by_the_user
 from metakern.meta.algorithms.registry import ALGORITHMS, Algorithm
@@ -188,5 +188,8 @@ def build_model_of(config: Config, tokenizer: DialogueTokenizer, labels: Sequenc
         DataError: If a pretrained model can't be read.
         UserError: If a size or a LoRA setting does not suit the model.
     """
+    if config.part == "policy":
+        sizes = {"width": config.width, "cell": config.model, "hidden": config.hidden}
+        return ActModel(tokenizer.vocab_size, classes=len(labels), **sizes), ""
     model, base = _pretrained(config, tokenizer) if config.pretrained else (_new(config, tokenizer), "")
-    return model if config.part == "generator" else part_model(config, model, labels), base
+    return parser_model(config, model) if config.part == "parser" else model, base

@@ -45,34 +45,27 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Returns embeddings [B, D]; zeros for a text without tokens. Without a mask, every token counts."""
-        states = hidden_states(self.body, input_ids, attention_mask, "TextEncoder")
+        states = self._states(input_ids, attention_mask)
         if attention_mask is None:
             return states.mean(1)
         kept = (attention_mask != 0).unsqueeze(-1)
         return torch.where(kept, states, 0.0).sum(1) / kept.to(states.dtype).sum(1).clamp(min=1)
 
-
-def hidden_states(
-    body: Any, input_ids: Tensor, attention_mask: Tensor | None = None, of: str = "hidden_states"
-) -> Tensor:
-    """Return the hidden states `[B, L, D]` of a body as `TextEncoder` takes it, for tokens `[B, L]`.
-
-    Raises:
-        ValueError: If `body` returns no hidden states; the message begins with `of`.
-    """
-    if hasattr(body, "hidden_states"):
-        output = body.hidden_states(input_ids)
-    elif attention_mask is None:
-        output = body(input_ids=input_ids)
-    else:
-        output = body(input_ids=input_ids, attention_mask=attention_mask)
-    if hasattr(output, "logits"):
-        raise ValueError(
-            f"{of}: body must return hidden states, got logits from {type(body).__name__}: pass the model"
-            " without its head, such as transformers.AutoModel"
-        )
-    states = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
-    states = output[0] if states is None else states
-    if states.dim() != 3 or states.shape[:2] != input_ids.shape:
-        raise ValueError(f"{of}: body must return hidden states [B, L, D], got {list(states.shape)}")
-    return states
+    def _states(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        body: Any = self.body
+        if hasattr(body, "hidden_states"):
+            output = body.hidden_states(input_ids)
+        elif attention_mask is None:
+            output = body(input_ids=input_ids)
+        else:
+            output = body(input_ids=input_ids, attention_mask=attention_mask)
+        if hasattr(output, "logits"):
+            raise ValueError(
+                f"TextEncoder: body must return hidden states, got logits from {type(body).__name__}: pass the model"
+                " without its head, such as transformers.AutoModel"
+            )
+        states = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
+        states = output[0] if states is None else states
+        if states.dim() != 3 or states.shape[:2] != input_ids.shape:
+            raise ValueError(f"TextEncoder: body must return hidden states [B, L, D], got {list(states.shape)}")
+        return states

@@ -23,7 +23,7 @@ def test_printable_text_can_be_written_and_commands_nothing(text):
 
 
 def test_ordinary_text_stays():
-    text = "naïve 你好 🙂👍🏽\n\tनमस्ते ‘quoted’ [bold]"
+    text = "naïve 你好 🙂👍🏽\n\tनमस्ते “quoted” [bold]"
     assert printable(text) == text
 
 

@@ -1,23 +1,35 @@
-"""Draw episodes of dialogue acts: the windows of `metakern.dialogue.episodes`, labeled with the acts of the bot.
+"""Draw episodes of dialogue acts: whole dialogues, turn by turn, labeled with the act of the bot's next turn.
 
-The label of a token is the number of an act where the bot's reply begins after it, and -100 elsewhere. So one pass
-over a window predicts the act of each of its replies from all that was said before.
+| tensor         | shape        |
+|----------------|--------------|
+| input_ids      | [T, B, U, L] |
+| attention_mask | [T, B, U, L] |
+| speakers       | [T, B, U]    |
+| labels         | [T, B, U]    |
+
+T tasks, B dialogues of a task, U turns, L tokens of a turn. A speaker is 1 for the bot, 0 for anybody else. The label
+of a turn is the number of the act of the bot's turn that follows it, and -100 if there is none.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from metakern.dialogue.episodes import Episodes
+import torch
+
+from metakern.dialogue.episodes import Batch, Episodes, Startable
 from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.split import TaskData
 from metakern.dialogue.tokenizer import IGNORE, DialogueTokenizer, bot_in
 from metakern.errors import DataError
 
-__all__ = ["Acts", "acts_in", "labeled"]
+__all__ = ["Acts", "acts_in", "encoded_turns"]
 
-Example = tuple[str, int]  # a text and the number of the act that follows it
+TURNS = 40  # the largest U; of longer dialogues, the first turns are taken
+Example = tuple[str, int]  # the text of a turn and the number of the act that follows it
+Speech = tuple[Sequence[Turn], str | None]  # turns, and the speaker who is the bot
 
 
 def acts_in(dialogues: Iterable[Dialogue]) -> list[str]:
@@ -33,67 +45,106 @@ def acts_in(dialogues: Iterable[Dialogue]) -> list[str]:
 
 
 class Acts(Episodes):
-    """Episodes as of `Episodes`, in which `labels` `[T, B, L]` number the acts of the bot.
+    """Episodes as of `Episodes`, of whole dialogues, in the form that the module describes.
 
-    A reply whose act is not among `acts` has the label -100: it is not learned and not judged.
+    A turn of the bot whose act is not among `acts` is not learned and not judged.
 
     Args:
         tasks: As of `Episodes`.
         tokenizer: As of `Episodes`.
         acts: The acts, by number.
-        options: The other arguments of `Episodes`.
+        options: The other arguments of `Episodes`; `max_length` is the largest L, and longer turns lose their ends.
 
     Attributes:
-        unknown: The number of replies in `tasks` whose act is not among `acts`.
+        unknown: The number of turns of the bot in `tasks` whose act is not among `acts`.
     """
 
     def __init__(
         self, tasks: Sequence[TaskData], tokenizer: DialogueTokenizer, *, acts: Sequence[str], **options: Any
     ) -> None:
         self.number: Mapping[str, int] = {act: i for i, act in enumerate(acts)}
-        super().__init__(tasks, tokenizer, **options)
+        super().__init__(tasks, tokenizer, windows="opening", **options)
         said = [(turn, bot_in(d)) for task in tasks for d in task.dialogues for turn in d.turns]
         self.unknown = sum(bool(turn.act) and turn.act not in self.number and turn.speaker == bot for turn, bot in said)
 
     def examples(self) -> Iterator[tuple[list[Example], list[Example]]]:
-        """Yield the labels in the episodes of `evaluation`, each with the text of the turn before: support, query."""
+        """Yield the labels in the episodes of `evaluation` with the texts of their turns: support, query."""
         for name, dialogues in self._tasks:
             for i in range(self.repeats):
                 support, query = (
-                    [example for window in side for example in self._examples(*window)]
+                    [
+                        (turn.text, label)
+                        for dialogue, _ in side
+                        for turn, label in zip(dialogue.turns, self._labels(dialogue), strict=False)
+                        if label != IGNORE
+                    ]
                     for side in self._draw_windows(dialogues, self._evaluation_rng(name, i))
                 )
                 yield support, query
 
-    def _examples(self, dialogue: Dialogue, start: int) -> Iterator[Example]:
-        turns = self._turns(dialogue, start)
-        for i, _, _ in self.tokenizer.replies(turns, self.max_length, bot_in(dialogue)):
-            if turns[i].act in self.number:
-                yield turns[i - 1].text if i else "", self.number[turns[i].act]
+    def _labels(self, dialogue: Dialogue) -> list[int]:
+        return labels_of_turns(dialogue.turns, bot_in(dialogue), self.number)[:TURNS]
 
-    def _encode(self, dialogue: Dialogue, start: int, end: int | None = None) -> tuple[list[int], list[int]]:
-        turns = self._turns(dialogue, start, end)
-        return labeled(turns, self.tokenizer, self.number, self.max_length, bot_in(dialogue))
+    def _batch(
+        self, tasks: Sequence[tuple[str, list[Startable]]], rngs: Sequence[random.Random]
+    ) -> tuple[list[str], Batch, Batch]:
+        drawn = [self._draw_windows(dialogues, rng) for (_, dialogues), rng in zip(tasks, rngs, strict=True)]
+        support, query = (
+            encoded_turns(
+                [[(dialogue.turns, bot_in(dialogue)) for dialogue, _ in task[side]] for task in drawn],
+                self.tokenizer,
+                self.number,
+                self.max_length,
+            )
+            for side in (0, 1)
+        )
+        return [name for name, _ in tasks], support, query
 
 
-def labeled(
-    turns: Sequence[Turn],
-    tokenizer: DialogueTokenizer,
-    number: Mapping[str, int],
-    max_length: int,
-    bot: str | None,
-) -> tuple[list[int], list[int]]:
-    """Return the ids and the labels of the beginning of a dialogue, as `Acts` has them.
+def labels_of_turns(turns: Sequence[Turn], bot: str | None, number: Mapping[str, int]) -> list[int]:
+    """Return the label of each turn, as the module says, given the number of each known act."""
+    following = [number.get(turn.act, IGNORE) if turn.speaker == bot else IGNORE for turn in turns[1:]]
+    return [*following, IGNORE][: len(turns)]
+
+
+def encoded_turns(
+    tasks: Sequence[Sequence[Speech]], tokenizer: DialogueTokenizer, number: Mapping[str, int], max_length: int
+) -> Batch:
+    """Return the dialogues of tasks as a batch, padded on the right; each task has as many dialogues.
+
+    L is a multiple of 8 and U one of 4, so that there are few shapes.
 
     Args:
-        turns: The turns, oldest first.
+        tasks: For each task its dialogues.
         tokenizer: The tokenizer.
         number: The number of each known act.
-        max_length: The largest number of ids.
-        bot: The speaker who is the bot.
+        max_length: The largest L.
     """
-    ids, _ = tokenizer.encode_dialogue(turns, "bot", max_length, bot)
-    labels = [IGNORE] * len(ids)
-    for i, before, _ in tokenizer.replies(turns, max_length, bot):
-        labels[len(before) - 1] = number.get(turns[i].act, IGNORE)
-    return ids, labels
+    rows = [
+        [
+            (
+                [tokenizer.encode(turn.text)[:max_length] for turn in turns[:TURNS]],
+                [int(turn.speaker == bot) for turn in turns[:TURNS]],
+                labels_of_turns(turns, bot, number)[:TURNS],
+            )
+            for turns, bot in task
+        ]
+        for task in tasks
+    ]
+    T, B = len(rows), len(rows[0])
+    U = -(-max(len(speakers) for task in rows for _, speakers, _ in task) // 4) * 4
+    L = -(-max(len(ids) for task in rows for texts, _, _ in task for ids in texts) // 8) * 8
+    batch = {
+        "input_ids": torch.full((T, B, U, L), tokenizer.pad_id),
+        "attention_mask": torch.zeros(T, B, U, L, dtype=torch.long),
+        "speakers": torch.zeros(T, B, U, dtype=torch.long),
+        "labels": torch.full((T, B, U), IGNORE),
+    }
+    for t, task in enumerate(rows):
+        for b, (texts, speakers, labels) in enumerate(task):
+            for u, ids in enumerate(texts):
+                batch["input_ids"][t, b, u, : len(ids)] = torch.tensor(ids)
+                batch["attention_mask"][t, b, u, : len(ids)] = 1
+            batch["speakers"][t, b, : len(speakers)] = torch.tensor(speakers)
+            batch["labels"][t, b, : len(labels)] = torch.tensor(labels)
+    return batch

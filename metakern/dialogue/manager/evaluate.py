@@ -194,7 +194,7 @@ def _predicted(run: Run, source: Acts, steps: int) -> list[list[int]]:
         phi = run.algorithm.adapt(support, steps=steps)
         for t in range(len(names)):
             load_adapted(model, phi, t)
-            logits = model(query["input_ids"][t], query["attention_mask"][t])
+            logits = model(**{name: x[t] for name, x in query.items() if name != "labels"})
             found.append(logits.argmax(-1)[query["labels"][t] != IGNORE].tolist())
     return found
 

@@ -2,10 +2,11 @@
 
     BagEncoder    x = Σ_i importance(token_i) · embedding(token_i), divided by its norm       [B, D]
     Classifier    the embedding of a text -> head, one label for each text                    [B, C]
-    Tagger        the hidden state of each token -> head, one label for each token            [B, L, C]
+    ActModel      the embedding of each turn and its speaker -> recurrent layer -> head       [B, U, C]
 
-Inputs are `input_ids` and `attention_mask`, both `[B, L]`. Instead of a BagEncoder, a parser can have a `TextEncoder`
-over a language model, its `body`, which plain language modeling trains first. So does the body of a Tagger.
+Texts are `input_ids` and `attention_mask`, both `[B, L]`, or `[B, U, L]` for dialogues of U turns. Instead of a
+BagEncoder, a parser can have a `TextEncoder` over a language model, its `body`, which plain language modeling trains
+first.
 
 The importance of a token begins as its inverse document frequency, and embeddings begin at random, almost orthogonal to
 each other. So a new BagEncoder compares texts much as TF-IDF does, and training starts from there.
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 import metakern as mk
+from metakern.dialogue.models import CELLS
 from metakern.losses import labelled
-from metakern.nn.text import TextEncoder, hidden_states
+from metakern.nn.text import TextEncoder
 
-__all__ = ["BagEncoder", "Classifier", "PlainClassifier", "Tagger"]
+__all__ = ["ActModel", "BagEncoder", "Classifier", "PlainClassifier"]
 
 
 class BagEncoder(nn.Module):
@@ -99,26 +101,36 @@ class Classifier(nn.Module):
         return self.head(self.encoder(input_ids, attention_mask))
 
 
-class Tagger(nn.Module):
-    """A linear head over each hidden state of a language model, whose states know no later token.
+class ActModel(nn.Module):
+    """Predicts after each turn of a dialogue the act that follows, from that turn and all before it.
 
     Args:
-        body: A causal language model, as `TextEncoder` takes it.
-        classes: C, the number of labels.
+        vocab_size: The number of tokens.
+        width: The width of the embedding of a turn.
+        cell: "rnn", "gru" or "lstm".
+        hidden: The number of hidden units of the recurrent layer.
+        classes: C, the number of acts.
 
-    >>> from metakern.dialogue.models import build_model
-    >>> model = Tagger(build_model("gru", 300, embedding=8, hidden=8), classes=4)
-    >>> model(torch.zeros(2, 5, dtype=torch.long)).shape
-    torch.Size([2, 5, 4])
+    >>> model = ActModel(300, width=8, cell="gru", hidden=8, classes=4)
+    >>> model(torch.zeros(2, 3, 5, dtype=torch.long), speakers=torch.tensor([[0, 1, 0], [1, 0, 1]])).shape
+    torch.Size([2, 3, 4])
     """
 
-    def __init__(self, body: nn.Module, classes: int) -> None:
+    def __init__(self, vocab_size: int, width: int, cell: str, hidden: int, classes: int) -> None:
         super().__init__()
-        self.body, self.head = body, nn.Linear(_width(mk.nn.TextEncoder(body)), classes)
+        self.encoder = BagEncoder(vocab_size, width)
+        self.speaker = nn.Embedding(2, width)
+        self.rnn = CELLS[cell](width, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, classes)
+        self.scale = width**0.5  # of the norm of an embedding, so that its elements are about 1
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the logits `[B, L, C]` of the tokens `input_ids` `[B, L]`."""
-        return self.head(hidden_states(self.body, input_ids, attention_mask, "Tagger"))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, speakers: Tensor) -> Tensor:
+        """Return the logits `[B, U, C]` of the acts after turns `input_ids` `[B, U, L]` of `speakers` `[B, U]`."""
+        B, U, L = input_ids.shape
+        mask = None if attention_mask is None else attention_mask.reshape(B * U, L)
+        x = self.encoder(input_ids.reshape(B * U, L), mask).reshape(B, U, -1) * self.scale
+        states, _ = self.rnn(x + self.speaker(speakers))
+        return self.head(states)
 
 
 class PlainClassifier(mk.ProtoNet):

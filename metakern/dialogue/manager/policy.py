@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from metakern.dialogue.episodes import collate
 from metakern.dialogue.manager import ACTIONS, Decision, Parse, exchanges_of
-from metakern.dialogue.manager.acts import labeled
+from metakern.dialogue.manager.acts import TURNS, Speech, encoded_turns
 from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import load_adapted, on_device_of
@@ -110,12 +109,11 @@ class ActPolicy:
         given = {reply.act for dialogue in dialogues for _, reply in exchanges_of(dialogue) if reply.act}
         if not given:
             return
-        rows = [row for row in map(self._row, dialogues) if any(label != IGNORE for label in row[1])]
-        if not rows:
+        support = self._encoded([(dialogue.turns, bot_in(dialogue)) for dialogue in dialogues])
+        if (support["labels"] == IGNORE).all():
             raise UserError(
                 f"policy: acts of the support must be among {', '.join(self.acts)}, got {', '.join(sorted(given))}"
             )
-        support = on_device_of(self.run.model, collate([rows], self.run.tokenizer.pad_id))
         self.model = twin(self.run.model)
         load_adapted(self.model, self.run.algorithm.adapt(support, steps=self.steps))
         self.model.eval()
@@ -123,10 +121,11 @@ class ActPolicy:
     @torch.no_grad()
     def probabilities(self, turns: Sequence[Turn]) -> dict[str, float]:
         """Return the probability of each act of the reply to `turns`."""
-        ids = self.run.tokenizer.prompt(turns, self.run.config.max_length, "bot")
-        batch = torch.tensor([ids], device=next(self.model.parameters()).device)
-        p = self.model(batch, torch.ones_like(batch))[0, -1].softmax(-1).tolist()
-        return dict(zip(self.acts, p, strict=True))
+        latest = turns[-TURNS:]
+        batch = self._encoded([(latest, "bot")])
+        labels = batch.pop("labels")
+        logits = self.model(**{name: x[0] for name, x in batch.items()}).reshape(labels.shape[-1], -1)
+        return dict(zip(self.acts, logits[len(latest) - 1].softmax(-1).tolist(), strict=True))
 
     def __call__(self, turns: Sequence[Turn], parse: Parse) -> Decision:
         """Return what to do after `turns`, with the likeliest act."""
@@ -134,7 +133,7 @@ class ActPolicy:
         act = max(p, key=p.__getitem__)
         return Decision(decision.action, decision.reply, act, f"{decision.why}; next act {act} ({p[act]:.0%})")
 
-    def _row(self, dialogue: Dialogue) -> tuple[list[int], list[int]]:
-        """Return the ids of a dialogue, and its acts where replies begin."""
+    def _encoded(self, dialogues: Sequence[Speech]) -> dict[str, torch.Tensor]:
         number = {act: i for i, act in enumerate(self.acts)}
-        return labeled(dialogue.turns, self.run.tokenizer, number, self.run.config.max_length, bot_in(dialogue))
+        batch = encoded_turns([dialogues], self.run.tokenizer, number, self.run.config.max_length)
+        return on_device_of(self.run.model, batch)

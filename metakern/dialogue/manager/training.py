@@ -10,7 +10,7 @@ from torch import nn
 
 import metakern as mk
 from metakern.dialogue.manager.acts import Acts, acts_in
-from metakern.dialogue.manager.models import BagEncoder, Classifier, PlainClassifier, Tagger
+from metakern.dialogue.manager.models import ActModel, BagEncoder, Classifier, PlainClassifier
 from metakern.dialogue.manager.utterances import Utterances
 from metakern.dialogue.split import TaskData
 from metakern.dialogue.tokenizer import DialogueTokenizer
@@ -19,7 +19,7 @@ from metakern.errors import UserError
 if TYPE_CHECKING:
     from metakern.dialogue.config import Config
 
-__all__ = ["labels_of", "part_episodes", "part_model", "prepare", "prototypical"]
+__all__ = ["labels_of", "parser_model", "part_episodes", "prepare", "prototypical"]
 
 
 def labels_of(config: Config, tasks: Sequence[TaskData]) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ def part_episodes(
     if config.part == "parser":
         sizes = {"ways": config.ways, "shots": config.shots, "queries": config.query_size}
         return Utterances(tasks, tokenizer, **common | sizes | changes)  # type: ignore[arg-type]
-    sizes = {key: getattr(config, key) for key in ("support_size", "query_size", "windows", "task_power")}
+    sizes = {key: getattr(config, key) for key in ("support_size", "query_size", "task_power")}
     return Acts(tasks, tokenizer, acts=labels, **common | sizes | changes)
 
 
@@ -60,21 +60,22 @@ def prepare(model: Any, tasks: Sequence[TaskData], tokenizer: DialogueTokenizer)
     """Set what a new model takes from the training tasks: the importance of tokens in a `BagEncoder`."""
     encoder = getattr(model, "encoder", model)
     if isinstance(encoder, BagEncoder):
-        texts = (d.turns[:1] for task in tasks for d in task.dialogues)
-        encoder.weigh(tokenizer.prompt(turns, sys.maxsize, "bot") for turns in texts)
+        dialogues = [dialogue for task in tasks for dialogue in task.dialogues]
+        if isinstance(model, ActModel):
+            encoder.weigh(tokenizer.encode(turn.text) for dialogue in dialogues for turn in dialogue.turns)
+        else:
+            encoder.weigh(tokenizer.prompt(dialogue.turns[:1], sys.maxsize, "bot") for dialogue in dialogues)
 
 
-def part_model(config: Config, model: nn.Module, labels: Sequence[str]) -> nn.Module:
-    """Return the model of a part over a language model: an encoder or classifier for a parser, a tagger for a policy.
+def parser_model(config: Config, model: nn.Module) -> nn.Module:
+    """Return the model of a parser, an encoder or a classifier, over a language model or a `BagEncoder`.
 
     Raises:
-        UserError: If a pretrained model is to be pretrained further, which parts do not do.
+        UserError: If a pretrained model is to be pretrained further, which a parser does not do.
     """
     if config.pretrained and config.pretrain_steps:
-        raise UserError(f"pretrain_steps must be 0 for the part {config.part} over an hf model")
+        raise UserError(f"pretrain_steps must be 0 for a parser over an hf model, got {config.pretrain_steps}")
     body: Any = model.base_model if config.pretrained else model
-    if config.part == "policy":
-        return Tagger(body, len(labels))
     encoder = body if isinstance(body, BagEncoder) else mk.nn.TextEncoder(body)
     return Classifier(encoder, config.ways) if config.algorithm == "protomaml" else encoder
 
@@ -84,7 +85,7 @@ def prototypical(config: Config, model: Any, labels: Sequence[str], **options: A
 
     Args:
         config: The settings.
-        model: What `part_model` returned.
+        model: What `parser_model` returned.
         labels: The training intents.
         options: Arguments of `metakern.ProtoNet`.
     """
