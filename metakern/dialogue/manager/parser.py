@@ -223,16 +223,17 @@ def best_threshold(confidence: Tensor, right: Tensor, strangers: Tensor) -> floa
         right: Whether the likeliest label of each is its own, bool `[N]`.
         strangers: The confidences of texts out of scope, `[M]`; if there are none, all texts are accepted.
 
-    >>> best_threshold(torch.tensor([0.9, 0.8, 0.2]), torch.tensor([True, True, False]), torch.tensor([0.3, 0.5]))
+    >>> right = torch.tensor([True, True, False])
+    >>> round(best_threshold(torch.tensor([0.9, 0.8, 0.2]), right, torch.tensor([0.3, 0.5])), 3)
     0.65
     """
     if not strangers.numel():
         return float(confidence.min())
     every = torch.cat([confidence, strangers]).double().unique()
-    between = torch.cat([every[:1], (every[1:] + every[:-1]) / 2])
+    between = torch.cat([every[:1], (every[1:] + every[:-1]) / 2, every[-1:] + 1e-6])
     kept = (confidence.double()[right].unsqueeze(1) >= between).double().sum(0) / len(confidence)
     refused = (strangers.double().unsqueeze(1) < between).double().mean(0)
-    return round(float(between[(kept + refused).argmax()]), 6)
+    return float(between[(kept + refused).argmax()])
 
 
 def calibrate(run: Run, validation: Utterances) -> dict[str, float]:
