@@ -17,7 +17,7 @@ from metakern.dialogue import checkpoint
 from metakern.dialogue.chat import Chat, adapt
 from metakern.dialogue.config import Config
 from metakern.dialogue.evaluate import evaluate
-from metakern.dialogue.generate import generate, greedy
+from metakern.dialogue.generate import Sampling, generate, greedy
 from metakern.dialogue.readers import Turn, read
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import episodes, load_split
@@ -296,8 +296,8 @@ def test_eval_compares_with_lora_fine_tuning_from_the_same_start(trained):
 
 def test_adapt_writes_an_adapter_and_chat_talks(trained, data, tmp_path, capsys):
     support = data / "task0.jsonl"
-    line = adapt(trained / "run", str(support), tmp_path / "mine", steps=2)
-    assert "inner steps: 2, windows of support: " in line
+    line = adapt(trained / "run", str(support), tmp_path / "mine", most=2)
+    assert line.startswith("inner steps: 2, taught replies right: ")
     plain = load_model(str(trained / "model"), 56, 300)
     mk.load_lora(plain, tmp_path / "mine" / "adapter")
     mine, before = Run.open(tmp_path / "mine"), Run.open(trained / "run")
@@ -306,7 +306,7 @@ def test_adapt_writes_an_adapter_and_chat_talks(trained, data, tmp_path, capsys)
         assert torch.equal(parameter, dict(before.model.named_parameters())[name]) != ("lora_" in name)
 
     kept = {name: p.detach().clone() for name, p in before.model.named_parameters() if p.requires_grad}
-    chat = Chat(before, read(str(support)), steps=2, temperature=0)
+    chat = Chat(before, read(str(support)), most=2, sampling=Sampling(0))
     assert all(torch.equal(before.model.get_parameter(name), p) for name, p in kept.items())
     frozen = {id(p) for p in before.model.parameters() if not p.requires_grad}
     assert frozen == {id(p) for p in chat.model.parameters() if not p.requires_grad}
