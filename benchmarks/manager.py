@@ -26,7 +26,7 @@ from metakern.dialogue.trainer import train
 from metakern.errors import UserError
 
 CONFIGS = {"clinc": "parser", "banking": "parser", "hwu": "parser", "sgd": "policy"}
-COMPARE = {"parser": ("pretrained", "finetune"), "policy": ("finetune", "finetune:adam", "fomaml")}
+COMPARE = {"parser": ("pretrained", "finetune"), "policy": ("finetune", "finetune:adam")}
 STEPS = (0, 1, 3, 10)
 SEEDS = 1
 
