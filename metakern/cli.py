@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("name", metavar="NAME", help="a file, a folder, or packaged data, as --data of `metakern train`")
     for key in fields(Config):
-        if key.name != "data":
+        if key.name not in ("part", "data"):
             _add_flag(data, key)
 
     evaluate = add(
@@ -474,14 +474,19 @@ def _doctor(run: str | None) -> None:
 
 def _diagnosis(path: str) -> None:
     from metakern.dialogue.run import Run
-    from metakern.dialogue.tasks import episodes, load_split, on_device_of
+    from metakern.dialogue.tasks import load_split, on_device_of, source_of
 
     run = Run.open(path)
     config, algorithm = run.config, run.algorithm
-    batches = episodes(config, load_split(config).train, run.tokenizer).sample(0, config.tasks)
+    if config.part == "parser":
+        raise UserError(
+            f"{path}: must be the run of a generator or a policy, got one of a parser: prototypes are exact"
+        )
+    loss = metakern.losses.causal_lm if config.part == "generator" else metakern.losses.classification
+    batches = source_of(config, load_split(config).train, run.tokenizer, run.labels).sample(0, config.tasks)
     support, query = (on_device_of(run.model, batch) for batch in batches)
     options = {"inner": algorithm.inner, "steps": config.most_inner_steps, "adapt": getattr(algorithm, "_adapt", None)}
-    print(metakern.doctor(run.model, metakern.losses.causal_lm, support, query, **options))
+    print(metakern.doctor(run.model, loss, support, query, **options))
 
 
 def _environment() -> None:

@@ -212,7 +212,11 @@ class Chat:
         new = Dialogue("taught", str(len(self.known)), tuple(lesson), {"bot": "bot"})
         replaced = [known for known in before if _asks_the_same(known, new)]
         self.known = [*(known for known in before if known not in replaced), new]
-        said = self._learn()
+        try:
+            said = self._learn()
+        except BaseException:  # Ctrl-C among them, which breaks off a lesson
+            self.known = before
+            raise
         self.done.append(before)
         return said + "; the earlier answer to it is forgotten" * bool(replaced)
 

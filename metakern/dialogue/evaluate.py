@@ -111,6 +111,8 @@ def evaluate(
         raise UserError(f"eval: repeats must be at least 1, got {repeats}")
     steps, reply_steps = (tuple(sorted(set(numbers))) for numbers in (steps, reply_steps))
     run = Run.open(path)
+    if run.config.part != "generator":
+        raise UserError(f"{path}: must be the run of a generator, got one of a {run.config.part}: use evaluate_part")
     split = load_split(run.config)
     validation = episodes(run.config, split.validation, run.tokenizer)
     tasks, skipped = load_whole(run.config, data) if data else (split.test, {})

@@ -20,9 +20,18 @@ from metakern.dialogue.split import Split, TaskData, split_tasks, whole_tasks
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import UserError, by_the_user
 
-__all__ = ["Source", "curve", "episodes", "load_adapted", "load_split", "load_whole", "on_device_of", "source_of"]
+__all__ = [
+    "EpisodeSource",
+    "curve",
+    "episodes",
+    "load_adapted",
+    "load_split",
+    "load_whole",
+    "on_device_of",
+    "source_of",
+]
 
-Source = Episodes | Utterances
+EpisodeSource = Episodes | Utterances
 
 
 def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -120,7 +129,7 @@ def episodes(config: Config, tasks: tuple[TaskData, ...], tokenizer: DialogueTok
 @by_the_user()
 def source_of(
     config: Config, tasks: tuple[TaskData, ...], tokenizer: DialogueTokenizer, labels: Sequence[str], **changes: Any
-) -> Source:
+) -> EpisodeSource:
     """Return the episodes of `tasks` from which the part that `config` names learns, or by which it is judged.
 
     Args:
@@ -139,7 +148,7 @@ def source_of(
     return part_episodes(config, tasks, tokenizer, labels, **changes)
 
 
-def curve(algorithm: Any, source: Source, steps: tuple[int, ...], limit: int = 0) -> tuple[list[str], Tensor]:
+def curve(algorithm: Any, source: EpisodeSource, steps: tuple[int, ...], limit: int = 0) -> tuple[list[str], Tensor]:
     """Return the names of the first `limit` tasks of `source` (0: all) and their query losses, `[len(steps), T]`.
 
     The losses are measured in evaluation mode after each number of inner steps in `steps`, in nats per token.

@@ -40,7 +40,7 @@ from metakern.dialogue.planning import Costs, PhaseCosts, planned, seconds_of, s
 from metakern.dialogue.rates import optimizers, tuned
 from metakern.dialogue.registry import ONE_NUMBER, build_algorithm, tokenizer_class
 from metakern.dialogue.run import Run
-from metakern.dialogue.tasks import Source, curve, episodes, load_split, on_device_of, source_of
+from metakern.dialogue.tasks import EpisodeSource, curve, episodes, load_split, on_device_of, source_of
 from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
 from metakern.errors import UserError
 
@@ -204,16 +204,16 @@ class _Sources:
 
     language: Episodes
     language_validation: Episodes
-    tasks: Source
-    validation: Source
+    tasks: EpisodeSource
+    validation: EpisodeSource
 
 
 @dataclass(frozen=True)
 class _Phase:
     name: str
     algorithm: Any
-    episodes: Source
-    validation: Source
+    episodes: EpisodeSource
+    validation: EpisodeSource
     steps: int
     lr: float
 

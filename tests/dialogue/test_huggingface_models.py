@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import random
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -18,12 +20,13 @@ from metakern.dialogue.chat import Chat, adapt
 from metakern.dialogue.config import Config
 from metakern.dialogue.evaluate import evaluate
 from metakern.dialogue.generate import Sampling, generate, greedy
-from metakern.dialogue.readers import Turn, read
+from metakern.dialogue.manager.parser import FewShotParser
+from metakern.dialogue.readers import Dialogue, Turn, read
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import episodes, load_split
 from metakern.dialogue.tokenizer import IGNORE
 from metakern.dialogue.trainer import StoppedError, _Loop, train
-from metakern.errors import DataError
+from metakern.errors import DataError, UserError
 from metakern.meta.parameters import twin
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
@@ -466,3 +469,22 @@ def test_smollm2_answers_and_learns_by_adapters(tmp_path, data):
     prompt = tokenizer.prompt((Turn("user", "What is the capital of France?"),), 256, "bot")
     ids = generate(language, prompt, max_new_tokens=20, temperature=0, eos_id=tokenizer.eos_id)
     assert tokenizer.decode(ids) == "The capital of France is Paris."
+
+
+def test_a_parser_can_have_a_pretrained_encoder(model, tmp_path):
+    draw = random.Random(1)
+    texts = [(" ".join(draw.choices(WORDS[i : i + 4], k=4)), f"intent_{i}") for i in range(7) for _ in range(9)]
+    (tmp_path / "intents.json").write_text(json.dumps({"train": texts}))
+    settings = {"part": "parser", "algorithm": "protonet", "validation_part": 0.3, "test_part": 0.3, "ways": 2}
+    config = hf_config(tmp_path / "intents.json", model, **settings, shots=(2,), steps=2, eval_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metakern.dialogue.manager.parser.EPISODES", 2)
+        train(config, tmp_path / "run")
+    parser = FewShotParser(tmp_path / "run")
+    talks = [
+        Dialogue("t", name, (Turn("user", said), Turn("bot", name)), {"bot": "bot"}) for said, name in texts[:27:9]
+    ]
+    parser.learn(talks)
+    assert parser.scores([texts[0][0], texts[9][0]]).argmax(1).tolist() == [0, 1]
+    with pytest.raises(UserError, match="pretrain_steps must be 0 for a parser over an hf model, got 2"):
+        train(replace(config, pretrain_steps=2), tmp_path / "more")

@@ -14,6 +14,7 @@ from tiny import WORDS, tiny_config
 
 from metakern.cli import main
 from metakern.dialogue.config import Config
+from metakern.dialogue.evaluate import evaluate
 from metakern.dialogue.manager import Decision, Manager, Parse, contradictions
 from metakern.dialogue.manager.acts import Acts, acts_in
 from metakern.dialogue.manager.evaluate import _f1, evaluate_part, show_part
@@ -147,6 +148,7 @@ def test_data_that_no_parser_can_learn_is_refused(parser):
     talk = dialogue("t", "d", [("user", "a"), ("bot", "b"), ("user", "c"), ("bot", "d")])
     with pytest.raises(DataError, match=r"parser: data must have texts with intents, .* got a dialogue of 4 turns"):
         by_intent([talk])
+    assert [d.task_id for d in by_intent(taught(("pay now", "pay"), ("blah", "oos")))] == ["pay"]
     tasks = [TaskData(name, tuple(taught(*[(f"{name} {i}", name) for i in range(3)]))) for name in ("pay", "call")]
     options = {"ways": 2, "queries": 2, "max_length": 16, "seed": 0}
     with pytest.raises(DataError, match="more texts than the largest of shots, 3, got 3 of 'pay'"):
@@ -381,6 +383,16 @@ def test_contradictions_are_of_first_messages_alone():
     later = [dialogue("t", str(i), [("user", str(i)), ("bot", "so"), ("user", "yes"), ("bot", str(i))]) for i in "12"]
     assert contradictions(later) == []
     assert contradictions(taught(("Open?", "yes"), ("open", "no"), ("shut", "no"), ("shut", "no"))) == ["open"]
+
+
+def test_commands_for_generators_refuse_other_runs(parser, policy, capsys):
+    for command in (["chat", str(parser.path)], ["doctor", str(parser.path)]):
+        assert main(command) == 2
+        assert "must be the run of a generator" in capsys.readouterr().err
+    with pytest.raises(UserError, match="got one of a policy: use evaluate_part"):
+        evaluate(policy.path)
+    assert main(["doctor", str(policy.path)]) == 0
+    assert "exact" in capsys.readouterr().out
 
 
 def test_the_tokenizer_of_a_run_of_labels_needs_its_labels(parser, tmp_path):

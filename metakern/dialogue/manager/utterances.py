@@ -21,6 +21,7 @@ from metakern.errors import DataError
 __all__ = ["Episode", "Utterances", "by_intent", "encoded"]
 
 EPISODES = 32  # in a validation
+OUT_OF_SCOPE = "oos"  # the label of texts without an intent in CLINC150
 Text = tuple[str, int]  # a text and the number of its intent, IGNORE for one out of scope
 
 
@@ -186,6 +187,8 @@ def encoded(tasks: Sequence[Sequence[Text]], tokenizer: DialogueTokenizer, max_l
 def by_intent(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
     """Return dialogues of a text and its intent as tasks that are the intents, whatever tasks they had.
 
+    Texts that CLINC150 marks as out of scope are left out.
+
     Raises:
         DataError: If one is longer than a text of the user and its intent, so that it names no intent.
     """
@@ -197,6 +200,8 @@ def by_intent(dialogues: Iterable[Dialogue]) -> list[Dialogue]:
                 f"parser: data must have texts with intents, as the format intents has, got a dialogue of"
                 f" {len(dialogue.turns)} turns in task {dialogue.task_id!r}"
             )
+        if said[1].text == OUT_OF_SCOPE:
+            continue
         name = f"{dialogue.task_id}/{dialogue.dialogue_id}"
         found.append(replace(dialogue, task_id=said[1].text, dialogue_id=name, turns=tuple(said), meta={"bot": "bot"}))
     return found

@@ -56,10 +56,10 @@ def sgd(path: Source, skipped: Counter[str]) -> Iterator[Dialogue]:
                 yield replace(found, turns=tuple(_annotated(found.turns, record["turns"])))
 
 
-def _annotated(turns: tuple[Turn, ...], records: Any) -> Iterator[Turn]:
+def _annotated(turns: tuple[Turn, ...], raw: Any) -> Iterator[Turn]:
     """Yield turns with the acts and slots of their records; where turns were merged or dropped, as they are."""
-    same = isinstance(records, list) and len(records) == len(turns)
-    for turn, record in zip(turns, records if same else [{}] * len(turns), strict=True):
+    same = isinstance(raw, list) and len(raw) == len(turns)
+    for turn, record in zip(turns, raw if same else [{}] * len(turns), strict=True):
         frames = record.get("frames")
         frames = [frame for frame in frames if isinstance(frame, dict)] if isinstance(frames, list) else []
         acts = {action["act"] for frame in frames for action in _items(frame, "actions") if _text(action, "act")}
