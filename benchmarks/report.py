@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks import gpu_tables as gpu
 from benchmarks.dialogue import tables as dialogue
+from benchmarks.manager_tables import parsers_table, policies_table
 from benchmarks.options import Parser
 from benchmarks.pictures import bases, draw, markup, stem
 from benchmarks.results import FOLDER, ROOT, machine
@@ -149,6 +150,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "replies": partial(dialogue.replies_table, ("maml", "finetune:adam", "pretrained:adam", "retrieval")),
         "smollm2": partial(curve_table, "smollm2"),
     },
+    "docs/manager.md": {"parsers": parsers_table, "policies": policies_table},
 }
 
 

@@ -27,14 +27,14 @@ import torch
 import metakern
 from metakern import native
 from metakern.dialogue.config import Config, describe
-from metakern.errors import UserError
-from metakern.io import printable
+from metakern.dialogue.terminal import printable
+from metakern.errors import UserError, by_the_user
 from metakern.tested import remark
 
 __all__ = ["main"]
 
 GROUPS = {
-    "data": "data",
+    "part": "data",
     "model": "model",
     "algorithm": "meta-learning",
     "outer_lr": "outer loop",
@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("name", metavar="NAME", help="a file, a folder, or packaged data, as --data of `metakern train`")
     for key in fields(Config):
-        if key.name != "data":
+        if key.name not in ("part", "data"):
             _add_flag(data, key)
 
     evaluate = add(
@@ -229,13 +229,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_reading(adapt)
     adapt.add_argument("--out", metavar="DIR", required=True, help="folder of the adapted run")
-    adapt.add_argument("--steps", metavar="N", type=_number, help="inner steps (default: as in training)")
+    _add_most(adapt)
 
     chat = add(_chat, "Chat with a run")
     chat.add_argument("run", metavar="RUN", help="folder of a run")
     chat.add_argument("--support", metavar="FILE", help="conversations to adapt to before the chat")
     _add_reading(chat)
-    chat.add_argument("--steps", metavar="N", type=_number, help="inner steps (default: as in training)")
+    _add_most(chat)
+    chat.add_argument(
+        "--parser", metavar="RUN", help="run of a parser, which finds what was taught (default: by common words)"
+    )
+    chat.add_argument("--policy", metavar="RUN", help="run of a policy, which predicts the next act for /why")
+    chat.add_argument(
+        "--unknown",
+        metavar="NAME",
+        default="generate",
+        help="what to do about a message that was not taught: generate, ask back, hand over (default: generate)",
+    )
     chat.add_argument(
         "--temperature",
         metavar="X",
@@ -251,6 +261,26 @@ def _parser() -> argparse.ArgumentParser:
         help="sample from the likeliest tokens that together have this probability (default: 0.9)",
     )
     chat.add_argument("--seed", metavar="N", type=_number, default=0, help="seed of the sampling (default: 0)")
+    chat.add_argument(
+        "--repetition-penalty",
+        metavar="X",
+        type=float,
+        default=1.0,
+        help="divide the logits of tokens that are in the reply already (default: 1.0)",
+    )
+    chat.add_argument(
+        "--no-repeat",
+        metavar="N",
+        type=_number,
+        default=0,
+        help="let no N tokens in a row come twice in a reply; 0: allow it (default: 0)",
+    )
+    chat.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end a reply before this text; may be given again"
+    )
+    chat.add_argument(
+        "--max-tokens", metavar="N", type=_number, help="tokens of a reply (default: half of the run's max_length)"
+    )
 
     serve = add(
         _serve,
@@ -322,6 +352,16 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=1,
         help="processes of this machine that share the tasks; for several machines see docs/scaling.md (default: 1)",
+    )
+
+
+def _add_most(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that limits an adaptation."""
+    parser.add_argument(
+        "--steps",
+        metavar="N",
+        type=_number,
+        help="largest number of inner steps; an adaptation ends when the taught replies come out (default: 60)",
     )
 
 
@@ -421,8 +461,16 @@ def _eval(
 
     from metakern.dialogue import processes
     from metakern.dialogue.evaluate import REPLY_STEPS, evaluate
+    from metakern.dialogue.manager.evaluate import evaluate_part, show_part
     from metakern.dialogue.report import show
+    from metakern.dialogue.run import part_of
 
+    if (part := part_of(run)) != "generator":
+        if replies or reply_steps:
+            raise UserError(f"{run}: is the run of a {part}, which has no replies: leave out --replies")
+        show_part(evaluate_part(run, steps, compare, data, repeats), Console())
+        print(f"written: {Path(run) / 'eval.json'}")
+        return
     reply_steps = reply_steps or (REPLY_STEPS if replies else ())
     with processes.joined():
         report = evaluate(run, steps, compare, data, reply_steps, repeats)
@@ -432,19 +480,58 @@ def _eval(
 
 def _adapt(run: str, support: str, out: str, steps: int | None, **reading: Any) -> None:
     from metakern.dialogue.chat import adapt
+    from metakern.dialogue.teach import MOST_STEPS
 
-    print(f"{adapt(run, support, out, steps, **_reading(**reading))}\nnext: metakern chat {out}")
+    line = adapt(run, support, out, MOST_STEPS if steps is None else steps, _status, **_reading(**reading))
+    print(f"{printable(line)}\nnext: metakern chat {out}")
 
 
 def _chat(
-    run: str, support: str | None, steps: int | None, temperature: float, top_p: float, seed: int, **reading: Any
+    run: str,
+    support: str | None,
+    steps: int | None,
+    parser: str | None,
+    policy: str | None,
+    unknown: str,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    repetition_penalty: float,
+    no_repeat: int,
+    stop: list[str],
+    max_tokens: int | None,
+    **reading: Any,
 ) -> None:
     from metakern.dialogue.chat import Chat, talk
+    from metakern.dialogue.generate import Sampling
+    from metakern.dialogue.manager.parser import FewShotParser
+    from metakern.dialogue.manager.policy import ActPolicy, TaughtPolicy
     from metakern.dialogue.readers import read
     from metakern.dialogue.run import Run
+    from metakern.dialogue.teach import MOST_STEPS
 
-    dialogues = read(support, **_reading(**reading)) if support else []
-    talk(Chat(Run.open(run), dialogues, steps=steps, temperature=temperature, top_p=top_p, seed=seed))
+    with by_the_user():
+        sampling = Sampling(temperature, top_p, repetition_penalty, no_repeat)
+    taught = TaughtPolicy(unknown)
+    chat = Chat(
+        Run.open(run),
+        read(support, **_reading(**reading)) if support else [],
+        parser=FewShotParser(parser) if parser else None,
+        policy=ActPolicy(policy, taught) if policy else taught,
+        progress=_status,
+        sampling=sampling,
+        most=MOST_STEPS if steps is None else steps,
+        stop=stop,
+        most_tokens=max_tokens,
+        seed=seed,
+    )
+    talk(chat)
+
+
+def _status(line: str) -> None:
+    """Show where a computation stands in one line of the terminal, in place of the last one; elsewhere nothing."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{printable(line)}\r", end="", file=sys.stderr, flush=True)
 
 
 def _serve(
@@ -494,14 +581,19 @@ def _doctor(run: str | None) -> None:
 
 def _diagnosis(path: str) -> None:
     from metakern.dialogue.run import Run
-    from metakern.dialogue.tasks import episodes, load_split, on_device_of
+    from metakern.dialogue.tasks import load_split, on_device_of, source_of
 
     run = Run.open(path)
     config, algorithm = run.config, run.algorithm
-    batches = episodes(config, load_split(config).train, run.tokenizer).sample(0, config.tasks)
+    if config.part == "parser":
+        raise UserError(
+            f"{path}: must be the run of a generator or a policy, got one of a parser: prototypes are exact"
+        )
+    loss = metakern.losses.causal_lm if config.part == "generator" else metakern.losses.classification
+    batches = source_of(config, load_split(config).train, run.tokenizer, run.labels).sample(0, config.tasks)
     support, query = (on_device_of(run.model, batch) for batch in batches)
     options = {"inner": algorithm.inner, "steps": config.most_inner_steps, "adapt": getattr(algorithm, "_adapt", None)}
-    print(metakern.doctor(run.model, metakern.losses.causal_lm, support, query, **options))
+    print(metakern.doctor(run.model, loss, support, query, **options))
 
 
 def _environment() -> None:

@@ -3,6 +3,7 @@
 write           a file is there whole or not at all, also after a power failure
 opened, read    only regular files of a limited size, so that a pipe or a device from a stranger cannot block
 locked          one writer for a folder; the system releases the lock when the writer dies
+private         a file that only its owner can read
 cache_folder    files that can be made again
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
+import math
 import os
 import re
 import secrets
@@ -19,12 +22,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from metakern.errors import CheckpointError, UserError
 
 LARGEST = 2**36  # bytes of a file, if the caller sets no lower limit
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -155,6 +158,33 @@ def _lock(path: Path) -> int:
         os.close(file)  # its last holder has removed it in the meantime
 
 
+def as_json(value: Any) -> bytes:
+    """Return a value as JSON in UTF-8, with null in the places of infinities and NaN, which JSON does not have."""
+    return (json.dumps(_finite(value), indent=1) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def private(path: Path) -> Path:
+    """Return `path`, after making it an empty file if there is none, and giving only its owner the right to read it.
+
+    Raises CheckpointError if that fails.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+        path.chmod(0o600)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot write: {error.strerror}") from None
+    return path
+
+
 def cache_folder() -> Path:
     """Return `$XDG_CACHE_HOME/metakern`, by default `~/.cache/metakern`; everything in it can be made again.
 
@@ -164,12 +194,3 @@ def cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metakern"
     except RuntimeError:
         return Path(os.devnull) / "metakern"
-
-
-def printable(text: str) -> str:
-    """Return a text with a question mark in the place of each control character but tabs and line breaks.
-
-    >>> printable("\\x1b[2J clears\\n")
-    '?[2J clears\\n'
-    """
-    return CONTROL.sub("?", text)

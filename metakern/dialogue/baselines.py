@@ -149,9 +149,13 @@ class Retrieval:
 
     def __call__(self, context: str) -> str:
         """Return the reply to the context that is nearest to `context`."""
-        query = self._vector(context)
-        cosines = [math.fsum(x * vector.get(word, 0.0) for word, x in query.items()) for vector in self.vectors]
+        cosines = self.cosines(context)
         return self.replies[cosines.index(max(cosines))]
+
+    def cosines(self, context: str) -> list[float]:
+        """Return the cosine of the vector of `context` with that of each known context."""
+        query = self._vector(context)
+        return [math.fsum(x * vector.get(word, 0.0) for word, x in query.items()) for vector in self.vectors]
 
     def _vector(self, text: str) -> dict[str, float]:
         """Return the TF-IDF of the known words of a text, of length 1."""

@@ -31,6 +31,9 @@ from metakern.meta.algorithms.registry import ALGORITHMS, find_algorithm
 __all__ = ["MAY_CHANGE", "Config"]
 
 PRETRAIN_STEPS = 300  # of a model that begins with random weights
+PARTS = ("generator", "parser", "policy")
+RECURRENT = ("rnn", "gru", "lstm")  # the models of a policy
+PARSERS = ("protonet", "protomaml", "finetune")  # the algorithms of a parser
 REMOVED = ("minutes", "pretrain_minutes")  # time limits, in the files of older runs
 # The settings that may differ from those with which a run began.
 MAY_CHANGE = ("steps", "patience", "pretrain_steps", "log_every", "eval_every", "eval_tasks", "device", "threads")
@@ -65,7 +68,9 @@ class Config:
 
     Raises:
         UserError: If a value has the wrong type, is not finite, is out of range, is too long or is none of the choices;
-            also if `lora` is not 0 and `model` is not `hf:PATH`, or `precision` is not float32 and `device` is not cpu.
+            also if `lora` is not 0 and `model` is not `hf:PATH`, or `precision` is not float32 and `device` is not cpu,
+            or `lm_weight` is not 0 and `part` is not generator, or `model` is bag and `part` is not parser, or `part`
+            is policy and `model` not recurrent.
 
     >>> Config(steps=10).steps
     10
@@ -74,6 +79,12 @@ class Config:
     metakern.errors.UserError: config: unknown key 'inner_lrr', did you mean 'inner_lr'?
     """
 
+    part: str = _option(
+        "generator",
+        "part of a dialogue manager to train: the language model that generates replies, the classifier that parses"
+        " messages (data with intents), or the policy that chooses the next act (data with acts)",
+        choices=PARTS,
+    )
     data: str = _option(
         "chitchat",
         "conversations: a file, a folder, or packaged data such as chitchat, chitchat:senders, chatterbot:english or"
@@ -134,13 +145,24 @@ class Config:
         8, "windows of a task in its support, which the inner loop adapts to", least=1, most=2**16
     )
     query_size: int = _option(
-        8, "windows of a task in its query, on which the adapted model is judged", least=1, most=2**16
+        8,
+        "windows of a task in its query, on which the adapted model is judged; for a parser, texts of each intent",
+        least=1,
+        most=2**16,
+    )
+    ways: int = _option(5, "intents of a task (parser)", least=2, most=2**10)
+    shots: tuple[int, ...] = _option(
+        (1, 5),
+        "support texts of each intent; several numbers take turns from step to step (parser)",
+        least=1,
+        most=2**10,
     )
 
     model: str = _option(
         "gpt",
-        "language model; hf:PATH is a pretrained one in the directory PATH, hf:smollm2 one that a package holds",
-        choices=("rnn", "gru", "lstm", "gpt", "hf:PATH"),
+        "language model; hf:PATH is a pretrained one in the directory PATH, hf:smollm2 one that a package holds; bag is"
+        " a weighted mean of embeddings, for a parser, which is no language model",
+        choices=("rnn", "gru", "lstm", "gpt", "bag", "hf:PATH"),
     )
     system: str = _option(
         "", "system message before each conversation that has none (hf models); empty: as the chat template has it"
@@ -161,8 +183,9 @@ class Config:
     dropout: float = _option(0.0, "dropout probability (not for hf models)", least=0)
 
     algorithm: str = _option(
-        "maml",
-        "how to train; finetune is the baseline without meta-learning; other packages may register more",
+        "auto",
+        f"how to train; auto is maml, or protonet for a parser (which has {', '.join(PARSERS)}); finetune is the"
+        " baseline without meta-learning; other packages may register more",
         choices=ALGORITHMS,
     )
     algorithm_options: tuple[str, ...] = _option(
@@ -238,7 +261,8 @@ class Config:
     pretrain_steps: int = _option(
         -1,
         "steps of plain language modeling before meta-training, of which the best weights by validation are kept;"
-        f" contenders start from the same weights; -1: {PRETRAIN_STEPS}, but 0 for hf models",
+        f" contenders start from the same weights; -1: {PRETRAIN_STEPS}, but 0 for a policy and for"
+        " bag and hf models",
         least=-1,
         most=10**9,
     )
@@ -261,15 +285,31 @@ class Config:
         if type(given) is int:
             object.__setattr__(self, "inner_steps", (given,))
         if self.pretrain_steps == -1:
-            object.__setattr__(self, "pretrain_steps", 0 if self.pretrained else PRETRAIN_STEPS)
+            none = self.pretrained or self.model == "bag" or self.part == "policy"
+            object.__setattr__(self, "pretrain_steps", 0 if none else PRETRAIN_STEPS)
+        if self.algorithm == "auto":
+            object.__setattr__(self, "algorithm", "protonet" if self.part == "parser" else "maml")
         find_algorithm(self.algorithm)
         for key in fields(self):
-            _check(key.name, getattr(self, key.name), key.default, key.metadata)
+            of_parser = key.name == "algorithm" and self.part == "parser"
+            rule = {**key.metadata, "choices": PARSERS} if of_parser else key.metadata
+            _check(key.name, getattr(self, key.name), key.default, rule)
         if self.lora and not self.pretrained:
             raise UserError(
                 f"lora must be 0 for the model {self.model}, which is not pretrained, got {self.lora}:"
                 " choose a model hf:PATH for it"
             )
+        if self.model == "bag" and (self.part != "parser" or self.pretrain_steps):
+            raise UserError(
+                "model must be a language model, got 'bag': it is for --part parser with --pretrain-steps 0 alone"
+            )
+        if self.part == "policy" and (self.model not in RECURRENT or self.pretrain_steps):
+            raise UserError(
+                f"model must be one of {', '.join(RECURRENT)} for a policy, with pretrain_steps 0, got {self.model!r}"
+                f" and {self.pretrain_steps}"
+            )
+        if self.lm_weight and self.part != "generator":
+            raise UserError(f"lm_weight must be 0 for the part {self.part}, got {self.lm_weight:g}")
         if self.precision != "float32" and self.device != "cpu":
             raise UserError(f"precision must be float32 for the device {self.device}, got {self.precision!r}")
 
@@ -305,7 +345,7 @@ class Config:
                 raise UserError(f"{source}: unknown key {_shown(name)}, did you mean {near!r}?")
         changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         try:
-            return replace(base or cls(), **changes)
+            return replace(base, **changes) if base else cls(**changes)
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
 

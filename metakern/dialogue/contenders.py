@@ -69,11 +69,16 @@ def contender(run: Run, name: str) -> Run:
     if inner not in ("", run.config.inner):
         changes = {"inner": inner, "inner_options": (), "inner_lr": FIRST_RATE}
     if base == PRETRAINED:
-        if not (run.config.pretrain_steps or run.config.pretrained):
+        if not (
+            run.config.pretrain_steps
+            or run.config.pretrained
+            or run.config.model == "bag"
+            or run.config.part == "policy"
+        ):
             raise UserError(f"{run.path}: began with random weights, so it has no contender pretrained")
         config = replace(run.config, algorithm="finetune", algorithm_options=(), **changes)
-        found = Run.create(run.path, config, run.tokenizer)
-        found.restore("pretrained", found.model)
+        found = Run.create(run.path, config, run.tokenizer, run.labels)
+        found.restore("pretrained", found.body)
         return found
     config = replace(run.config, algorithm=base, steps=state["step"])
     if base != run.config.algorithm:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from metakern.dialogue import processes
-from metakern.io import printable
+from metakern.dialogue.terminal import printable, say
 
 __all__ = ["Display"]
 
@@ -37,8 +38,8 @@ class Display:
             self.bar.stop()
 
     def say(self, text: str) -> None:
-        """Print lines of text as they are, without control characters."""
-        self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+        """Print lines of text as they are, but for what `printable` replaces."""
+        say(self.console, text)
 
     def progress(self, part: str, done: float, text: str, line: bool = True) -> None:
         """Show how far a part of the work is.
@@ -52,6 +53,6 @@ class Display:
         if self.console.is_terminal:
             if not any(task.description == part for task in self.bar.tasks):
                 self.bar.add_task(part, total=1.0, text="")
-            self.bar.update(self.bar.task_ids[-1], completed=done, text=text)
+            self.bar.update(self.bar.task_ids[-1], completed=done, text=escape(printable(text)))
         elif line:
             self.say(f"{part} {text}")

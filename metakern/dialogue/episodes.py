@@ -22,7 +22,7 @@ from metakern.dialogue.split import TaskData
 from metakern.dialogue.tokenizer import IGNORE, SYSTEM_SPEAKERS, DialogueTokenizer, bot_in
 from metakern.errors import DataError
 
-__all__ = ["Episodes", "Exchange", "collate"]
+__all__ = ["Episodes", "Exchange", "Share", "collate", "draw", "whole"]
 
 Batch = dict[str, Tensor]
 Startable = tuple[Dialogue, list[int]] | Line  # a dialogue, and the turns at which a window may begin
@@ -31,7 +31,8 @@ T = TypeVar("T")
 Share = Callable[[int], slice]  # from a number of episodes to the slice of them that is wanted
 
 
-def _whole(count: int) -> slice:
+def whole(count: int) -> slice:
+    """Return the slice of all episodes."""
     return slice(count)
 
 
@@ -147,7 +148,7 @@ class Episodes:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def sample(self, step: int, tasks: int, share: Share = _whole) -> tuple[Batch, Batch]:
+    def sample(self, step: int, tasks: int, share: Share = whole) -> tuple[Batch, Batch]:
         """Return the support and the query of one step, which depend on the seed and the arguments alone.
 
         Args:
@@ -178,7 +179,7 @@ class Episodes:
         if rng.random() >= self.augment:
             return names
         moved = [i for i in self.tokenizer.word_ids if rng.random() < RENAMED]
-        names[moved] = torch.tensor(_draw(moved, len(moved), rng), dtype=torch.int64)
+        names[moved] = torch.tensor(draw(moved, len(moved), rng), dtype=torch.int64)
         return names
 
     def names(self, step: int, tasks: int) -> list[str]:
@@ -190,12 +191,12 @@ class Episodes:
             raise ValueError(f"sample: tasks must be at least 1, got {tasks}")
         rng = random.Random(f"episodes/{self.seed}/{step}")
         if not self.task_power:
-            return _draw(self._tasks, tasks, rng), rng
+            return draw(self._tasks, tasks, rng), rng
         weights = [len(dialogues) ** self.task_power for _, dialogues in self._tasks]
-        return _draw(self._tasks, tasks, rng, weights), rng
+        return draw(self._tasks, tasks, rng, weights), rng
 
     def evaluation(
-        self, limit: int | None = None, *, batch: int = 16, share: Share = _whole
+        self, limit: int | None = None, *, batch: int = 16, share: Share = whole
     ) -> Iterator[tuple[list[str], Batch, Batch]]:
         """Yield fixed episodes of the tasks: names, support, query.
 
@@ -244,7 +245,7 @@ class Episodes:
         self, dialogues: Sequence[Startable], rng: random.Random
     ) -> tuple[list[tuple[Startable, float]], list[tuple[Startable, float]]]:
         """Return the windows of a task's support and query, as `_begun` takes them."""
-        shuffled = _draw(dialogues, len(dialogues), rng)
+        shuffled = draw(dialogues, len(dialogues), rng)
         share = round(len(shuffled) * self.sizes[0] / sum(self.sizes))
         cut = min(max(share, 1), len(shuffled) - 1)
         support, query = (
@@ -336,7 +337,7 @@ def _starts(dialogue: Dialogue, train_on: str) -> list[int]:
     return answered or spoken[:1] * any(learned.values())
 
 
-def _draw(items: Sequence[T], count: int, rng: random.Random, weights: Sequence[float] | None = None) -> list[T]:
+def draw(items: Sequence[T], count: int, rng: random.Random, weights: Sequence[float] | None = None) -> list[T]:
     """Return `count` items in random order; no item comes twice before all have come once.
 
     With weights, each next item is one of the rest in proportion to them (Efraimidis, Spirakis 2006).

@@ -12,7 +12,6 @@ exp is applied to their ends. `metakern.dialogue.replies` says how replies are j
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -115,6 +114,8 @@ def evaluate(
         raise UserError(f"eval: repeats must be at least 1, got {repeats}")
     steps, reply_steps = (tuple(sorted(set(numbers))) for numbers in (steps, reply_steps))
     run = Run.open(path)
+    if run.config.part != "generator":
+        raise UserError(f"{path}: must be the run of a generator, got one of a {run.config.part}: use evaluate_part")
     split = load_split(run.config)
     validation = episodes(run.config, split.validation, run.tokenizer)
     tasks, skipped = load_whole(run.config, data) if data else (split.test, {})
@@ -169,7 +170,7 @@ def evaluate(
 
 def _write(report: dict[str, Any], folder: Path) -> None:
     """Write a report and its pictures into the folder of the run, and say so; if that fails, say why."""
-    files = {folder / "eval.json": (json.dumps(_finite(report), indent=1) + "\n").encode()}
+    files = {folder / "eval.json": io.as_json(report)}
     files[folder / "eval.png"] = plot(report)
     if "replies" in report:
         files[folder / "replies.png"] = plot_replies(report)
@@ -257,12 +258,3 @@ def _through_exp(mean: Sequence[float], half: Sequence[float], name: str) -> dic
     center, reach = torch.tensor(mean).double(), torch.tensor(half).double()
     ends = {name: center, "low": center - reach, "high": center + reach}
     return {key: value.exp().tolist() for key, value in ends.items()}
-
-
-def _finite(value: Any) -> Any:
-    """Return `value` with None in the places of inf and nan, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,28 +2,103 @@
 
     p ∝ exp(logits / temperature)
 
-`generate` draws a token from the smallest set of likeliest tokens whose probabilities p add up to top_p or more.
-`greedy` always takes the likeliest token, for many prompts at once.
+`generate` draws a token from the smallest set of likeliest tokens whose probabilities p add up to top_p or more;
+`stream` yields the tokens one by one, and `text_of_stream` makes text of them. `greedy` always takes the likeliest
+token, for many prompts at once.
 
-Holtzman et al. 2020, "The curious case of neural text degeneration", section 3.1 (top_p, nucleus sampling).
+Holtzman et al. 2020, "The curious case of neural text degeneration", section 3.1 (top_p, nucleus sampling); Keskar et
+al. 2019, "CTRL: a conditional transformer language model for controllable generation", section 4.1 (repetition
+penalty); Paulus, Xiong, Socher 2018, "A deep reinforced model for abstractive summarization", section 2.5 (no repeated
+n-gram).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["generate", "greedy"]
+__all__ = ["Sampling", "generate", "greedy", "stream", "text_of_stream"]
 
 CACHES = ("cache", "past_key_values")  # what transformers calls the cache in outputs and arguments: since 5.24, before
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: Finite and at least 0; 0 always takes the likeliest token.
+        top_p: In (0, 1]; 1 samples from all tokens.
+        repetition_penalty: Finite and at least 1; the logits of tokens that are in the reply already are divided by it
+            if they are positive, and multiplied by it otherwise.
+        no_repeat_ngram: n, at least 0: no n tokens in a row come twice in a reply; 0 allows all.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    >>> Sampling(temperature=0).top_p
+    1.0
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"generate: temperature must be finite and at least 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"generate: top_p must be in (0, 1], got {self.top_p}")
+        if not (self.repetition_penalty >= 1 and math.isfinite(self.repetition_penalty)):
+            raise ValueError(
+                f"generate: repetition_penalty must be finite and at least 1, got {self.repetition_penalty}"
+            )
+        if self.no_repeat_ngram < 0:
+            raise ValueError(f"generate: no_repeat_ngram must be at least 0, got {self.no_repeat_ngram}")
+
+    def __call__(self, logits: Tensor, reply: Sequence[int], generator: torch.Generator | None = None) -> int:
+        """Return the next token.
+
+        Args:
+            logits: Those of the next token, `[V]`.
+            reply: The tokens of the reply so far.
+            generator: A random generator on the CPU; None stands for PyTorch's default one.
+
+        Raises:
+            ValueError: If the logits hold NaN or nothing finite.
+        """
+        if not logits.isfinite().any() or logits.isnan().any():
+            raise ValueError("generate: logits must be finite, got NaN or infinities: the model has diverged")
+        logits = self._without_repetition(logits, reply)
+        if self.temperature == 0:
+            return int(logits.argmax())
+        p, order = (logits / self.temperature).softmax(-1).sort(descending=True, stable=True)
+        p = p * (p.cumsum(0) - p < self.top_p)
+        return int(order[torch.multinomial(p.cpu(), 1, generator=generator)])
+
+    def _without_repetition(self, logits: Tensor, reply: Sequence[int]) -> Tensor:
+        n = self.no_repeat_ngram
+        if self.repetition_penalty != 1 and reply:
+            said = torch.tensor(sorted(set(reply)), device=logits.device)
+            x = logits[said]
+            x = torch.where(x > 0, x / self.repetition_penalty, x * self.repetition_penalty)
+            logits = logits.index_copy(0, said, x)
+        if n and len(reply) >= n:
+            grams = [reply[i : i + n] for i in range(len(reply) - n + 1)]
+            banned = [gram[-1] for gram in grams if list(gram[:-1]) == list(reply[len(reply) - n + 1 :])]
+            allowed = logits.index_fill(0, torch.tensor(banned, dtype=torch.long, device=logits.device), -math.inf)
+            logits = allowed if allowed.isfinite().any() else logits
+        return logits
+
+
 def generate(
     model: Callable[..., Any],
     input_ids: Tensor | Sequence[int],
@@ -31,6 +106,8 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram: int = 0,
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> list[int]:
@@ -42,21 +119,41 @@ def generate(
             ids. A Hugging Face model uses its cache and, after the first token, gets only the new id.
         input_ids: `[L]` or `[1, L]` with L at least 1.
         max_new_tokens: The largest number of ids to return.
-        temperature: At least 0; 0 always takes the likeliest token.
-        top_p: In (0, 1]; 1 samples from all tokens.
+        temperature: As of `Sampling`, and so are `top_p`, `repetition_penalty` and `no_repeat_ngram`.
         eos_id: The id that ends the reply; None never ends it early.
         generator: A random generator on the CPU; None stands for PyTorch's default one.
 
     Raises:
-        ValueError: If `temperature` or `top_p` is out of range, `input_ids` has another shape, or the logits hold NaN
-            or nothing finite.
+        ValueError: If a number is out of range, `input_ids` has another shape, or the logits hold NaN or nothing
+            finite.
 
     >>> def count_up(ids):
     ...     return torch.nn.functional.one_hot((ids + 1) % 9, 9) * 50.0
     >>> generate(count_up, [3], max_new_tokens=9, temperature=0, eos_id=8)
     [4, 5, 6, 7]
     """
-    check_sampling(temperature, top_p)
+    sampling = Sampling(temperature, top_p, repetition_penalty, no_repeat_ngram)
+    return list(
+        stream(model, input_ids, max_new_tokens=max_new_tokens, sampling=sampling, eos_id=eos_id, generator=generator)
+    )
+
+
+def stream(
+    model: Callable[..., Any],
+    input_ids: Tensor | Sequence[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_id: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Yield what `generate` returns, each id as soon as it is known; arguments and errors are those of `generate`.
+
+    >>> def count_up(ids):
+    ...     return torch.nn.functional.one_hot((ids + 1) % 9, 9) * 50.0
+    >>> next(stream(count_up, [3], max_new_tokens=9, sampling=Sampling(temperature=0)))
+    4
+    """
     ids = torch.as_tensor(input_ids, dtype=torch.long, device=_device(model))
     if ids.numel() == 0 or ids.dim() > 2 or (ids.dim() == 2 and ids.shape[0] != 1):
         raise ValueError(f"generate: input_ids must be [L] or [1, L] with L at least 1, got {list(ids.shape)}")
@@ -64,17 +161,51 @@ def generate(
     start, window = ids.shape[1], getattr(model, "max_length", None) or 0
     options: dict[str, Any] = {"use_cache": True} if _has_cache(model) else {}
     known = 0  # the number of ids in the cache
-    with _eval_mode(model):
-        for _ in range(max_new_tokens):
+    for _ in range(max_new_tokens):
+        with torch.no_grad(), _eval_mode(model):
             output = model(ids[:, max(known, ids.shape[1] - window if window else 0) :], **options)
-            if cache := _cache(output):
-                known = ids.shape[1]
-                options |= cache
-            token = _next(getattr(output, "logits", output)[0, -1].float(), temperature, top_p, generator)
-            if token == eos_id:
-                break
-            ids = torch.cat([ids, ids.new_tensor([[token]])], 1)
-    return ids[0, start:].tolist()
+        if cache := _cache(output):
+            known = ids.shape[1]
+            options |= cache
+        token = sampling(getattr(output, "logits", output)[0, -1].float(), ids[0, start:].tolist(), generator)
+        if token == eos_id:
+            return
+        yield token
+        ids = torch.cat([ids, ids.new_tensor([[token]])], 1)
+
+
+def text_of_stream(
+    decode: Callable[[Sequence[int]], str], ids: Iterable[int], stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """Yield the text of ids in pieces, as soon as no later id can change them.
+
+    White space at both ends of the text is left out.
+
+    Args:
+        decode: Returns the text of ids, with U+FFFD in the place of a character whose bytes are not all there.
+        ids: The ids, one after another.
+        stop: Texts before the first of which the text ends; no further id is taken then.
+
+    >>> list(text_of_stream(lambda ids: bytes(ids).decode("utf-8", "replace"), "Hé. No".encode(), stop=[" N"]))
+    ['H', 'é', '.']
+    """
+    known, shown = list[int](), 0
+    for index in ids:
+        known.append(index)
+        text = decode(known).lstrip()
+        ends = [at for word in stop if (at := text.find(word)) >= 0]
+        if ends:
+            yield from filter(None, [text[shown : min(ends)].rstrip()])
+            return
+        whole = text.rstrip("\ufffd")
+        held = max((k for word in stop for k in range(1, len(word)) if whole.endswith(word[:k])), default=0)
+        sure = min(len(whole.rstrip()), len(whole) - held)
+        if sure > shown:
+            yield text[shown:sure]
+            shown = sure
+    rest = decode(known).strip()[shown:]
+    if rest:
+        yield rest
 
 
 @torch.no_grad()
@@ -198,21 +329,3 @@ def _eval_mode(model: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def check_sampling(temperature: float, top_p: float) -> None:
-    """Raise ValueError for a temperature below 0 or NaN, or a top_p that is not in (0, 1]."""
-    if not temperature >= 0:
-        raise ValueError(f"generate: temperature must be at least 0, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
-
-
-def _next(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
-    if not logits.isfinite().any() or logits.isnan().any():
-        raise ValueError("generate: logits must be finite, got NaN or infinities: the model has diverged")
-    if temperature == 0:
-        return int(logits.argmax())
-    p, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
-    p = p * (p.cumsum(0) - p < top_p)
-    return int(order[torch.multinomial(p.cpu(), 1, generator=generator)])

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.dialogue.episodes import Episodes
-from metakern.dialogue.tasks import curve
+from metakern.dialogue.tasks import EpisodeSource, curve
 from metakern.optim.base import Stepwise
 
 __all__ = ["at_factors", "best_factors", "optimizers", "scaled", "tuned"]
@@ -48,14 +47,14 @@ def scaled(algorithm: Any, factor: float) -> Iterator[None]:
                     p.copy_(value)
 
 
-def _at_factor(algorithm: Any, factor: float, source: Episodes, steps: tuple[int, ...], limit: int) -> Tensor:
+def _at_factor(algorithm: Any, factor: float, source: EpisodeSource, steps: tuple[int, ...], limit: int) -> Tensor:
     """Return the query losses `[len(steps), T]` of an algorithm whose inner rates are multiplied by a factor."""
     with scaled(algorithm, factor):
         return curve(algorithm, source, steps, limit)[1]
 
 
 def at_factors(
-    algorithm: Any, factors: Sequence[float], source: Episodes, steps: tuple[int, ...], limit: int = 0
+    algorithm: Any, factors: Sequence[float], source: EpisodeSource, steps: tuple[int, ...], limit: int = 0
 ) -> Tensor:
     """Return the query losses `[len(steps), T]` of the first `limit` tasks of `source` (0: all).
 
@@ -65,7 +64,7 @@ def at_factors(
     return torch.stack([found[factor][i] for i, factor in enumerate(factors)])
 
 
-def best_factors(algorithm: Any, validation: Episodes, steps: tuple[int, ...], limit: int = 0) -> list[float]:
+def best_factors(algorithm: Any, validation: EpisodeSource, steps: tuple[int, ...], limit: int = 0) -> list[float]:
     """Return the factor of the inner rates with the lowest mean loss on validation tasks, for each number of steps.
 
     The tasks are the first `limit` of `validation` (0: all). The search goes in half decades from the rates as they
@@ -75,7 +74,9 @@ def best_factors(algorithm: Any, validation: Episodes, steps: tuple[int, ...], l
     return tuned(algorithm, validation, steps, limit)[0] if optimizers(algorithm) else [1.0] * len(steps)
 
 
-def tuned(algorithm: Any, validation: Episodes, steps: tuple[int, ...], limit: int = 0) -> tuple[list[float], Tensor]:
+def tuned(
+    algorithm: Any, validation: EpisodeSource, steps: tuple[int, ...], limit: int = 0
+) -> tuple[list[float], Tensor]:
     """Return `best_factors`, and the losses `[len(steps), T]` on the validation tasks at these factors."""
     reach = REACH if optimizers(algorithm) else 0
     losses: dict[int, Tensor] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import nn
 import metakern as mk
 from metakern.dialogue.baselines import PROMPT_LENGTH, FineTune, InContext, PromptTuning
 from metakern.dialogue.hypernetwork import TextHyperNetwork
+from metakern.dialogue.manager.models import ActModel, BagEncoder
+from metakern.dialogue.manager.training import parser_model, prototypical
 from metakern.dialogue.models import build_model
 from metakern.errors import UserError, by_the_user
-from metakern.meta.algorithms.registry import ALGORITHMS
+from metakern.meta.algorithms.registry import ALGORITHMS, Algorithm
 from metakern.meta.plan import free_bytes
 from metakern.optim import InnerOptimizer
 
@@ -39,6 +41,7 @@ for name, make, rates in (
     ("incontext", InContext, "fixed"),
 ):
     mk.register_algorithm(name, make, rates)
+PROTOMAML = Algorithm(mk.ProtoMAML)
 ONE_NUMBER = (mk.MAMLPlusPlus, mk.MetaLSTM)  # whose parts are for a fixed number of inner steps, the largest
 PLAIN = (FineTune, PromptTuning, InContext)  # trained without an inner loop
 OPTIMIZERS: dict[str, Any] = {
@@ -54,13 +57,24 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 @by_the_user()
-def build_algorithm(config: Config, model: nn.Module) -> Any:
+def build_algorithm(config: Config, model: nn.Module, labels: Sequence[str] = (), part: str = "") -> Any:
     """Return the algorithm of `config` over `model`: a module with `(support, query) -> loss`, `adapt` and `evaluate`.
+
+    Args:
+        config: The settings.
+        model: As `build_model_of` returns it.
+        labels: Those of the run, for a parser or a policy.
+        part: What the model is: a generator, a parser or a policy; "" stands for the part that the config names.
 
     Raises:
         UserError: If the model or a setting does not suit the algorithm.
     """
-    algorithm = ALGORITHMS[config.algorithm]
+    part = part or config.part
+    if part == "parser" and config.algorithm != "protomaml":
+        return _made(prototypical, config, config, model, labels)
+    algorithm = PROTOMAML if part == "parser" else ALGORITHMS[config.algorithm]
+    if part == "policy" and algorithm.make in (PromptTuning, InContext, TextHyperNetwork):
+        raise UserError(f"algorithm must be one that adapts a policy by gradients, got {config.algorithm!r}")
     precision = None if config.precision == "float32" else config.precision
     options: dict[str, Any] = {"steps": config.most_inner_steps, "precision": precision}
     if config.adapt:
@@ -74,10 +88,14 @@ def build_algorithm(config: Config, model: nn.Module) -> Any:
     else:
         learned = config.learn_lr and algorithm.rates == "learned"
         options["inner"] = inner_optimizer(config, learned)
+    loss = mk.losses.causal_lm if part == "generator" else mk.losses.classification
+    return _made(algorithm.make, config, model, loss, **options)
+
+
+def _made(make: Callable[..., Any], config: Config, *args: Any, **options: Any) -> Any:
+    """Return `make(*args, **options)`, with the `algorithm_options` of a config among the options."""
     try:
-        return algorithm.make(
-            model, mk.losses.causal_lm, **options | named("algorithm_options", config.algorithm_options)
-        )
+        return make(*args, **options | named("algorithm_options", config.algorithm_options))
     except TypeError as error:
         if "unexpected keyword argument" not in str(error) or not config.algorithm_options:
             raise
@@ -131,6 +149,8 @@ def tokenizer_class(config: Config) -> type[DialogueTokenizer]:
 
 
 def _new(config: Config, tokenizer: DialogueTokenizer) -> nn.Module:
+    if config.model == "bag":
+        return BagEncoder(tokenizer.vocab_size, config.width)
     longest = config.max_length
     if config.algorithm == "incontext":
         longest *= 1 + config.support_size
@@ -176,11 +196,20 @@ def _pretrained(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module
 
 
 @by_the_user()
-def build_model_of(config: Config, tokenizer: DialogueTokenizer) -> tuple[nn.Module, str]:
+def build_model_of(config: Config, tokenizer: DialogueTokenizer, labels: Sequence[str] = ()) -> tuple[nn.Module, str]:
     """Return the model of `config` before training, and the fingerprint of its pretrained weights ("": it has none).
+
+    Args:
+        config: The settings.
+        tokenizer: The tokenizer of the run.
+        labels: Those of the run, for a parser or a policy.
 
     Raises:
         DataError: If a pretrained model can't be read.
         UserError: If a size or a LoRA setting does not suit the model.
     """
-    return _pretrained(config, tokenizer) if config.pretrained else (_new(config, tokenizer), "")
+    if config.part == "policy":
+        sizes: dict[str, Any] = {"width": config.width, "cell": config.model, "hidden": config.hidden}
+        return ActModel(tokenizer.vocab_size, classes=len(labels), **sizes), ""
+    model, base = _pretrained(config, tokenizer) if config.pretrained else (_new(config, tokenizer), "")
+    return parser_model(config, model) if config.part == "parser" else model, base

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
@@ -19,9 +19,9 @@ from rich.table import Table
 
 from metakern.dialogue.metrics import exact
 from metakern.dialogue.replies import KINDS
-from metakern.io import printable
+from metakern.dialogue.terminal import printable, say
 
-__all__ = ["plot", "plot_replies", "show"]
+__all__ = ["plot", "plot_replies", "show", "show_table", "within"]
 
 FARTHEST = 5  # the largest ratio that is plotted
 WIDE = 10_000  # columns, for output that is no terminal's
@@ -33,77 +33,78 @@ def show(report: dict[str, Any], console: Console) -> None:
 
     They show perplexities, their ratios, bits per byte and, if replies were judged, the shares of right ones.
     """
-
     if not console.is_terminal:
         console = Console(file=console.file, width=WIDE)
 
-    def say(text: str) -> None:
-        console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
-
     curves, steps, own = report["curves"], report["steps"], next(iter(report["curves"]))
     for reason, count in sorted(report["left_out"].items()):
-        say(f"left out: {count} {reason}")
+        say(console, f"left out: {count} {reason}")
     if seen := report["seen"]:
-        say(f"not unseen: the run was trained on {len(seen)} of these tasks, such as {seen[0]}")
-    say(f"{report['data']}, {len(report['tasks'])} unseen tasks, by inner steps [95% interval over tasks]\n")
+        say(console, f"not unseen: the run was trained on {len(seen)} of these tasks, such as {seen[0]}")
+    say(console, f"{report['data']}, {len(report['tasks'])} unseen tasks, by inner steps [95% interval over tasks]\n")
     perplexities = [(name, values, "perplexity", ".1f") for name, values in curves.items()]
-    _table(console, "perplexity", steps, perplexities)
+    show_table(console, "perplexity", steps, perplexities)
     ratios: list[Row] = [(f"{name} / {own}", values, "ratio", ".3f") for name, values in report["ratios"].items()]
     if ratios:
         if (best := report["best_plain"]) and len(ratios) > 1:
             ratios.append((f"best plain / {own}", best, "ratio", ".3f"))
-        _table(console, f"ratio of perplexities (above 1: {own} is better)", steps, ratios)
+        show_table(console, f"ratio of perplexities (above 1: {own} is better)", steps, ratios)
     bits = [(name, values["bits_per_byte"], "mean", ".3f") for name, values in curves.items()]
-    _table(console, "bits per byte", steps, bits)
+    show_table(console, "bits per byte", steps, bits)
     if replies := report.get("replies"):
         for kind in KINDS:
-            right = [
-                (name, _within(values[kind]["exact"]), "mean", ".0%") for name, values in replies["scores"].items()
-            ]
-            _table(console, f"{kind} questions answered right", replies["steps"], right)
-        _show_samples(replies["samples"], say)
+            right = [(name, within(values[kind]["exact"]), "mean", ".0%") for name, values in replies["scores"].items()]
+            show_table(console, f"{kind} questions answered right", replies["steps"], right)
+        _show_samples(replies["samples"], console)
 
 
-def _within(shares: dict[str, Any]) -> dict[str, Any]:
+def within(shares: Mapping[str, Any]) -> dict[str, Any]:
     """Return shares whose intervals, which know no bounds, are cut to [0, 1]."""
     low, high = ([min(max(x, 0.0), 1.0) if math.isfinite(x) else x for x in shares[end]] for end in ("low", "high"))
     return {**shares, "low": low, "high": high}
 
 
-def _show_samples(samples: dict[str, Any], say: Callable[[str], None]) -> None:
+def _show_samples(samples: dict[str, Any], console: Console) -> None:
     before, after = samples["steps"]
     named = {"bot": "bot", "before": f"after {before} steps", "after": f"after {after} steps"}
     width = max(map(len, named.values()))
-    say(f"{samples['task']}, which training has not seen:")
+    say(console, f"{samples['task']}, which training has not seen:")
     for kind, title in zip(KINDS, ("taught, so in its support", "not taught, so in its query"), strict=True):
-        say(f"\n  {title}")
+        say(console, f"\n  {title}")
         for sample in samples[kind]:
-            say(f"    {'user':<{width}}  {sample['question']}")
+            say(console, f"    {'user':<{width}}  {sample['question']}")
             for key, name in named.items():
                 right = "  (right)" * (key != "bot" and exact(sample[key], sample["bot"]))
-                say(f"    {name:<{width}}  {' '.join(sample[key].split())}{right}")
-            say("")
+                say(console, f"    {name:<{width}}  {' '.join(sample[key].split())}{right}")
+            say(console, "")
 
 
-def _table(console: Console, title: str, steps: Sequence[int], rows: Sequence[Row]) -> None:
-    """Print a table, without intervals if they do not fit into the terminal. One task alone has no interval."""
+def show_table(console: Console, title: str, columns: Sequence[int], rows: Sequence[Row]) -> None:
+    """Print a table, without intervals if they do not fit into the terminal. One task alone has no interval.
+
+    Args:
+        console: Where to print it.
+        title: A line above it.
+        columns: The numbers that head the columns.
+        rows: Each with as many values as there are columns.
+    """
 
     def made(with_intervals: bool) -> Table:
         table = Table("", box=SIMPLE_HEAD)
-        for k in steps:
+        for k in columns:
             table.add_column(str(k), justify="right")
         for name, values, key, form in rows:
             cells = []
             for value, low, high in zip(values[key], values["low"], values["high"], strict=True):
                 interval = f" [{low:{form}}, {high:{form}}]" if with_intervals and math.isfinite(high) else ""
                 cells.append(f"{value:{form}}{interval}")
-            table.add_row(escape(name), *map(escape, cells))
+            table.add_row(escape(printable(name)), *map(escape, cells))
         return table
 
     table, note = made(True), ""
     if console.measure(table, options=console.options.update(max_width=WIDE)).maximum > console.width:
         table, note = made(False), " (with intervals in a wider terminal)"
-    console.print(title + note, markup=False, highlight=False, soft_wrap=True)
+    say(console, title + note)
     console.print(table)
 
 

@@ -2,6 +2,7 @@
 
     config.toml              all settings
     tokenizer.json           the vocabulary
+    labels.json              of a parser the intents of the training, of a policy the acts that it chooses from
     checkpoints/last         what a resumed run continues from
     checkpoints/best         the weights with the lowest loss on the validation tasks
     checkpoints/pretrained   the best weights before meta-training, from which contenders start too
@@ -18,9 +19,10 @@ files. `verified` compares the settings and those files with what is in the fold
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,11 @@ from metakern.dialogue.registry import build_algorithm, build_model_of, tokenize
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import CheckpointError, DataError, UserError
 
-__all__ = ["Run", "verified"]
+__all__ = ["Run", "part_of", "verified"]
 
-# All that a pretrained tokenizer reads, whatever its class.
-TOKENIZER_FILES = (
+# All that a pretrained tokenizer reads, whatever its class, and the labels of a parser or a policy.
+VOCABULARY_FILES = (
+    "labels.json",
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"),
     *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -60,6 +63,7 @@ class Run:
         algorithm: The module that trains and adapts the model.
         state: What the checkpoint says beside tensors: the phase, the step, the seconds, the best validation loss.
         base: The fingerprint of the pretrained weights that the run began with; "" for a model trained from scratch.
+        labels: The labels that a parser or a policy was trained with; none of a generator.
     """
 
     path: Path
@@ -68,9 +72,10 @@ class Run:
     algorithm: Any
     state: dict[str, Any] = field(default_factory=dict)
     base: str = ""
+    labels: tuple[str, ...] = ()
 
     @classmethod
-    def create(cls, path: Path, config: Config, tokenizer: DialogueTokenizer) -> Run:
+    def create(cls, path: Path, config: Config, tokenizer: DialogueTokenizer, labels: Sequence[str] = ()) -> Run:
         """Return a run before training, with weights from the config's seed or from the pretrained model.
 
         It sets the number of PyTorch's threads, if the config does, and seeds PyTorch's random generator.
@@ -86,8 +91,9 @@ class Run:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device must be cpu where PyTorch finds no GPU, got cuda")
         torch.manual_seed(config.seed)
-        model, base = build_model_of(config, tokenizer)
-        return cls(path, config, tokenizer, build_algorithm(config, model.to(config.device)), base=base)
+        model, base = build_model_of(config, tokenizer, labels)
+        algorithm = build_algorithm(config, model.to(config.device), labels).to(config.device)
+        return cls(path, config, tokenizer, algorithm, base=base, labels=tuple(labels))
 
     @classmethod
     def open(cls, path: str | Path, name: str = "best", **changes: Any) -> Run:
@@ -106,7 +112,8 @@ class Run:
         path = Path(path)
         config = replace(verified(path, name), **changes)
         try:
-            run = cls.create(path, config, tokenizer_class(config).load(path / "tokenizer.json"))
+            labels = _labels(path / "labels.json") if config.part != "generator" else ()
+            run = cls.create(path, config, tokenizer_class(config).load(path / "tokenizer.json"), labels)
         except DataError as error:
             moved = f"if {config.model} has moved, change model in {path / 'config.toml'}, without its line # SHA-256"
             raise UserError(f"{error}; {moved}" if config.pretrained else str(error)) from None
@@ -118,12 +125,28 @@ class Run:
         return self.algorithm.model
 
     @property
+    def body(self) -> nn.Module:
+        """The language model: the model of a generator, or what the head of a parser or a policy is over."""
+        return getattr(self.model, "body", self.model)
+
+    @property
     def size(self) -> str:
         """The number of the model's parameters and, if some are frozen, of those that are trained, as text."""
         every, trained = (
             sum(p.numel() for p in self.model.parameters() if p.requires_grad or not only) for only in (False, True)
         )
         return f"{every:,} parameters" + (f", {trained:,} of them trained" if trained < every else "")
+
+    @property
+    def vocabulary(self) -> str:
+        """The digest of the files of the tokenizer and the labels, by which a checkpoint knows its vocabulary."""
+        return _vocabulary(self.path)
+
+    def save_vocabulary(self) -> None:
+        """Write what the weights are of use with: the tokenizer, and the labels if there are any."""
+        self.tokenizer.save(self.path / "tokenizer.json")
+        if self.labels:
+            io.write(self.path / "labels.json", json.dumps(self.labels, ensure_ascii=False, indent=1).encode())
 
     def save(self, name: str, module: nn.Module | None = None, extra: Mapping[str, Tensor] | None = None) -> None:
         """Write the checkpoint `name`; with LoRA, `best` also goes into the folder `adapter`.
@@ -186,9 +209,7 @@ def verified(path: Path, name: str) -> Config:
             tokenizer, is another than when the checkpoint was saved.
     """
     file, source = path / "config.toml", path / "checkpoints" / name
-    if not file.exists():
-        raise UserError(f"{path}: is not the folder of a run (it has no config.toml); metakern train makes one")
-    config = Config.load(file, complete=True)
+    config = _config(path)
     state = checkpoint.state_of(source.parent, name)
     _check_state(state, source)
     saved = state["config"]
@@ -211,7 +232,7 @@ def _vocabulary(path: Path) -> str:
         DataError: If a file can't be read.
     """
     digest = hashlib.sha256()
-    for file in (*(path / name for name in TOKENIZER_FILES), *sorted(path.glob("additional_chat_templates/*"))):
+    for file in (*(path / name for name in VOCABULARY_FILES), *sorted(path.glob("additional_chat_templates/*"))):
         try:
             digest.update(f"{file.name} {hashlib.sha256(io.read(file, LARGEST_TOKENIZER)).hexdigest()}".encode())
         except FileNotFoundError:
@@ -248,3 +269,28 @@ def _check_state(state: Mapping[str, Any], source: Path) -> None:
         if not right:
             shown = reprlib.repr(state.get(key))
             raise CheckpointError(f"{source}: {key} must be as metakern writes it, got {shown}; use another checkpoint")
+
+
+def part_of(path: str | Path) -> str:
+    """Return what the run in the folder `path` is: a generator, a parser or a policy.
+
+    Raises:
+        UserError: If `path` is not the folder of a run.
+    """
+    return _config(Path(path)).part
+
+
+def _config(path: Path) -> Config:
+    if not (path / "config.toml").exists():
+        raise UserError(f"{path}: is not the folder of a run (it has no config.toml); metakern train makes one")
+    return Config.load(path / "config.toml", complete=True)
+
+
+def _labels(file: Path) -> list[str]:
+    try:
+        found = json.loads(io.read(file, LARGEST_TOKENIZER))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'it is not JSON'}") from None
+    if not isinstance(found, list) or not all(isinstance(label, str) for label in found):
+        raise DataError(f"{file}: must be a list of labels, got another value")
+    return found

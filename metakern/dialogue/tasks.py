@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from metakern.dialogue import processes
 from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Batch, Episodes
+from metakern.dialogue.manager.training import part_episodes
+from metakern.dialogue.manager.utterances import Utterances, by_intent
 from metakern.dialogue.readers import Dialogues, read
 from metakern.dialogue.registry import named
 from metakern.dialogue.shards import stream
@@ -21,7 +23,18 @@ from metakern.dialogue.split import Split, TaskData, split_tasks, texts_of, whol
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import UserError, by_the_user
 
-__all__ = ["curve", "episodes", "load_adapted", "load_split", "load_whole", "on_device_of"]
+__all__ = [
+    "EpisodeSource",
+    "curve",
+    "episodes",
+    "load_adapted",
+    "load_split",
+    "load_whole",
+    "on_device_of",
+    "source_of",
+]
+
+EpisodeSource = Episodes | Utterances
 
 
 def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -87,16 +100,19 @@ def load_whole(config: Config, data: str) -> tuple[tuple[TaskData, ...], dict[st
 
 
 def _read(config: Config, data: str) -> Dialogues:
-    """Read data in the format and with the reader's options of `config`."""
+    """Read data in the format and with the reader's options of `config`; the tasks of a parser are intents."""
     options = named("reader_options", config.reader_options)
     if config.task_key:
         options["task_key"] = config.task_key
     if config.stream and config.windows == "later":
         raise UserError("windows must be any or opening with stream, got 'later', for which all must be read")
+    if config.stream and config.part != "generator":
+        raise UserError(f"stream must be false for a {config.part}, which needs all of its data, got true")
     if config.stream:
         texts = partial(texts_of, min_words=config.min_words, overlap=config.overlap)
         return stream(data, config.format, texts, **options)
-    return read(data, config.format, **options)
+    found = read(data, config.format, **options)
+    return Dialogues(by_intent(found), found.source, found.skipped) if config.part == "parser" else found
 
 
 def _matching(part: str, patterns: Sequence[str], known: set[str]) -> set[str]:
@@ -120,7 +136,29 @@ def episodes(config: Config, tasks: tuple[TaskData, ...], tokenizer: DialogueTok
     return Episodes(tasks, tokenizer, **{name: getattr(config, name) for name in names} | changes)
 
 
-def curve(algorithm: Any, source: Episodes, steps: tuple[int, ...], limit: int = 0) -> tuple[list[str], Tensor]:
+@by_the_user()
+def source_of(
+    config: Config, tasks: tuple[TaskData, ...], tokenizer: DialogueTokenizer, labels: Sequence[str], **changes: Any
+) -> EpisodeSource:
+    """Return the episodes of `tasks` from which the part that `config` names learns, or by which it is judged.
+
+    Args:
+        config: The settings.
+        tasks: The tasks.
+        tokenizer: The tokenizer.
+        labels: Those of the run, for a parser or a policy.
+        changes: Arguments of the episodes' class that replace the settings.
+
+    Raises:
+        DataError: If there are too few tasks, or one has too few dialogues.
+        UserError: If `max_length` is too small for the tokenizer.
+    """
+    if config.part == "generator":
+        return episodes(config, tasks, tokenizer, **changes)
+    return part_episodes(config, tasks, tokenizer, labels, **changes)
+
+
+def curve(algorithm: Any, source: EpisodeSource, steps: tuple[int, ...], limit: int = 0) -> tuple[list[str], Tensor]:
     """Return the names of the first `limit` tasks of `source` (0: all) and their query losses, `[len(steps), T]`.
 
     The losses are measured in evaluation mode after each number of inner steps in `steps`, in nats per token. Processes

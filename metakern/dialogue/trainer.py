@@ -35,12 +35,15 @@ from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.gain import gain, worth
 from metakern.dialogue.log import Log
+from metakern.dialogue.manager.parser import calibrate
+from metakern.dialogue.manager.training import labels_of, prepare
+from metakern.dialogue.manager.utterances import Utterances
 from metakern.dialogue.planning import Costs, PhaseCosts, planned, seconds_of, seconds_of_calls
 from metakern.dialogue.rates import optimizers, tuned
 from metakern.dialogue.registry import ONE_NUMBER, PLAIN, build_algorithm, tokenizer_class
 from metakern.dialogue.run import Run, verified
 from metakern.dialogue.split import Split
-from metakern.dialogue.tasks import curve, episodes, load_split, on_device_of
+from metakern.dialogue.tasks import EpisodeSource, curve, episodes, load_split, on_device_of, source_of
 from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
 from metakern.errors import CheckpointError, UserError
 from metakern.meta.algorithms.registry import ALGORITHMS
@@ -127,30 +130,39 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
     processes.first(lambda: _check(config, out, resume, start, seconds))
     split = load_split(config)
     tokenizer = processes.first(lambda: _tokenizer(config, split, out if resume else start))
+    labels = labels_of(config, split.train)
+    changes: dict[str, Any] = {}
+    if config.part == "generator":
+        changes["augment"] = _augment(config, len(split.train))
+    elif config.part == "parser" and config.algorithm == "finetune":
+        changes["whole"] = True
     sources = _Sources(
         episodes(config, split.train, tokenizer, train_on=config.pretrain_on, seed=config.seed + 1),
-        episodes(config, split.train, tokenizer, augment=_augment(config, len(split.train))),
         episodes(config, split.validation, tokenizer),
+        source_of(config, split.train, tokenizer, labels, **changes),
+        source_of(config, split.validation, tokenizer, labels),
     )
     if seconds is not None:
         Display().say(f"{out}: measuring steps, to plan a training of {seconds:g} s")
-        measured = _rehearsal(config, tokenizer, sources, seconds, began)
+        measured = _rehearsal(config, tokenizer, labels, sources, seconds, began)
         costs = processes.first(lambda: measured)
         config = planned(config, seconds, costs)
+    run = Run.create(out, config, tokenizer, labels)
 
     def write() -> None:
         if not resume:
-            tokenizer.save(out / "tokenizer.json")
+            run.save_vocabulary()
         io.write(out / "config.toml", config.toml().encode())
 
     processes.first(write)
-    run = Run.create(out, config, tokenizer)
+    if not resume:
+        prepare(run.model, split.train, tokenizer)
     plain, phases = _parts(run, sources)
     saved: dict[str, Tensor] = {}
     if resume:
         saved = _restore(run, "last")
     elif start:
-        _restore(run, "pretrained", run.model, start)
+        _restore(run, "pretrained", run.body, start)
     if start or (resume and run.state["phase"] == "train"):
         phases = phases[-1:]
     with Log(out) as log, _stop_asked() as stop_asked:
@@ -162,20 +174,23 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
         for phase in phases:
             if phase.name == "train" and not saved:
                 if config.pretrain_steps and not start:
-                    _restore(run, "pretrained", run.model)
+                    _restore(run, "pretrained", run.body)
                 else:
                     run.state = run.state or phase.beginning()
-                    _save(run, "pretrained", run.model)
-            loop = _Loop(run, phase, plain, sources.validation, log)
+                    _save(run, "pretrained", run.body)
+            loop = _Loop(run, phase, plain, log)
             if saved:
                 loop.restore(saved)
             else:
                 loop.begin()
-                if phase.name == "train" and _is_pretrained(config) and not start:
-                    log.say(_worth_of_adaptation(config, plain, sources.validation))
+                if phase.name == "train" and _tells_worth(config) and not start:
+                    log.say(_worth_of_adaptation(config, plain, sources.language_validation))
             loop.go(stop_asked)
             saved = {}
     _restore(run, "best")
+    if isinstance(sources.validation, Utterances):
+        run.state["thresholds"] = calibrate(run, sources.validation)
+        _save(run, "best")
     run.algorithm.steps = config.most_inner_steps  # as in a run that is opened
     return run
 
@@ -271,18 +286,20 @@ def _check_same(old: Config, new: Config, out: Path) -> None:
 
 @dataclass(frozen=True)
 class _Sources:
-    """The episodes of plain language modeling, of the algorithm, and of validations."""
+    """The episodes of plain language modeling and of the algorithm, for training and for validation."""
 
     language: Episodes
-    tasks: Episodes
-    validation: Episodes
+    language_validation: Episodes
+    tasks: EpisodeSource
+    validation: EpisodeSource
 
 
 @dataclass(frozen=True)
 class _Phase:
     name: str
     algorithm: Any
-    episodes: Episodes
+    episodes: EpisodeSource
+    validation: EpisodeSource
     steps: int
     lr: float
 
@@ -296,18 +313,20 @@ class _Phase:
 
 
 def _parts(run: Run, sources: _Sources) -> tuple[FineTune, list[_Phase]]:
-    """Return plain training of the model of a run, and the phases of its training."""
+    """Return plain training of the language model of a run, and the phases of its training."""
     config = run.config
-    plain = build_algorithm(replace(config, algorithm="finetune", algorithm_options=()), run.model)
+    plain = build_algorithm(replace(config, algorithm="finetune", algorithm_options=()), run.body, part="generator")
+    language = sources.language, sources.language_validation
     phases = [
-        _Phase("pretrain", plain, sources.language, config.pretrain_steps, config.pretrain_lr),
-        _Phase("train", run.algorithm, sources.tasks, config.steps, config.outer_lr),
+        _Phase("pretrain", plain, *language, config.pretrain_steps, config.pretrain_lr),
+        _Phase("train", run.algorithm, sources.tasks, sources.validation, config.steps, config.outer_lr),
     ]
     return plain, phases if config.pretrain_steps else phases[1:]
 
 
-def _is_pretrained(config: Config) -> bool:
-    return bool(config.pretrain_steps or config.pretrained)
+def _tells_worth(config: Config) -> bool:
+    """Whether the training says what adaptation of the pretrained language model is worth."""
+    return config.part == "generator" and bool(config.pretrain_steps or config.pretrained)
 
 
 def _worth_of_adaptation(config: Config, plain: FineTune, validation: Episodes) -> str:
@@ -316,10 +335,21 @@ def _worth_of_adaptation(config: Config, plain: FineTune, validation: Episodes) 
     return worth(gain(means), "of the pretrained weights", f"on the validation tasks, in up to {LOOKS[-1]} steps")
 
 
-def _rehearsal(config: Config, tokenizer: DialogueTokenizer, sources: _Sources, seconds: float, began: float) -> Costs:
+def _rehearsal(
+    config: Config,
+    tokenizer: DialogueTokenizer,
+    labels: Sequence[str],
+    sources: _Sources,
+    seconds: float,
+    began: float,
+) -> Costs:
     """Measure the parts of a training on a model of its own, and leave nothing behind.
 
     Args:
+        config: The settings.
+        tokenizer: The tokenizer.
+        labels: Those of a parser or a policy.
+        sources: The episodes.
         seconds: The time that the training should take. Calls of each kind of step take up to 2% of it; if they are
             slow, three calls.
         began: When the training began, by `time.perf_counter`.
@@ -329,18 +359,18 @@ def _rehearsal(config: Config, tokenizer: DialogueTokenizer, sources: _Sources, 
     """
     created = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, Log(Path(folder), quiet=True) as log:
-        tokenizer.save(Path(folder) / "tokenizer.json")
-        run = Run.create(Path(folder), replace(config, log_every=sys.maxsize), tokenizer)
+        run = Run.create(Path(folder), replace(config, log_every=sys.maxsize), tokenizer, labels)
+        run.save_vocabulary()
         plain, phases = _parts(run, sources)
         again = time.perf_counter() - created  # what the training spends anew
         try:
-            found = {p.name: _Loop(run, p, plain, sources.validation, log).costs(seconds / 50) for p in phases}
+            found = {p.name: _Loop(run, p, plain, log).costs(seconds / 50) for p in phases}
         except DivergenceError:
             raise UserError(
                 "train: --time cannot be planned, as losses of the untrained model are not finite: try a lower inner_lr"
             ) from None
-        if _is_pretrained(config):
-            again += TUNING * seconds_of(partial(curve, plain, sources.validation, LOOKS, config.eval_tasks))
+        if _tells_worth(config):
+            again += TUNING * seconds_of(partial(curve, plain, sources.language_validation, LOOKS, config.eval_tasks))
     again += sum(costs.first for costs in found.values())
     return Costs(time.perf_counter() - began + again, found["train"], found.get("pretrain"))
 
@@ -348,8 +378,8 @@ def _rehearsal(config: Config, tokenizer: DialogueTokenizer, sources: _Sources, 
 class _Loop:
     """The loop of one phase: outer steps, validations and checkpoints."""
 
-    def __init__(self, run: Run, phase: _Phase, plain: FineTune, validation: Episodes, log: Log) -> None:
-        self.run, self.phase, self.validation, self.log = run, phase, validation, log
+    def __init__(self, run: Run, phase: _Phase, plain: FineTune, log: Log) -> None:
+        self.run, self.phase, self.log = run, phase, log
         self.config, self.algorithm = run.config, phase.algorithm
         self.looks = (0, *sorted(set(self.config.inner_steps))) if phase.name == "train" else (0,)
         self.rates = _rates(self.algorithm) if phase.name == "train" else []
@@ -466,7 +496,7 @@ class _Loop:
         """
         run, config, state = self.run, self.config, self.run.state
         processes.check_equal(self.trained, f"step {state['step']} of {self.phase.name}")
-        look = (self.algorithm, self.validation, self.looks, config.eval_tasks)
+        look = (self.algorithm, self.phase.validation, self.looks, config.eval_tasks)
         names: list[str] = []
         if isinstance(self.algorithm, FineTune) and len(self.looks) > 1:  # its training says nothing of the inner rates
             _, losses = tuned(*look)
@@ -484,7 +514,7 @@ class _Loop:
             if self.phase.name == "train":
                 _save(run, "best")
             else:
-                _save(run, "pretrained", run.model)
+                _save(run, "pretrained", run.body)
         self.save()
 
     def costs(self, limit: float) -> PhaseCosts:

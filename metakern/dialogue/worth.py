@@ -22,10 +22,10 @@ from metakern.dialogue.gain import gain, worth
 from metakern.dialogue.rates import at_factors, best_factors
 from metakern.dialogue.split import Split
 from metakern.dialogue.tasks import episodes, load_split
+from metakern.dialogue.terminal import say
 from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS, bot_in
 from metakern.dialogue.trainer import StoppedError, train
 from metakern.dialogue.words import words
-from metakern.io import printable
 
 __all__ = ["STEPS", "measure", "show", "sizes"]
 
@@ -93,23 +93,21 @@ def measure(config: Config) -> dict[str, Any]:
 
 def show(name: str, found: dict[str, Any], console: Console) -> None:
     """Print what `measure` found."""
-
-    def say(line: str) -> None:
-        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
-
     say(
+        console,
         f"{name}: {found['tasks']} tasks, {found['dialogues']} dialogues (median {found['dialogues_a_task']:g} a task),"
-        f" {found['turns']} turns"
+        f" {found['turns']} turns",
     )
     for reason, count in sorted(found["left_out"].items()):
-        say(f"left out: {count} {reason}")
+        say(console, f"left out: {count} {reason}")
     say(
+        console,
         f"words in a user's turn {found['words_of_a_user']:.1f}, in a reply {found['words_of_a_reply']:.1f};"
-        f" {found['recurring']:.0%} of the replies recur in another dialogue of the task"
+        f" {found['recurring']:.0%} of the replies recur in another dialogue of the task",
     )
     curve = ", ".join(f"{loss:.3f} after {k}" for k, loss in zip(found["steps"], found["loss"], strict=True))
-    say(f"loss of unseen tasks in nats per token, fine-tuned: {curve}")
-    say(worth(found["gain"]))
+    say(console, f"loss of unseen tasks in nats per token, fine-tuned: {curve}")
+    say(console, worth(found["gain"]))
 
 
 def _turns(dialogue: Any, of_bot: bool) -> Iterable[tuple[str, ...]]:

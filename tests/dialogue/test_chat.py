@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from tiny import WORDS, tiny_config, write_tasks
 
 from metakern.dialogue import chat as module
-from metakern.dialogue.chat import HELP, Chat, adapt, adapted_model, talk
+from metakern.dialogue.chat import GREETING, HELP, Chat, adapt, talk
+from metakern.dialogue.generate import Sampling
+from metakern.dialogue.manager.policy import TaughtPolicy
 from metakern.dialogue.readers import Dialogue, Turn, read
 from metakern.dialogue.run import Run
-from metakern.dialogue.teach import support_batch
+from metakern.dialogue.teach import support_batch, teach
 from metakern.dialogue.tokenizer import IGNORE
 from metakern.dialogue.trainer import train
 from metakern.errors import DataError, UserError
@@ -81,30 +83,31 @@ def test_a_support_without_a_reply_is_refused(run):
         support_batch(run, [Dialogue("t", "d", (Turn("user", "a"), Turn("system", "b")), {"bot": "bot"})])
 
 
-def test_adaptation_lowers_the_loss_and_does_not_change_the_run(run, support):
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    dialogues = read(str(support))
-    batch = support_batch(run, dialogues)
-    model, line = adapted_model(run, dialogues, 4)
-    assert all(torch.equal(before[name], value) for name, value in run.model.state_dict().items())
-    phi = run.algorithm.adapt(batch, steps=4)
-    assert phi
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, phi[name][0])
-        assert not torch.equal(parameter, before[name])
-    losses = run.algorithm.evaluate(batch, batch, steps=(0, 4)).exp()
-    assert losses[1] < losses[0]
-    assert line.endswith(f"perplexity on them: {losses[0].item():.1f} -> {losses[1].item():.1f}")
+def lesson_of(*said: str, number: int = 0) -> Dialogue:
+    turns = tuple(Turn(("user", "bot")[i % 2], text) for i, text in enumerate(said))
+    return Dialogue("taught", str(number), turns, {"bot": "bot"})
 
 
-def test_adapt_writes_a_run(folder, run, support, tmp_path):
-    line = adapt(folder, str(support), tmp_path / "adapted", 3)
-    assert line.startswith("inner steps: 3, windows of support: ")
-    model, _ = adapted_model(run, read(str(support)), 3)
+def teach_in(chat: Chat, *said: str) -> str:
+    chat.hear("/teach")
+    for text in said:
+        assert chat.hear(text) is None
+    return chat.hear("")
+
+
+def test_adapt_writes_a_run_and_leaves_the_other_as_it_is(folder, run, support, tmp_path):
+    seen = []
+    line = adapt(folder, str(support), tmp_path / "adapted", 3, seen.append)
+    assert line.startswith("inner steps: ")
+    assert (seen[0].split(",")[0], seen[-1]) == ("inner step 0", "")
+    lesson = teach(run, read(str(support)), 3)
     adapted = Run.open(tmp_path / "adapted")
     assert adapted.state["from"] == str(folder)
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in adapted.model.state_dict().items())
-    with pytest.raises(UserError, match="holds a run already; choose another --out"):
+    assert lesson.phi
+    for name, parameter in adapted.model.named_parameters():
+        torch.testing.assert_close(parameter, lesson.phi[name][0])
+        assert not torch.equal(parameter, run.model.get_parameter(name))
+    with pytest.raises(UserError, match="holds a run already; choose another folder"):
         adapt(folder, str(support), tmp_path / "adapted")
     with pytest.raises(DataError, match="no such file"):
         adapt(folder, str(tmp_path / "none.jsonl"), tmp_path / "more")
@@ -136,55 +139,128 @@ def test_an_adaptation_that_is_cut_short_can_be_repeated(folder, support, tmp_pa
 def test_replies_are_reproducible_and_commands_are_answered(run):
     chat, same = Chat(run, seed=5), Chat(run, seed=5)
     said = [chat.hear("river stone?"), chat.hear("why river?")]
-    assert said == [same.hear("river stone?"), same.hear("why river?")]
+    assert said == [same.hear("river stone?"), "".join(same.answer("why river?"))]
     assert [turn.speaker for turn in chat.turns] == ["user", "bot", "user", "bot"]
     assert chat.hear("  ") is None
     assert chat.hear("/forget") == "the conversation is forgotten"
     assert chat.turns == []
     assert chat.hear("/help") == HELP
     assert chat.hear("/nonsense") == f"/nonsense is not a command\n{HELP}"
-    for command in ("/teach", "/forget", "/help", "/quit"):
+    for command in ("/teach", "/forget", "/why", "/save", "/undo", "/help", "/quit"):
         assert command in HELP
     with pytest.raises(EOFError):
         chat.hear("/quit")
 
 
-def test_exchanges_taught_in_a_chat_adapt_the_model(run):
-    chat = Chat(run, steps=3)
+def test_what_is_taught_is_answered_word_for_word_and_the_model_adapts(run):
+    chat = Chat(run, most=3)
     assert chat.model is run.model
-    assert chat.prompt == "you> "
+    assert (chat.prompt, chat.greeting) == ("you> ", GREETING)
     chat.hear("/teach")
     prompts = []
     for line in ("river stone", "ember ember", "why river", "for ember"):
         prompts.append(chat.prompt)
         assert chat.hear(line) is None
     assert prompts == ["you> ", "bot> ", "you> ", "bot> "]
-    assert chat.hear("").startswith("inner steps: 3, windows of support: 2, perplexity on them: ")
-    lesson = Dialogue(
-        "taught",
-        "0",
-        tuple(
-            Turn(speaker, text)
-            for speaker, text in zip(
-                ("user", "bot") * 2, ("river stone", "ember ember", "why river", "for ember"), strict=True
-            )
-        ),
-        {"bot": "bot"},
-    )
-    model, _ = adapted_model(run, [lesson], 3)
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in chat.model.state_dict().items())
+    line = chat.hear("")
+    lesson = lesson_of("river stone", "ember ember", "why river", "for ember")
+    assert chat.known == [lesson]
+    found = teach(run, [lesson], 3)
+    assert line == found.summary
+    for name, parameter in chat.model.named_parameters():
+        torch.testing.assert_close(parameter, found.phi[name][0])
     assert chat.prompt == "you> "
+    assert chat.hear("River, stone?") == "ember ember"
+    assert chat.manager.decision.action == "retrieve"
+    assert chat.hear("why river") == "for ember"
+    chat.hear("copper lantern harbor")
+    assert chat.manager.decision.action == "generate"
     chat.hear("/teach")
     assert chat.hear("") == "nothing learned: an exchange needs what you say and an answer"
     assert chat.known == [lesson]
 
 
-def test_a_support_file_adapts_the_model_before_the_chat(run, support):
-    dialogues = read(str(support))
-    chat = Chat(run, dialogues)
-    model, line = adapted_model(run, dialogues)
-    assert chat.greeting == line
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in chat.model.state_dict().items())
+def test_the_chat_says_why(run):
+    chat = Chat(run, [lesson_of("river stone", "ember"), lesson_of("maple stone", "otter", number=1)], most=1)
+    assert chat.hear("/why") == "nothing was said yet"
+    chat.hear("river stone")
+    assert chat.hear("/why").splitlines() == [
+        "intent: ember (confidence 1.00, threshold 0.90)",
+        "policy: retrieve, as the message was taught (confidence 1.00, threshold 0.90)",
+        "taught, 1.00 like it: river stone -> ember",
+        "taught, 0.34 like it: maple stone -> otter",
+    ]
+    chat.hear("copper river")
+    assert "intent: none of those taught" in chat.hear("/why")
+
+
+def test_undo_takes_back_replies_and_lessons(run):
+    chat = Chat(run, most=1)
+    assert chat.hear("/undo") == "nothing to take back"
+    teach_in(chat, "river", "stone")
+    teach_in(chat, "maple", "otter")
+    chat.hear("river")
+    assert chat.hear("/undo") == "the last message and its answer are taken back"
+    assert chat.turns == []
+    assert chat.hear("/undo").startswith("the last lesson is taken back; inner steps: 1")
+    assert chat.known == [lesson_of("river", "stone")]
+    assert chat.hear("/undo") == "the last lesson is taken back; nothing is taught any more"
+    assert chat.model is run.model
+    chat.hear("river")
+    assert chat.manager.parse.intent is None
+
+
+def test_a_lesson_that_contradicts_an_earlier_one_replaces_it(run):
+    chat = Chat(run, most=1)
+    teach_in(chat, "Open today?", "river")
+    assert teach_in(chat, "open TODAY", "stone").endswith("; the earlier answer to it is forgotten")
+    assert [d.turns[1].text for d in chat.known] == ["stone"]
+    assert chat.hear("open today?") == "stone"
+
+
+def test_contradictions_of_a_support_are_named_and_the_last_answer_counts(run):
+    chat = Chat(run, [lesson_of("river?", "stone"), lesson_of("river!", "maple", number=1)], most=1)
+    assert chat.greeting.endswith("\ntaught with two answers, of which the last one counts: river!")
+    assert chat.hear("river") == "maple"
+
+
+def test_a_saved_chat_is_a_run_with_what_it_was_taught(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chat = Chat(run, most=1)
+    assert chat.hear("/save").startswith("name the folder")
+    assert chat.hear("/save mine").startswith("nothing to save")
+    teach_in(chat, "river", "stone \x1b[2J")
+    assert chat.hear("/save mine") == "saved; next: metakern chat mine"
+    saved = Run.open("mine")
+    assert all(torch.equal(p, chat.model.get_parameter(name)) for name, p in saved.model.named_parameters())
+    assert [d.turns[1].text for d in read("mine/support.jsonl")] == ["stone \x1b[2J"]
+    with pytest.raises(UserError, match="holds a run already"):
+        chat.hear("/save mine")
+
+
+def test_a_policy_may_ask_back_or_hand_over_instead_of_inventing(run):
+    known = [lesson_of("river stone", "ember")]
+    asks = Chat(run, known, policy=TaughtPolicy("ask back"), most=1)
+    assert asks.hear("river cloud") == "Do you mean: river stone"
+    assert asks.hear("violin").startswith("I am not sure what you mean.")
+    assert Chat(run, known, policy=TaughtPolicy("hand over"), most=1).hear("violin").startswith("I do not know that.")
+    with pytest.raises(UserError, match="unknown must be one of generate, ask back, hand over, got 'guess'"):
+        TaughtPolicy("guess")
+
+
+def test_lengths_stop_words_and_sampling_reach_the_model(run):
+    long, short = Chat(run, sampling=Sampling(0)), Chat(run, sampling=Sampling(0), most_tokens=2)
+    whole = long.hear("river stone?")
+    assert whole.startswith(short.hear("river stone?"))
+    assert len(run.tokenizer.encode(short.turns[-1].text)) <= 2
+    stop = whole[2:4]
+    assert Chat(run, sampling=Sampling(0), stop=[stop]).hear("river stone?") == whole[: whole.index(stop)].rstrip()
+    with pytest.raises(UserError, match="max_tokens must be at least 1, got 0"):
+        Chat(run, most_tokens=0)
+
+
+def test_a_very_long_message_is_answered(run):
+    assert isinstance(Chat(run, [lesson_of("river", "stone")], most=1).hear("ember cloud " * 20_000), str)
 
 
 def test_without_a_terminal_only_replies_are_printed(run, monkeypatch, capsys):
@@ -205,10 +281,30 @@ def test_in_a_terminal_the_chat_greets_prompts_and_quits(run, monkeypatch, capsy
     monkeypatch.setattr(module, "_terminal", lambda: ask)
     talk(Chat(run))
     assert asked == ["you> ", "you> "]
-    assert (
-        capsys.readouterr().out
-        == f"not adapted yet: /teach me some exchanges or just talk; /help shows the commands\n{HELP}\n"
-    )
+    assert capsys.readouterr().out == f"{GREETING}\n{HELP}\n"
+
+
+def test_no_escape_sequence_reaches_the_terminal(run, monkeypatch, capsys):
+    chat = Chat(run, [lesson_of("river", "\x1b]0;owned\x07stone\x9b2J")], most=1)
+    chat.greeting = "\x1b[2J"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("river\n/why\n/\x1b[1m\n"))
+    talk(chat)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(module, "_terminal", lambda: lambda prompt: "/quit")
+    talk(chat)
+    shown = capsys.readouterr().out
+    assert shown.startswith("␛]0;owned␇stone\ufffd2J\n")
+    assert not set(shown) & {"\x1b", "\x07", "\x9b"}
+
+
+def test_a_reply_is_printed_piece_by_piece(run, monkeypatch, capsys):
+    chat = Chat(run)
+    monkeypatch.setattr(chat.manager, "reply", lambda turns: iter(["one", " two"]))
+    pieces = chat.answer("river")
+    assert next(pieces) == "one"
+    assert chat.turns == []
+    assert list(pieces) == [" two"]
+    assert chat.turns[-1] == Turn("bot", "one two")
 
 
 @pytest.mark.parametrize("toolkit", [True, False])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import metakern as mk
-from metakern.dialogue.config import Config
+from metakern.dialogue.config import PARSERS, Config
 from metakern.dialogue.registry import OPTIMIZERS, build_algorithm
 from metakern.errors import UserError
 from metakern.meta.algorithms.registry import ALGORITHMS
@@ -39,10 +39,22 @@ def test_a_written_config_is_read_back(tmp_path_factory, data):
     values = {key.name: data.draw(values_of(key), key.name) for key in fields(Config)}
     values["lora"] = values["lora"] if values["model"].startswith("hf:") else 0
     values["precision"] = values["precision"] if values["device"] == "cpu" else "float32"
+    if values["model"] == "bag":
+        values |= {"part": "parser", "pretrain_steps": 0}
+    if values["part"] != "generator":
+        values["lm_weight"] = 0.0
+    if values["part"] == "parser":
+        values["algorithm"] = data.draw(st.sampled_from(PARSERS), "algorithm of a parser")
     config = Config(**values)
     file = tmp_path_factory.mktemp("config") / "c.toml"
     file.write_text(config.toml(), "utf-8")
     assert Config.load(file) == config
+
+
+def test_the_default_algorithm_is_that_of_the_part(tmp_path):
+    assert [Config(part=part).algorithm for part in ("generator", "parser", "policy")] == ["maml", "protonet", "maml"]
+    assert Config.parse({"part": "parser"}).algorithm == "protonet"
+    assert (Config(part="parser", model="bag").pretrain_steps, Config(part="parser").pretrain_steps) == (0, 300)
 
 
 def test_a_written_config_explains_every_key():
@@ -74,8 +86,15 @@ def test_files_override_defaults_and_flags_override_files(tmp_path):
         ("learn_lr = 1", "learn_lr must be true or false, got 1"),
         ("adapt = 'head'", "adapt must be a list of strings, got 'head'"),
         ("adapt = [1]", "adapt must be a list of strings, got (1,)"),
-        ("model = 'gtp'", "model must be one of rnn, gru, lstm, gpt, hf:PATH, got 'gtp'"),
-        ("model = 'hf:'", "model must be one of rnn, gru, lstm, gpt, hf:PATH, got 'hf:'"),
+        ("model = 'gtp'", "model must be one of rnn, gru, lstm, gpt, bag, hf:PATH, got 'gtp'"),
+        ("model = 'hf:'", "model must be one of rnn, gru, lstm, gpt, bag, hf:PATH, got 'hf:'"),
+        ("part = 'tagger'", "part must be one of generator, parser, policy, got 'tagger'"),
+        ("part = 'parser'\nalgorithm = 'maml'", "algorithm must be one of protonet, protomaml, finetune, got 'maml'"),
+        ("algorithm = 'protonet'", "algorithm must be one of maml, "),
+        ("model = 'bag'", "model must be a language model, got 'bag'"),
+        ("part = 'policy'\nlm_weight = 0.5", "lm_weight must be 0 for the part policy, got 0.5"),
+        ("shots = []", "shots must be whole numbers, got ()"),
+        ("ways = 1", "ways must be at least 2, got 1"),
         ("lora = 8", "lora must be 0 for the model gpt, which is not pretrained, got 8"),
         ("precision = 'half'", "precision must be one of float32, bfloat16, got 'half'"),
         ("precision = 'bfloat16'\ndevice = 'cuda'", "precision must be float32 for the device cuda, got 'bfloat16'"),

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from metakern.dialogue.generate import generate, greedy
+from metakern.dialogue.generate import Sampling, generate, greedy, stream, text_of_stream
 from metakern.dialogue.models import build_model
 
 P = torch.tensor([0.5, 0.25, 0.15, 0.1])
@@ -83,7 +85,7 @@ def test_a_module_is_in_eval_mode_while_it_generates_and_gets_its_modes_back():
 
 def test_wrong_arguments_and_logits_of_nan_are_errors():
     for options, message in [
-        ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be finite and at least 0, got -1.0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"input_ids": []}, r"input_ids must be \[L\] or \[1, L\] with L at least 1, got \[0\]"),
         ({"input_ids": torch.zeros(2, 3)}, r"got \[2, 3\]"),
@@ -125,3 +127,75 @@ def test_greedy_ends_where_logits_are_not_usable_and_refuses_wrong_arguments():
     for prompts, limits in (([[1], []], [2, 2]), ([[1]], [2, 2])):
         with pytest.raises(ValueError, match="greedy: prompts must hold an id each, and have a number of max_new_to"):
             greedy(diverging, prompts, max_new_tokens=limits, pad_id=0)
+
+
+def test_no_ngram_comes_twice_in_a_reply() -> None:
+    weights = torch.randn(9, 9, generator=torch.Generator().manual_seed(1))
+
+    def loops(ids):
+        return weights[ids]
+
+    free = generate(loops, [3], max_new_tokens=30, temperature=0)
+    for n in (1, 2, 3):
+        reply = generate(loops, [3], max_new_tokens=9 if n == 1 else 30, temperature=0, no_repeat_ngram=n)
+        grams = [tuple(reply[i : i + n]) for i in range(len(reply) - n + 1)]
+        assert len(set(grams)) == len(grams)
+        assert len({tuple(free[i : i + n]) for i in range(len(free) - n + 1)}) < len(free) - n + 1
+    assert len(generate(loops, [3], max_new_tokens=12, temperature=0, no_repeat_ngram=1)) == 12  # all are forbidden
+
+
+def test_the_repetition_penalty_is_that_of_ctrl() -> None:
+    logits = torch.tensor([2.0, 1.5, -1.0, -1.2])
+    assert Sampling(0)(logits, [0]) == 0
+    assert Sampling(0, repetition_penalty=1.5)(logits, [0]) == 1
+    assert Sampling(0, repetition_penalty=1.3)(logits, [0]) == 0
+    below = torch.tensor([-2.0, -2.2])
+    assert (Sampling(0)(below, [0]), Sampling(0, repetition_penalty=1.2)(below, [0])) == (0, 1)
+    assert logits.tolist() == pytest.approx([2.0, 1.5, -1.0, -1.2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repetition_penalty": 0.9}, "repetition_penalty must be finite and at least 1, got 0.9"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be finite and at least 1, got inf"),
+        ({"temperature": float("inf")}, "temperature must be finite and at least 0, got inf"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram must be at least 0, got -1"),
+    ],
+)
+def test_sampling_out_of_range_is_refused(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+LETTERS = st.characters(exclude_characters="\ufffd", exclude_categories=["Cs"])
+
+
+@given(st.text(LETTERS, max_size=20), st.lists(st.text(LETTERS, min_size=1, max_size=3), max_size=2))
+def test_a_streamed_text_is_the_whole_text_up_to_the_first_stop_word(text, stop) -> None:
+    taken = []
+
+    def ids():
+        for index in text.encode():
+            taken.append(index)
+            yield index
+
+    pieces = list(text_of_stream(lambda known: bytes(known).decode("utf-8", "replace"), ids(), stop))
+    start = text.lstrip()
+    whole = start[: min([at for word in stop if (at := start.find(word)) >= 0], default=len(start))]
+    assert "".join(pieces) == whole.rstrip()
+    assert all(pieces)
+    if whole == start:
+        assert len(taken) == len(text.encode())
+
+
+def test_a_stream_yields_each_id_before_the_next_call() -> None:
+    calls = []
+
+    def count_up(ids):
+        calls.append(ids.shape[1])
+        return torch.nn.functional.one_hot((ids + 1) % 9, 9) * 50.0
+
+    ids = stream(count_up, [3], max_new_tokens=9, sampling=Sampling(0), eos_id=8)
+    assert (next(ids), calls) == (4, [1])
+    assert list(ids) == [5, 6, 7]

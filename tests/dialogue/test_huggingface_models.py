@@ -4,8 +4,10 @@ import importlib.util
 import io
 import json
 import os
+import random
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -18,13 +20,14 @@ from metakern.dialogue import checkpoint
 from metakern.dialogue.chat import Chat, adapt
 from metakern.dialogue.config import Config
 from metakern.dialogue.evaluate import evaluate
-from metakern.dialogue.generate import generate, greedy
-from metakern.dialogue.readers import Turn, read
+from metakern.dialogue.generate import Sampling, generate, greedy
+from metakern.dialogue.manager.parser import FewShotParser
+from metakern.dialogue.readers import Dialogue, Turn, read
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import episodes, load_split
 from metakern.dialogue.tokenizer import IGNORE
 from metakern.dialogue.trainer import StoppedError, _Loop, train
-from metakern.errors import DataError
+from metakern.errors import DataError, UserError
 from metakern.meta.parameters import twin
 
 transformers = pytest.importorskip("transformers", reason="the extra hf is not installed")
@@ -297,8 +300,8 @@ def test_eval_compares_with_lora_fine_tuning_from_the_same_start(trained):
 
 def test_adapt_writes_an_adapter_and_chat_talks(trained, data, tmp_path, capsys):
     support = data / "task0.jsonl"
-    line = adapt(trained / "run", str(support), tmp_path / "mine", steps=2)
-    assert "inner steps: 2, windows of support: " in line
+    line = adapt(trained / "run", str(support), tmp_path / "mine", most=2)
+    assert line.startswith("inner steps: 2, taught replies right: ")
     plain = load_model(str(trained / "model"), 56, 300)
     mk.load_lora(plain, tmp_path / "mine" / "adapter")
     mine, before = Run.open(tmp_path / "mine"), Run.open(trained / "run")
@@ -307,7 +310,7 @@ def test_adapt_writes_an_adapter_and_chat_talks(trained, data, tmp_path, capsys)
         assert torch.equal(parameter, dict(before.model.named_parameters())[name]) != ("lora_" in name)
 
     kept = {name: p.detach().clone() for name, p in before.model.named_parameters() if p.requires_grad}
-    chat = Chat(before, read(str(support)), steps=2, temperature=0)
+    chat = Chat(before, read(str(support)), most=2, sampling=Sampling(0))
     assert all(torch.equal(before.model.get_parameter(name), p) for name, p in kept.items())
     frozen = {id(p) for p in before.model.parameters() if not p.requires_grad}
     assert frozen == {id(p) for p in chat.model.parameters() if not p.requires_grad}
@@ -498,3 +501,22 @@ def test_smollm2_answers_and_learns_by_adapters(tmp_path, data):
     prompt = tokenizer.prompt((Turn("user", "What is the capital of France?"),), 256, "bot")
     ids = generate(language, prompt, max_new_tokens=20, temperature=0, eos_id=tokenizer.eos_id)
     assert tokenizer.decode(ids) == "The capital of France is Paris."
+
+
+def test_a_parser_can_have_a_pretrained_encoder(model, tmp_path):
+    draw = random.Random(1)
+    texts = [(" ".join(draw.choices(WORDS[i : i + 4], k=4)), f"intent_{i}") for i in range(7) for _ in range(9)]
+    (tmp_path / "intents.json").write_text(json.dumps({"train": texts}))
+    settings = {"part": "parser", "algorithm": "protonet", "validation_part": 0.3, "test_part": 0.3, "ways": 2}
+    config = hf_config(tmp_path / "intents.json", model, **settings, shots=(2,), steps=2, eval_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metakern.dialogue.manager.parser.EPISODES", 2)
+        train(config, tmp_path / "run")
+    parser = FewShotParser(tmp_path / "run")
+    talks = [
+        Dialogue("t", name, (Turn("user", said), Turn("bot", name)), {"bot": "bot"}) for said, name in texts[:27:9]
+    ]
+    parser.learn(talks)
+    assert parser.scores([texts[0][0], texts[9][0]]).argmax(1).tolist() == [0, 1]
+    with pytest.raises(UserError, match="pretrain_steps must be 0 for a parser over an hf model, got 2"):
+        train(replace(config, pretrain_steps=2), tmp_path / "more")

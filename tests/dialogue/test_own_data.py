@@ -25,6 +25,8 @@ FLAGS = {
     "data": [*SETTINGS, *RATES, "--heads=2"],
     "train": [*SETTINGS, *RATES, "--hidden=16", "--inner-steps=1", "--eval-every=30"],
     "eval": ["--steps=0,1", "--reply-steps=0,1"],
+    "adapt": ["--steps=2"],
+    "chat": ["--steps=2"],
 }
 
 
@@ -80,7 +82,7 @@ def test_the_commands_of_the_page_work(
             assert "7 tasks, " in out
             assert float(re.findall(r"adaptation is worth (\S+) nats per token", out)[0]) > 0.1
         if command == "adapt":
-            before, after = map(float, re.findall(r"perplexity on them: (\S+) -> (\S+)", out)[0])
+            before, after = map(float, re.findall(r"loss on them: (\S+) -> (\S+)", out)[0])
             assert after < before
         if command == "eval":
             assert all(name in out for name in ("finetune", "retrieval", "unseen questions answered right"))

@@ -131,6 +131,13 @@ def test_adapt_then_chat_then_eval(folder, tmp_path, monkeypatch, capsys):
         assert main(["chat", *arguments, "--temperature", "0"]) == 0
         assert capsys.readouterr().out.count("\n") == 1
     assert main(["eval", str(tmp_path / "mine"), "--steps", "0"]) == 0
+    taught = (tmp_path / "mine", "--stop", "river", "--unknown", "guess")
+    assert complaint(capsys, "chat", *taught).startswith("policy: unknown must be one of generate, ask back, hand over")
+    assert complaint(capsys, "chat", tmp_path / "mine", "--no-repeat", "-1").startswith("argument --no-repeat:")
+    wrong = complaint(capsys, "chat", tmp_path / "mine", "--repetition-penalty", "0.5")
+    assert wrong == "generate: repetition_penalty must be finite and at least 1, got 0.5"
+    wrong = complaint(capsys, "chat", tmp_path / "mine", "--parser", tmp_path / "mine")
+    assert wrong.startswith(f"{tmp_path / 'mine'}: must be the run of a parser, got one of a generator")
     adapted = complaint(capsys, "eval", tmp_path / "mine", "--compare", "finetune")
     assert adapted == f"{tmp_path / 'mine'}: is adapted from {folder / 'run'}: compare that run"
 
@@ -227,13 +234,13 @@ def test_warnings_of_other_packages_end_no_run(folder):
     noisy = """
 import sys, warnings
 import metakern.dialogue.generate as writing
-real = writing._next
+real = writing.Sampling.__call__
 def deprecated(*arguments):
     warnings.warn("use tokens", FutureWarning)
     warnings.warn("soon", DeprecationWarning)
     warnings.warn("mind this", UserWarning)
     return real(*arguments)
-writing._next = deprecated
+writing.Sampling.__call__ = deprecated
 warnings.simplefilter("error")
 from metakern.__main__ import main
 sys.argv[1:] = ["chat", sys.argv[1], "--seed", "1"]

@@ -76,6 +76,9 @@ class Turn:
     Attributes:
         speaker: A name. "system" and "tool" stand for instructions, which no model learns.
         text: Not empty, and without white space at its ends, if `dialogue` made it.
+        act: The dialogue act, such as "REQUEST", or several in alphabetical order, such as "INFORM_COUNT+OFFER"; ""
+            where the data has none.
+        slots: The annotated slots of the text with their values, such as ("city", "San Jose").
 
     >>> Turn("ann", "hi").text
     'hi'
@@ -83,6 +86,8 @@ class Turn:
 
     speaker: str
     text: str
+    act: str = ""
+    slots: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@
       "turns": [{"speaker": "USER" | "SYSTEM", "utterance": "…", "frames": […]}, …]}, …]
 
 A task is a service; its group is the domain, which is the service without its number. Dialogues of several services are
-left out and counted. The schemas are not read.
+left out and counted. A turn has the acts and the slots of its frames. The schemas are not read.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from metakern.dialogue.readers import Dialogue, Source, UnreadableError, dialogue, files, reader, records, spoken
+from metakern.dialogue.readers import Dialogue, Source, Turn, UnreadableError, dialogue, files, reader, records, spoken
 
 __all__ = ["sgd"]
 
@@ -51,4 +52,27 @@ def sgd(path: Source, skipped: Counter[str]) -> Iterator[Dialogue]:
                     skipped["without turns of speaker and utterance"] += 1
                     continue
                 name = str(record.get("dialogue_id", f"{file.stem}:{number}"))
-                yield dialogue(service, name, turns, {"bot": "bot", "group": _domain(service)})
+                found = dialogue(service, name, turns, {"bot": "bot", "group": _domain(service)})
+                yield replace(found, turns=tuple(_annotated(found.turns, record["turns"])))
+
+
+def _annotated(turns: tuple[Turn, ...], raw: Any) -> Iterator[Turn]:
+    """Yield turns with the acts and slots of their records; where turns were merged or dropped, as they are."""
+    same = isinstance(raw, list) and len(raw) == len(turns)
+    for turn, record in zip(turns, raw if same else [{}] * len(turns), strict=True):
+        frames = record.get("frames")
+        frames = [frame for frame in frames if isinstance(frame, dict)] if isinstance(frames, list) else []
+        acts = {action["act"] for frame in frames for action in _items(frame, "actions") if _text(action, "act")}
+        slots = (slot for frame in frames for slot in _items(frame, "slots") if _text(slot, "slot"))
+        spans = ((s["slot"], s.get("start"), s.get("exclusive_end")) for s in slots)
+        values = ((name, record["utterance"][a:b]) for name, a, b in spans if type(a) is int and type(b) is int)
+        yield replace(turn, act="+".join(sorted(acts)), slots=tuple((name, value) for name, value in values if value))
+
+
+def _items(frame: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    found = frame.get(key)
+    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+
+
+def _text(item: Mapping[str, Any], key: str) -> bool:
+    return isinstance(item.get(key), str) and item[key] != ""
