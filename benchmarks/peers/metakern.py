@@ -61,7 +61,7 @@ methods = {
     **{f"metakern {name}": method(strategy=name, capture=True) for name in ("store", "recompute", "auto")},
     "metakern auto, not captured": method(capture=False),
     "metakern auto, bfloat16": method(capture=True, precision="bfloat16"),
-    "metakern auto, explicit weights": method(capture=True, weights="explicit"),
+    **{f"metakern auto, {form} weights": method(capture=True, weights=form) for form in ("explicit", "implicit")},
     "metakern least memory": method(capture=True, memory="least"),
     "metakern, first order": method(first_order=True, capture=True),
 }

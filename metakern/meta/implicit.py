@@ -265,6 +265,7 @@ class ImplicitUnroll(Unroll):
             return self._result(super().store(theta, [*self.batching.weights.values(), *shared], support, outer))
 
     def recompute(self, theta: Sequence[Tensor], shared: Sequence[Tensor], support: Any, outer: Outer) -> Result:
+        self.batching.take_gradients()  # of a run that was stopped, as where memory ran out
         return self._result(super().recompute(theta, [*self.batching.weights.values(), *shared], support, outer))
 
     def weight_gradients(self, found: Gradients) -> Gradients:

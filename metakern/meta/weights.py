@@ -2,11 +2,11 @@
 
 The verification compares losses, gradients and Hessian-vector products with those of plain autograd, on the two tasks
 of a trial. There the weights differ from the shared one by a product of small rank, which is the pair of an earlier
-inner step (`implicit.py`). With (X, D) the pair of the present step, a direction V of a weight is one of X and D:
+inner step (`implicit.py`). A direction V of a weight, whose gradient is G = Dᵀ X, is a direction of the pair (X, D):
 
-    <V, Dᵀ X>        ct_D = X Vᵀ        ct_X = D V
+    <V, G> = <V, Dᵀ X>        ct_D = X Vᵀ        ct_X = D V
 
-So a product with the Hessian is the pullback of a step; what it gives for the shared weight is the sum over the tasks.
+So the product of the Hessian with V is the pullback of a step. For the shared weight it is the sum over the tasks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from metakern.optim import SGD, InnerOptimizer
 
 WEIGHTS = ("auto", "explicit", "implicit")
 LARGE = 2**18  # numbers of a weight from which on "auto" takes the implicit form
-SHARE = 0.5  # the most rows of all steps for which "auto" takes it, of the number in out / (in + out) that breaks even
+SHARE = 0.5  # "auto" takes it for at most so many tokens in all steps, times in out / (in + out)
 
 
 class Weights:
@@ -189,6 +189,6 @@ def _aligned(trial: Trial, unroll: ImplicitUnroll, found: Gradients, truth: Grad
     for j, (name, i) in enumerate(places.items()):
         t = truth[i]
         x, _ = _oriented(batching, name, *trial.factors[name])
-        ours += [of_weights[j], of_pairs[count + j]]  # the cotangent of D_t is X_t (the derivative)ᵀ: of each task
+        ours += [of_weights[j], of_pairs[count + j]]  # with g_t the derivative of task t: Σ_t g_t, and X_t g_tᵀ of each
         theirs += [None, None] if t is None else [t.sum(0), x @ (t if batching.transposed[name] else t.mT)]
     return [*ours, *found[n + 3 * count :]], [*theirs, *truth[n:]]

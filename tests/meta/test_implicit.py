@@ -144,6 +144,25 @@ def test_the_least_memory_gives_the_same_numbers() -> None:
     assert_equal(found[1], found[0])
 
 
+def test_a_run_that_was_stopped_leaves_nothing_behind() -> None:
+    model, calls = mlp().double(), []
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        calls.append(None)
+        if len(calls) == stop:
+            raise KeyError("stopped")
+        return regression_loss(model, batch)
+
+    stop = 0
+    maml = implicit(model, loss, mk.optim.SGD(lr=0.3), 3, strategy="recompute", task_chunk=T)
+    truth = gradients(model, maml(points(1), points(2)))
+    calls.clear()
+    stop = 6  # three steps, the query, and the second of the Hessian-vector products
+    with pytest.raises(KeyError, match="stopped"):
+        maml(points(1), points(2))
+    assert_equal(gradients(model, maml(points(1), points(2))), truth)
+
+
 def test_captured_programs_follow_the_data_and_the_parameters() -> None:
     torch.manual_seed(0)
     model = mlp().double()
