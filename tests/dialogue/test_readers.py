@@ -281,7 +281,7 @@ BOMB += "conversations: [*a9]"
         ("conversations: [[a, b]]\nconversations: [[c, d]]", "must have each key once"),
         ("conversations: [&a [*a, b]]", "must be YAML without aliases, got *a: write it out"),
         (BOMB, "must be YAML without aliases"),
-        ("a: {b: " * 60 + "c" + "}" * 60, "of moderate depth"),
+        ("a: " + "{b: " * 60 + "c" + "}" * 60, "of moderate depth"),
         ("conversations: [[a\0, b]]", "must be YAML"),
         ("conversations: " + "[" * 20_000 + "]" * 20_000, "must be YAML"),
     ],

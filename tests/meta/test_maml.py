@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import metakern as mk
+from metakern.meta.parameters import selector
 from metakern.meta.verify import Trial
 
 
@@ -393,6 +394,14 @@ def test_wrong_arguments_and_third_derivatives_are_errors() -> None:
     g = torch.autograd.grad(value, list(model.parameters()), create_graph=True)
     with pytest.raises(NotImplementedError, match="derivatives of the meta-gradient"):
         torch.autograd.grad(g[0].sum(), list(model.parameters()))
+
+
+def test_patterns_of_parameters_match_whole_names_and_all_below_in_little_time() -> None:
+    selected = selector(["head", "layers.*.bias", "a[0].?"])
+    names = ["head", "head.weight", "layers.1.mlp.bias", "a[0].b", "a[0].b.c"]
+    others = ["ahead", "header", "layers.bias", "a0.b", "a[0].bc", ""]
+    assert [selected(name) for name in names + others] == [True] * len(names) + [False] * len(others)
+    assert not selector(["*a" * 40 + "b"])("a" * 200)  # a matcher that goes back would try for years
 
 
 def test_a_buffer_that_changes_is_refused() -> None:
