@@ -586,9 +586,7 @@ def _diagnosis(path: str) -> None:
     run = Run.open(path)
     config, algorithm = run.config, run.algorithm
     if config.part == "parser":
-        raise UserError(
-            f"{path}: must be the run of a generator or a policy, got one of a parser: prototypes are exact"
-        )
+        raise UserError(f"{path}: must be the run of a generator or a policy, got one of a parser")
     loss = metakern.losses.causal_lm if config.part == "generator" else metakern.losses.classification
     batches = source_of(config, load_split(config).train, run.tokenizer, run.labels).sample(0, config.tasks)
     support, query = (on_device_of(run.model, batch) for batch in batches)

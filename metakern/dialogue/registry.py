@@ -209,7 +209,6 @@ def build_model_of(config: Config, tokenizer: DialogueTokenizer, labels: Sequenc
         UserError: If a size or a LoRA setting does not suit the model.
     """
     if config.part == "policy":
-        sizes: dict[str, Any] = {"width": config.width, "cell": config.model, "hidden": config.hidden}
-        return ActModel(tokenizer.vocab_size, classes=len(labels), **sizes), ""
+        return ActModel(tokenizer.vocab_size, config.width, config.model, config.hidden, len(labels)), ""
     model, base = _pretrained(config, tokenizer) if config.pretrained else (_new(config, tokenizer), "")
     return parser_model(config, model) if config.part == "parser" else model, base

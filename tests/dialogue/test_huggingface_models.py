@@ -315,7 +315,7 @@ def test_adapt_writes_an_adapter_and_chat_talks(trained, data, tmp_path, capsys)
     frozen = {id(p) for p in before.model.parameters() if not p.requires_grad}
     assert frozen == {id(p) for p in chat.model.parameters() if not p.requires_grad}
     answer = chat.hear("river stone")
-    same = Chat(mine, temperature=0).hear("river stone")
+    same = Chat(mine, sampling=Sampling(0)).hear("river stone")
     assert answer == same
     assert chat.run.tokenizer.eos_id not in chat.run.tokenizer.encode(answer)
 

@@ -173,7 +173,7 @@ def test_acts_label_the_turn_before_the_bots(policy):
         assert labels[labels != IGNORE].tolist() == [label for _, label in side] == [1, 1]
         assert [text for text, _ in side] == ["river", "river"]
         assert batch["speakers"].sum() == 5
-        assert batch["input_ids"].shape[-1] == 8
+        assert batch["input_ids"].shape == (1, 2, 8, 8)
 
 
 # Models

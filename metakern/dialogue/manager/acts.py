@@ -47,6 +47,8 @@ def acts_in(dialogues: Iterable[Dialogue]) -> list[str]:
 class Acts(Episodes):
     """Episodes as of `Episodes`, of whole dialogues, in the form that the module describes.
 
+    U and L are the same in support and query.
+
     A turn of the bot whose act is not among `acts` is not learned and not judged.
 
     Args:
@@ -89,15 +91,12 @@ class Acts(Episodes):
         self, tasks: Sequence[tuple[str, list[Startable]]], rngs: Sequence[random.Random], part: slice = slice(None)
     ) -> tuple[list[str], Batch, Batch]:
         drawn = [self._draw_windows(dialogues, rng) for (_, dialogues), rng in zip(tasks, rngs, strict=True)][part]
-        sides = [[[self._begun(*window)[0] for window in task[side]] for task in drawn] for side in (0, 1)]
+        dialogues = [[self._begun(*window)[0] for side in task for window in side] for task in drawn]
+        said = [[(dialogue.turns, bot_in(dialogue)) for dialogue in task] for task in dialogues]
+        both = encoded_turns(said, self.tokenizer, self.number, self.max_length)
         support, query = (
-            encoded_turns(
-                [[(dialogue.turns, bot_in(dialogue)) for dialogue in task] for task in side],
-                self.tokenizer,
-                self.number,
-                self.max_length,
-            )
-            for side in sides
+            {key: x.contiguous() for key, x in zip(both, halves, strict=True)}
+            for halves in zip(*(x.split(self.sizes, 1) for x in both.values()), strict=True)
         )
         return [name for name, _ in tasks[part]], support, query
 
