@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +28,9 @@ from metakern.dialogue.readers import Dialogue, Turn, dialogue, read
 from metakern.dialogue.run import Run
 from metakern.dialogue.split import TaskData
 from metakern.dialogue.tasks import load_split, source_of
-from metakern.dialogue.tokenizer import IGNORE, Tokenizer
+from metakern.dialogue.tokenizer import IGNORE
 from metakern.dialogue.trainer import train
-from metakern.errors import DataError, UserError
+from metakern.errors import CheckpointError, DataError, UserError
 
 ACTS = ("REQUEST", "OFFER", "INFORM+OFFER")
 
@@ -395,12 +396,12 @@ def test_commands_for_generators_refuse_other_runs(parser, policy, capsys):
     assert "exact" in capsys.readouterr().out
 
 
-def test_the_tokenizer_of_a_run_of_labels_needs_its_labels(parser, tmp_path):
-    assert isinstance(parser.tokenizer, Tokenizer)
-    for name in ("config.toml", "tokenizer.json"):
-        (tmp_path / name).write_bytes((parser.path / name).read_bytes())
-    with pytest.raises(UserError, match=r"labels.json: cannot be read: No such file"):
-        Run.open(tmp_path)
-    (tmp_path / "labels.json").write_text('{"a": 1}')
-    with pytest.raises(UserError, match=r"labels.json: must be a list of labels, got another value"):
-        Run.open(tmp_path)
+def test_a_run_of_labels_needs_its_labels(parser, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(parser.path, copy)
+    (copy / "labels.json").write_text('{"a": 1}')
+    with pytest.raises(CheckpointError, match=r"is not the vocabulary that .* was trained with: put its files back"):
+        Run.open(copy)
+    (copy / "labels.json").unlink()
+    with pytest.raises(CheckpointError, match=r"is not the vocabulary that .* was trained with: put its files back"):
+        Run.open(copy)
