@@ -26,6 +26,7 @@ from benchmarks.tables import (
     methods_table,
     ops_table,
     recurrent_table,
+    serving_table,
     summary_table,
     sweep_table,
 )
@@ -148,6 +149,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "replies": partial(dialogue.replies_table, ("maml", "finetune:adam", "pretrained:adam", "retrieval")),
         "smollm2": partial(curve_table, "smollm2"),
     },
+    "docs/serving.md": {"serving": serving_table},
 }
 
 
