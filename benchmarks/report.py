@@ -27,6 +27,7 @@ from benchmarks.tables import (
     methods_table,
     ops_table,
     recurrent_table,
+    serving_table,
     summary_table,
     sweep_table,
 )
@@ -151,6 +152,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "smollm2": partial(curve_table, "smollm2"),
     },
     "docs/manager.md": {"parsers": parsers_table, "policies": policies_table},
+    "docs/serving.md": {"serving": serving_table},
 }
 
 

@@ -213,6 +213,25 @@ def algorithms_tables() -> list[str]:
     return found
 
 
+def serving_table() -> str:
+    """Tokens and requests a second of `metakern serve` by the number of users, beside one user after the other."""
+    found = results.load(FOLDER / "serving.json")["serving"]
+    rows = []
+    for users, row in found["users"].items():
+        ratios = (f"{mid:.1f} [{low:.1f}, {high:.1f}]" for mid, low, high in row["ratios"].values())
+        batch, one = (found["http"][way][users] for way in ("batch", "one row"))
+        rates = f"{batch['requests_per_second']:.1f} / {one['requests_per_second']:.1f}"
+        times = (
+            " / ".join(f"{batch[key][q]:.0f}" for q in ("p50", "p99")) for key in ("first_token_ms", "whole_reply_ms")
+        )
+        rows.append([users, *ratios, rates, *times])
+    head = ["users", "batch / one row", "batch / chat", "requests/s, batch / one row"]
+    head += ["first token, ms, p50 / p99", "reply, ms, p50 / p99"]
+    memory = found["http"]["memory_mib"]["process, a user"]
+    threads = f"{found['threads']} thread{'s' * (found['threads'] != 1)}"
+    return f"{table(head, rows)}\n\nA user in memory takes {memory:.1f} MiB. With {threads}; {described(found)}"
+
+
 def recurrent_table() -> str:
     """The times and ratios of the LSTM's rules, a row for each size."""
     data = load("recurrent")

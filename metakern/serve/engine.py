@@ -106,6 +106,7 @@ class Engine:
         self._rows: list[_Row] = []
         self._held: list[Resident | None] = [None] * rows  # whose weights are in each row
         self._waiting: deque[Request] = deque()
+        self._joining: list[Request] = []  # taken from the waiting ones, but without a row yet
         self._forgotten: list[tuple[Resident, threading.Event]] = []
         self._closing = False
         self._changed = threading.Condition()
@@ -160,6 +161,8 @@ class Engine:
                 log.exception("serve: replies were lost by an error")
                 for row in list(self._rows):
                     self._leave(row, "failed")
+                while self._joining:
+                    self._joining.pop().emit([], "failed")
         for row in list(self._rows):
             self._leave(row, "shutdown")
         for request in self._waiting:
@@ -179,7 +182,7 @@ class Engine:
                 for request in self._waiting:
                     request.cancelled = request.cancelled or request.resident is resident
             free = min(ADMITTED, len(self._held) - len(self._rows))
-            joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            self._joining = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         for resident, done in forgotten:
             self._overwrite(resident)
             done.set()
@@ -187,16 +190,18 @@ class Engine:
             self._leave(row, "cancelled")
         if self._rows:
             self._advance(self._rows, [[row.reply[-1]] for row in self._rows], 0)
-        if joining:
-            self._admit(joining)
+        if self._joining:
+            self._admit()
 
-    def _admit(self, requests: Sequence[Request]) -> None:
+    def _admit(self) -> None:
         begin, new = len(self._rows), []
-        for request in requests:
+        while self._joining:
+            request = self._joining[0]
+            place, resident = len(self._rows), request.resident
             if request.cancelled:
                 request.emit([], "cancelled")
+                del self._joining[0]
                 continue
-            place, resident = len(self._rows), request.resident
             if self._held[place] is not resident:
                 self.stack.arena[place].copy_(resident.weights)
                 self._held[place] = resident
@@ -207,6 +212,7 @@ class Engine:
                 for part in self.stack.cache:
                     part[place].zero_()
             self._rows.append(_Row(request, known))
+            del self._joining[0]
             new.append(request.prompt[known:])
         if new:
             self._advance(self._rows[begin:], new, begin)

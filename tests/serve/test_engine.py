@@ -152,11 +152,12 @@ def test_full_queues_errors_and_the_end_are_told(monkeypatch):
         own = resident(engine, model)
         with pytest.raises(FullError):
             engine.submit([request(own, [5]) for _ in range(3)])
-        monkeypatch.setattr("metakern.serve.engine.draw", lambda *args: 1 / 0)
-        failing = request(own, [5])
-        engine.submit([failing])
-        assert failing.emit.result() == ([], "failed")
-        monkeypatch.undo()
+        for broken in ("metakern.serve.engine.draw", "metakern.serve.engine.Engine._reusable"):
+            monkeypatch.setattr(broken, lambda *args: 1 / 0)
+            failing = [request(own, [5]) for _ in range(2)]
+            engine.submit(failing)
+            assert [each.emit.result() for each in failing] == [([], "failed")] * 2
+            monkeypatch.undo()
         working = request(own, [5])
         engine.submit([working])
         assert working.emit.result()[1] in ("stop", "length")
