@@ -93,7 +93,7 @@ ALGORITHMS = """\
 Every algorithm on three small workloads (`python -m benchmarks.algorithms`), with the same tasks and number of outer
 steps: query losses of new tasks after 0 to 10 inner steps [least and greatest over the seeds], the inner rate that was
 chosen on other tasks, the time of an outer step over that of MAML's [quartiles], and the peak memory of a step.
-Algorithms that are not on a workload do not apply to it, or take many times the time of the others (Meta-LSTM)."""
+Algorithms that are missing from a table do not apply to its workload, or have not been measured on it."""
 DIALOGUE = """\
 How much better dialogue models adapt to unseen tasks when MAML has trained them (`python -m benchmarks.dialogue`). The
 run and its contenders have the same model, pretrained weights, episodes and number of outer steps, and for each number

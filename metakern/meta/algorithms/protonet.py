@@ -30,7 +30,8 @@ class ProtoNet(nn.Module):
     """Prototypical networks with MAML's interface, for any `nn.Module` that embeds examples.
 
     `protonet(support, query)` returns the mean over the tasks of their mean query cross-entropy, a scalar. Its
-    `backward()` adds the gradient to the parameters' `.grad`.
+    `backward()` adds the gradient to the parameters' `.grad`. There is no plan, no chunks of tasks and no captured
+    program: without an inner loop, a call is one forward and one backward pass of the model for all tasks.
 
     A batch has the forms of `metakern.losses.classification`, with the tasks along dimension 0 of every tensor: (x, y),
     (x, y, mask), or a dictionary with labels and maybe mask, whose other entries are keyword arguments of the model.
