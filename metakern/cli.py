@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     adapt.add_argument("--out", metavar="DIR", required=True, help="folder of the adapted run")
     _add_most(adapt)
 
-    chat = add(_chat, "Chat with a run")
+    chat = add(_chat, "Chat with a run", argument_default=argparse.SUPPRESS)
     chat.add_argument("run", metavar="RUN", help="folder of a run")
     chat.add_argument("--support", metavar="FILE", help="conversations to adapt to before the chat")
     _add_reading(chat)
@@ -243,43 +243,43 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--unknown",
         metavar="NAME",
-        default="generate",
         help="what to do about a message that was not taught: generate, ask back, hand over (default: generate)",
     )
     chat.add_argument(
         "--temperature",
         metavar="X",
         type=float,
-        default=0.7,
         help="sampling temperature; 0: always the likeliest token (default: 0.7)",
     )
     chat.add_argument(
         "--top-p",
         metavar="X",
         type=float,
-        default=0.9,
         help="sample from the likeliest tokens that together have this probability (default: 0.9)",
     )
-    chat.add_argument("--seed", metavar="N", type=_number, default=0, help="seed of the sampling (default: 0)")
+    chat.add_argument("--seed", metavar="N", type=_number, help="seed of the sampling (default: 0)")
     chat.add_argument(
         "--repetition-penalty",
         metavar="X",
         type=float,
-        default=1.0,
         help="divide the logits of tokens that are in the reply already (default: 1.0)",
     )
     chat.add_argument(
         "--no-repeat",
         metavar="N",
         type=_number,
-        default=0,
         help="let no N tokens in a row come twice in a reply; 0: allow it (default: 0)",
     )
     chat.add_argument(
-        "--stop", metavar="TEXT", action="append", default=[], help="end a reply before this text; may be given again"
+        "--stop", metavar="TEXT", action="append", help="end a reply before this text; may be given again"
     )
     chat.add_argument(
         "--max-tokens", metavar="N", type=_number, help="tokens of a reply (default: half of the run's max_length)"
+    )
+    chat.add_argument(
+        "--web",
+        action="store_true",
+        help="chat in the browser: serve RUN at a free port of this machine, as `metakern serve` does",
     )
 
     serve = add(
@@ -486,20 +486,33 @@ def _adapt(run: str, support: str, out: str, steps: int | None, **reading: Any) 
     print(f"{printable(line)}\nnext: metakern chat {out}")
 
 
-def _chat(
+def _chat(run: str, web: bool = False, **given: Any) -> None:
+    if not web:
+        _talk(run, **given)
+        return
+    if given:
+        flag = f"--{next(iter(given)).replace('_', '-')}"
+        raise UserError(f"chat: {flag} has no effect with --web: leave it out, and set it on the page")
+    from metakern.serve import server
+    from metakern.serve.service import Settings
+
+    server.serve(run, None, "127.0.0.1", 0, Settings(), browse=True)
+
+
+def _talk(
     run: str,
-    support: str | None,
-    steps: int | None,
-    parser: str | None,
-    policy: str | None,
-    unknown: str,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    repetition_penalty: float,
-    no_repeat: int,
-    stop: list[str],
-    max_tokens: int | None,
+    support: str | None = None,
+    steps: int | None = None,
+    parser: str | None = None,
+    policy: str | None = None,
+    unknown: str = "generate",
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    seed: int = 0,
+    repetition_penalty: float = 1.0,
+    no_repeat: int = 0,
+    stop: Sequence[str] = (),
+    max_tokens: int | None = None,
     **reading: Any,
 ) -> None:
     from metakern.dialogue.chat import Chat, talk
