@@ -219,17 +219,20 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature",
         metavar="X",
         type=float,
-        default=0.7,
         help="sampling temperature; 0: always the likeliest token (default: 0.7)",
     )
     chat.add_argument(
         "--top-p",
         metavar="X",
         type=float,
-        default=0.9,
         help="sample from the likeliest tokens that together have this probability (default: 0.9)",
     )
-    chat.add_argument("--seed", metavar="N", type=_number, default=0, help="seed of the sampling (default: 0)")
+    chat.add_argument("--seed", metavar="N", type=_number, help="seed of the sampling (default: 0)")
+    chat.add_argument(
+        "--web",
+        action="store_true",
+        help="chat in the browser: serve RUN at a free port of this machine, as `metakern serve` does",
+    )
 
     serve = add(
         _serve,
@@ -398,15 +401,26 @@ def _adapt(run: str, support: str, out: str, steps: int | None, **reading: Any) 
     print(f"{adapt(run, support, out, steps, **_reading(**reading))}\nnext: metakern chat {out}")
 
 
-def _chat(
-    run: str, support: str | None, steps: int | None, temperature: float, top_p: float, seed: int, **reading: Any
-) -> None:
+def _chat(run: str, web: bool, support: str | None, steps: int | None, **options: Any) -> None:
+    sampling = {name: value for name in ("temperature", "top_p", "seed") if (value := options.pop(name)) is not None}
+    if web:
+        adapting = {name: value for name, value in (("support", support), ("steps", steps)) if value is not None}
+        if given := [f"--{name.replace('_', '-')}" for name in adapting | sampling | options]:
+            raise UserError(f"chat: {given[0]} has no effect with --web: leave it out, and set it on the page")
+        return _web(run)
     from metakern.dialogue.chat import Chat, talk
     from metakern.dialogue.readers import read
     from metakern.dialogue.run import Run
 
-    dialogues = read(support, **_reading(**reading)) if support else []
-    talk(Chat(Run.open(run), dialogues, steps=steps, temperature=temperature, top_p=top_p, seed=seed))
+    dialogues = read(support, **_reading(**options)) if support else []
+    return talk(Chat(Run.open(run), dialogues, steps=steps, **sampling))
+
+
+def _web(run: str) -> None:
+    from metakern.serve import server
+    from metakern.serve.service import Settings
+
+    server.serve(run, None, "127.0.0.1", 0, Settings(), browse=True)
 
 
 def _serve(

@@ -29,6 +29,7 @@ from metakern.serve.callers import Who
 from metakern.serve.completions import add_completions
 from metakern.serve.limits import ApiError, error_body, limited
 from metakern.serve.metrics import exposition
+from metakern.serve.page import add_page
 from metakern.serve.service import Service
 from metakern.serve.store import LimitError
 
@@ -66,6 +67,7 @@ def create_app(service: Service, hosts: Sequence[str] = LOCAL) -> FastAPI:
     add_completions(app, service)
     _add_users(app, service)
     _add_operation(app, service)
+    add_page(app)
     return app
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import webbrowser
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -33,8 +34,10 @@ def store_of(run: str, store: str | None) -> Path:
     return Path(store) if store else Path(run) / "users.sqlite"
 
 
-def serve(run: str, store: str | None, host: str, port: int, settings: Settings) -> None:
+def serve(run: str, store: str | None, host: str, port: int, settings: Settings, browse: bool = False) -> None:
     """Serve a run until SIGINT or SIGTERM; replies under way are then finished, for up to half a minute.
+
+    With `browse`, the user's browser opens the page, if there is a desktop to open it on.
 
     Raises:
         UserError: If the run or the store can't be used, another server has the store, the port is taken, or `host` is
@@ -56,7 +59,10 @@ def serve(run: str, store: str | None, host: str, port: int, settings: Settings)
         app = create_app(service, ["*"] if guarded else [*LOCAL, host])
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
         address = f"[{host}]" if ":" in host else host
-        print(f"{service.name} at http://{address}:{listener.getsockname()[1]}, described at /docs", flush=True)
+        page = f"http://{address}:{listener.getsockname()[1]}"
+        print(f"{service.name} at {page}, described at {page}/docs", flush=True)
+        if browse and _has_desktop():
+            webbrowser.open(page)
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when the server has ended
         uvicorn.Server(config).run([listener])
 
@@ -81,6 +87,11 @@ def revoke_token(run: str, store: str | None, user: str) -> int:
     """
     with closing(Store(store_of(run, store))) as kept:
         return kept.revoke(user)
+
+
+def _has_desktop() -> bool:
+    """Return whether a browser has a desktop to open on; in a terminal it would take the terminal from the server."""
+    return sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 def _is_loopback(host: str) -> bool:
