@@ -18,7 +18,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TOML = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = TOML["project"]
 
 
 def contents(source: Path) -> list[str]:
@@ -28,6 +29,20 @@ def contents(source: Path) -> list[str]:
 
 def test_the_installed_version_is_that_of_the_module() -> None:
     assert version("metakern") == mk.__version__
+
+
+def test_every_file_of_the_package_is_installed() -> None:
+    folders = [path.parent for path in (ROOT / "metakern").rglob("__init__.py")]
+    data = TOML["tool"]["setuptools"]["package-data"]
+    installed = {
+        path
+        for package, patterns in data.items()
+        for folder in (folders if package == "*" else [ROOT.joinpath(*package.split("."))])
+        for pattern in patterns
+        for path in folder.glob(pattern)
+    }
+    files = {path for path in (ROOT / "metakern").rglob("*") if path.is_file()}
+    assert {path for path in files if path.suffix not in (".py", ".pyc", ".so")} == installed
 
 
 def test_import_needs_only_torch_and_numpy() -> None:
