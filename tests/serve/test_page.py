@@ -116,7 +116,7 @@ def test_three_taught_exchanges_change_the_replies_and_outlive_a_reload(visit):
     teach(tab, *PAIRS)
     losses = tab.get_by_role("img", name="Loss over").get_attribute("aria-label").rsplit(": ")[1].split(" → ")
     assert float(losses[0]) > float(losses[1])
-    assert tab.get_by_role("img", name="Replies right").get_attribute("aria-label").endswith(" → 3")
+    assert tab.get_by_role("img", name="Replies right").get_attribute("aria-label").endswith(" → 3 of 3")
     for say, answer in PAIRS:
         assert ask(tab, say) == [answer]
     tab.reload()
@@ -178,6 +178,25 @@ def test_exchanges_are_imported_and_errors_are_one_line(visit):
 
 
 @in_browser
+def test_a_reply_can_be_stopped_and_a_server_that_is_away_is_an_error(visit):
+    tab = visit("gina")
+    asked = []
+    tab.route("**/chat/completions", lambda route: asked.append(route))
+    tab.get_by_label("Message").fill("river?")
+    tab.keyboard.press("Enter")
+    expect(tab.get_by_role("button", name="Stop")).to_be_visible()
+    tab.keyboard.press("Escape")
+    expect(tab.get_by_label("Message")).to_have_value("river?")
+    expect(tab.locator("#log li")).to_have_count(0)
+    expect(tab.locator("#error")).to_be_hidden()
+    tab.unroute("**/chat/completions")
+    tab.route("**/chat/completions", lambda route: route.abort())
+    tab.keyboard.press("Enter")
+    expect(tab.locator("#error")).to_have_text("The server does not answer. Is it running?")
+    assert len(asked) == 1
+
+
+@in_browser
 @pytest.mark.parametrize(("scheme", "width", "views"), [("light", 1280, [""]), ("dark", 390, ["Chat", "Teach"])])
 def test_the_page_is_accessible_and_fits(visit, scheme, width, views):
     tab = visit("emil", color_scheme=scheme, viewport={"width": width, "height": 800})
@@ -223,6 +242,23 @@ def test_the_page_forbids_other_hosts_and_markup_of_scripts(client):
         policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
         assert (policy["default-src"], policy["script-src"], policy["connect-src"]) == ("'none'", "'self'", "'self'")
         assert policy["trusted-types"] == "'none'"
+
+
+@pytest.mark.parametrize("desktop", [False, True])
+def test_the_browser_opens_where_there_is_a_desktop(folder, tmp_path, monkeypatch, capsys, desktop):
+    opened = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda web, sockets: web.config.app.state.service.close())
+    monkeypatch.setattr(server.signal, "signal", lambda *given: None)
+    monkeypatch.setattr(server.os, "umask", lambda mask: 0)
+    monkeypatch.setattr(server.webbrowser, "open", opened.append)
+    monkeypatch.setattr(server.sys, "platform", "linux")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    if desktop:
+        monkeypatch.setenv("DISPLAY", ":0")
+    server.serve(str(folder), str(tmp_path / "users.sqlite"), "127.0.0.1", 0, Settings(), browse=True)
+    address = capsys.readouterr().out.split()[2].rstrip(",")
+    assert opened == [address] * desktop
 
 
 def test_a_chat_on_the_web_serves_the_page_and_refuses_what_the_page_has(monkeypatch, capsys):

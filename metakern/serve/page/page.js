@@ -199,7 +199,7 @@ async function send(text) {
   texts.forEach((each, i) => fill(places[i], each));
   const last = texts.at(-1);
   complain("error", problem);
-  if (problem && !last) {
+  if (!last && controller.signal.aborted) {
     item.previousSibling.remove();
     item.remove();
     $("message").value ||= text;
@@ -333,7 +333,7 @@ async function watch(count) {
   }
 }
 
-function progress({ state, current, seconds, error, curve }, count) {
+function progress({ state, seconds, error, curve }, count) {
   const last = curve.at(-1);
   const right = last && `${last.right} of ${last.replies} ${last.replies === 1 ? "reply" : "replies"} right`;
   const texts = {
@@ -343,13 +343,13 @@ function progress({ state, current, seconds, error, curve }, count) {
     ready: last ? `Learned: ${right} after ${last.steps} steps, ${seconds.toFixed(1)} s.` : "Learned what is taught below.",
   };
   $("progress").dataset.state = state;
+  $("to-teach").textContent = state === "adapting" || state === "waiting" ? "Teach (learning)" : "Teach";
   $("state").textContent = state === "ready" && !count ? "I know nothing of you yet." : texts[state];
-  $("state").dataset.current = current;
   if (curve.length < 2 || !count) return $("curves").replaceChildren();
   const losses = curve.map(({ loss }) => loss ?? NaN);
   const rights = curve.map((step) => step.right);
   return $("curves").replaceChildren(
-    figure("Replies right", `${rights[0]} → ${rights.at(-1)}`, rights, last.replies),
+    figure("Replies right", `${rights[0]} → ${rights.at(-1)} of ${last.replies}`, rights, last.replies),
     figure("Loss", `${decimals(losses[0])} → ${decimals(losses.at(-1))}`, losses, Math.max(...losses.filter(isFinite))),
   );
 }
