@@ -9,7 +9,7 @@ const user = { name: localStorage.getItem("metakern.name") ?? "me", token: local
 let model = ""; // the name of the run's model
 let talk = []; // the conversation: messages with role and content
 let reply = null; // the AbortController of the reply that is under way
-let watching = 0; // counts the loops that follow an adaptation; only the last one goes on
+let looks = 0; // counts the looks at what was taught; only the last one is shown
 
 // The document
 
@@ -47,17 +47,15 @@ async function request(path, { method = "GET", body, signal } = {}) {
   const headers = {};
   if (user.token) headers.Authorization = `Bearer ${user.token}`;
   if (body) headers["Content-Type"] = "application/json";
-  let response;
-  try {
-    response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer. Is it running?");
-  }
+  const response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) }).catch(unreachable);
   if (response.ok) return response;
   const { error } = await response.json().catch(() => ({}));
   if (response.status === 401 || response.status === 403) identify(error?.message);
   throw new Error(error?.message ?? `The server answered with status ${response.status}.`);
+}
+
+function unreachable(error) {
+  throw error.name === "AbortError" ? error : new Error("The server does not answer. Is it running?");
 }
 
 const mine = (path) => `v1/users/${encodeURIComponent(user.name)}/${path}`;
@@ -74,9 +72,10 @@ async function* completion(name, messages, signal) {
   }
   const response = await request("v1/chat/completions", { method: "POST", body, signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
-    const lines = (rest + part.value).split("\n");
+  for (let rest = ""; ; ) {
+    const { value, done } = await reader.read().catch(unreachable);
+    if (done) return;
+    const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
       if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
@@ -104,14 +103,13 @@ async function enter() {
   complain("refused");
   talk = JSON.parse(sessionStorage.getItem(`metakern.talk.${user.name}`) ?? "[]");
   $("log").replaceChildren();
-  $("empty").hidden = talk.length > 0;
   talk.forEach(({ role, content }, i) => {
     if (role === "user") return say(content);
     const [item, [place]] = answering([""]);
     fill(place, content);
     offer(item, talk[i - 1].content);
   });
-  scroll();
+  scroll(true);
   try {
     await connect();
     await refresh();
@@ -127,12 +125,13 @@ async function connect() {
 
 // The chat
 
-function scroll() {
-  $("scroll").scrollTop = $("scroll").scrollHeight;
+// Scrolls to the end, unless the user reads farther up.
+function scroll(always = false) {
+  const { scrollHeight, scrollTop, clientHeight } = $("scroll");
+  if (always || scrollHeight - scrollTop - clientHeight < 100) $("scroll").scrollTop = scrollHeight;
 }
 
 function say(text) {
-  $("empty").hidden = true;
   $("log").append(element("li", { className: "said" }, element("p", { textContent: text })));
 }
 
@@ -175,7 +174,7 @@ async function send(text) {
   const [item, places] = answering(endings.length > 1 ? ["Before teaching", "After teaching"] : [""]);
   item.ariaBusy = "true";
   replying(true);
-  scroll();
+  scroll(true);
   const texts = endings.map(() => "");
   async function write(ending, i) {
     for await (const piece of completion(model + ending, messages, controller.signal)) {
@@ -213,6 +212,7 @@ async function send(text) {
 }
 
 function replying(yes) {
+  if (document.activeElement === $(yes ? "send" : "stop")) $("message").focus();
   $("send").hidden = yes;
   $("stop").hidden = !yes;
 }
@@ -229,7 +229,6 @@ function begin() {
   talk = [];
   sessionStorage.removeItem(`metakern.talk.${user.name}`);
   $("log").replaceChildren();
-  $("empty").hidden = false;
   complain("error");
   $("message").focus();
 }
@@ -253,17 +252,21 @@ async function forget(path) {
   try {
     await request(mine(path), { method: "DELETE" });
     await refresh();
+    ($("taught").querySelector("button") ?? $("say")).focus();
   } catch (error) {
     complain("refused", error.message);
   }
 }
 
+// Shows what was taught, and follows the adaptation to it.
 async function refresh() {
+  const look = ++looks;
   const { data } = await json(mine("exchanges"));
+  if (look !== looks) return;
   $("forget").hidden = !data.length;
   $("taught").replaceChildren(...data.reverse().map(taught));
   if (!data.length) $("taught").append(element("li", { className: "say", textContent: "Nothing yet." }));
-  watch(data.length);
+  watch(look, data.length);
 }
 
 function taught({ id, say: said, answer }) {
@@ -273,6 +276,7 @@ function taught({ id, say: said, answer }) {
   drop.ariaLabel = `Forget: ${said}`;
   ask.addEventListener("click", () => {
     show("chat");
+    $("message").focus();
     send(said);
   });
   drop.addEventListener("click", () => forget(`exchanges/${id}`));
@@ -315,13 +319,12 @@ function exchangesOf(text) {
   return found;
 }
 
-async function watch(count) {
-  const me = ++watching;
+async function watch(look, count) {
   let learned = false;
   try {
     for (;;) {
       const now = await json(mine("adapt"));
-      if (me !== watching) return;
+      if (look !== looks) return;
       progress(now, count);
       if (now.state !== "waiting" && now.state !== "adapting") break;
       learned = true;
@@ -329,7 +332,7 @@ async function watch(count) {
     }
     if (learned) announce($("state").textContent);
   } catch (error) {
-    if (me === watching) $("state").textContent = error.message;
+    if (look === looks) $("state").textContent = error.message;
   }
 }
 
