@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import metakern as mk
-from metakern.dialogue.config import PARSERS, Config
+from metakern.dialogue.config import PARSERS, RECURRENT, Config
 from metakern.dialogue.registry import OPTIMIZERS, build_algorithm
 from metakern.errors import UserError
 from metakern.meta.algorithms.registry import ALGORITHMS
@@ -41,6 +41,8 @@ def test_a_written_config_is_read_back(tmp_path_factory, data):
     values["precision"] = values["precision"] if values["device"] == "cpu" else "float32"
     if values["model"] == "bag":
         values |= {"part": "parser", "pretrain_steps": 0}
+    if values["part"] == "policy":
+        values |= {"model": data.draw(st.sampled_from(RECURRENT), "model of a policy"), "pretrain_steps": 0, "lora": 0}
     if values["part"] != "generator":
         values["lm_weight"] = 0.0
     if values["part"] == "parser":
@@ -52,7 +54,8 @@ def test_a_written_config_is_read_back(tmp_path_factory, data):
 
 
 def test_the_default_algorithm_is_that_of_the_part(tmp_path):
-    assert [Config(part=part).algorithm for part in ("generator", "parser", "policy")] == ["maml", "protonet", "maml"]
+    parts = ("generator", "parser", "policy")
+    assert [Config(part=part, model="gru").algorithm for part in parts] == ["maml", "protonet", "maml"]
     assert Config.parse({"part": "parser"}).algorithm == "protonet"
     assert (Config(part="parser", model="bag").pretrain_steps, Config(part="parser").pretrain_steps) == (0, 300)
 
@@ -92,7 +95,7 @@ def test_files_override_defaults_and_flags_override_files(tmp_path):
         ("part = 'parser'\nalgorithm = 'maml'", "algorithm must be one of protonet, protomaml, finetune, got 'maml'"),
         ("algorithm = 'protonet'", "algorithm must be one of maml, "),
         ("model = 'bag'", "model must be a language model, got 'bag'"),
-        ("part = 'policy'\nlm_weight = 0.5", "lm_weight must be 0 for the part policy, got 0.5"),
+        ("part = 'policy'\nmodel = 'gru'\nlm_weight = 0.5", "lm_weight must be 0 for the part policy, got 0.5"),
         ("shots = []", "shots must be whole numbers, got ()"),
         ("ways = 1", "ways must be at least 2, got 1"),
         ("lora = 8", "lora must be 0 for the model gpt, which is not pretrained, got 8"),

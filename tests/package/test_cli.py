@@ -66,7 +66,8 @@ def test_every_key_is_a_flag():
         parsed = vars(cli._parser().parse_args(["train", flag]))
         assert parsed[key.name] == expected
         assert type(parsed[key.name]) is type(key.default)
-        assert parsed.keys() - {"command", "config", "out", "resume", "time", "traceback"} == {key.name}
+        others = {"command", "config", "out", "resume", "time", "processes", "max_restarts", "traceback"}
+        assert parsed.keys() - others == {key.name}
 
 
 @pytest.mark.parametrize("command", ["", "train", "eval", "adapt", "chat", "bench", "doctor"])
@@ -427,7 +428,7 @@ def test_memory_that_is_too_small_is_no_fault_of_metakern(capsys, monkeypatch):
 
 
 def test_control_characters_never_reach_a_terminal(capsys, monkeypatch):
-    assert complaint(capsys, "eval", "\x1b]0;title\x07run").startswith("?]0;title?run: is not the folder of a run")
+    assert complaint(capsys, "eval", "\x1b]0;title\x07run").startswith("␛]0;title␇run: is not the folder of a run")
 
 
 def test_ctrl_c_outside_of_training_ends_with_one_line(monkeypatch, capsys):
