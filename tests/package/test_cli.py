@@ -54,6 +54,7 @@ def test_every_key_is_a_flag():
         "adapt": ("--adapt=head,rnn.*", ("head", "rnn.*")),
         "inner_steps": ("--inner-steps=1,3,5", (1, 3, 5)),
         "positive_rates": ("--positive-rates", True),
+        "stream": ("--stream", True),
         "validation_tasks": ("--validation-tasks=bank*", ("bank*",)),
         "test_tasks": ("--test-tasks=gym,zoo", ("gym", "zoo")),
         "lora_targets": ("--lora-targets=q_proj", ("q_proj",)),
