@@ -55,6 +55,7 @@ def test_every_key_is_a_flag():
         "inner_steps": ("--inner-steps=1,3,5", (1, 3, 5)),
         "positive_rates": ("--positive-rates", True),
         "stream": ("--stream", True),
+        "shots": ("--shots=1,5", (1, 5)),
         "validation_tasks": ("--validation-tasks=bank*", ("bank*",)),
         "test_tasks": ("--test-tasks=gym,zoo", ("gym", "zoo")),
         "lora_targets": ("--lora-targets=q_proj", ("q_proj",)),
