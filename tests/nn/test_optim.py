@@ -506,7 +506,7 @@ def test_lists_of_rates_are_loaded_where_they_fit() -> None:
     maml = with_rates(net)
     named = maml.state_dict()
     listed = {key: value for key, value in named.items() if "lr.values" not in key}
-    listed |= {f"inner.lr.values.{i}": torch.tensor(10.0 + i) for i in range(4)}
+    listed |= {f"inner.lr.values.{i}": torch.tensor(10.0 + i, dtype=torch.float64) for i in range(4)}
     fresh = mk.MAML(model(), loss, mk.optim.SGD(learn_lr=True, per="parameter"))
     fresh.load_state_dict(listed)
     assert [value.item() for _, value in fresh.inner.lr.values.items()] == [10, 11, 12, 13]
