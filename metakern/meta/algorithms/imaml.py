@@ -59,7 +59,7 @@ class IMAML(MAML):
 
     Attributes:
         inner_residuals: How far from a minimum each inner loop ended at the last call, `[T]`, from 0 (at a minimum) to
-            1 (at theta): |g + d| / (|g| + |d|), with g the gradient of the support loss and d that of the penalty.
+            1 (at theta): `|g + d| / (|g| + |d|)`, with g the gradient of the support loss and d that of the penalty.
         residuals: The relative residual of each task's linear system at the last call, `[T]`; None before the first.
         solutions: The minimum of each task at the last call, as `adapt` returns it, with `keep_solutions`; or None.
         log_strength: The logarithm of lambda, a parameter, with `learn_strength`; or None.
