@@ -65,6 +65,7 @@ def untrained_run(folder: Path, **changes: object) -> Run:
     config = tiny_config(write_tasks(folder.parent / "data"), width=32, hidden=32, max_length=48, **rates | changes)
     tokenizer = Tokenizer.train(read(config.data), config.vocab_size)
     run = Run.create(folder, config, tokenizer)
+    run.state = {"phase": "train", "step": 0}
     tokenizer.save(folder / "tokenizer.json")
     write(folder / "config.toml", config.toml().encode())
     run.save("best")
