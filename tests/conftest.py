@@ -9,6 +9,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--everything", action="store_true", help="fail tests that are skipped because a package is missing"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Ctrl-C act in the processes that tests start: a shell ignores it for jobs in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fail_for_want_of_a_package(report: Any) -> None:
