@@ -289,7 +289,7 @@ def _together() -> Iterator[None]:
 def launch_id() -> str:
     """Return what names the launch by torchrun that started this process, the same after restarts; "" outside of one.
 
-    It is torchrun's `--rdzv-id`; where none was given, the machine and the number of torchrun's process.
+    It is the id of torchrun's rendezvous; where none was given, the machine and the number of torchrun's process.
     """
     found = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return f"{platform.node()}/{os.getppid()}" if found == "none" else found

@@ -210,8 +210,8 @@ def test_a_sweep_varies_one_size():
     assert [point.sizes["length"] for _, point in points[5:]] == [64, 128, 256, 512, 1024, 2048]
     assert points[0][1].sizes["length"] == base.sizes["length"]
     assert swept("length", [WorkloadName.parse("mlp")]) == []
-    with pytest.raises(ValueError, match="sweep must be of K, examples, length, sequences, tasks, got 'width'"):
-        swept("width", [base])
+    with pytest.raises(ValueError, match="sweep must be of K, examples, length, sequences, tasks, width, got 'depth'"):
+        swept("depth", [base])
     rows = {"JAX, vmap": {"peer": "jax", "median_ms": 1}, "JAX, task loop": {"peer": "jax", "median_ms": 2}}
     assert "JAX, vmap" in of_sweep(base, {"maml": {"gpt:small": {"methods": rows}}})
     assert maml.JAX in of_sweep(base, {})

@@ -303,8 +303,8 @@ def dialogue(
     White space at the ends of texts is removed, and empty texts are dropped. Texts of one speaker in a row become one
     turn, with line breaks between them.
 
-    >>> dialogue("greetings", "1", [("ann", " hi\\n"), ("ann", "you"), ("bob", " "), ("bob", "hello")]).turns
-    (Turn(speaker='ann', text='hi\\nyou'), Turn(speaker='bob', text='hello'))
+    >>> dialogue("greetings", "1", [("ann", " hi\\n"), ("ann", "you"), ("bob", " "), ("bob", "hello")]).turns[0].text
+    'hi\\nyou'
     """
     merged: list[Turn] = []
     for speaker, text in turns:
