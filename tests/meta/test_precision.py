@@ -143,6 +143,7 @@ def test_the_option_can_be_switched_between_calls() -> None:
     assert not torch.equal(found[None][0], found["bfloat16"][0])
 
 
+@pytest.mark.filterwarnings("ignore")  # which warnings are errors is state of the process, not of a thread
 def test_threads_have_their_own_precision() -> None:
     model, loss, support, query = build("gpt")
     mamls = {
