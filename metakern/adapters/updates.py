@@ -54,7 +54,7 @@ def dense_update(X: Tensor, D: Tensor, rates: Tensor | float) -> Tensor:
 def low_rank_update(X: Tensor, D: Tensor, rates: Tensor | float, error: float = 1e-3) -> tuple[Tensor, Tensor]:
     """Returns the change of a weight as factors A and B of the lowest rank that keeps to an error.
 
-    `|B A - ΔW| <= error |ΔW|` in the Frobenius norm, for each task, with ΔW = -Σ_j rate_j D_jᵀ X_j, which is not formed.
+    `|B A - ΔW| <= error |ΔW|` in the Frobenius norm, for each task, with ΔW = -Σ_j rate_j D_jᵀ X_j, not formed here.
     By Eckart and Young the singular value decomposition gives the lowest such rank. It is computed in float64, in time
     that grows with M² (in + out), and the factors are rounded to the dtype of X.
 
