@@ -468,8 +468,9 @@ def _eval(
     if (part := part_of(run)) != "generator":
         if replies or reply_steps:
             raise UserError(f"{run}: is the run of a {part}, which has no replies: leave out --replies")
-        show_part(evaluate_part(run, steps, compare, data, repeats), Console())
-        print(f"written: {Path(run) / 'eval.json'}")
+        with processes.joined():
+            processes.alone(f"{run}: is the run of a {part}, which one process judges: leave out --processes")
+            show_part(evaluate_part(run, steps, compare, data, repeats), Console())
         return
     reply_steps = reply_steps or (REPLY_STEPS if replies else ())
     with processes.joined():

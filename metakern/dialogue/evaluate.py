@@ -13,7 +13,6 @@ exp is applied to their ends. `metakern.dialogue.replies` says how replies are j
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,11 +30,11 @@ from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.metrics import by_task, interval, over_tasks, paired_interval
 from metakern.dialogue.rates import at_factors, best_factors, scaled
 from metakern.dialogue.replies import KINDS, Questions, draw_questions, generated, retrieved, scores
-from metakern.dialogue.report import plot, plot_replies
+from metakern.dialogue.report import keep, plot, plot_replies
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import episodes, load_split, load_whole
 from metakern.dialogue.tokenizer import IGNORE
-from metakern.errors import CheckpointError, UserError
+from metakern.errors import UserError
 
 __all__ = ["evaluate"]
 
@@ -169,18 +168,12 @@ def evaluate(
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
-    """Write a report and its pictures into the folder of the run, and say so; if that fails, say why."""
+    """Write a report and its pictures into the folder of the run."""
     files = {folder / "eval.json": io.as_json(report)}
     files[folder / "eval.png"] = plot(report)
     if "replies" in report:
         files[folder / "replies.png"] = plot_replies(report)
-    try:
-        for path, data in files.items():
-            io.write(path, data)
-    except CheckpointError as error:
-        print(f"metakern: {error}", file=sys.stderr)
-    else:
-        Display().say(f"written: {', '.join(map(str, files))}")
+    keep(files)
 
 
 def _replies(

@@ -32,6 +32,7 @@ from metakern.errors import UserError
 
 __all__ = [
     "LostProcessError",
+    "alone",
     "any_of",
     "check",
     "check_equal",
@@ -108,6 +109,14 @@ def check(tasks: int, device: str) -> None:
         )
     if size() > 1 and device == "cuda" and (own := _on_this_machine()) > (gpus := torch.cuda.device_count()):
         raise UserError(f"train: processes of a machine must be at most {gpus}, as many as it has GPUs, got {own}")
+
+
+def alone(complaint: str) -> None:
+    """Raise a `UserError` that says `complaint` if there are several processes."""
+    if size() > 1:
+        error = UserError(complaint)
+        error.everywhere = True
+        raise error
 
 
 def _on_this_machine() -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
@@ -17,15 +19,29 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from metakern import io
+from metakern.dialogue.display import Display
 from metakern.dialogue.metrics import exact
 from metakern.dialogue.replies import KINDS
 from metakern.dialogue.terminal import printable, say
+from metakern.errors import CheckpointError
 
-__all__ = ["plot", "plot_replies", "show", "show_table", "within"]
+__all__ = ["keep", "plot", "plot_replies", "show", "show_table", "within"]
 
 FARTHEST = 5  # the largest ratio that is plotted
 WIDE = 10_000  # columns, for output that is no terminal's
 Row = tuple[str, dict[str, Any], str, str]  # a name, values with their `low` and `high`, their key and their format
+
+
+def keep(files: Mapping[Path, bytes]) -> None:
+    """Write the files of a report and say so, or say why that fails: the report can be shown all the same."""
+    try:
+        for path, data in files.items():
+            io.write(path, data)
+    except CheckpointError as error:
+        print(f"metakern: {printable(str(error))}", file=sys.stderr)
+    else:
+        Display().say(f"written: {', '.join(map(str, files))}")
 
 
 def show(report: dict[str, Any], console: Console) -> None:

@@ -31,7 +31,7 @@ from metakern.dialogue.manager.acts import Acts
 from metakern.dialogue.manager.parser import EPISODES, SHOTS, FewShotParser, NearestParser, chosen_threshold, judged
 from metakern.dialogue.metrics import by_task, over_tasks
 from metakern.dialogue.rates import best_factors, scaled
-from metakern.dialogue.report import show_table, within
+from metakern.dialogue.report import keep, show_table, within
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import load_adapted, load_split, load_whole, on_device_of, source_of
 from metakern.dialogue.terminal import say
@@ -110,7 +110,7 @@ def evaluate_part(
         report |= _parsers(runs, *sources, EPISODES * repeats)
     else:
         report |= _policies(runs, *sources, tuple(sorted(set(steps))))
-    io.write(Path(path) / "eval.json", io.as_json(report))
+    keep({Path(path) / "eval.json": io.as_json(report)})
     return report
 
 
