@@ -5,6 +5,7 @@
     checks      compare all orders of every op with Triton kernels, of every recurrent cell, and the meta-gradient of a
                 Llama with float64; the error must be at most twice that of plain PyTorch in the same dtype
     engine      compare the meta-gradients of all workloads by every method, and of all algorithms, likewise
+    training    train small dialogue models on the GPU and the CPU: all losses must be the same up to rounding
     workloads   time the meta-gradients of all workloads: captured or not, beside torch.func and plain PyTorch
     attention   time every rule beside PyTorch's flash attention, lengths 512 to 8192
     memory      the memory of attention at both orders, lengths 4096 to 32,768
@@ -39,7 +40,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import attention, checks, engine, llama, measure, ops, recurrent
+from benchmarks.gpu import attention, checks, dialogue, engine, llama, measure, ops, recurrent
 from benchmarks.gpu.pool import Job, Pool, Row, prepare
 from benchmarks.gpu.targets import failures, targets
 from benchmarks.results import machine
@@ -55,6 +56,7 @@ Jobs = Iterable[Job]
 PARTS: dict[str, tuple[Callable[[Row, bool], Jobs], str]] = {
     "checks": (lambda limits, tiny: chain(checks.jobs(tiny), llama.checks(tiny), recurrent.checks(tiny)), "at once"),
     "engine": (lambda limits, tiny: engine.checks(tiny), "at once"),
+    "training": (lambda limits, tiny: dialogue.checks(tiny), "at once"),
     "attention": (lambda limits, tiny: attention.jobs(tiny), "compiled"),
     "workloads": (lambda limits, tiny: engine.jobs(tiny), "alone"),
     "memory": (lambda limits, tiny: attention.memory_jobs(tiny), "alone"),

@@ -29,6 +29,8 @@ METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "recompute": (CAPTURED | {"strategy": "recompute"}, 3),
     "not captured": ({"capture": False}, 1),
     "first order": (CAPTURED | {"first_order": True}, 3),
+    "implicit": (CAPTURED | {"weights": "implicit"}, 3),
+    "autocast": (CAPTURED, 3),  # inside torch.autocast, as is plain PyTorch
 }
 # Row -> peer, method, and whether it is timed as a CUDA graph of the whole step, as nobody's own call gives it.
 TIMED = {
@@ -41,7 +43,7 @@ TIMED = {
     "plain": ("plain", "plain PyTorch", False),
 }
 
-CALLS = {"metakern": 15, "torch_func": 3, "plain": 1}
+CALLS = {"metakern": (15, 4), "torch_func": (3, 1), "plain": (1, 1)}  # measured, after some to warm up
 
 
 @torch.no_grad()
@@ -62,20 +64,23 @@ def workload(name: str, method: str) -> Row:
     """
     work, twin = moved(make(name)), make(name)
     first, (options, calls) = method == "first order", METHODS[method]
+    low = method == "autocast"
+    autocast = partial(torch.autocast, device().type, torch.bfloat16, low)
     plain = peers.load("plain").methods["plain PyTorch, first order" if first else "plain PyTorch"](work)
     ours = adapted(work)
     maml = mk.MAML(ours.model, ours.loss, mk.optim.SGD(ours.lr), ours.steps, **options)
     rows = []
     for count in (calls, 2):
         right = [flat(truth.exact(twin)[first]).to(device())]
-        with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers have no second derivative
+        with autocast(), torch.backends.cudnn.flags(enabled=False):  # its recurrent layers have no second derivative
             theirs = errors([flat(plain())], right).item()
         found = []
         for _ in range(count):
             ours.model.zero_grad()
-            maml(ours.support, ours.query).backward()
+            with autocast():
+                maml(ours.support, ours.query).backward()
             found.append(errors([flat({name: ours.theta[name].grad for name in work.theta})], right).item())
-        good = max(found) <= 2 * theirs + 4 * torch.finfo(torch.float32).eps
+        good = max(found) <= 2 * theirs + 4 * torch.finfo(torch.bfloat16 if low else torch.float32).eps
         rows.append({"error": max(found), "plain": theirs, "good": good})
         change(work), change(twin)
     usage, captured = maml.plan.usage, options.get("capture", True)
@@ -91,7 +96,7 @@ def times(name: str) -> Row:
         step = peers.load(peer).methods[method](moved(make(name)))
         try:
             with torch.backends.cudnn.flags(enabled=peer == "metakern"):
-                row[f"{key}_ms"] = milliseconds(step, 1) if as_graph else eager_milliseconds(step, CALLS[peer])
+                row[f"{key}_ms"] = milliseconds(step, 1) if as_graph else eager_milliseconds(step, *CALLS[peer])
                 row[f"{key}_peak_mib"] = None if as_graph else peak_mib(step)
         except Exception as error:  # a peer may fail; the row has the others
             row[f"{key}_error"] = f"{type(error).__name__}: {error}"[:300]
@@ -125,7 +130,7 @@ def algorithm(name: str) -> Row:
 def checks(tiny: bool) -> Iterator[Job]:
     for family in FAMILIES[:1] if tiny else FAMILIES:
         for method in METHODS:
-            name = f"{family}:{'tiny' if tiny else 'small,tasks=4'}"
+            name = f"{family}:{'tiny' if tiny else 'small,tasks=4,K=2'}"
             yield Job({"op": "meta-gradient", "sample": name, "method": method}, partial(workload, name, method))
     for name in list(SINES.algorithms)[: 1 if tiny else None]:
         yield Job({"op": "algorithm", "sample": name, "dtype": "float64"}, partial(algorithm, name))

@@ -31,9 +31,10 @@ def milliseconds(f: Callable[[], Any], calls: int = 4, replays: int = 15) -> flo
     return statistics.median(_events(graph.replay, replays)) / calls
 
 
-def eager_milliseconds(f: Callable[[], Any], calls: int = 7) -> float:
+def eager_milliseconds(f: Callable[[], Any], calls: int = 7, warm_up: int = 2) -> float:
     """Return the median time of a call without a CUDA graph."""
-    f(), f()
+    for _ in range(warm_up):
+        f()
     return statistics.median((_events if torch.cuda.is_available() else _seconds)(f, calls))
 
 

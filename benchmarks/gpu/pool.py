@@ -53,7 +53,8 @@ def _finish() -> None:
         torch.cuda.empty_cache()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, threads: int) -> None:
+    torch.set_num_threads(threads)
     prepare()
     while True:
         row, good = run(connection.recv())
@@ -65,10 +66,10 @@ def _serve(connection: Connection) -> None:
 class _Worker:
     """A process that computes one row at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -93,6 +94,7 @@ class Pool:
 
     def __init__(self, deadline: float = float("inf")) -> None:
         self.deadline = deadline
+        self._threads = 1
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
 
     def __enter__(self) -> Pool:
@@ -105,6 +107,7 @@ class Pool:
         """Yield rows as they are finished; a job that runs out of memory beside others is run again alone."""
         jobs = list(jobs)
         self._keep(at_once)
+        self._threads = max(1, (os.cpu_count() or 1) // at_once)
         again = []
         with ThreadPoolExecutor(at_once) as threads:
             futures = {threads.submit(self._row, job): job for job in jobs}
@@ -124,7 +127,7 @@ class Pool:
         try:
             worker = self._idle.get_nowait()
         except queue.Empty:
-            worker = _Worker()
+            worker = _Worker(self._threads)
         row, good = worker.row(job, min(left, LIMIT))
         if good:
             self._idle.put(worker)
