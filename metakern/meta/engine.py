@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -32,10 +32,11 @@ from metakern.meta.allocator import keep_freed_memory
 from metakern.meta.batches import select, structure, tasks_of, tensors, whole
 from metakern.meta.batching import Folded, Loss, exact_kernels
 from metakern.meta.capture import Captures
+from metakern.meta.capture.recorder import RecordError
 from metakern.meta.draws import Alike
 from metakern.meta.fold import FoldError
 from metakern.meta.implicit import Implicit, ImplicitUnroll
-from metakern.meta.parameters import Adapt, Parameters
+from metakern.meta.parameters import Adapt, Parameters, put
 from metakern.meta.plan import Found, Plan, Planner, Wishes
 from metakern.meta.seconds import Stopwatch, Usage
 from metakern.meta.state import INTERNAL, PLAIN, ModuleState, contents, undisturbed
@@ -206,8 +207,34 @@ class Prepared:
         if key not in self._captures:
             roots = {"model": self.parameters.model, "inner": self.unroll.inner, "loss": self.loss, **others}
             names = ["the query losses", *self.parameters.adapted, *self.parameters.shared]
-            self._captures[key] = Captures(roots, capture, names, precision, self._watch)
+            fresh = partial(self._fresh_leaves, roots.values())
+            self._captures[key] = Captures(roots, capture, names, precision, self._watch, fresh)
         return self._captures[key]
+
+    @contextmanager
+    def _fresh_leaves(self, roots: Iterable[Any]) -> Iterator[None]:
+        """Within the block, tensors of the same memory stand for all tensors that learn.
+
+        The node of a leaf belongs to the stream on which it was first used, and lives as long as any graph that has it,
+        such as that of a loss which the user keeps. A CUDA graph is recorded on another stream, and can't have it.
+        """
+        before, parameters = dict(self.__dict__), self.parameters
+        roles = parameters.adapted, parameters.shared
+        modules = {id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}.values()
+        places = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+        fresh = {id(p): nn.Parameter(p.detach()) for _, _, p in places if p.requires_grad}
+        if any(id(t) not in fresh for t in self.outer):
+            raise RecordError("the loss reads tensors that learn, which are no parameters")
+        own: Any = lambda p: fresh.get(id(p), p)  # noqa: E731
+        try:
+            put((m, name, own(p)) for m, name, p in places)
+            parameters.adapted, parameters.shared = ({name: own(p) for name, p in role.items()} for role in roles)
+            self.shared, self.outer = list(map(own, self.shared)), list(map(own, self.outer))
+            yield
+        finally:
+            put(places)
+            parameters.adapted, parameters.shared = roles
+            self.shared, self.outer = before["shared"], before["outer"]
 
     @property
     def explicit(self) -> Unroll:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +16,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import metakern as mk
+from benchmarks import few_shot
 from metakern.meta import capture
 from metakern.meta.capture.graph import Graph, Graphs, _Reads
 from metakern.meta.capture.recorder import Recorder, RecordError, record
 from metakern.native.record import Recording
 
-STEPS = 3
+STEPS, SINES = 3, few_shot.sines()
 
 
 class FakeGraph:
@@ -76,6 +79,7 @@ def gpu(monkeypatch):
         "graph_pool_handle": lambda: "pool",
         "Event": lambda: SimpleNamespace(record=lambda: None),
         "current_stream": lambda: stream,
+        "set_stream": lambda stream: None,
         "device": lambda device: nullcontext(),
         "memory_allocated": lambda device: 0,
         "max_memory_allocated": lambda device: 2**20,
@@ -160,6 +164,100 @@ def test_a_capture_that_fails_is_followed_by_a_whole_one_and_the_call_runs_ordin
     with pytest.warns(UserWarning, match="operation not permitted when stream is capturing"):
         assert_equal(captured, ordinary, 1)
     assert len(begun) == 2
+
+
+def test_a_failed_recording_raises_what_made_it_fail_and_leaves_the_stream_as_it_was(gpu, monkeypatch):
+    class Failing(FakeCapture):
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            if error[0]:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    streams: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    graphs, was = Graphs(), torch.cuda.current_stream()
+    with pytest.raises(ZeroDivisionError):
+        Graph(lambda inputs: [inputs[0] / (1 // 0)], [torch.ones(2)], [], [], graphs)
+    assert streams == [was]
+    assert graphs._pool is None
+    (results,) = Graph(lambda inputs: [inputs[0] * 2], [torch.ones(2)], [], [], graphs)([[torch.ones(2)]], 1) or []
+    assert results[0].equal(torch.full((2,), 2.0))
+    assert gc.isenabled()
+
+
+def maml(model: nn.Module, lr: float, **options: Any) -> mk.MAML:
+    return mk.MAML(model, regression_loss, mk.optim.SGD(lr), STEPS, **options)
+
+
+MAKERS = {
+    "implicit weights": partial(maml, weights="implicit"),
+    "implicit weights, stored": partial(maml, weights="implicit", strategy="store"),
+    "a shared body, stored": partial(maml, adapt=["4"], strategy="store"),
+    "a shared body": partial(maml, adapt=["4"], strategy="recompute"),
+    **SINES.algorithms,
+}
+UNRECORDED = {"prototypes"}  # has no captured programs
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name not in UNRECORDED])
+def test_a_recording_uses_no_leaf_that_another_graph_has(gpu, monkeypatch, name):
+    """A user keeps a loss, and so the nodes of all leaves, which are on a stream that a CUDA graph can't wait for."""
+    depth, used = 0, set[str]()
+
+    class Noted(FakeCapture):
+        def __enter__(self) -> Any:
+            nonlocal depth
+            depth += 1
+            return super().__enter__()
+
+        def __exit__(self, *error: Any) -> None:
+            nonlocal depth
+            depth -= 1
+            super().__exit__(*error)
+
+    def note(name: str, gradient: Tensor) -> None:
+        if depth:
+            used.add(name)
+
+    monkeypatch.setattr(torch.cuda, "graph", Noted)
+    torch.manual_seed(0)
+    captured = MAKERS[name](SINES.model().double(), 0.01).double()
+    torch.manual_seed(0)
+    ordinary = MAKERS[name](SINES.model().double(), 0.01).double()
+    captured.capture, ordinary.capture = True, False
+    for key, p in captured.named_parameters():
+        p.register_hook(partial(note, key))
+    generator = torch.Generator().manual_seed(1)
+    leaves, places = [*captured.parameters()], [id(p) for m in captured.modules() for p in m._parameters.values()]
+    for _ in range(4):
+        support, query = (tuple(t.double() for t in batch) for batch in few_shot.waves(5, generator))
+        for made in (captured, ordinary):
+            made.zero_grad()
+            torch.manual_seed(2)
+            kept = made(support, query)
+            kept.backward()
+        for a, b in zip(captured.parameters(), ordinary.parameters(), strict=True):
+            assert (a.grad is None) == (b.grad is None)
+            if a.grad is not None:
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+    assert captured.plan.usage.captured == 4, captured.plan.reasons
+    assert not used
+    assert all(a is b for a, b in zip(captured.parameters(), leaves, strict=True))
+    assert [id(p) for m in captured.modules() for p in m._parameters.values()] == places
+
+
+@pytest.mark.filterwarnings("ignore:.*capture has no effect")
+def test_a_loss_that_reads_a_tensor_that_learns_has_no_graph(gpu):
+    outside = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return outside * regression_loss(model, batch)
+
+    made = mk.MAML(build("mlp")[0], loss, mk.optim.SGD(0.05), STEPS, capture=True)
+    made(points(1), points(2)).backward()
+    assert "not captured: the loss reads tensors that learn, which are no parameters" in made.plan.reasons
+    assert outside.grad is not None
 
 
 def test_a_graph_refuses_constants_that_moved(gpu):

@@ -23,6 +23,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import partial, reduce
 from itertools import accumulate, count, groupby, takewhile
@@ -79,6 +80,8 @@ class Captures:
         precision: The precision of products, None or "bfloat16". Programs do not depend on it: they are recorded,
             checked and audited in float32, and run in this precision.
         watch: Adds up the time of recording, lowering and comparison.
+        fresh: A context in which the function uses no leaf that had a graph before. A CUDA graph is recorded in it. It
+            may raise RecordError.
     """
 
     def __init__(
@@ -88,7 +91,9 @@ class Captures:
         names: Sequence[str] = (),
         precision: str | None = None,
         watch: Stopwatch | None = None,
+        fresh: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self._fresh = fresh
         self._roots, self._auto, self._names, self._precision = roots, capture == "auto", names, precision
         self._watch = watch or Stopwatch()
         self._at = 0  # the number of the call of MAML
@@ -446,7 +451,7 @@ class Captures:
             raise RecordError("it reads tensors on several GPUs")
         on_gpu = [t for t in constants.values() if t.device == device and t.layout is torch.strided]
         numbers = [] if program.decisions is None else program.decisions.numbers
-        with self._watch.part("lowering"):
+        with self._watch.part("lowering"), self._fresh():
             return Graph(lambda inputs: call.reading(inputs)(), call.inputs, on_gpu, numbers, self._graphs)
 
     def _give_up(self, call: _Application, reason: str) -> None:

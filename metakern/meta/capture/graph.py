@@ -7,8 +7,9 @@ the run read them. It holds the memory of a whole run as long as it lives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -33,6 +34,32 @@ class Graphs:
     def pool(self) -> Any:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         return self._pool
+
+    @contextmanager
+    def recorded(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Record what the current device is given within the block. What made a recording fail is raised."""
+        stream, cause = torch.cuda.current_stream(), None
+        gc.collect()
+        with _no_collection():  # the end of another graph, of which only a cycle of objects is left, would break this
+            try:
+                with _capturing(graph, self.pool):
+                    try:
+                        yield
+                    except BaseException as error:  # the end of a broken recording raises another one
+                        cause = error
+                        raise
+            except BaseException as error:
+                self._mend(stream)
+                raise cause or error from None
+
+    def _mend(self, stream: torch.cuda.Stream) -> None:
+        """Undo what a failed recording leaves behind: its stream, its pool and what its generators expect."""
+        torch.cuda.set_stream(stream)
+        with suppress(Exception):  # the pool may have been closed
+            torch._C._cuda_endAllocateToPool(stream.device.index, self.pool)
+        self._pool = None
+        with suppress(Exception), _capturing(torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()):
+            torch.zeros(1, device=stream.device)  # a whole recording frees the generators
 
     def wait(self) -> None:
         """Have the current stream wait for the last run, which may be on another stream."""
@@ -69,14 +96,9 @@ class Graph:
         with torch.no_grad(), torch.cuda.device(self._device):
             graphs.wait()
             self._inputs = [t.clone() for t in inputs]
-            try:
-                with torch.enable_grad(), _captured(self._graph, graphs), _Reads(numbers) if numbers else nullcontext():
-                    found = list(function(self._inputs))
-                    self._outputs = [None if t is None else t.detach() for t in found]
-            except BaseException:
-                with suppress(Exception), _captured(torch.cuda.CUDAGraph(), graphs):
-                    torch.zeros(1, device=self._device)  # which frees the generators that a broken capture holds
-                raise
+            with torch.enable_grad(), graphs.recorded(self._graph), _Reads(numbers) if numbers else nullcontext():
+                found = list(function(self._inputs))
+                self._outputs = [None if t is None else t.detach() for t in found]
 
     def fits(self) -> bool:
         """Whether all tensors that it reads are where they were, with the layouts that they had."""
@@ -103,8 +125,20 @@ class Graph:
         return results
 
 
-def _captured(graph: torch.cuda.CUDAGraph, graphs: Graphs) -> Any:
-    return torch.cuda.graph(graph, pool=graphs.pool, capture_error_mode="thread_local")
+def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Any:
+    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from collecting cycles of objects within the block."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Reads(TorchDispatchMode):
