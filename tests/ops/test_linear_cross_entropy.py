@@ -67,6 +67,31 @@ def test_results_do_not_depend_on_the_size_of_chunks(order: Callable, monkeypatc
             torch.testing.assert_close(a, b)
 
 
+BACKENDS = [name for name in ("reference", "triton") if mk.backends()[name] == "available"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", [reverse_over_reverse, forward_over_reverse])
+def test_results_do_not_depend_on_how_many_tasks_a_chunk_has(
+    order: Callable, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Make(seed=4)
+    args = (make(5, 7, 3).requires_grad_(), make(5, 6, 3).requires_grad_(), make.integers(6, 5, 7))
+
+    def loss(*args: Tensor) -> Tensor:
+        return mk.ops.linear_cross_entropy(*args)[:2] + mk.ops.linear_cross_entropy(*args)[3:]
+
+    expected = order(loss, *args)
+    monkeypatch.setattr(room, "_ONE_TASK", set())  # as on a GPU
+    for tasks in (1, 2, 5):
+        monkeypatch.setitem(room._BYTES, "cpu", tasks * 4 * 6 * 8)
+        chunks = [*room._chunks(SimpleNamespace(most=4), *args[:2])]
+        assert [t.stop - t.start for t, rows in chunks if rows.start == 0] == {1: [1] * 5, 2: [2, 2, 1], 5: [5]}[tasks]
+        with mk.backend(backend):
+            for a, b in zip(order(loss, *args), expected, strict=True):
+                torch.testing.assert_close(a, b)
+
+
 def test_extreme_logits_and_a_task_without_a_kept_token() -> None:
     hidden = torch.tensor([[[1e4], [-1e4]], [[1.0], [2.0]]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)

@@ -16,16 +16,17 @@
 | y, residual ℓ | [T, N], float32 for half precision |
 
 The rules give the loss of each token. The public function takes the mean of each task after them, so that with a shared
-weight the tokens of all tasks are one sequence. A chunk has as many rows as fit a fixed number of bytes, but at least
-64; and at most half of a task's tokens (with a shared weight: half of a task's tokens, or 64 if that is more). Half
-precision has its products in half precision and everything else in float32.
+weight the tokens of all tasks are one sequence. A chunk has as many rows of a task as fit a fixed number of bytes, but
+at least 64; and at most half of its tokens (with a shared weight: half of a task's tokens, or 64 if that is more). On a
+GPU it has these rows of as many tasks as fit, since small chunks leave most of it idle. Half precision has its products
+in half precision and everything else in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ from metakern.ops.cross_entropy import kept, lower, ragged
 # Bytes of a chunk of logits. On a CPU it fits the cache, with enough rows for a matrix product; a GPU needs more work.
 _BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 _LEAST_ROWS = 64
+_ONE_TASK = {"cpu"}  # devices where a chunk has rows of one task alone
+Tasks = int | slice
 
 
 @autocast("lower")
@@ -111,36 +114,36 @@ def rules(softmax: Softmax) -> Rules:
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
         hidden, weight = inputs
-        nothing = wide(hidden[:0].flatten())
-        losses, lses = [nothing], [nothing]
+        losses, lses = _Rows(c.target), _Rows(c.target)
         for t, rows in _chunks(c, hidden, weight):
             loss, lse = softmax.losses(hidden[t, rows] @ weight[t].mT, c.target[t, rows])
-            losses.append(loss)
-            lses.append(lse)
-        return (torch.cat(losses).view(c.target.shape),), (torch.cat(lses).view(c.target.shape),)
+            losses.add(t, loss)
+            lses.add(t, lse)
+        nothing = wide(hidden[:0].flatten())
+        return (losses.all(nothing),), (lses.all(nothing),)
 
     def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
         (hidden, weight), (lse,) = inputs, r
-        nothing = lse[:0].flatten()
-        t_losses, t_lses = [nothing], [nothing]
+        t_losses, t_lses = _Rows(c.target), _Rows(c.target)
         for t, rows in _chunks(c, hidden, weight):
             logits, t_logits = hidden[t, rows] @ weight[t].mT, _t_logits(inputs, t_inputs, t, rows)
             t_loss, t_lse = softmax.t_losses(logits, lse[t, rows], c.target[t, rows], t_logits)
-            t_losses.append(t_loss)
-            t_lses.append(t_lse)
-        return (torch.cat(t_losses).view(c.target.shape),), (torch.cat(t_lses).view(c.target.shape),)
+            t_losses.add(t, t_loss)
+            t_lses.add(t, t_lse)
+        nothing = lse[:0].flatten()
+        return (t_losses.all(nothing),), (t_lses.all(nothing),)
 
     def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
         (hidden, weight), (lse,), (ct_y,) = inputs, r, ct_outputs
-        ct_hidden, ct_weight = _cotangents(c, inputs)
+        ct_hidden, ct_weight = _Rows(hidden), _Sums(c, hidden, weight)
         for t, rows in _chunks(c, hidden, weight):
             x = hidden[t, rows]
             g = softmax.cotangents(x @ weight[t].mT, lse[t, rows], c.target[t, rows], ct_y[t, rows]).to(x.dtype)
-            if ct_hidden is not None:
-                ct_hidden[t, rows] += g @ weight[t]
-            if ct_weight is not None:
-                _add_product(ct_weight[t], g.mT, x)
-        return tuple(None if ct is None else ct.to(hidden.dtype) for ct in (ct_hidden, ct_weight))
+            if c.needs[0]:
+                ct_hidden.add(t, g @ weight[t])
+            if c.needs[1]:
+                ct_weight.add(t, g.mT, x)
+        return ct_hidden.all(hidden[:0]) if c.needs[0] else None, ct_weight.all() if c.needs[1] else None
 
     def vjp_jvp(
         c: SimpleNamespace,
@@ -152,22 +155,21 @@ def rules(softmax: Softmax) -> Rules:
         t_ct_outputs: Tensors | None,
     ) -> Tensors:
         (hidden, weight), (t_hidden, t_weight), (lse,), (t_lse,), (ct_y,) = inputs, t_inputs, r, t_r, ct_outputs
-        t_ct_hidden, t_ct_weight = _cotangents(c, inputs)
+        t_ct_hidden, t_ct_weight = _Rows(hidden), _Sums(c, hidden, weight)
         for t, rows in _chunks(c, hidden, weight):
             x, t_logits = hidden[t, rows], _t_logits(inputs, t_inputs, t, rows)
             t_ct_y = None if t_ct_outputs is None else t_ct_outputs[0][t, rows]
             tangents = (t_logits, t_lse[t, rows], ct_y[t, rows], t_ct_y)
             t_g, g = softmax.t_cotangents(x @ weight[t].mT, lse[t, rows], c.target[t, rows], *tangents)
             t_g, g = t_g.to(x.dtype), g.to(x.dtype)
-            if t_ct_hidden is not None:
-                t_ct_hidden[t, rows] += t_g @ weight[t]
-                if t_weight is not None:
-                    t_ct_hidden[t, rows] += g @ t_weight[t]
-            if t_ct_weight is not None:
-                _add_product(t_ct_weight[t], t_g.mT, x)
+            if c.needs[0]:
+                t_ct_x = t_g @ weight[t]
+                t_ct_hidden.add(t, t_ct_x if t_weight is None else _plus_product(t_ct_x, g, t_weight[t]))
+            if c.needs[1]:
+                t_ct_weight.add(t, t_g.mT, x)
                 if t_hidden is not None:
-                    _add_product(t_ct_weight[t], g.mT, t_hidden[t, rows])
-        return tuple(None if t_ct is None else t_ct.to(hidden.dtype) for t_ct in (t_ct_hidden, t_ct_weight))
+                    t_ct_weight.add(t, g.mT, t_hidden[t, rows])
+        return t_ct_hidden.all(hidden[:0]) if c.needs[0] else None, t_ct_weight.all() if c.needs[1] else None
 
     return Rules(forward, jvp, vjp, vjp_jvp)
 
@@ -192,7 +194,7 @@ def _t_cotangents_of_logits(
     z: Tensor, lse: Tensor, target: Tensor, t_z: Tensor, t_lse: Tensor, ct_y: Tensor, t_ct_y: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     p, ct_y, place = torch.softmax(wide(z), -1), ct_y.unsqueeze(-1), target.unsqueeze(-1)
-    t_g = t_z.sub_(t_lse.unsqueeze(-1)).mul_(ct_y)
+    t_g = wide(t_z).sub_(t_lse.unsqueeze(-1)).mul_(ct_y)
     if t_ct_y is None:
         t_g.mul_(p)
     else:
@@ -201,42 +203,85 @@ def _t_cotangents_of_logits(
     return t_g, lower(p.mul_(ct_y), place, ct_y)
 
 
-def _chunks(c: SimpleNamespace, hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, slice]]:
-    """Returns an iterator over the chunks, each a task and a slice of its rows.
+def _chunks(c: SimpleNamespace, hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tasks, slice]]:
+    """Returns an iterator over the chunks, each a task (on a GPU: a slice of tasks) and a slice of their rows.
 
-    A chunk has at most `c.most` rows and at most half of the task's, rounded up.
+    A chunk has at most `c.most` rows of a task and at most half of the task's, rounded up.
     """
-    (T, N, _), V = hidden.shape, weight.shape[1]
-    row_bytes = max(V, 1) * max(hidden.element_size(), 4)
-    size = max(_BYTES.get(hidden.device.type, _BYTES["cuda"]) // row_bytes, _LEAST_ROWS)
-    size = max(min(size, c.most, (N + 1) // 2), 1)
-    return ((t, slice(n, min(n + size, N))) for t in range(T) for n in range(0, N, size))
+    (T, N, _), V, device = hidden.shape, weight.shape[1], hidden.device.type
+    size, tasks = _rows_at_once(c, hidden, weight), range(T)
+    groups: Iterable[Tasks] = tasks
+    if device not in _ONE_TASK:
+        at_once = max(_BYTES.get(device, _BYTES["cuda"]) // (size * _row_bytes(hidden, V)), 1)
+        groups = (slice(t, min(t + at_once, T)) for t in range(0, T, at_once))
+    return ((t, slice(n, min(n + size, N))) for t in groups for n in range(0, N, size))
 
 
-def _t_logits(inputs: Tensors, t_inputs: Tensors, t: int, rows: slice) -> Tensor:
+def _row_bytes(hidden: Tensor, V: int) -> int:
+    return max(V, 1) * max(hidden.element_size(), 4)
+
+
+def _rows_at_once(c: SimpleNamespace, hidden: Tensor, weight: Tensor) -> int:
+    """Returns how many rows of a task a chunk has."""
+    size = _BYTES.get(hidden.device.type, _BYTES["cuda"]) // _row_bytes(hidden, weight.shape[1])
+    return max(min(max(size, _LEAST_ROWS), c.most, (hidden.shape[1] + 1) // 2), 1)
+
+
+class _Rows:
+    """Results for each row of `like`, [T, N, ...], from those of the chunks."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._shape = like.shape
+        self._found: dict[Any, list[Tensor]] = {}
+
+    def add(self, t: Tasks, rows: Tensor) -> None:
+        self._found.setdefault(t if isinstance(t, int) else t.start, []).append(rows)
+
+    def all(self, nothing: Tensor) -> Tensor:
+        """Returns all results; `nothing` has their dtype and no element."""
+        dim = 1 - len(self._shape)  # of the rows
+        found = [torch.cat(parts, dim) if len(parts) > 1 else parts[0] for parts in self._found.values()]
+        return torch.cat(found or [nothing]).view(self._shape)
+
+
+class _Sums:
+    """The sum over all rows of products, for each task: a cotangent of the weight, [T, V, D].
+
+    Of many chunks it is added up in float32.
+    """
+
+    def __init__(self, c: SimpleNamespace, hidden: Tensor, weight: Tensor) -> None:
+        self._like = weight
+        self._dtype = wide(weight[:0]).dtype if 2 * _rows_at_once(c, hidden, weight) < hidden.shape[1] else weight.dtype
+        self._found: dict[Any, Tensor] = {}
+
+    def add(self, t: Tasks, a: Tensor, b: Tensor) -> None:
+        """Add a b to the sums of task (or tasks) t."""
+        key = t if isinstance(t, int) else t.start
+        known = self._found.get(key)
+        self._found[key] = (a @ b).to(self._dtype) if known is None else _plus_product(known, a, b)
+
+    def all(self) -> Tensor:
+        found = [sums if sums.dim() == 3 else sums[None] for sums in self._found.values()]
+        if not found:
+            return torch.zeros_like(self._like)
+        return (found[0] if len(found) == 1 else torch.cat(found)).to(self._like.dtype)
+
+
+def _t_logits(inputs: Tensors, t_inputs: Tensors, t: Tasks, rows: slice) -> Tensor:
     """Returns t_x Wᵀ + x t_Wᵀ for a chunk; one of the two tangents may be None."""
     (hidden, weight), (t_hidden, t_weight) = inputs, t_inputs
     if t_hidden is None:
-        return wide(hidden[t, rows] @ t_weight[t].mT)
-    t_logits = wide(t_hidden[t, rows] @ weight[t].mT)
-    return t_logits if t_weight is None else t_logits + wide(hidden[t, rows] @ t_weight[t].mT)
+        return hidden[t, rows] @ t_weight[t].mT
+    t_logits = t_hidden[t, rows] @ weight[t].mT
+    return t_logits if t_weight is None else _plus_product(t_logits, hidden[t, rows], t_weight[t].mT)
 
 
-def _cotangents(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensor | None, Tensor | None]:
-    """Returns zeros into which the wanted cotangents of hidden and weight are added; None for one that is not."""
-    hidden, weight = (
-        torch.zeros(x.shape, dtype=wide(x[:0]).dtype, device=x.device) if needed else None
-        for x, needed in zip(inputs, c.needs, strict=True)
-    )
-    return hidden, weight
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a b to `total`, which may be float32 for half-precision factors."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _plus_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Returns total + a b, in the memory of `total`, which may be float32 for half-precision factors."""
+    if total.dtype != a.dtype:
+        return total.add_(a @ b)
+    return total.addmm_(a, b) if total.dim() == 2 else total.baddbmm_(a, b)
 
 
 OP = Op(
