@@ -4,7 +4,8 @@
 |---|---|
 | x, y | any, all the same |
 
-Half precision is computed in float32. Each input is read once, or not at all if no wanted output needs it.
+Half precision is computed in float32. Each input is read once, or not at all if no wanted output needs it. A whole block
+is read and written without a mask: where the size is odd, accesses under a mask have one element each.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
 from metakern.ops.core.rules import Rules, Tensors
@@ -24,9 +26,17 @@ BLOCK = 64 if INTERPRETED else 1024
 @jit
 def _kernel(x_ptrs, y_ptrs, size, F: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK: tl.constexpr):
     """Computes y = F(*x) for tuples of pointers. None is an absent input, or an output that is not wanted."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    y = F(*[None if x_ptr is None else wide(tl.load(x_ptr + at, inside, other=0.0)) for x_ptr in x_ptrs])
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= size:
+        _compute(x_ptrs, y_ptrs, at, None, F, OUTPUTS)
+    else:
+        _compute(x_ptrs, y_ptrs, at, at < size, F, OUTPUTS)
+
+
+@triton.jit
+def _compute(x_ptrs, y_ptrs, at, inside, F: tl.constexpr, OUTPUTS: tl.constexpr):
+    y = F(*[None if x_ptr is None else wide(tl.load(x_ptr + at, inside)) for x_ptr in x_ptrs])
     for i in tl.static_range(OUTPUTS):
         if y_ptrs[i] is not None:
             tl.store(y_ptrs[i] + at, y[i], inside)
