@@ -81,7 +81,8 @@ def is_small(x: Tensor, weight: Tensor) -> bool:
 def rules(product: Product, total: Callable[..., Tensor | None]) -> Rules:
     """Returns the four rules, given a product and `total`.
 
-    total(*pairs) adds the products of the pairs that hold no None; it returns None where there is no such pair.
+    total(*pairs, add=None) adds the products of the pairs that hold no None to `add`, [T, 1, out]. It returns `add`
+    itself where there is no such pair.
     """
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
@@ -90,10 +91,10 @@ def rules(product: Product, total: Callable[..., Tensor | None]) -> Rules:
 
     def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
         (x, weight, _), (t_x, t_weight, t_bias) = inputs, t_inputs
-        t_y = total((t_x, weight.mT), (x, None if t_weight is None else t_weight.mT))
-        if t_y is None:
+        if t_x is None and t_weight is None:
             return (t_bias.unsqueeze(1).expand(*x.shape[:2], -1).clone(),), ()
-        return (t_y if t_bias is None else t_y + t_bias.unsqueeze(1),), ()
+        add = None if t_bias is None else t_bias.unsqueeze(1)
+        return (total((t_x, weight.mT), (x, None if t_weight is None else t_weight.mT), add=add),), ()
 
     def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
         (x, weight, _), (ct_y,), needs = inputs, ct_outputs, c.needs

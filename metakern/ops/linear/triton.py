@@ -1,15 +1,17 @@
-"""The rules of linear in Triton, with one kernel for the sum of two products, for weights of each task and a small K.
+"""The rules of linear in Triton: for weights of each task and a small K, one kernel has one or two products and a bias.
 
-    y = a b + c d        t_y = t_x Wᵀ + x t_Wᵀ,  t_ct_x = t_ct_y W + ct_y t_W,  t_ct_W = t_ct_yᵀ x + ct_yᵀ t_x
+    y = a b + c d + e     y = x Wᵀ + b,  t_y = t_x Wᵀ + x t_Wᵀ + t_b,  t_ct_x = t_ct_y W + ct_y t_W,  t_ct_W likewise
 
 | tensor | shape |
 |---|---|
 | a, c | [T, N, K] |
 | b, d | [T, K, M] |
+| e | [T, M] |
 | y | [T, N, M] |
 
-Two products by PyTorch write y twice and read it once, which for a small K is most of their memory traffic. This kernel
-writes y once, and rounds once. LARGEST_K, above which PyTorch's kernels are used, is a guess, not measured on a GPU.
+PyTorch would write y once for the bias, and write and read it for each product, which for a small K is most of their
+memory traffic. This kernel writes y once, and rounds once. LARGEST_K, above which PyTorch's kernels are used, is a
+guess.
 """
 
 from __future__ import annotations
@@ -35,11 +37,12 @@ def _tile(ptr, rows, columns, stride_row, stride_column, inside):
 
 
 @jit
-def _two_products_kernel(
+def _products_kernel(
     a,
     b,
     c,
     d,
+    e,
     y_ptr,
     N,
     M,
@@ -49,7 +52,10 @@ def _two_products_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Stores y = a b + c d; a, b, c and d are each a pointer and its three strides."""
+    """Stores y = a b + c d + e; a, b, c and d are each a pointer and its three strides, and e has two strides.
+
+    c and d, or e, may be None.
+    """
     t = tl.program_id(1).to(tl.int64)
     blocks = tl.cdiv(M, BLOCK_M)
     n = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
@@ -63,32 +69,45 @@ def _two_products_kernel(
         a_tile = _tile(a[0] + t * a[1], n, column, a[2], a[3], left)  # [BLOCK_N, BLOCK_K]
         b_tile = _tile(b[0] + t * b[1], row, m, b[2], b[3], right)  # [BLOCK_K, BLOCK_M]
         y = tl.dot(a_tile, b_tile, y, input_precision=PRECISION, out_dtype=ACCUMULATOR)
-        c_tile = _tile(c[0] + t * c[1], n, column, c[2], c[3], left)
-        d_tile = _tile(d[0] + t * d[1], row, m, d[2], d[3], right)
-        y = tl.dot(c_tile, d_tile, y, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        if c is not None:
+            c_tile = _tile(c[0] + t * c[1], n, column, c[2], c[3], left)
+            d_tile = _tile(d[0] + t * d[1], row, m, d[2], d[3], right)
+            y = tl.dot(c_tile, d_tile, y, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+    if e is not None:
+        y += tl.load(e[0] + t * e[1] + m * e[2], m < M, other=0.0).to(ACCUMULATOR)
     tl.store(y_ptr + (t * N + n) * M + m, y, (n < N) & (m < M))
 
 
-def fuses(a: Tensor, b: Tensor, d: Tensor) -> bool:
-    """Returns whether two products are computed by one kernel."""
+def fuses(a: Tensor, *right: Tensor) -> bool:
+    """Returns whether a sum with products of a and the tensors on the right is computed by one kernel."""
     few = 0 < a.shape[2] <= LARGEST_K and a.shape[0] < 2**16
-    return few and not (matrices.shared(b) and matrices.shared(d)) and (INTERPRETED or a.dtype != torch.float64)
+    return few and not all(map(matrices.shared, right)) and (INTERPRETED or a.dtype != torch.float64)
 
 
-def total(*pairs: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
-    """Returns the sum of the products of the pairs that hold no None, or None where there is no such pair."""
+def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False) -> Tensor:
+    """Returns add + a b; `add` has one row for each task, [T, 1, M]."""
+    if add is not None and fuses(a, b):
+        return _products(a, b, None, None, add)
+    return matrices.product(a, b, add, reuse)
+
+
+def total(*pairs: tuple[Tensor | None, Tensor | None], add: Tensor | None = None) -> Tensor | None:
+    """Returns `add` plus the products of the pairs that hold no None, or `add` where there is no such pair."""
     match [(a, b) for a, b in pairs if a is not None and b is not None]:
         case [(a, b), (c, d)] if fuses(a, b, d):
-            return _two_products(a, b, c, d)
-    return matrices.products(matrices.product, *pairs)
+            return _products(a, b, c, d, add)
+        case [(a, b)] if add is not None and fuses(a, b):
+            return _products(a, b, None, None, add)
+    return matrices.products(matrices.product, *pairs, add=add)
 
 
-def _two_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+def _products(a: Tensor, b: Tensor, c: Tensor | None, d: Tensor | None, add: Tensor | None) -> Tensor:
     (T, N, K), M = a.shape, b.shape[2]
     y = torch.empty(T, N, M, dtype=a.dtype, device=a.device)
-    strided = ((x, *x.stride()) for x in (_real(x) for x in (a, b, c, d)))
+    bias = None if add is None else add.squeeze(1)
+    strided = (None if x is None else (real := _real(x), *real.stride()) for x in (a, b, c, d, bias))
     launch(
-        _two_products_kernel,
+        _products_kernel,
         (cdiv(N, BLOCK) * cdiv(M, BLOCK), T),
         a.device,
         *strided,
@@ -111,7 +130,7 @@ def _real(x: Tensor) -> Tensor:
     return contiguous(x)[0] if x._is_zerotensor() or x.is_neg() else x
 
 
-RULES = rules(matrices.product, total)
+RULES = rules(product, total)
 
 
 def compiled(make: Make) -> list[Sample]:

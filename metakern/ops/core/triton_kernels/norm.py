@@ -6,7 +6,7 @@ kernel serves both. Its argument v is ct_y for vjp, which has no tangents, and t
 | tile | tensor | shape |
 |---|---|---|
 | x, y, v, ct_y, t_x | [T, N, D] | [BLOCK_N, BLOCK_D] |
-| weight, bias | [T, D], a pointer and its stride over T | [1, BLOCK_D] |
+| weight, bias | [T, D], a pointer and its stride over T | [BLOCK_N, BLOCK_D], equal rows |
 | mean, ρ | [T, N] | [BLOCK_N, 1] |
 
 A row that fits into a block is read from memory once: the second loop loads the same values with no store in between,
@@ -31,8 +31,9 @@ from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguou
 # The widest row that is one block. The tiles of a wider one would not all stay in registers.
 LARGEST = {"forward": 16384, "jvp": 8192, "vjp": 4096}
 TILE = 32 if INTERPRETED else 2048
-CHUNKS = 1 if INTERPRETED else 128  # of a task's rows, if they have at most MOST tiles each; a program sums one
-MOST = 2 if INTERPRETED else 32
+PROGRAMS = 2 if INTERPRETED else 1024  # that sum a chunk of rows each, if that makes at most MOST tiles for each
+MOST = 2 if INTERPRETED else 64
+STAGED_BYTES = 8192  # the largest tile of which the next one is loaded early: seven tensors may have one, twice
 
 
 @triton.jit
@@ -41,8 +42,10 @@ def _load(ptr, n, d, D: tl.constexpr, inside):
 
 
 @triton.jit
-def _parameter(ptr_and_stride, t, d, D: tl.constexpr):
-    return wide(tl.load(ptr_and_stride[0] + t * ptr_and_stride[1] + d, d < D, other=0.0))  # [1, BLOCK_D]
+def _parameter(ptr_and_stride, t, n, d, D: tl.constexpr):
+    """Returns a parameter, read once for each row: a tile of one row would have another layout than those of x."""
+    at = tl.broadcast_to(ptr_and_stride[0] + t * ptr_and_stride[1] + d, [n.shape[0], d.shape[1]])
+    return wide(tl.load(at, tl.broadcast_to(d < D, at.shape), other=0.0))  # [BLOCK_N, BLOCK_D]
 
 
 @triton.jit
@@ -120,9 +123,9 @@ def _forward_kernel(
         d, inside = _columns(block, some, D, BLOCK_D)
         y = (_load(x_ptr, n, d, D, inside) - mean) * rstd
         if weight is not None:
-            y *= _parameter(weight, t, d, D)
+            y *= _parameter(weight, t, n, d, D)
         if bias is not None:
-            y += _parameter(bias, t, d, D)
+            y += _parameter(bias, t, n, d, D)
         tl.store(y_ptr + n * D + d, y, inside)
     tl.store(rstd_ptr + n, rstd, some)
     if mean_ptr is not None:
@@ -161,9 +164,9 @@ def _jvp_kernel(
         x_hat, _ = _normal(x[0], x[1], x[2], n, d, D, some, inside)
         t_y = _projected(_load(t_x_ptr, n, d, D, inside), x_hat, t_mean, slope) * rstd
         if weight is not None:
-            t_y = t_y * _parameter(weight, t, d, D) + x_hat * _parameter(t_weight, t, d, D)
+            t_y = t_y * _parameter(weight, t, n, d, D) + x_hat * _parameter(t_weight, t, n, d, D)
         if t_bias is not None:
-            t_y += _parameter(t_bias, t, d, D)
+            t_y += _parameter(t_bias, t, n, d, D)
         tl.store(t_y_ptr + n * D + d, t_y, inside)
     tl.store(t_rstd_ptr + n, -rstd * rstd * slope, some)
     if t_mean_ptr is not None:
@@ -180,10 +183,10 @@ def _cotangents(v_ptr, ct_y_ptr, weight, t_weight, t, n, d, D: tl.constexpr, ins
         ct_y = _load(ct_y_ptr, n, d, D, inside)
     t_g, g = v, ct_y
     if weight is not None:
-        w = _parameter(weight, t, d, D)
+        w = _parameter(weight, t, n, d, D)
         t_g, g = w * v, w * ct_y
         if ct_y_ptr is not None:
-            t_g += _parameter(t_weight, t, d, D) * ct_y
+            t_g += _parameter(t_weight, t, n, d, D) * ct_y
     return v, ct_y, t_g, g
 
 
@@ -210,6 +213,7 @@ def _vjp_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """out: ct_x or t_ct_x; and for each chunk of rows its part of the cotangents of weight and bias, [chunks, D].
 
@@ -219,7 +223,7 @@ def _vjp_kernel(
     first = 0 if out_ptr is not None else tl.program_id(1)
     zero = tl.zeros([BLOCK_N, BLOCK_D], x[2].dtype.element_ty)
     weight_sum, bias_sum = zero, zero
-    for tile in range(TILES):
+    for tile in tl.range(0, TILES, num_stages=STAGES):
         t, n, some = _rows(chunk, tile, N, TILES, BLOCK_N)
         none = tl.zeros([BLOCK_N, 1], x[2].dtype.element_ty)
         mean_t_g, mean_x_t_g, mean_g, mean_x_g, mean_t_x_g = none, none, none, none, none
@@ -334,13 +338,14 @@ def rules(centered: bool) -> Rules:
             t_x, t_weight = (*contiguous(t_inputs[0]), *of_rows(t_r)), _strided(t_inputs[1])
         out = torch.empty_like(x) if c.needs[0] else None
         (size,), blocks = _blocks(T, N, D, LARGEST["vjp"])
-        tiles = min(triton.next_power_of_2(max(size // (T * CHUNKS), 1)), MOST) if size else 1
+        tiles = min(triton.next_power_of_2(max(size // PROGRAMS, 1)), MOST) if size else 1
+        stages = 2 if blocks["BLOCK_N"] * blocks["BLOCK_D"] * x.element_size() <= STAGED_BYTES else 1
         chunks = cdiv(N, tiles * blocks["BLOCK_N"])
         sums = [primal[2].new_empty(T, chunks, D) if need else None for need in (*c.needs[1:], False)[:2]]
 
         def run(out: Tensor | None, sums: list[Tensor | None], columns: int) -> None:
             arguments = (primal, weight, v, ct_y, t_x, t_weight, out, *sums, N)
-            launch(_vjp_kernel, (T * chunks, columns), x.device, *arguments, TILES=tiles, **blocks)
+            launch(_vjp_kernel, (T * chunks, columns), x.device, *arguments, TILES=tiles, STAGES=stages, **blocks)
 
         if blocks["BLOCK_D"] >= D:
             run(out, sums, 1)

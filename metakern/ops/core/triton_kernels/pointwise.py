@@ -4,8 +4,8 @@
 |---|---|
 | x, y | any, all the same |
 
-Half precision is computed in float32. Each input is read once, or not at all if no wanted output needs it. A whole block
-is read and written without a mask: where the size is odd, accesses under a mask have one element each.
+Half precision is computed in float32. Each input is read once, or not at all if no wanted output needs it. A whole
+block is read and written without a mask: where the size is odd, accesses under a mask have one element each.
 """
 
 from __future__ import annotations
