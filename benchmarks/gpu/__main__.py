@@ -1,6 +1,6 @@
 """Build, check and time the kernels on a GPU.
 
-    python -m benchmarks.gpu [--only checks,attention] [--budget 480] [--tiny]
+    python -m benchmarks.gpu [--only checks,attention] [--match norm] [--budget 480] [--tiny]
 
     checks      compare all orders of every op with Triton kernels, of every recurrent cell, and the meta-gradient of a
                 Llama with float64; the error must be at most twice that of plain PyTorch in the same dtype
@@ -17,7 +17,8 @@
 A time is the median over replays of a CUDA graph with several calls. Kernels that are timed first run in several
 processes at once, so that Triton compiles them in parallel. A row that fails, or that the budget of seconds does not
 cover, has an error; the other rows go on. Rows go to benchmarks/results/<GPU>.json as they come, and at
-the end the targets, met or not. The exit code is 2 without a GPU and 1 if a check fails. --tiny tries the program
+the end the targets, met or not. --match takes only the rows whose labels a regular expression finds; the file keeps the
+other rows. The exit code is 2 without a GPU and 1 if a check fails. --tiny tries the program
 itself, on the CPU under TRITON_INTERPRET=1; its times mean nothing.
 """
 
@@ -31,7 +32,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
@@ -66,8 +67,7 @@ PARTS: dict[str, tuple[Callable[[Row, bool], Jobs], str]] = {
 }
 
 
-def rows(pool: Pool, jobs: Jobs, how: str, at_once: int) -> Iterator[Row]:
-    jobs = list(jobs)
+def rows(pool: Pool, jobs: list[Job], how: str, at_once: int) -> Iterator[Row]:
     if how == "compiled" and at_once > 1:
         for _ in pool.rows(jobs, at_once):
             pass
@@ -135,6 +135,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=(__doc__ or "").split("\n", 1)[0])
     names = (*PARTS, "sanitizer")
     parser.add_argument("--only", help="comma-separated parts; the file keeps its other parts (default: all)")
+    parser.add_argument("--match", default="", help="regular expression: only the rows whose label it finds")
     parser.add_argument("--budget", type=float, default=480, help="seconds for the whole run (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="file for the results (default: benchmarks/results/<GPU>.json)")
     parser.add_argument("--tiny", action="store_true", help="take tiny sizes, on the CPU too if TRITON_INTERPRET=1")
@@ -160,11 +161,12 @@ def main() -> int:
         return 0 if SMALL[args.small]() else 1
     device = compilers()
     path = args.out or RESULTS / f"{re.sub(r'[^A-Za-z0-9]+', '-', device['gpu'] or 'no GPU')}.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if args.only and path.exists() else {}
+    found: dict[str, Any] = json.loads(path.read_text()) if (args.only or args.match) and path.exists() else {}
     found["machine"] = machine() | device
 
-    def keep(part: str, rows: Iterable[Row]) -> None:
-        found[part] = []
+    def keep(part: str, rows: Iterable[Row], labels: Sequence[Row] = ()) -> None:
+        old = found.get(part, []) if args.match else []
+        found[part] = [row for row in old if not any(label.items() <= row.items() for label in labels)]
         found.setdefault("runs", {})[part] = {key: found["machine"][key] for key in ("commit", "date")}
         for row in rows:
             found[part].append(row)
@@ -176,7 +178,8 @@ def main() -> int:
         keep("limits", pool.rows([Job({}, partial(measure.limits, args.tiny))]))
         for part, (jobs, how) in PARTS.items():
             if part in args.parts:
-                keep(part, rows(pool, jobs(found["limits"][0], args.tiny), how, at_once))
+                wanted = [job for job in jobs(found["limits"][0], args.tiny) if re.search(args.match, str(job.label))]
+                keep(part, rows(pool, wanted, how, at_once), [json.loads(json.dumps(job.label)) for job in wanted])
     if "sanitizer" in args.parts and gpu:
         keep("sanitizer", sanitizer(began + args.budget - time.monotonic()))
     found["targets"], bad = targets(found), failures(found)

@@ -19,7 +19,7 @@ import metakern as mk
 from benchmarks import few_shot
 from metakern.meta import capture
 from metakern.meta.capture.graph import Graph, Graphs, _Reads
-from metakern.meta.capture.recorder import Recorder, RecordError, record
+from metakern.meta.capture.recorder import LIFTS, Recorder, RecordError, record
 from metakern.native.record import Recording
 
 STEPS, SINES = 3, few_shot.sines()
@@ -190,6 +190,15 @@ def maml(model: nn.Module, lr: float, **options: Any) -> mk.MAML:
     return mk.MAML(model, regression_loss, mk.optim.SGD(lr), STEPS, **options)
 
 
+_dispatch = Recorder.__torch_dispatch__
+
+
+def without_lists(self: Recorder, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """Refuse Python's numbers as a tensor, which would be copied to a GPU."""
+    assert func not in LIFTS
+    return _dispatch(self, func, types, args, kwargs)
+
+
 MAKERS = {
     "implicit weights": partial(maml, weights="implicit"),
     "implicit weights, stored": partial(maml, weights="implicit", strategy="store"),
@@ -221,6 +230,7 @@ def test_a_recording_uses_no_leaf_that_another_graph_has(gpu, monkeypatch, name)
             used.add(name)
 
     monkeypatch.setattr(torch.cuda, "graph", Noted)
+    monkeypatch.setattr(Recorder, "__torch_dispatch__", without_lists)
     torch.manual_seed(0)
     captured = MAKERS[name](SINES.model().double(), 0.01).double()
     torch.manual_seed(0)

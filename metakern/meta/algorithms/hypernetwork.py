@@ -148,7 +148,8 @@ class Generator(nn.Module):
         written = {}
         for shape in dict.fromkeys(self.shapes.values()):
             own = [i for i, name in enumerate(names) if self.shapes[name] == shape]
-            y = self.outputs[_key(shape)](x[:, own])  # [T, len(own), numbers]
+            rows = torch.stack([x[:, i] for i in own], 1)  # a list as an index would be copied to a GPU at each call
+            y = self.outputs[_key(shape)](rows)  # [T, len(own), numbers]
             if self._is_factored(shape):
                 left, right = y.split([self.rank * shape[0], self.rank * shape[1]], -1)
                 y = left.unflatten(-1, (shape[0], self.rank)) @ right.unflatten(-1, (self.rank, shape[1]))

@@ -34,7 +34,7 @@ _aten = torch.ops.aten
 _LOOKS_AT_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 INTEGERS = {torch.bool, torch.int64, torch.int32}
 _RANDOM = torch.Tag.nondeterministic_seeded
-_LIFTS = {_aten.lift_fresh.default, _aten.lift.default}
+LIFTS = {_aten.lift_fresh.default, _aten.lift.default}
 _COPIES = {_aten._to_copy.default, _aten.copy_.default, _aten.copy.default}
 _LEAVES_PYTORCH = {
     Tensor.tolist,
@@ -148,7 +148,7 @@ class Recorder(Recording):
             raise self.error
         if func is ZEROS:
             func = _aten.zeros.default
-        if func in _LIFTS:
+        if func in LIFTS:
             self.lifted.append(args[0])
             if args[0].device.type == "cuda":
                 self.error = RecordError("it copies numbers to a GPU (torch.tensor): make that tensor once, before")
