@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.calls import RULES
 from benchmarks.results import FOLDER
 
 Row = dict[str, Any]
@@ -42,7 +43,7 @@ def about(found: Found) -> str:
 def checks(found: Found) -> str:
     """How many checks are good, and which are not."""
     lines = []
-    for part in ("checks", "engine"):
+    for part in ("checks", "engine", "training"):
         rows = found.get(part, [])
         bad = [row for row in rows if not row.get("good")]
         names = (f"{row['op']} {row['sample']} {row.get('method') or row.get('dtype', '')}: {_why(row)}" for row in bad)
@@ -63,6 +64,38 @@ def workloads(found: Found) -> str:
         cells = (f"{row[key]:.1f}" if (key := f"{name}_ms") in row else "-" for name in WORKLOADS.values())
         lines.append(f"| {row['workload']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def meta(found: Found) -> str:
+    """The milliseconds and the peak memory of a meta-gradient of a Llama."""
+    names = {"metakern": "captured", "not captured": "not captured", "plain": "plain PyTorch, eager attention"}
+    lines = [f"| tasks, sequences of each | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
+    rows = {(row["tasks"], row["sequences"], row["peer"]): row for row in found.get("meta", [])}
+    for size in dict.fromkeys(key[:2] for key in rows):
+        cells = (_time_and_memory(rows.get((*size, name), {})) for name in names)
+        lines.append(f"| {size[0]}, {size[1]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _time_and_memory(row: Row) -> str:
+    if "ms" in row:
+        return f"{row['ms']:.0f} ms, {row['peak_mib'] / 1024:.1f} GiB"
+    return str(row.get("error", "-"))
+
+
+def ops(found: Found) -> str:
+    """How much of the bandwidth of a copy, or of the rate of a product, the rules of an op reach; the larger one."""
+    lines = [f"| op, sample, dtype | {' | '.join(RULES)} |", "|---" * (len(RULES) + 1) + "|"]
+    for row in found.get("ops", []):
+        if RULES[0] in row:
+            cells = (_share(row[rule]) for rule in RULES)
+            lines.append(f"| {row['op']} {row['sample']} {row['dtype']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _share(rule: Row) -> str:
+    of_copy, of_product = round(100 * rule["of_copy"]), round(100 * rule["of_product"])
+    return f"{of_copy}%" if of_copy >= of_product else f"{of_product}% of a product"
 
 
 def attention(found: Found) -> str:

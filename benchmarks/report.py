@@ -114,6 +114,12 @@ torch.func is reverse over reverse and vmap; as a CUDA graph it is its kernels a
 GPU_ATTENTION = """\
 Causal attention in bfloat16, 16,384 tokens of width 2048, TFLOP/s of the products that the mask leaves (2, 5, 5 and 12
 for the four rules), beside PyTorch's flash attention, which serves our forward and vjp."""
+GPU_META = """\
+One exact second-order meta-gradient of a Llama in bfloat16: 8 layers of width 1024, 32,000 tokens in the vocabulary,
+sequences of 2048 tokens, two inner steps on all weights. Time, and the peak of memory beyond the model."""
+GPU_OPS = """\
+The rules of the other ops: bytes that they must move over those that a copy moves in the same time. Arguments have 256
+MiB, several times the caches. More than 100% is possible, since a copy moves less than the memory could."""
 GPU_RECURRENT = "An LSTM layer with one task by sequences B, steps L and hidden units H, in milliseconds:"
 ATTENTION = """\
 Causal attention in float32, by sequences B, heads H of q and H_kv of k and v, length L and head dimension D (`python
@@ -185,7 +191,8 @@ def full() -> str:
     parts += ["## Attention", ATTENTION, attention_table(), "## Ops", OPS, ops_table()]
     for found in gpu.gpus():
         parts += [f"## {gpu.title(found)}", GPU, gpu.about(found), gpu.checks(found), GPU_WORKLOADS]
-        parts += [gpu.workloads(found), GPU_ATTENTION, gpu.attention(found), GPU_RECURRENT, gpu.recurrent(found)]
+        parts += [gpu.workloads(found), GPU_META, gpu.meta(found), GPU_ATTENTION, gpu.attention(found)]
+        parts += [GPU_OPS, gpu.ops(found), GPU_RECURRENT, gpu.recurrent(found)]
     return "\n\n".join(parts) + "\n"
 
 
