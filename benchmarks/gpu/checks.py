@@ -142,7 +142,10 @@ def check(op: str, sample: str, dtype: str, tiny: bool) -> Row:
 
 
 def far(op: str, tiny: bool) -> Row:
-    """Check that the last task of a tensor with more than 2^31 elements gives the same bits as that task alone."""
+    """Check that the last task of a tensor with more than 2^31 elements gives what that task alone gives.
+
+    The rounding may differ: how many rows a program sums depends on the number of tasks.
+    """
 
     def found(sample: Sample) -> list[Tensor]:
         f, x = function(SPECS[op].call, sample)
@@ -154,7 +157,9 @@ def far(op: str, tiny: bool) -> Row:
     draws = samples(op, True).values() if tiny else (FAR[op],)
     sample = next(sample for draw in draws if (sample := draw(make)).per_task)
     with mk.backend("triton"):
-        return {"good": all(a[-1:].equal(b) for a, b in zip(found(sample), found(last_task(sample)), strict=True))}
+        alone = found(last_task(sample))
+        error = errors([t[-1:].double() for t in found(sample)], [t.double() for t in alone]).max().item()
+        return {"error": error, "good": error <= 4 * torch.finfo(alone[0].dtype).eps}
 
 
 def jobs(tiny: bool) -> Iterator[Job]:

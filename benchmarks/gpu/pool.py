@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -48,6 +49,7 @@ def prepare() -> None:
 
 
 def _finish() -> None:
+    gc.collect()  # cycles of objects hold graphs, and with them memory
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

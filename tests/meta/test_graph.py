@@ -82,7 +82,6 @@ def gpu(monkeypatch):
         "set_stream": lambda stream: None,
         "device": lambda device: nullcontext(),
         "memory_allocated": lambda device: 0,
-        "max_memory_allocated": lambda device: 2**20,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(capture, "free_bytes", lambda device: 2**30)
@@ -140,10 +139,26 @@ def test_every_number_of_tasks_has_a_graph(gpu):
 
 
 def test_a_graph_that_needs_more_than_its_share_of_the_memory_is_not_made(gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**29 + 1)
+    monkeypatch.setattr(Recorder, "peak_bytes", 2**29 + 1)
     captured, ordinary = mamls()
     with pytest.warns(UserWarning, match="a CUDA graph of it may need 512 MiB, more than 512 MiB"):
         assert_equal(captured, ordinary, 1)
+
+
+def test_only_the_memory_of_the_recorded_run_counts_and_not_that_of_earlier_ones(monkeypatch):
+    """PyTorch's own peak is that of all runs so far, such as the verification in float64."""
+    made, allocated = Recorder.__init__, iter((7, 9, 8, 8))
+
+    def on_gpu(self: Recorder, inputs: Any) -> None:
+        made(self, inputs)
+        self._is_on_gpu = True
+
+    monkeypatch.setattr(Recorder, "__init__", on_gpu)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
+    x = torch.randn(2**17, dtype=torch.float64)
+    program, _ = record(lambda: [((x + 1) * 2).sum() + (x * x)[:1]], [x])
+    assert program.peak_bytes == 9
+    assert next(allocated, None) is None
 
 
 def test_a_capture_that_fails_is_followed_by_a_whole_one_and_the_call_runs_ordinarily(gpu, monkeypatch):

@@ -86,7 +86,8 @@ def test_results_do_not_depend_on_how_many_tasks_a_chunk_has(
     for tasks in (1, 2, 5):
         monkeypatch.setitem(room._BYTES, "cpu", tasks * 4 * 6 * 8)
         chunks = [*room._chunks(SimpleNamespace(most=4), *args[:2])]
-        assert [t.stop - t.start for t, rows in chunks if rows.start == 0] == {1: [1] * 5, 2: [2, 2, 1], 5: [5]}[tasks]
+        sizes = [1 if isinstance(t, int) else t.stop - t.start for t, rows in chunks if rows.start == 0]
+        assert sizes == {1: [1] * 5, 2: [2, 2, 1], 5: [5]}[tasks]
         with mk.backend(backend):
             for a, b in zip(order(loss, *args), expected, strict=True):
                 torch.testing.assert_close(a, b)

@@ -442,7 +442,7 @@ class Captures:
         """
         if call.device.type == "cpu":
             return self._lowered(program, call.inputs)
-        needed = torch.cuda.max_memory_allocated(call.device) - used
+        needed = program.peak_bytes - used
         if needed > (free := SHARE * free_bytes(call.device)):
             raise RecordError(f"a CUDA graph of it may need {needed >> 20} MiB, more than {int(free) >> 20} MiB")
         constants = {id(t): t for t in (*(t for t, _ in guards.tensors.values()), *program.constants)}

@@ -92,6 +92,7 @@ class Program:
         self.made: list[Tensor] = []  # tensors that the recorded run made from Python numbers
         self.read: list[Tensor] = []  # constants that no step names
         self.decisions: Decisions | None = None
+        self.peak_bytes = 0  # that tensors had on a GPU in the recorded run, those from before included
         steps, self.outputs = _with_one_name(steps, outputs)
         self.inputs = inputs
         self.steps = dce(rewrite(dce(steps, self.outputs), self.outputs), self.outputs)

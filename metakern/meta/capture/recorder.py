@@ -34,6 +34,7 @@ _aten = torch.ops.aten
 _LOOKS_AT_DATA = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 INTEGERS = {torch.bool, torch.int64, torch.int32}
 _RANDOM = torch.Tag.nondeterministic_seeded
+LARGE_BYTES = 2**20  # of a tensor, on a GPU
 LIFTS = {_aten.lift_fresh.default, _aten.lift.default}
 _COPIES = {_aten._to_copy.default, _aten.copy_.default, _aten.copy.default}
 _LEAVES_PYTORCH = {
@@ -72,6 +73,7 @@ def record(
         raise
     names = recorder.named(list(inputs))
     program = Program(names, recorder.steps, recorder.named(results), rewrite)
+    program.peak_bytes = recorder.peak_bytes
     program.made, program.read = [*recorder.lifted, *watcher.made], [*recorder.read.values()]
     if recorder.decisions:
         registers, numbers = map(list, zip(*recorder.decisions, strict=True))
@@ -119,7 +121,11 @@ class Recorder(Recording):
     """Records calls as steps, and gives a register to every tensor that a call makes.
 
     It holds the results of calls only weakly, so that a recorded run needs no more memory than an ordinary one.
+
+    `peak_bytes`: the most memory of a GPU that tensors had after a call with a large result.
     """
+
+    peak_bytes = 0
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
@@ -130,7 +136,8 @@ class Recorder(Recording):
         self.error: RecordError | None = None
         self.decisions: list[tuple[Any, int]] = []  # registers or constants that Python read, and their values
         self.read: dict[int, Tensor] = {}  # tensors that kernels read which make no step
-        self._is_on_gpu = inputs[0].device.type == "cuda"
+        self._device = inputs[0].device
+        self._is_on_gpu = self._device.type == "cuda"
         self._numbers, self._next = WeakTensorKeyDictionary(), count()
         self._made(tuple(inputs))
 
@@ -166,6 +173,8 @@ class Recorder(Recording):
         self._own |= {_storage(t) for t in leaves(result, Tensor)} - before
         if self._is_on_gpu:
             self._stays_on_gpu(function, args, kwargs, result)
+            if any(t.untyped_storage().nbytes() >= LARGE_BYTES for t in leaves(result, Tensor)):
+                self.peak_bytes = max(self.peak_bytes, torch.cuda.memory_allocated(self._device))
         named_result = self._made(result)
         if isinstance(function, OpOverload):
             marks = [a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments]

@@ -204,15 +204,15 @@ def _t_cotangents_of_logits(
 
 
 def _chunks(c: SimpleNamespace, hidden: Tensor, weight: Tensor) -> Iterator[tuple[Tasks, slice]]:
-    """Returns an iterator over the chunks, each a task (on a GPU: a slice of tasks) and a slice of their rows.
+    """Returns an iterator over the chunks, each a task (on a GPU, also a slice of tasks) and a slice of their rows.
 
     A chunk has at most `c.most` rows of a task and at most half of the task's, rounded up.
     """
     (T, N, _), V, device = hidden.shape, weight.shape[1], hidden.device.type
     size, tasks = _rows_at_once(c, hidden, weight), range(T)
     groups: Iterable[Tasks] = tasks
-    if device not in _ONE_TASK:
-        at_once = max(_BYTES.get(device, _BYTES["cuda"]) // (size * _row_bytes(hidden, V)), 1)
+    at_once = _BYTES.get(device, _BYTES["cuda"]) // (size * _row_bytes(hidden, V))
+    if at_once > 1 and device not in _ONE_TASK:
         groups = (slice(t, min(t + at_once, T)) for t in range(0, T, at_once))
     return ((t, slice(n, min(n + size, N))) for t in groups for n in range(0, N, size))
 
