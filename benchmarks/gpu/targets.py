@@ -72,7 +72,7 @@ def _meta(found: Found) -> Iterator[Row]:
         ours, plain = (peers.get(peer, {}) for peer in ("metakern", "plain"))
         where = f"{T} tasks of {B} sequences of {L}"
         if plain.get("error") == MEMORY:
-            beyond.append((float("ms" in ours), where))
+            beyond.append((float("ms" in ours) if ours else None, where))
         else:
             ratios.append((plain["ms"] / ours["ms"] if "ms" in plain and "ms" in ours else None, where))
     yield _row("Llama's meta-step: eager attention's time over ours", 3, *_worst(ratios))

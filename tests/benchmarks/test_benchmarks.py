@@ -655,7 +655,9 @@ def test_the_command_for_gpus(tmp_path):
     others = {"checks": [{"good": False}], "meta": [old, old | {"peer": "metakern"}]}
     out.write_text(json.dumps({"memory": [{"length": 4, "kib_per_token": 1.0}], **others}))
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--out", str(out), "--only"]
-    result = subprocess.run([*command, "meta", "--match", "metakern|not captured"], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [*command, "meta", "--match", "metakern|not captured"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     found = json.loads(out.read_text())
     assert result.returncode == 1, result.stderr  # the failed check that was in the file
     assert len(found["memory"]) == 1
