@@ -28,7 +28,8 @@ def causal_lm(model: nn.Module, batch: Any) -> Tensor:
         A scalar; 0 if all labels are -100.
 
     Raises:
-        ValueError: For a dictionary without input_ids or labels, or, on the CPU, labels outside [0, V).
+        ValueError: For a dictionary without input_ids or labels, labels that are not [B, L], or, on the CPU, labels
+            outside [0, V).
 
     >>> import metakern as mk, torch
     >>> tokens = torch.randint(50, (4, 9))
@@ -39,11 +40,13 @@ def causal_lm(model: nn.Module, batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
         if "input_ids" not in batch or "labels" not in batch:
             raise ValueError(f"causal_lm: batch must hold input_ids and labels, got {sorted(batch)}")
+        _has_dims("causal_lm: labels", batch["labels"], 2, "[B, L]")
         inputs, target = {"input_ids": batch["input_ids"]}, batch["labels"][:, 1:]
         if batch.get("attention_mask") is not None:
             inputs["attention_mask"] = batch["attention_mask"]
     else:
         inputs, target = batch[0], batch[1]
+        _has_dims("causal_lm: targets", target, 2, "[B, L]")
     head = huggingface.separate_head(model)
     with huggingface.without(head):
         x = _logits(model(**inputs) if isinstance(inputs, dict) else model(inputs))
@@ -65,13 +68,14 @@ def classification(model: nn.Module, batch: Any) -> Tensor:
         A scalar; 0 if no label counts.
 
     Raises:
-        ValueError: For a batch of another form, or, on the CPU, labels outside [0, classes).
+        ValueError: For a batch of another form, a single label, or, on the CPU, labels outside [0, classes).
 
     >>> import metakern as mk, torch
     >>> mk.losses.classification(torch.nn.Linear(3, 2), (torch.randn(5, 3), torch.ones(5, dtype=torch.long))).shape
     torch.Size([])
     """
     args, inputs, y = labelled(batch, "classification: batch")
+    _has_dims("classification: labels", y, 1, "[B] or [B, ...]")
     logits = _logits(model(*args, **inputs))
     return ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
 
@@ -104,6 +108,15 @@ def labelled(batch: Any, what: str) -> tuple[tuple[Any, ...], dict[str, Any], Te
     if mask is not None:
         y = y.masked_fill(~mask.view(*mask.shape, *(1,) * (y.dim() - mask.dim())), -100)
     return args, inputs, y
+
+
+def _has_dims(what: str, y: Tensor, least: int, shape: str) -> None:
+    """Raises ValueError for labels of one sequence or example, such as those of a batch without a task dimension."""
+    if y.dim() < least:
+        raise ValueError(
+            f"{what} of a task must have shape {shape}, got {list(y.shape)}: every tensor has the tasks first, such as"
+            " x.unsqueeze(0) for a single task"
+        )
 
 
 def _logits(output: Any) -> Tensor:

@@ -66,3 +66,18 @@ def test_batches_of_another_form_are_refused() -> None:
         forms = r"\(x, y\), \(x, y, mask\) or a dictionary with labels"
         with pytest.raises(ValueError, match=rf"classification: batch must be {forms}, got {got}"):
             mk.losses.classification(torch.nn.Linear(3, 2), batch)
+
+
+def test_a_batch_without_a_task_dimension_is_refused():
+    """Each example would be a task of its own, without an error."""
+    model, x, y = nn.Linear(3, 4), torch.randn(5, 3), torch.randint(4, (5,))
+    maml = mk.MAML(model, mk.losses.classification)
+    message = r"classification: labels of a task must have shape \[B\] or \[B, ...\], got \[\]: every tensor has"
+    with pytest.raises(ValueError, match=message):
+        maml((x, y), (x, y))
+    maml((x[None], y[None]), (x[None], y[None])).backward()
+    tokens = torch.randint(7, (5, 6))
+    lm = mk.MAML(nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 7)), mk.losses.causal_lm)
+    for batch in ((tokens, tokens), {"input_ids": tokens, "labels": tokens}):
+        with pytest.raises(ValueError, match=r"must have shape \[B, L\], got \[6\]"):
+            lm(batch, batch)
