@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 import metakern as mk
 from benchmarks import few_shot
+from benchmarks.peers.metakern import adapted
+from benchmarks.workloads import FAMILIES, make
 from metakern.meta import capture
 from metakern.meta.capture.graph import Graph, Graphs, _Reads
 from metakern.meta.capture.recorder import LIFTS, Recorder, RecordError, record
@@ -208,9 +210,11 @@ def maml(model: nn.Module, lr: float, **options: Any) -> mk.MAML:
 _dispatch = Recorder.__torch_dispatch__
 
 
-def without_lists(self: Recorder, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    """Refuse Python's numbers as a tensor, which would be copied to a GPU."""
+def strict(self: Recorder, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """Refuse what no CUDA graph can hold: numbers as a tensor (a copy), values as numbers (a wait), random numbers."""
     assert func not in LIFTS
+    assert func is not torch.ops.aten._local_scalar_dense.default
+    assert torch.Tag.nondeterministic_seeded not in func.tags
     return _dispatch(self, func, types, args, kwargs)
 
 
@@ -245,7 +249,7 @@ def test_a_recording_uses_no_leaf_that_another_graph_has(gpu, monkeypatch, name)
             used.add(name)
 
     monkeypatch.setattr(torch.cuda, "graph", Noted)
-    monkeypatch.setattr(Recorder, "__torch_dispatch__", without_lists)
+    monkeypatch.setattr(Recorder, "__torch_dispatch__", strict)
     torch.manual_seed(0)
     captured = MAKERS[name](SINES.model().double(), 0.01).double()
     torch.manual_seed(0)
@@ -270,6 +274,27 @@ def test_a_recording_uses_no_leaf_that_another_graph_has(gpu, monkeypatch, name)
     assert not used
     assert all(a is b for a, b in zip(captured.parameters(), leaves, strict=True))
     assert [id(p) for m in captured.modules() for p in m._parameters.values()] == places
+
+
+@pytest.mark.parametrize(
+    "options", [{"strategy": "store"}, {"strategy": "recompute"}, {"weights": "implicit"}], ids=str
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_meta_step_has_nothing_that_a_cuda_graph_cannot_hold(gpu, monkeypatch, family, options):
+    monkeypatch.setattr(Recorder, "__torch_dispatch__", strict)
+    work, plain = (adapted(make(f"{family}:tiny")) for _ in range(2))
+    captured, ordinary = (
+        mk.MAML(w.model, w.loss, mk.optim.SGD(w.lr), w.steps, capture=capture, **options)
+        for w, capture in ((work, True), (plain, False))
+    )
+    for _ in range(3):
+        for made in (captured, ordinary):
+            made.zero_grad()
+            kept = made(work.support, work.query)
+            kept.backward()
+    assert captured.plan.usage.captured == 3, captured.plan.reasons
+    for a, b in zip(captured.parameters(), ordinary.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*capture has no effect")
