@@ -117,8 +117,8 @@ for the four rules), beside PyTorch's flash attention, which serves our forward 
 GPU_META = """\
 One exact second-order meta-gradient of a Llama in bfloat16: 8 layers of width 1024, 32,000 tokens in the vocabulary,
 sequences of 2048 tokens, two inner steps on all weights. Time, and the peak of memory beyond the model. With four tasks
-no graph was recorded, it seems: whether one had room was judged by the memory of all earlier runs. That is mended, and
-not measured again."""
+no graph was recorded: it was said to need 78 GiB, which is what verifying the plan had taken. That is mended, and not
+measured again."""
 GPU_OPS = """\
 The rules of the other ops: bytes that they must move over those that a copy moves in the same time, or, where that is
 more, their operations over those of a large product in bfloat16. Arguments of tasks have 256 MiB, several times the
