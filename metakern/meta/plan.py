@@ -100,6 +100,7 @@ class Planner:
         inner: InnerOptimizer | None = None,
     ) -> None:
         self.parameters, self.loss, self.wishes, self.watch = parameters, loss, wishes, watch or Stopwatch()
+        self._free = 0  # bytes that a plan may count on
         self.inner, self.weights = inner, Weights(parameters, loss, inner, wishes.weights)
 
     def plan(
@@ -122,6 +123,7 @@ class Planner:
         Raises:
             ValueError: No batching is exact, or second-order terms are lost.
         """
+        self._free = free_bytes(next(iter(self.parameters.adapted.values())).device)  # before the trial takes some
         double = self._affordable()
         names = list(WAYS) if self.wishes.batching == "auto" else [self.wishes.batching]
         names = [name for name in names if name not in without]
@@ -197,9 +199,8 @@ class Planner:
         parameters = list(self.parameters.model.parameters())
         numbers = sum(p.numel() for p in parameters if p.requires_grad)
         frozen = sum(p.numel() for p in parameters if not p.requires_grad)
-        device = next(iter(self.parameters.adapted.values())).device
         needed = 8 * (TRIAL_COPIES * numbers + frozen)
-        return numbers + frozen <= FLOAT64_PARAMETERS and needed <= free_bytes(device) // 2
+        return numbers + frozen <= FLOAT64_PARAMETERS and needed <= self._free // 2
 
     def _sized(
         self, batching: Batching, hvp: str, saved: int, tasks: int, inner_steps: int, reasons: list[str]
@@ -213,7 +214,7 @@ class Planner:
         if self.inner is not None:  # its state is as much a part of a step as the parameters
             with torch.no_grad():
                 copy_bytes += sum(s.nbytes for s in self.inner.init([p.detach()[None] for p in adapted]))
-        working, free = saved + 3 * copy_bytes, free_bytes(device)
+        working, free = saved + 3 * copy_bytes, self._free
         wish, strategy = self.wishes.task_chunk, self.wishes.strategy
         on_cpu = device.type == "cpu"
         room, where = (WORKING_BYTES, "working memory") if on_cpu else (free // 2, "memory")

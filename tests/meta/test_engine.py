@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metakern as mk
-from metakern.meta import verify
+from metakern.meta import plan, verify
 from metakern.meta.batches import mapped, select, tasks_of
 from metakern.meta.plan import WORKING_BYTES, _left_in_groups
 
@@ -914,3 +914,20 @@ def test_the_plan_counts_the_state_of_the_inner_optimizer() -> None:
         needed[name] = WORKING_BYTES / maml.plan.task_chunk
     assert needed["momentum"] > 1.7 * needed["sgd"]
     assert needed["adam"] > 2.5 * needed["sgd"]
+
+
+def test_a_plan_counts_on_the_memory_that_was_free_before_its_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the trial in float64 takes memory, which is free again when the plan is carried out."""
+    order, opened = [], plan.opened
+
+    def noted(*args: Any) -> Any:
+        order.append("trial")
+        return opened(*args)
+
+    monkeypatch.setattr(plan, "free_bytes", lambda device: order.append("free") or 2**40)
+    monkeypatch.setattr(plan, "opened", noted)
+    maml = mk.MAML(nn.Linear(3, 2), mk.losses.classification, steps=2)
+    x, y = torch.randn(2, 4, 3), torch.randint(2, (2, 4))
+    maml((x, y), (x, y)).backward()
+    assert order == ["free", "trial"]
+    assert maml.plan.strategy == "store"
