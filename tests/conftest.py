@@ -41,6 +41,11 @@ def _fail_for_want_of_a_package(report: Any) -> None:
         report.outcome, report.longrepr = "failed", f"skipped under --everything: {report.longrepr[-1]}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest tests first, so that the processes that share all tests end at about the same time."""
+    items.sort(key=lambda item: not item.name.startswith("test_kernels_compile_for_every_gpu"))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
     report = yield
