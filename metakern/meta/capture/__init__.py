@@ -684,8 +684,8 @@ def _difference(found: Results, truth: Results, names: Sequence[str], exponent: 
 
     The tolerance is eps**exponent, relative to the norm of the result, or to a thousandth of the largest norm if that
     is more: a small gradient may be the rest of large terms that cancel. For results without a name, which are
-    gradients of hyper-parameters, it is a hundredth: they are sums over all elements of a parameter. Elements that are
-    infinite or NaN on both sides are not compared.
+    gradients of hyper-parameters, it is a hundredth, and eps**(exponent - 0.1): they are sums over all elements of a
+    parameter. Elements that are infinite or NaN on both sides are not compared.
     """
     finite = [None if t is None else t.where(t.isfinite(), 0) for t in truth]
     norms = [0.0 if t is None else t.norm().item() for t in finite]
@@ -695,7 +695,7 @@ def _difference(found: Results, truth: Results, names: Sequence[str], exponent: 
             return f"{name} is {'missing' if a is None else 'there'}"
         if a is not None and b is not None:
             error = torch.where(b.isfinite() | a.isfinite(), a - b, 0).norm().item()
-            tolerance = torch.finfo(b.dtype).eps ** exponent
+            tolerance = torch.finfo(b.dtype).eps ** (exponent if i < len(names) else exponent - 0.1)
             if not error <= tolerance * max(norm, (1e-3 if i < len(names) else 1e-2) * max(norms)):
                 return f"{name} differs by {error:.1e}, of {norm:.1e}"
     return ""
