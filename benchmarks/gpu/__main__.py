@@ -141,6 +141,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="take tiny sizes, on the CPU too if TRITON_INTERPRET=1")
     parser.add_argument("--small", choices=SMALL, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    try:
+        re.compile(args.match)
+    except re.error as error:
+        parser.error(f"--match must be a regular expression, got {args.match!r}: {error}")
     args.parts = args.only.split(",") if args.only else names
     for part in args.parts:
         if part not in names:
@@ -165,7 +169,7 @@ def main() -> int:
     found["machine"] = machine() | device
 
     def keep(part: str, rows: Iterable[Row], labels: Sequence[Row] = ()) -> None:
-        old = found.get(part, []) if args.match else []
+        old = found.get(part, []) if args.match and labels else []
         found[part] = [row for row in old if not any(label.items() <= row.items() for label in labels)]
         found.setdefault("runs", {})[part] = {key: found["machine"][key] for key in ("commit", "date")}
         for row in rows:

@@ -218,7 +218,7 @@ class Prepared:
         The node of a leaf belongs to the stream on which it was first used, and lives as long as any graph that has it,
         such as that of a loss which the user keeps. A CUDA graph is recorded on another stream, and can't have it.
         """
-        before, parameters = dict(self.__dict__), self.parameters
+        parameters, before = self.parameters, (self.shared, self.outer)
         roles = parameters.adapted, parameters.shared
         modules = {id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}.values()
         places = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
@@ -234,7 +234,7 @@ class Prepared:
         finally:
             put(places)
             parameters.adapted, parameters.shared = roles
-            self.shared, self.outer = before["shared"], before["outer"]
+            self.shared, self.outer = before
 
     @property
     def explicit(self) -> Unroll:

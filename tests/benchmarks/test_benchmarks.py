@@ -652,7 +652,7 @@ def test_targets_of_a_gpu_are_judged_by_the_worst_value():
 def test_the_command_for_gpus(tmp_path):
     out = tmp_path / "gpu.json"
     old = {"peer": "plain", "tasks": 1, "sequences": 1, "length": 4, "ms": -1.0}
-    others = {"checks": [{"good": False}], "meta": [old, old | {"peer": "metakern"}]}
+    others = {"checks": [{"good": False}], "limits": [{}], "meta": [old, old | {"peer": "metakern"}]}
     out.write_text(json.dumps({"memory": [{"length": 4, "kib_per_token": 1.0}], **others}))
     command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--out", str(out), "--only"]
     result = subprocess.run(
@@ -664,6 +664,10 @@ def test_the_command_for_gpus(tmp_path):
     assert sorted(row["peer"] for row in found["meta"] if row["ms"] > 0) == ["metakern", "not captured"]
     assert [row for row in found["meta"] if row["ms"] < 0] == [old]  # which was not asked for
     assert "Llama's meta-step" in result.stdout
+    assert len(found["limits"]) == 1
+    failed = subprocess.run([*command, "meta", "--match", "("], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert "--match must be a regular expression, got '('" in failed.stderr
     failed = subprocess.run([*command, "all"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert "got 'all'" in failed.stderr

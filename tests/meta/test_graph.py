@@ -147,15 +147,21 @@ def test_a_graph_that_needs_more_than_its_share_of_the_memory_is_not_made(gpu, m
         assert_equal(captured, ordinary, 1)
 
 
-def test_only_the_memory_of_the_recorded_run_counts_and_not_that_of_earlier_ones(monkeypatch):
-    """PyTorch's own peak is that of all runs so far, such as the verification in float64."""
-    made, allocated = Recorder.__init__, iter((7, 9, 8, 8))
+@pytest.fixture
+def recorder_on_gpu(monkeypatch):
+    """Have recorders take CPU tensors for those of a GPU."""
+    made = Recorder.__init__
 
     def on_gpu(self: Recorder, inputs: Any) -> None:
         made(self, inputs)
         self._is_on_gpu = True
 
     monkeypatch.setattr(Recorder, "__init__", on_gpu)
+
+
+def test_only_the_memory_of_the_recorded_run_counts_and_not_that_of_earlier_ones(recorder_on_gpu, monkeypatch):
+    """PyTorch's own peak is that of all runs so far, such as the verification in float64."""
+    allocated = iter((7, 9, 8, 8))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(allocated))
     x = torch.randn(2**17, dtype=torch.float64)
     program, _ = record(lambda: [((x + 1) * 2).sum() + (x * x)[:1]], [x])
@@ -225,10 +231,9 @@ MAKERS = {
     "a shared body": partial(maml, adapt=["4"], strategy="recompute"),
     **SINES.algorithms,
 }
-UNRECORDED = {"prototypes"}  # has no captured programs
 
 
-@pytest.mark.parametrize("name", [name for name in MAKERS if name not in UNRECORDED])
+@pytest.mark.parametrize("name", MAKERS)
 def test_a_recording_uses_no_leaf_that_another_graph_has(gpu, monkeypatch, name):
     """A user keeps a loss, and so the nodes of all leaves, which are on a stream that a CUDA graph can't wait for."""
     depth, used = 0, set[str]()
@@ -338,14 +343,7 @@ def test_python_gets_the_numbers_of_the_recorded_run():
     ],
     ids=["dropout", "CPU", "no dropout", "made"],
 )
-def test_what_no_graph_can_repeat_is_an_error(monkeypatch, function, error):
-    made = Recorder.__init__
-
-    def on_gpu(self: Recorder, inputs: Any) -> None:
-        made(self, inputs)
-        self._is_on_gpu = True
-
-    monkeypatch.setattr(Recorder, "__init__", on_gpu)
+def test_what_no_graph_can_repeat_is_an_error(recorder_on_gpu, function, error):
     x = torch.randn(4)
     with pytest.raises(RecordError, match=error) if error else nullcontext():
         record(lambda: [function(x)], [x])

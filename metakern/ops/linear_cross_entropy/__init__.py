@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -209,8 +209,7 @@ def _chunks(c: SimpleNamespace, hidden: Tensor, weight: Tensor) -> Iterator[tupl
     A chunk has at most `c.most` rows of a task and at most half of the task's, rounded up.
     """
     (T, N, _), V, device = hidden.shape, weight.shape[1], hidden.device.type
-    size, tasks = _rows_at_once(c, hidden, weight), range(T)
-    groups: Iterable[Tasks] = tasks
+    size, groups = _rows_at_once(c, hidden, weight), cast(Iterable[Tasks], range(T))
     at_once = _BYTES.get(device, _BYTES["cuda"]) // (size * _row_bytes(hidden, V))
     if at_once > 1 and device not in _ONE_TASK:
         groups = (slice(t, min(t + at_once, T)) for t in range(0, T, at_once))
