@@ -1,11 +1,12 @@
-"""Train every algorithm on three small workloads: query losses of new tasks, time and memory of a step.
+"""Train every algorithm on three small workloads: query losses of test tasks, time and memory of a step.
 
     python -m benchmarks.algorithms [--workloads sines,intents] [--algorithms MAML,Reptile] [--intents FILE]
 
 `benchmarks.few_shot` has the workloads. On one workload all algorithms see the same tasks in the same order for the
-same number of outer steps, from the same initial weights of the model. The inner rate is the best of a few on other
-tasks, by the loss after as many inner steps as in training. Losses are means over new tasks after several numbers of
-inner steps; the interval is over seeds.
+same number of outer steps, from the same initial weights of the model. The inner rate, and then the outer rate, are the
+best ones on validation tasks, by the loss after as many inner steps as in training, in trials with half of the outer
+steps; the search goes on while the best inner rate is the first or the last that was tried. Losses are means over test
+tasks after several numbers of inner steps; the interval is over seeds.
 
 The time of a step is its ratio to a step of MAML that runs in the same process in turn with it: the median, with its
 quartiles. Memory is the peak of a step, less what the process holds between steps. Results go to
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks import results
-from benchmarks.few_shot import WORKLOADS, Workload
+from benchmarks.few_shot import WORKLOADS, Part, Workload
 from benchmarks.options import Parser, kept, positive
 from benchmarks.progress import Progress
 from benchmarks.recurrent import quartiles
@@ -35,7 +36,9 @@ from benchmarks.worker import resident, settle
 
 LOOKS = (0, 1, 3, 5, 10)
 SEEDS = 2
-TRIAL_SHARE = 0.2  # of the steps, for the choice of the inner rate
+TRIAL_SHARE, TRIAL_SEED = 0.5, 1000  # the share of the outer steps in a trial of rates
+MOST_RATES = 9
+OUTER_FACTORS = (1 / 3, 1.0, 3.0)  # of the workload's outer rate
 ROUNDS, CALLS = 7, 3
 
 
@@ -45,11 +48,13 @@ def workload(name: str, file: str | None = None) -> Workload:
     return WORKLOADS[name](file) if name == "intents" else WORKLOADS[name]()
 
 
-def trained(of: Workload, name: str, lr: float, seed: int, steps: int) -> tuple[Any, Callable[[], None]]:
+def trained(
+    of: Workload, name: str, lr: float, outer_lr: float, seed: int, steps: int
+) -> tuple[Any, Callable[[], None]]:
     """Return an algorithm after a number of outer steps, and a function that takes one more."""
     torch.manual_seed(seed)
-    algorithm, episodes = of.algorithms[name](of.model(), lr), of.draw(False, of.tasks, seed)
-    optimizer = torch.optim.Adam(algorithm.parameters(), lr=of.outer_lr)
+    algorithm, episodes = of.algorithms[name](of.model(), lr), of.draw("train", of.tasks, seed)
+    optimizer = torch.optim.Adam(algorithm.parameters(), lr=outer_lr)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -62,26 +67,40 @@ def trained(of: Workload, name: str, lr: float, seed: int, steps: int) -> tuple[
     return algorithm, step
 
 
-def losses(of: Workload, algorithm: Any, seed: int) -> list[float]:
-    """Return the mean query losses of new tasks, which depend on the seed, after `LOOKS` inner steps."""
-    found = algorithm.evaluate(*next(of.draw(True, of.test_tasks, seed)), steps=LOOKS)
+def losses(of: Workload, algorithm: Any, part: Part, seed: int) -> list[float]:
+    """Return the mean query losses of tasks of a part, which depend on the seed, after `LOOKS` inner steps."""
+    found = algorithm.evaluate(*next(of.draw(part, of.test_tasks, seed)), steps=LOOKS)
     return found.mean(1).nan_to_num(torch.inf).tolist()
+
+
+def tuned(of: Workload, name: str, steps: int) -> tuple[float, float]:
+    """Return the inner and the outer rate with the least loss on validation tasks after trials of `steps` steps."""
+    at = LOOKS.index(of.inner_steps)
+
+    @cache
+    def loss(lr: float, outer_lr: float = of.outer_lr) -> float:
+        algorithm, _ = trained(of, name, lr, outer_lr, TRIAL_SEED, steps)
+        return losses(of, algorithm, "validation", TRIAL_SEED)[at]
+
+    rates = list(of.rates[:1] if name in of.rateless else of.rates)
+    while 1 < len(rates) < MOST_RATES and (best := min(rates, key=loss)) in (rates[0], rates[-1]):
+        rates = [best / 3, *rates] if best == rates[0] else [*rates, best * 3]
+    lr = min(rates, key=loss)
+    return lr, min((factor * of.outer_lr for factor in OUTER_FACTORS), key=lambda outer_lr: loss(lr, outer_lr))
 
 
 def measured(of: Workload, name: str, steps: int, seeds: int) -> dict[str, Any]:
     """Return the row of one algorithm."""
-    at, rates = LOOKS.index(of.inner_steps), of.rates[:1] if name in of.rateless else of.rates
-    few = int(TRIAL_SHARE * steps) if len(rates) > 1 else 0
-    trials = {lr: losses(of, trained(of, name, lr, 1000, few)[0], 1000)[at] for lr in rates}
-    lr, curves = min(rates, key=lambda rate: trials[rate]), []
+    lr, outer_lr = tuned(of, name, max(1, int(TRIAL_SHARE * steps)))
+    curves = []
     for seed in range(seeds):
-        algorithm, step = trained(of, name, lr, seed, steps)
-        curves.append(losses(of, algorithm, seed))
+        algorithm, step = trained(of, name, lr, outer_lr, seed, steps)
+        curves.append(losses(of, algorithm, "test", seed))
     settle()
     idle = resident("VmRSS")
     step()
     peak = resident("VmHWM")
-    of_maml = trained(of, "MAML", of.rates[0], 0, 20)[1]
+    of_maml = trained(of, "MAML", of.rates[0], of.outer_lr, 0, 20)[1]
     ratios = []
     for _ in range(ROUNDS):
         took = []
@@ -91,8 +110,8 @@ def measured(of: Workload, name: str, steps: int, seeds: int) -> dict[str, Any]:
                 call()
             took.append(time.perf_counter() - start)
         ratios.append(took[0] / took[1])
-    rate = None if name in of.rateless else lr
-    return {"lr": rate, "losses": curves, "over_maml": quartiles(ratios), "peak_mib": (peak - idle) / 1024}
+    row = {"lr": None if name in of.rateless else lr, "outer_lr": outer_lr, "losses": curves}
+    return row | {"over_maml": quartiles(ratios), "peak_mib": (peak - idle) / 1024}
 
 
 def alone(workload_name: str, file: str | None, name: str, steps: int, seeds: int) -> dict[str, Any]:

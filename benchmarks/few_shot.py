@@ -1,10 +1,13 @@
 """The workloads of `benchmarks.algorithms`: tasks, a model, and the algorithms that apply to it.
 
+Tasks have three parts: for training, for validation (the choice of rates), and for the test.
+
 sines      The sine waves of Finn et al. 2017, section 5.1: random amplitude and phase, ten points in support and query.
 intents    Utterances of five intents, two of each in the support and three in the query; the labels are permuted in
-           every task. They are read from a file (`--intents`), or made of verbs and things. Test intents are new ones.
-dialogue   Conversations of service bots (`metakern.dialogue.bots`), four in support and query. Test bots are of other
-           kinds of business than those of training.
+           every task. They are read from a file (`--intents`), or made of verbs and things. The parts have different
+           intents.
+dialogue   Conversations of service bots (`metakern.dialogue.bots`), four in support and query. The parts have different
+           kinds of business.
 """
 
 from __future__ import annotations
@@ -13,10 +16,10 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, groupby, islice, product
+from itertools import count, groupby, islice, pairwise, product
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 from zlib import crc32
 
 import torch
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 
 import metakern as mk
 from metakern.dialogue.baselines import FineTune, InContext, PromptTuning
-from metakern.dialogue.bots import bots, dialogues
+from metakern.dialogue.bots import Bot, bots, dialogues
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.hypernetwork import TextHyperNetwork
 from metakern.dialogue.models import build_model
@@ -38,12 +41,14 @@ Batch = tuple[Tensor, Tensor]
 Loss = Callable[[nn.Module, Any], Tensor]
 Make = Callable[[nn.Module, float], Any]  # makes an algorithm of a model and an inner rate
 Episode = tuple[Any, Any]  # support and query of some tasks
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 WAYS, SHOTS, QUERIES, BUCKETS, LONGEST = 5, 2, 3, 512, 16
 VERBS = ("book reserve", "cancel drop", "move postpone", "check show", "pay settle", "share send", "rate review")
 THINGS = ("flight plane", "hotel room", "table dinner", "taxi ride", "ticket seat", "parcel package", "course class")
 TEMPLATES = ("please {} the {}", "can you {} my {} today", "i want to {} a {}", "{} {} now", "help me {} this {}")
-KINDS, TEST_KINDS = 8, 2  # kinds of business
+KINDS = {"train": 6, "validation": 2, "test": 2}  # of business
 MAX_LENGTH, VOCABULARY = 40, 400
 
 
@@ -53,21 +58,20 @@ class Workload:
 
     Attributes:
         about: A sentence for the page of results.
-        draw: `draw(held_out, tasks, seed)` yields episodes of `tasks` tasks without end; held-out tasks are others than
-            those of training.
+        draw: `draw(part, tasks, seed)` yields episodes of `tasks` tasks of a part without end.
         model: Makes the model, which depends on the seed of PyTorch.
         algorithms: The algorithms by name.
         rateless: The algorithms without an inner rate.
-        rates: The inner rates of which the best is taken.
+        rates: The inner rates that are tried first.
         steps: The number of outer steps.
         tasks: The number of tasks in a step.
         inner_steps: The number of inner steps, K.
-        outer_lr: The rate of Adam.
+        outer_lr: The rate of Adam that is tried first.
         test_tasks: The number of tasks of an evaluation.
     """
 
     about: str
-    draw: Callable[[bool, int, int], Iterator[Episode]]
+    draw: Callable[[Part, int, int], Iterator[Episode]]
     model: Callable[[], nn.Module]
     algorithms: dict[str, Make]
     rateless: tuple[str, ...]
@@ -79,16 +83,19 @@ class Workload:
     test_tasks: int
 
 
-def common(loss: Loss, K: int, strength: float) -> dict[str, Make]:
-    """Return the algorithms that apply to every model and loss; `strength` is iMAML's at the beginning."""
-    penalty: dict[str, Any] = {"strength": strength, "learn_strength": True, "solver_steps": 5, "tolerance": 1.0}
+def common(loss: Loss, K: int) -> dict[str, Make]:
+    """Return the algorithms that apply to every model and loss.
+
+    The penalty of iMAML is so strong that an inner step halves the distance to its minimum.
+    """
+    solver: dict[str, Any] = {"solver_steps": 5, "tolerance": 1.0}
     return {
         "MAML": lambda model, lr: mk.MAML(model, loss, SGD(lr), K),
         "MAML, learned rates": lambda model, lr: mk.MAML(model, loss, SGD(lr, learn_lr=True, per="parameter"), K),
         "MAML++": lambda model, lr: mk.MAMLPlusPlus(model, loss, steps=K, lr=lr),
         "Meta-SGD": lambda model, lr: mk.MetaSGD(model, loss, lr=lr, steps=K),
         "Meta-Curvature": lambda model, lr: mk.MAML(model, loss, mk.optim.MetaCurvature(lr), K),
-        "iMAML": lambda model, lr: mk.IMAML(model, loss, SGD(lr), K, **penalty),
+        "iMAML": lambda model, lr: mk.IMAML(model, loss, SGD(lr), K, strength=0.5 / lr, **solver),
         "ANIL": lambda model, lr: mk.ANIL(model, loss, inner=SGD(lr), steps=K),
         "BOIL": lambda model, lr: mk.BOIL(model, loss, inner=SGD(lr), steps=K),
         "FOMAML": lambda model, lr: mk.FOMAML(model, loss, inner=SGD(lr), steps=K),
@@ -105,8 +112,8 @@ def waves(tasks: int, generator: torch.Generator, points: int = 10) -> tuple[Bat
 
 
 def sines() -> Workload:
-    def draw(held_out: bool, tasks: int, seed: int) -> Iterator[Episode]:
-        generator = torch.Generator().manual_seed(seed + 10_000 * held_out)
+    def draw(part: Part, tasks: int, seed: int) -> Iterator[Episode]:
+        generator = torch.Generator().manual_seed(seed + 10_000 * PARTS.index(part))
         while True:
             yield waves(tasks, generator)
 
@@ -124,7 +131,7 @@ def sines() -> Workload:
         draw=draw,
         model=lambda: nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1)),
         algorithms={
-            **common(loss, K, strength=30.0),
+            **common(loss, K),
             "Meta-LSTM": lambda model, lr: mk.MetaLSTM(model, loss, lr=lr, hidden=8, steps=K),
             "CAVIA": lambda model, lr: mk.CAVIA(_contextual(model), loss, inner=SGD(lr), steps=K),
             "hypernetwork": partial(hypernetwork, 0),
@@ -157,7 +164,7 @@ class BagOfWords(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kept = (x > 0).unsqueeze(-1)
-        return self.out((self.words(x) * kept).sum(-2) / kept.sum(-2).clamp(min=1)).tanh()
+        return self.out((self.words(x) * kept).sum(-2) / kept.sum(-2).clamp(min=1))
 
 
 def utterances(file: str | None) -> dict[str, list[str]]:
@@ -180,29 +187,30 @@ def intents(file: str | None = None) -> Workload:
     }
     names = sorted(encoded)
     Random("intents").shuffle(names)
-    cut = 3 * len(names) // 4
+    cuts = [part * len(names) // 5 for part in (0, 3, 4, 5)]
+    parts = {part: names[start:end] for part, (start, end) in zip(PARTS, pairwise(cuts), strict=True)}
 
-    def draw(held_out: bool, tasks: int, seed: int) -> Iterator[Episode]:
-        rng, known = Random(f"intents/{held_out}/{seed}"), names[cut:] if held_out else names[:cut]
+    def draw(part: Part, tasks: int, seed: int) -> Iterator[Episode]:
+        rng, known = Random(f"intents/{part}/{seed}"), parts[part]
         while True:
             drawn = [[rng.sample(encoded[n], SHOTS + QUERIES) for n in rng.sample(known, WAYS)] for _ in range(tasks)]
             yield tuple(  # type: ignore[misc]
                 (
                     torch.tensor(
                         [
-                            [text + [0] * (LONGEST - len(text)) for texts in task for text in texts[part]]
+                            [text + [0] * (LONGEST - len(text)) for texts in task for text in texts[role]]
                             for task in drawn
                         ]
                     ),
                     torch.arange(WAYS).repeat_interleave(size).expand(tasks, -1),
                 )
-                for part, size in ((slice(SHOTS), SHOTS), (slice(SHOTS, None), QUERIES))
+                for role, size in ((slice(SHOTS), SHOTS), (slice(SHOTS, None), QUERIES))
             )
 
     def hypernetwork(model: Any, lr: float) -> Any:
-        labels, body = nn.Embedding(WAYS, 64), BagOfWords(64)
+        labels, body = nn.Embedding(WAYS, 64), nn.Sequential(BagOfWords(64), nn.Tanh())
         encoder = mk.nn.SetEncoder(lambda batch: body(batch[0]) * labels(batch[1]), modules=[body, labels])
-        return mk.HyperNetwork(model, loss, encoder, size=64, inner=SGD(lr), steps=0, adapt=["1"])
+        return mk.HyperNetwork(model, loss, encoder, size=64, inner=SGD(lr), steps=0, adapt=["2"])
 
     K, loss = 5, mk.losses.classification
     source = f"read from {Path(file).name}" if file else "made of verbs and things"
@@ -210,12 +218,12 @@ def intents(file: str | None = None) -> Workload:
         about=f"Intents from two utterances each, five in a task, {source}, by the mean of {BUCKETS} hashed words'"
         f" embeddings: cross-entropies, {math.log(WAYS):.3f} by chance.",
         draw=draw,
-        model=lambda: nn.Sequential(BagOfWords(64), nn.Linear(64, WAYS)),
+        model=lambda: nn.Sequential(BagOfWords(64), nn.Tanh(), nn.Linear(64, WAYS)),
         algorithms={
-            **common(loss, K, strength=2.0),
+            **common(loss, K),
             "CAVIA": lambda model, lr: mk.CAVIA(_contextual(model), loss, inner=SGD(lr), steps=K),
-            "prototypical network": lambda model, lr: mk.ProtoNet(model[0]),  # type: ignore[index]
-            "prototypical network, cosine": lambda model, lr: mk.ProtoNet(model[0], "cosine"),  # type: ignore[index]
+            "prototypical network": lambda model, lr: mk.ProtoNet(model[:2]),  # type: ignore[index]
+            "prototypical network, cosine": lambda model, lr: mk.ProtoNet(model[:2], "cosine"),  # type: ignore[index]
             "ProtoMAML": lambda model, lr: mk.ProtoMAML(model, loss, inner=SGD(lr), steps=K),
             "hypernetwork": hypernetwork,
             "plain training": lambda model, lr: mk.MAML(model, loss, SGD(lr), 0),
@@ -231,22 +239,21 @@ def intents(file: str | None = None) -> Workload:
 
 
 def service() -> Workload:
-    made = groupby(bots(), key=lambda bot: bot.kind)
-    tasks = []
-    for kind, group in islice(((kind, list(group)) for kind, group in made), KINDS):
+    def tasks(kind: str, group: list[Bot]) -> Iterator[TaskData]:
         for bot in group:
             talks = []
             for number, turns in enumerate(dialogues(bot)):
                 said = ((("user", "bot")[i % 2], text) for i, text in enumerate(turns))
                 talks.append(dialogue(f"{kind}/{bot.name}", str(number), said, {"bot": "bot"}))
-            tasks.append((kind, TaskData(f"{kind}/{bot.name}", tuple(talks))))
-    kinds = list(dict.fromkeys(kind for kind, _ in tasks))
-    parts = [[task for kind, task in tasks if (kind in kinds[-TEST_KINDS:]) == held_out] for held_out in (False, True)]
-    tokenizer = Tokenizer.train([talk for task in parts[0] for talk in task.dialogues], VOCABULARY)
+            yield TaskData(f"{kind}/{bot.name}", tuple(talks))
 
-    def draw(held_out: bool, tasks: int, seed: int) -> Iterator[Episode]:
-        sizes = {"support_size": 4, "query_size": 4, "max_length": MAX_LENGTH}
-        episodes = Episodes(parts[held_out], tokenizer, seed=seed, **sizes)
+    made = ((kind, list(group)) for kind, group in groupby(bots(), key=lambda bot: bot.kind))
+    parts = {part: [task for kind, group in islice(made, KINDS[part]) for task in tasks(kind, group)] for part in PARTS}
+    tokenizer = Tokenizer.train([talk for task in parts["train"] for talk in task.dialogues], VOCABULARY)
+
+    def draw(part: Part, tasks: int, seed: int) -> Iterator[Episode]:
+        sizes: dict[str, Any] = {"support_size": 4, "query_size": 4, "max_length": MAX_LENGTH}
+        episodes = Episodes(parts[part], tokenizer, seed=seed, **sizes)
         return (episodes.sample(step, tasks) for step in count())
 
     K, loss = 3, mk.losses.causal_lm
@@ -256,7 +263,7 @@ def service() -> Workload:
         draw=draw,
         model=lambda: build_model("gru", tokenizer.vocab_size, embedding=32, hidden=64),
         algorithms={
-            **common(loss, K, strength=10.0),
+            **common(loss, K),
             "hypernetwork": lambda model, lr: TextHyperNetwork(model, loss, 32, 32, inner=SGD(lr), steps=0),
             "prompt tuning": lambda model, lr: PromptTuning(model, loss, inner=SGD(lr), steps=K),
             "support as context": lambda model, lr: InContext(model, loss),

@@ -205,9 +205,9 @@ def algorithms_tables() -> list[str]:
             columns = list(zip(*row["losses"], strict=True))
             losses = [f"{statistics.mean(c):.3f} [{min(c):.3f}, {max(c):.3f}]" for c in columns]
             middle, low, high = row["over_maml"]
-            rate = "" if row["lr"] is None else f"{row['lr']:g}"
-            lines.append([name, *losses, rate, f"{middle:.2f} [{low:.2f}, {high:.2f}]", f"{row['peak_mib']:.0f}"])
-        head = ["", *(f"after {k}" for k in one["looks"]), "rate", "step / MAML's", "MiB"]
+            rates = ("" if row[key] is None else f"{row[key]:.2g}" for key in ("lr", "outer_lr"))
+            lines.append([name, *losses, *rates, f"{middle:.2f} [{low:.2f}, {high:.2f}]", f"{row['peak_mib']:.0f}"])
+        head = ["", *(f"after {k}" for k in one["looks"]), "inner rate", "outer rate", "step / MAML's", "MiB"]
         title = f"{one['about']} {one['steps']} outer steps, {one['seeds']} seeds."
         found.append(f"{title}\n\n{table(head, lines)}\n\n{described(one)}")
     return found

@@ -1,5 +1,6 @@
 """The report: tables and pictures of stored results, and the targets that they meet."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -190,12 +191,29 @@ def test_algorithms_are_measured_and_shown(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("best", "tried"), [(0.9, {0.3, 1.0, 3.0}), (50.0, {0.3, 1.0, 3.0, 9.0, 27.0, 81.0, 243.0})])
+def test_the_best_rate_is_looked_for_beyond_the_first_ones(monkeypatch, best, tried):
+    made, seen = algorithms.workload("intents"), set()
+    monkeypatch.setattr(algorithms, "trained", lambda of, name, lr, outer_lr, seed, steps: ((lr, outer_lr), None))
+
+    def losses(of, found, part, seed):
+        assert part == "validation"
+        seen.add(found[0])
+        return [0.0, 0.0, 0.0, abs(math.log(found[0] / best)) + found[1], 0.0]
+
+    monkeypatch.setattr(algorithms, "losses", losses)
+    lr, outer_lr = algorithms.tuned(made, "MAML", 10)
+    assert seen == tried
+    assert lr == min(tried, key=lambda rate: abs(math.log(rate / best)))
+    assert outer_lr == made.outer_lr / 3
+
+
 def test_every_workload_draws_the_same_tasks_for_the_same_seed():
     for which in few_shot.WORKLOADS:
         of = algorithms.workload(which)
-        one, same, other = (next(of.draw(False, 3, seed)) for seed in (1, 1, 2))
-        held = next(of.draw(True, 3, 1))
-        texts = [torch.cat([x.flatten().double() for x in tree_leaves(e)]) for e in (one, same, other, held)]
+        one, same, other = (next(of.draw("train", 3, seed)) for seed in (1, 1, 2))
+        held = [next(of.draw(part, 3, 1)) for part in ("validation", "test")]
+        texts = [torch.cat([x.flatten().double() for x in tree_leaves(e)]) for e in (one, same, other, *held)]
         assert torch.equal(texts[0], texts[1])
         assert not any(len(texts[0]) == len(t) and torch.equal(texts[0], t) for t in texts[2:])
         assert algorithms.LOOKS.index(of.inner_steps)

@@ -1,11 +1,16 @@
 """Check an installed wheel without a compiler: metakern imports, and a meta-gradient is exact. `make smoke` runs it."""
 
+from importlib.metadata import files
+
 import torch
 
 import metakern as mk
 
 
 def main() -> None:
+    names = [str(path) for path in files("metakern") or ()]
+    assert {"metakern/py.typed", "metakern/ops/core/rules.py", "metakern/dialogue/bots/kinds.txt"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "csrc"))]
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).double()
     parameters = dict(model.named_parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import zipfile
 from importlib.metadata import version
@@ -98,14 +97,3 @@ def test_without_a_compiler_auto_builds_a_pure_wheel_and_cpu_fails(source: Path)
     result = build(source, "cpu", **NOTHING)
     assert result.returncode != 0
     assert "set METAKERN_NATIVE=none to do without them" in result.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("c++"), reason="there is no compiler")
-def test_cpu_builds_the_kernels_without_torch(source: Path) -> None:
-    result = build(source, "cpu")
-    assert result.returncode == 0, result.stderr
-    names = contents(source)
-    assert [name for name in names if name.startswith("metakern/_C.") and name.endswith(".so")]
-    assert {"metakern/py.typed", "metakern/ops/core/rules.py", "metakern/dialogue/bots/kinds.txt"} <= set(names)
-    assert not [name for name in names if name.startswith(("tests", "csrc"))]
