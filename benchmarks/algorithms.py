@@ -36,7 +36,7 @@ from benchmarks.worker import resident, settle
 
 LOOKS = (0, 1, 3, 5, 10)
 SEEDS = 2
-TRIAL_SEED = 1000  # of the trainings that choose the rates
+TRIAL_SEEDS = (1000, 1001)  # of the trainings that choose the rates
 MOST_RATES = 9
 CLIP = 1.0  # the norm to which meta-gradients are clipped
 OUTER_FACTORS = (1 / 3, 1.0, 3.0)  # of the workload's outer rate
@@ -80,8 +80,8 @@ def tuned(of: Workload, name: str, steps: int) -> tuple[float, float]:
 
     @cache
     def loss(lr: float, outer_lr: float = of.outer_lr) -> float:
-        algorithm, _ = trained(of, name, lr, outer_lr, TRIAL_SEED, steps)
-        return losses(of, algorithm, "validation", TRIAL_SEED)[at]
+        trials = ((seed, trained(of, name, lr, outer_lr, seed, steps)[0]) for seed in TRIAL_SEEDS)
+        return sum(losses(of, algorithm, "validation", seed)[at] for seed, algorithm in trials)
 
     rates = list(of.rates[:1] if name in of.rateless else of.rates)
     while 1 < len(rates) < MOST_RATES and (best := min(rates, key=loss)) in (rates[0], rates[-1]):
