@@ -5,8 +5,8 @@
 `benchmarks.few_shot` has the workloads. On one workload all algorithms see the same tasks in the same order for the
 same number of outer steps, from the same initial weights of the model. The inner rate, and then the outer rate, are the
 best ones on validation tasks, by the loss after as many inner steps as in training; the search goes on while the best
-inner rate is the first or the last that was tried. Losses are means over test tasks after several numbers of inner
-steps; the interval is over seeds.
+inner rate is the first or the last that was tried. Of each training, the best of five checkpoints on validation tasks
+is taken. Losses are means over test tasks after several numbers of inner steps; the interval is over seeds.
 
 The time of a step is its ratio to a step of MAML that runs in the same process in turn with it: the median, with its
 quartiles. Memory is the peak of a step, less what the process holds between steps. Results go to
@@ -20,7 +20,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import cache
+from math import ceil
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ from benchmarks.worker import resident, settle
 
 LOOKS = (0, 1, 3, 5, 10)
 SEEDS = 2
-TRIAL_SEEDS = (1000, 1001)  # of the trainings that choose the rates
+CHECKPOINTS, TRIAL_SEED = 5, 1000  # the seed of validation tasks, and of the trainings that choose the rates
 MOST_RATES = 9
 CLIP = 1.0  # the norm to which meta-gradients are clipped
 OUTER_FACTORS = (1 / 3, 1.0, 3.0)  # of the workload's outer rate
@@ -51,8 +53,8 @@ def workload(name: str, file: str | None = None) -> Workload:
 
 def trained(
     of: Workload, name: str, lr: float, outer_lr: float, seed: int, steps: int
-) -> tuple[Any, Callable[[], None]]:
-    """Return an algorithm after a number of outer steps, and a function that takes one more."""
+) -> tuple[Any, float, Callable[[], None]]:
+    """Return an algorithm at its best checkpoint, its validation loss, and a function that takes one more step."""
     torch.manual_seed(seed)
     algorithm, episodes = of.algorithms[name](of.model(), lr), of.draw("train", of.tasks, seed)
     optimizer = torch.optim.Adam(algorithm.parameters(), lr=outer_lr)
@@ -63,9 +65,15 @@ def trained(
         nn.utils.clip_grad_norm_(algorithm.parameters(), CLIP)
         optimizer.step()
 
-    for _ in range(steps):
+    checkpoints: dict[float, Any] = {}
+    for number in range(1, steps + 1):
         step()
-    return algorithm, step
+        if number % ceil(steps / CHECKPOINTS) == 0 or number == steps:
+            loss = losses(of, algorithm, "validation", TRIAL_SEED)[LOOKS.index(of.inner_steps)]
+            checkpoints[loss] = deepcopy(algorithm.state_dict())
+    best = min(checkpoints)
+    algorithm.load_state_dict(checkpoints[best])
+    return algorithm, best, step
 
 
 def losses(of: Workload, algorithm: Any, part: Part, seed: int) -> list[float]:
@@ -76,12 +84,10 @@ def losses(of: Workload, algorithm: Any, part: Part, seed: int) -> list[float]:
 
 def tuned(of: Workload, name: str, steps: int) -> tuple[float, float]:
     """Return the inner and the outer rate with the least loss on validation tasks after `steps` outer steps."""
-    at = LOOKS.index(of.inner_steps)
 
     @cache
     def loss(lr: float, outer_lr: float = of.outer_lr) -> float:
-        trials = ((seed, trained(of, name, lr, outer_lr, seed, steps)[0]) for seed in TRIAL_SEEDS)
-        return sum(losses(of, algorithm, "validation", seed)[at] for seed, algorithm in trials)
+        return trained(of, name, lr, outer_lr, TRIAL_SEED, steps)[1]
 
     rates = list(of.rates[:1] if name in of.rateless else of.rates)
     while 1 < len(rates) < MOST_RATES and (best := min(rates, key=loss)) in (rates[0], rates[-1]):
@@ -95,13 +101,13 @@ def measured(of: Workload, name: str, steps: int, seeds: int) -> dict[str, Any]:
     lr, outer_lr = tuned(of, name, steps)
     curves = []
     for seed in range(seeds):
-        algorithm, step = trained(of, name, lr, outer_lr, seed, steps)
+        algorithm, _, step = trained(of, name, lr, outer_lr, seed, steps)
         curves.append(losses(of, algorithm, "test", seed))
     settle()
     idle = resident("VmRSS")
     step()
     peak = resident("VmHWM")
-    of_maml = trained(of, "MAML", of.rates[0], of.outer_lr, 0, 20)[1]
+    of_maml = trained(of, "MAML", of.rates[0], of.outer_lr, 0, 20)[-1]
     ratios = []
     for _ in range(ROUNDS):
         took = []

@@ -191,17 +191,30 @@ def test_algorithms_are_measured_and_shown(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_the_best_checkpoint_is_taken(monkeypatch):
+    found, saved = iter([3.0, 1.0, 2.0, math.inf, 4.0]), []
+
+    def losses(of, algorithm, part, seed):
+        assert part == "validation"
+        saved.append(algorithm.model[0].out.weight.detach().clone())
+        return [0.0, 0.0, 0.0, next(found), 0.0]
+
+    monkeypatch.setattr(algorithms, "losses", losses)
+    algorithm, loss, _ = algorithms.trained(algorithms.workload("intents"), "MAML", 0.1, 0.1, seed=0, steps=10)
+    assert loss == 1.0
+    assert torch.equal(algorithm.model[0].out.weight, saved[1])
+    assert not torch.equal(saved[1], saved[2])
+
+
 @pytest.mark.parametrize(("best", "tried"), [(0.9, {0.3, 1.0, 3.0}), (50.0, {0.3, 1.0, 3.0, 9.0, 27.0, 81.0, 243.0})])
 def test_the_best_rate_is_looked_for_beyond_the_first_ones(monkeypatch, best, tried):
     made, seen = algorithms.workload("intents"), set()
-    monkeypatch.setattr(algorithms, "trained", lambda of, name, lr, outer_lr, seed, steps: ((lr, outer_lr), None))
 
-    def losses(of, found, part, seed):
-        assert part == "validation"
-        seen.add(found[0])
-        return [0.0, 0.0, 0.0, abs(math.log(found[0] / best)) + found[1], 0.0]
+    def trained(of, name, lr, outer_lr, seed, steps):
+        seen.add(lr)
+        return None, abs(math.log(lr / best)) + outer_lr, None
 
-    monkeypatch.setattr(algorithms, "losses", losses)
+    monkeypatch.setattr(algorithms, "trained", trained)
     lr, outer_lr = algorithms.tuned(made, "MAML", 10)
     assert seen == tried
     assert lr == min(tried, key=lambda rate: abs(math.log(rate / best)))
