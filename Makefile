@@ -46,7 +46,7 @@ types: .venv/dev
 	$(BIN)/mypy
 
 unit: .venv/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --everything
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --everything
 
 # Build the wheel where torch can't be imported, and install it into an empty environment, without a compiler: it must
 # import, and one meta-gradient must be exact.

@@ -91,9 +91,9 @@ The targets for the LSTM. At batch 1 every step reads all recurrent weights, so 
 by memory where the weights exceed the caches:"""
 ALGORITHMS = """\
 Every algorithm on three small workloads (`python -m benchmarks.algorithms`), with the same tasks and number of outer
-steps: query losses of test tasks after 0 to 10 inner steps [least and greatest over the seeds], the rates that were
-chosen on validation tasks, the time of an outer step over that of MAML's [quartiles], and the peak memory of a step.
-Algorithms that are missing from a table do not apply to its workload, or have not been measured on it."""
+steps: query losses of test tasks after 0 to 10 inner steps, the median of the seeds [least, greatest]; the rates, which
+were chosen on validation tasks; the time of an outer step over that of MAML's [quartiles]; and the peak memory of a
+step. Algorithms that are missing from a table do not apply to its workload, or have not been measured on it."""
 DIALOGUE = """\
 How much better dialogue models adapt to unseen tasks when MAML has trained them (`python -m benchmarks.dialogue`). The
 run and its contenders have the same model, pretrained weights, episodes and number of outer steps, and for each number

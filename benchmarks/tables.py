@@ -203,7 +203,7 @@ def algorithms_tables() -> list[str]:
         one, lines = next(iter(rows.values())), []
         for name, row in rows.items():
             columns = list(zip(*row["losses"], strict=True))
-            losses = [f"{statistics.mean(c):.3f} [{min(c):.3f}, {max(c):.3f}]" for c in columns]
+            losses = [f"{_short(statistics.median(c))} [{_short(min(c))}, {_short(max(c))}]" for c in columns]
             middle, low, high = row["over_maml"]
             rates = ("" if row[key] is None else f"{row[key]:.2g}" for key in ("lr", "outer_lr"))
             lines.append([name, *losses, *rates, f"{middle:.2f} [{low:.2f}, {high:.2f}]", f"{row['peak_mib']:.0f}"])
@@ -211,6 +211,10 @@ def algorithms_tables() -> list[str]:
         title = f"{one['about']} {one['steps']} outer steps, {one['seeds']} seeds."
         found.append(f"{title}\n\n{table(head, lines)}\n\n{described(one)}")
     return found
+
+
+def _short(loss: float) -> str:
+    return f"{loss:.3f}" if loss < 100 else "> 100"
 
 
 def serving_table() -> str:

@@ -52,7 +52,7 @@ def choose(ours: Product, isa: str) -> Choice:
         if asked not in ("native", "torch"):
             raise ValueError(f"METAKERN_PRODUCTS must be native or torch, got {asked!r}")
         return Choice(asked == "native", f"METAKERN_PRODUCTS={asked}")
-    key = {"processor": _processor(), "isa": isa, "torch": torch.__version__, "metakern": _version()}
+    key = {"processor": processor(), "isa": isa, "torch": torch.__version__, "metakern": _version()}
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     file = io.cache_folder() / "products" / f"{digest}.json"
     ratio = _kept(file, key)
@@ -109,7 +109,7 @@ def _kept(file: Path, key: dict[str, str]) -> float | None:
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
     """Returns the processor's model, as exactly as the system says it."""
     names = ("vendor_id", "cpu family", "model", "model name", "stepping", "CPU implementer", "CPU part", "CPU variant")
     with suppress(OSError):

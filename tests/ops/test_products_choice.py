@@ -61,7 +61,7 @@ def test_a_decision_is_kept_for_its_key(cache: Path, monkeypatch: pytest.MonkeyP
     assert choose() == first
     monkeypatch.setattr(torch, "__version__", "99")
     assert not choose().is_native
-    monkeypatch.setattr(choice, "_processor", lambda: "another")
+    monkeypatch.setattr(choice, "processor", lambda: "another")
     assert not choose().is_native
     assert measured.calls == 4
 

@@ -1,16 +1,17 @@
 """Choose the kernels that an op uses: the reference in plain PyTorch, C++ on the CPU, Triton, or CUDA.
 
-Automatic choice takes the fastest backend that has a kernel for the tensors' device and dtype, or else the reference. A
-backend chosen by hand (`metakern.backend("cpu")`, or the environment variable METAKERN_BACKEND) must be available here;
-if not, a call of an op raises RuntimeError, whose text says how to make it available. An op that has no kernels on the
-chosen backend, or none for the dtype, uses the reference.
+Automatic choice takes the fastest backend that has a kernel for the tensors' device and dtype, if that passes the check
+of its first use there (`selfcheck.py`), or else the reference. A backend chosen by hand (`metakern.backend("cpu")`, or
+the environment variable METAKERN_BACKEND) must be available here; if not, a call of an op raises RuntimeError, whose
+text says how to make it available. An op that has no kernels on the chosen backend, or none for the dtype, uses the
+reference.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
@@ -19,13 +20,15 @@ import torch
 from torch import Tensor
 
 from metakern import native
+from metakern.ops.core import selfcheck
 
 if TYPE_CHECKING:
     from metakern.ops.core.rules import Rules
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 _AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-_chosen: ContextVar[str | None] = ContextVar("metakern_backend", default=None)
+Chooser = Callable[[str, Mapping[str, "Rules"]], "Rules"]
+_chosen: ContextVar[str | Chooser | None] = ContextVar("metakern_backend", default=None)
 
 
 @contextmanager
@@ -49,7 +52,14 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in (*NAMES, "auto"):
         raise ValueError(f"backend: name must be one of {', '.join((*NAMES, 'auto'))}, got {name!r}")
-    token = _chosen.set(name)
+    with using(name):
+        yield
+
+
+@contextmanager
+def using(choice: str | Chooser) -> Iterator[None]:
+    """Uses one backend, or what a function of the op's name and kernels returns, inside a `with` block."""
+    token = _chosen.set(choice)
     try:
         yield
     finally:
@@ -61,12 +71,18 @@ def backends() -> dict[str, str]:
 
     Returns:
         A dictionary from each backend's name to "available", or to the reason why it is not and what to do about it.
+        "available, except for ..." names kernels that were wrong at their first use on a device of this process, which
+        automatic choice therefore does not use.
 
     >>> import metakern as mk
     >>> mk.backends()["reference"]
     'available'
     """
-    return {name: _obstacle(name) or "available" for name in NAMES}
+    off: dict[str, list[str]] = {}
+    for which, found in selfcheck.faults().items():
+        off.setdefault(which.backend, []).append(f"{which.op} in {which.dtype}, whose {found}")
+    available = {name: f"available, except for {'; '.join(texts)}" for name, texts in off.items()}
+    return {name: _obstacle(name) or available.get(name, "available") for name in NAMES}
 
 
 def _obstacle(name: str) -> str | None:
@@ -83,7 +99,7 @@ def _obstacle(name: str) -> str | None:
     return None
 
 
-def chosen() -> str:
+def chosen() -> str | Chooser:
     """Returns the backend that was chosen by hand, or "auto"."""
     return _chosen.get() or os.environ.get("METAKERN_BACKEND") or "auto"
 
@@ -91,6 +107,8 @@ def chosen() -> str:
 def choose(op: str, kernels: Mapping[str, Rules], tensors: tuple[Tensor | None, ...]) -> Rules:
     """Returns the rules that a call of `op` uses, by the device and dtype of the first tensor that is not None."""
     name = chosen()
+    if not isinstance(name, str):
+        return name(op, kernels)
     if name not in (*NAMES, "auto"):
         raise ValueError(f"METAKERN_BACKEND must be one of {', '.join((*NAMES, 'auto'))}, got {name!r}")
     first = next(t for t in tensors if t is not None)
@@ -103,6 +121,8 @@ def choose(op: str, kernels: Mapping[str, Rules], tensors: tuple[Tensor | None, 
         candidates = [name] if name in kernels else []
     for candidate in candidates:
         dtypes = kernels[candidate].dtypes
-        if dtypes is None or first.dtype in dtypes:
+        if (dtypes is None or first.dtype in dtypes) and not (
+            name == "auto" and selfcheck.fault(op, candidate, kernels, first.device, first.dtype)
+        ):
             return kernels[candidate]
     return kernels["reference"]
