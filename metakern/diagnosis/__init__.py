@@ -8,13 +8,11 @@ The code is looked at only to name the cause (`causes`).
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +25,7 @@ from metakern.meta.batching import Loss
 from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Plan, Planner, Wishes
 from metakern.meta.slopes import Verdict, norm
+from metakern.meta.state import undisturbed
 from metakern.optim import SGD, InnerOptimizer
 
 __all__ = ["Problem", "Report", "doctor"]
@@ -263,10 +262,5 @@ def _named() -> Iterator[None]:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Restores the states of all random generators at the end of the block."""
     devices: Sequence[Any] = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with undisturbed(torch.device("cpu")), torch.random.fork_rng(devices=devices):
+        yield

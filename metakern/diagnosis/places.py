@@ -123,14 +123,11 @@ class Patient:
     def steady(self, state: State | None = None) -> Iterator[None]:
         """Within the block, random states, buffers, attributes, default dtype and kernels are always the same."""
         self.begin(state or self.state)
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
         try:
-            with warnings.catch_warnings(), comparable(), exact_kernels(), torch.enable_grad():
+            with warnings.catch_warnings(), comparable(default=self.dtype), exact_kernels(), torch.enable_grad():
                 warnings.simplefilter("ignore")
                 yield
         finally:
-            torch.set_default_dtype(default)
             (state or self.state).restore()
 
     def begin(self, state: State) -> None:

@@ -38,15 +38,22 @@ class TextHyperNetwork(mk.HyperNetwork):
         tokens = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
         if tokens is None:
             raise ValueError(f"TextHyperNetwork: model must have an embedding of tokens, got {type(model).__name__}")
-        text = mk.nn.TextEncoder(build_model("gru", tokens, embedding=embedding, hidden=hidden))
-
-        def encode(batch: Batch) -> Tensor:
-            ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-            if ids is None or ids.dim() != 2:
-                got = type(batch).__name__ if ids is None else f"input_ids {list(ids.shape)} of a task"
-                raise ValueError(f"TextHyperNetwork: support must hold input_ids [T, B, L] of conversations, got {got}")
-            return text(ids, batch.get("attention_mask"))
-
+        encoder = mk.nn.SetEncoder(_Conversations(tokens, embedding, hidden))
         if taken := {"encoder", "size"} & options.keys():
             raise ValueError(f"TextHyperNetwork: {min(taken)} must not be given: embedding and hidden are its sizes")
-        super().__init__(model, loss, mk.nn.SetEncoder(encode, modules=[text]), size=embedding, **options)
+        super().__init__(model, loss, encoder, size=embedding, **options)
+
+
+class _Conversations(nn.Module):
+    """Encodes each conversation of a support as a vector, `[B, embedding]`."""
+
+    def __init__(self, tokens: int, embedding: int, hidden: int) -> None:
+        super().__init__()
+        self.text = mk.nn.TextEncoder(build_model("gru", tokens, embedding=embedding, hidden=hidden))
+
+    def forward(self, batch: Batch) -> Tensor:
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if ids is None or ids.dim() != 2:
+            got = type(batch).__name__ if ids is None else f"input_ids {list(ids.shape)} of a task"
+            raise ValueError(f"TextHyperNetwork: support must hold input_ids [T, B, L] of conversations, got {got}")
+        return self.text(ids, batch.get("attention_mask"))

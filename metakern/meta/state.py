@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -174,19 +176,36 @@ def _refill(container: Any, copied: Any) -> None:
         container.extend(copied)
 
 
+_TRIALS = threading.RLock()
+
+
+def _renewed() -> None:
+    """Drop the lock in a forked child: the thread that held it does not exist there."""
+    global _TRIALS
+    _TRIALS = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renewed)
+
+
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Restore the random states of PyTorch (CPU, and `device`), Python and NumPy at the end of the block."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
+    """Restore the random states of PyTorch (CPU, and `device`), Python and NumPy at the end of the block.
+
+    These states are those of the process, so one thread at a time may be in such a block; others wait.
+    """
+    with _TRIALS:
+        python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(cpu)
+            if cuda is not None:
+                torch.cuda.set_rng_state(cuda, device)
 
 
 def seeded() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from metakern.meta.batches import mapped, select, structure, tensors, two_tasks
 from metakern.meta.batching import Batching, Folded, Loss, exact_kernels, scalar
@@ -70,7 +71,6 @@ class Trial:
         self._slopes = slopes and not first_order
         self.loss, self.first_order, self.plain, self.note, self.worst = loss, first_order, plain, "", 0.0
         self._modules = list(dict.fromkeys(m for root in (roles.model, *modules_of(loss)) for m in root.modules()))
-        self._default = torch.get_default_dtype()
         given = next(iter(roles.adapted.values())).dtype
         self._scale = max(given.itemsize, 4) / dtype.itemsize if dtype and dtype != given else 1.0
         self._own: dict[int, Tensor] = {}  # id of a tensor of the user -> the trial's copy of it
@@ -234,15 +234,17 @@ class Trial:
         """
         self.state.restore()
         seeded()
-        if self.roles.adapted and next(iter(self.phi)).dtype == torch.float64:
-            torch.set_default_dtype(torch.float64)
         operations = plain_operations() if self.plain else nullcontext()
         try:
-            with comparable(), exact_kernels(self.roles.model) if exact else nullcontext(), operations:
+            with self.comparable(), exact_kernels(self.roles.model) if exact else nullcontext(), operations:
                 yield
         finally:
-            torch.set_default_dtype(self._default)
             self.state.restore()
+
+    def comparable(self) -> comparable:
+        """Return the mode in which evaluations are compared."""
+        wide = self.roles.adapted and next(iter(self.phi)).dtype == torch.float64
+        return comparable(default=torch.float64 if wide else None)
 
     def _task(self, t: int, batch: Any, phi: Sequence[Tensor], draws: Alike, exact: bool = True) -> Any:
         """Return a context manager that gives one task's loss with its graph; differentiate it within the block."""
@@ -370,7 +372,7 @@ class Trial:
             if isinstance(batching, Folded):
                 if not all(self.apart):
                     raise MismatchError("two tasks of the batch can't be made to differ, so folding can't be verified")
-                batching.fold.within = comparable  # a mode set here has no effect once the fold steps out of vmap
+                batching.fold.within = self.comparable  # a mode set here has no effect once the fold steps out of vmap
                 for batch, kind in zip([self.probe, *self.batches[1:]], self.kinds, strict=True):
                     self._trace(batching, batch, kind)
             bytes_a_task = max(self._first_order(batching, i) for i in range(len(self.batches)))
@@ -686,12 +688,13 @@ class comparable(TorchFunctionMode):  # noqa: N801, a context manager
     """Within the block dropout is the identity and, with `in_float64`, casts of float64 tensors to float32 are skipped.
 
     Otherwise two ways to compute a loss would differ by their dropout masks or by rounding. The casts are skipped where
-    gradients are enabled.
+    gradients are enabled. What would have PyTorch's default dtype, such as `torch.zeros(3)`, has the dtype `default`,
+    if that is given; PyTorch's own setting is one of all threads.
     """
 
-    def __init__(self, in_float64: bool = True) -> None:
+    def __init__(self, in_float64: bool = True, default: torch.dtype | None = None) -> None:
         super().__init__()
-        self.in_float64 = in_float64
+        self.in_float64, self.default = in_float64, default
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -707,7 +710,21 @@ class comparable(TorchFunctionMode):  # noqa: N801, a context manager
                 return args[0]  # for example in transformers' norms, which compute in float32 in every model
             if func in _SOFTMAXES and kwargs.get("dtype") == torch.float32:
                 kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self.default in (None, torch.get_default_dtype()) or not isinstance(result, Tensor):
+            return result
+        is_default = result.dtype == torch.get_default_dtype()
+        follows = not is_default or any(map(_sets_dtype, tree_leaves((args, kwargs))))
+        return result if follows else result.to(self.default)
+
+
+def _sets_dtype(argument: Any) -> bool:
+    """Whether the dtype of a result follows from this argument, so that it is not PyTorch's default."""
+    return isinstance(argument, torch.dtype) or (isinstance(argument, Tensor) and not _is_integral(argument.dtype))
+
+
+def _is_integral(dtype: torch.dtype) -> bool:
+    return not dtype.is_floating_point and not dtype.is_complex
 
 
 _SOFTMAXES = {F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax}

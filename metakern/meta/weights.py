@@ -27,7 +27,7 @@ from metakern.meta.fold import LINEAR, Fold
 from metakern.meta.implicit import Implicit, ImplicitUnroll, Layout
 from metakern.meta.parameters import Parameters
 from metakern.meta.unroll import Gradients
-from metakern.meta.verify import Trial, comparable, one_line
+from metakern.meta.verify import Trial, one_line
 from metakern.optim import SGD, InnerOptimizer
 
 WEIGHTS = ("auto", "explicit", "implicit")
@@ -147,7 +147,7 @@ def verify(trial: Trial, batching: Implicit, hvp: str) -> None:
 def _steady(trial: Trial, batching: Implicit, i: int) -> Iterator[None]:
     """Make evaluations of batch i within the block repeatable, as those of plain autograd were."""
     drawn = trial.drawn(i)
-    batching.fold.within = comparable  # a mode set here has no effect once the fold steps out of vmap
+    batching.fold.within = trial.comparable  # a mode set here has no effect once the fold steps out of vmap
     with trial.steady(), nullcontext() if drawn is None else Alike(2, drawn):
         yield
 

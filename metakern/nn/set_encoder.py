@@ -9,6 +9,7 @@ Zaheer et al. 2017, "Deep sets", section 2; Lee et al. 2019, "Set transformer", 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class SetEncoder(nn.Module):
         modules: The modules that a function `encode` uses, so that they are trained.
 
     Raises:
+        TypeError: By `copy.deepcopy`, if `encode` is a function that uses `modules`: the copy would use the same ones.
         ValueError: For another `pool`, or "attention" without a size; when called, for codes that are not `[N, D]`.
 
     >>> import metakern as mk, torch
@@ -50,6 +52,17 @@ class SetEncoder(nn.Module):
         self.encode, self.mask, self.pool = encode, mask, pool
         self.used = nn.ModuleList(modules)
         self.query = nn.Parameter(torch.zeros(size)) if pool == "attention" and size else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SetEncoder:
+        if len(self.used):
+            raise TypeError(
+                "SetEncoder: encode must be a module to be copied, got a function that uses modules: a copy of it would"
+                " use those of the original"
+            )
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
 
     def forward(self, batch: Any) -> Tensor:
         z = self.encode(batch)

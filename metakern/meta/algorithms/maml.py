@@ -210,7 +210,7 @@ class MAML(nn.Module):
         """
         support, outer = ordinary(support), ordinary(outer)
         prepared = self._prepare(support, outer, outer=True)
-        leaves = [*prepared.outer, *self._beside()]
+        leaves = [*prepared.outer, *self._beside(prepared)]
         gradients: Gradients = [None] * len(leaves)
         losses = []
         run = partial(self._meta_gradient, prepared)
@@ -355,7 +355,7 @@ class MAML(nn.Module):
         names = list(prepared.parameters.adapted)
         ct_own = {name: ct for name, ct in zip(names, found.theta, strict=True) if name in own and ct is not None}
         ct_theta = [None if name in own else ct for name, ct in zip(names, found.summed, strict=True)]
-        beside = self._beside()
+        beside = self._beside(prepared)
         through = derivatives([own[name] for name in ct_own], [*prepared.outer, *beside], list(ct_own.values()))
         direct = [*ct_theta, *found.shared, *found.hyper, *[None] * len(beside)]
         return [found.losses, *added(direct, through)]
@@ -372,10 +372,12 @@ class MAML(nn.Module):
         """Return what else a meta-gradient depends on, by name: settings, and modules that compute initial values."""
         return {}
 
-    def _beside(self) -> list[Tensor]:
-        """Return the trainable parameters of the modules in `_others`."""
+    def _beside(self, prepared: Prepared) -> list[Tensor]:
+        """Return the trainable parameters of the modules in `_others` that are not in `prepared.outer`, each once."""
         modules = [module for module in self._others().values() if isinstance(module, nn.Module)]
-        return [p for module in modules for p in module.parameters() if p.requires_grad]
+        parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+        known = set(map(id, prepared.outer))
+        return [p for key, p in parameters.items() if key not in known]
 
     def _theta(self, prepared: Prepared, support: Any, *start: list[Tensor]) -> list[Tensor]:
         """Return phi_0 of the tasks of a batch, or what they are to start from instead, without a graph."""
