@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 import metakern as mk
+from metakern.meta.algorithms.anil import head_of
 
 
 def test_fomaml_is_plain_autograd_with_constant_inner_gradients() -> None:
@@ -23,6 +24,8 @@ def test_fomaml_is_plain_autograd_with_constant_inner_gradients() -> None:
         found = gradients(model, fomaml(support, query))
         assert_equal(found, truth)
         assert any((found[n] - exact[n]).norm() > 1e-3 * exact[n].norm() for n in exact)
+    with pytest.raises(TypeError, match="first_order"):
+        mk.FOMAML(model, loss, first_order=False)
 
 
 def test_anil_adapts_the_last_module_alone() -> None:
@@ -34,6 +37,16 @@ def test_anil_adapts_the_last_module_alone() -> None:
     assert sorted(anil.adapt(support)) == ["2.bias", "2.weight"]
     other = mk.ANIL(model, loss, adapt=["0"], steps=3)
     assert sorted(other.adapt(support)) == ["0.bias", "0.weight"]
+    with pytest.raises(ValueError, match="adapt must match"):
+        mk.ANIL(model, loss, adapt=[])
+
+
+def test_the_head_is_the_last_module_with_trainable_parameters_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
+    model[2].requires_grad_(False)
+    assert head_of(model) == ["1.weight"]
+    model[1].weight = model[0].weight
+    assert head_of(model) == ["0.weight"]
 
 
 def test_meta_sgd_learns_a_rate_for_each_element() -> None:
@@ -41,6 +54,7 @@ def test_meta_sgd_learns_a_rate_for_each_element() -> None:
     metasgd = mk.MetaSGD(model, loss, lr=0.3, steps=2).double()
     truth = gradients(model, plain_loss(model, loss, support, query, 2, sgd(0.3)))
     assert_equal(gradients(model, metasgd(support, query)), truth)
+    assert mk.MetaSGD(model, loss).inner.lr.initial == 0.01
     rates = list(metasgd.inner.parameters())
     assert [r.shape for r in rates] == [p.shape for p in model.parameters()]
     assert all(r.grad.abs().sum() > 0 for r in rates)
@@ -54,6 +68,28 @@ def test_reptile_moves_toward_the_adapted_parameters() -> None:
     phi = reptile.adapt(support)
     assert_equal(found, {n: (p - phi[n]).mean(0).detach() for n, p in model.named_parameters()})
     torch.testing.assert_close(value.detach(), reptile.evaluate(support, query, (4,)).mean())
+
+
+def test_reptile_leaves_all_but_the_adapted_parameters_without_a_gradient() -> None:
+    model, loss, support, query, _ = build("mlp")
+    inner = mk.optim.SGD(lr=0.3, learn_lr=True).double()
+    reptile = mk.Reptile(model, loss, inner=inner, steps=2, adapt=["2"])
+    phi = reptile.adapt(support)
+    assert_equal(
+        gradients(reptile, reptile(support, query)),
+        {f"model.{n}": (p - phi[n]).mean(0).detach() for n, p in model.named_parameters() if n in phi},
+    )
+
+
+def test_reptile_returns_the_query_loss_after_all_steps() -> None:
+    model, loss, support, query, _ = build("mlp")
+    options = {"inner": mk.optim.SGD(lr=0.3), "steps": 2}
+    expected = mk.MAML(model, loss, **options).evaluate(support, query, (2,)).mean()
+    reptile = mk.Reptile(model, loss, query_weights=(0.5, 0.5, 0), **options)
+    for batch in (query, mk.PerStep(None, None, query)):
+        torch.testing.assert_close(reptile(support, batch).detach(), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(reptile(support, batch), expected)
 
 
 def test_reptile_takes_models_without_second_derivatives() -> None:
@@ -94,6 +130,8 @@ def test_boil_adapts_all_but_the_head() -> None:
     assert_equal(gradients(model, boil(support, query)), truth)
     assert sorted(boil.adapt(support)) == ["0.bias", "0.weight"]
     assert sorted(mk.BOIL(model, loss, head=["0"], steps=3).adapt(support)) == ["2.bias", "2.weight"]
+    model[0].weight.requires_grad_(False)
+    assert sorted(mk.BOIL(model, loss).adapt(support)) == ["0.bias"]
     with pytest.raises(ValueError, match="BOIL: model must have trainable parameters outside of the head"):
         mk.BOIL(model, loss, head=["*"])
 
@@ -516,6 +554,7 @@ def test_cavia_starts_each_task_at_a_zero_context() -> None:
             assert_equal(gradients(model, cavia(support, query)), truth)
             assert layer.context.grad is None
     assert cavia.adapt(support, 0)["0.context"].abs().sum() == 0
+    assert list(mk.CAVIA(mk.nn.Contextual(nn.Linear(5, 3), 2).double(), regression_loss).adapt(support)) == ["context"]
     with pytest.raises(ValueError, match="adapt must match"):
         mk.CAVIA(mlp(), regression_loss)
     with pytest.raises(ValueError, match="features must be given for a ReLU"):
