@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import Functional, T, assert_equal, build, gradients, mlp, plain_loss, points, regression_loss, sgd
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 import metakern as mk
 from metakern.meta.algorithms.anil import head_of
+from metakern.meta.algorithms.hypernetwork import Generator
 
 
 def test_fomaml_is_plain_autograd_with_constant_inner_gradients() -> None:
@@ -145,19 +147,27 @@ def test_maml_plus_plus_anneals_the_weights_and_the_order_of_its_derivatives() -
         plain = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), 3, first_order=calls < 2, query_weights=weights)
         truth = gradients(model, plain(support, query))
         with torch.no_grad():
-            maml(support, query)  # counts no training call
+            quiet = maml(support, query)  # counts no training call
+        with pytest.raises(ValueError, match="query must have the 3 tasks of support, got 2"):
+            maml(support, tree_map(lambda a: a[:2], query))  # nor does this
         assert maml.calls == calls
-        assert_equal(gradients(model, maml(support, query)), truth)
+        value = maml(support, query)
+        torch.testing.assert_close(quiet, value.detach())
+        assert_equal(gradients(model, value), truth)
         assert maml.query_weights == pytest.approx(weights)
     other = mk.MAMLPlusPlus(model, loss, mk.optim.SGD(lr=0.3), steps=3)
     other.load_state_dict(maml.state_dict())
     assert other.calls == 6
-    default = mk.MAMLPlusPlus(model, loss, steps=3).inner
-    assert [tuple(p.shape) for p in default.parameters()] == [(3,)] * 4
+    for p in mk.MAMLPlusPlus(model, loss, steps=3, lr=0.2).inner.parameters():
+        assert p.tolist() == pytest.approx([0.2] * 3)
+    default = mk.MAMLPlusPlus(model, loss)
+    assert (default.steps, default.anneal, default.inner.lr.initial) == (5, 1000, 0.01)
     assert mk.MAMLPlusPlus(model, loss, steps=3, anneal=0).weights(0)[1:] == pytest.approx((0.01, 0.01, 0.98))
-    for wrong in ({"steps": 0}, {"anneal": -1}, {"first_order_calls": True}):
+    for wrong in ({"steps": 0}, {"steps": True}, {"anneal": -1}, {"first_order_calls": True}):
         with pytest.raises(ValueError, match="MAMLPlusPlus: "):
             mk.MAMLPlusPlus(model, loss, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"MAML: model must be an nn\.Module, got function"):
+        mk.MAMLPlusPlus(loss, loss, per_step_norms=True)  # type: ignore[arg-type]
 
 
 def implicit(model: nn.Module, support: Any, query: Any, strength: float, adapted: list[str]) -> dict[str, Tensor]:
@@ -363,7 +373,10 @@ def test_a_warm_start_reaches_the_minimum_around_theta_in_few_steps() -> None:
     assert_equal(warm.adapt(support, 2, start=warm.adapt(support, 3)), warm.adapt(support, 5))
     with pytest.raises(ValueError, match="start must hold each adapted parameter for each task"):
         warm(support, query, start={"weight": minima[0]})
-    assert mk.IMAML(model, regression_loss).solutions is None
+    default = mk.IMAML(model, regression_loss)
+    assert (default.solutions, default.log_strength) == (None, None)
+    assert (default.steps, default.strength, default.solver, default.solver_steps) == (16, 2.0, "cg", 10)
+    assert (default.tolerance, default.inner.lr.initial, warm.inner.lr.initial) == (0.1, 0.1, 0.5 / 9)
 
 
 def test_imaml_says_how_far_its_inner_loops_are_from_their_minima() -> None:
@@ -398,6 +411,7 @@ def test_imaml_reports_what_does_not_converge_once_and_refuses_what_has_no_minim
         {"query_weights": (0.5, 0.5), "steps": 1},
         {"solver": "lu"},
         {"solver_steps": 0},
+        {"solver_steps": True},
         {"tolerance": -1.0},
         {"inner": mk.optim.SGD(lr=0.1, learn_lr=True)},
     ):
@@ -474,6 +488,7 @@ def test_hypernetwork_writes_what_the_inner_loop_starts_from(adapt: list[str] | 
     names = [name for name, _ in model.named_parameters() if adapt is None or name.startswith("2.")]
     options: dict[str, Any] = {"size": 6, "width": 7, "rank": 2, "steps": steps, "adapt": adapt}
     hyper = mk.HyperNetwork(model, regression_loss, Encoder().double(), inner=mk.optim.SGD(lr=0.3), **options)
+    assert (hyper.generator.rank, hyper.generator.embedding.shape) == (2, (len(names), 7))
     starts = hyper.adapt(support, 0)
     for name in names:
         torch.testing.assert_close(starts[name], dict(model.named_parameters())[name].expand_as(starts[name]))
@@ -509,10 +524,65 @@ def test_hypernetwork_writes_what_the_inner_loop_starts_from(adapt: list[str] | 
     captured(support, query)
     captured.encoder = hyper.encoder  # after a program was recorded
     torch.testing.assert_close(captured(support, query).detach(), total.detach())
+    default = mk.HyperNetwork(model, regression_loss, Encoder(), size=6)
+    assert (default.steps, default.generator.rank, default.generator.embedding.shape[1]) == (0, 8, 64)
     with pytest.raises(ValueError, match="encoder must return the embedding"):
         mk.HyperNetwork(model, regression_loss, Encoder().double(), size=5)(support, query)
+    for wrong in ({"size": 0}, {"size": 6, "width": True}, {"size": 6, "rank": 2.5}):
+        with pytest.raises(ValueError, match=r"HyperNetwork: \w+ must be an integer of at least 1, got"):
+            mk.HyperNetwork(model, regression_loss, Encoder(), **wrong)
     with pytest.raises(TypeError, match=r"encoder must be an nn\.Module"):
         mk.HyperNetwork(model, regression_loss, regression_loss, size=5)  # type: ignore[arg-type]
+
+
+def test_hypernetwork_reads_the_support_of_the_first_step() -> None:
+    torch.manual_seed(0)
+    model, first, query = mlp().double(), points(1), points(2)
+    support, inner = mk.PerStep(first, points(3)), mk.optim.SGD(lr=0.3)
+    hyper = mk.HyperNetwork(model, regression_loss, Encoder().double(), size=6, inner=inner, steps=2)
+    for p in hyper.generator.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    starts = hyper.adapt(first, 0)
+    expected = mk.MAML(model, regression_loss, inner, 2).evaluate(support, query, (0, 2), start=starts)
+    torch.testing.assert_close(hyper.evaluate(support, query, (0, 2)), expected)
+    torch.testing.assert_close(hyper(support, query).detach(), expected[1].mean())
+
+
+def test_hypernetwork_writes_in_the_dtype_of_the_model_and_nothing_for_what_was_frozen() -> None:
+    model, support = mlp(), tuple(t.float() for t in points(1))
+    model[0].weight.requires_grad_(False)
+    hyper = mk.HyperNetwork(model, regression_loss, Encoder(), size=6)
+    model[0].weight.requires_grad_(True)
+    for p in hyper.generator.double().parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    starts = hyper.adapt(support)
+    assert {p.dtype for p in starts.values()} == {torch.float32}
+    for name, p in model.named_parameters():
+        assert torch.equal(starts[name], p.expand_as(starts[name])) == (name == "0.weight")
+
+
+def test_a_generator_writes_each_parameter_from_its_embedding_and_that_of_the_task() -> None:
+    torch.manual_seed(0)
+    shapes = {"a": (5, 4), "b": (3, 5), "c": (5, 4), "d": (4,), "e": (), "f": (4, 5, 6)}  # a and c in factors
+    parameters = {name: nn.Parameter(torch.zeros(shape).double()) for name, shape in shapes.items()}
+    generator, e = Generator(parameters, size=6, width=7, rank=3), torch.randn(T, 6).double()
+    changes = list(generator(e).values())
+    assert all(torch.equal(change, torch.zeros_like(change)) for change in changes)
+    sum(change.sum() for change in changes).backward()
+    assert all(layer.weight.grad.any() for layer in generator.outputs.values())
+    for p in generator.parameters():
+        p.data = torch.randn_like(p)
+    found = generator(e)
+    assert list(found) == ["a", "c", "b", "d", "e", "f"]
+    for t in range(T):
+        for i, (name, shape) in enumerate(shapes.items()):
+            x = torch.cat([e[t], generator.embedding[i]])
+            for layer in (generator.hidden[0], generator.hidden[2]):
+                x = F.gelu(layer.weight @ x + layer.bias)
+            output = generator.outputs["x".join(map(str, shape)) or "scalar"]
+            y = output.weight @ x + output.bias
+            change = y[:15].view(5, 3) @ y[15:].view(3, 4) if name in "ac" else y.view(shape)
+            torch.testing.assert_close(found[name][t], change)
 
 
 def test_a_set_encoder_pools_what_counts() -> None:
