@@ -90,6 +90,52 @@ def test_a_soft_prompt_is_adapted_alone(name: str) -> None:
     assert sorted(maml.adapt(support)) == ["prompt"]
 
 
+class Prompted(torch.nn.Module):
+    """A small language model that says which of its embeddings is that of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.tokens = torch.nn.Embedding(20, 4), torch.nn.Embedding(20, 4)
+        self.rnn, self.head = torch.nn.GRU(4, 5, batch_first=True), torch.nn.Linear(5, 20)
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self.tokens
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> SimpleNamespace:
+        x = self.tokens(ids)
+        return self.read(x if attention_mask is None else x * attention_mask[..., None])
+
+    def read(self, x: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.rnn(x)[0]))
+
+
+def test_a_soft_prompt_is_read_before_the_embedded_tokens() -> None:
+    torch.manual_seed(0)
+    model, ids, mask = Prompted().double(), torch.randint(20, (2, 6)), torch.arange(6) < torch.tensor([[6], [4]])
+    prompted, alone = mk.nn.SoftPrompt(model, 3), model(ids).logits
+    for given in (None, mask.long()):
+        x = model.tokens(ids) if given is None else model.tokens(ids) * given[..., None]
+        expected = model.read(torch.cat([prompted.prompt.expand(2, -1, -1), x], 1)).logits[:, 3:]
+        logits = prompted(ids, given)
+        found = [(y, *torch.autograd.grad(y.logsumexp(-1).sum(), prompted.prompt)) for y in (logits, expected)]
+        torch.testing.assert_close(*found)
+        assert torch.equal(model(ids).logits, alone)
+    prompted.model.float()
+    assert prompted(ids).dtype == torch.float32
+    model.tokens.forward = model.tokens.forward  # as a hook that replaces it
+    prompted(ids)
+    assert "forward" in model.tokens.__dict__
+
+
+def test_a_soft_prompt_begins_as_embeddings_of_random_tokens() -> None:
+    model = Prompted()
+    for options, seed in (({}, 0), ({"seed": 5}, 5)):
+        drawn = torch.randint(20, (9,), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(mk.nn.SoftPrompt(model, 9, **options).prompt, model.tokens.weight[drawn])
+    first = torch.nn.ModuleList([model.other, model.tokens])
+    assert torch.equal(mk.nn.SoftPrompt(first, 9, 5).prompt, model.other.weight[drawn])
+
+
 @pytest.mark.parametrize("options", [(), ("length=3",)])
 def test_a_gpt_has_room_for_a_soft_prompt_before_the_longest_window(options: tuple[str, ...]) -> None:
     config = tiny_config("", model="gpt", algorithm="prompt", algorithm_options=options)
@@ -101,8 +147,9 @@ def test_a_gpt_has_room_for_a_soft_prompt_before_the_longest_window(options: tup
 def test_soft_prompts_refuse_what_has_no_place_for_them() -> None:
     with pytest.raises(ValueError, match="must have an embedding of tokens"):
         mk.nn.SoftPrompt(torch.nn.Linear(2, 2), 3)
-    with pytest.raises(ValueError, match="length must be an integer of at least 1, got 0"):
-        mk.nn.SoftPrompt(torch.nn.Embedding(2, 2), 0)
+    for length in (0, True):
+        with pytest.raises(ValueError, match=f"length must be an integer of at least 1, got {length}"):
+            mk.nn.SoftPrompt(torch.nn.Embedding(2, 2), length)
 
     class Twice(torch.nn.Module):
         def __init__(self) -> None:
@@ -114,6 +161,10 @@ def test_soft_prompts_refuse_what_has_no_place_for_them() -> None:
 
     with pytest.raises(ValueError, match="one call of its embedding, got 2"):
         mk.nn.SoftPrompt(Twice(), 3)(torch.zeros(1, 5, dtype=torch.long))
+    unread = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(9, 4)})
+    unread.forward = lambda ids: ids[..., None].float()  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="one call of its embedding, got 0"):
+        mk.nn.SoftPrompt(unread, 3)(torch.zeros(1, 5, dtype=torch.long))
 
 
 def test_retrieval_picks_the_nearest_context_by_the_rarer_words() -> None:

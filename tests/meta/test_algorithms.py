@@ -382,14 +382,19 @@ def test_a_warm_start_reaches_the_minimum_around_theta_in_few_steps() -> None:
 def test_imaml_says_how_far_its_inner_loops_are_from_their_minima() -> None:
     model, support, query = mlp().double(), points(1), points(2)
     imaml = mk.IMAML(model, regression_loss, mk.optim.SGD(lr=0.05), 4, strength=2.5, tolerance=1.0, capture=False)
-    imaml(support, query)
-    phi = imaml.adapt(support)
-    for t in range(T):
-        own = {name: p[t].clone().requires_grad_() for name, p in phi.items()}
-        loss = regression_loss(Functional(model, own), tree_map(lambda a, t=t: a[t], support))
-        g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(own.values()))])
-        d = 2.5 * torch.cat([(own[name] - p).flatten() for name, p in model.named_parameters()])
-        torch.testing.assert_close(imaml.inner_residuals[t], ((g + d).norm() / (g.norm() + d.norm())).detach())
+    for strength in (2.5, 4.0):
+        imaml.strength = strength
+        imaml(support, query)
+        phi = imaml.adapt(support)
+        for t in range(T):
+            own = {name: p[t].clone().requires_grad_() for name, p in phi.items()}
+            loss = regression_loss(Functional(model, own), tree_map(lambda a, t=t: a[t], support))
+            g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(own.values()))])
+            d = strength * torch.cat([(own[name] - p).flatten() for name, p in model.named_parameters()])
+            torch.testing.assert_close(imaml.inner_residuals[t], ((g + d).norm() / (g.norm() + d.norm())).detach())
+    imaml.tolerance = 0.99 * imaml.inner_residuals.max().item()
+    with pytest.warns(UserWarning, match="IMAML: the inner loop must reach"):
+        imaml(support, query)
     imaml.steps = 0
     imaml(support, query)
     torch.testing.assert_close(imaml.inner_residuals, torch.ones(T).double())
@@ -420,6 +425,10 @@ def test_imaml_reports_what_does_not_converge_once_and_refuses_what_has_no_minim
     imaml.query_weights = (0.5, 0.5)
     with pytest.raises(ValueError, match="IMAML: query_weights must be None"):
         imaml(support, query)
+    with pytest.raises(ValueError, match=r"IMAML: strength must be positive, got 0\.0"):
+        imaml.strength = 0.0
+    with pytest.warns(UserWarning, match="IMAML: the .* must reach a relative residual of 0.1, got nan"):
+        mk.IMAML(model, regression_loss, mk.optim.SGD(lr=1e30), solver_steps=1)(support, query)
     with pytest.raises(ValueError, match="support must be one batch"):
         mk.IMAML(model, regression_loss, steps=1)(mk.PerStep(support), query)
     with pytest.raises(ValueError, match="support must be one batch"):
@@ -590,16 +599,28 @@ def test_a_set_encoder_pools_what_counts() -> None:
     x, mask = torch.randn(5, 3).double(), torch.tensor([True, False, True, True, False])
     for pool in ("mean", "attention"):
         encoder = mk.nn.SetEncoder(lambda b: net(b[0]), pool, 4, mask=lambda b: b[1], modules=[net]).double()
+        torch.testing.assert_close(encoder((x, mask)), net(x[mask]).mean(0))  # the query begins as zeros
+        z, weights = net(x[mask]), torch.full((3,), 1 / 3).double()
         if encoder.query is not None:
             encoder.query.data.normal_()
+            weights = (z @ encoder.query / 4**0.5).softmax(0)
+        orders = [
+            (e, *torch.autograd.grad(e.square().sum(), list(encoder.parameters())))
+            for e in (encoder((x, mask)), weights @ z)
+        ]
+        torch.testing.assert_close(*orders)
         torch.testing.assert_close(encoder((x, mask)), encoder((x[mask], torch.ones(3, dtype=torch.bool))))
         assert encoder((x, mask & False)).abs().sum() == 0
         assert len(list(encoder.parameters())) == 2 + (pool == "attention")
     torch.testing.assert_close(mk.nn.SetEncoder(net)(x), net(x).mean(0))
-    with pytest.raises(ValueError, match="pool must be"):
-        mk.nn.SetEncoder(net, "max")
+    torch.testing.assert_close(mk.nn.SetEncoder(net, "attention", 4)(x), net(x).mean(0))  # of another dtype
+    for wrong in ("max", "attention"):
+        with pytest.raises(ValueError, match="pool must be"):
+            mk.nn.SetEncoder(net, wrong)
     with pytest.raises(ValueError, match=r"code \[N, D\]"):
         mk.nn.SetEncoder(net)(x[0])
+    with pytest.raises(ValueError, match=r"code \[N, D\] of the examples, got tuple"):
+        mk.nn.SetEncoder(nn.GRU(3, 4).double())(x)
 
 
 def test_cavia_starts_each_task_at_a_zero_context() -> None:
@@ -627,7 +648,26 @@ def test_cavia_starts_each_task_at_a_zero_context() -> None:
     assert list(mk.CAVIA(mk.nn.Contextual(nn.Linear(5, 3), 2).double(), regression_loss).adapt(support)) == ["context"]
     with pytest.raises(ValueError, match="adapt must match"):
         mk.CAVIA(mlp(), regression_loss)
+
+
+def test_a_contextual_layer_adds_a_function_of_its_context() -> None:
+    torch.manual_seed(0)
+    x, tokens = torch.randn(5, 3).double(), torch.tensor([1, 6])
+    for inner, args, features in (
+        (nn.Linear(3, 4), x, None),
+        (nn.Embedding(7, 4), tokens, None),
+        (nn.Sequential(nn.Linear(3, 4)), x, 4),
+        (nn.Linear(3, 1), x, 4),
+    ):
+        layer = mk.nn.Contextual(inner.double(), 2, features)
+        assert (layer.context.dtype, layer.spread.dtype) == (torch.float64, torch.float64)
+        assert torch.equal(layer(input=args), inner(args).expand(-1, 4))  # the context begins as zeros
+        layer.context.data.normal_()
+        torch.testing.assert_close(layer(args), inner(args) + layer.context @ layer.spread.T)
+    wide = mk.nn.Contextual(nn.Linear(2, 100), 64)
+    assert wide.spread.std().item() == pytest.approx(1 / 8, rel=0.1)
     with pytest.raises(ValueError, match="features must be given for a ReLU"):
         mk.nn.Contextual(nn.ReLU(), 2)
-    with pytest.raises(ValueError, match="size must be an integer"):
-        mk.nn.Contextual(nn.Linear(2, 2), 0)
+    for size in (0, True):
+        with pytest.raises(ValueError, match="size must be an integer"):
+            mk.nn.Contextual(nn.Linear(2, 2), size)
