@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_config, write_tasks
 
 import metakern as mk
-from metakern.dialogue.baselines import InContext, Retrieval
+from metakern.dialogue.baselines import FineTune, InContext, PromptTuning, Retrieval
 from metakern.dialogue.chat import adapt
 from metakern.dialogue.evaluate import evaluate
 from metakern.dialogue.models import build_model
@@ -29,6 +29,31 @@ def batch(tasks: int, windows: int, length: int, seed: int) -> dict[str, torch.T
     return {"input_ids": ids * mask, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
 
 
+@pytest.mark.parametrize("make", [FineTune, PromptTuning])
+def test_plain_training_counts_every_token_and_adapts_as_maml(make: type[FineTune]) -> None:
+    model = build_model("gru", 20, embedding=8, hidden=8).double()
+    support, query = batch(3, 2, 6, 1), batch(3, 4, 6, 2)
+    options = {"inner": mk.optim.SGD(0.5), "steps": 2}
+    algorithm = make(model, mk.losses.causal_lm, **options | ({"length": 3} if make is PromptTuning else {}))
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for part in (support, query):
+        for ids, labels in zip(part["input_ids"].flatten(0, 1), part["labels"].flatten(0, 1), strict=True):
+            logits = algorithm.trained(ids[None])[0, :-1]
+            total = total + torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
+            count += int((labels[1:] >= 0).sum())
+    torch.testing.assert_close(algorithm(support, query), total / count)
+    assert algorithm.counted == count
+    assert algorithm.model is model
+    maml = mk.MAML(algorithm.trained, mk.losses.causal_lm, adapt=None if make is FineTune else ["prompt"], **options)
+    torch.testing.assert_close(algorithm.evaluate(support, query), maml.evaluate(support, query))
+    torch.testing.assert_close(algorithm.adapt_trained(support), maml.adapt(support))
+    if make is PromptTuning:
+        assert algorithm.trained.prompt.shape == (3, 8)
+        assert PromptTuning(model, mk.losses.causal_lm).trained.prompt.shape == (8, 8)
+        with pytest.raises(UserError, match="adapt: prompt and incontext leave"):
+            algorithm.adapt(support)
+
+
 @pytest.mark.parametrize("name", ["gru", "gpt"])
 def test_in_context_puts_the_tokens_of_the_support_before_each_query(name: str) -> None:
     sizes = {"width": 8, "heads": 2, "max_length": 64} if name == "gpt" else {"embedding": 8, "hidden": 8}
@@ -37,9 +62,13 @@ def test_in_context_puts_the_tokens_of_the_support_before_each_query(name: str) 
     algorithm = InContext(model, mk.losses.causal_lm)
     losses = algorithm.evaluate(support, query, (0, 3))
     assert losses.shape == (2, 3)
-    counts = []
+    losses[1] = 0
+    masks, counts = [], []
+    spy = InContext(model, lambda model, batch: masks.append(batch["attention_mask"]) or torch.zeros(()))  # type: ignore[func-returns-value]
+    spy.evaluate(support, query)
     for t in range(3):
         context = support["input_ids"][t][support["attention_mask"][t].bool()]
+        assert masks[t][:, : len(context)].all()
         total, count = torch.zeros(()), 0
         for c in range(4):
             n = int(query["attention_mask"][t, c].sum())
@@ -51,12 +80,13 @@ def test_in_context_puts_the_tokens_of_the_support_before_each_query(name: str) 
         counts.append(count)
     mean = (losses[0] * torch.tensor(counts)).sum() / sum(counts)
     torch.testing.assert_close(algorithm(support, query).detach(), mean)
+    assert algorithm.counted == sum(counts)
     algorithm(support, query).backward()
     assert all(p.grad is not None for p in model.parameters())
     if name == "gpt":  # the latest windows that fit
+        expected = algorithm.evaluate({k: v[:, 1:] for k, v in support.items()}, query)
         model.max_length = 5 + 6
-        last = {k: v[:, 1:] for k, v in support.items()}
-        torch.testing.assert_close(algorithm.evaluate(support, query), algorithm.evaluate(last, query))
+        torch.testing.assert_close(algorithm.evaluate(support, query), expected)
 
 
 @pytest.mark.parametrize("name", ["gru", "gpt"])
