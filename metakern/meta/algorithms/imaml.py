@@ -102,12 +102,12 @@ class IMAML(MAML):
             if not isinstance(value, bool):
                 raise ValueError(f"IMAML: {name} must be True or False, got {value!r}")
         inner = SGD(min(0.1, 0.5 / strength)) if inner is None else inner
-        if isinstance(inner, InnerOptimizer) and any(p.requires_grad for p in inner.parameters()):
+        _without(options.get("query_weights"))
+        super().__init__(model, loss, inner, steps, **options | {"strategy": "recompute"})
+        if any(p.requires_grad for p in inner.parameters()):  # which values for each parameter have only now
             raise ValueError(
                 "IMAML: inner must have fixed hyper-parameters, as the gradient does not depend on the path"
             )
-        _without(options.get("query_weights"))
-        super().__init__(model, loss, inner, steps, **options | {"strategy": "recompute"})
         like = next(model.parameters())
         self.log_strength = nn.Parameter(like.new_tensor(math.log(strength))) if learn_strength else None
         self.strength, self.solver, self.solver_steps, self.tolerance = strength, solver, solver_steps, tolerance
