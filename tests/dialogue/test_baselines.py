@@ -87,6 +87,9 @@ def test_in_context_puts_the_tokens_of_the_support_before_each_query(name: str) 
         expected = algorithm.evaluate({k: v[:, 1:] for k, v in support.items()}, query)
         model.max_length = 5 + 6
         torch.testing.assert_close(algorithm.evaluate(support, query), expected)
+        assert not len(algorithm.context(support, 0, 12))
+        other = InContext(SimpleNamespace(config=SimpleNamespace(max_position_embeddings=11)), mk.losses.causal_lm)
+        assert torch.equal(other.context(support, 1, 5), algorithm.context(support, 1, 5))
 
 
 @pytest.mark.parametrize("name", ["gru", "gpt"])

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 import metakern as mk
 from metakern.meta.algorithms.anil import head_of
 from metakern.meta.algorithms.hypernetwork import Generator
+from metakern.meta.algorithms.imaml import _conjugate_gradients, _neumann
 
 
 def test_fomaml_is_plain_autograd_with_constant_inner_gradients() -> None:
@@ -419,6 +420,8 @@ def test_imaml_reports_what_does_not_converge_once_and_refuses_what_has_no_minim
         {"solver_steps": True},
         {"tolerance": -1.0},
         {"inner": mk.optim.SGD(lr=0.1, learn_lr=True)},
+        {"inner": mk.optim.SGD(lr=0.1, learn_lr=True, per="parameter")},
+        {"inner": mk.optim.MetaCurvature()},
     ):
         with pytest.raises(ValueError, match="IMAML: "):
             mk.IMAML(model, regression_loss, **wrong)  # type: ignore[arg-type]
@@ -433,6 +436,102 @@ def test_imaml_reports_what_does_not_converge_once_and_refuses_what_has_no_minim
         mk.IMAML(model, regression_loss, steps=1)(mk.PerStep(support), query)
     with pytest.raises(ValueError, match="support must be one batch"):
         mk.IMAML(model, regression_loss, steps=1)(lambda k: support, query)
+
+
+def systems() -> tuple[Tensor, list[Tensor], Any]:
+    """Return H [5, 6, 6], b [5, 4] and [5, 2], and v -> H v; two are random, then b = 0, then H = I, then H = -9 I."""
+    make, eye = torch.Generator().manual_seed(0), torch.eye(6, dtype=torch.float64)
+    a = torch.randn(2, 6, 6, generator=make, dtype=torch.float64)
+    H = torch.cat([a @ a.mT, torch.stack([eye, eye, -9 * eye])])
+    b = torch.randn(5, 6, generator=make, dtype=torch.float64)
+    b[2] = 0
+    return H, [b[:, :4], b[:, 4:]], lambda v: list((H @ torch.cat(v, 1)[..., None])[..., 0].split([4, 2], 1))
+
+
+def test_conjugate_gradients_solve_each_system_in_as_many_steps_as_it_has_unknowns() -> None:
+    H, b, product = systems()
+    shifted, flat = H + 0.7 * torch.eye(6, dtype=torch.float64), torch.cat(b, 1)
+    x, residuals = _conjugate_gradients(product, b, 0.7, 6)
+    found = torch.cat(x, 1)
+    torch.testing.assert_close(found[:4], torch.linalg.solve(shifted, flat)[:4])
+    assert not found[4].any()  # its matrix is not positive definite
+    torch.testing.assert_close(residuals, torch.tensor([0, 0, 0, 0, 1]).double())
+    x, residuals = _conjugate_gradients(product, b, 0.7, 3)
+    rest = (flat - (shifted @ torch.cat(x, 1)[..., None])[..., 0]).norm(dim=1)
+    assert (rest[:2] > 0.01).all()
+    torch.testing.assert_close(residuals[:2], (rest / flat.norm(dim=1))[:2])
+
+
+def test_the_neumann_series_has_a_term_more_than_its_steps() -> None:
+    H, b, product = systems()
+    terms = [torch.cat(b, 1)]
+    for _ in range(3):
+        terms.append(-(H @ terms[-1][..., None])[..., 0] / 20)
+    x, residuals = _neumann(product, b, 20.0, 3)
+    torch.testing.assert_close(torch.cat(x, 1), sum(terms) / 20)
+    torch.testing.assert_close(residuals, (terms[-1].norm(dim=1) / terms[0].norm(dim=1)).nan_to_num(0))
+
+
+def test_a_captured_imaml_follows_its_settings() -> None:
+    model, support, query = nn.Linear(5, 3).double(), points(1), points(2)
+    settings: dict[str, Any] = {"inner": mk.optim.SGD(lr=0.04), "steps": 6, "tolerance": 1e9}
+    captured = mk.IMAML(model, regression_loss, capture=True, **settings)
+    for name, value in (
+        ("solver", "neumann"),
+        ("solver_steps", 3),
+        ("keep_solutions", True),
+        ("strength", 6.0),
+        ("inner", mk.optim.SGD(lr=0.02)),
+        ("steps", 5),
+    ):
+        captured(support, query)
+        setattr(captured, name, value)
+        settings[name] = value
+        ordinary = mk.IMAML(model, regression_loss, capture=False, **settings)
+        truth = gradients(model, ordinary(support, query))
+        assert_equal(gradients(model, captured(support, query)), truth)
+        torch.testing.assert_close(captured.solutions, ordinary.solutions)
+        torch.testing.assert_close(captured.residuals, ordinary.residuals)
+    assert_equal(gradients(model, ordinary(support, mk.PerStep(*[None] * 5, query))), truth)
+
+
+def test_imaml_has_no_residual_and_no_gradient_where_both_losses_are_at_their_minima() -> None:
+    model, (x, _) = nn.Linear(5, 3).double(), points(1)
+    batch = x, model(x).detach()
+    for solver in ("cg", "neumann"):
+        imaml = mk.IMAML(model, regression_loss, solver=solver)
+        found = gradients(model, imaml(batch, batch))
+        assert not any(g.any() for g in (*found.values(), imaml.residuals, imaml.inner_residuals))
+
+
+class ByLoss(mk.optim.InnerOptimizer):
+    takes_losses = True
+
+    def update(self, phi: Any, grads: Any, state: Any, losses: Tensor) -> Any:
+        return [p - 0.1 * losses.view(-1, *[1] * (p.dim() - 1)) * g for p, g in zip(phi, grads, strict=True)], state
+
+
+@pytest.mark.parametrize("make", [lambda: mk.optim.SGD(0.05, momentum=0.5), mk.optim.Adam, ByLoss])
+def test_the_penalty_of_imaml_passes_on_states_and_losses(make: Any) -> None:
+    model, support, inner = mlp().double(), points(1), make()
+    phi = {name: p.detach().expand(T, *p.shape) for name, p in model.named_parameters()}
+    state = inner.init(list(phi.values()))
+    for _ in range(3):
+        leaves = {name: p.clone().requires_grad_() for name, p in phi.items()}
+        losses = torch.stack(
+            [
+                regression_loss(
+                    Functional(model, {n: p[t] for n, p in leaves.items()}), tree_map(lambda a, t=t: a[t], support)
+                )
+                for t in range(T)
+            ]
+        )
+        grads = torch.autograd.grad(losses.sum(), list(leaves.values()))
+        pulled = [g + 2.5 * (p - p0) for g, p, p0 in zip(grads, phi.values(), model.parameters(), strict=True)]
+        read = (losses,) if inner.takes_losses else ()
+        found, state = inner.update(list(phi.values()), pulled, state, *read)
+        phi = {name: p.detach() for name, p in zip(phi, found, strict=True)}
+    assert_equal(mk.IMAML(model, regression_loss, make(), strength=2.5).adapt(support, 3), phi)
 
 
 def plain_stream(model: nn.Module, chunks: list[Any], window: int) -> Tensor:
@@ -462,10 +561,13 @@ def test_streaming_learns_from_each_chunk_after_predicting_it(window: int | None
             ours = streaming(stream)
             torch.testing.assert_close(ours, value.detach())
             assert_equal(gradients(model, ours), truth)
-        with torch.no_grad():
-            torch.testing.assert_close(streaming(joined), value.detach())
         losses = streaming.evaluate(joined)
         assert losses.shape == (len(chunks), T)
+        torch.testing.assert_close(streaming.query_losses, losses.mean(0))
+        streaming.query_losses = None
+        with torch.no_grad():
+            torch.testing.assert_close(streaming(joined), value.detach())
+        torch.testing.assert_close(streaming.query_losses, losses.mean(0))
         torch.testing.assert_close(losses, streaming.evaluate(mk.PerStep(*chunks), steps=range(len(chunks))))
         plain = mk.MAML(model, regression_loss, mk.optim.SGD(lr=0.3))
         assert_equal(streaming.adapt(joined), plain.adapt(mk.PerStep(*chunks), len(chunks)))
@@ -476,8 +578,32 @@ def test_streaming_refuses_windows_that_would_lose_the_optimizer_state() -> None
     with pytest.raises(ValueError, match="window must be None for an inner optimizer with a state"):
         mk.Streaming(model, regression_loss, mk.optim.Adam(), window=2)(chunks)
     mk.Streaming(model, regression_loss, mk.optim.Adam())(chunks).backward()
-    with pytest.raises(ValueError, match="window must be None or an integer"):
-        mk.Streaming(model, regression_loss, window=0)
+    for window in (0, True):
+        with pytest.raises(ValueError, match="window must be None or an integer"):
+            mk.Streaming(model, regression_loss, window=window)
+
+
+def test_streams_are_adapted_and_evaluated_as_by_maml() -> None:
+    model, stream, query = mlp().double(), mk.PerStep(*(points(seed) for seed in range(4))), points(9)
+    streaming, plain = (
+        make(model, regression_loss, mk.optim.SGD(lr=0.3), task_chunk=T) for make in (mk.Streaming, mk.MAML)
+    )
+    start = plain.adapt(points(7), 1)
+    assert_equal(streaming.adapt(stream, 2, start), plain.adapt(stream, 2, start))
+    for given, steps in (((query, (0, 3), start), (0, 3)), ((None, None, start), range(4))):
+        expected = plain.evaluate(stream, query if given[0] else stream, steps, start)
+        torch.testing.assert_close(streaming.evaluate(stream, *given), expected)
+    seen: list[int] = []
+    streaming.adapt(stream, until=lambda k, phi: seen.append(k) or k == 1)  # type: ignore[func-returns-value]
+    assert seen == [0, 1]
+
+
+def test_windows_start_in_the_precision_of_the_steps() -> None:
+    model, stream = mlp(), mk.PerStep(*(tuple(x.float() for x in points(seed)) for seed in range(4)))
+    streaming = mk.Streaming(model, regression_loss, mk.optim.SGD(lr=0.3), window=2, precision="bfloat16")
+    value = streaming(stream).detach()
+    torch.testing.assert_close(value, streaming.evaluate(stream).mean(), rtol=1e-6, atol=1e-7)
+    assert "precision bfloat16" in str(streaming.plan)
 
 
 class Encoder(nn.Module):
