@@ -493,6 +493,18 @@ def test_a_captured_imaml_follows_its_settings() -> None:
         torch.testing.assert_close(captured.solutions, ordinary.solutions)
         torch.testing.assert_close(captured.residuals, ordinary.residuals)
     assert_equal(gradients(model, ordinary(support, mk.PerStep(*[None] * 5, query))), truth)
+    assert captured._optimizer() is captured._optimizer()  # another one would be recorded anew
+
+
+def test_the_solutions_of_imaml_have_the_dtypes_of_the_parameters() -> None:
+    class ToDouble(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.double()
+
+    model, (x, y) = nn.Sequential(nn.Linear(5, 3), ToDouble(), nn.Linear(3, 3).double()), points(1)
+    imaml = mk.IMAML(model, regression_loss, steps=20, keep_solutions=True)
+    imaml((x.float(), y), (x.float(), y)).backward()
+    assert {name: p.dtype for name, p in imaml.solutions.items()} == {n: p.dtype for n, p in model.named_parameters()}
 
 
 def test_imaml_has_no_residual_and_no_gradient_where_both_losses_are_at_their_minima() -> None:
@@ -652,6 +664,10 @@ def test_hypernetwork_writes_what_the_inner_loop_starts_from(adapt: list[str] | 
             torch.testing.assert_close(value.detach(), total.detach())
             assert_equal(gradients(other, value), truth)
             other.zero_grad()
+    hyper.encoder.net.weight.requires_grad_(False)
+    found = gradients(hyper, hyper(support, query))
+    assert "encoder.net.weight" not in found
+    torch.testing.assert_close(found["encoder.net.bias"], truth["encoder.net.bias"])
     captured = mk.HyperNetwork(
         model, regression_loss, Encoder().double(), inner=mk.optim.SGD(lr=0.3), **options, capture=True
     )
@@ -718,6 +734,7 @@ def test_a_generator_writes_each_parameter_from_its_embedding_and_that_of_the_ta
             y = output.weight @ x + output.bias
             change = y[:15].view(5, 3) @ y[15:].view(3, 4) if name in "ac" else y.view(shape)
             torch.testing.assert_close(found[name][t], change)
+    assert generator.float()(e)["a"].dtype == torch.float32
 
 
 def test_a_set_encoder_pools_what_counts() -> None:
@@ -789,7 +806,11 @@ def test_a_contextual_layer_adds_a_function_of_its_context() -> None:
         assert (layer.context.dtype, layer.spread.dtype) == (torch.float64, torch.float64)
         assert torch.equal(layer(input=args), inner(args).expand(-1, 4))  # the context begins as zeros
         layer.context.data.normal_()
-        torch.testing.assert_close(layer(args), inner(args) + layer.context @ layer.spread.T)
+        orders = [
+            (y, *torch.autograd.grad(y.square().sum(), (layer.context, layer.spread)))
+            for y in (layer(args), inner(args) + layer.context @ layer.spread.T)
+        ]
+        torch.testing.assert_close(*orders)
     wide = mk.nn.Contextual(nn.Linear(2, 100), 64)
     assert wide.spread.std().item() == pytest.approx(1 / 8, rel=0.1)
     with pytest.raises(ValueError, match="features must be given for a ReLU"):

@@ -285,6 +285,9 @@ def test_protomaml_starts_from_the_support_of_the_first_step() -> None:
     assert_equal(gradients(net, protomaml(support, query)), gradients(net, truth.mean()), 1e-9)
     with pytest.raises(ValueError, match="query must have classes of its task's support, got class 3 in task 1"):
         protomaml(support, mk.PerStep(None, query, _with(query, 1, 3)))
+    fewer = _with(support.batches[0], 1, torch.arange(9) % 2)
+    with pytest.raises(ValueError, match="query must have classes of its task's support, got class 2 in task 1"):
+        protomaml(mk.PerStep(fewer, support.batches[1]), query)
 
 
 def test_protomaml_takes_the_input_of_the_head_where_norms_read_the_batch() -> None:
@@ -333,6 +336,9 @@ def test_protomaml_starts_at_the_prototypes() -> None:
     net[1].forward = net[1].forward  # as a hook that replaces it
     protomaml.adapt(support, steps=0)
     assert "forward" in net[1].__dict__
+    with torch.autocast("cpu", torch.bfloat16):
+        phi = mk.ProtoMAML(classifier().float(), mk.losses.classification).adapt((X[0].float(), X[1]), steps=0)
+    assert {p.dtype for p in phi.values()} == {torch.float32}
 
 
 def test_protomaml_refuses_what_it_cannot_initialise() -> None:
