@@ -462,6 +462,26 @@ def test_conjugate_gradients_solve_each_system_in_as_many_steps_as_it_has_unknow
     torch.testing.assert_close(residuals[:2], (rest / flat.norm(dim=1))[:2])
 
 
+def test_conjugate_gradients_stand_still_after_a_direction_of_negative_curvature() -> None:
+    make = torch.Generator().manual_seed(0)
+    a = torch.randn(8, 6, 6, generator=make, dtype=torch.float64)
+    H, b = (a + a.mT) / 2, torch.randn(8, 6, generator=make, dtype=torch.float64)
+    found, residuals = _conjugate_gradients(lambda v: [(H @ v[0][..., None])[..., 0]], [b], 2.2, 6)
+    stopped = 0
+    for t in range(8):
+        A, x, r, p = H[t] + 2.2 * torch.eye(6, dtype=torch.float64), torch.zeros(6).double(), b[t], b[t]
+        for _ in range(6):
+            if p @ A @ p <= 0:
+                stopped += 1
+                break
+            alpha = (r @ r) / (p @ A @ p)
+            after = r - alpha * A @ p
+            x, r, p = x + alpha * p, after, after + (after @ after) / (r @ r) * p
+        torch.testing.assert_close(found[0][t], x)
+        torch.testing.assert_close(residuals[t], r.norm() / b[t].norm())
+    assert 0 < stopped < 8
+
+
 def test_the_neumann_series_has_a_term_more_than_its_steps() -> None:
     H, b, product = systems()
     terms = [torch.cat(b, 1)]

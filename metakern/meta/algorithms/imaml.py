@@ -266,17 +266,17 @@ def _conjugate_gradients(
 ) -> tuple[list[Tensor], Tensor]:
     """Return x with (H + shift I) x = b for each task, and the relative residuals `[T]` (Hestenes, Stiefel 1952).
 
-    `product(v)` returns H v. A task stands still once its residual is at rounding, or where H + shift I turns out not
-    to be positive definite.
+    `product(v)` returns H v. A task stands still once its residual is at rounding, or H + shift I turns out not to be
+    positive definite.
     """
     x, r, p = [torch.zeros_like(t) for t in b], b, b
     size = rr = norms(b).square()
     least = size * torch.finfo(size.dtype).eps ** 2
-    zero = torch.zeros_like(size)
+    zero, goes = torch.zeros_like(size), torch.ones_like(size, dtype=torch.bool)
     for _ in range(steps):
         q = [h + shift * t for h, t in zip(product(p), p, strict=True)]
         curvature = _dot(p, q)
-        goes = (rr > least) & (curvature > 0)
+        goes = goes & (rr > least) & (curvature > 0)
         alpha = torch.where(goes, rr / torch.where(goes, curvature, 1), zero)
         x = [s + t for s, t in zip(x, scaled(p, alpha), strict=True)]
         r = [s - t for s, t in zip(r, scaled(q, alpha), strict=True)]
