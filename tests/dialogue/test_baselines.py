@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_config, write_tasks
 
 import metakern as mk
-from metakern.dialogue.baselines import InContext, Retrieval
+from metakern.dialogue.baselines import FineTune, InContext, PromptTuning, Retrieval
 from metakern.dialogue.chat import adapt
 from metakern.dialogue.evaluate import evaluate
 from metakern.dialogue.models import build_model
@@ -29,6 +29,31 @@ def batch(tasks: int, windows: int, length: int, seed: int) -> dict[str, torch.T
     return {"input_ids": ids * mask, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
 
 
+@pytest.mark.parametrize("make", [FineTune, PromptTuning])
+def test_plain_training_counts_every_token_and_adapts_as_maml(make: type[FineTune]) -> None:
+    model = build_model("gru", 20, embedding=8, hidden=8).double()
+    support, query = batch(3, 2, 6, 1), batch(3, 4, 6, 2)
+    options = {"inner": mk.optim.SGD(0.5), "steps": 2}
+    algorithm = make(model, mk.losses.causal_lm, **options | ({"length": 3} if make is PromptTuning else {}))
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for part in (support, query):
+        for ids, labels in zip(part["input_ids"].flatten(0, 1), part["labels"].flatten(0, 1), strict=True):
+            logits = algorithm.trained(ids[None])[0, :-1]
+            total = total + torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
+            count += int((labels[1:] >= 0).sum())
+    torch.testing.assert_close(algorithm(support, query), total / count)
+    assert algorithm.counted == count
+    assert algorithm.model is model
+    maml = mk.MAML(algorithm.trained, mk.losses.causal_lm, adapt=None if make is FineTune else ["prompt"], **options)
+    torch.testing.assert_close(algorithm.evaluate(support, query), maml.evaluate(support, query))
+    torch.testing.assert_close(algorithm.adapt_trained(support), maml.adapt(support))
+    if make is PromptTuning:
+        assert algorithm.trained.prompt.shape == (3, 8)
+        assert PromptTuning(model, mk.losses.causal_lm).trained.prompt.shape == (8, 8)
+        with pytest.raises(UserError, match="adapt: prompt and incontext leave"):
+            algorithm.adapt(support)
+
+
 @pytest.mark.parametrize("name", ["gru", "gpt"])
 def test_in_context_puts_the_tokens_of_the_support_before_each_query(name: str) -> None:
     sizes = {"width": 8, "heads": 2, "max_length": 64} if name == "gpt" else {"embedding": 8, "hidden": 8}
@@ -37,9 +62,13 @@ def test_in_context_puts_the_tokens_of_the_support_before_each_query(name: str) 
     algorithm = InContext(model, mk.losses.causal_lm)
     losses = algorithm.evaluate(support, query, (0, 3))
     assert losses.shape == (2, 3)
-    counts = []
+    losses[1] = 0
+    masks, counts = [], []
+    spy = InContext(model, lambda model, batch: masks.append(batch["attention_mask"]) or torch.zeros(()))  # type: ignore[func-returns-value]
+    spy.evaluate(support, query)
     for t in range(3):
         context = support["input_ids"][t][support["attention_mask"][t].bool()]
+        assert masks[t][:, : len(context)].all()
         total, count = torch.zeros(()), 0
         for c in range(4):
             n = int(query["attention_mask"][t, c].sum())
@@ -51,12 +80,16 @@ def test_in_context_puts_the_tokens_of_the_support_before_each_query(name: str) 
         counts.append(count)
     mean = (losses[0] * torch.tensor(counts)).sum() / sum(counts)
     torch.testing.assert_close(algorithm(support, query).detach(), mean)
+    assert algorithm.counted == sum(counts)
     algorithm(support, query).backward()
     assert all(p.grad is not None for p in model.parameters())
     if name == "gpt":  # the latest windows that fit
+        expected = algorithm.evaluate({k: v[:, 1:] for k, v in support.items()}, query)
         model.max_length = 5 + 6
-        last = {k: v[:, 1:] for k, v in support.items()}
-        torch.testing.assert_close(algorithm.evaluate(support, query), algorithm.evaluate(last, query))
+        torch.testing.assert_close(algorithm.evaluate(support, query), expected)
+        assert not len(algorithm.context(support, 0, 12))
+        other = InContext(SimpleNamespace(config=SimpleNamespace(max_position_embeddings=11)), mk.losses.causal_lm)
+        assert torch.equal(other.context(support, 1, 5), algorithm.context(support, 1, 5))
 
 
 @pytest.mark.parametrize("name", ["gru", "gpt"])
@@ -90,6 +123,52 @@ def test_a_soft_prompt_is_adapted_alone(name: str) -> None:
     assert sorted(maml.adapt(support)) == ["prompt"]
 
 
+class Prompted(torch.nn.Module):
+    """A small language model that says which of its embeddings is that of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.tokens = torch.nn.Embedding(20, 4), torch.nn.Embedding(20, 4)
+        self.rnn, self.head = torch.nn.GRU(4, 5, batch_first=True), torch.nn.Linear(5, 20)
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self.tokens
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> SimpleNamespace:
+        x = self.tokens(ids)
+        return self.read(x if attention_mask is None else x * attention_mask[..., None])
+
+    def read(self, x: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.rnn(x)[0]))
+
+
+def test_a_soft_prompt_is_read_before_the_embedded_tokens() -> None:
+    torch.manual_seed(0)
+    model, ids, mask = Prompted().double(), torch.randint(20, (2, 6)), torch.arange(6) < torch.tensor([[6], [4]])
+    prompted, alone = mk.nn.SoftPrompt(model, 3), model(ids).logits
+    for given in (None, mask.long()):
+        x = model.tokens(ids) if given is None else model.tokens(ids) * given[..., None]
+        expected = model.read(torch.cat([prompted.prompt.expand(2, -1, -1), x], 1)).logits[:, 3:]
+        logits = prompted(ids, given)
+        found = [(y, *torch.autograd.grad(y.logsumexp(-1).sum(), prompted.prompt)) for y in (logits, expected)]
+        torch.testing.assert_close(*found)
+        assert torch.equal(model(ids).logits, alone)
+    prompted.model.float()
+    assert prompted(ids).dtype == torch.float32
+    model.tokens.forward = model.tokens.forward  # as a hook that replaces it
+    prompted(ids)
+    assert "forward" in model.tokens.__dict__
+
+
+def test_a_soft_prompt_begins_as_embeddings_of_random_tokens() -> None:
+    model = Prompted()
+    for options, seed in (({}, 0), ({"seed": 5}, 5)):
+        drawn = torch.randint(20, (9,), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(mk.nn.SoftPrompt(model, 9, **options).prompt, model.tokens.weight[drawn])
+    first = torch.nn.ModuleList([model.other, model.tokens])
+    assert torch.equal(mk.nn.SoftPrompt(first, 9, 5).prompt, model.other.weight[drawn])
+
+
 @pytest.mark.parametrize("options", [(), ("length=3",)])
 def test_a_gpt_has_room_for_a_soft_prompt_before_the_longest_window(options: tuple[str, ...]) -> None:
     config = tiny_config("", model="gpt", algorithm="prompt", algorithm_options=options)
@@ -101,8 +180,9 @@ def test_a_gpt_has_room_for_a_soft_prompt_before_the_longest_window(options: tup
 def test_soft_prompts_refuse_what_has_no_place_for_them() -> None:
     with pytest.raises(ValueError, match="must have an embedding of tokens"):
         mk.nn.SoftPrompt(torch.nn.Linear(2, 2), 3)
-    with pytest.raises(ValueError, match="length must be an integer of at least 1, got 0"):
-        mk.nn.SoftPrompt(torch.nn.Embedding(2, 2), 0)
+    for length in (0, True):
+        with pytest.raises(ValueError, match=f"length must be an integer of at least 1, got {length}"):
+            mk.nn.SoftPrompt(torch.nn.Embedding(2, 2), length)
 
     class Twice(torch.nn.Module):
         def __init__(self) -> None:
@@ -114,6 +194,10 @@ def test_soft_prompts_refuse_what_has_no_place_for_them() -> None:
 
     with pytest.raises(ValueError, match="one call of its embedding, got 2"):
         mk.nn.SoftPrompt(Twice(), 3)(torch.zeros(1, 5, dtype=torch.long))
+    unread = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(9, 4)})
+    unread.forward = lambda ids: ids[..., None].float()  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="one call of its embedding, got 0"):
+        mk.nn.SoftPrompt(unread, 3)(torch.zeros(1, 5, dtype=torch.long))
 
 
 def test_retrieval_picks_the_nearest_context_by_the_rarer_words() -> None:

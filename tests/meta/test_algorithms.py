@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import Functional, T, assert_equal, build, gradients, mlp, plain_loss, points, regression_loss, sgd
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 import metakern as mk
+from metakern.meta.algorithms.anil import head_of
+from metakern.meta.algorithms.hypernetwork import Generator
+from metakern.meta.algorithms.imaml import _conjugate_gradients, _neumann
 
 
 def test_fomaml_is_plain_autograd_with_constant_inner_gradients() -> None:
@@ -23,6 +27,8 @@ def test_fomaml_is_plain_autograd_with_constant_inner_gradients() -> None:
         found = gradients(model, fomaml(support, query))
         assert_equal(found, truth)
         assert any((found[n] - exact[n]).norm() > 1e-3 * exact[n].norm() for n in exact)
+    with pytest.raises(TypeError, match="first_order"):
+        mk.FOMAML(model, loss, first_order=False)
 
 
 def test_anil_adapts_the_last_module_alone() -> None:
@@ -34,6 +40,16 @@ def test_anil_adapts_the_last_module_alone() -> None:
     assert sorted(anil.adapt(support)) == ["2.bias", "2.weight"]
     other = mk.ANIL(model, loss, adapt=["0"], steps=3)
     assert sorted(other.adapt(support)) == ["0.bias", "0.weight"]
+    with pytest.raises(ValueError, match="adapt must match"):
+        mk.ANIL(model, loss, adapt=[])
+
+
+def test_the_head_is_the_last_module_with_trainable_parameters_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
+    model[2].requires_grad_(False)
+    assert head_of(model) == ["1.weight"]
+    model[1].weight = model[0].weight
+    assert head_of(model) == ["0.weight"]
 
 
 def test_meta_sgd_learns_a_rate_for_each_element() -> None:
@@ -41,6 +57,7 @@ def test_meta_sgd_learns_a_rate_for_each_element() -> None:
     metasgd = mk.MetaSGD(model, loss, lr=0.3, steps=2).double()
     truth = gradients(model, plain_loss(model, loss, support, query, 2, sgd(0.3)))
     assert_equal(gradients(model, metasgd(support, query)), truth)
+    assert mk.MetaSGD(model, loss).inner.lr.initial == 0.01
     rates = list(metasgd.inner.parameters())
     assert [r.shape for r in rates] == [p.shape for p in model.parameters()]
     assert all(r.grad.abs().sum() > 0 for r in rates)
@@ -54,6 +71,28 @@ def test_reptile_moves_toward_the_adapted_parameters() -> None:
     phi = reptile.adapt(support)
     assert_equal(found, {n: (p - phi[n]).mean(0).detach() for n, p in model.named_parameters()})
     torch.testing.assert_close(value.detach(), reptile.evaluate(support, query, (4,)).mean())
+
+
+def test_reptile_leaves_all_but_the_adapted_parameters_without_a_gradient() -> None:
+    model, loss, support, query, _ = build("mlp")
+    inner = mk.optim.SGD(lr=0.3, learn_lr=True).double()
+    reptile = mk.Reptile(model, loss, inner=inner, steps=2, adapt=["2"])
+    phi = reptile.adapt(support)
+    assert_equal(
+        gradients(reptile, reptile(support, query)),
+        {f"model.{n}": (p - phi[n]).mean(0).detach() for n, p in model.named_parameters() if n in phi},
+    )
+
+
+def test_reptile_returns_the_query_loss_after_all_steps() -> None:
+    model, loss, support, query, _ = build("mlp")
+    options = {"inner": mk.optim.SGD(lr=0.3), "steps": 2}
+    expected = mk.MAML(model, loss, **options).evaluate(support, query, (2,)).mean()
+    reptile = mk.Reptile(model, loss, query_weights=(0.5, 0.5, 0), **options)
+    for batch in (query, mk.PerStep(None, None, query)):
+        torch.testing.assert_close(reptile(support, batch).detach(), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(reptile(support, batch), expected)
 
 
 def test_reptile_takes_models_without_second_derivatives() -> None:
@@ -94,6 +133,8 @@ def test_boil_adapts_all_but_the_head() -> None:
     assert_equal(gradients(model, boil(support, query)), truth)
     assert sorted(boil.adapt(support)) == ["0.bias", "0.weight"]
     assert sorted(mk.BOIL(model, loss, head=["0"], steps=3).adapt(support)) == ["2.bias", "2.weight"]
+    model[0].weight.requires_grad_(False)
+    assert sorted(mk.BOIL(model, loss).adapt(support)) == ["0.bias"]
     with pytest.raises(ValueError, match="BOIL: model must have trainable parameters outside of the head"):
         mk.BOIL(model, loss, head=["*"])
 
@@ -107,19 +148,27 @@ def test_maml_plus_plus_anneals_the_weights_and_the_order_of_its_derivatives() -
         plain = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), 3, first_order=calls < 2, query_weights=weights)
         truth = gradients(model, plain(support, query))
         with torch.no_grad():
-            maml(support, query)  # counts no training call
+            quiet = maml(support, query)  # counts no training call
+        with pytest.raises(ValueError, match="query must have the 3 tasks of support, got 2"):
+            maml(support, tree_map(lambda a: a[:2], query))  # nor does this
         assert maml.calls == calls
-        assert_equal(gradients(model, maml(support, query)), truth)
+        value = maml(support, query)
+        torch.testing.assert_close(quiet, value.detach())
+        assert_equal(gradients(model, value), truth)
         assert maml.query_weights == pytest.approx(weights)
     other = mk.MAMLPlusPlus(model, loss, mk.optim.SGD(lr=0.3), steps=3)
     other.load_state_dict(maml.state_dict())
     assert other.calls == 6
-    default = mk.MAMLPlusPlus(model, loss, steps=3).inner
-    assert [tuple(p.shape) for p in default.parameters()] == [(3,)] * 4
+    for p in mk.MAMLPlusPlus(model, loss, steps=3, lr=0.2).inner.parameters():
+        assert p.tolist() == pytest.approx([0.2] * 3)
+    default = mk.MAMLPlusPlus(model, loss)
+    assert (default.steps, default.anneal, default.inner.lr.initial) == (5, 1000, 0.01)
     assert mk.MAMLPlusPlus(model, loss, steps=3, anneal=0).weights(0)[1:] == pytest.approx((0.01, 0.01, 0.98))
-    for wrong in ({"steps": 0}, {"anneal": -1}, {"first_order_calls": True}):
+    for wrong in ({"steps": 0}, {"steps": True}, {"anneal": -1}, {"first_order_calls": True}):
         with pytest.raises(ValueError, match="MAMLPlusPlus: "):
             mk.MAMLPlusPlus(model, loss, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"MAML: model must be an nn\.Module, got function"):
+        mk.MAMLPlusPlus(loss, loss, per_step_norms=True)  # type: ignore[arg-type]
 
 
 def implicit(model: nn.Module, support: Any, query: Any, strength: float, adapted: list[str]) -> dict[str, Tensor]:
@@ -325,20 +374,28 @@ def test_a_warm_start_reaches_the_minimum_around_theta_in_few_steps() -> None:
     assert_equal(warm.adapt(support, 2, start=warm.adapt(support, 3)), warm.adapt(support, 5))
     with pytest.raises(ValueError, match="start must hold each adapted parameter for each task"):
         warm(support, query, start={"weight": minima[0]})
-    assert mk.IMAML(model, regression_loss).solutions is None
+    default = mk.IMAML(model, regression_loss)
+    assert (default.solutions, default.log_strength) == (None, None)
+    assert (default.steps, default.strength, default.solver, default.solver_steps) == (16, 2.0, "cg", 10)
+    assert (default.tolerance, default.inner.lr.initial, warm.inner.lr.initial) == (0.1, 0.1, 0.5 / 9)
 
 
 def test_imaml_says_how_far_its_inner_loops_are_from_their_minima() -> None:
     model, support, query = mlp().double(), points(1), points(2)
     imaml = mk.IMAML(model, regression_loss, mk.optim.SGD(lr=0.05), 4, strength=2.5, tolerance=1.0, capture=False)
-    imaml(support, query)
-    phi = imaml.adapt(support)
-    for t in range(T):
-        own = {name: p[t].clone().requires_grad_() for name, p in phi.items()}
-        loss = regression_loss(Functional(model, own), tree_map(lambda a, t=t: a[t], support))
-        g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(own.values()))])
-        d = 2.5 * torch.cat([(own[name] - p).flatten() for name, p in model.named_parameters()])
-        torch.testing.assert_close(imaml.inner_residuals[t], ((g + d).norm() / (g.norm() + d.norm())).detach())
+    for strength in (2.5, 4.0):
+        imaml.strength = strength
+        imaml(support, query)
+        phi = imaml.adapt(support)
+        for t in range(T):
+            own = {name: p[t].clone().requires_grad_() for name, p in phi.items()}
+            loss = regression_loss(Functional(model, own), tree_map(lambda a, t=t: a[t], support))
+            g = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(own.values()))])
+            d = strength * torch.cat([(own[name] - p).flatten() for name, p in model.named_parameters()])
+            torch.testing.assert_close(imaml.inner_residuals[t], ((g + d).norm() / (g.norm() + d.norm())).detach())
+    imaml.tolerance = 0.99 * imaml.inner_residuals.max().item()
+    with pytest.warns(UserWarning, match="IMAML: the inner loop must reach"):
+        imaml(support, query)
     imaml.steps = 0
     imaml(support, query)
     torch.testing.assert_close(imaml.inner_residuals, torch.ones(T).double())
@@ -360,18 +417,153 @@ def test_imaml_reports_what_does_not_converge_once_and_refuses_what_has_no_minim
         {"query_weights": (0.5, 0.5), "steps": 1},
         {"solver": "lu"},
         {"solver_steps": 0},
+        {"solver_steps": True},
         {"tolerance": -1.0},
         {"inner": mk.optim.SGD(lr=0.1, learn_lr=True)},
+        {"inner": mk.optim.SGD(lr=0.1, learn_lr=True, per="parameter")},
+        {"inner": mk.optim.MetaCurvature()},
     ):
         with pytest.raises(ValueError, match="IMAML: "):
             mk.IMAML(model, regression_loss, **wrong)  # type: ignore[arg-type]
     imaml.query_weights = (0.5, 0.5)
     with pytest.raises(ValueError, match="IMAML: query_weights must be None"):
         imaml(support, query)
+    with pytest.raises(ValueError, match=r"IMAML: strength must be positive, got 0\.0"):
+        imaml.strength = 0.0
+    with pytest.warns(UserWarning, match="IMAML: the .* must reach a relative residual of 0.1, got nan"):
+        mk.IMAML(model, regression_loss, mk.optim.SGD(lr=1e30), solver_steps=1)(support, query)
     with pytest.raises(ValueError, match="support must be one batch"):
         mk.IMAML(model, regression_loss, steps=1)(mk.PerStep(support), query)
     with pytest.raises(ValueError, match="support must be one batch"):
         mk.IMAML(model, regression_loss, steps=1)(lambda k: support, query)
+
+
+def systems() -> tuple[Tensor, list[Tensor], Any]:
+    """Return H [5, 6, 6], b [5, 4] and [5, 2], and v -> H v; two are random, then b = 0, then H = I, then H = -9 I."""
+    make, eye = torch.Generator().manual_seed(0), torch.eye(6, dtype=torch.float64)
+    a = torch.randn(2, 6, 6, generator=make, dtype=torch.float64)
+    H = torch.cat([a @ a.mT, torch.stack([eye, eye, -9 * eye])])
+    b = torch.randn(5, 6, generator=make, dtype=torch.float64)
+    b[2] = 0
+    return H, [b[:, :4], b[:, 4:]], lambda v: list((H @ torch.cat(v, 1)[..., None])[..., 0].split([4, 2], 1))
+
+
+def test_conjugate_gradients_solve_each_system_in_as_many_steps_as_it_has_unknowns() -> None:
+    H, b, product = systems()
+    shifted, flat = H + 0.7 * torch.eye(6, dtype=torch.float64), torch.cat(b, 1)
+    x, residuals = _conjugate_gradients(product, b, 0.7, 6)
+    found = torch.cat(x, 1)
+    torch.testing.assert_close(found[:4], torch.linalg.solve(shifted, flat)[:4])
+    assert not found[4].any()  # its matrix is not positive definite
+    torch.testing.assert_close(residuals, torch.tensor([0, 0, 0, 0, 1]).double())
+    x, residuals = _conjugate_gradients(product, b, 0.7, 3)
+    rest = (flat - (shifted @ torch.cat(x, 1)[..., None])[..., 0]).norm(dim=1)
+    assert (rest[:2] > 0.01).all()
+    torch.testing.assert_close(residuals[:2], (rest / flat.norm(dim=1))[:2])
+
+
+def test_conjugate_gradients_stand_still_after_a_direction_of_negative_curvature() -> None:
+    make = torch.Generator().manual_seed(0)
+    a = torch.randn(8, 6, 6, generator=make, dtype=torch.float64)
+    H, b = (a + a.mT) / 2, torch.randn(8, 6, generator=make, dtype=torch.float64)
+    found, residuals = _conjugate_gradients(lambda v: [(H @ v[0][..., None])[..., 0]], [b], 2.2, 6)
+    stopped = 0
+    for t in range(8):
+        A, x, r, p = H[t] + 2.2 * torch.eye(6, dtype=torch.float64), torch.zeros(6).double(), b[t], b[t]
+        for _ in range(6):
+            if p @ A @ p <= 0:
+                stopped += 1
+                break
+            alpha = (r @ r) / (p @ A @ p)
+            after = r - alpha * A @ p
+            x, r, p = x + alpha * p, after, after + (after @ after) / (r @ r) * p
+        torch.testing.assert_close(found[0][t], x)
+        torch.testing.assert_close(residuals[t], r.norm() / b[t].norm())
+    assert 0 < stopped < 8
+
+
+def test_the_neumann_series_has_a_term_more_than_its_steps() -> None:
+    H, b, product = systems()
+    terms = [torch.cat(b, 1)]
+    for _ in range(3):
+        terms.append(-(H @ terms[-1][..., None])[..., 0] / 20)
+    x, residuals = _neumann(product, b, 20.0, 3)
+    torch.testing.assert_close(torch.cat(x, 1), sum(terms) / 20)
+    torch.testing.assert_close(residuals, (terms[-1].norm(dim=1) / terms[0].norm(dim=1)).nan_to_num(0))
+
+
+def test_a_captured_imaml_follows_its_settings() -> None:
+    model, support, query = nn.Linear(5, 3).double(), points(1), points(2)
+    settings: dict[str, Any] = {"inner": mk.optim.SGD(lr=0.04), "steps": 6, "tolerance": 1e9}
+    captured = mk.IMAML(model, regression_loss, capture=True, **settings)
+    for name, value in (
+        ("solver", "neumann"),
+        ("solver_steps", 3),
+        ("keep_solutions", True),
+        ("strength", 6.0),
+        ("inner", mk.optim.SGD(lr=0.02)),
+        ("steps", 5),
+    ):
+        captured(support, query)
+        setattr(captured, name, value)
+        settings[name] = value
+        ordinary = mk.IMAML(model, regression_loss, capture=False, **settings)
+        truth = gradients(model, ordinary(support, query))
+        assert_equal(gradients(model, captured(support, query)), truth)
+        torch.testing.assert_close(captured.solutions, ordinary.solutions)
+        torch.testing.assert_close(captured.residuals, ordinary.residuals)
+    assert_equal(gradients(model, ordinary(support, mk.PerStep(*[None] * 5, query))), truth)
+    assert captured._optimizer() is captured._optimizer()  # another one would be recorded anew
+
+
+def test_the_solutions_of_imaml_have_the_dtypes_of_the_parameters() -> None:
+    class ToDouble(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.double()
+
+    model, (x, y) = nn.Sequential(nn.Linear(5, 3), ToDouble(), nn.Linear(3, 3).double()), points(1)
+    imaml = mk.IMAML(model, regression_loss, steps=20, keep_solutions=True)
+    imaml((x.float(), y), (x.float(), y)).backward()
+    assert {name: p.dtype for name, p in imaml.solutions.items()} == {n: p.dtype for n, p in model.named_parameters()}
+
+
+def test_imaml_has_no_residual_and_no_gradient_where_both_losses_are_at_their_minima() -> None:
+    model, (x, _) = nn.Linear(5, 3).double(), points(1)
+    batch = x, model(x).detach()
+    for solver in ("cg", "neumann"):
+        imaml = mk.IMAML(model, regression_loss, solver=solver)
+        found = gradients(model, imaml(batch, batch))
+        assert not any(g.any() for g in (*found.values(), imaml.residuals, imaml.inner_residuals))
+
+
+class ByLoss(mk.optim.InnerOptimizer):
+    takes_losses = True
+
+    def update(self, phi: Any, grads: Any, state: Any, losses: Tensor) -> Any:
+        return [p - 0.1 * losses.view(-1, *[1] * (p.dim() - 1)) * g for p, g in zip(phi, grads, strict=True)], state
+
+
+@pytest.mark.parametrize("make", [lambda: mk.optim.SGD(0.05, momentum=0.5), mk.optim.Adam, ByLoss])
+def test_the_penalty_of_imaml_passes_on_states_and_losses(make: Any) -> None:
+    model, support, inner = mlp().double(), points(1), make()
+    phi = {name: p.detach().expand(T, *p.shape) for name, p in model.named_parameters()}
+    state = inner.init(list(phi.values()))
+    for _ in range(3):
+        leaves = {name: p.clone().requires_grad_() for name, p in phi.items()}
+        losses = torch.stack(
+            [
+                regression_loss(
+                    Functional(model, {n: p[t] for n, p in leaves.items()}), tree_map(lambda a, t=t: a[t], support)
+                )
+                for t in range(T)
+            ]
+        )
+        grads = torch.autograd.grad(losses.sum(), list(leaves.values()))
+        pulled = [g + 2.5 * (p - p0) for g, p, p0 in zip(grads, phi.values(), model.parameters(), strict=True)]
+        read = (losses,) if inner.takes_losses else ()
+        found, state = inner.update(list(phi.values()), pulled, state, *read)
+        phi = {name: p.detach() for name, p in zip(phi, found, strict=True)}
+    assert_equal(mk.IMAML(model, regression_loss, make(), strength=2.5).adapt(support, 3), phi)
 
 
 def plain_stream(model: nn.Module, chunks: list[Any], window: int) -> Tensor:
@@ -401,10 +593,13 @@ def test_streaming_learns_from_each_chunk_after_predicting_it(window: int | None
             ours = streaming(stream)
             torch.testing.assert_close(ours, value.detach())
             assert_equal(gradients(model, ours), truth)
-        with torch.no_grad():
-            torch.testing.assert_close(streaming(joined), value.detach())
         losses = streaming.evaluate(joined)
         assert losses.shape == (len(chunks), T)
+        torch.testing.assert_close(streaming.query_losses, losses.mean(0))
+        streaming.query_losses = None
+        with torch.no_grad():
+            torch.testing.assert_close(streaming(joined), value.detach())
+        torch.testing.assert_close(streaming.query_losses, losses.mean(0))
         torch.testing.assert_close(losses, streaming.evaluate(mk.PerStep(*chunks), steps=range(len(chunks))))
         plain = mk.MAML(model, regression_loss, mk.optim.SGD(lr=0.3))
         assert_equal(streaming.adapt(joined), plain.adapt(mk.PerStep(*chunks), len(chunks)))
@@ -415,8 +610,32 @@ def test_streaming_refuses_windows_that_would_lose_the_optimizer_state() -> None
     with pytest.raises(ValueError, match="window must be None for an inner optimizer with a state"):
         mk.Streaming(model, regression_loss, mk.optim.Adam(), window=2)(chunks)
     mk.Streaming(model, regression_loss, mk.optim.Adam())(chunks).backward()
-    with pytest.raises(ValueError, match="window must be None or an integer"):
-        mk.Streaming(model, regression_loss, window=0)
+    for window in (0, True):
+        with pytest.raises(ValueError, match="window must be None or an integer"):
+            mk.Streaming(model, regression_loss, window=window)
+
+
+def test_streams_are_adapted_and_evaluated_as_by_maml() -> None:
+    model, stream, query = mlp().double(), mk.PerStep(*(points(seed) for seed in range(4))), points(9)
+    streaming, plain = (
+        make(model, regression_loss, mk.optim.SGD(lr=0.3), task_chunk=T) for make in (mk.Streaming, mk.MAML)
+    )
+    start = plain.adapt(points(7), 1)
+    assert_equal(streaming.adapt(stream, 2, start), plain.adapt(stream, 2, start))
+    for given, steps in (((query, (0, 3), start), (0, 3)), ((None, None, start), range(4))):
+        expected = plain.evaluate(stream, query if given[0] else stream, steps, start)
+        torch.testing.assert_close(streaming.evaluate(stream, *given), expected)
+    seen: list[int] = []
+    streaming.adapt(stream, until=lambda k, phi: seen.append(k) or k == 1)  # type: ignore[func-returns-value]
+    assert seen == [0, 1]
+
+
+def test_windows_start_in_the_precision_of_the_steps() -> None:
+    model, stream = mlp(), mk.PerStep(*(tuple(x.float() for x in points(seed)) for seed in range(4)))
+    streaming = mk.Streaming(model, regression_loss, mk.optim.SGD(lr=0.3), window=2, precision="bfloat16")
+    value = streaming(stream).detach()
+    torch.testing.assert_close(value, streaming.evaluate(stream).mean(), rtol=1e-6, atol=1e-7)
+    assert "precision bfloat16" in str(streaming.plan)
 
 
 class Encoder(nn.Module):
@@ -436,6 +655,7 @@ def test_hypernetwork_writes_what_the_inner_loop_starts_from(adapt: list[str] | 
     names = [name for name, _ in model.named_parameters() if adapt is None or name.startswith("2.")]
     options: dict[str, Any] = {"size": 6, "width": 7, "rank": 2, "steps": steps, "adapt": adapt}
     hyper = mk.HyperNetwork(model, regression_loss, Encoder().double(), inner=mk.optim.SGD(lr=0.3), **options)
+    assert (hyper.generator.rank, hyper.generator.embedding.shape) == (2, (len(names), 7))
     starts = hyper.adapt(support, 0)
     for name in names:
         torch.testing.assert_close(starts[name], dict(model.named_parameters())[name].expand_as(starts[name]))
@@ -464,6 +684,10 @@ def test_hypernetwork_writes_what_the_inner_loop_starts_from(adapt: list[str] | 
             torch.testing.assert_close(value.detach(), total.detach())
             assert_equal(gradients(other, value), truth)
             other.zero_grad()
+    hyper.encoder.net.weight.requires_grad_(False)
+    found = gradients(hyper, hyper(support, query))
+    assert "encoder.net.weight" not in found
+    torch.testing.assert_close(found["encoder.net.bias"], truth["encoder.net.bias"])
     captured = mk.HyperNetwork(
         model, regression_loss, Encoder().double(), inner=mk.optim.SGD(lr=0.3), **options, capture=True
     )
@@ -471,10 +695,66 @@ def test_hypernetwork_writes_what_the_inner_loop_starts_from(adapt: list[str] | 
     captured(support, query)
     captured.encoder = hyper.encoder  # after a program was recorded
     torch.testing.assert_close(captured(support, query).detach(), total.detach())
+    default = mk.HyperNetwork(model, regression_loss, Encoder(), size=6)
+    assert (default.steps, default.generator.rank, default.generator.embedding.shape[1]) == (0, 8, 64)
     with pytest.raises(ValueError, match="encoder must return the embedding"):
         mk.HyperNetwork(model, regression_loss, Encoder().double(), size=5)(support, query)
+    for wrong in ({"size": 0}, {"size": 6, "width": True}, {"size": 6, "rank": 2.5}):
+        with pytest.raises(ValueError, match=r"HyperNetwork: \w+ must be an integer of at least 1, got"):
+            mk.HyperNetwork(model, regression_loss, Encoder(), **wrong)
     with pytest.raises(TypeError, match=r"encoder must be an nn\.Module"):
         mk.HyperNetwork(model, regression_loss, regression_loss, size=5)  # type: ignore[arg-type]
+
+
+def test_hypernetwork_reads_the_support_of_the_first_step() -> None:
+    torch.manual_seed(0)
+    model, first, query = mlp().double(), points(1), points(2)
+    support, inner = mk.PerStep(first, points(3)), mk.optim.SGD(lr=0.3)
+    hyper = mk.HyperNetwork(model, regression_loss, Encoder().double(), size=6, inner=inner, steps=2)
+    for p in hyper.generator.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    starts = hyper.adapt(first, 0)
+    expected = mk.MAML(model, regression_loss, inner, 2).evaluate(support, query, (0, 2), start=starts)
+    torch.testing.assert_close(hyper.evaluate(support, query, (0, 2)), expected)
+    torch.testing.assert_close(hyper(support, query).detach(), expected[1].mean())
+
+
+def test_hypernetwork_writes_in_the_dtype_of_the_model_and_nothing_for_what_was_frozen() -> None:
+    model, support = mlp(), tuple(t.float() for t in points(1))
+    model[0].weight.requires_grad_(False)
+    hyper = mk.HyperNetwork(model, regression_loss, Encoder(), size=6)
+    model[0].weight.requires_grad_(True)
+    for p in hyper.generator.double().parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    starts = hyper.adapt(support)
+    assert {p.dtype for p in starts.values()} == {torch.float32}
+    for name, p in model.named_parameters():
+        assert torch.equal(starts[name], p.expand_as(starts[name])) == (name == "0.weight")
+
+
+def test_a_generator_writes_each_parameter_from_its_embedding_and_that_of_the_task() -> None:
+    torch.manual_seed(0)
+    shapes = {"a": (5, 4), "b": (3, 5), "c": (5, 4), "d": (4,), "e": (), "f": (4, 5, 6)}  # a and c in factors
+    parameters = {name: nn.Parameter(torch.zeros(shape).double()) for name, shape in shapes.items()}
+    generator, e = Generator(parameters, size=6, width=7, rank=3), torch.randn(T, 6).double()
+    changes = list(generator(e).values())
+    assert all(torch.equal(change, torch.zeros_like(change)) for change in changes)
+    sum(change.sum() for change in changes).backward()
+    assert all(layer.weight.grad.any() for layer in generator.outputs.values())
+    for p in generator.parameters():
+        p.data = torch.randn_like(p)
+    found = generator(e)
+    assert list(found) == ["a", "c", "b", "d", "e", "f"]
+    for t in range(T):
+        for i, (name, shape) in enumerate(shapes.items()):
+            x = torch.cat([e[t], generator.embedding[i]])
+            for layer in (generator.hidden[0], generator.hidden[2]):
+                x = F.gelu(layer.weight @ x + layer.bias)
+            output = generator.outputs["x".join(map(str, shape)) or "scalar"]
+            y = output.weight @ x + output.bias
+            change = y[:15].view(5, 3) @ y[15:].view(3, 4) if name in "ac" else y.view(shape)
+            torch.testing.assert_close(found[name][t], change)
+    assert generator.float()(e)["a"].dtype == torch.float32
 
 
 def test_a_set_encoder_pools_what_counts() -> None:
@@ -482,16 +762,28 @@ def test_a_set_encoder_pools_what_counts() -> None:
     x, mask = torch.randn(5, 3).double(), torch.tensor([True, False, True, True, False])
     for pool in ("mean", "attention"):
         encoder = mk.nn.SetEncoder(lambda b: net(b[0]), pool, 4, mask=lambda b: b[1], modules=[net]).double()
+        torch.testing.assert_close(encoder((x, mask)), net(x[mask]).mean(0))  # the query begins as zeros
+        z, weights = net(x[mask]), torch.full((3,), 1 / 3).double()
         if encoder.query is not None:
             encoder.query.data.normal_()
+            weights = (z @ encoder.query / 4**0.5).softmax(0)
+        orders = [
+            (e, *torch.autograd.grad(e.square().sum(), list(encoder.parameters())))
+            for e in (encoder((x, mask)), weights @ z)
+        ]
+        torch.testing.assert_close(*orders)
         torch.testing.assert_close(encoder((x, mask)), encoder((x[mask], torch.ones(3, dtype=torch.bool))))
         assert encoder((x, mask & False)).abs().sum() == 0
         assert len(list(encoder.parameters())) == 2 + (pool == "attention")
     torch.testing.assert_close(mk.nn.SetEncoder(net)(x), net(x).mean(0))
-    with pytest.raises(ValueError, match="pool must be"):
-        mk.nn.SetEncoder(net, "max")
+    torch.testing.assert_close(mk.nn.SetEncoder(net, "attention", 4)(x), net(x).mean(0))  # of another dtype
+    for wrong in ("max", "attention"):
+        with pytest.raises(ValueError, match="pool must be"):
+            mk.nn.SetEncoder(net, wrong)
     with pytest.raises(ValueError, match=r"code \[N, D\]"):
         mk.nn.SetEncoder(net)(x[0])
+    with pytest.raises(ValueError, match=r"code \[N, D\] of the examples, got tuple"):
+        mk.nn.SetEncoder(nn.GRU(3, 4).double())(x)
 
 
 def test_cavia_starts_each_task_at_a_zero_context() -> None:
@@ -516,9 +808,33 @@ def test_cavia_starts_each_task_at_a_zero_context() -> None:
             assert_equal(gradients(model, cavia(support, query)), truth)
             assert layer.context.grad is None
     assert cavia.adapt(support, 0)["0.context"].abs().sum() == 0
+    assert list(mk.CAVIA(mk.nn.Contextual(nn.Linear(5, 3), 2).double(), regression_loss).adapt(support)) == ["context"]
     with pytest.raises(ValueError, match="adapt must match"):
         mk.CAVIA(mlp(), regression_loss)
+
+
+def test_a_contextual_layer_adds_a_function_of_its_context() -> None:
+    torch.manual_seed(0)
+    x, tokens = torch.randn(5, 3).double(), torch.tensor([1, 6])
+    for inner, args, features in (
+        (nn.Linear(3, 4), x, None),
+        (nn.Embedding(7, 4), tokens, None),
+        (nn.Sequential(nn.Linear(3, 4)), x, 4),
+        (nn.Linear(3, 1), x, 4),
+    ):
+        layer = mk.nn.Contextual(inner.double(), 2, features)
+        assert (layer.context.dtype, layer.spread.dtype) == (torch.float64, torch.float64)
+        assert torch.equal(layer(input=args), inner(args).expand(-1, 4))  # the context begins as zeros
+        layer.context.data.normal_()
+        orders = [
+            (y, *torch.autograd.grad(y.square().sum(), (layer.context, layer.spread)))
+            for y in (layer(args), inner(args) + layer.context @ layer.spread.T)
+        ]
+        torch.testing.assert_close(*orders)
+    wide = mk.nn.Contextual(nn.Linear(2, 100), 64)
+    assert wide.spread.std().item() == pytest.approx(1 / 8, rel=0.1)
     with pytest.raises(ValueError, match="features must be given for a ReLU"):
         mk.nn.Contextual(nn.ReLU(), 2)
-    with pytest.raises(ValueError, match="size must be an integer"):
-        mk.nn.Contextual(nn.Linear(2, 2), 0)
+    for size in (0, True):
+        with pytest.raises(ValueError, match="size must be an integer"):
+            mk.nn.Contextual(nn.Linear(2, 2), size)

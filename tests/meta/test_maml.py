@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 
 import metakern as mk
 from metakern.meta.parameters import selector
+from metakern.meta.plan import Wishes
 from metakern.meta.verify import Trial
 
 
@@ -358,6 +359,28 @@ def test_chunks_are_halved_when_memory_runs_out() -> None:
     assert "memory ran out" in str(maml.plan)
 
 
+def test_losses_of_chunks_are_in_the_order_of_the_tasks() -> None:
+    model, loss, support, query, _ = build("mlp")
+    maml = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), steps=2, task_chunk=1)
+    assert maml.query_losses is None
+    maml(support, query)
+    torch.testing.assert_close(maml.query_losses, maml.evaluate(support, query, (2,))[0])
+    assert maml.plan.task_chunk == 1
+
+
+def test_defaults() -> None:
+    maml = mk.MAML(mlp(), regression_loss)
+    assert (maml.steps, maml.first_order, maml.capture, maml.precision, maml.query_weights) == (
+        1,
+        False,
+        "auto",
+        None,
+        None,
+    )
+    assert maml._engine.wishes == Wishes()
+    assert repr(maml.inner) == repr(mk.optim.SGD())
+
+
 def test_wrong_arguments_and_third_derivatives_are_errors() -> None:
     model, loss, support, query, _ = build("mlp")
     normed = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).double().eval()
@@ -373,6 +396,16 @@ def test_wrong_arguments_and_third_derivatives_are_errors() -> None:
         mk.MAML(model, loss)(tree_map(lambda a: a[:0], support), tree_map(lambda a: a[:0], query))
     with pytest.raises(ValueError, match="must not require a gradient"):
         mk.MAML(model, loss)((support[0].clone().requires_grad_(), support[1]), query)
+    with pytest.raises(ValueError, match="query must have the 3 tasks of support, got 2"):
+        mk.MAML(model, loss).evaluate(support, tree_map(lambda a: a[:2], query))
+    with pytest.raises(ValueError, match="steps must be an integer of at least 0, got -1"):
+        mk.MAML(model, loss).adapt(support, -1)
+    for steps, message in ((3, "a sequence of numbers of inner steps, got 3"), ((1, -1), "an integer of at least 0")):
+        with pytest.raises(ValueError, match=f"MAML: steps must be {message}"):
+            mk.MAML(model, loss).evaluate(support, query, steps)  # type: ignore[arg-type]
+    for wrong in (3, nn.MSELoss()):
+        with pytest.raises(TypeError, match=r"MAML: loss must be a function of \(model, batch\), got"):
+            mk.MAML(model, wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="strategy must be auto, store or recompute, got 'fast'"):
         mk.MAML(model, loss, strategy="fast")
     with pytest.raises(ValueError, match="memory must be auto or least, got 'small'"):
@@ -424,8 +457,12 @@ def test_inference_mode_gives_the_same_results() -> None:
     with torch.inference_mode():
         support, query = (tuple(t + 0 for t in points(i)) for i in (1, 2))
         phi, curve, value = maml.adapt(support), maml.evaluate(support, query, (0, 2)), maml(support, query)
+        on, on_curve = maml.adapt(support, 1, phi), maml.evaluate(points(1), query, (0, 1), phi)
+        assert_equal(maml.adapt(support, until=lambda k, phi: k == 0), maml.adapt(support, 0))
     ordinary = mk.MAML(model, loss, mk.optim.SGD(lr=0.3), steps=2)
     assert_equal(phi, ordinary.adapt(points(1)))
+    assert_equal(on, ordinary.adapt(points(1), 1, phi))
+    torch.testing.assert_close(on_curve, ordinary.evaluate(points(1), points(2), (0, 1), phi))
     torch.testing.assert_close(curve, ordinary.evaluate(points(1), points(2), (0, 2)))
     assert (curve[0] != curve[1]).all()
     torch.testing.assert_close(value, curve[1].mean())

@@ -134,6 +134,9 @@ def test_batches_of_steps_may_differ_in_size_and_losses_that_do_not_count_need_n
     maml = mk.MAML(model, regression_loss, mk.optim.SGD(LR), 2, query_weights=(0.5, 0, 0.5))
     query = mk.PerStep(queries[0], None, queries[2])
     assert_equal(gradients(model, maml(mk.PerStep(*supports), query)), truth)
+    maml.query_weights = (0.5, 0.5, 0)  # the second step does not count
+    truth = gradients(model, weighted(model, supports[:1], queries[:2], (0.5, 0.5)))
+    assert_equal(gradients(model, maml(mk.PerStep(supports[0]), mk.PerStep(*queries[:2]))), truth)
 
 
 def test_query_losses_draw_new_dropout_masks_after_each_step() -> None:
@@ -153,7 +156,9 @@ def test_query_losses_draw_new_dropout_masks_after_each_step() -> None:
     assert ((found[0].mean(0) - found[1].mean(0)).abs() < 5 * error).all()
 
 
-@pytest.mark.parametrize("weights", [(1, 1), "abc", (0, 0, 0), (0, float("nan"), 1), (0, True, 1), torch.ones(3), 1])
+@pytest.mark.parametrize(
+    "weights", [(1, 1), (1, 1, 1, 1), "abc", (0, 0, 0), (0, float("nan"), 1), (0, True, 1), torch.ones(3), 1]
+)
 def test_wrong_weights_are_refused(weights: Any) -> None:
     with pytest.raises(ValueError, match="MAML: query_weights must be"):
         mk.MAML(mlp().double(), regression_loss, steps=2, query_weights=weights)
@@ -202,6 +207,11 @@ def test_adaptation_goes_on_from_adapted_parameters() -> None:
     assert_equal(maml.adapt(support, 0, start=first), first, 1e-15)
     losses = maml.evaluate(support, support, (2, 5))
     torch.testing.assert_close(maml.evaluate(support, support, (0, 3), start=first), losses)
+    model.float()  # a start takes the dtypes of the parameters, and no graph
+    single = maml.adapt(support, 0, start={name: p.requires_grad_() for name, p in first.items()})
+    assert not any(p.requires_grad for p in single.values())
+    assert all(torch.equal(p, first[name].float()) for name, p in single.items())
+    model.double()
     with pytest.raises(ValueError, match="start must hold each adapted parameter"):
         maml.adapt(support, 1, start={"x": torch.ones(2)})
     with pytest.raises(ValueError, match="start must hold each adapted parameter"):

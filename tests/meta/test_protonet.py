@@ -65,6 +65,7 @@ def test_protonet_is_plain_autograd_at_both_orders(distance: str, draw: Any) -> 
     truth = plain(encoder, support, query, temperature)
     value = protonet(support, query)
     torch.testing.assert_close(protonet.query_losses, truth.detach(), rtol=1e-10, atol=1e-12)
+    assert not protonet.query_losses.requires_grad
     parameters = list(protonet.parameters())
     v = [torch.randn_like(p) for p in parameters]
     orders = []
@@ -75,6 +76,12 @@ def test_protonet_is_plain_autograd_at_both_orders(distance: str, draw: Any) -> 
     for expected, found in zip(*orders, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
     assert all(g.norm() > 0 for g in orders[1])
+
+
+def test_the_cosine_is_divided_by_a_temperature_that_is_learned_as_a_logarithm() -> None:
+    for options, temperature in (({}, 0.1), ({"temperature": 0.3}, 0.3)):
+        protonet = mk.ProtoNet(model(), "cosine", **options)
+        assert protonet.log_temperature.exp().item() == pytest.approx(temperature)
 
 
 def test_batches_with_masks_and_dictionaries_are_those_with_negative_labels() -> None:
@@ -92,6 +99,7 @@ def test_batches_with_masks_and_dictionaries_are_those_with_negative_labels() ->
     torch.testing.assert_close(mk.ProtoNet(model())((sx, sy, keep), (qx, qy)), truth)
     named = {"features": sx, "labels": sy, "mask": keep}, {"features": qx, "labels": qy}
     torch.testing.assert_close(mk.ProtoNet(Named())(*named), truth)
+    torch.testing.assert_close(mk.ProtoNet(model())((sx, sy.where(keep, -1).int()), (qx, qy.int())), truth)
 
 
 def test_tasks_are_classified_as_if_each_were_alone() -> None:
@@ -104,6 +112,21 @@ def test_tasks_are_classified_as_if_each_were_alone() -> None:
     for t in range(T):
         alone = protonet.log_probabilities(*(tuple(part[t : t + 1] for part in b) for b in (support, query)))[0]
         torch.testing.assert_close(together[t, :, : alone.shape[1]], alone)
+    with pytest.raises(ValueError, match="query must have the 3 tasks of support, got 2"):
+        protonet.log_probabilities(support, tuple(part[:2] for part in query))
+
+
+def test_a_task_may_lack_the_first_class() -> None:
+    protonet, support, query = mk.ProtoNet(model()), ragged(9, 1), ragged(7, 2)
+    for _, y in (support, query):
+        y[1] = y[1].where(y[1] != 0, 2)
+    truth = plain(protonet.model, support, query)
+    protonet(support, query).backward()
+    torch.testing.assert_close(protonet.query_losses, truth.detach())
+    assert all(p.grad.isfinite().all() for p in protonet.parameters())
+    query[1][1, 0] = 0
+    with pytest.raises(ValueError, match="query must have classes of its task's support, got class 0 in task 1"):
+        protonet(support, query)
 
 
 def test_adapt_returns_prototypes_and_shots() -> None:
@@ -113,6 +136,8 @@ def test_adapt_returns_prototypes_and_shots() -> None:
     torch.testing.assert_close(found["prototypes"][1, 2], protonet.model(x[1][y[1] == 2]).mean(0).detach())
     assert not found["prototypes"].requires_grad
     assert found["prototypes"][2, 3].eq(0).all()
+    x[y < 0] = torch.nan
+    assert torch.equal(protonet.adapt((x, y))["prototypes"], found["prototypes"])
 
 
 def test_evaluate_has_a_row_for_each_number_of_steps() -> None:
@@ -120,6 +145,9 @@ def test_evaluate_has_a_row_for_each_number_of_steps() -> None:
     protonet(support, query)
     found = protonet.evaluate(support, query, steps=(0, 1, 5))
     assert torch.equal(found, protonet.query_losses.expand(3, T))
+    assert not found.requires_grad
+    found[0] = 0
+    assert torch.equal(found[1], protonet.query_losses)
     with pytest.raises(ValueError, match="steps must name at least one number of inner steps, got none"):
         protonet.evaluate(support, query, steps=())
 
@@ -133,8 +161,9 @@ def test_a_task_without_a_query_has_the_loss_zero() -> None:
     assert all(p.grad.isfinite().all() for p in protonet.parameters())
 
 
-def test_a_batch_norm_takes_the_statistics_of_one_task() -> None:
-    encoder = nn.Sequential(nn.Linear(D, 4), nn.BatchNorm1d(4)).double()
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_norm_takes_the_statistics_of_one_task(training: bool) -> None:
+    encoder = nn.Sequential(nn.Linear(D, 4), nn.BatchNorm1d(4, track_running_stats=training)).double().train(training)
     support, query = examples(9, 1), examples(7, 2)
     found = gradients(encoder, mk.ProtoNet(encoder)(support, query))
     assert_equal(found, gradients(encoder, plain(encoder, support, query).mean()))
@@ -157,6 +186,7 @@ X, Q = examples(9, 1), examples(7, 2)
         (X, _with(Q, 1, 3), "query must have classes of its task's support, got class 3 in task 1"),
         (X, _with(Q, 0, 9), "query must have classes of its task's support, got class 9 in task 0"),
         ((X[0][:, :0], X[1][:, :0]), Q, "support must hold examples, got tensors of sizes"),
+        ({"labels": X[1][:, :0], "scale": X[0]}, Q, "support must hold examples of at least two .* got none in task 0"),
         ((X[0], X[1].double()), Q, r"support must have integer labels \[T, N\], got torch.float64 \[3, 9\]"),
         (X, (Q[0], Q[1][:, 0]), r"query must have integer labels \[T, N\], got torch.int64 \[3\]"),
         (X[0], Q, r"support must be \(x, y\), \(x, y, mask\) or a dictionary with labels, got Tensor"),
@@ -172,16 +202,20 @@ def test_wrong_arguments_are_refused() -> None:
     for options, message in (
         ({"distance": "l1"}, "distance must be euclidean or cosine, got 'l1'"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"temperature": float("inf")}, "temperature must be positive, got inf"),
         ({"classes": 1}, "classes must be None or an integer of at least 2, got 1"),
+        ({"classes": 2.5}, "classes must be None or an integer of at least 2, got 2.5"),
     ):
         with pytest.raises(ValueError, match=f"ProtoNet: {message}"):
             mk.ProtoNet(model(), **options)
     with pytest.raises(TypeError, match=r"ProtoNet: model must be an nn.Module, got function"):
         mk.ProtoNet(lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="ProtoNet: labels must be below the 2 classes, got 3"):
-        mk.ProtoNet(model(), classes=2)(X, Q)
+    with pytest.raises(ValueError, match="ProtoNet: labels must be below the 3 classes, got 3"):
+        mk.ProtoNet(model(), classes=3)(X, Q)
     with pytest.raises(ValueError, match=r"ProtoNet: model must return embeddings \[B, D\], got \[27\]"):
         mk.ProtoNet(nn.Sequential(nn.Linear(D, 1), nn.Flatten(0)).double())(X, Q)
+    with pytest.raises(ValueError, match=r"ProtoNet: model must return embeddings \[B, D\], got tuple"):
+        mk.ProtoNet(nn.GRU(D, 2, batch_first=True).double())(X, Q)
 
 
 def plain_protomaml(
@@ -189,10 +223,12 @@ def plain_protomaml(
 ) -> Tensor:
     """Return the query losses [T] of ProtoMAML with SGD, one task at a time; each task has a head of its classes."""
     losses = []
+    supports = support.batches if isinstance(support, mk.PerStep) else (support,) * max(steps, 1)
     for t in range(T):
-        (sx, sy), (qx, qy) = ([part[t][batch[1][t] >= 0] for part in batch] for batch in (support, query))
+        *inner, (qx, qy) = ([part[t][batch[1][t] >= 0] for part in batch] for batch in (*supports, query))
+        sx, sy = inner[0]
         classes = sy.unique().tolist()
-        s_target, q_target = (torch.tensor([classes.index(c) for c in y.tolist()]) for y in (sy, qy))
+        target = lambda y, classes=classes: torch.tensor([classes.index(c) for c in y.tolist()])  # noqa: E731
         features = encoder(sx)
         p = torch.stack([features[sy == c].mean(0) for c in classes])
         theta = {name: value.clone() for name, value in encoder.named_parameters()}  # of which w and b are no functions
@@ -202,10 +238,10 @@ def plain_protomaml(
             body = {name: value for name, value in phi.items() if name not in ("w", "b")}
             return F.cross_entropy(F.linear(torch.func.functional_call(encoder, body, x), phi["w"], phi["b"]), target)
 
-        for _ in range(steps):
-            grads = torch.autograd.grad(loss(phi, sx, s_target), list(phi.values()), create_graph=not first_order)
+        for x, y in inner[:steps]:
+            grads = torch.autograd.grad(loss(phi, x, target(y)), list(phi.values()), create_graph=not first_order)
             phi = {name: value - lr * g for (name, value), g in zip(phi.items(), grads, strict=True)}
-        losses.append(loss(phi, qx, q_target))
+        losses.append(loss(phi, qx, target(qy)))
     return torch.stack(losses)
 
 
@@ -242,6 +278,31 @@ def test_protomaml_of_first_order_differentiates_the_initial_head() -> None:
     assert_equal(found, gradients(net, plain_protomaml(net[0], support, query, 2, 0.2, first_order=True).mean()), 1e-9)
 
 
+def test_protomaml_starts_from_the_support_of_the_first_step() -> None:
+    net, support, query = classifier(), mk.PerStep(examples(9, 1), examples(8, 2)), examples(7, 3)
+    protomaml = mk.ProtoMAML(net, mk.losses.classification, inner=mk.optim.SGD(lr=0.2), steps=2)
+    truth = plain_protomaml(net[0], support, query, 2, 0.2)
+    assert_equal(gradients(net, protomaml(support, query)), gradients(net, truth.mean()), 1e-9)
+    with pytest.raises(ValueError, match="query must have classes of its task's support, got class 3 in task 1"):
+        protomaml(support, mk.PerStep(None, query, _with(query, 1, 3)))
+    fewer = _with(support.batches[0], 1, torch.arange(9) % 2)
+    with pytest.raises(ValueError, match="query must have classes of its task's support, got class 2 in task 1"):
+        protomaml(mk.PerStep(fewer, support.batches[1]), query)
+
+
+def test_protomaml_takes_the_input_of_the_head_where_norms_read_the_batch() -> None:
+    body = nn.Sequential(nn.Linear(D, 4), nn.BatchNorm1d(4, track_running_stats=False)).double()
+    net, support, query = nn.Sequential(body, nn.Linear(4, C)).double(), examples(9, 1), examples(7, 2)
+    protomaml = mk.ProtoMAML(net, mk.losses.classification, inner=mk.optim.SGD(lr=0.2), steps=2)
+    truth = plain_protomaml(body, support, query, 2, 0.2)
+    assert_equal(gradients(net, protomaml(support, query)), gradients(net, truth.mean()), 1e-9)
+
+
+def test_a_model_that_is_its_own_head_starts_at_the_prototypes_of_its_inputs() -> None:
+    phi = mk.ProtoMAML(nn.Linear(D, C).double(), mk.losses.classification).adapt(X, steps=0)
+    torch.testing.assert_close(phi["weight"], 2 * mk.ProtoNet(nn.Identity()).adapt(X)["prototypes"])
+
+
 def test_protomaml_is_captured() -> None:
     net, batches = classifier(), [(examples(9, 10 + i), examples(7, 20 + i)) for i in range(4)]
     captured = mk.ProtoMAML(net, mk.losses.classification, inner=mk.optim.SGD(lr=0.2), steps=2, capture=True)
@@ -272,6 +333,12 @@ def test_protomaml_starts_at_the_prototypes() -> None:
     phi = protomaml.adapt(support, steps=0)
     torch.testing.assert_close(phi["1.weight"], 2 * mk.ProtoNet(net[0]).adapt(support)["prototypes"])
     assert phi["1.bias"][1, 3] == -torch.inf
+    net[1].forward = net[1].forward  # as a hook that replaces it
+    protomaml.adapt(support, steps=0)
+    assert "forward" in net[1].__dict__
+    with torch.autocast("cpu", torch.bfloat16):
+        phi = mk.ProtoMAML(classifier().float(), mk.losses.classification).adapt((X[0].float(), X[1]), steps=0)
+    assert {p.dtype for p in phi.values()} == {torch.float32}
 
 
 def test_protomaml_refuses_what_it_cannot_initialise() -> None:
@@ -280,8 +347,14 @@ def test_protomaml_refuses_what_it_cannot_initialise() -> None:
         make(classifier(), loss, head="0.1")
     with pytest.raises(ValueError, match=r"ProtoMAML: head must name a linear layer with a bias, got None"):
         make(nn.Conv1d(2, 2, 1), loss)
+    with pytest.raises(ValueError, match=r"ProtoMAML: head must name a linear layer with a bias, got '1'"):
+        make(nn.Sequential(model(), nn.Linear(6, C, bias=False)), loss, head="1")
     with pytest.raises(ValueError, match=r"ProtoMAML: the head's '1.weight' must be adapted and not shared"):
         make(classifier(), loss, adapt=["0"])
+    tied = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D))
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match=r"ProtoMAML: the head's '0.weight' must be adapted and not shared"):
+        make(tied, loss, head="0")
     with pytest.raises(
         ValueError, match=r"ProtoMAML: support must hold examples of at least two classes .* one in task 2"
     ):
@@ -291,6 +364,13 @@ def test_protomaml_refuses_what_it_cannot_initialise() -> None:
     decays = mk.optim.SGD(lr=0.1, weight_decay=0.1)
     with pytest.raises(ValueError, match=r"ProtoMAML: inner must have no weight_decay .* got class 3 .* in task 1"):
         make(classifier(), loss, inner=decays)(X, Q)
+    whole = X[0], torch.arange(9).remainder(C).expand(T, 9)
+    make(classifier(), loss, inner=decays)(whole, whole)
+    twice = nn.Sequential(*[nn.Linear(D, D).double()] * 2)
+    with pytest.raises(
+        ValueError, match=r"must call its head once, on embeddings \[B, D\], got \[\[27, 5\], \[27, 5\]\]"
+    ):
+        make(twice, loss)(X, Q)
     longer = nn.Sequential(nn.Unflatten(1, (D, 1)), nn.Linear(1, C)).double()
     with pytest.raises(
         ValueError, match=r"the model must call its head once, on embeddings \[B, D\], got \[\[27, 5, 1\]\]"

@@ -189,6 +189,16 @@ def test_no_nan_where_gradients_and_losses_are_zero(strategy: str) -> None:
     assert all(p.grad.isfinite().all() for p in maml.parameters())
 
 
+def test_its_first_weights_are_small_and_its_first_gates_the_given_ones() -> None:
+    inner = mk.optim.LSTMOptimizer()
+    assert inner.p == 10.0
+    for gates in (inner.gates, inner.b_gates.sigmoid()):
+        assert gates.tolist() == pytest.approx([0.01, 0.995])
+    assert not any(state.any() for state in (inner.h, inner.c))
+    for w in (inner.w_ih, inner.w_hh, inner.b, inner.w_gates):
+        assert -0.01 <= w.min() < -0.008 < 0.008 < w.max() <= 0.01
+
+
 def test_it_starts_near_gradient_descent() -> None:
     net = model()
     ours = mk.MAML(net, loss, mk.optim.LSTMOptimizer(lr=0.1, decay=0.9999), steps=K).adapt(batch(1))
@@ -236,6 +246,7 @@ def test_wrong_arguments() -> None:
         ({"lr": torch.tensor(0.1)}, TypeError, "lr must be a number, got a tensor"),
         ({"hidden": 0}, ValueError, "hidden must be positive, got 0"),
         ({"hidden": 2.5}, TypeError, "hidden must be an integer, got 2.5"),
+        ({"hidden": True}, TypeError, "hidden must be an integer, got True"),
         ({"p": -1}, ValueError, "p must be positive, got -1"),
         ({"detach_gradients": 1}, TypeError, "detach_gradients must be True or False, got 1"),
         ({"hiden": 3}, TypeError, "hiden is not one of its arguments: did you mean hidden"),
@@ -250,7 +261,9 @@ def test_wrong_arguments() -> None:
 def test_metalstm_is_maml_with_this_optimizer(first_order: bool) -> None:
     net = model()
     metalstm = mk.MetaLSTM(net, loss, lr=0.1, hidden=3, steps=K, first_order=first_order)
-    metalstm.inner = optimizer()
+    metalstm.inner.load_state_dict(optimizer().state_dict())
+    metalstm.inner.double().p = P
     truth = torch.autograd.grad(plain(net, metalstm.inner, constant=first_order), list(metalstm.parameters()))
     assert_equal(found(metalstm), truth)
-    assert mk.MetaLSTM(net, loss, lr=0.1).inner.b_gates[0].sigmoid().item() == pytest.approx(0.1)
+    for options, lr in (({}, 0.01), ({"lr": 0.1}, 0.1)):
+        assert mk.MetaLSTM(net, loss, **options).inner.b_gates[0].sigmoid().item() == pytest.approx(lr)

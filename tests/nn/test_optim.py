@@ -635,7 +635,7 @@ def test_a_fixed_hyper_parameter_may_be_set() -> None:
 def test_meta_curvature_is_a_product_with_a_matrix_along_each_dimension() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 2)).double()
-    inner = mk.optim.MetaCurvature(lr=0.1, largest=4)
+    inner = mk.optim.MetaCurvature(lr=0.2, largest=4)
     x, y = torch.randn(2, T, B, 2, 3, dtype=torch.float64), torch.randn(2, T, B, 2, dtype=torch.float64)
     loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()  # noqa: E731
     makes = {"strategy": ("store", "recompute"), "capture": (False, True)}
@@ -653,7 +653,7 @@ def test_meta_curvature_is_a_product_with_a_matrix_along_each_dimension() -> Non
                 g = torch.einsum(
                     f"z{letter},{letters}->{letters.replace(letter, 'z')}", inner.matrices[f"{name}/{d}"], g
                 )
-        return p - 0.1 * g
+        return p - 0.2 * g
 
     total: Any = 0.0
     for t in range(T):
@@ -673,5 +673,21 @@ def test_meta_curvature_is_a_product_with_a_matrix_along_each_dimension() -> Non
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     with pytest.raises(ValueError, match="give each model an optimizer of its own"):
         mk.MAML(nn.Sequential(nn.Conv1d(2, 4, 2)), loss, inner)
-    with pytest.raises(ValueError, match="largest must be"):
-        mk.optim.MetaCurvature(largest=0)
+    for largest in (0, True):
+        with pytest.raises(ValueError, match="largest must be"):
+            mk.optim.MetaCurvature(largest=largest)
+    with pytest.raises(ValueError, match="MetaCurvature: lr must be at least 0"):
+        mk.optim.MetaCurvature(lr=-0.1)
+
+
+def test_meta_curvature_begins_as_gradient_descent_and_learns_the_matrices_in_use() -> None:
+    inner, (p, g) = mk.optim.MetaCurvature(), torch.randn(2, T, 3, 4)
+    assert (inner.lr, inner.largest) == (0.01, 1024)
+    with pytest.raises(ValueError, match="matrices must be there for the 1 parameters of phi, got 0: call prepare"):
+        inner.update([p], [g], ())
+    inner.prepare({"a": nn.Parameter(p[0]), "b": nn.Parameter(p[0, 0])})
+    inner.prepare({"a": nn.Parameter(p[0])})
+    torch.testing.assert_close(inner.update([p], [g], ())[0], [p - 0.01 * g])
+    assert [tuple(m.shape) for m in inner.hyper_parameters()] == [(3, 3), (4, 4)]
+    inner.matrices["a/0"].requires_grad_(False)
+    assert [tuple(m.shape) for m in inner.hyper_parameters()] == [(4, 4)]

@@ -102,12 +102,12 @@ class IMAML(MAML):
             if not isinstance(value, bool):
                 raise ValueError(f"IMAML: {name} must be True or False, got {value!r}")
         inner = SGD(min(0.1, 0.5 / strength)) if inner is None else inner
-        if isinstance(inner, InnerOptimizer) and any(p.requires_grad for p in inner.parameters()):
+        _without(options.get("query_weights"))
+        super().__init__(model, loss, inner, steps, **options | {"strategy": "recompute"})
+        if any(p.requires_grad for p in inner.parameters()):  # which values for each parameter have only now
             raise ValueError(
                 "IMAML: inner must have fixed hyper-parameters, as the gradient does not depend on the path"
             )
-        _without(options.get("query_weights"))
-        super().__init__(model, loss, inner, steps, **options | {"strategy": "recompute"})
         like = next(model.parameters())
         self.log_strength = nn.Parameter(like.new_tensor(math.log(strength))) if learn_strength else None
         self.strength, self.solver, self.solver_steps, self.tolerance = strength, solver, solver_steps, tolerance
@@ -266,17 +266,17 @@ def _conjugate_gradients(
 ) -> tuple[list[Tensor], Tensor]:
     """Return x with (H + shift I) x = b for each task, and the relative residuals `[T]` (Hestenes, Stiefel 1952).
 
-    `product(v)` returns H v. A task stands still once its residual is at rounding, or where H + shift I turns out not
-    to be positive definite.
+    `product(v)` returns H v. A task stands still once its residual is at rounding, or H + shift I turns out not to be
+    positive definite.
     """
     x, r, p = [torch.zeros_like(t) for t in b], b, b
     size = rr = norms(b).square()
     least = size * torch.finfo(size.dtype).eps ** 2
-    zero = torch.zeros_like(size)
+    zero, goes = torch.zeros_like(size), torch.ones_like(size, dtype=torch.bool)
     for _ in range(steps):
         q = [h + shift * t for h, t in zip(product(p), p, strict=True)]
         curvature = _dot(p, q)
-        goes = (rr > least) & (curvature > 0)
+        goes = goes & (rr > least) & (curvature > 0)
         alpha = torch.where(goes, rr / torch.where(goes, curvature, 1), zero)
         x = [s + t for s, t in zip(x, scaled(p, alpha), strict=True)]
         r = [s - t for s, t in zip(r, scaled(q, alpha), strict=True)]
