@@ -107,6 +107,12 @@ class Engine:
         watch = watch or Stopwatch()
         roles = Parameters(self.model, self.adapt)
         inner.prepare(roles.adapted)
+        learned = set(map(id, inner.hyper_parameters()))
+        if twice := [name for name, p in roles.shared.items() if id(p) in learned]:
+            raise ValueError(
+                f"MAML: inner must not learn a parameter of the model that is not adapted, got {twice[0]!r}: adapt it,"
+                " or give inner a parameter of its own"
+            )
         before = {**self._attributes(loss), **self._attributes(loss, numbers=True)}
         kinds: dict[Any, Any] = {}
         for batch in sorted(batches, key=_largest):  # of batches of one structure, only the largest is tried

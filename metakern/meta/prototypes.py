@@ -6,7 +6,8 @@ shots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,12 +29,14 @@ def labels_of(of: str, what: str, batch: Any) -> Tensor:
 def embedded(model: nn.Module, call: Callable[..., Tensor], batch: Any, shape: torch.Size) -> Tensor:
     """Return the embeddings `[T, N, D]` of a batch of `shape` T, N, from one call for the examples of all tasks.
 
-    If a batch norm of the model takes the statistics of its batch, there is one call for each task.
+    If a batch norm of the model takes the statistics of its batch, there is one call for each task, and the running
+    statistics stay as they are.
     """
     args, inputs, _ = labelled(batch, "batch")
     if any(map(_takes_statistics, model.modules())):
         tasks = (select((args, inputs), t) for t in range(shape[0]))
-        x = torch.cat([call(*args, **inputs) for args, inputs in tasks])
+        with _untracked(model):
+            x = torch.cat([call(*args, **inputs) for args, inputs in tasks])
     else:
         args, inputs = mapped(lambda t: t.flatten(0, 1), (args, inputs))
         x = call(*args, **inputs)
@@ -85,3 +88,16 @@ def _takes_statistics(module: nn.Module) -> bool:
     """Whether the embedding of an example depends on the others of its batch, through a batch norm."""
     norm = nn.modules.batchnorm._BatchNorm
     return isinstance(module, norm) and (module.training or module.running_mean is None)
+
+
+@contextmanager
+def _untracked(model: nn.Module) -> Iterator[None]:
+    """Within the block, batch norms in training mode do not update their running statistics."""
+    norms = [m for m in model.modules() if _takes_statistics(m) and m.track_running_stats]
+    try:
+        for module in norms:
+            module.track_running_stats = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in norms:
+            module.track_running_stats = True  # type: ignore[assignment]

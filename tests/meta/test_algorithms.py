@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -838,3 +839,74 @@ def test_a_contextual_layer_adds_a_function_of_its_context() -> None:
     for size in (0, True):
         with pytest.raises(ValueError, match="size must be an integer"):
             mk.nn.Contextual(nn.Linear(2, 2), size)
+
+
+class Reading(nn.Module):
+    """An encoder of tasks that shares its first layer."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.out = first, nn.Linear(4, 6).double()
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.out(self.first(batch[0]).tanh().mean(0))
+
+
+@pytest.mark.parametrize("strategy", ["store", "recompute"])
+@pytest.mark.parametrize("adapt", [["2.*"], None], ids=["head", "all"])
+def test_a_layer_that_model_and_encoder_share_counts_once(adapt: list[str] | None, strategy: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    options: Any = {"steps": 1, "inner": mk.optim.SGD(0.1), "adapt": adapt, "strategy": strategy}
+    hyper = mk.HyperNetwork(model, regression_loss, Reading(model[0]), size=6, **options)
+    with torch.no_grad():
+        for p in hyper.generator.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    support, query = ((torch.randn(T, 5, 3).double(), torch.randn(T, 5, 2).double()) for _ in "sq")
+    found = gradients(hyper, hyper(support, query))
+    total = 0
+    for t in range(T):
+        s, q = (tuple(x[t] for x in batch) for batch in (support, query))
+        written = hyper.generator(hyper.encoder(s).unsqueeze(0))
+        own = {name: p for name, p in model.named_parameters() if name in written}
+        phi = {name: p + written[name][0] for name, p in own.items()}
+        rest = {name: p for name, p in model.named_parameters() if name not in written}
+        loss = regression_loss(Functional(model, {**rest, **phi}), s)
+        slopes = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+        phi = {name: p - 0.1 * g for (name, p), g in zip(phi.items(), slopes, strict=True)}
+        total = total + regression_loss(Functional(model, {**rest, **phi}), q) / T
+    assert_equal(found, gradients(hyper, total))
+
+
+def test_an_encoder_that_vmap_does_not_run_is_one_line() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    encoder = mk.nn.SetEncoder(lambda batch: net(batch[0]), modules=[net])
+    hyper = mk.HyperNetwork(nn.Linear(3, 2), regression_loss, encoder, size=4)
+    batch = torch.randn(T, 5, 3), torch.randn(T, 5, 2)
+    with pytest.raises(RuntimeError, match=r"^HyperNetwork: encoder must run under torch.func.vmap .*batch norms.*$"):
+        hyper(batch, batch)
+    net[1].eval()
+    hyper(batch, batch).backward()
+
+
+def test_a_set_encoder_of_a_function_is_not_copied_with_the_modules_of_the_original() -> None:
+    net = nn.Linear(3, 4)
+    with pytest.raises(TypeError, match="SetEncoder: encode must be a module to be copied"):
+        copy.deepcopy(mk.nn.SetEncoder(lambda x: net(x), modules=[net]))
+    encoder = mk.nn.SetEncoder(net, "attention", 4)
+    copied, x = copy.deepcopy(encoder), torch.randn(5, 3)
+    expected = encoder(x)
+    nn.init.zeros_(net.weight)
+    assert torch.equal(copied(x), expected)
+    assert copied.query is not encoder.query
+
+
+def test_a_rate_that_is_a_parameter_of_the_model_is_refused_where_it_is_not_adapted() -> None:
+    model = nn.Linear(3, 2)
+    model.rate = nn.Parameter(torch.tensor(0.1))
+    inner = mk.optim.SGD(0.1, learn_lr=True)
+    inner.lr.value = model.rate
+    batch = torch.randn(T, 5, 3), torch.randn(T, 5, 2)
+    with pytest.raises(
+        ValueError, match="inner must not learn a parameter of the model that is not adapted, got 'rate'"
+    ):
+        mk.MAML(model, regression_loss, inner, adapt=["weight", "bias"])(batch, batch)

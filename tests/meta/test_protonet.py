@@ -165,7 +165,11 @@ def test_a_task_without_a_query_has_the_loss_zero() -> None:
 def test_a_batch_norm_takes_the_statistics_of_one_task(training: bool) -> None:
     encoder = nn.Sequential(nn.Linear(D, 4), nn.BatchNorm1d(4, track_running_stats=training)).double().train(training)
     support, query = examples(9, 1), examples(7, 2)
+    before = [b.clone() for b in encoder.buffers()]
     found = gradients(encoder, mk.ProtoNet(encoder)(support, query))
+    for now, b in zip(encoder.buffers(), before, strict=True):
+        assert torch.equal(now, b)
+    assert encoder[1].track_running_stats == training
     assert_equal(found, gradients(encoder, plain(encoder, support, query).mean()))
 
 

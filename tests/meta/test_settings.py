@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -153,3 +154,43 @@ def test_triton_kernels_do_not_depend_on_settings(op: str, setting: str) -> None
         found = tree_leaves(SPECS[op].call(*sample.args, **sample.kwargs))
     for a, b in zip(found, right, strict=True):
         torch.testing.assert_close(a.clone(), b, rtol=1e-4, atol=1e-5)
+
+
+class Constants(nn.Module):
+    """A layer that makes tensors of PyTorch's default dtype in each call, and notes that dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.seen: set[torch.dtype] = set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.add(torch.get_default_dtype())
+        return self.linear(x) @ (torch.eye(3) + torch.tensor(0.5) * torch.arange(3.0) + torch.arange(3) / 2)
+
+
+def test_verification_does_not_set_the_default_dtype() -> None:
+    model = Constants()
+    x, y = torch.randn(3, 5, 3), torch.randint(3, (3, 5))
+    mk.MAML(model, mk.losses.classification, mk.optim.SGD(0.1))((x, y), (x, y)).backward()
+    mk.doctor(model, mk.losses.classification, (x, y), (x, y))
+    assert model.seen == {torch.float32}
+
+
+def test_first_calls_in_several_threads_leave_the_settings_as_they_are() -> None:
+    x, y = torch.randn(3, 5, 3), torch.randint(3, (3, 5))
+    seen: set[torch.dtype] = set()
+
+    def work() -> None:
+        for _ in range(3):
+            seen.add(torch.get_default_dtype())
+            model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 3))
+            mk.MAML(model, mk.losses.classification, mk.optim.SGD(0.1))((x, y), (x, y)).backward()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert seen == {torch.float32}
+    assert torch.get_default_dtype() == torch.float32

@@ -23,6 +23,7 @@ from metakern.meta.batches import at_step, over_tasks
 from metakern.meta.batching import Loss
 from metakern.meta.engine import Prepared
 from metakern.meta.parameters import Parameters
+from metakern.meta.verify import one_line
 from metakern.optim import InnerOptimizer
 
 
@@ -53,6 +54,7 @@ class HyperNetwork(MAML):
         TypeError: As `metakern.MAML` raises it; also if `encoder` is not an `nn.Module`.
         ValueError: As `metakern.MAML` raises it; also if a size is not an integer of at least 1. At a call, if the
             encoder returns something else than `[D]`.
+        RuntimeError: At a call, if the encoder does not run under `torch.func.vmap`.
 
     >>> import torch, metakern as mk
     >>> model = torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
@@ -95,7 +97,17 @@ class HyperNetwork(MAML):
                 raise ValueError(f"HyperNetwork: encoder must return the embedding [{self.size}] of a task, got {got}")
             return found
 
-        written = self.generator(over_tasks(one, at_step(support, 0)))
+        try:
+            codes = over_tasks(one, at_step(support, 0))
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise RuntimeError(
+                "HyperNetwork: encoder must run under torch.func.vmap over the tasks, without values as Python numbers,"
+                " and with its batch norms in eval mode or with track_running_stats=False, got an error:"
+                f" {one_line(error)}"
+            ) from error
+        written = self.generator(codes)
         adapted = prepared.parameters.adapted.items()  # of which those that were frozen before have no output
         return {name: p + written[name].to(p) for name, p in adapted if name in written}
 
