@@ -40,8 +40,17 @@ for name, make, rates in (
     ("prompt", PromptTuning, "fixed"),
     ("incontext", InContext, "fixed"),
 ):
-    mk.register_algorithm(name, make, rates)
+    ALGORITHMS[name] = Algorithm(make, rates)
 PROTOMAML = Algorithm(mk.ProtoMAML)
+# Arguments of algorithms that settings stand for, and the names of these settings.
+SETTINGS = {
+    "steps": "inner_steps",
+    "precision": "precision",
+    "adapt": "adapt",
+    "capture": "capture",
+    "lr": "inner_lr",
+    "inner": "inner",
+}
 ONE_NUMBER = (mk.MAMLPlusPlus, mk.MetaLSTM)  # whose parts are for a fixed number of inner steps, the largest
 PLAIN = (FineTune, PromptTuning, InContext)  # trained without an inner loop
 OPTIMIZERS: dict[str, Any] = {
@@ -94,10 +103,14 @@ def build_algorithm(config: Config, model: nn.Module, labels: Sequence[str] = ()
 
 def _made(make: Callable[..., Any], config: Config, *args: Any, **options: Any) -> Any:
     """Return `make(*args, **options)`, with the `algorithm_options` of a config among the options."""
+    given = named("algorithm_options", config.algorithm_options)
+    if twice := SETTINGS.keys() & given.keys():
+        name = min(twice)
+        raise UserError(f"algorithm_options must not have {name}, which the setting {SETTINGS[name]} says")
     try:
-        return make(*args, **options | named("algorithm_options", config.algorithm_options))
+        return make(*args, **options | given)
     except TypeError as error:
-        if "unexpected keyword argument" not in str(error) or not config.algorithm_options:
+        if not given:
             raise
         raise UserError(f"algorithm_options must be arguments of {config.algorithm}, got {error}") from None
 

@@ -226,15 +226,17 @@ def test_the_precision_of_a_config_reaches_the_algorithm() -> None:
 
 
 def test_options_of_an_algorithm_reach_it() -> None:
-    config = Config(algorithm="imaml", algorithm_options=("strength=3", "solver=neumann", "capture=false"))
+    config = Config(algorithm="imaml", algorithm_options=("strength=3", "solver=neumann", "learn_strength=false"))
     imaml = build_algorithm(config, torch.nn.Linear(3, 2))
-    assert (imaml.strength, imaml.solver, imaml.capture) == (3.0, "neumann", False)
+    assert (imaml.strength, imaml.solver, imaml.log_strength) == (3.0, "neumann", None)
     plus = build_algorithm(Config(algorithm="mamlplusplus", algorithm_options=("anneal=7",)), torch.nn.Linear(3, 2))
     assert (plus.anneal, plus.steps) == (7, Config().most_inner_steps)
     assert plus.inner.lr.values["weight"].shape == (Config().most_inner_steps,)
     for options, message in (
         (("strength",), "algorithm_options must be name=value, got 'strength'"),
         (("rank=2",), "algorithm_options must be arguments of imaml"),
+        (("strength=a",), "algorithm_options must be arguments of imaml, got IMAML: strength must be a number"),
+        (("steps=7",), "algorithm_options must not have steps, which the setting inner_steps says"),
         (("strength=-1",), "IMAML: strength must be positive"),
     ):
         with pytest.raises(UserError, match=message):

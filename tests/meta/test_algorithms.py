@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import metakern as mk
 from metakern.meta.algorithms.anil import head_of
 from metakern.meta.algorithms.hypernetwork import Generator
 from metakern.meta.algorithms.imaml import _conjugate_gradients, _neumann
+from metakern.meta.algorithms.registry import ALGORITHMS, OWN
 
 
 def test_fomaml_is_plain_autograd_with_constant_inner_gradients() -> None:
@@ -910,3 +912,46 @@ def test_a_rate_that_is_a_parameter_of_the_model_is_refused_where_it_is_not_adap
         ValueError, match="inner must not learn a parameter of the model that is not adapted, got 'rate'"
     ):
         mk.MAML(model, regression_loss, inner, adapt=["weight", "bias"])(batch, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("steps", -1, "steps must be an integer of at least 0, got -1"),
+        ("steps", 1.5, "steps must be an integer of at least 0, got 1.5"),
+        ("first_order", "no", "first_order must be True or False, got 'no'"),
+        ("capture", "x", "capture must be \"auto\", True or False, got 'x'"),
+        ("inner", None, "inner must be an optimizer of metakern.optim"),
+    ],
+)
+def test_attributes_that_are_set_later_are_checked_as_arguments_are(name: str, value: Any, error: str) -> None:
+    maml = mk.MAML(nn.Linear(3, 2), regression_loss)
+    before = getattr(maml, name)
+    with pytest.raises((TypeError, ValueError), match=error):
+        setattr(maml, name, value)
+    assert getattr(maml, name) is before
+
+
+@pytest.mark.parametrize(
+    ("make", "option"),
+    [
+        (mk.MAMLPlusPlus, {"first_order": True}),
+        (mk.MAMLPlusPlus, {"query_weights": (0.5, 0.5)}),
+        (mk.IMAML, {"first_order": True}),
+        (mk.IMAML, {"strategy": "store"}),
+        (mk.Streaming, {"steps": 7}),
+        (mk.ProtoMAML, {"weights": "implicit"}),
+    ],
+)
+def test_options_that_an_algorithm_sets_itself_are_refused(make: Any, option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(TypeError, match=f"{make.__name__}: {name} must not be given"):
+        make(nn.Linear(3, 2), regression_loss, **option)
+
+
+def test_names_that_can_not_be_registered() -> None:
+    importlib.import_module("metakern.dialogue.registry")
+    assert set(OWN) <= set(ALGORITHMS)
+    for name, make in (("maml", mk.FOMAML), ("", mk.MAML), (3, mk.MAML), ("own", 5)):
+        with pytest.raises((TypeError, ValueError), match="register_algorithm: name must be"):
+            mk.register_algorithm(name, make)  # type: ignore[arg-type]

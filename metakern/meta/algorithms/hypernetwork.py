@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.meta.algorithms.maml import MAML
+from metakern.meta.algorithms.maml import MAML, refuse
 from metakern.meta.batches import at_step, over_tasks
 from metakern.meta.batching import Loss
 from metakern.meta.engine import Prepared
@@ -82,6 +82,7 @@ class HyperNetwork(MAML):
     ) -> None:
         if not isinstance(encoder, nn.Module):
             raise TypeError(f"HyperNetwork: encoder must be an nn.Module, got {type(encoder).__name__}")
+        refuse("HyperNetwork", options, "weights")
         super().__init__(model, loss, inner, steps, **options | {"weights": "explicit"})
         self.encoder, self.size = encoder, size
         self.generator = Generator(Parameters(model, self._engine.adapt).adapted, size, width, rank)

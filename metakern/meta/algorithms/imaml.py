@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.meta.algorithms.maml import MAML
+from metakern.meta.algorithms.maml import MAML, refuse
 from metakern.meta.batches import Outer, PerStep, tasks_of
 from metakern.meta.batching import Loss
 from metakern.meta.engine import Prepared
@@ -103,6 +103,7 @@ class IMAML(MAML):
                 raise ValueError(f"IMAML: {name} must be True or False, got {value!r}")
         inner = SGD(min(0.1, 0.5 / strength)) if inner is None else inner
         _without(options.get("query_weights"))
+        refuse("IMAML", options, "first_order", "strategy")
         super().__init__(model, loss, inner, steps, **options | {"strategy": "recompute"})
         if any(p.requires_grad for p in inner.parameters()):  # which values for each parameter have only now
             raise ValueError(

@@ -124,22 +124,11 @@ class MAML(nn.Module):
                 f"MAML: loss must be a function of (model, batch), got {type(loss).__name__}: mk.losses.classification "
                 "is one, or write lambda model, batch: criterion(model(batch[0]), batch[1])"
             )
-        given: Any = inner
-        if given is not None and not isinstance(given, InnerOptimizer):
-            got = given if isinstance(given, type) else type(given)
-            raise TypeError(
-                "MAML: inner must be an optimizer of metakern.optim, such as mk.optim.SGD(lr=0.1), got "
-                f"{got.__module__}.{got.__qualname__}{' itself' if given is got else ''}"
-            )
-        if not isinstance(first_order, bool):
-            raise TypeError(f"MAML: first_order must be True or False, got {first_order!r}")
-        if not isinstance(capture, bool) and capture != "auto":
-            raise ValueError(f'MAML: capture must be "auto", True or False, got {capture!r}')
-        inner = SGD() if inner is None else inner
+        inner = _optimizer(SGD() if inner is None else inner)
         check(precision, ())
         engine = _engine_of(model, adapt, Wishes(batching, strategy, task_chunk, memory, weights), inner)
         self.model, self.inner = model, inner
-        self.loss, self.steps, self.first_order, self.capture = loss, non_negative(steps), first_order, capture
+        self.loss, self.steps, self.first_order, self.capture = loss, steps, first_order, capture
         self.precision, self.query_weights = precision, query_weights
         if query_weights is not None:
             _checked(query_weights, steps)
@@ -147,6 +136,8 @@ class MAML(nn.Module):
         self.query_losses: Tensor | None = None  # [T]
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKS:
+            _CHECKS[name](value)
         if name == "loss" and not isinstance(value, nn.Module):
             self._modules.pop("loss", None)  # nn.Module refuses to replace a submodule by a plain function
         if name == "model" and "_engine" in self.__dict__:
@@ -498,6 +489,41 @@ def non_negative(steps: int) -> int:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"MAML: steps must be an integer of at least 0, got {_shown(steps)}")
     return steps
+
+
+def _optimizer(inner: Any) -> InnerOptimizer:
+    if not isinstance(inner, InnerOptimizer):
+        got = inner if isinstance(inner, type) else type(inner)
+        raise TypeError(
+            "MAML: inner must be an optimizer of metakern.optim, such as mk.optim.SGD(lr=0.1), got "
+            f"{got.__module__}.{got.__qualname__}{' itself' if inner is got else ''}"
+        )
+    return inner
+
+
+def _order(first_order: Any) -> None:
+    if not isinstance(first_order, bool):
+        raise TypeError(f"MAML: first_order must be True or False, got {first_order!r}")
+
+
+def _captured(capture: Any) -> None:
+    if not isinstance(capture, bool) and capture != "auto":
+        raise ValueError(f'MAML: capture must be "auto", True or False, got {capture!r}')
+
+
+_CHECKS: dict[str, Callable[[Any], Any]] = {  # of attributes that may be set between calls
+    "steps": non_negative,
+    "inner": _optimizer,
+    "first_order": _order,
+    "capture": _captured,
+}
+
+
+def refuse(of: str, options: Mapping[str, Any], *names: str) -> None:
+    """Raise TypeError if `options` has one of these names, which the algorithm `of` sets itself."""
+    for name in names:
+        if name in options:
+            raise TypeError(f"{of}: {name} must not be given, since it sets its own, got {options[name]!r}")
 
 
 def _shown(value: Any) -> str:

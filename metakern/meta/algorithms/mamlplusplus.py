@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.meta.algorithms.maml import MAML
+from metakern.meta.algorithms.maml import MAML, refuse
 from metakern.meta.batching import Loss
 from metakern.meta.parameters import Adapt, Parameters
 from metakern.optim import SGD, InnerOptimizer, StepOffsets
@@ -72,6 +72,7 @@ class MAMLPlusPlus(MAML):
         per_step_norms: bool = False,
         **options: Any,
     ) -> None:
+        refuse("MAMLPlusPlus", options, "first_order", "query_weights")
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"MAMLPlusPlus: steps must be an integer of at least 1, got {steps!r}")
         for name, value in (("anneal", anneal), ("first_order_calls", first_order_calls)):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.meta.algorithms.maml import MAML
+from metakern.meta.algorithms.maml import MAML, refuse
 from metakern.meta.batches import at_step, whole
 from metakern.meta.batching import Loss
 from metakern.meta.engine import Prepared
@@ -55,6 +55,7 @@ class ProtoMAML(MAML):
     """
 
     def __init__(self, model: nn.Module, loss: Loss, head: str | None = None, **options: Any) -> None:
+        refuse("ProtoMAML", options, "weights")
         super().__init__(model, loss, **options | {"weights": "explicit"})
         modules = dict(model.named_modules())
         linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]

@@ -26,6 +26,11 @@ class Algorithm:
 
 
 ALGORITHMS: dict[str, Algorithm] = {}
+# The names of this package's own, which `metakern.dialogue` adds.
+OWN = (
+    *("maml", "mamlplusplus", "fomaml", "anil", "boil", "metasgd", "metalstm", "imaml", "hypernetwork", "reptile"),
+    *("finetune", "prompt", "incontext"),
+)
 
 
 def register_algorithm(name: str, make: Callable[..., Any], rates: str = "learned") -> None:
@@ -41,14 +46,17 @@ def register_algorithm(name: str, make: Callable[..., Any], rates: str = "learne
             "own" where the algorithm has its own inner optimizer, and takes `lr` in place of `inner`.
 
     Raises:
-        ValueError: The name is taken, or `rates` is none of the three.
+        TypeError: `name` is no string, or `make` can't be called.
+        ValueError: The name is taken or empty, or `rates` is none of the three.
 
     >>> import metakern as mk
     >>> mk.register_algorithm("signs", mk.FOMAML)
     >>> ALGORITHMS.pop("signs").make
     <class 'metakern.meta.algorithms.fomaml.FOMAML'>
     """
-    if name in ALGORITHMS:
+    if not isinstance(name, str) or not callable(make):
+        raise TypeError(f"register_algorithm: name must be a string, and make a function, got {name!r} and {make!r}")
+    if not name or name in ALGORITHMS or name in OWN:
         raise ValueError(f"register_algorithm: name must be a new one, got {name!r}")
     if rates not in RATES:
         raise ValueError(f"register_algorithm: rates must be one of {', '.join(RATES)}, got {rates!r}")

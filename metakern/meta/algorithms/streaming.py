@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.meta.algorithms.maml import MAML, Until, meta_gradient
+from metakern.meta.algorithms.maml import MAML, Until, meta_gradient, refuse
 from metakern.meta.batches import Outer, PerStep, tasks_of
 from metakern.meta.batching import Loss
 from metakern.meta.precision import in_precision
@@ -58,6 +58,7 @@ class Streaming(MAML):
         window: int | None = None,
         **options: Any,
     ) -> None:
+        refuse("Streaming", options, "steps", "query_weights")
         if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
             raise ValueError(f"Streaming: window must be None or an integer of at least 1, got {window!r}")
         super().__init__(model, loss, inner, **options)
