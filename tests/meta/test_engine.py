@@ -864,6 +864,11 @@ def test_another_model_may_be_assigned() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     with pytest.raises(TypeError, match=r"MAML: model must be an nn.Module, got int"):
         maml.model = 3  # type: ignore[assignment]
+    names = names[-1:]
+    maml = mk.MAML(Net(), ce, adapt=[name.removeprefix("model.") for name in names], batching="loop")
+    maml.model = Net()  # what is adapted stays, and how
+    assert [f"model.{name}" for name in maml.adapt(points(1))] == names
+    assert maml.plan.batching == "loop"
 
 
 @pytest.mark.parametrize("cast", [lambda x: x.float(), lambda x: x.to(torch.float32)])

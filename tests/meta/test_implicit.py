@@ -211,6 +211,8 @@ def test_adapted_weights_are_formed_at_the_end_and_can_be_adapted_further() -> N
         first = maml.adapt(points(1))
         phi[form] = first | {f"{name} again": p for name, p in maml.adapt(points(2), steps=2, start=first).items()}
         phi[form]["curve"] = maml.evaluate(points(1), points(2), steps=(0, 1, 4))
+        stopped = maml.adapt(points(1), until=lambda k, phi: k == 2 and phi["0.weight"].shape == (T, 8, 5))
+        phi[form] |= {f"{name} after 2": p for name, p in stopped.items()}
     assert maml.plan.implicit
     assert_equal(phi["implicit"], phi["explicit"], 1e-12)
 

@@ -187,6 +187,7 @@ def test_the_plan_says_it() -> None:
         maml = mk.MAML(model, loss, precision=precision)
         maml(support, query)
         assert ("precision bfloat16" in str(maml.plan)) == (precision is not None)
+        assert "equals plain autograd" in str(maml.plan)
 
 
 ALGORITHMS = [mk.MAML, mk.FOMAML, mk.ANIL, mk.MetaSGD, mk.Reptile]
