@@ -250,7 +250,8 @@ def test_algorithms_of_other_packages_are_found_by_their_entry_points(
     info = tmp_path / "signs-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: signs\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[metakern.algorithms]\nsigns = signs:Signs\n")
+    points = "signs = signs:Signs\ngone = nosuchmodule:X\nnone = signs:None\nnumber = signs:__doc__\n"
+    (info / "entry_points.txt").write_text(f"[metakern.algorithms]\n{points}")
     monkeypatch.syspath_prepend(tmp_path)
     try:
         built = build_algorithm(Config(algorithm="signs"), torch.nn.Linear(3, 2))
@@ -258,6 +259,9 @@ def test_algorithms_of_other_packages_are_found_by_their_entry_points(
         assert not list(built.inner.parameters())  # its rates are fixed
     finally:
         ALGORITHMS.pop("signs", None)
+    for name, place in (("gone", "nosuchmodule:X"), ("none", "signs:None"), ("number", "signs:__doc__")):
+        with pytest.raises(UserError, match=f"algorithm '{name}' can't be loaded from {place}: "):
+            Config(algorithm=name)
     with pytest.raises(UserError, match=r"algorithm must be one of maml, .*, got 'sings'"):
         Config(algorithm="sings")
     with pytest.raises(ValueError, match="name must be a new one"):

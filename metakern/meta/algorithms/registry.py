@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
+from metakern.errors import UserError
+
 RATES = ("learned", "fixed", "own")
 
 
@@ -64,10 +66,17 @@ def register_algorithm(name: str, make: Callable[..., Any], rates: str = "learne
 
 
 def find_algorithm(name: Any) -> bool:
-    """Return whether `name` is an algorithm, after a look at the entry points of installed packages."""
+    """Return whether `name` is an algorithm, after a look at the entry points of installed packages.
+
+    Raises:
+        UserError: If the entry point can't be loaded, or is no algorithm.
+    """
     if name not in ALGORITHMS:
         for point in entry_points(group="metakern.algorithms", name=str(name)):
-            make = point.load()
-            register_algorithm(name, make, getattr(make, "rates", "learned"))
+            try:
+                make = point.load()
+                register_algorithm(name, make, getattr(make, "rates", "learned"))
+            except (ImportError, AttributeError, TypeError, ValueError) as error:
+                raise UserError(f"algorithm {name!r} can't be loaded from {point.value}: {error}") from None
             break
     return name in ALGORITHMS
