@@ -23,9 +23,11 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(D, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, C))
 
 
-def encoder() -> nn.Module:
-    body = nn.Linear(D, 4)
-    return mk.nn.SetEncoder(lambda batch: body(batch[0]), modules=[body])
+class Inputs(nn.Linear):
+    """Reads the inputs of a batch."""
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return super().forward(batch[0])
 
 
 def contextual() -> nn.Module:
@@ -38,7 +40,9 @@ ALGORITHMS: dict[str, Callable[[], nn.Module]] = {
     "Meta-LSTM": lambda: mk.MetaLSTM(net(), LOSS, lr=0.1, hidden=2, steps=2, capture=False),
     "iMAML": lambda: mk.IMAML(net(), LOSS, steps=3, learn_strength=True, solver_steps=3, tolerance=1e9, capture=False),
     "CAVIA": lambda: mk.CAVIA(contextual(), LOSS, steps=2, capture=False),
-    "hypernetwork": lambda: mk.HyperNetwork(net(), LOSS, encoder(), size=4, width=5, steps=1, capture=False),
+    "hypernetwork": lambda: mk.HyperNetwork(
+        net(), LOSS, mk.nn.SetEncoder(Inputs(D, 4)), size=4, width=5, steps=1, capture=False
+    ),
     "Reptile": lambda: mk.Reptile(net(), LOSS, steps=2, capture=False),
     "ProtoNet": lambda: mk.ProtoNet(net(), "cosine"),
     "ProtoMAML": lambda: mk.ProtoMAML(net(), LOSS, steps=2, capture=False),
