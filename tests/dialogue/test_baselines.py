@@ -62,6 +62,7 @@ def test_in_context_puts_the_tokens_of_the_support_before_each_query(name: str) 
     algorithm = InContext(model, mk.losses.causal_lm)
     losses = algorithm.evaluate(support, query, (0, 3))
     assert losses.shape == (2, 3)
+    assert not losses.requires_grad
     losses[1] = 0
     masks, counts = [], []
     spy = InContext(model, lambda model, batch: masks.append(batch["attention_mask"]) or torch.zeros(()))  # type: ignore[func-returns-value]
