@@ -54,7 +54,7 @@ class SetEncoder(nn.Module):
         self.query = nn.Parameter(torch.zeros(size)) if pool == "attention" and size else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SetEncoder:
-        if len(self.used):
+        if len(self.used) and not isinstance(self.encode, nn.Module):
             raise TypeError(
                 "SetEncoder: encode must be a module to be copied, got a function that uses modules: a copy of it would"
                 " use those of the original"

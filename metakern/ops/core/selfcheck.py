@@ -67,6 +67,17 @@ class Kernels(NamedTuple):
 
 
 _lock = threading.RLock()
+
+
+def _renewed() -> None:
+    """Drop the lock in a forked child: the thread that held it does not exist there."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renewed)
+
 _faults: dict[tuple[int, torch.device, torch.dtype], tuple[Rules, str]] = {}  # the rules by their identity
 
 
