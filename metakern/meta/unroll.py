@@ -31,7 +31,7 @@ from torch import Tensor
 
 from metakern.meta.batches import Outer, at_step
 from metakern.meta.batching import Batching
-from metakern.native.record import recordable
+from metakern.native.record import in_cuda_graph, recordable
 from metakern.optim import InnerOptimizer
 from metakern.optim.base import State
 
@@ -344,7 +344,7 @@ def random_states(device: torch.device) -> tuple[Tensor, ...]:
     """Return the states of a device's generators; none while a CUDA graph is recorded, as it draws no numbers."""
     if device.type != "cuda":
         return (torch.get_rng_state(),)
-    return () if torch.cuda.is_current_stream_capturing() else (torch.get_rng_state(), torch.cuda.get_rng_state(device))
+    return () if in_cuda_graph(device) else (torch.get_rng_state(), torch.cuda.get_rng_state(device))
 
 
 @recordable(has_side_effects=True)

@@ -295,7 +295,7 @@ class Trial:
                         products = derivatives([g for g, _ in pairs], [*adapted, *self.shared], [v for _, v in pairs])
             rows.append((value.detach(), [None if g is None else g.detach() for g in grads], products))
             drawn = alike.taken
-        if second_order and self._slopes:
+        if second_order and self._slopes and self.phi[0].dtype.itemsize > 2:  # rounding hides those of half precision
             with self.watch.part("slopes"):
                 self._check_slopes(batch, rows[0][1], rows[0][2])
         losses, n = torch.stack([value for value, _, _ in rows]), len(self.phi)
@@ -714,7 +714,7 @@ class comparable(TorchFunctionMode):  # noqa: N801, a context manager
         if self.default in (None, torch.get_default_dtype()) or not isinstance(result, Tensor):
             return result
         is_default = result.dtype == torch.get_default_dtype()
-        follows = not is_default or any(map(_sets_dtype, tree_leaves((args, kwargs))))
+        follows = not is_default or func in _CASTS or any(map(_sets_dtype, tree_leaves((args, kwargs))))
         return result if follows else result.to(self.default)
 
 
@@ -727,6 +727,7 @@ def _is_integral(dtype: torch.dtype) -> bool:
     return not dtype.is_floating_point and not dtype.is_complex
 
 
+_CASTS = {Tensor.float, Tensor.type}
 _SOFTMAXES = {F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax}
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 

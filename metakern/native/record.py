@@ -38,6 +38,14 @@ def recorder() -> Recording | None:
     return None
 
 
+def in_cuda_graph(device: torch.device) -> bool:
+    """Returns whether a CUDA graph is recorded on the current stream of a device.
+
+    `torch.cuda.is_current_stream_capturing` does not say so where metakern records one.
+    """
+    return device.type == "cuda" and torch._C._cuda_isCurrentStreamCapturing()
+
+
 def recordable(has_side_effects: bool = False) -> Callable[[F], F]:
     """Returns a decorator for a function that PyTorch's dispatcher does not see, such as a kernel call.
 

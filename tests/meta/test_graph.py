@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -207,6 +208,36 @@ def test_a_failed_recording_raises_what_made_it_fail_and_leaves_the_stream_as_it
     (results,) = Graph(lambda inputs: [inputs[0] * 2], [torch.ones(2)], [], [], graphs)([[torch.ones(2)]], 1) or []
     assert results[0].equal(torch.full((2,), 2.0))
     assert gc.isenabled()
+
+
+def recorded(function: Any, numbers: list[int]) -> Graph:
+    return Graph(lambda inputs: [function(inputs[0])], [torch.ones(2)], [], numbers, Graphs())
+
+
+def test_a_model_does_not_see_that_a_graph_is_recorded(gpu, monkeypatch):
+    """transformers would make a mask for packed sequences, and attention would run by its eager formula."""
+    states = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", asked := lambda: True)
+
+    def look(x: Tensor) -> Tensor:
+        states.append(torch.cuda.is_current_stream_capturing())
+        with ThreadPoolExecutor(1) as thread:
+            states.append(thread.submit(torch.cuda.is_current_stream_capturing).result())
+        return x * 2
+
+    recorded(look, [])
+    assert states == [False, True]
+    assert torch.cuda.is_current_stream_capturing is asked
+
+
+@pytest.mark.parametrize("reads", [1, 3])
+def test_a_recording_that_reads_other_numbers_than_the_run_before_fails(gpu, reads):
+    def function(x: Tensor) -> Tensor:
+        return x * sum(int(x.sum().long()) for _ in range(reads))
+
+    with pytest.raises(RuntimeError, match="reads (fewer|more) numbers while a graph is recorded than before"):
+        recorded(function, [2, 2])
+    recorded(function, [2] * reads)
 
 
 def maml(model: nn.Module, lr: float, **options: Any) -> mk.MAML:

@@ -152,7 +152,7 @@ def test_tables_made_in_a_cuda_graph_are_those_of_an_ordinary_call(monkeypatch, 
     cpu = torch.device("cpu")
     values = (2**47 + 1, 0, 16), (0.999, 1e-30)
     ordinary = [*foreach.blocks(sizes, 8, cpu), *(foreach.table(of, cpu) for of in values)]
-    monkeypatch.setattr(foreach, "_in_graph", lambda device: True)
+    monkeypatch.setattr(foreach, "in_cuda_graph", lambda device: True)
     in_graph = [*foreach.blocks(sizes, 8, cpu), *(foreach.table(of, cpu) for of in values)]
     for a, b in zip(ordinary, in_graph, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -8,6 +8,7 @@ the run read them. It holds the memory of a whole run as long as it lives.
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -96,8 +97,10 @@ class Graph:
         with torch.no_grad(), torch.cuda.device(self._device):
             graphs.wait()
             self._inputs = [t.clone() for t in inputs]
-            with torch.enable_grad(), graphs.recorded(self._graph), _Reads(numbers) if numbers else nullcontext():
+            reads = _Reads(numbers)
+            with torch.enable_grad(), _HIDDEN, graphs.recorded(self._graph), reads if numbers else nullcontext():
                 found = list(function(self._inputs))
+                reads.finish()
                 self._outputs = [None if t is None else t.detach() for t in found]
 
     def fits(self) -> bool:
@@ -125,6 +128,36 @@ class Graph:
         return results
 
 
+class _Hidden:
+    """Within the block, `torch.cuda.is_current_stream_capturing` is False for this thread.
+
+    A model that asks it would take another way than in the run before: transformers then makes masks for packed
+    sequences, with which attention is no longer causal.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._threads, self._real = threading.Lock(), list[int](), torch.cuda.is_current_stream_capturing
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._threads:
+                self._real = torch.cuda.is_current_stream_capturing
+                torch.cuda.is_current_stream_capturing = self._asked
+            self._threads.append(threading.get_ident())
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._threads.remove(threading.get_ident())
+            if not self._threads:
+                torch.cuda.is_current_stream_capturing = self._real
+
+    def _asked(self) -> bool:
+        return threading.get_ident() not in self._threads and self._real()
+
+
+_HIDDEN = _Hidden()
+
+
 def _capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Any:
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
@@ -148,13 +181,23 @@ class _Reads(TorchDispatchMode):
         super().__init__()
         self._numbers = iter(numbers)
 
+    def _next(self) -> int:
+        for number in self._numbers:
+            return number
+        raise RuntimeError("the run reads more numbers while a graph is recorded than before")
+
+    def finish(self) -> None:
+        """Raise RuntimeError unless all numbers were read: with fewer, some went to the wrong place."""
+        for _ in self._numbers:
+            raise RuntimeError("the run reads fewer numbers while a graph is recorded than before")
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _READ and args[0].dtype in INTEGERS:
-            return next(self._numbers)
+            return self._next()
         if func is ZEROS:
             return torch.zeros(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

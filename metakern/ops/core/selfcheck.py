@@ -41,6 +41,7 @@ from torch.utils._pytree import tree_map_only
 
 import metakern
 from metakern import io, native
+from metakern.native.record import in_cuda_graph
 from metakern.ops.core.rules import Rules, Tensors
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def fault(op: str, name: str, kernels: Mapping[str, Rules], device: torch.device
     rules = kernels[name]
     key = id(rules), device, dtype
     if key not in _faults:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if in_cuda_graph(device):
             return ""  # the check would become a part of the graph
         with _lock:
             if key not in _faults:

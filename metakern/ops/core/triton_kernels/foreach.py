@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.native.record import unrecorded
+from metakern.native.record import in_cuda_graph, unrecorded
 from metakern.ops.core.formula import Generated
 from metakern.ops.core.rules import Tensors
 from metakern.ops.core.triton_kernels.launch import INTERPRETED, addresses, cdiv, contiguous, jit, launch, wide
@@ -157,7 +157,7 @@ def foreach(program: Generated, values: Mapping[str, Input], like: Tensors) -> l
 
 def table(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
     """Returns the values as a tensor on a device, copied there without synchronizing with it."""
-    if _in_graph(device):
+    if in_cuda_graph(device):
         made = torch.zeros(len(values), dtype=_dtype(values), device=device)
         torch._foreach_add_(made.unbind(), list(values))
         return made
@@ -166,7 +166,7 @@ def table(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> 
 
 def blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns the tables `starts` and `owners`."""
-    if not _in_graph(device):
+    if not in_cuda_graph(device):
         return _kept_blocks(sizes, block, device, _stream(device))
     ends = tuple(accumulate(cdiv(size, block) for size in sizes))
     owners = torch.searchsorted(table(ends, device), torch.arange(ends[-1], device=device), right=True, out_int32=True)
@@ -190,10 +190,6 @@ def _kept_blocks(sizes: tuple[int, ...], block: int, device: torch.device, strea
 
 def _dtype(values: tuple[int, ...] | tuple[float, ...]) -> torch.dtype:
     return torch.float64 if isinstance(values[0], float) else torch.int64
-
-
-def _in_graph(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _stream(device: torch.device) -> int:
