@@ -884,6 +884,23 @@ def test_data_in_float64_may_be_cast_in_the_loss(cast: Callable[[Tensor], Tensor
         torch.testing.assert_close(a, b)
 
 
+class Turned(nn.Linear):
+    """A linear layer of rotated features, whose angles are computed in float32 as transformers' rotary embeddings."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            rates, positions = torch.ones(1, 1).to(dtype=torch.float), torch.arange(x.shape[-1], device=x.device)
+            angles = (rates @ positions[None].float()).to(x.dtype)
+        return super().forward(x * angles.cos())
+
+
+def test_casts_of_integers_keep_their_dtype_in_the_trial() -> None:
+    net, batches = Turned(3, 2), [mapped(lambda t: t.float() if t.is_floating_point() else t, points(i)) for i in (1, 2)]
+    maml = maml_of(net, ce)
+    maml(*batches)
+    assert "in float64: taken" in str(maml.plan)
+
+
 def test_a_loss_that_folding_no_longer_takes_gets_another_batching() -> None:
     criterion, net = nn.CrossEntropyLoss(label_smoothing=0.1), Net()
     loss = lambda model, batch: criterion(model(batch[0]), batch[1])  # noqa: E731
