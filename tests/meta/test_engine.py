@@ -895,7 +895,10 @@ class Turned(nn.Linear):
 
 
 def test_casts_of_integers_keep_their_dtype_in_the_trial() -> None:
-    net, batches = Turned(3, 2), [mapped(lambda t: t.float() if t.is_floating_point() else t, points(i)) for i in (1, 2)]
+    net, batches = (
+        Turned(3, 2),
+        [mapped(lambda t: t.float() if t.is_floating_point() else t, points(i)) for i in (1, 2)],
+    )
     maml = maml_of(net, ce)
     maml(*batches)
     assert "in float64: taken" in str(maml.plan)

@@ -235,7 +235,7 @@ def test_a_recording_that_reads_other_numbers_than_the_run_before_fails(gpu, rea
     def function(x: Tensor) -> Tensor:
         return x * sum(int(x.sum().long()) for _ in range(reads))
 
-    with pytest.raises(RuntimeError, match="reads (fewer|more) numbers while a graph is recorded than before"):
+    with pytest.raises(RuntimeError, match=r"reads (fewer|more) numbers while a graph is recorded than before"):
         recorded(function, [2, 2])
     recorded(function, [2] * reads)
 

@@ -30,7 +30,7 @@ from metakern.native import memory
 from metakern.ops import SPECS
 from metakern.ops.core import backend
 from metakern.ops.core.spec import Make, Sample, Spec
-from metakern.ops.core.triton_kernels import launch
+from metakern.ops.core.triton_kernels import launch, products
 from metakern.ops.core.updates import KERNELS
 
 # The GPUs, each with the bytes of shared memory that a program may use. The first of each maker compiles all kernels.
@@ -76,6 +76,7 @@ def recorded(op: str, target: GPUTarget) -> list[Launch]:
         patch.object(backend, "_obstacle", lambda name: None),
         patch.object(memory, "address", lambda op, name, tensor: 0),
         patch.object(launch, "shared_memory", lambda device: TARGETS[target]),
+        patch.object(products, "in_parts", lambda a: a.dtype == torch.float32 and target.backend == "cuda"),
         patch.object(torch.version, "hip", "7.0" if target.backend == "hip" else None),
         mk.backend("triton"),
     ):

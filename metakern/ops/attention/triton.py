@@ -477,9 +477,7 @@ def by_library(c: SimpleNamespace, q: Tensor, k: Tensor, capability: tuple[int, 
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    if device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
-        return None
-    return torch.cuda.get_device_capability(device)
+    return launch.capability(device) if torch.backends.cuda.is_flash_attention_available() else None
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern import native
-from metakern.ops.core import checks, cpp, matrices
+from metakern.ops.core import checks, cpp, matrices, triton_kernels
 from metakern.ops.core.autograd import Op
 from metakern.ops.core.matrices import products, shared
 from metakern.ops.core.rules import Rules, Tensors
@@ -143,7 +143,7 @@ def kernels(cell: Cell) -> dict[str, Rules]:
     return {
         "reference": _rules(cell, _Loops(cell), matrices.product),
         "cpu": _rules(cell, _Kernels(cell), cpp.product),
-        "cuda": _rules(cell, _Kernels(cell), matrices.product, native.CUDA_DTYPES),
+        "cuda": _rules(cell, _Kernels(cell), triton_kernels.product, native.CUDA_DTYPES),
     }
 
 

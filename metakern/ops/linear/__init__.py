@@ -20,7 +20,7 @@ one product for each task. Half precision accumulates in float32 inside each pro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 
@@ -78,12 +78,24 @@ def is_small(x: Tensor, weight: Tensor) -> bool:
     return plain.is_faster(x, x.numel() * weight.shape[0], _SMALL)
 
 
-def rules(product: Product, total: Callable[..., Tensor | None]) -> Rules:
-    """Returns the four rules, given a product and `total`.
+def rules(
+    product: Product,
+    total: Callable[..., Tensor | None],
+    total_and_sums: Callable[..., tuple[Tensor | None, Tensor | None]] | None = None,
+) -> Rules:
+    """Returns the four rules, given a product and totals.
 
     total(*pairs, add=None) adds the products of the pairs that hold no None to `add`, [T, 1, out]. It returns `add`
-    itself where there is no such pair.
+    itself where there is no such pair. total_and_sums(*pairs) returns the total, and the sums of the first tensor over
+    its last dimension, None if it is None.
     """
+
+    def of_parameters(needs: Sequence[bool], *pairs: tuple[Tensor | None, Tensor | None]) -> Tensors:
+        """Returns cotangents of weight and bias, those that are needed, for pairs of ctᵀ and x."""
+        if needs[1] and needs[2] and total_and_sums is not None:
+            return total_and_sums(*pairs)
+        ct = pairs[0][0]
+        return total(*pairs) if needs[1] else None, ct.sum(2) if needs[2] and ct is not None else None
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
         x, weight, bias = inputs
@@ -98,11 +110,7 @@ def rules(product: Product, total: Callable[..., Tensor | None]) -> Rules:
 
     def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
         (x, weight, _), (ct_y,), needs = inputs, ct_outputs, c.needs
-        return (
-            product(ct_y, weight) if needs[0] else None,
-            product(ct_y.mT, x) if needs[1] else None,
-            ct_y.sum(1) if needs[2] else None,
-        )
+        return product(ct_y, weight) if needs[0] else None, *of_parameters(needs, (ct_y.mT, x))
 
     def vjp_jvp(
         c: SimpleNamespace,
@@ -116,11 +124,8 @@ def rules(product: Product, total: Callable[..., Tensor | None]) -> Rules:
         (x, weight, _), (t_x, t_weight, _), (ct_y,) = inputs, t_inputs, ct_outputs
         (t_ct_y,), needs = t_ct_outputs or (None,), c.needs
         t_ct_y_mT = None if t_ct_y is None else t_ct_y.mT
-        return (
-            total((t_ct_y, weight), (ct_y, t_weight)) if needs[0] else None,
-            total((t_ct_y_mT, x), (ct_y.mT, t_x)) if needs[1] else None,
-            t_ct_y.sum(1) if needs[2] and t_ct_y is not None else None,
-        )
+        t_ct_x = total((t_ct_y, weight), (ct_y, t_weight)) if needs[0] else None
+        return t_ct_x, *of_parameters(needs, (t_ct_y_mT, x), (ct_y.mT, t_x))
 
     return Rules(forward, jvp, vjp, vjp_jvp)
 

@@ -109,14 +109,14 @@ class Softmax(NamedTuple):
     t_cotangents: Callable[..., tuple[Tensor, Tensor]]
 
 
-def rules(softmax: Softmax) -> Rules:
+def rules(softmax: Softmax, matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> Rules:
     """Returns the four rules: the products with the weight, around the rules of the softmax."""
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
         hidden, weight = inputs
         losses, lses = _Rows(c.target), _Rows(c.target)
         for t, rows in _chunks(c, hidden, weight):
-            loss, lse = softmax.losses(hidden[t, rows] @ weight[t].mT, c.target[t, rows])
+            loss, lse = softmax.losses(matmul(hidden[t, rows], weight[t].mT), c.target[t, rows])
             losses.add(t, loss)
             lses.add(t, lse)
         nothing = wide(hidden[:0].flatten())
@@ -126,7 +126,8 @@ def rules(softmax: Softmax) -> Rules:
         (hidden, weight), (lse,) = inputs, r
         t_losses, t_lses = _Rows(c.target), _Rows(c.target)
         for t, rows in _chunks(c, hidden, weight):
-            logits, t_logits = hidden[t, rows] @ weight[t].mT, _t_logits(inputs, t_inputs, t, rows)
+            logits = matmul(hidden[t, rows], weight[t].mT)
+            t_logits = _t_logits(matmul, inputs, t_inputs, t, rows)
             t_loss, t_lse = softmax.t_losses(logits, lse[t, rows], c.target[t, rows], t_logits)
             t_losses.add(t, t_loss)
             t_lses.add(t, t_lse)
@@ -135,12 +136,12 @@ def rules(softmax: Softmax) -> Rules:
 
     def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
         (hidden, weight), (lse,), (ct_y,) = inputs, r, ct_outputs
-        ct_hidden, ct_weight = _Rows(hidden), _Sums(c, hidden, weight)
+        ct_hidden, ct_weight = _Rows(hidden), _Sums(c, hidden, weight, matmul)
         for t, rows in _chunks(c, hidden, weight):
             x = hidden[t, rows]
-            g = softmax.cotangents(x @ weight[t].mT, lse[t, rows], c.target[t, rows], ct_y[t, rows]).to(x.dtype)
+            g = softmax.cotangents(matmul(x, weight[t].mT), lse[t, rows], c.target[t, rows], ct_y[t, rows]).to(x.dtype)
             if c.needs[0]:
-                ct_hidden.add(t, g @ weight[t])
+                ct_hidden.add(t, matmul(g, weight[t]))
             if c.needs[1]:
                 ct_weight.add(t, g.mT, x)
         return ct_hidden.all(hidden[:0]) if c.needs[0] else None, ct_weight.all() if c.needs[1] else None
@@ -155,15 +156,15 @@ def rules(softmax: Softmax) -> Rules:
         t_ct_outputs: Tensors | None,
     ) -> Tensors:
         (hidden, weight), (t_hidden, t_weight), (lse,), (t_lse,), (ct_y,) = inputs, t_inputs, r, t_r, ct_outputs
-        t_ct_hidden, t_ct_weight = _Rows(hidden), _Sums(c, hidden, weight)
+        t_ct_hidden, t_ct_weight = _Rows(hidden), _Sums(c, hidden, weight, matmul)
         for t, rows in _chunks(c, hidden, weight):
-            x, t_logits = hidden[t, rows], _t_logits(inputs, t_inputs, t, rows)
+            x, t_logits = hidden[t, rows], _t_logits(matmul, inputs, t_inputs, t, rows)
             t_ct_y = None if t_ct_outputs is None else t_ct_outputs[0][t, rows]
             tangents = (t_logits, t_lse[t, rows], ct_y[t, rows], t_ct_y)
-            t_g, g = softmax.t_cotangents(x @ weight[t].mT, lse[t, rows], c.target[t, rows], *tangents)
+            t_g, g = softmax.t_cotangents(matmul(x, weight[t].mT), lse[t, rows], c.target[t, rows], *tangents)
             t_g, g = t_g.to(x.dtype), g.to(x.dtype)
             if c.needs[0]:
-                t_ct_x = t_g @ weight[t]
+                t_ct_x = matmul(t_g, weight[t])
                 t_ct_hidden.add(t, t_ct_x if t_weight is None else _plus_product(t_ct_x, g, t_weight[t]))
             if c.needs[1]:
                 t_ct_weight.add(t, t_g.mT, x)
@@ -249,8 +250,8 @@ class _Sums:
     Of many chunks it is added up in float32.
     """
 
-    def __init__(self, c: SimpleNamespace, hidden: Tensor, weight: Tensor) -> None:
-        self._like = weight
+    def __init__(self, c: SimpleNamespace, hidden: Tensor, weight: Tensor, matmul: Any) -> None:
+        self._like, self._matmul = weight, matmul
         self._dtype = wide(weight[:0]).dtype if 2 * _rows_at_once(c, hidden, weight) < hidden.shape[1] else weight.dtype
         self._found: dict[Any, Tensor] = {}
 
@@ -258,7 +259,7 @@ class _Sums:
         """Add a b to the sums of task (or tasks) t."""
         key = t if isinstance(t, int) else t.start
         known = self._found.get(key)
-        self._found[key] = (a @ b).to(self._dtype) if known is None else _plus_product(known, a, b)
+        self._found[key] = self._matmul(a, b).to(self._dtype) if known is None else _plus_product(known, a, b)
 
     def all(self) -> Tensor:
         found = [sums if sums.dim() == 3 else sums[None] for sums in self._found.values()]
@@ -267,12 +268,12 @@ class _Sums:
         return (found[0] if len(found) == 1 else torch.cat(found)).to(self._like.dtype)
 
 
-def _t_logits(inputs: Tensors, t_inputs: Tensors, t: Tasks, rows: slice) -> Tensor:
+def _t_logits(matmul: Any, inputs: Tensors, t_inputs: Tensors, t: Tasks, rows: slice) -> Tensor:
     """Returns t_x Wᵀ + x t_Wᵀ for a chunk; one of the two tangents may be None."""
     (hidden, weight), (t_hidden, t_weight) = inputs, t_inputs
     if t_hidden is None:
-        return hidden[t, rows] @ t_weight[t].mT
-    t_logits = t_hidden[t, rows] @ weight[t].mT
+        return matmul(hidden[t, rows], t_weight[t].mT)
+    t_logits = matmul(t_hidden[t, rows], weight[t].mT)
     return t_logits if t_weight is None else _plus_product(t_logits, hidden[t, rows], t_weight[t].mT)
 
 

@@ -1,6 +1,6 @@
 """The rules of linear_cross_entropy in Triton: the logits of a chunk are overwritten by g, or by t_g.
 
-The products are PyTorch's; the kernels are those of `cross_entropy`.
+The kernels are those of products and of `cross_entropy`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metakern.ops.core.spec import Make, Sample
+from metakern.ops.core.triton_kernels.products import matmul
 from metakern.ops.cross_entropy.triton import cotangents, losses, t_losses
 from metakern.ops.linear_cross_entropy import Softmax, rules
 
@@ -24,7 +25,7 @@ def _t_cotangents(
     return cotangents(z, lse, target, t_ct_y, ct_y, t_z, t_lse, out=z, g=g), g
 
 
-RULES = rules(Softmax(losses, t_losses, _cotangents, _t_cotangents))
+RULES = rules(Softmax(losses, t_losses, _cotangents, _t_cotangents), matmul)
 
 
 def compiled(make: Make) -> list[Sample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,6 +92,12 @@ def shared_memory(device: torch.device) -> int:
         return 0
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Returns the compute capability of an NVIDIA GPU; None for another device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else None
 
 
 def precision() -> str:
