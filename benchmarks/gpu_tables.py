@@ -99,6 +99,17 @@ def _share(rule: Row) -> str:
     return f"{of_copy}%" if of_copy >= of_product else f"{of_product}% of a product"
 
 
+def products(found: Found) -> str:
+    """The microseconds of products of float32."""
+    lines = ["| T, N, K, M | transposed | beside the product | metakern | PyTorch |", "|---|---|---|---|---|"]
+    names = {"nt": "right", "tn": "left", "nn": "-"}
+    for row in found.get("products", []):
+        if "metakern_us" in row:
+            cells = (", ".join(map(str, row["sizes"])), names[row["form"]], row["beside"] or "-")
+            lines.append(f"| {' | '.join(cells)} | {row['metakern_us']:.0f} | {row['pytorch_us']:.0f} |")
+    return "\n".join(lines)
+
+
 def attention(found: Found) -> str:
     """The TFLOP/s of attention's rules."""
     names = {"forward": "forward", "jvp": "jvp", "vjp": "vjp", "vjp_jvp": "vjp_jvp"}

@@ -116,14 +116,16 @@ Causal attention in bfloat16, 16,384 tokens of width 2048, TFLOP/s of the produc
 for the four rules), beside PyTorch's flash attention, which serves our forward and vjp."""
 GPU_META = """\
 One exact second-order meta-gradient of a Llama in bfloat16: 8 layers of width 1024, 32,000 tokens in the vocabulary,
-sequences of 2048 tokens, two inner steps on all weights. Time, and the peak of memory beyond the model. With four tasks
-no graph was recorded: it was said to need 78 GiB, which is what verifying the plan had taken. That is mended, and not
-measured again."""
+sequences of 2048 tokens, two inner steps on all weights. Time, and the peak of memory beyond the model. The model
+asks whether a graph is recorded, and then has eager attention; metakern hides it."""
 GPU_OPS = """\
 The rules of the other ops: bytes that they must move over those that a copy moves in the same time, or, where that is
 more, their operations over those of a large product in bfloat16. Arguments of tasks have 256 MiB, several times the
 caches; those of "shared" and of one task are smaller. A copy moves less than the memory could, so more than 100% is
 possible."""
+GPU_PRODUCTS = """\
+Products of float32, microseconds: y = a b for T tasks, a [N, K] and b [K, M], with a bias, a second product or the sums
+of a's rows. PyTorch's take a call for each, in float32 arithmetic; ours is one kernel, in parts of TF32 or bfloat16."""
 GPU_RECURRENT = "An LSTM layer with one task by sequences B, steps L and hidden units H, in milliseconds:"
 ATTENTION = """\
 Causal attention in float32, by sequences B, heads H of q and H_kv of k and v, length L and head dimension D (`python
@@ -196,7 +198,7 @@ def full() -> str:
     for found in gpu.gpus():
         parts += [f"## {gpu.title(found)}", GPU, gpu.about(found), gpu.checks(found), GPU_WORKLOADS]
         parts += [gpu.workloads(found), GPU_META, gpu.meta(found), GPU_ATTENTION, gpu.attention(found)]
-        parts += [GPU_OPS, gpu.ops(found), GPU_RECURRENT, gpu.recurrent(found)]
+        parts += [GPU_OPS, gpu.ops(found), GPU_PRODUCTS, gpu.products(found), GPU_RECURRENT, gpu.recurrent(found)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -11,6 +11,7 @@
     memory      the memory of attention at both orders, lengths 4096 to 32,768
     meta        time the second-order meta-gradient of a Llama at length 2048, beside plain PyTorch with eager attention
     ops         time every rule of every other op, beside a copy's bandwidth and the rate of a large product
+    products    time products of float32, with biases, sums or second products, beside PyTorch
     recurrent   time the recurrent cells, beside cuDNN and plain PyTorch
     sanitizer   look for bad accesses and races at small sizes by compute-sanitizer, if it is installed
 
@@ -41,7 +42,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import attention, checks, dialogue, engine, llama, measure, ops, recurrent
+from benchmarks.gpu import attention, checks, dialogue, engine, llama, measure, ops, products, recurrent
 from benchmarks.gpu.pool import Job, Pool, Row, prepare
 from benchmarks.gpu.targets import failures, targets
 from benchmarks.results import machine
@@ -63,6 +64,7 @@ PARTS: dict[str, tuple[Callable[[Row, bool], Jobs], str]] = {
     "memory": (lambda limits, tiny: attention.memory_jobs(tiny), "alone"),
     "meta": (lambda limits, tiny: llama.jobs(tiny), "alone"),
     "ops": (ops.jobs, "compiled"),
+    "products": (lambda limits, tiny: products.jobs(tiny), "compiled"),
     "recurrent": (lambda limits, tiny: recurrent.jobs(tiny), "alone"),
 }
 
