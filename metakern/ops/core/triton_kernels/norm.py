@@ -341,7 +341,10 @@ def rules(centered: bool) -> Rules:
         tiles = min(triton.next_power_of_2(max(size // PROGRAMS, 1)), MOST) if size else 1
         stages = 2 if blocks["BLOCK_N"] * blocks["BLOCK_D"] * x.element_size() <= STAGED_BYTES else 1
         chunks = cdiv(N, tiles * blocks["BLOCK_N"])
-        sums = [primal[2].new_empty(T, chunks, D) if need else None for need in (*c.needs[1:], False)[:2]]
+        learn = (*c.needs[1:], False)[:2]
+        found = primal[2].new_empty(sum(learn), T, chunks, D)  # added up at once
+        parts = iter(found)
+        sums = [next(parts) if need else None for need in learn]
 
         def run(out: Tensor | None, sums: list[Tensor | None], columns: int) -> None:
             arguments = (primal, weight, v, ct_y, t_x, t_weight, out, *sums, N)
@@ -354,7 +357,7 @@ def rules(centered: bool) -> Rules:
                 run(out, [None, None], 1)
             if any(c.needs[1:]):
                 run(None, sums, cdiv(D, blocks["BLOCK_D"]))
-        parameters = (None if s is None else s.sum(1).to(x.dtype) for s in sums[: len(inputs) - 1])
-        return out, *parameters
+        totals = iter((found[:, :, 0] if chunks == 1 else found.sum(2)).to(x.dtype)) if any(learn) else iter(())
+        return out, *(next(totals) if need else None for need in learn[: len(inputs) - 1])
 
     return Rules(forward, jvp, vjp, vjp_jvp)
