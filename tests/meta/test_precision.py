@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from models import Recurrent, TinyGPT, gradients, mlp, plain_loss, points, regression_loss, sgd, tokens, tokens_loss
+from models import (
+    Recurrent,
+    TinyGPT,
+    V,
+    gradients,
+    mlp,
+    plain_loss,
+    points,
+    regression_loss,
+    sgd,
+    tokens,
+    tokens_loss,
+)
 from torch import Tensor, nn
 
 import metakern as mk
@@ -81,6 +93,38 @@ def test_meta_gradients_are_near_those_in_float64(name: str, strategy: str, batc
     assert 1e-4 < distance(found, truth) < 0.03
     assert distance(single, truth) < 1e-5
     assert distance(found, truth) < distance(first, truth) / 2  # second order is there
+
+
+class Decoder(nn.Module):
+    """One layer of a language model, of modules and ops that have Triton kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.norm = nn.Embedding(V, 8), mk.nn.RMSNorm(8)
+        self.qkv, self.out, self.head = mk.nn.Linear(8, 24), mk.nn.Linear(8, 8), mk.nn.Linear(8, V)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        qkv = self.qkv(self.norm(x)).unflatten(-1, (3, 2, 4)).movedim(-3, 0).transpose(-2, -3)
+        return self.head(x + self.out(mk.ops.attention(*qkv).transpose(-2, -3).flatten(-2)))
+
+
+def test_a_gpus_kernels_under_autocast_are_near_float64(launched: list[str]) -> None:
+    """What a GPU computes in bfloat16, by the interpreter; weights, updates, losses and gradients stay float32."""
+    torch.manual_seed(1)
+    model, batches = Decoder(), [{name: t[:2, :1, -4:] for name, t in tokens(i).items()} for i in (1, 2)]
+    exact = copy.deepcopy(model).double()
+    truth = gradients(exact, plain_loss(exact, tokens_loss, *batches, 1, sgd(0.3)))
+    maml = mk.MAML(model, tokens_loss, inner=mk.optim.SGD(lr=0.3), steps=1, capture=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        maml(*batches)  # verifies the plan, by other kernels
+        with mk.backend("triton"):
+            found = gradients(model, maml(*batches))
+            adapted = maml.adapt(batches[0])
+    assert {f"_{name}_kernel" for name in ("products", "rows", "vjp", "queries", "keys")} <= set(launched)
+    assert {t.dtype for t in (*found.values(), *adapted.values(), maml.query_losses)} == {torch.float32}
+    assert 1e-4 < distance(found, truth) < 0.03
+    assert cosine(found, truth) > 0.999
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import metakern as mk
 from metakern.ops import SPECS
+from metakern.ops.core import selfcheck
 from metakern.ops.core.spec import Make, Sample, Spec
 
 pytestmark = pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])
@@ -58,6 +59,12 @@ def test_the_backend_launches_kernels(spec: Spec, launched: list[str]) -> None:
 def test_every_rule_equals_that_of_the_reference(spec: Spec, sample: Sample) -> None:
     """All samples, with tangents of cotangents: the battery takes one sample of an op through all nestings."""
     compare(spec, sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", OPS)
+def test_every_rule_in_half_precision_is_near_float64(op: str, dtype: torch.dtype) -> None:
+    assert selfcheck._checked(SPECS[op], SPECS[op].op.kernels["triton"], torch.device("cpu"), dtype) == selfcheck.GOOD
 
 
 def compare(spec: Spec, sample: Sample) -> None:

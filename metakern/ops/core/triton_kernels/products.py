@@ -42,6 +42,13 @@ def _tile(ptr, rows, columns, stride_row, stride_column, inside):
     return tl.load(ptr + rows * stride_row + columns * stride_column, inside, other=0.0)
 
 
+@triton.jit
+def _plus_product(y, a, b, PRECISION: tl.constexpr):
+    if INTERPRETED:  # the interpreter would read the bits of bfloat16 as integers
+        a, b = a.to(y.dtype), b.to(y.dtype)
+    return tl.dot(a, b, y, input_precision=PRECISION, out_dtype=y.dtype)
+
+
 @jit
 def _products_kernel(
     a,
@@ -77,13 +84,13 @@ def _products_kernel(
         left, right = (n < N) & (column < K), (row < K) & (m < M)
         a_tile = _tile(a[0] + t * a[1], n, column, a[2], a[3], left)  # [BLOCK_N, BLOCK_K]
         b_tile = _tile(b[0] + t * b[1], row, m, b[2], b[3], right)  # [BLOCK_K, BLOCK_M]
-        y = tl.dot(a_tile, b_tile, y, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+        y = _plus_product(y, a_tile, b_tile, PRECISION)
         if s_ptr is not None:
             s += tl.sum(a_tile.to(ACCUMULATOR), 1)
         if c is not None:
             c_tile = _tile(c[0] + t * c[1], n, column, c[2], c[3], left)
             d_tile = _tile(d[0] + t * d[1], row, m, d[2], d[3], right)
-            y = tl.dot(c_tile, d_tile, y, input_precision=PRECISION, out_dtype=ACCUMULATOR)
+            y = _plus_product(y, c_tile, d_tile, PRECISION)
     if e is not None:
         y += tl.load(e[0] + t * e[1] + m * e[2], m < M, other=0.0).to(ACCUMULATOR)
     tl.store(y_ptr + (t * N + n) * M + m, y, (n < N) & (m < M))
