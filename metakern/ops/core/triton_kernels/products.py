@@ -31,6 +31,7 @@ from metakern.ops.core import matrices
 from metakern.ops.core.triton_kernels import launch as launching
 from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, jit, launch, precision
 
+IN_INTERPRETER = tl.constexpr(INTERPRETED)
 LARGEST_K = 128
 MOST_TASKS = 2**16 - 1  # the second dimension of a grid
 DATA_CENTER = {(8, 0), (9, 0), (10, 0), (10, 3)}  # compute capabilities
@@ -44,7 +45,7 @@ def _tile(ptr, rows, columns, stride_row, stride_column, inside):
 
 @triton.jit
 def _plus_product(y, a, b, PRECISION: tl.constexpr):
-    if INTERPRETED:  # the interpreter would read the bits of bfloat16 as integers
+    if IN_INTERPRETER:  # it would read the bits of bfloat16 as integers
         a, b = a.to(y.dtype), b.to(y.dtype)
     return tl.dot(a, b, y, input_precision=PRECISION, out_dtype=y.dtype)
 
