@@ -207,9 +207,9 @@ class Config:
     )
     inner_steps: tuple[int, ...] = _option(
         (1, 3, 5),
-        "inner steps in training; several numbers take turns from outer step to outer step (mamlplusplus, metalstm: the"
-        " largest)",
-        least=1,
+        "inner steps in training; several numbers, of which some may be 0, take turns from outer step to outer step"
+        " (mamlplusplus, metalstm: the largest)",
+        least=0,
         most=10**4,
     )
     positive_rates: bool = _option(False, "set learned inner rates that become negative to 0")
@@ -294,6 +294,8 @@ class Config:
             of_parser = key.name == "algorithm" and self.part == "parser"
             rule = {**key.metadata, "choices": PARSERS} if of_parser else key.metadata
             _check(key.name, getattr(self, key.name), key.default, rule)
+        if not self.most_inner_steps:
+            raise UserError("inner_steps must have a number above 0, got only 0")
         if self.lora and not self.pretrained:
             raise UserError(
                 f"lora must be 0 for the model {self.model}, which is not pretrained, got {self.lora}:"

@@ -30,7 +30,7 @@ def values_of(key):
         return st.floats(rule["least"] or 0, most, exclude_min=rule["above"] is not None, exclude_max=True)
     text = st.text(st.characters(exclude_categories=["Cs", "Cc"]))
     if key.default and isinstance(key.default, tuple):
-        return st.lists(st.integers(rule["least"], rule["most"]), min_size=1).map(tuple)
+        return st.lists(st.integers(rule["least"], rule["most"]), min_size=1).map(tuple).filter(any)
     return st.lists(text).map(tuple) if isinstance(key.default, tuple) else text
 
 
@@ -101,7 +101,8 @@ def test_files_override_defaults_and_flags_override_files(tmp_path):
         ("lora = 8", "lora must be 0 for the model gpt, which is not pretrained, got 8"),
         ("precision = 'half'", "precision must be one of float32, bfloat16, got 'half'"),
         ("precision = 'bfloat16'\ndevice = 'cuda'", "precision must be float32 for the device cuda, got 'bfloat16'"),
-        ("inner_steps = 0", "inner_steps must be at least 1, got 0"),
+        ("inner_steps = 0", "inner_steps must have a number above 0, got only 0"),
+        ("inner_steps = [-1, 2]", "inner_steps must be at least 0, got -1"),
         ("inner_steps = []", "inner_steps must be whole numbers, got ()"),
         ("inner_steps = [1, 2.5]", "inner_steps must be whole numbers, got (1, 2.5)"),
         ("overlap = 'bots'", "overlap must be one of users, turns, dialogues, got 'bots'"),

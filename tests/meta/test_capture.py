@@ -345,6 +345,27 @@ def test_what_python_reads_from_a_mask_decides_which_program_runs(tasks: int) ->
     assert all(program is not None for program in captures._programs.values())
 
 
+def test_numbers_that_follow_from_shapes_decide_nothing() -> None:
+    """As whether the positions of a sequence are those of packed sequences, which transformers asks in each pass."""
+    kinds = torch.tensor([1, 2, 3])
+
+    def positions(x: Tensor) -> bool:
+        return bool((torch.arange(x.shape[1]).diff() != 1).any())
+
+    def function(x: Tensor, what: list[Any]) -> list[Tensor]:
+        return [x * sum(int(read(x)) for read in what)]
+
+    x = torch.ones(2, 3)
+    sources = {"shapes": positions, "the inputs": lambda x: x.long().sum(), "a tensor": lambda x: kinds.sum()}
+    for what, numbers in ((["shapes"], None), (["shapes", "the inputs"], [6]), (["a tensor", "shapes"], [6])):
+        program, _ = record(lambda what=what: function(x, [sources[name] for name in what]), [x], rewritten)
+        assert program.numbers == [{"shapes": 0}.get(name, 6) for name in what]
+        assert (program.decisions and program.decisions.numbers) == numbers
+    assert program.decisions.hold([x])
+    kinds.add_(1)
+    assert not program.decisions.hold([x])
+
+
 def test_a_count_that_always_differs_is_not_captured() -> None:
     def loss(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
         return (model(batch[0]) - batch[1]).square().sum() / int(batch[2].sum())

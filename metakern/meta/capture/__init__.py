@@ -101,7 +101,7 @@ class Captures:
         self._states: list[_State] = []  # in the order of last use, the latest first
         self._numbered = self._new_states = self._changed = 0
         self._programs: dict[Any, _Captured | None] = {}  # None: calls of this key run ordinarily
-        # Key of a batch -> the decisions of its programs, by number; None: Python read no numbers.
+        # Key of a batch -> the decisions of its programs, by number; None: Python read no numbers of it.
         self._branches: dict[Any, dict[int, Decisions | None]] = {}
         self._next_branch = count(1)
         self._graphs = Graphs()
@@ -450,9 +450,8 @@ class Captures:
         if any(t.device.type == device.type and t.device != device for t in program.constants):
             raise RecordError("it reads tensors on several GPUs")
         on_gpu = [t for t in constants.values() if t.device == device and t.layout is torch.strided]
-        numbers = [] if program.decisions is None else program.decisions.numbers
         with self._watch.part("lowering"), self._fresh():
-            return Graph(lambda inputs: call.reading(inputs)(), call.inputs, on_gpu, numbers, self._graphs)
+            return Graph(lambda inputs: call.reading(inputs)(), call.inputs, on_gpu, program.numbers, self._graphs)
 
     def _give_up(self, call: _Application, reason: str) -> None:
         self._keep(call, None)

@@ -91,7 +91,8 @@ class Program:
     def __init__(self, inputs: list[Register], steps: list[Step], outputs: list[Any], rewrite: Rewrite) -> None:
         self.made: list[Tensor] = []  # tensors that the recorded run made from Python numbers
         self.read: list[Tensor] = []  # constants that no step names
-        self.decisions: Decisions | None = None
+        self.numbers: list[int] = []  # that Python read in the recorded run
+        self.decisions: Decisions | None = None  # on those numbers that another run may give other values
         self.peak_bytes = 0  # that tensors had on a GPU in the recorded run, those from before included
         steps, self.outputs = _with_one_name(steps, outputs)
         self.inputs = inputs
@@ -116,7 +117,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Decisions:
-    """The numbers that Python read in a recorded run, and the program that computes them."""
+    """Numbers that Python read in a recorded run, and the program that computes them."""
 
     program: Program
     numbers: list[int]

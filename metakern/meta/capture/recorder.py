@@ -5,7 +5,8 @@
 It records PyTorch's operations below autograd and the calls of our own kernels (`metakern.native.record.recordable`).
 
 An integer or a boolean that Python reads, as in `if mask.all()`, is a decision: the program is right only for inputs
-that give the same number. `program.decisions` has the numbers, and a program that computes them.
+that give the same number. `program.decisions` has these numbers, and a program that computes them. A number that
+follows from shapes alone decides nothing.
 
 RecordError is raised where Python reads other values of a tensor (`.item()` of a float, `.tolist()`, `.numpy()`, the
 indices of a mask), and where an operation writes to a tensor that outlives the run.
@@ -76,10 +77,23 @@ def record(
     program.peak_bytes = recorder.peak_bytes
     program.made, program.read = [*recorder.lifted, *watcher.made], [*recorder.read.values()]
     if recorder.decisions:
-        registers, numbers = map(list, zip(*recorder.decisions, strict=True))
-        steps = _steps_to(registers, recorder.steps)
-        program.decisions = Decisions(Program(names, steps, registers, rewrite), numbers)
+        read, program.numbers = map(list, zip(*recorder.decisions, strict=True))
+        steps = _steps_to(read, recorder.steps)
+        vary = _varying(names, steps)
+        kept = [(number, value) for number, value in recorder.decisions if vary.issuperset(registers(number))]
+        if kept:
+            read, values = map(list, zip(*kept, strict=True))
+            program.decisions = Decisions(Program(names, dce(steps, read), read, rewrite), values)
     return program, results
+
+
+def _varying(inputs: Sequence[Any], steps: Sequence[Step]) -> set[Register]:
+    """Return the registers that depend on inputs, or on other tensors that were there before."""
+    found = set(registers(inputs))
+    for step in steps:
+        if not found.isdisjoint(step.reads) or leaves((step.args, step.kwargs), Tensor):
+            found.update(step.makes)
+    return found
 
 
 def _steps_to(numbers: list[Any], steps: Sequence[Step]) -> list[Step]:
