@@ -29,8 +29,8 @@ def rules(op: str, module: str = "") -> Rules:
 
 
 def product(a: Tensor, b: Tensor, add: Tensor | None = None, reuse: bool = False) -> Tensor:
-    """Returns add + a b as `matrices.product` does, by a Triton kernel where one is faster, if Triton is installed."""
-    return _products().product(a, b, add, reuse)
+    """Returns add + a b as `matrices.product` does; on a GPU by a Triton kernel where that is faster and installed."""
+    return (_products() if a.is_cuda else matrices).product(a, b, add, reuse)
 
 
 @cache
