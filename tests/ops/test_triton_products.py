@@ -62,9 +62,10 @@ BIASES: dict[str, Callable[..., Tensor | None]] = {
 }
 
 
-@pytest.mark.parametrize("bias", BIASES)
-@pytest.mark.parametrize("b", LAYOUTS)
-@pytest.mark.parametrize("a", LAYOUTS)
+FORMS = [(a, b, "no bias") for a in LAYOUTS for b in LAYOUTS] + [(transposed, shared, bias) for bias in BIASES]
+
+
+@pytest.mark.parametrize(("a", "b", "bias"), FORMS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_products_and_totals(in_parts: bool, sizes: Any, a: Any, b: Any, bias: str) -> None:
     (T, N, K, M), make = sizes, Make(seed=3)
