@@ -28,6 +28,10 @@ from metakern.meta.weights import WEIGHTS, Weights
 from metakern.optim import InnerOptimizer
 
 FLOAT64_PARAMETERS = 200_000_000
+_NOTES = {  # what a trial could not rule out, where the doctor finds no place that loses derivatives
+    "surrogate": "the gradient is a surrogate, not the slope of the loss: metakern.doctor finds the place",
+    "hidden": "second derivatives were not compared with the slope of the gradient, which half precision hides",
+}
 TRIAL_COPIES = 10  # estimate of how many copies of all trainable parameters a trial holds at once
 
 
@@ -147,7 +151,7 @@ class Planner:
         """Return `found`; raise ValueError where second-order terms are lost.
 
         A surrogate gradient (one that is not the slope of the loss, as of a straight-through estimator) is taken as it
-        is, with a note among the reasons.
+        is, with a note among the reasons; so is one whose slope rounding hides, if the doctor finds nothing lost.
         """
         if not lost:
             return found
@@ -159,9 +163,8 @@ class Planner:
             places = [f"{p.path or 'the model'}: {p.op}, {p.kind}" for p in report.problems if p.order == 2]
         except Exception:  # the doctor can't examine this model, but second-order terms are lost all the same
             places = []
-        if lost == "surrogate" and not places:
-            note = "the gradient is a surrogate, not the slope of the loss: metakern.doctor finds the place"
-            return replace(found, plan=replace(found.plan, reasons=(*found.plan.reasons, note)))
+        if lost in _NOTES and not places:
+            return replace(found, plan=replace(found.plan, reasons=(*found.plan.reasons, _NOTES[lost])))
         where = "; ".join(places) or "call metakern.doctor to find the place"
         raise ValueError(f"MAML: second derivatives must not be lost, but this model and loss lose them: {where}")
 

@@ -102,7 +102,8 @@ class Trial:
         self.parts: list[float] = []  # for each batch, what autograd saves for it over that for the user's two tasks
         self.probe: Any = None  # the first batch, or a smaller one, for the second order
         self.changed: set[tuple[int, str]] = set()  # attributes that a forward pass changes: (id of the module, name)
-        self.lost = ""  # "surrogate": the gradient is not the loss's slope; "lost": only the second order is wrong
+        # "surrogate": the gradient is not the loss's slope; "lost": only the second order is wrong; "hidden": not known
+        self.lost = ""
         self.kinds = [structure(batch) for batch in batches]
         self.apart: list[bool] = []  # for each batch, whether its two tasks differ
         self.truths: list[_Truth] = []  # for each batch, what `_truth` returns
@@ -295,7 +296,7 @@ class Trial:
                         products = derivatives([g for g, _ in pairs], [*adapted, *self.shared], [v for _, v in pairs])
             rows.append((value.detach(), [None if g is None else g.detach() for g in grads], products))
             drawn = alike.taken
-        if second_order and self._slopes and self.phi[0].dtype.itemsize > 2:  # rounding hides those of half precision
+        if second_order and self._slopes:
             with self.watch.part("slopes"):
                 self._check_slopes(batch, rows[0][1], rows[0][2])
         losses, n = torch.stack([value for value, _, _ in rows]), len(self.phi)
@@ -335,6 +336,9 @@ class Trial:
     def _check_slopes(self, batch: Any, grads: Gradients, products: Gradients) -> None:
         """Check that the Hessian-vector product of task 0 is the slope of its gradient; set `lost` where it is not."""
         phi, u, n = [p[0] for p in self.phi], [v[0] for v in self.v], len(self.phi)
+        if phi[0].dtype.itemsize < 4:  # rounding hides the slopes
+            self.lost = "hidden"
+            return
 
         def gradient(z: Sequence[Tensor]) -> Gradients:
             leaves = [nn.Parameter(t) for t in z]

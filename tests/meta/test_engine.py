@@ -904,6 +904,24 @@ def test_casts_of_integers_keep_their_dtype_in_the_trial() -> None:
     assert "in float64: taken" in str(maml.plan)
 
 
+class Halved(nn.Linear):
+    """A linear layer that takes bfloat16 alone, so that a trial can't run in float64."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.bfloat16(), self.weight, self.bias)
+
+
+def test_a_plan_says_that_half_precision_hides_slopes() -> None:
+    maml = maml_of(Halved(), ce)
+    maml(points(1), points(2))
+    assert "in bfloat16: taken" in str(maml.plan)
+    assert "which half precision hides" in str(maml.plan)
+    assert "surrogate" not in str(maml.plan)
+
+
 def test_a_loss_that_folding_no_longer_takes_gets_another_batching() -> None:
     criterion, net = nn.CrossEntropyLoss(label_smoothing=0.1), Net()
     loss = lambda model, batch: criterion(model(batch[0]), batch[1])  # noqa: E731

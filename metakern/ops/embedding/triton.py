@@ -27,13 +27,13 @@ SEARCHED = 5 if INTERPRETED else 4096  # tokens of a task, up to which they are 
 
 
 @jit
-def _rows_kernel(token_ptr, weight_ptr, stride, y_ptr, N, V, D, BLOCK_D: tl.constexpr):
+def _rows_kernel(token_ptr, weight_ptr, y_ptr, N, V, D, BLOCK_D: tl.constexpr):
     """Stores y[t, n] = weight[t, token[t, n]]; a token outside of [0, V) ends the run by an assertion."""
     place = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     token = tl.load(token_ptr + place).to(tl.int64)
     tl.device_assert((token >= 0) & (token < V), "embedding: tokens must be in [0, V)")
-    row = tl.load(weight_ptr + (place // N) * stride + token * D + d, d < D)
+    row = tl.load(weight_ptr + (place // N * V + token) * D + d, d < D)
     tl.store(y_ptr + place * D + d, row, d < D)
 
 
@@ -82,9 +82,7 @@ def _rows(weight: Tensor, tokens: Tensor) -> Tensor:
     block = min(triton.next_power_of_2(max(D, 1)), LARGEST)
     # `debug` has the kernel assert; without the second option it would also check its own sums of integers.
     options = {"BLOCK_D": block, "num_warps": max(block // 256, 1), "debug": True, "sanitize_overflow": False}
-    launch(
-        _rows_kernel, (T * N, cdiv(D, block)), weight.device, tokens, weight, weight.stride(0), y, N, V, D, **options
-    )
+    launch(_rows_kernel, (T * N, cdiv(D, block)), weight.device, tokens, weight, y, N, V, D, **options)
     return y
 
 

@@ -91,11 +91,11 @@ def rules(
     """
 
     def of_parameters(needs: Sequence[bool], *pairs: tuple[Tensor | None, Tensor | None]) -> Tensors:
-        """Returns cotangents of weight and bias, those that are needed, for pairs of ctᵀ and x."""
+        """Returns the cotangents of weight and bias that are needed: ctᵀ x for all pairs, and sums of the first ct."""
+        ct, transposed = pairs[0][0], [(None if a is None else a.mT, x) for a, x in pairs]
         if needs[1] and needs[2] and total_and_sums is not None:
-            return total_and_sums(*pairs)
-        ct = pairs[0][0]
-        return total(*pairs) if needs[1] else None, ct.sum(2) if needs[2] and ct is not None else None
+            return total_and_sums(*transposed)
+        return total(*transposed) if needs[1] else None, ct.sum(1) if needs[2] and ct is not None else None
 
     def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
         x, weight, bias = inputs
@@ -110,7 +110,7 @@ def rules(
 
     def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
         (x, weight, _), (ct_y,), needs = inputs, ct_outputs, c.needs
-        return product(ct_y, weight) if needs[0] else None, *of_parameters(needs, (ct_y.mT, x))
+        return product(ct_y, weight) if needs[0] else None, *of_parameters(needs, (ct_y, x))
 
     def vjp_jvp(
         c: SimpleNamespace,
@@ -123,9 +123,8 @@ def rules(
     ) -> Tensors:
         (x, weight, _), (t_x, t_weight, _), (ct_y,) = inputs, t_inputs, ct_outputs
         (t_ct_y,), needs = t_ct_outputs or (None,), c.needs
-        t_ct_y_mT = None if t_ct_y is None else t_ct_y.mT
         t_ct_x = total((t_ct_y, weight), (ct_y, t_weight)) if needs[0] else None
-        return t_ct_x, *of_parameters(needs, (t_ct_y_mT, x), (ct_y.mT, t_x))
+        return t_ct_x, *of_parameters(needs, (t_ct_y, x), (ct_y, t_x))
 
     return Rules(forward, jvp, vjp, vjp_jvp)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from metakern.ops.core.spec import Make, Sample
-from metakern.ops.core.triton_kernels.products import _products_kernel as _products_kernel
 from metakern.ops.core.triton_kernels.products import product, total, total_and_sums
 from metakern.ops.linear import rules
 

@@ -159,10 +159,11 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def total(*pairs: Pair, add: Tensor | None = None) -> Tensor | None:
     """Returns `add` plus the products of the pairs that hold no None, or `add` where there is no such pair."""
-    bias = None if add is None or len(add.shape) < 3 else _bias(add, next(len(a) for a, _ in pairs if a is not None))
     match [(a, b) for a, b in pairs if a is not None and b is not None]:
-        case [(a, b), (c, d)] if (add is None or bias is not None) and takes(a, b, d, fused=True):
-            return _products(a, b, c, d, bias)[0]
+        case [(a, b), (c, d)] if takes(a, b, d, fused=True):
+            bias = None if add is None else _bias(add, len(a))
+            if add is None or bias is not None:
+                return _products(a, b, c, d, bias)[0]
     return matrices.products(product, *pairs, add=add)
 
 
