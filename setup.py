@@ -8,18 +8,20 @@ sm_80, sm_90, and as PTX for later GPUs.
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
 
+from ninja import BIN_DIR
+from ninja.ninja_syntax import Writer, escape
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 from setuptools.errors import CompileError, LinkError, PlatformError
-from setuptools.modified import newer_group
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-pthread", "-fvisibility=hidden"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
@@ -66,58 +68,66 @@ class EditableWheel(editable_wheel):
 
 
 class BuildKernels(build_ext):
-    """Compile `csrc` in parallel: `csrc/cpu` once for each instruction set, and CUDA files by nvcc."""
+    """Compile `csrc` by Ninja: `csrc/cpu` once for each instruction set, and CUDA files by nvcc.
+
+    Objects are kept in `build`, and compiled anew where a source, a header or a flag has changed.
+    """
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         cuda = ext.name == "metakern._cuda"
         kind, without = ("CUDA", "cpu") if cuda else ("C++", "none")
-        target = self.get_ext_fullpath(ext.name)
-        used = ["setup.py", *ext.sources, *(header for header in ext.depends if "/cpu/" not in header)]
-        if cuda and not self.force and not newer_group(used, target, "newer"):
-            return  # as nvcc is slow
+        target = Path(self.get_ext_fullpath(ext.name))
         try:
             if self.compiler.compiler_type == "msvc":
                 raise PlatformError("they need GCC or Clang")
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                jobs = [pool.submit(self.compile_one, ext, source, isa) for source, isa in self.units(ext)]
-            objects = [job.result() for job in jobs]
+            objects = self.compile(ext)
+            target.parent.mkdir(parents=True, exist_ok=True)
             if cuda:
-                Path(target).parent.mkdir(parents=True, exist_ok=True)
-                self.run_nvcc("-shared", "-cudart=static", *objects, "-o", target)
+                run(nvcc(), "-shared", "-cudart=static", *objects, "-o", target)
                 return
             flags = [*ext.extra_link_args, *SANITIZERS, "-pthread"]
-            self.compiler.link_shared_object(objects, target, extra_postargs=flags, target_lang="c++")
+            self.compiler.link_shared_object(objects, str(target), extra_postargs=flags, target_lang="c++")
         except (CompileError, LinkError, PlatformError) as error:
             raise CompileError(
                 f"the {kind} kernels were not built ({error}); set METAKERN_NATIVE={without} to do without them"
             ) from error
+
+    def compile(self, ext: Pybind11Extension) -> list[str]:
+        """Return the object files of an extension."""
+        folder = Path("build", f"{ext.name}-{'sanitized' if SANITIZERS else sys.implementation.cache_tag}")
+        if self.force:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = []
+        with (folder / "build.ninja").open("w", encoding="utf-8") as file:
+            ninja = Writer(file, width=2**31)
+            ninja.variable("builddir", str(folder))  # for its logs
+            ninja.rule("compile", "$compiler -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
+            for source, isa in self.units(ext):
+                objects.append(str(folder / (isa or "once") / f"{source}.o"))
+                compiler = escape(shlex.join(self.compiler_of(ext, source, isa)))
+                ninja.build(objects[-1], "compile", source, variables={"compiler": compiler})
+        run(Path(BIN_DIR, "ninja"), "-f", folder / "build.ninja", *([] if self.verbose else ["--quiet"]))
+        return objects
 
     def units(self, ext: Pybind11Extension) -> list[tuple[str, str]]:
         """Return each source with the instruction set to compile it for, or "" if it is compiled once."""
         many = [(source, isa) for source in ext.sources if "/cpu/" in source for isa in ISAS]
         return many + [(source, "") for source in ext.sources if "/cpu/" not in source]
 
-    def run_nvcc(self, *arguments: str) -> None:
-        try:
-            subprocess.run([nvcc(), *arguments], check=True)
-        except subprocess.CalledProcessError as error:
-            raise CompileError(f"nvcc failed with status {error.returncode}") from error
-
-    def compile_one(self, ext: Pybind11Extension, source: str, isa: str) -> str:
+    def compiler_of(self, ext: Pybind11Extension, source: str, isa: str) -> list[str]:
         if source.endswith(".cu"):
-            compiled = Path(self.build_temp, source).with_suffix(".o")
-            compiled.parent.mkdir(parents=True, exist_ok=True)
-            self.run_nvcc(*NVCC_FLAGS, "-c", source, "-o", str(compiled))
-            return str(compiled)
-        macros = [("METAKERN_ISA", isa)] if isa else [(f"METAKERN_HAS_{name}", "1") for name in ISAS]
-        (compiled,) = self.compiler.compile(
-            [source],
-            output_dir=str(Path(self.build_temp, isa or "once")),
-            macros=macros,
-            include_dirs=ext.include_dirs,
-            extra_postargs=FLAGS + ISAS.get(isa, []),
-        )
-        return compiled
+            return [nvcc(), *NVCC_FLAGS]
+        macros = [f"-DMETAKERN_ISA={isa}"] if isa else [f"-DMETAKERN_HAS_{name}=1" for name in ISAS]
+        include = [f"-I{folder}" for folder in (*ext.include_dirs, *self.compiler.include_dirs)]
+        return [*self.compiler.compiler_so_cxx, *macros, *include, *FLAGS, *ISAS.get(isa, [])]
+
+
+def run(program: str | Path, *arguments: str | Path) -> None:
+    try:
+        subprocess.run([program, *arguments], check=True)
+    except subprocess.CalledProcessError as error:
+        raise CompileError(f"{Path(program).name} failed with status {error.returncode}") from error
 
 
 def extensions() -> list[Pybind11Extension]:
@@ -131,7 +141,7 @@ def extensions() -> list[Pybind11Extension]:
 
     def extension(name: str, patterns: tuple[str, ...], required: bool) -> Pybind11Extension:
         sources = sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
-        headers = [str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh")]
+        headers = [str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh")]  # in source packages
         return Pybind11Extension(name, sources, depends=headers, optional=not required)
 
     found = [extension("metakern._C", ("*.cpp", "cpu/*.cpp"), native != "auto")]

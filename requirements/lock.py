@@ -13,7 +13,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 # Lock: the extras of pyproject.toml that it holds. The first one holds them all, and the others its versions.
 LOCKS = {"dev": ("dev", "docs", "smollm2"), "core": (), "demo": ("dialogue",), "smollm2": ("smollm2",)}
-BUILD = "setuptools>=77\npybind11>=3.0\n"  # build-system.requires, since nothing is built in isolation
+BUILD = "setuptools>=77\npybind11>=3.0\nninja>=1.11\n"  # build-system.requires, since nothing is built in isolation
 
 
 def compiled(uv: str, requirements: str, *options: str) -> str:

@@ -13,7 +13,17 @@ from installing import ROOT, run
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 STEP = re.compile(r"(?:^`(?P<path>[^`\n]+)`:\n\n)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-COPIED = ("metakern", "csrc", "tests", "docs", "benchmarks", "setup.py", "pyproject.toml", "README.md")
+COPIED = (
+    *(str(path.relative_to(ROOT)) for path in ROOT.glob("build/metakern._C-cpython*")),
+    "metakern",
+    "csrc",
+    "tests",
+    "docs",
+    "benchmarks",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+)
 
 
 def test_every_block_of_the_page_is_a_step() -> None:
