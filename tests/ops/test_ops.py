@@ -209,7 +209,8 @@ def test_vmap_equals_loop(spec: Spec, sample: Sample) -> None:
     def close_to_loop(f: Callable, *stacked: Tensor, in_dims: Any = 0) -> None:
         dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(stacked)
         rows = [[a if d is None else a[i] for a, d in zip(stacked, dims, strict=True)] for i in range(size)]
-        expected = [torch.stack(t) for t in zip(*(f(*row) for row in rows), strict=True)]
+        with mk.backend("reference"):
+            expected = [torch.stack(t) for t in zip(*(f(*row) for row in rows), strict=True)]
         close(vmap(f, in_dims)(*stacked), expected)
 
     everything = tuple(range(len(inputs)))
