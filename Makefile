@@ -5,6 +5,8 @@
 #   make smollm2        the same with a pretrained model and LoRA
 #   make test           all that continuous integration runs: lint, types, unit, smoke, docs (each is a target too)
 #   make lock           write new locks
+#   make audit          known vulnerabilities of the locked packages (asks pypi.org)
+#   make sbom           a CycloneDX list of what an installed wheel brings along, build/sbom.json
 #   make test-lowest    the unit tests with the lowest releases that pyproject.toml allows
 #   make test-latest    the unit tests with the newest releases
 #   make clean          remove environments, builds and runs
@@ -16,7 +18,7 @@ EVAL = $(BIN)/metakern eval runs/$@ --compare $(COMPARE)
 COMPARE = finetune:adam
 SOURCES := metakern tests examples docs requirements setup.py $(wildcard benchmarks)
 
-.PHONY: demo bots languages chitchat smollm2 test lint types unit smoke docs lock test-latest test-lowest clean
+.PHONY: demo bots languages chitchat smollm2 test lint types unit smoke docs lock audit sbom test-latest test-lowest clean
 .DELETE_ON_ERROR:
 
 demo: bots languages
@@ -70,6 +72,13 @@ docs: .venv/dev
 # Lock the newest releases that pyproject.toml allows; for PyTorch, the release that TORCH names.
 lock: .venv/uv
 	$(PYTHON) requirements/lock.py $(BIN)/uv "$(TORCH)"
+
+audit: .venv/uv
+	$(BIN)/uv tool run pip-audit==2.10.1 --requirement requirements/dev.txt --require-hashes --disable-pip
+
+sbom: smoke .venv/uv
+	$(BIN)/uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py environment build/smoke/env --pyproject pyproject.toml \
+		--mc-type library --output-reproducible --output-file build/sbom.json
 
 # Run the tests with the newest release of each package, or with the lowest ones that pyproject.toml names.
 test-latest test-lowest: test-%: .venv/uv
