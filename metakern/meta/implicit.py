@@ -13,7 +13,10 @@ only W_0, which all tasks share, and the pairs (X_j, D_j):
 Memory grows with the number of tokens in place of parameters, and the inner loop computes no gradient of a weight. The
 coefficients c_k are what the inner optimizer makes of (1, 0, 0, …) in place of the parameter and (0, 1, 0, …),
 (0, 0, 1, …), … in place of the gradients, so that rates, momentum and weight decay, fixed or learned, act on them as
-they do on weights.
+they do on weights. An optimizer that reads the norms of gradients gets e_j+1 ‖G_j‖ in place of G_j, and the pair then
+holds D_j / ‖G_j‖. Norms need no G_j:
+
+    ‖G_j‖² = Σ_nm (X_j X_jᵀ)_nm (D_j D_jᵀ)_nm
 
 | tensor | shape |
 |---|---|
@@ -151,6 +154,23 @@ class Implicit(Folded):
     def keep(self, k: int, layout: Layout) -> None:
         """Keep the layout of step k."""
         self.layouts[k : k + 1] = [layout]
+
+    def norms(self, layout: Layout, pairs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the norm of the gradient of each weight that a step used, [T], given its pairs; above zero."""
+        calls: dict[str, list[int]] = {}
+        for call, (name, _) in enumerate(layout.calls):
+            calls.setdefault(name, []).append(call)
+        products: dict[tuple[int, ...], Tensor] = {}  # X Xᵀ, once for all layers that were called on the same inputs
+        found = {}
+        for name, of in calls.items():
+            inputs = tuple(layout.calls[call][1] for call in of)
+            if inputs not in products:
+                X = torch.cat([pairs[i] for i in inputs], 1)
+                products[inputs] = X @ X.mT
+            D = torch.cat([pairs[layout.inputs + call] for call in of], 1)
+            square = (products[inputs] * (D @ D.mT)).sum((1, 2))
+            found[name] = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+        return found
 
     def _opened(self, phi: Sequence[Tensor]) -> dict[str, Pairs]:
         """Return the pairs that phi holds, for each implicit weight."""
@@ -303,9 +323,21 @@ class ImplicitUnroll(Unroll):
         return grads
 
     def _updated(self, phi: Sequence[Tensor], slope: Slope, state: State) -> tuple[list[Tensor], State]:
-        n = self.batching.size
+        n, slope = self.batching.size, self._normalized(phi, slope)
         after, state = super()._updated(phi[:n], slope, state)
         return [*after, *phi[n:], *slope.pairs], state
+
+    def _normalized(self, phi: Sequence[Tensor], slope: Slope) -> Slope:
+        """Return the slope at phi for an optimizer that reads norms: the lengths of pairs stand in the gradients."""
+        if not self.inner.takes_norms:
+            return slope
+        layout, grads = self.batching.layouts[self.batching.steps(phi)], list(slope.grads)
+        X, D = slope.pairs[: layout.inputs], slope.pairs[layout.inputs :]
+        norms = self.batching.norms(layout, slope.pairs)
+        for name, i in self.batching.places.items():  # a weight that no layer used has no gradient
+            grads[i] = grads[i] * (norms[name][:, None] if name in norms else 0)
+        D = [d / norms[name][:, None, None] for (name, _), d in zip(layout.calls, D, strict=True)]
+        return replace(slope, grads=grads, pairs=[*X, *D])
 
     def of_query(
         self, phi: Sequence[Tensor], shared: Sequence[Tensor], outer: Outer, k: int
@@ -324,9 +356,15 @@ class ImplicitUnroll(Unroll):
     ) -> tuple[Gradients, Gradients, Gradients, Gradients]:
         """Return what Unroll does; the cotangents of the new pairs come after those of the gradients."""
         n, m = self.batching.size, len(point.phi)
-        point, slope = replace(point, phi=point.phi[:n]), replace(slope, grads=slope.grads[:n])
-        of_phi, of_slope, of_state, of_hyper = super()._pullback(point, slope, ct_phi[:n], ct_state)
-        return [*of_phi, *ct_phi[n:m]], [*of_slope, *ct_phi[m:]], of_state, of_hyper
+        with torch.enable_grad():
+            pairs = [t.detach().requires_grad_() for t in slope.pairs]
+            read = self._normalized(point.phi, replace(slope, grads=slope.grads[:n], pairs=pairs))
+        update = super()._pullback(replace(point, phi=point.phi[:n]), read, ct_phi[:n], ct_state)
+        of_phi, of_slope, of_state, of_hyper = update
+        ct_pairs = ct_phi[m:]
+        if self.inner.takes_norms:
+            ct_pairs = pulled_back([*read.grads, *read.pairs], [*of_slope[:n], *ct_pairs], pairs)
+        return [*of_phi, *ct_phi[n:m]], [*of_slope, *ct_pairs], of_state, of_hyper
 
     def _forward_over_reverse(
         self, phi: Sequence[Tensor], shared: Sequence[Tensor], batch: Any, v: Gradients, *ct_pairs: Tensor | None

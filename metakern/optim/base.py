@@ -30,8 +30,9 @@ class InnerOptimizer(nn.Module):
     can learn its hyper-parameters: each `nn.Parameter` of it gets its exact gradient. A subclass defines `update`, and
     `init` if it has a state. It sets `affine` if its update is affine in (phi, g, state), so that the VJP of the update
     depends on none of them. It sets `combines` if it returns linear combinations of phi, the gradient and the state,
-    whose coefficients are the same for all elements of a parameter. It sets `takes_losses` if its update reads the
-    support losses, which then are the fourth argument of `update`.
+    whose coefficients are the same for all elements of a parameter; they may depend on the norms of whole gradients,
+    and then it sets `takes_norms` too. It sets `takes_losses` if its update reads the support losses, which then are
+    the fourth argument of `update`.
 
     Raises:
         TypeError: For an option that the class does not have; the error names the most similar one.
@@ -46,6 +47,7 @@ class InnerOptimizer(nn.Module):
 
     affine = False
     combines = False
+    takes_norms = False
     takes_losses = False
 
     def __init_subclass__(cls, **options: Any) -> None:

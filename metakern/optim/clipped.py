@@ -40,6 +40,8 @@ class Clipped(InnerOptimizer):
             [-0.3000, -0.4000]])
     """
 
+    takes_norms = True
+
     def __init__(self, inner: InnerOptimizer, norm: float, learn_norm: bool = False) -> None:
         super().__init__()
         if not isinstance(inner, InnerOptimizer):
@@ -52,6 +54,10 @@ class Clipped(InnerOptimizer):
 
     def prepare(self, adapted: Mapping[str, nn.Parameter]) -> None:
         self.inner.prepare(adapted)
+
+    @property
+    def combines(self) -> bool:  # type: ignore[override]
+        return type(self).update is Clipped.update and self.inner.combines
 
     @property
     def takes_losses(self) -> bool:  # type: ignore[override]

@@ -38,6 +38,7 @@ class NormalizedSGD(SGD):
     """
 
     affine = False
+    takes_norms = True
 
     def __init__(
         self,
@@ -58,6 +59,10 @@ class NormalizedSGD(SGD):
         if norm not in ("all", "parameter"):
             raise ValueError(f"NormalizedSGD: norm must be 'all' or 'parameter', got {norm!r}")
         self.eps, self.norm = eps, norm
+
+    @property
+    def combines(self) -> bool:  # type: ignore[override]
+        return self._combines(NormalizedSGD.update)
 
     def update(self, phi: Tensors, grads: Tensors, state: State, *losses: Tensor) -> tuple[list[Tensor], State]:
         groups = [grads] if self.norm == "all" and grads else [[g] for g in grads]

@@ -8,7 +8,8 @@ The equations of torch.optim.SGD (Sutskever et al. 2013, section 2), which start
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -70,8 +71,11 @@ class SGD(Stepwise):
 
     @property
     def combines(self) -> bool:  # type: ignore[override]
+        return self._combines(Stepwise.update)
+
+    def _combines(self, update: Callable[..., Any]) -> bool:
         """Whether the hyper-parameters are numbers for whole tensors, and no subclass has another update."""
-        own = type(self).update is Stepwise.update and type(self).step is SGD.step
+        own = type(self).update is update and type(self).step is SGD.step
         hyper = [getattr(self, name) for name in self.names]
         return own and not any(h.learn and h.per == "element" for h in hyper)
 

@@ -77,8 +77,9 @@ class MAML(nn.Module):
         weights: "implicit" does not form the weights that tasks have of linear layers: a layer computes its output
             from the shared weight, the inputs that it saw in earlier inner steps, and the cotangents of its outputs
             there. Memory then grows with the number of tokens in place of these weights. It needs batching "fold" and
-            gradient descent with rates for whole parameters, such as `metakern.optim.SGD`; weights for which it is not
-            possible stay "explicit". "auto" takes it for large weights that see few tokens.
+            gradient descent with rates for whole parameters, as `metakern.optim.SGD`, `NormalizedSGD` and `Clipped`
+            take; weights for which it is not possible stay "explicit". "auto" takes it for large weights that see few
+            tokens.
 
     Attributes:
         query_losses: The outer loss of each task at the last call, `[T]`, detached; None before the first call.
