@@ -287,6 +287,7 @@ def _conv1d(fold: Fold, module: Any, x: Tensor) -> Tensor:
     return per_task(fold, x, lambda x: huggingface.Conv1D.compute(module, x, partial(fold.weight, module)))
 
 
+LOOK_UP: Unit = _embedding
 LINEAR: dict[Unit, bool] = {_linear: False, _conv1d: True}  # rules of linear layers -> whether the weight is [in, out]
 
 

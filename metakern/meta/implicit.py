@@ -1,4 +1,4 @@
-"""Implicit weights: in the inner loop, the weights that tasks have of a linear layer are not formed.
+"""Implicit weights: in the inner loop, the weights that tasks have of linear layers and embeddings are not formed.
 
 Where the inner optimizer makes linear combinations of parameters and gradients, as gradient descent does, the weight of
 a task after k steps is
@@ -18,12 +18,19 @@ holds D_j / ‖G_j‖. Norms need no G_j:
 
     ‖G_j‖² = Σ_nm (X_j X_jᵀ)_nm (D_j D_jᵀ)_nm
 
+An embedding is a linear layer of unit vectors e(token), so its pairs hold the tokens t_j in place of X_j. If it shares
+its table W_0 [tokens, D] with an output layer, each takes the pairs of the other too:
+
+    embedding       y = c_k0 W_0[t] + Σ_j c_k,j+1 ([t = t_j] D_j,  and (D_j at the columns t)ᵀ X_j of the output layer)
+    output layer    y = … + Σ_j c_k,j+1 x D_jᵀ, added to the columns t_j
+
 | tensor | shape |
 |---|---|
 | W_0 | [out, in] |
 | c_k, which phi_k holds in place of the weight | [T, K + 1] |
 | x, y | [T, N, in], [T, N, out] |
 | X_j, D_j | [T, N_j, in], [T, N_j, out] |
+| t_j | [T, N_j, 1], as floating-point numbers |
 
 phi_k also holds the pairs of the steps before, so a step adds a pair for each call of a layer. Its pullback is one
 Hessian-vector product, as with weights: D is the gradient of the loss with respect to y, so the cotangent of D becomes
@@ -51,17 +58,15 @@ from metakern.meta.unroll import Gradients, Point, Result, Slope, Unroll, added,
 from metakern.optim.base import State
 
 Pairs = list[tuple[int, Tensor, Tensor]]  # (j + 1, X_j, D_j) for each call of a weight's layers in step j, in turn
+Call = tuple[str, int, bool]  # the name of a weight, the index of the input, and whether it is a look-up
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tensors a step adds to phi: `inputs` inputs X, then a cotangent D for each call of a layer.
-
-    A call is the name of its weight and the index of its input, which several calls may share.
-    """
+    """Which tensors a step adds to phi: `inputs` inputs X, which calls may share, then a cotangent D for each call."""
 
     inputs: int
-    calls: tuple[tuple[str, int], ...]
+    calls: tuple[Call, ...]
 
     @property
     def size(self) -> int:
@@ -74,7 +79,7 @@ class Seen:
 
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
-    calls: list[tuple[str, int]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     arguments: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # id of a tensor -> (it, index of the input)
 
     def index(self, argument: Tensor, rows: Tensor) -> int:
@@ -90,7 +95,7 @@ class Seen:
 
 
 class Implicit(Folded):
-    """Folding, where the linear layers' weights `names` are implicit. `decays`: whether c_k0 may differ from 1."""
+    """Folding, where the weights `names` are implicit. `decays`: whether c_k0 may differ from 1."""
 
     def __init__(self, parameters: Parameters, loss: Loss, plain: bool, names: Sequence[str], decays: bool) -> None:
         super().__init__(parameters, loss, plain)
@@ -100,13 +105,15 @@ class Implicit(Folded):
         self.transposed: dict[str, bool] = {}
         for module, _, name in parameters.places:
             if name in self.places:
-                self.transposed[name] = LINEAR[self.fold.units[module]]
-                self.fold.units[module] = partial(self._linear, name)
+                unit = self.fold.units[module]
+                self.transposed[name] = LINEAR.get(unit, False)
+                self.fold.units[module] = partial(self._linear if unit in LINEAR else self._look_up, name)
         self.layouts: list[Layout] = []  # of the inner steps
         self.learns = False  # whether autograd is to differentiate with respect to W_0
         self.pair_bytes = 0  # an estimate of what a step adds to phi, for each task
         self._sums: dict[str, Tensor] = {}  # gradients of W_0
         self._pairs: dict[str, Pairs] = {}
+        self._tokens: dict[str, Pairs] = {}  # those of look-ups
         self._joined: dict[tuple[int, ...], Tensor] = {}
         self._seen: Seen | None = None
         self._tangents: Iterator[Tensor | None] = iter(())
@@ -128,13 +135,13 @@ class Implicit(Folded):
     def losses(self, phi: Sequence[Tensor], batch: Any) -> Tensor:
         params, T = list(phi[: self.size]), phi[0].shape[0]
         self._coefficients = {name: params[i] for name, i in self.places.items()}
-        self._pairs = self._opened(phi)
+        self._pairs, self._tokens = self._opened(phi)
         for i, weight in zip(self.places.values(), self.weights.values(), strict=True):
             params[i] = weight.new_full((), torch.nan).expand(T, *weight.shape)  # what reads it becomes NaN
         try:
             return super().losses(params, batch)
         finally:
-            self._pairs, self._joined = {}, {}
+            self._pairs, self._tokens, self._joined = {}, {}, {}
 
     def seen(self, phi: Sequence[Tensor], batch: Any, tangents: Gradients = ()) -> tuple[Tensor, Seen]:
         """Return the losses [T], and what the layers saw; `tangents` are added to the outputs of the calls."""
@@ -157,40 +164,49 @@ class Implicit(Folded):
 
     def norms(self, layout: Layout, pairs: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the norm of the gradient of each weight that a step used, [T], given its pairs; above zero."""
-        calls: dict[str, list[int]] = {}
-        for call, (name, _) in enumerate(layout.calls):
-            calls.setdefault(name, []).append(call)
+        calls: dict[str, dict[bool, list[int]]] = {}
+        for call, (name, _, looks_up) in enumerate(layout.calls):
+            calls.setdefault(name, {}).setdefault(looks_up, []).append(call)
         products: dict[tuple[int, ...], Tensor] = {}  # X Xᵀ, once for all layers that were called on the same inputs
         found = {}
-        for name, of in calls.items():
-            inputs = tuple(layout.calls[call][1] for call in of)
-            if inputs not in products:
+        for name, kinds in calls.items():
+            square, sides = pairs[0].new_zeros(len(pairs[0])), {}
+            for looks_up, of in kinds.items():
+                inputs = tuple(layout.calls[call][1] for call in of)
                 X = torch.cat([pairs[i] for i in inputs], 1)
-                products[inputs] = X @ X.mT
-            D = torch.cat([pairs[layout.inputs + call] for call in of], 1)
-            square = (products[inputs] * (D @ D.mT)).sum((1, 2))
+                D = torch.cat([pairs[layout.inputs + call] for call in of], 1)
+                if inputs not in products:
+                    products[inputs] = (X.mT == X).to(X.dtype) if looks_up else X @ X.mT
+                square = square + (products[inputs] * (D @ D.mT)).sum((1, 2))
+                sides[looks_up] = X, D
+            if len(sides) == 2:
+                (X, D), (tokens, rows) = sides[False], sides[True]
+                square = square + 2 * (_columns(D, tokens.squeeze(2).long()) * (X @ rows.mT)).sum((1, 2))
             found[name] = square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
         return found
 
-    def _opened(self, phi: Sequence[Tensor]) -> dict[str, Pairs]:
-        """Return the pairs that phi holds, for each implicit weight."""
-        found: dict[str, Pairs] = {name: [] for name in self.places}
+    def _opened(self, phi: Sequence[Tensor]) -> tuple[dict[str, Pairs], dict[str, Pairs]]:
+        """Return the pairs that phi holds, for each implicit weight: those of layers, and those of look-ups."""
+        of_layers: dict[str, Pairs] = {name: [] for name in self.places}
+        of_look_ups: dict[str, Pairs] = {name: [] for name in self.places}
         start = self.size
         for k, layout in enumerate(self.layouts[: self.steps(phi)], 1):
             X, D = phi[start : start + layout.inputs], phi[start + layout.inputs : start + layout.size]
-            for (name, i), d in zip(layout.calls, D, strict=True):
-                found[name].append((k, X[i], d))
+            for (name, i, looks_up), d in zip(layout.calls, D, strict=True):
+                (of_look_ups if looks_up else of_layers)[name].append((k, X[i], d))
             start += layout.size
-        return found
+        return of_layers, of_look_ups
 
     def formed(self, phi: Sequence[Tensor]) -> list[Tensor]:
         """Return all parameters of each task at phi, [T, *shape]."""
-        found, pairs = list(phi[: self.size]), self._opened(phi)
+        found, (of_layers, of_look_ups) = list(phi[: self.size]), self._opened(phi)
         for name, i in self.places.items():
             total = phi[i][:, :1, None] * self.parameters.adapted[name].detach()
-            for k, x, d in pairs[name]:
+            for k, x, d in of_layers[name]:
                 left, right = (x, d) if self.transposed[name] else (d, x)
                 total = torch.baddbmm(total, (phi[i][:, k, None, None] * left).mT, right)
+            for k, tokens, d in of_look_ups[name]:
+                total = total.scatter_add(1, tokens.long().expand(d.shape), phi[i][:, k, None, None] * d)
             found[i] = total
         return found
 
@@ -199,13 +215,19 @@ class Implicit(Folded):
 
         So a weight's gradient takes its own memory once, whatever the numbers of steps and tasks.
         """
-        for (name, i), ct in zip(seen.calls, cts, strict=True):
-            for d, x in zip(ct, forward_ad.unpack_dual(self._scaled(name, seen.inputs[i])), strict=True):
+        for (name, i, looks_up), ct in zip(seen.calls, cts, strict=True):
+            factor = self._shares(name) if looks_up else self._scaled(name, seen.inputs[i])
+            for d, x in zip(ct, forward_ad.unpack_dual(factor), strict=True):
                 if d is None or x is None:
                     continue
-                d, x = d.detach().flatten(0, 1), x.detach().flatten(0, 1)
+                known, d, x = self._sums.get(name), d.detach(), x.detach()
+                if looks_up:
+                    total = torch.zeros_like(self.parameters.adapted[name]) if known is None else known
+                    tokens = seen.inputs[i].detach().flatten().long()
+                    self._sums[name] = total.index_add(0, tokens, (d * x).flatten(0, 1))
+                    continue
+                d, x = d.flatten(0, 1), x.flatten(0, 1)
                 left, right = (x.mT, d) if self.transposed[name] else (d.mT, x)
-                known = self._sums.get(name)
                 self._sums[name] = left @ right if known is None else torch.addmm(known, left, right)
 
     def take_gradients(self) -> Gradients:
@@ -226,15 +248,45 @@ class Implicit(Folded):
                 y = y + ops.implicit_linear(rows, None, bias, *self._factors(name))
             elif bias is not None:
                 y = y + bias.unsqueeze(1)
+            if self._tokens[name]:
+                seen, D = self._looked_up(name)
+                scores = rows @ D.mT
+                y = y.scatter_add(2, seen.unsqueeze(1).expand(scores.shape), scores)
             if self._seen is not None:
-                y = self._recorded(self._seen, name, self._seen.index(x, rows), y)
+                y = self._recorded(self._seen, (name, self._seen.index(x, rows), False), y)
             return y.view(*tasks.shape[:-1], -1)
 
         return per_task(fold, x, run)
 
+    def _look_up(self, name: str, fold: Fold, module: Any, tokens: Tensor) -> Tensor:
+        """Look up the rows of an embedding; the rule of a unit."""
+        W = self.parameters.adapted[name]
+
+        def run(tasks: Tensor) -> Tensor:
+            rows = tasks.reshape(fold.tasks, -1).long()
+            y = self._scaled(name, ops.embedding(rows, W if self.learns else W.detach()))
+            if self._pairs[name]:
+                X, D, rates = self._factors(name)
+                y = y - (_columns(D, rows) * rates.unsqueeze(2)).mT @ X
+            if self._tokens[name]:
+                seen, D = self._looked_up(name)
+                y = y + (rows.unsqueeze(2) == seen.unsqueeze(1)).to(D.dtype) @ D
+            if self._seen is not None:
+                i = self._seen.index(tokens, rows.unsqueeze(2).to(y.dtype))
+                y = self._recorded(self._seen, (name, i, True), y)
+            if module.padding_idx is not None:  # whose row has no gradient
+                y = torch.where((rows == module.padding_idx).unsqueeze(2), y.detach(), y)
+            return y.view(*tasks.shape, -1)
+
+        return per_task(fold, tokens, run)
+
+    def _shares(self, name: str) -> Tensor:
+        """Return the coefficient of W_0 for each task, [T, 1, 1]."""
+        return self._coefficients[name][:, :1, None]
+
     def _scaled(self, name: str, rows: Tensor) -> Tensor:
-        """Return the rows of a layer's input times the coefficient of W_0."""
-        return rows * self._coefficients[name][:, :1, None] if self.decays else rows
+        """Return the rows of a layer's input, or of a table, times the coefficient of W_0."""
+        return rows * self._shares(name) if self.decays else rows
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return the pairs of all steps and calls as one, [T, M, in] and [T, M, out], and the rates of their rows."""
@@ -246,14 +298,20 @@ class Implicit(Folded):
         rates = torch.cat([-c[:, k : k + 1].expand(-1, x.shape[1]) for k, x, _ in pairs], 1)
         return self._joined[key], D, rates
 
-    def _recorded(self, seen: Seen, name: str, i: int, y: Tensor) -> Tensor:
+    def _looked_up(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the tokens of all look-ups in the steps before, [T, M], and their D times the coefficients."""
+        c, pairs = self._coefficients[name], self._tokens[name]
+        tokens = torch.cat([tokens for _, tokens, _ in pairs], 1).squeeze(2).long()
+        return tokens, torch.cat([c[:, k, None, None] * d for k, _, d in pairs], 1)
+
+    def _recorded(self, seen: Seen, call: Call, y: Tensor) -> Tensor:
         """Record a call, and return its output with the next of the tangents added to it."""
         if torch.is_grad_enabled() and not y.requires_grad:  # nothing before it learns, but D is wanted
             y.requires_grad_()
         if (tangent := next(self._tangents, None)) is not None:
             primal, t_y = forward_ad.unpack_dual(y)
             y = forward_ad.make_dual(primal, tangent if t_y is None else t_y + tangent)
-        seen.calls.append((name, i))
+        seen.calls.append(call)
         seen.outputs.append(y)
         return y
 
@@ -336,7 +394,7 @@ class ImplicitUnroll(Unroll):
         norms = self.batching.norms(layout, slope.pairs)
         for name, i in self.batching.places.items():  # a weight that no layer used has no gradient
             grads[i] = grads[i] * (norms[name][:, None] if name in norms else 0)
-        D = [d / norms[name][:, None, None] for (name, _), d in zip(layout.calls, D, strict=True)]
+        D = [d / norms[name][:, None, None] for (name, *_), d in zip(layout.calls, D, strict=True)]
         return replace(slope, grads=grads, pairs=[*X, *D])
 
     def of_query(
@@ -404,3 +462,8 @@ def _unit(like: Tensor, index: int, size: int) -> Tensor:
     """Return the unit vector of an axis for each task of `like`, [T, size]."""
     parts = [like.new_zeros(1, index), like.new_ones(1, 1), like.new_zeros(1, size - index - 1)]
     return torch.cat(parts, 1).expand(len(like), size)
+
+
+def _columns(D: Tensor, tokens: Tensor) -> Tensor:
+    """Return the columns of D [T, M, V] at tokens [T, N], [T, M, N]."""
+    return D.gather(2, tokens.unsqueeze(1).expand(-1, D.shape[1], -1))

@@ -4,7 +4,7 @@ The verification compares losses, gradients and Hessian-vector products with tho
 of a trial. There the weights differ from the shared one by a product of small rank, which is the pair of an earlier
 inner step (`implicit.py`). A direction V of a weight, whose gradient is G = Dᵀ X, is a direction of the pair (X, D):
 
-    <V, G> = <V, Dᵀ X>        ct_D = X Vᵀ        ct_X = D V
+    <V, G> = <V, Dᵀ X>        ct_D = X Vᵀ        ct_X = D V        of a look-up: ct_D = V[tokens]
 
 So the product of the Hessian with V is the pullback of a step. For the shared weight it is the sum over the tasks.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from metakern.meta.batches import Outer
 from metakern.meta.batching import Loss
 from metakern.meta.draws import Alike
-from metakern.meta.fold import LINEAR, Fold
+from metakern.meta.fold import LINEAR, LOOK_UP, Fold
 from metakern.meta.implicit import Implicit, ImplicitUnroll, Layout
 from metakern.meta.parameters import Parameters
 from metakern.meta.unroll import Gradients
@@ -32,7 +32,7 @@ from metakern.optim import SGD, InnerOptimizer
 
 WEIGHTS = ("auto", "explicit", "implicit")
 LARGE = 2**18  # numbers of a weight from which on "auto" takes the implicit form
-SHARE = 0.5  # "auto" takes it for at most so many tokens in all steps, times in out / (in + out)
+SHARE = 0.5  # "auto" takes it where the pairs of all steps have at most so many numbers, times those of the weight
 
 
 class Weights:
@@ -60,15 +60,15 @@ class Weights:
         try:
             with trial.watch.part("implicit weights"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                rows = rows_of(trial, self._made(trial.roles, records, plain, self.names))
-                names = self.names if self.wish == "implicit" else self._paying(rows, steps)
+                numbers = numbers_of(trial, self._made(trial.roles, records, plain, self.names))
+                names = self.names if self.wish == "implicit" else self._paying(numbers, steps)
                 if not names:
                     return None, ["explicit weights: a task has too many tokens for implicit ones to pay"]
                 verify(trial, self._made(trial.roles, records, plain, names), hvp)
         except Exception as error:  # a model may raise anything where a weight is not what it expects
             return None, [f"implicit weights are not possible: {one_line(error)}", *self.reasons]
         made = self._made(self.parameters, records, plain, names)
-        made.pair_bytes = sum(rows[name] * sum(p.shape) * p.itemsize for name, p in made.weights.items())
+        made.pair_bytes = sum(numbers[name] * p.itemsize for name, p in made.weights.items())
         reason = f"implicit weights: {_listed(names)} equal plain autograd on two tasks, {trial.measure()}"
         return made, [reason, *self.reasons]
 
@@ -79,10 +79,10 @@ class Weights:
         made.fold.records = made.explicit.fold.records = records
         return made
 
-    def _paying(self, rows: dict[str, int], steps: int) -> list[str]:
+    def _paying(self, numbers: dict[str, int], steps: int) -> list[str]:
         """Return the names of the weights for which the implicit form takes less time and memory."""
-        shapes = {name: self.parameters.adapted[name].shape for name in rows}
-        return [name for name, (a, b) in shapes.items() if steps * rows[name] * (a + b) <= SHARE * a * b]
+        sizes = {name: self.parameters.adapted[name].numel() for name in numbers}
+        return [name for name, size in sizes.items() if steps * numbers[name] <= SHARE * size]
 
 
 def _candidates(parameters: Parameters, inner: InnerOptimizer) -> tuple[list[str], dict[str, list[str]]]:
@@ -96,9 +96,10 @@ def _candidates(parameters: Parameters, inner: InnerOptimizer) -> tuple[list[str
         return [], {"in half precision, coefficients would be rounded": matrices}
     units, users = Fold(parameters).units, dict[str, set[Any]]()
     for module, attribute, name in parameters.places:
-        linear = attribute == "weight" and module in units and units[module] in LINEAR
-        users.setdefault(name, set()).add(LINEAR[units[module]] if linear else type(module).__name__)
-    found = [name for name in matrices if users[name] in ({True}, {False})]
+        unit: Any = units.get(module) if attribute == "weight" else None
+        user = LINEAR[unit] if unit in LINEAR else LOOK_UP if unit is LOOK_UP else type(module).__name__
+        users.setdefault(name, set()).add(user)
+    found = [name for name in matrices if users[name] == {True} or users[name] <= {False, LOOK_UP}]
     left: dict[str, list[str]] = {}
     for name in matrices:
         if name not in found:
@@ -111,13 +112,14 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{names[0]}, {names[1]}, … {names[-1]} ({len(names)})"
 
 
-def rows_of(trial: Trial, batching: Implicit) -> dict[str, int]:
-    """Return how many rows [in] of a task each weight sees in an inner step."""
+def numbers_of(trial: Trial, batching: Implicit) -> dict[str, int]:
+    """Return how many numbers the pairs of each weight have in an inner step of a task."""
     found = dict.fromkeys(batching.places, 0)
     with _steady(trial, batching, 0), torch.set_grad_enabled(trial.graph):
         _, seen = batching.seen(_point(trial, batching), trial.batches[0])
-    for name, i in seen.calls:
-        found[name] += int(seen.inputs[i].shape[1] / trial.parts[0])
+    for (name, i, _), y in zip(seen.calls, seen.outputs, strict=True):
+        x = seen.inputs[i]
+        found[name] += int(x.shape[1] / trial.parts[0]) * (x.shape[2] + y.shape[2])
     return found
 
 
@@ -157,7 +159,7 @@ def _point(trial: Trial, batching: Implicit) -> list[Tensor]:
     phi, pairs = list(trial.phi), [_oriented(batching, name, *trial.factors[name]) for name in batching.places]
     for i in batching.places.values():
         phi[i] = phi[i].new_tensor([1, 1, 0]).expand(2, 3)
-    batching.keep(0, Layout(len(pairs), tuple((name, i) for i, name in enumerate(batching.places))))
+    batching.keep(0, Layout(len(pairs), tuple((name, i, False) for i, name in enumerate(batching.places))))
     return [*phi, *(x for x, _ in pairs), *(d for _, d in pairs)]
 
 
@@ -171,8 +173,11 @@ def _direction(trial: Trial, batching: Implicit, pairs: Sequence[Tensor]) -> lis
     layout = batching.layouts[1]
     X, D = pairs[: layout.inputs], pairs[layout.inputs :]
     of_X, of_D = [torch.zeros_like(x) for x in X], []
-    for (name, i), d in zip(layout.calls, D, strict=True):
+    for (name, i, looks_up), d in zip(layout.calls, D, strict=True):
         v = trial.v[batching.places[name]]
+        if looks_up:
+            of_D.append(v.gather(1, X[i].long().expand(d.shape)))
+            continue
         v = v.mT if batching.transposed[name] else v
         of_X[i] = of_X[i] + d @ v
         of_D.append(X[i] @ v.mT)

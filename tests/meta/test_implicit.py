@@ -46,7 +46,7 @@ def assert_as_explicit(make: Callable[..., Any], *batches: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "steps", "count"),
-    [("mlp", 1, 2), ("mlp", 3, 2), ("mlp", 5, 2), ("gpt-folded", 3, 2), ("hf-gpt2", 3, 8), ("hf-llama", 3, 15)],
+    [("mlp", 1, 2), ("mlp", 3, 2), ("mlp", 5, 2), ("gpt-folded", 3, 4), ("hf-gpt2", 3, 10), ("hf-llama", 3, 16)],
 )
 def test_meta_gradient_equals_plain_autograd(name: str, steps: int, count: int) -> None:
     model, loss, support, query, _ = build(name)
@@ -150,6 +150,24 @@ def test_norms_of_gradients_that_are_zero_at_first(inner: str) -> None:
     assert maml.model[0].weight.grad.norm() > 0
 
 
+@pytest.mark.parametrize("inner", ["plain", "momentum-decay", *NORMED])
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_look_ups_and_heads_that_share_their_table(inner: str, tied: bool) -> None:
+    net = Embedded(tied, padding=3).double()
+    optimizers: dict[str, Callable[[], Any]] = NORMED | {
+        "plain": lambda: mk.optim.SGD(lr=0.3, learn_lr=True, per="parameter"),
+        "momentum-decay": lambda: mk.optim.SGD(lr=0.3, momentum=0.5, weight_decay=0.1, learn="weight_decay"),
+    }
+
+    def make(**forms: Any) -> mk.MAML:
+        return mk.MAML(net, guesses, optimizers[inner]().double(), 3, capture=False, **forms)
+
+    maml = assert_as_explicit(make, labelled(1), labelled(2))
+    assert len(maml.plan.implicit) == (3 if tied else 4)
+    adapted = [make(weights=form).adapt(labelled(1)) for form in ("implicit", "explicit")]
+    assert_equal(*adapted)
+
+
 def test_all_parameters_may_be_implicit() -> None:
     model = nn.Sequential(nn.Linear(5, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False)).double()
     make = partial(mk.MAML, model, regression_loss, mk.optim.SGD(lr=0.3), 3, capture=False)
@@ -198,14 +216,17 @@ def test_a_run_that_was_stopped_leaves_nothing_behind() -> None:
     assert_equal(gradients(model, maml(points(1), points(2))), truth)
 
 
-def test_captured_programs_follow_the_data_and_the_parameters() -> None:
+@pytest.mark.parametrize("kind", ["layers", "tables"])
+def test_captured_programs_follow_the_data_and_the_parameters(kind: str) -> None:
     torch.manual_seed(0)
-    model = mlp().double()
-    maml = implicit(model, regression_loss, mk.optim.SGD(lr=0.3, learn_lr=True).double(), 2, capture=True)
+    model, loss, draw = (mlp(), regression_loss, points) if kind == "layers" else (Embedded(True), guesses, labelled)
+    model, inner = model.double(), mk.optim.SGD(lr=0.3, learn_lr=True).double()
+    inner = inner if kind == "layers" else mk.optim.Clipped(inner, 0.5)
+    maml = implicit(model, loss, inner, 2, capture=True)
     for seed in range(4):
-        found = learned(maml, maml(points(seed), points(seed + 10)))
-        fresh = implicit(model, regression_loss, maml.inner, 2, weights="explicit")
-        assert_equal(found, learned(fresh, fresh(points(seed), points(seed + 10))))
+        found = learned(maml, maml(draw(seed), draw(seed + 10)))
+        fresh = implicit(model, loss, maml.inner, 2, weights="explicit")
+        assert_equal(found, learned(fresh, fresh(draw(seed), draw(seed + 10))))
         with torch.no_grad():
             for p in maml.parameters():
                 p.mul_(1.1)
@@ -277,14 +298,22 @@ def test_streams_go_on_from_the_weights_of_the_window_before() -> None:
 
 
 class Embedded(nn.Module):
-    def __init__(self, tied: bool) -> None:
+    """A look-up, twice in a call, and a head that may have its table."""
+
+    def __init__(self, tied: bool, padding: int | None = None) -> None:
         super().__init__()
-        self.embedding, self.layer, self.head = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7, bias=False)
+        self.embedding, self.layer, self.head = (
+            nn.Embedding(7, 6, padding_idx=padding),
+            nn.Linear(6, 6),
+            nn.Linear(6, 7, bias=False),
+        )
+        self.positions = nn.Embedding(9, 6)
         if tied:
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.layer(self.embedding(tokens)).tanh())
+        x = self.embedding(tokens) + self.embedding(tokens.flip(1)).sin() + self.positions(torch.arange(5))
+        return self.head(self.layer(x).tanh()).mean(1)
 
 
 def guesses(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -293,7 +322,17 @@ def guesses(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def labelled(seed: int) -> tuple[Tensor, Tensor]:
     make = torch.Generator().manual_seed(seed)
-    return torch.randint(7, (T, 5), generator=make), torch.randint(7, (T, 5), generator=make)
+    return torch.randint(7, (T, 4, 5), generator=make), torch.randint(7, (T, 4), generator=make)
+
+
+class Table(nn.Embedding):
+    """A type without a rule of its own."""
+
+
+def other() -> nn.Module:
+    model = Embedded(False)
+    model.embedding = Table(7, 6)
+    return model
 
 
 def scaled() -> nn.Module:
@@ -309,22 +348,14 @@ def penalized(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "loss", "batch", "inner", "found", "reason"),
     [
-        (
-            partial(Embedded, False),
-            guesses,
-            labelled,
-            mk.optim.SGD(0.3),
-            ("layer.weight", "head.weight"),
-            "by Embedding",
-        ),
-        (partial(Embedded, True), guesses, labelled, mk.optim.SGD(0.3), ("layer.weight",), "used by Embedding"),
+        (other, guesses, labelled, mk.optim.SGD(0.3), ("layer.weight", "head.weight", "positions.weight"), "by Table"),
         (scaled, regression_loss, points, mk.optim.SGD(0.3), ("2.weight",), "used by ParametrizationList"),
         (mlp, penalized, points, mk.optim.SGD(0.3), (), "fold is not possible"),
         (mlp, regression_loss, points, mk.optim.Adam(0.1), (), "Adam does not scale"),
         (mlp, regression_loss, points, mk.optim.MetaSGD(0.1), (), "MetaSGD does not scale"),
         (mlp, regression_loss, points, mk.optim.Clipped(mk.optim.Adam(0.1), 1.0), (), "Clipped does not scale"),
     ],
-    ids=["embedding", "tied", "weight-norm", "penalty", "adam", "metasgd", "clipped-adam"],
+    ids=["other", "weight-norm", "penalty", "adam", "metasgd", "clipped-adam"],
 )
 def test_other_weights_are_explicit_with_a_reason(
     make: Any, loss: Any, batch: Any, inner: Any, found: tuple[str, ...], reason: str
@@ -365,9 +396,9 @@ def test_a_wrong_implicit_weight_is_found_by_the_verification(fault: str, monkey
     def lost_tangents(self: Any, phi: Any, shared: Any, batch: Any, v: Any, *ct_pairs: Any) -> Any:
         return product(self, phi, shared, batch, v, *(None for _ in ct_pairs))
 
-    def detached(self: Any, seen: Any, name: str, i: int, y: Tensor) -> Tensor:
-        seen.inputs[i] = seen.inputs[i].detach()
-        return recorded(self, seen, name, i, y)
+    def detached(self: Any, seen: Any, call: Any, y: Tensor) -> Tensor:
+        seen.inputs[call[1]] = seen.inputs[call[1]].detach()
+        return recorded(self, seen, call, y)
 
     wrong: dict[str, tuple[Any, str, Any]] = {
         "rates": (Implicit, "_factors", wrong_rates),
