@@ -150,8 +150,10 @@ def test_norms_of_gradients_that_are_zero_at_first(inner: str) -> None:
     assert maml.model[0].weight.grad.norm() > 0
 
 
-@pytest.mark.parametrize("inner", ["plain", "momentum-decay", *NORMED])
-@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+@pytest.mark.parametrize(
+    ("inner", "tied"),
+    [("plain", False), ("clipped", False), *((name, True) for name in ("plain", "momentum-decay", *NORMED))],
+)
 def test_look_ups_and_heads_that_share_their_table(inner: str, tied: bool) -> None:
     net = Embedded(tied, padding=3).double()
     optimizers: dict[str, Callable[[], Any]] = NORMED | {
