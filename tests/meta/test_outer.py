@@ -149,10 +149,10 @@ def test_query_losses_draw_new_dropout_masks_after_each_step() -> None:
         )
         maml(points(1), points(2))
         torch.manual_seed(0)
-        draws = [gradients(model, maml(points(1), points(2)))["2.weight"] for _ in range(400)]
+        draws = [gradients(model, maml(points(1), points(2)))["2.weight"] for _ in range(150)]
         assert not torch.equal(draws[0], draws[1])
         found.append(torch.stack(draws))
-    error = (found[0].var(0) + found[1].var(0)).div(400).sqrt()
+    error = (found[0].var(0) + found[1].var(0)).div(150).sqrt()
     assert ((found[0].mean(0) - found[1].mean(0)).abs() < 5 * error).all()
 
 
