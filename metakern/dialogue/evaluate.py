@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from metakern.dialogue.contenders import RETRIEVAL, check, contender, is_plain
 from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.metrics import by_task, interval, over_tasks, paired_interval
-from metakern.dialogue.rates import at_factors, best_factors, scaled
+from metakern.dialogue.rates import Tell, at_factors, best_factors, scaled
 from metakern.dialogue.replies import KINDS, Questions, draw_questions, generated, retrieved, scores
 from metakern.dialogue.report import keep, plot, plot_replies
 from metakern.dialogue.run import Run
@@ -131,10 +132,13 @@ def evaluate(
         each = run if name == own else contender(run, name)
         factors: dict[int, float] = {}
         for numbers in (steps, tuple(k for k in reply_steps if k not in steps)):
-            best = best_factors(each.algorithm, validation, numbers, run.config.eval_tasks) if numbers else ()
-            factors |= zip(numbers, best, strict=True)
+            if numbers:
+                with _shown(f"rates of {name} for {max(numbers)} steps", "tried") as tell:
+                    best = best_factors(each.algorithm, validation, numbers, run.config.eval_tasks, tell)
+                factors |= zip(numbers, best, strict=True)
         of_steps = [factors[k] for k in steps]
-        losses = at_factors(each.algorithm, of_steps, test, steps)
+        with _shown(f"{name} on the test tasks", "rates") as tell:
+            losses = at_factors(each.algorithm, of_steps, test, steps, tell=tell)
         curves[name] = {
             **_summary(by_task(losses, repeats)),
             "bits_per_byte": over_tasks(by_task(losses.double() * bits, repeats)),
@@ -165,6 +169,20 @@ def evaluate(
         report["replies"] = {"steps": list(reply_steps), "questions": counts, "scores": replies, "samples": samples}
     processes.first(lambda: _write(report, Path(path)))
     return report
+
+
+@contextmanager
+def _shown(part: str, what: str) -> Iterator[Tell]:
+    """Within the block, show how many inner rates were tried, and the time that those which are left may take."""
+    began = time.monotonic()
+    with Display() as display:
+
+        def tell(tried: int, left: int) -> None:
+            minutes, rest = divmod(round((time.monotonic() - began) / tried * left), 60)
+            text = f"{tried} {what}  {minutes}:{rest:02d} left"
+            display.progress(part, tried / (tried + left), text, line=not left)
+
+        yield tell
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:

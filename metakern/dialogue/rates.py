@@ -6,7 +6,7 @@ So no algorithm is judged with rates that were meant for another number of steps
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from metakern.optim.base import Stepwise
 
 __all__ = ["at_factors", "best_factors", "optimizers", "scaled", "tuned"]
 
+Tell = Callable[[int, int], None]  # is told how many factors were tried, and how many are known to be left
 REACH = 6  # how many half decades above and below 1 the factor of the inner rates is searched
 
 
@@ -54,28 +55,39 @@ def _at_factor(algorithm: Any, factor: float, source: EpisodeSource, steps: tupl
 
 
 def at_factors(
-    algorithm: Any, factors: Sequence[float], source: EpisodeSource, steps: tuple[int, ...], limit: int = 0
+    algorithm: Any,
+    factors: Sequence[float],
+    source: EpisodeSource,
+    steps: tuple[int, ...],
+    limit: int = 0,
+    tell: Tell | None = None,
 ) -> Tensor:
     """Return the query losses `[len(steps), T]` of the first `limit` tasks of `source` (0: all).
 
     There is a factor of the algorithm's inner rates for each number of steps.
     """
-    found = {factor: _at_factor(algorithm, factor, source, steps, limit) for factor in dict.fromkeys(factors)}
+    found: dict[float, Tensor] = {}
+    for factor in dict.fromkeys(factors):
+        found[factor] = _at_factor(algorithm, factor, source, steps, limit)
+        if tell:
+            tell(len(found), len(set(factors)) - len(found))
     return torch.stack([found[factor][i] for i, factor in enumerate(factors)])
 
 
-def best_factors(algorithm: Any, validation: EpisodeSource, steps: tuple[int, ...], limit: int = 0) -> list[float]:
+def best_factors(
+    algorithm: Any, validation: EpisodeSource, steps: tuple[int, ...], limit: int = 0, tell: Tell | None = None
+) -> list[float]:
     """Return the factor of the inner rates with the lowest mean loss on validation tasks, for each number of steps.
 
     The tasks are the first `limit` of `validation` (0: all). The search goes in half decades from the rates as they
     are, until both neighbors of each best factor are worse; where all losses are infinite, it goes to smaller rates. An
     algorithm without inner rates has the factor 1.
     """
-    return tuned(algorithm, validation, steps, limit)[0] if optimizers(algorithm) else [1.0] * len(steps)
+    return tuned(algorithm, validation, steps, limit, tell)[0] if optimizers(algorithm) else [1.0] * len(steps)
 
 
 def tuned(
-    algorithm: Any, validation: EpisodeSource, steps: tuple[int, ...], limit: int = 0
+    algorithm: Any, validation: EpisodeSource, steps: tuple[int, ...], limit: int = 0, tell: Tell | None = None
 ) -> tuple[list[float], Tensor]:
     """Return `best_factors`, and the losses `[len(steps), T]` on the validation tasks at these factors."""
     reach = REACH if optimizers(algorithm) else 0
@@ -83,9 +95,11 @@ def tuned(
     means: dict[int, Tensor] = {}
     best = [0] * len(steps)
     while untried := {e for b in best for e in (b - 1, b, b + 1) if abs(e) <= reach} - means.keys():
-        for exponent in sorted(untried):
+        for n, exponent in enumerate(sorted(untried), 1):
             losses[exponent] = _at_factor(algorithm, 10 ** (exponent / 2), validation, steps, limit)
             means[exponent] = losses[exponent].mean(1).nan_to_num(math.inf, math.inf)
+            if tell:
+                tell(len(losses), len(untried) - n)
         best = [min(means, key=lambda e: _rank(means[e][i].item(), e)) for i in range(len(steps))]
     return [10 ** (e / 2) for e in best], torch.stack([losses[e][i] for i, e in enumerate(best)])
 
