@@ -53,7 +53,7 @@ unit: .venv/dev
 # Build the wheel where torch can't be imported, and install it into an empty environment, without a compiler: it must
 # import, and one meta-gradient must be exact.
 smoke: .venv/dev
-	rm -rf build && mkdir -p build/hidden && echo 'raise ImportError("a build must not need torch")' > build/hidden/torch.py
+	rm -rf build/hidden build/smoke build/lib* && mkdir -p build/hidden && echo 'raise ImportError("a build must not need torch")' > build/hidden/torch.py
 	PYTHONPATH=build/hidden METAKERN_NATIVE=$(if $(shell command -v c++),cpu,none) $(BIN)/python -m build --wheel --no-isolation --outdir build/smoke/dist . \
 		> build/wheel.log 2>&1 || (cat build/wheel.log; exit 1)
 	$(PYTHON) requirements/install.py build/smoke/env core "$(TORCH)" --wheel build/smoke/dist/*.whl
