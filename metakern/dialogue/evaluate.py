@@ -133,11 +133,11 @@ def evaluate(
         factors: dict[int, float] = {}
         for numbers in (steps, tuple(k for k in reply_steps if k not in steps)):
             if numbers:
-                with _shown(f"rates of {name} for {max(numbers)} steps", "tried") as tell:
+                with _shown(f"rates of {name} for {max(numbers)} steps") as tell:
                     best = best_factors(each.algorithm, validation, numbers, run.config.eval_tasks, tell)
                 factors |= zip(numbers, best, strict=True)
         of_steps = [factors[k] for k in steps]
-        with _shown(f"{name} on the test tasks", "rates") as tell:
+        with _shown(f"{name} on the test tasks") as tell:
             losses = at_factors(each.algorithm, of_steps, test, steps, tell=tell)
         curves[name] = {
             **_summary(by_task(losses, repeats)),
@@ -172,14 +172,14 @@ def evaluate(
 
 
 @contextmanager
-def _shown(part: str, what: str) -> Iterator[Tell]:
+def _shown(part: str) -> Iterator[Tell]:
     """Within the block, show how many inner rates were tried, and the time that those which are left may take."""
     began = time.monotonic()
     with Display() as display:
 
         def tell(tried: int, left: int) -> None:
             minutes, rest = divmod(round((time.monotonic() - began) / tried * left), 60)
-            text = f"{tried} {what}  {minutes}:{rest:02d} left"
+            text = f"{tried} of {tried + left} rates  {minutes}:{rest:02d} left"
             display.progress(part, tried / (tried + left), text, line=not left)
 
         yield tell
