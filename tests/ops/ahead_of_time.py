@@ -92,8 +92,8 @@ def recorded(op: str, target: GPUTarget) -> list[Launch]:
 
 
 def of_update(spec: Spec, make: Make, target: GPUTarget) -> list[Sample]:
-    """Return samples of an update op: real sizes, and, on one GPU, hyper-parameters of each task."""
-    others = spec.samples(make) if target.arch == 90 else ()
+    """Return samples of an update op: real sizes, and, on one GPU of each maker, hyper-parameters of each task."""
+    others = spec.samples(make) if target.arch in (90, "gfx942") else ()
     return [*spec.benchmark(make), *(s for s in others if s.name.endswith(("rate-per-task", "learned")))]
 
 

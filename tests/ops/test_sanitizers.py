@@ -25,7 +25,7 @@ def library(name: str) -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path(library("libasan.so")).is_absolute(), reason="GCC with its sanitizers is not installed")
 def test_no_kernel_accesses_memory_outside_of_its_tensors(tmp_path: Path) -> None:
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
     environment = os.environ | {"METAKERN_SANITIZE": "1", "METAKERN_NATIVE": "cpu"}
     subprocess.run(build, cwd=ROOT, env=environment, check=True, timeout=900)
     (built,) = tmp_path.glob("metakern/_C.*")
