@@ -74,12 +74,12 @@ class MAML(nn.Module):
         query_weights: The weights of the query losses after 0, 1, ..., K inner steps in the outer loss (Antoniou,
             Edwards, Storkey 2019, "How to train your MAML", section 4), `steps` + 1 numbers. A loss of weight 0 is not
             computed. None counts the loss after K steps alone. It may be set anew at each call.
-        weights: "implicit" does not form the weights that tasks have of linear layers: a layer computes its output
-            from the shared weight, the inputs that it saw in earlier inner steps, and the cotangents of its outputs
-            there. Memory then grows with the number of tokens in place of these weights. It needs batching "fold" and
-            gradient descent with rates for whole parameters, as `metakern.optim.SGD`, `NormalizedSGD` and `Clipped`
-            take; weights for which it is not possible stay "explicit". "auto" takes it for large weights that see few
-            tokens.
+        weights: "implicit" does not form the weights that tasks have of linear layers and embeddings: a layer computes
+            its output from the shared weight, the inputs that it saw in earlier inner steps, and the cotangents of its
+            outputs there. Memory then grows with the number of tokens in place of these weights. It needs batching
+            "fold" and gradient descent with rates for whole parameters, as `metakern.optim.SGD`, `NormalizedSGD` and
+            `Clipped` take; weights for which it is not possible stay "explicit". Implicit embeddings are not captured.
+            "auto" takes it for large weights of linear layers that see few tokens.
 
     Attributes:
         query_losses: The outer loss of each task at the last call, `[T]`, detached; None before the first call.
