@@ -120,12 +120,25 @@ namespace {
 constexpr std::size_t kMostTensors = 32, kMostScalars = 4;
 constexpr std::int64_t kWorthAThread = 1 << 15;  // an instruction of fewer elements runs on one thread
 
+struct Named {
+    const char* name;
+    std::size_t inputs;
+    ElementType result, first_input;
+};
+constexpr Named kInstructions[] = {
+#define METAKERN_ELEMENTWISE_NAME(name, inputs, formula) {#name, inputs, kOwnType, kOwnType},
+#define METAKERN_OTHER_NAME(name, inputs, result, first_input) {#name, inputs, result, first_input},
+    METAKERN_ELEMENTWISE(METAKERN_ELEMENTWISE_NAME) METAKERN_OTHER_INSTRUCTIONS(METAKERN_OTHER_NAME)
+#undef METAKERN_ELEMENTWISE_NAME
+#undef METAKERN_OTHER_NAME
+};
+
 // The bytes of an element of tensor number `operand` of an instruction; the result is number 0.
 std::int64_t element_bytes(int name, int type, int operand) {
     constexpr std::int64_t kBytes[] = {4, 8, 8, 1};
-    if (name >= k_from_float32 && name <= k_from_bool && operand == 1) return kBytes[name - k_from_float32];
-    const bool compares = name >= k_eq && name <= k_ge, chooses = name == k_where;
-    return (compares && operand == 0) || (chooses && operand == 1) ? 1 : kBytes[type];
+    const Named& named = kInstructions[name];
+    const ElementType fixed = operand == 0 ? named.result : operand == 1 ? named.first_input : kOwnType;
+    return kBytes[fixed == kOwnType ? type : fixed];
 }
 
 // The dimension to divide among threads, in which the result's stride is not 0. -1 if there is none, or if the instruction has
@@ -200,14 +213,6 @@ void Executable::product(bool is_double, const std::array<Place, 4>& places, con
 void Executable::instruction(const std::string& name, int type, int reduced, const std::vector<Place>& places,
                 const std::vector<std::int64_t>& sizes, const std::vector<std::vector<std::int64_t>>& strides,
                 const std::array<double, 2>& scalars) {
-    static constexpr struct {
-        const char* name;
-        std::size_t inputs;
-    } kInstructions[] = {
-#define METAKERN_NAME(name, inputs, ...) {#name, inputs},
-        METAKERN_ELEMENTWISE(METAKERN_NAME) METAKERN_OTHER_INSTRUCTIONS(METAKERN_NAME)
-#undef METAKERN_NAME
-    };
     int number = 0;
     while (number < kInstructionNames && name != kInstructions[number].name) ++number;
     const auto refuse = [&](const char* what) { throw std::invalid_argument("executable: " + name + ": " + what); };

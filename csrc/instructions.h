@@ -59,30 +59,32 @@ struct Instruction {
     X(silu, 1, METAKERN_ISA::silu<F>(x[0]).value)                        \
     X(silu_backward, 2, x[0] * METAKERN_ISA::silu<F>(x[1]).first)
 
-// All others: name, number of inputs.
-#define METAKERN_OTHER_INSTRUCTIONS(X)                                           \
-    X(from_float32, 1) /* x, from this type to the result's; likewise */   \
-    X(from_float64, 1)                                                     \
-    X(from_int64, 1)                                                       \
-    X(from_bool, 1)                                                        \
-    X(sum, 1)          /* times s */                                       \
-    X(running_max, 2)  /* the larger one, element after element */         \
-    X(where, 3)        /* mask, x, y */                                    \
-    X(eq, 1)           /* the mask x == s; likewise */                     \
-    X(ne, 1)                                                               \
-    X(lt, 1)                                                               \
-    X(le, 1)                                                               \
-    X(gt, 1)                                                               \
-    X(ge, 1)                                                               \
-    X(eq_of, 2)        /* the mask x == y; likewise */                     \
-    X(ne_of, 2)                                                            \
-    X(lt_of, 2)                                                            \
-    X(le_of, 2)                                                            \
-    X(gt_of, 2)                                                            \
-    X(ge_of, 2)                                                            \
-    X(logical_and, 2)                                                      \
-    X(logical_or, 2)                                                       \
-    X(logical_not, 1)
+// All others: name, number of inputs, and the types of the result and of the first input; further inputs have the
+// instruction's own type.
+constexpr ElementType kOwnType = kElementTypes;
+#define METAKERN_OTHER_INSTRUCTIONS(X)                                                     \
+    X(from_float32, 1, kOwnType, kFloat32)    /* x, from this type to its own; likewise */ \
+    X(from_float64, 1, kOwnType, kFloat64)                                                 \
+    X(from_int64, 1, kOwnType, kInt64)                                                     \
+    X(from_bool, 1, kOwnType, kBool)                                                       \
+    X(sum, 1, kOwnType, kOwnType)             /* times s */                                \
+    X(running_max, 2, kOwnType, kOwnType)     /* the larger one, element after element */  \
+    X(where, 3, kOwnType, kBool)              /* mask, x, y */                             \
+    X(eq, 1, kBool, kOwnType)                 /* the mask x == s; likewise */              \
+    X(ne, 1, kBool, kOwnType)                                                              \
+    X(lt, 1, kBool, kOwnType)                                                              \
+    X(le, 1, kBool, kOwnType)                                                              \
+    X(gt, 1, kBool, kOwnType)                                                              \
+    X(ge, 1, kBool, kOwnType)                                                              \
+    X(eq_of, 2, kBool, kOwnType)              /* the mask x == y; likewise */              \
+    X(ne_of, 2, kBool, kOwnType)                                                           \
+    X(lt_of, 2, kBool, kOwnType)                                                           \
+    X(le_of, 2, kBool, kOwnType)                                                           \
+    X(gt_of, 2, kBool, kOwnType)                                                           \
+    X(ge_of, 2, kBool, kOwnType)                                                           \
+    X(logical_and, 2, kOwnType, kOwnType)                                                  \
+    X(logical_or, 2, kOwnType, kOwnType)                                                   \
+    X(logical_not, 1, kOwnType, kOwnType)
 
 enum InstructionName {
 #define METAKERN_NAME(name, ...) k_##name,

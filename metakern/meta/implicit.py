@@ -55,7 +55,6 @@ from metakern.meta.batching import Folded, Loss
 from metakern.meta.fold import LINEAR, Fold, FoldError, per_task
 from metakern.meta.parameters import Parameters
 from metakern.meta.unroll import Gradients, Point, Result, Slope, Unroll, added, derivatives, pulled_back, with_zeros
-from metakern.native.record import recorder
 from metakern.optim.base import State
 
 Pairs = list[tuple[int, Tensor, Tensor]]  # (j + 1, X_j, D_j) for each call of a weight's layers in step j, in turn
@@ -261,8 +260,6 @@ class Implicit(Folded):
 
     def _look_up(self, name: str, fold: Fold, module: Any, tokens: Tensor) -> Tensor:
         """Look up the rows of an embedding; the rule of a unit."""
-        if recorder() is not None:  # programs of large tables gave wrong results on two threads, for an unknown reason
-            raise FoldError("implicit weights of embeddings are not captured")
         W = self.parameters.adapted[name]
 
         def run(tasks: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metakern.meta.batches import Outer
 from metakern.meta.batching import Loss
@@ -46,10 +46,8 @@ class Weights:
     def __init__(self, parameters: Parameters, loss: Loss, inner: InnerOptimizer | None, wish: str) -> None:
         self.parameters, self.loss, self.inner, self.wish = parameters, loss, inner, wish
         self.names, left = ([], {}) if wish == "explicit" or inner is None else _candidates(parameters, inner)
-        if wish == "auto":  # which is measured on CPUs, for weights that no embedding uses
-            tables = {name for module, _, name in parameters.places if isinstance(module, nn.Embedding)}
-            cpu = {name: p for name, p in parameters.adapted.items() if p.device.type == "cpu"}
-            sizes = {name: p.numel() for name, p in cpu.items() if name not in tables}
+        if wish == "auto":  # which is measured on CPUs
+            sizes = {name: p.numel() for name, p in parameters.adapted.items() if p.device.type == "cpu"}
             self.names = [name for name in self.names if sizes.get(name, 0) >= LARGE]
         self.reasons = [f"explicit weights: {_listed(names)}: {why}" for why, names in left.items()]
 

@@ -126,6 +126,17 @@ def test_every_instruction_on_every_layout(name: str, layout: str, dtype: torch.
     check(function, make, 1e-12 if dtype == torch.float64 else 2e-5)
 
 
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_every_instruction_divided_among_threads(name: str) -> None:
+    def make() -> tuple[Tensor, ...]:  # with enough elements to be worth a thread
+        return torch.randn(3, 150, 81, dtype=torch.float64), torch.randn(3, 150, 81, dtype=torch.float64)
+
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        return [INSTRUCTIONS[name](LAYOUTS["permuted"](x), LAYOUTS["permuted"](y))]
+
+    check(function, make, 1e-10)
+
+
 FUNCTIONS = {"exp": torch.exp, "expm1": torch.expm1, "log": torch.log, "log1p": torch.log1p, "erf": torch.erf}
 
 

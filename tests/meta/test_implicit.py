@@ -219,40 +219,22 @@ def test_a_run_that_was_stopped_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize("clips", [False, True], ids=["sgd", "clipped"])
-def test_captured_programs_follow_the_data_and_the_parameters(clips: bool) -> None:
+@pytest.mark.parametrize("kind", ["layers", "tables"])
+def test_captured_programs_follow_the_data_and_the_parameters(kind: str, clips: bool) -> None:
     torch.manual_seed(0)
-    model, inner = mlp().double(), mk.optim.SGD(lr=0.3, learn_lr=True).double()
+    model, loss, draw = (mlp(), regression_loss, points) if kind == "layers" else (Embedded(True), guesses, labelled)
+    model, inner = model.double(), mk.optim.SGD(lr=0.3, learn_lr=True).double()
     inner = mk.optim.Clipped(inner, 0.5) if clips else inner
-    maml = implicit(model, regression_loss, inner, 2, capture=True)
+    maml = implicit(model, loss, inner, 2, capture=True)
     for seed in range(4):
-        found = learned(maml, maml(points(seed), points(seed + 10)))
-        fresh = implicit(model, regression_loss, maml.inner, 2, weights="explicit")
-        assert_equal(found, learned(fresh, fresh(points(seed), points(seed + 10))))
+        found = learned(maml, maml(draw(seed), draw(seed + 10)))
+        fresh = implicit(model, loss, maml.inner, 2, weights="explicit")
+        assert_equal(found, learned(fresh, fresh(draw(seed), draw(seed + 10))))
         with torch.no_grad():
             for p in maml.parameters():
                 p.mul_(1.1)
     assert maml.plan.implicit
     assert maml.plan.usage.ordinary == 0
-
-
-def test_embeddings_are_not_captured_and_auto_leaves_them_explicit(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Embedded(True).double()
-    maml = implicit(model, guesses, mk.optim.SGD(lr=0.3), 2, capture=True)
-
-    def compare() -> None:
-        for seed in range(3):
-            found = learned(maml, maml(labelled(seed), labelled(seed + 10)))
-            fresh = implicit(model, guesses, maml.inner, 2, weights="explicit")
-            assert_equal(found, learned(fresh, fresh(labelled(seed), labelled(seed + 10))))
-
-    with pytest.warns(UserWarning, match="implicit weights of embeddings are not captured"):
-        compare()
-    assert maml.plan.usage.programs == 0
-    monkeypatch.setattr(weights, "LARGE", 1)
-    monkeypatch.setattr(weights, "SHARE", 1e9)
-    maml = implicit(model, guesses, mk.optim.SGD(lr=0.3), 2, weights="auto")
-    maml(labelled(1), labelled(2))
-    assert maml.plan.implicit == ("layer.weight",)
 
 
 class Sizes(TorchDispatchMode):

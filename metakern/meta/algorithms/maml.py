@@ -78,8 +78,8 @@ class MAML(nn.Module):
             its output from the shared weight, the inputs that it saw in earlier inner steps, and the cotangents of its
             outputs there. Memory then grows with the number of tokens in place of these weights. It needs batching
             "fold" and gradient descent with rates for whole parameters, as `metakern.optim.SGD`, `NormalizedSGD` and
-            `Clipped` take; weights for which it is not possible stay "explicit". Implicit embeddings are not captured.
-            "auto" takes it for large weights of linear layers that see few tokens.
+            `Clipped` take; weights for which it is not possible stay "explicit". "auto" takes it for large weights
+            that see few tokens.
 
     Attributes:
         query_losses: The outer loss of each task at the last call, `[T]`, detached; None before the first call.
