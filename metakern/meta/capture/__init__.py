@@ -58,6 +58,8 @@ MICROBATCH_BYTES = 4 * 2**20  # a core's share of the caches
 AUTO_CALLS = 3  # "auto" captures at this call with batches of one kind
 PYTHON_CALLS = 12  # the same for programs that Python runs: recording one takes the time that ten calls of it save
 MOST_MOVED = 8  # programs of one function on a GPU that are recorded anew because a tensor has moved
+MOST_MISSES = 3  # comparisons in which a program may differ by little, as where a ReLU's input is 0 up to rounding
+LITTLE = 0.3  # such a relative difference is at most eps**LITTLE
 FIRST_AUDIT, AUDIT_EVERY = 4, 1024  # uses of a program
 Results = list[Tensor | None]
 
@@ -333,15 +335,18 @@ class Captures:
                 self._audit(captured, calls[0], found[0])
                 difference = ""
         if found and not difference:
-            captured.agreed, captured.checked = True, is_next
-            captured.was_ahead |= not is_next and (len(calls) > 1 or truth is None)
+            captured.agreed, captured.checked = True, is_next and captured.agreed
+            captured.was_ahead |= not captured.checked and (len(calls) > 1 or truth is None)
             if self._precision is None:
                 return found
             before.restore()
             return list(_played(captured, calls, self._precision))
         results = [truth or found[0], *(list(call()) for call in calls[1:])]
         if not found or all(t is None or t.isfinite().all() for t in results[0]):  # infinite results decide nothing
-            self._give_up(calls[0], reason or f"it would give other results than an ordinary run: {difference}")
+            captured.misses += 1
+            by_little = found and not _difference(found[0], results[0], self._names, LITTLE)
+            if not by_little or captured.misses == MOST_MISSES:
+                self._give_up(calls[0], reason or f"it would give other results than an ordinary run: {difference}")
         if self._precision is None:
             return results
         before.restore()
@@ -578,7 +583,7 @@ class _Captured:
 
     `uses` counts its uses. `recorded_at` is the number of the call of MAML that recorded it. `agreed`: it gave the
     results of an ordinary run. `checked`: it did so in a later call. `was_ahead`: before that, results for other data
-    than the recorded ones were used.
+    than the recorded ones were used. `misses` counts the comparisons in which it did not.
     """
 
     def __init__(
@@ -589,7 +594,7 @@ class _Captured:
         recorded_at: int = 0,
     ) -> None:
         self._program: Any = program if executable is None else None
-        self.executable, self.uses, self.recorded_at = executable, 0, recorded_at
+        self.executable, self.uses, self.misses, self.recorded_at = executable, 0, 0, recorded_at
         self.agreed = self.checked = self.was_ahead = False
         self._pinned = [(t, _address(t)) for t in pinned]
         self._constants, self.decisions = program.constants, program.decisions
