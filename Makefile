@@ -20,6 +20,7 @@ SOURCES := metakern tests examples docs requirements setup.py $(wildcard benchma
 
 .PHONY: demo bots languages chitchat smollm2 test lint types unit smoke docs lock audit sbom test-latest test-lowest clean
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 demo: bots languages
 
