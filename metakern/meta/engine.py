@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern.meta.allocator import keep_freed_memory
+from metakern.meta.allocator import give_back, keep_freed_memory
 from metakern.meta.batches import select, structure, tasks_of, tensors, whole
 from metakern.meta.batching import Folded, Loss, exact_kernels
 from metakern.meta.capture import Captures
@@ -77,6 +77,7 @@ class Engine:
         found = self._kept(self._base(loss, inner, steps, first_order), kinds, outer)
         if found is None:
             found = self._made(loss, inner, steps, first_order, outer, batches)
+            give_back()  # a trial takes several times the memory of a meta-gradient
             self._plans[self._base(loss, inner, steps, first_order), kinds, outer] = found
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)

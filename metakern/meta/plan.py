@@ -221,6 +221,9 @@ class Planner:
         wish, strategy = self.wishes.task_chunk, self.wishes.strategy
         on_cpu = device.type == "cpu"
         room, where = (WORKING_BYTES, "working memory") if on_cpu else (free // 2, "memory")
+        if on_cpu and implicit:  # all tasks of a chunk read these weights once
+            own = sum(self.parameters.adapted[name].nbytes for name in implicit)
+            room = max(room, min(IMPLICIT_COPIES * own, free // 4))
 
         def fitting(size: int) -> int:
             return wish if isinstance(wish, int) else max(1, room // max(size, 1))
@@ -258,6 +261,7 @@ SNAPSHOTS = 4  # the fewest inner steps whose parameters "recompute" keeps, if t
 # memory="least" keeps those of this many steps, and of as many more as this share of the activations has room for.
 LEAST_SNAPSHOTS, SNAPSHOT_SHARE = 2, 0.5
 WORKING_BYTES = 192 * 2**20  # a CPU's working set of one chunk: a larger one is slower, a smaller one takes more calls
+IMPLICIT_COPIES = 4  # or as many copies of the implicit weights: what Adam holds of them, with the gradient
 
 
 @dataclass(frozen=True)
