@@ -77,7 +77,6 @@ class Engine:
         found = self._kept(self._base(loss, inner, steps, first_order), kinds, outer)
         if found is None:
             found = self._made(loss, inner, steps, first_order, outer, batches)
-            give_back()  # a trial takes several times the memory of a meta-gradient
             self._plans[self._base(loss, inner, steps, first_order), kinds, outer] = found
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
@@ -123,6 +122,7 @@ class Engine:
         wishes = replace(self.wishes, weights="explicit") if IMPLICIT in without else self.wishes
         planner = Planner(roles, loss, wishes, watch, inner)
         found = planner.plan(tried, steps, first_order or not outer, without)
+        give_back()  # a trial takes several times the memory of a meta-gradient
         self._volatile |= found.changed & before.keys()
         for i, leaf in enumerate(found.outside):
             roles.shared[f"(loss) {i}"] = leaf  # type: ignore[assignment]

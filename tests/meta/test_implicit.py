@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import metakern as mk
-from metakern.meta import weights
+from metakern.meta import engine, plan, weights
 from metakern.meta.implicit import Implicit, ImplicitUnroll
 
 STRATEGIES = ("store", "recompute")
@@ -235,6 +235,21 @@ def test_captured_programs_follow_the_data_and_the_parameters(kind: str, clips: 
                 p.mul_(1.1)
     assert maml.plan.implicit
     assert maml.plan.usage.ordinary == 0
+
+
+@pytest.mark.parametrize(("copies", "chunk"), [(0, 1), (10**6, T)], ids=["one-task", "all-tasks"])
+def test_chunks_may_take_as_much_memory_as_some_copies_of_the_weights(
+    copies: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "WORKING_BYTES", 1)
+    monkeypatch.setattr(plan, "IMPLICIT_COPIES", copies)
+    given: list[bool] = []
+    monkeypatch.setattr(engine, "give_back", lambda: given.append(True))
+    maml = implicit(mlp().double(), regression_loss, mk.optim.SGD(lr=0.1), 2, task_chunk="auto")
+    for seed in (1, 2):
+        maml(points(seed), points(seed + 10))
+    assert min(maml.plan.task_chunk, T) == chunk
+    assert len(given) == 1  # the memory of the trial, once
 
 
 class Sizes(TorchDispatchMode):
