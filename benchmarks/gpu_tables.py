@@ -48,6 +48,8 @@ def checks(found: Found) -> str:
         bad = [row for row in rows if not row.get("good")]
         names = (f"{row['op']} {row['sample']} {row.get('method') or row.get('dtype', '')}: {_why(row)}" for row in bad)
         lines += [f"- {part}: {len(rows) - len(bad)} of {len(rows)} are good.", *(f"  - {name}" for name in names)]
+    for row in found.get("sanitizer", []):
+        lines.append(f"- compute-sanitizer, {row['tool']}, {row['part']}: {row.get('error', 'nothing found')}")
     return "\n".join(lines)
 
 

@@ -95,7 +95,10 @@ def sanitized(tool: str, part: str, seconds: float) -> Row:
         )
     except subprocess.TimeoutExpired:
         return label | {"error": "the time is up"}
-    return label | {"good": True} if run.returncode == 0 else label | {"error": (run.stdout + run.stderr)[-1000:]}
+    if run.returncode == 0:
+        return label | {"good": True}
+    lines = [line for line in (run.stdout + run.stderr).splitlines() if line.startswith("=====") or "Error" in line]
+    return label | {"error": "\n".join([*dict.fromkeys(lines)][:12])}  # many hazards are reported by the same lines
 
 
 def sanitizer(seconds: float) -> Iterator[Row]:

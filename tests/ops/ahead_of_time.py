@@ -84,6 +84,8 @@ def recorded(op: str, target: GPUTarget) -> list[Launch]:
             make = Make(dtype, device="meta")
             for sample in of_update(spec, make, target) if op in UPDATES else module.compiled(make):
                 _differentiate(spec.call, sample)
+        if target.arch == 90 and op not in UPDATES:  # a small one, too: with one element for each lane of a warp
+            _differentiate(spec.call, spec.samples(Make(torch.float32, "meta"))[0])
     kernels = {f for f in vars(module).values() if isinstance(f, JITFunction) and f.__name__.endswith("_kernel")}
     missing = kernels - {each.kernel for each in launches}
     if missing:
@@ -148,7 +150,31 @@ def compiled(op: str) -> Iterator[dict[str, Any]]:
                 "tensor_memory": getattr(result.metadata, "tmem_size", 0),
                 "registers": registers,
                 "spilled": spilled,
+                "unequal": unequal(result.asm.get("ptx", "")),
             }
+
+
+def unequal(ptx: str) -> list[str]:
+    """Return the additions of another lane's value to a product that is not rounded before, as the other lane's is.
+
+    Two lanes may then have sums that differ in the last bit, and both write theirs to one place in shared memory.
+    """
+    found, made = [], dict[str, tuple[str, list[str]]]()
+
+    def shuffled(a: str) -> bool:
+        operation, arguments = made.get(a, ("", [a]))
+        moved = made.get(arguments[0], ("",))[0] if operation == "mov.b32" else operation
+        return moved.startswith("shfl")
+
+    for operation, result, rest in re.findall(r"^\s+(?:@!?%p\d+ )?([\w.]+)\s+(%\w+)\S*\s(.*);", ptx, re.MULTILINE):
+        arguments = [a.strip() for a in rest.split(",")]
+        of_product = any(made.get(a, ("",))[0] in ("mul.f32", "mul.f64") for a in arguments)
+        if any(map(shuffled, arguments)) and (
+            operation.startswith("fma.rn.f") or (re.fullmatch(r"(add|sub)\.f\d+", operation) and of_product)
+        ):
+            found.append(f"{operation} {result}, {rest}")
+        made[result] = operation, arguments
+    return found
 
 
 def _resources(target: GPUTarget, result: Any) -> tuple[int, int]:

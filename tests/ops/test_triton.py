@@ -140,6 +140,7 @@ def test_kernels_compile_for_every_gpu(op: str) -> None:
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_BYTES[kernel["target"]], kernel
         assert kernel["tensor_memory"] <= 512, kernel
+        assert not kernel["unequal"], kernel
         assert kernel["spilled"] <= SPILLED.get(kernel["kernel"], FEW_BYTES), kernel
         assert all(size <= limit for size, limit in zip(kernel["grid"], LARGEST_GRID, strict=False)), kernel
 

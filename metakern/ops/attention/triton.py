@@ -436,7 +436,7 @@ class _Launcher:
                     tuned[lambda meta: (launch.cdiv(rows, meta[own]) * heads,)](*args, C=self.constants)
             return
         M, N, warps, stages = choice[0]
-        sizes = {"M": M} if kernel is _delta_kernel else {"M": M, "N": N}
+        sizes = {"M": M, **launch.ROUNDED} if kernel is _delta_kernel else {"M": M, "N": N}
         grid = (launch.cdiv(rows, sizes[own]) * heads,)
         launch.launch(kernel, grid, device, *args, C=self.constants, **sizes, num_warps=warps, num_stages=stages)
 

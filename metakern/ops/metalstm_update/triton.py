@@ -30,7 +30,16 @@ from metakern.ops.core import matrices
 from metakern.ops.core.dual import Dual, duals
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Make, Sample
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, jit, launch, precision, wide
+from metakern.ops.core.triton_kernels.launch import (
+    INTERPRETED,
+    ROUNDED,
+    cdiv,
+    contiguous,
+    jit,
+    launch,
+    precision,
+    wide,
+)
 from metakern.ops.metalstm_update import REFERENCE, arguments, arguments_vjp
 
 BLOCK = 16  # at 32 and 64 vjp spilled more registers
@@ -431,7 +440,7 @@ def _update_vjp_jvp_kernel(
 def _launch(kernel: Any, x: Tensors, *others: Any, **options: Any) -> None:
     T, H, N = x[2].shape
     sizes = {"H": H, "BLOCK_H": max(16, triton.next_power_of_2(H)), "BLOCK_N": BLOCK}
-    launch(kernel, (cdiv(N, BLOCK), T), x[0].device, x, *others, N, **sizes, **options, num_warps=4)
+    launch(kernel, (cdiv(N, BLOCK), T), x[0].device, x, *others, N, **sizes, **options, **ROUNDED, num_warps=4)
 
 
 def _of_products(c: SimpleNamespace) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from metakern.ops.core import matrices
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Make, Sample
-from metakern.ops.core.triton_kernels.launch import cdiv, contiguous, jit, launch, wide
+from metakern.ops.core.triton_kernels.launch import ROUNDED, cdiv, contiguous, jit, launch, wide
 
 LARGEST = 4096  # elements of a block [C, D]
 
@@ -223,7 +223,7 @@ def _each_query(kernel: triton.JITFunction, u: Tensor, p: Tensor, *tensors: Tens
     (T, Q, D), C = u.shape, p.shape[1]
     BLOCK_C = triton.next_power_of_2(C)
     BLOCK_D = triton.next_power_of_2(min(max(D, 1), max(LARGEST // BLOCK_C, 1)))
-    launch(kernel, (T * Q,), u.device, *tensors, Q, C, D, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D)
+    launch(kernel, (T * Q,), u.device, *tensors, Q, C, D, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D, **ROUNDED)
 
 
 def _columns(D: int) -> dict[str, int]:

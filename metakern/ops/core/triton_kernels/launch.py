@@ -37,6 +37,12 @@ if INTERPRETED:
     interpreter.InterpretedFunction.__call__ = _call
 
 
+# The option of kernels that sum products over the lanes of a warp. By default the compiler contracts a lane's product
+# with the addition of the next lane's: its own product is then not rounded, and the other's is. So the sums of two
+# lanes may differ in the last bit, and both write theirs to one place in shared memory.
+ROUNDED = {"enable_fp_fusion": False}
+
+
 def jit(kernel: Any) -> Any:
     """Compiles a kernel as triton.jit does, under a name that tells it from others: metakern_attention_forward."""
     of = kernel.__module__.removesuffix(".triton").rpartition(".")[2]

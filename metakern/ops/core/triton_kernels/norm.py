@@ -26,7 +26,7 @@ from torch import Tensor
 
 from metakern.ops.core import matrices
 from metakern.ops.core.rules import Rules, Tensors
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, cdiv, contiguous, jit, launch, wide
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, ROUNDED, cdiv, contiguous, jit, launch, wide
 
 # The widest row that is one block. The tiles of a wider one would not all stay in registers.
 LARGEST = {"forward": 16384, "jvp": 8192, "vjp": 4096}
@@ -263,11 +263,11 @@ def _vjp_kernel(
 
 
 def _blocks(T: int, N: int, D: int, largest: int) -> tuple[tuple[int, ...], dict[str, int]]:
-    """Returns a grid with a program for each block of rows, and the sizes of blocks."""
+    """Returns a grid with a program for each block of rows, and the options of a launch."""
     block_d = min(triton.next_power_of_2(D), largest)
     block_n = max(min(TILE // block_d, triton.next_power_of_2(N)), 1)
     warps = min(max(block_n * block_d // 256, 4), 32)
-    return (T * cdiv(N, block_n),), {"D": D, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps}
+    return (T * cdiv(N, block_n),), {"D": D, "BLOCK_N": block_n, "BLOCK_D": block_d, "num_warps": warps, **ROUNDED}
 
 
 def _strided(parameter: Tensor | None) -> tuple[Tensor, int] | None:
