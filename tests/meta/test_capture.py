@@ -230,6 +230,54 @@ def test_a_program_that_differs_by_little_is_tried_on_other_data(wrong: int, mon
     assert (captured.plan.usage.programs == 1) == (wrong < 3)
 
 
+def borderline(seed: int) -> tuple[Tensor, Tensor]:
+    """Equal inputs for a layer whose weights sum to zero: its outputs are 0 up to rounding."""
+    x, y = torch.zeros(4, 5, 400), torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(seed))
+    return x + torch.rand(4, 5, 1, generator=torch.Generator().manual_seed(seed)), y
+
+
+def ordinary(seed: int) -> tuple[Tensor, Tensor]:
+    make = torch.Generator().manual_seed(seed)
+    return torch.randn(4, 5, 400, generator=make), torch.randn(4, 5, 3, generator=make)
+
+
+@pytest.mark.parametrize(("fault", "dropout"), [(False, 0.0), (True, 0.0), (True, 0.3)])
+def test_an_audit_tells_rounding_from_a_fault(fault: bool, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ReLUs jump, a program differs from an ordinary run; a fault that shows later is an error, however small."""
+    run, found, threads = capture._Captured.__call__, list[str](), torch.get_num_threads()
+    difference = capture._difference
+
+    def faulty(self: Any, microbatches: Any, *args: Any) -> Any:
+        results = run(self, microbatches, *args)
+        wrong = fault and microbatches[0][0].std() < 0.5
+        return [[t if t is None else t * 1.02 for t in r] for r in results] if wrong else results
+
+    def seen(*args: Any, **options: Any) -> str:
+        found.append(difference(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(capture._Captured, "__call__", faulty)
+    monkeypatch.setattr(capture, "_difference", seen)
+    torch.manual_seed(0)
+    first = nn.Linear(400, 64, bias=False)
+    model = nn.Sequential(first, nn.Dropout(dropout), nn.Tanh() if fault else nn.ReLU(), nn.Linear(64, 3))
+    with torch.no_grad():
+        first.weight -= first.weight.mean(1, keepdim=True)
+    captured = mk.MAML(model, regression_loss, mk.optim.SGD(0.01), 2, capture=True)
+    torch.set_num_threads(1)  # one program for all tasks
+    try:
+        for i in range(3):
+            captured(ordinary(i), ordinary(i + 9))
+        assert not any(found)
+        refused = pytest.raises(capture.StaleCaptureError, match=r"use 4: .* a fault of metakern")
+        with refused if fault else nullcontext():
+            for i in range(3, 9):
+                captured(borderline(i), ordinary(i + 9))
+    finally:
+        torch.set_num_threads(threads)
+    assert any(found)
+
+
 def loss_times_first(first: Any, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     return regression_loss(model, batch) * first(batch[0].clone())
 

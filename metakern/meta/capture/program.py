@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+UNITS = 4  # units in the last place by which a nudge changes a number at most
 _aten = torch.ops.aten
 _NESTED = (list, tuple, dict)
 _SECOND_NAME = {_aten.detach.default, _aten.alias.default}
@@ -114,6 +115,22 @@ class Program:
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             return self._run(*inputs)
 
+    def nudged(self, inputs: Sequence[Tensor], seed: int) -> list[Tensor | None]:
+        """Run with other rounding: change each number that a step computes or reads by some units in the last place."""
+        nudge = _Nudge(seed)
+        constants = {id(t): nudge(t) for t in self.constants}
+        steps = [
+            replace(
+                step,
+                function=nudge.after(step.function),
+                args=_mapped(step.args, constants),
+                kwargs=_mapped(step.kwargs, constants),
+            )
+            for step in self.steps
+        ]
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            return _compiled(self.inputs, steps, self.outputs)(*map(nudge, inputs))
+
 
 @dataclass(frozen=True)
 class Decisions:
@@ -125,6 +142,51 @@ class Decisions:
     def hold(self, inputs: Sequence[Tensor]) -> bool:
         """Whether Python would read the same numbers with these inputs."""
         return [int(t) for t in self.program(inputs) if t is not None] == self.numbers
+
+
+class _Nudge:
+    """Changes numbers by up to UNITS units in the last place."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._generators = seed, dict[torch.device, torch.Generator]()
+        self._functions: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        if t.device not in self._generators:
+            self._generators[t.device] = torch.Generator(t.device).manual_seed(self._seed)
+        random = torch.rand(t.shape, generator=self._generators[t.device], dtype=torch.float32, device=t.device)
+        return t * (1 + UNITS * torch.finfo(t.dtype).eps * (2 * random - 1).to(t.dtype))
+
+    def after(self, function: Any) -> Callable[..., Any]:
+        """Return the function followed by a nudge of its results, but of those that share memory with its arguments."""
+        if function not in self._functions:
+            self._functions[function] = self._followed(_direct(function))
+        return self._functions[function]
+
+    def _followed(self, direct: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            memory = {t.untyped_storage().data_ptr() for t in leaves((args, kwargs), Tensor)}
+            fresh: Any = lambda t: t if t.untyped_storage().data_ptr() in memory else self(t)  # noqa: E731
+            results = direct(*args, **kwargs)
+            return _mapped(results, {id(t): fresh(t) for t in leaves(results, Tensor)})
+
+        return call
+
+
+def _direct(function: Any) -> Callable[..., Any]:
+    """Return what does the same as a step's function in less time."""
+    return _BINDINGS.get(function) or getattr(function, "_op", function)
+
+
+def _mapped(value: Any, others: dict[int, Tensor]) -> Any:
+    """Return the nested value with each tensor replaced by its entry in `others`, which its id finds."""
+    if isinstance(value, Tensor):
+        return others.get(id(value), value)
+    if isinstance(value, dict):
+        return {key: _mapped(v, others) for key, v in value.items()}
+    return type(value)(_mapped(v, others) for v in value) if isinstance(value, list | tuple) else value
 
 
 def registers(value: Any) -> list[Register]:
@@ -212,8 +274,7 @@ def _compiled(inputs: Sequence[Register], steps: Sequence[Step], outputs: Any) -
     lines = [f"def run({', '.join(map(text, inputs))}):"]
     for i, step in enumerate(steps):
         if step.function not in functions:
-            direct = _BINDINGS.get(step.function) or getattr(step.function, "_op", step.function)
-            functions[step.function] = constant(direct)
+            functions[step.function] = constant(_direct(step.function))
         args = [*map(text, step.args), *(f"{key}={text(value)}" for key, value in step.kwargs.items())]
         results = step.makes
         to = f"{text(step.results).replace('None', '_')} = " if results else ""
