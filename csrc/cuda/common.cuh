@@ -1,7 +1,9 @@
-// What the kernels use of a GPU beside plain C++: barriers, loads that bypass the L1 cache, bf16 and the tensor cores.
+// What the kernels use of a GPU beside plain C++: what barriers are made of, loads that bypass the L1 cache, bf16 and the
+// tensor cores.
 //
-// Device code uses nothing of a GPU but what is declared here and threadIdx, blockIdx, gridDim, __syncthreads.
-// tests/ops/cuda_emulation defines all of it under the same names for a CPU, where it runs the same kernels.
+// Device code uses nothing of a GPU but what is declared here and threadIdx, blockIdx, gridDim, __syncthreads,
+// __threadfence, atomicAdd. tests/ops/cuda_emulation defines all of it under the same names for a CPU, where it runs the
+// same kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,35 +36,37 @@ __device__ __forceinline__ uint4* shared_memory() {
     return memory;
 }
 
-// Reads what other blocks have written during this launch. It bypasses the L1 cache, which may hold old values.
+// Writes what other blocks read during this launch, after a barrier (meeting.cuh).
+template <class E>
+__device__ __forceinline__ void store_for_others(E* to, E value) {
+    *to = value;
+}
+
+// Reads what other blocks have written so. It bypasses the L1 cache, which may hold old values.
 __device__ __forceinline__ uint4 load_written(const uint4* from) { return __ldcg(from); }
 
 __device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 __device__ __forceinline__ void meet_warp() { __syncwarp(); }
 
-// A barrier of all threads of a cluster. After it each sees what the others have written before it, also to global
-// memory.
-__device__ __forceinline__ void meet_cluster() {
+// The two halves of a barrier of a cluster. They release what this thread has written, also to global memory, and acquire
+// what the others have.
+__device__ __forceinline__ void arrive_at_cluster() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
-// A barrier of all threads of the blocks that share a counter: they wait until it reaches `arrived`. All these blocks
-// must be on the GPU at the same time.
-__device__ __forceinline__ void meet_blocks(unsigned* counter, unsigned arrived) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        unsigned seen;
-        __threadfence();
-        atomicAdd(counter, 1u);
-        do
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-        while (seen < arrived);
-        __threadfence();
-    }
-    __syncthreads();
+// Reads a counter, and acquires what was released before it had this value.
+__device__ __forceinline__ unsigned load_acquire(const unsigned* counter) {
+    unsigned seen;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    return seen;
 }
 
 // sum [16, 8] += a [16, 16] b [16, 8], computed by a warp on fragments as PTX's mma.m16n8k16 has them; bf16 products,

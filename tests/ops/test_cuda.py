@@ -63,6 +63,9 @@ class Emulation:
         self.library.emulate(*gpu)
         self.plans.clear()
 
+    def leave_out(self, part: str) -> None:
+        self.library.leave_out(("nothing", "block", "release", "acquire", "load").index(part))
+
     def run(
         self, kernel: str, dtype: torch.dtype, addresses: list[int], sizes: list[int], scalars: Any, _: Any
     ) -> None:
@@ -163,6 +166,27 @@ def test_errors_are_at_most_twice_those_of_plain_pytorch(
     ours, theirs = torch.stack(mean).log().mean(0).exp()
     assert (ours <= 2 * theirs + 4 * eps).all(), (ours / theirs).tolist()
     assert any(case.seen(plan) for plan in on_gpu.plans if plan["blocks"]), on_gpu.plans
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        *((part, "clusters") for part in ("release", "acquire", "load")),
+        *((part, "counters") for part in ("block", "release", "acquire", "load")),
+        *((part, "alone") for part in ("block", "load")),
+    ],
+)
+def test_a_barrier_without_one_of_its_parts_is_noticed(on_gpu: Emulation, name: str, part: str) -> None:
+    """Most results are others where stores are not released, not acquired, or not loaded as `load_written` does."""
+    case, dtype = CASES[name], torch.float32
+    on_gpu.use(case.gpu)
+    op, _, arguments = problem("gru", case.sizes, dtype, 1, lengths=case.lengths, reverse=case.reverse)
+    with mk.backend("cuda"):
+        right = results(op, arguments, dtype)
+        on_gpu.leave_out(part)
+        found = results(op, arguments, dtype)
+    different = [not torch.allclose(a, b, rtol=0.1, atol=0.01) for a, b in zip(found, right, strict=True)]
+    assert sum(different) > len(different) / 2
 
 
 @every_cell

@@ -11,6 +11,7 @@
 // without a thought for edges: beyond the last unit it is zero.
 #pragma once
 
+#include "../meeting.cuh"
 #include "tiles.cuh"
 
 namespace metakern::cuda {
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1) recur(const Sequences<typename Ru
         };
         const auto hand_on = [&](int buffer, std::int64_t row, std::int64_t j, const float* values) {
             E* to = reinterpret_cast<E*>(exchange + buffer * q.exchanged() + (row - first) * plan.depth);
-            for (int i = 0; i < kFrom; ++i) to[i * q.H + j] = narrow<E>(values[i]);
+            for (int i = 0; i < kFrom; ++i) store_for_others(to + i * q.H + j, narrow<E>(values[i]));
         };
 
         for (int i = threadIdx.x; i < plan.resident * plan.vectors; i += kThreads) resident[i] = slice[i];

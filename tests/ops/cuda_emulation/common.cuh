@@ -2,8 +2,12 @@
 // them for a CPU.
 //
 // Each thread of the blocks that run at once is a fiber. It runs until it waits for its block, its warp, its cluster or a
-// counter. The fiber that runs next is drawn at random, so that a missing barrier soon shows. Shared memory starts as NaN,
-// with a guard behind it. A launch that exceeds a limit of the device fails as it does with CUDA.
+// counter. The fiber that runs next is drawn at random, as is the order of blocks, so that a missing barrier soon shows.
+// Shared memory starts as NaN, with a guard behind it. A launch that exceeds a limit of the device fails as it does with CUDA.
+//
+// Memory is as weak as CUDA allows. What a thread stores for others is seen by itself alone, by its block from the next
+// __syncthreads on, and by other blocks once it is released (by a fence of a thread that sees it, or an arrival at a cluster's
+// barrier) and they have acquired (by a load_acquire, or the end of that barrier). Until then they load old values.
 #pragma once
 
 #include <algorithm>
@@ -44,6 +48,10 @@ enum class Place { warp, block, cluster };
 void meet(Place place);
 void pause();  // lets other threads run
 void* shared_memory();
+void store(std::uint16_t* to, std::uint16_t value);
+std::uint16_t load(const std::uint16_t* from);
+void release();
+void acquire();
 // 32 bytes for each lane of the warp, valid from one meet(Place::warp) to the next.
 std::uint32_t (*warp_memory())[8];
 
@@ -53,11 +61,17 @@ struct Gpu {
 };
 extern Gpu gpu;
 
+// What is left out of the next launches, to see that tests notice it.
+enum class Fault { none, block, release, acquire, load };
+extern Fault fault;
+
 }  // namespace emulation
 
 extern emulation::Index threadIdx, blockIdx, gridDim;
 
 inline void __syncthreads() { emulation::meet(emulation::Place::block); }
+inline void __threadfence() { emulation::release(); }
+inline void atomicAdd(unsigned* to, unsigned value) { *to += value; }
 inline float __uint_as_float(std::uint32_t x) {
     float f;
     std::memcpy(&f, &x, 4);
@@ -90,18 +104,33 @@ inline Bf16 narrow<Bf16>(float x) {
 }
 
 inline uint4* shared_memory() { return static_cast<uint4*>(emulation::shared_memory()); }
-inline uint4 load_written(const uint4* from) { return *from; }
 inline void prefetch(const void*) {}
 inline void meet_warp() { emulation::meet(emulation::Place::warp); }
-inline void meet_cluster() { emulation::meet(emulation::Place::cluster); }
+inline void arrive_at_cluster() { emulation::release(); }
+inline void wait_for_cluster() {
+    emulation::meet(emulation::Place::cluster);
+    emulation::acquire();
+}
 
-inline void meet_blocks(unsigned* counter, unsigned arrived) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        ++*counter;
-        while (*counter < arrived) emulation::pause();
-    }
-    __syncthreads();
+template <class E>
+void store_for_others(E* to, E value) {
+    std::uint16_t halves[sizeof(E) / 2];
+    std::memcpy(halves, &value, sizeof(E));
+    for (std::size_t i = 0; i < sizeof(E) / 2; ++i) emulation::store(reinterpret_cast<std::uint16_t*>(to) + i, halves[i]);
+}
+
+inline uint4 load_written(const uint4* from) {
+    std::uint16_t halves[8];
+    for (std::size_t i = 0; i < 8; ++i) halves[i] = emulation::load(reinterpret_cast<const std::uint16_t*>(from) + i);
+    uint4 value;
+    std::memcpy(&value, halves, sizeof value);
+    return value;
+}
+
+inline unsigned load_acquire(const unsigned* counter) {
+    emulation::pause();
+    emulation::acquire();
+    return *counter;
 }
 
 inline void mma(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1) {
