@@ -40,6 +40,8 @@ def embedded(model: nn.Module, call: Callable[..., Tensor], batch: Any, shape: t
     else:
         args, inputs = mapped(lambda t: t.flatten(0, 1), (args, inputs))
         x = call(*args, **inputs)
+    if len(x) != shape.numel():
+        raise ValueError(f"MAML: labels must be one for each example, got {list(shape)} labels for {len(x)} examples")
     return x.unflatten(0, shape)
 
 

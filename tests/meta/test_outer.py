@@ -218,3 +218,7 @@ def test_adaptation_goes_on_from_adapted_parameters() -> None:
         maml.adapt(support, 1, start={name: p[:1] for name, p in first.items()})
     with pytest.raises(ValueError, match="start must hold"):
         maml.adapt(support, 1, start=[1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="start must hold"):
+        maml.adapt(support, 1, start={name: p.tolist() for name, p in first.items()})
+    with pytest.raises(TypeError, match="until must be a function of"):
+        maml.adapt(support, 1, until="a")  # type: ignore[arg-type]

@@ -192,6 +192,7 @@ X, Q = examples(9, 1), examples(7, 2)
         ((X[0][:, :0], X[1][:, :0]), Q, "support must hold examples, got tensors of sizes"),
         ({"labels": X[1][:, :0], "scale": X[0]}, Q, "support must hold examples of at least two .* got none in task 0"),
         ((X[0], X[1].double()), Q, r"support must have integer labels \[T, N\], got torch.float64 \[3, 9\]"),
+        ((X[0], X[1][:, :8]), Q, r"labels must be one for each example, got \[3, 8\] labels for 27 examples"),
         (X, (Q[0], Q[1][:, 0]), r"query must have integer labels \[T, N\], got torch.int64 \[3\]"),
         (X[0], Q, r"support must be \(x, y\), \(x, y, mask\) or a dictionary with labels, got Tensor"),
         (X, (Q[0][:2], Q[1][:2]), "query must have the 3 tasks of support, got 2"),

@@ -480,6 +480,21 @@ assert torch.equal(native.call("gelu_tanh_vjp", x, x)[0], before)
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
+@pytest.mark.parametrize("op", SPECS)
+@pytest.mark.parametrize("wrong", [None, "x", [1.0]], ids=str)
+def test_something_else_in_place_of_a_tensor_is_an_error_of_the_op(op: str, wrong: Any) -> None:
+    def message(*args: Any) -> str:
+        try:  # None or a list is right for some arguments
+            SPECS[op].call(*args, **sample.kwargs)
+        except (TypeError, ValueError) as error:
+            return str(error)
+        return f"{op}: "
+
+    sample = SPECS[op].samples(Make())[0]
+    for i in range(len(sample.args)):
+        assert message(*sample.args[:i], wrong, *sample.args[i + 1 :]).startswith(f"{op}: ")
+
+
 def without_memory(x: Tensor) -> Tensor:
     x.untyped_storage().resize_(0)
     return x

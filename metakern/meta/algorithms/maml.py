@@ -241,6 +241,7 @@ class MAML(nn.Module):
         Raises:
             ValueError: `steps` is not an integer of at least 0; `start` has not exactly the adapted parameters, each
                 `[T, *shape]`; or as for a call.
+            TypeError: `until` is not a function.
 
         >>> import torch, metakern as mk
         >>> maml = mk.MAML(torch.nn.Linear(8, 4), mk.losses.classification, steps=3)
@@ -249,6 +250,8 @@ class MAML(nn.Module):
         torch.Size([5, 4, 8])
         """
         steps = self.steps if steps is None else non_negative(steps)
+        if until is not None and not callable(until):
+            raise TypeError(f"MAML: until must be a function of (k, phi), got {type(until).__name__}")
         support = per_step(support, steps)
         _reaches(support, None, steps)
         if torch.is_inference_mode_enabled():
@@ -458,7 +461,9 @@ def _checked(weights: Any, steps: int) -> list[float]:
 def _started(start: Any, theta: dict[str, Tensor]) -> list[Tensor]:
     """Return the tensors of `start` in the order of theta, with its dtypes and devices; check names and shapes."""
     shapes = {name: tuple(p.shape) for name, p in theta.items()}
-    given = {name: tuple(p.shape) for name, p in start.items()} if isinstance(start, Mapping) else None
+    given = None
+    if isinstance(start, Mapping):
+        given = {name: tuple(p.shape) if isinstance(p, Tensor) else None for name, p in start.items()}
     if given != shapes:
         wrong = sorted(name for name in {**shapes, **(given or {})} if (given or {}).get(name) != shapes.get(name))
         raise ValueError(

@@ -6,6 +6,7 @@ must <rule>, got <value>`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -24,11 +25,14 @@ def tensor(op: str, name: str, value: Any) -> None:
         memory.check(op, name, value)
 
 
-def floating(op: str, **tensors: Tensor | None) -> None:
-    """Requires floating-point tensors of one dtype on one device, which the first sets; None is skipped."""
+def floating(op: str, optional: Collection[str] = (), **tensors: Any) -> None:
+    """Requires floating-point tensors of one dtype on one device, which the first sets.
+
+    Those that are `optional` may be None.
+    """
     first: Tensor | None = None
     for name, value in tensors.items():
-        if value is None:
+        if value is None and name in optional:
             continue
         tensor(op, name, value)
         if (first is None or value.dtype != first.dtype) and not value.is_floating_point():

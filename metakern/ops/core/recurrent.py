@@ -63,9 +63,7 @@ def apply(
 
     Returns the output [..., B, L, H], then the final states [..., B, H].
     """
-    for key, value in {"x": x, **weights}.items():
-        checks.tensor(op.name, key, value)
-    checks.floating(op.name, x=x, **states, **weights, **biases)
+    checks.floating(op.name, (*states, *biases), x=x, **states, **weights, **biases)
     if x.dim() not in (3, 4):
         raise ValueError(f"{op.name}: x must have shape [B, L, I] or [T, B, L, I], got {list(x.shape)}")
     w_hh = weights["w_hh"]

@@ -91,7 +91,7 @@ def implicit_linear(
     name = "implicit_linear"
     checks.tensor(name, "x", x)
     r = rates_of_pairs(name, X, D, rates)
-    checks.floating(name, X=X, x=x, weight=weight, bias=bias)
+    checks.floating(name, ("weight", "bias"), X=X, x=x, weight=weight, bias=bias)
     tasks, own, out = checks.tasks(name, x, "in", X=(X, "M, in")), X.shape[:-2], D.shape[-1]
     if weight is not None:
         _fits(name, "weight", weight, own, (out, X.shape[-1]), "out, in")

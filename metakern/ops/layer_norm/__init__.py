@@ -64,7 +64,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     >>> mk.ops.layer_norm(torch.tensor([[1.0, 2.0, 3.0]]), eps=0.0)
     tensor([[-1.2247,  0.0000,  1.2247]])
     """
-    checks.floating("layer_norm", x=x, weight=weight, bias=bias)
+    checks.floating("layer_norm", ("weight", "bias"), x=x, weight=weight, bias=bias)
     tasks = None
     if weight is not None:
         tasks = checks.tasks("layer_norm", x, "D", weight=(weight, "D"))

@@ -61,7 +61,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> mk.ops.linear(x, weight)[:, 0, 0]
     tensor([0., 4.])
     """
-    checks.floating("linear", x=x, weight=weight, bias=bias)
+    checks.floating("linear", ("bias",), x=x, weight=weight, bias=bias)
     tasks = checks.tasks("linear", x, "in", weight=(weight, "out, in"))
     if bias is not None:
         checks.shape("linear", "bias", bias, weight.shape[:-1], "[T, out]" if tasks else "[out]")

@@ -77,9 +77,9 @@ def lora_linear(
     tensor([2., 4.])
     """
     name = "lora_linear"
-    for key, value in {"weight": weight, "A": A, "B": B}.items():
-        checks.tensor(name, key, value)
-    checks.floating(name, x=x, weight=weight, A=A, B=B, bias=bias)
+    if not isinstance(scale, int | float):
+        raise TypeError(f"{name}: scale must be a number, got {type(scale).__name__}")
+    checks.floating(name, ("bias",), x=x, weight=weight, A=A, B=B, bias=bias)
     tasks = checks.tasks(name, x, "in", A=(A, "R, in"))
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"{name}: weight must have shape [out, in] = [..., {x.shape[-1]}], got {list(weight.shape)}")

@@ -65,7 +65,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
     >>> mk.ops.rms_norm(torch.tensor([[1.0, 7.0]]), torch.tensor([1.0, 2.0]))
     tensor([[0.2000, 2.8000]])
     """
-    checks.floating("rms_norm", x=x, weight=weight)
+    checks.floating("rms_norm", ("weight",), x=x, weight=weight)
     tasks = None
     if weight is not None:
         tasks = checks.tasks("rms_norm", x, "D", weight=(weight, "D"))
