@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Each setting is also a key of the TOML file (inner_lr for --inner-lr); a flag overrides the file.",
     )
     train.add_argument(
-        "--config", metavar="FILE", help="a TOML file of settings, or a packaged one by its name: demo, smollm2"
+        "--config", metavar="FILE", help="a TOML file of settings, or the name of a packaged one, such as bots"
     )
     train.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/DATA-MODEL-ALGORITHM)")
     train.add_argument("--resume", action="store_true", help="continue the run in --out, with its config")

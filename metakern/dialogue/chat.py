@@ -326,7 +326,7 @@ def talk(chat: Chat) -> None:
 
 def _next_line() -> str:
     if line := sys.stdin.readline():
-        return line
+        return line.encode("utf-8", "replace").decode()  # bytes that are not UTF-8 come as surrogates
     raise EOFError
 
 

@@ -45,6 +45,12 @@ SHOWN.maxstring = SHOWN.maxother = 200
 DIGEST = "# SHA-256 of the lines above, which shows damage. Remove this line if you change one: "
 
 
+def packaged_configs() -> list[str]:
+    """Return the names of the configs that `Config.load` finds in the package."""
+    folder = files("metakern.dialogue") / "configs"
+    return sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml"))
+
+
 def _option(
     default: Any,
     text: str,
@@ -240,7 +246,7 @@ class Config:
     clip: float = _option(1.0, "largest norm of the outer gradient; 0: no clipping", least=0)
     tasks: int = _option(4, "tasks in an outer step", least=1, most=2**16)
     task_power: float = _option(
-        0.0, "draw tasks in proportion to their numbers of conversations to this power; 0: all alike", least=0
+        0.0, "draw tasks in proportion to their numbers of conversations to this power; 0: all alike", least=0, most=8
     )
     augment_below: int = _option(
         30,
@@ -353,7 +359,7 @@ class Config:
 
     @classmethod
     def load(cls, path: str | Path, complete: bool = False) -> Config:
-        """Read a TOML file, or a packaged config by its name, such as `demo`; a file of that name comes first.
+        """Read a TOML file, or a packaged config by its name, such as `bots`; a file of that name comes first.
 
         Args:
             path: The file or the name.
@@ -368,10 +374,12 @@ class Config:
         toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
         try:
             data = packaged.read_bytes() if not file.exists() and packaged.is_file() else io.read(file, LARGEST_FILE)
-            text = data.decode("utf-8").replace("\r\n", "\n")
+            text = data.decode("utf-8-sig").replace("\r\n", "\n")
             values = toml.loads(text)
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            reason = f"{error.strerror}" if isinstance(error, OSError) else "it is not UTF-8 text"
+            if isinstance(error, FileNotFoundError):
+                reason += f"; packaged configs are {', '.join(packaged_configs())}"
             raise UserError(f"{path}: cannot read the config: {reason}") from None
         except (ValueError, RecursionError) as error:  # a ValueError also for thousands of digits
             reason = str(error) if isinstance(error, toml.TOMLDecodeError) else "too deeply nested or too long a number"

@@ -16,8 +16,8 @@ from typing import Any
 
 from metakern.dialogue import checkpoint
 from metakern.dialogue.registry import OPTIMIZERS, PLAIN
-from metakern.dialogue.run import Run
-from metakern.dialogue.trainer import train
+from metakern.dialogue.run import Run, verified
+from metakern.dialogue.trainer import differing, train
 from metakern.errors import UserError
 from metakern.meta.algorithms.registry import ALGORITHMS, find_algorithm
 
@@ -56,7 +56,8 @@ def contender(run: Run, name: str) -> Run:
     episodes, for as many outer steps as the run.
 
     Raises:
-        UserError: If the run has not been trained or is an adapted one, or, for "pretrained", had no pretraining.
+        UserError: If the run has not been trained or is an adapted one, or, for "pretrained", had no pretraining; or if
+            the folder holds another run.
     """
     base, _, inner = name.partition(":")
     if "from" in run.state:
@@ -87,6 +88,10 @@ def contender(run: Run, name: str) -> Run:
         config = replace(config, outer_lr=config.finetune_lr or config.outer_lr)
     folder = run.path / base
     begun = checkpoint.exists(folder / "checkpoints", "last")
+    if begun and (others := differing(verified(folder, "last"), config)):
+        raise UserError(
+            f"{folder}: is not the contender {base} of {run.path}, from which it differs in {others[0]}: move it away"
+        )
     if not begun or checkpoint.load(folder / "checkpoints", "last")[1]["step"] < config.steps:
         found = train(config, folder, resume=begun, start=run.path)
         return Run.open(folder, **changes) if changes else found

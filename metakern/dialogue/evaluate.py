@@ -32,8 +32,8 @@ from metakern.dialogue.metrics import by_task, interval, over_tasks, paired_inte
 from metakern.dialogue.rates import Tell, at_factors, best_factors, scaled
 from metakern.dialogue.replies import KINDS, Questions, draw_questions, generated, retrieved, scores
 from metakern.dialogue.report import keep, plot, plot_replies
-from metakern.dialogue.run import Run
-from metakern.dialogue.tasks import episodes, load_split, load_whole
+from metakern.dialogue.run import Run, check_tasks
+from metakern.dialogue.tasks import episodes, load_split, load_whole, overlapping
 from metakern.dialogue.tokenizer import IGNORE
 from metakern.errors import UserError
 
@@ -79,7 +79,7 @@ def evaluate(
         `high`, and so has `best_plain`, for the contender in its `names` that has the lowest mean test loss after each
         number of steps, among those that are trained without an inner loop (None if there is none).
         `steps` is in ascending order. With `data`, `left_out` counts what was left out of it, by reason, and `seen` has
-        the tasks that the run was trained on.
+        the tasks that the run was trained or validated on, or that share texts with those, as splits compare them.
 
         With `reply_steps`, `replies` has these `steps`, the `questions` asked of each task, and `scores`: for each
         contender, for `taught` and `unseen` questions and for each metric, what `metrics.over_tasks` returns. `samples`
@@ -117,9 +117,10 @@ def evaluate(
     if run.config.part != "generator":
         raise UserError(f"{path}: must be the run of a generator, got one of a {run.config.part}: use evaluate_part")
     split = load_split(run.config)
+    check_tasks(run, split)
     validation = episodes(run.config, split.validation, run.tokenizer)
     tasks, skipped = load_whole(run.config, data) if data else (split.test, {})
-    seen = {task.task_id for task in split.train}.intersection(task.task_id for task in tasks)
+    seen = overlapping((*split.train, *split.validation), tasks, run.config) if data else []
     test = episodes(run.config, tasks, run.tokenizer, repeats=repeats)
     asked = draw_questions(test) if reply_steps else []
     bits = _bits_per_byte(test)
@@ -158,7 +159,7 @@ def evaluate(
         "repeats": repeats,
         "tasks": [task.task_id for task in tasks],
         "left_out": skipped,
-        "seen": sorted(seen),
+        "seen": seen,
         "steps": list(steps),
         "curves": curves,
         "ratios": {name: _ratio(curves[name]["loss"], curves[own]["loss"]) for name in curves if name != own},
@@ -242,7 +243,7 @@ def _bits_per_byte(source: Episodes) -> Tensor:
         for labels in query["labels"][..., 1:]:
             rows = [row[row != IGNORE].tolist() for row in labels]
             tokens.append(sum(map(len, rows)))
-            sizes.append(sum(len(source.tokenizer.decode(row).encode()) for row in rows))
+            sizes.append(sum(map(source.tokenizer.size, rows)))
     return torch.tensor(tokens).double() / (math.log(2) * torch.tensor(sizes))
 
 

@@ -56,8 +56,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     for reason, count in sorted(report["left_out"].items()):
         say(console, f"left out: {count} {reason}")
     if seen := report["seen"]:
-        say(console, f"not unseen: the run was trained on {len(seen)} of these tasks, such as {seen[0]}")
-    say(console, f"{report['data']}, {len(report['tasks'])} unseen tasks, by inner steps [95% interval over tasks]\n")
+        say(console, f"not unseen: the run was trained or validated on texts of {len(seen)} tasks, such as {seen[0]}")
+    say(console, f"{report['data']}, {counted(report)}, by inner steps [95% interval over tasks]\n")
     perplexities = [(name, values, "perplexity", ".1f") for name, values in curves.items()]
     show_table(console, "perplexity", steps, perplexities)
     ratios: list[Row] = [(f"{name} / {own}", values, "ratio", ".3f") for name, values in report["ratios"].items()]
@@ -74,6 +74,12 @@ def show(report: dict[str, Any], console: Console) -> None:
         _show_samples(replies["samples"], console)
 
 
+def counted(report: dict[str, Any]) -> str:
+    """Return how many tasks a report is about, and how many of them are unseen."""
+    tasks, seen = len(report["tasks"]), len(report["seen"])
+    return f"{tasks} tasks, {tasks - seen} of them unseen" if seen else f"{tasks} unseen tasks"
+
+
 def within(shares: Mapping[str, Any]) -> dict[str, Any]:
     """Return shares whose intervals, which know no bounds, are cut to [0, 1]."""
     low, high = ([min(max(x, 0.0), 1.0) if math.isfinite(x) else x for x in shares[end]] for end in ("low", "high"))
@@ -84,7 +90,7 @@ def _show_samples(samples: dict[str, Any], console: Console) -> None:
     before, after = samples["steps"]
     named = {"bot": "bot", "before": f"after {before} steps", "after": f"after {after} steps"}
     width = max(map(len, named.values()))
-    say(console, f"{samples['task']}, which training has not seen:")
+    say(console, f"{samples['task']}, the first of these tasks:")
     for kind, title in zip(KINDS, ("taught, so in its support", "not taught, so in its query"), strict=True):
         say(console, f"\n  {title}")
         for sample in samples[kind]:
@@ -217,7 +223,7 @@ def _figure(report: dict[str, Any], panels: int) -> Iterator[tuple[Figure, list[
     }
     with rc_context(style):
         figure = Figure(figsize=(4.2 * panels + 1.6, 4.2), layout="constrained")
-        tasks = f"{len(report['tasks'])} unseen tasks, {report['support_size']} support conversations each"
+        tasks = f"{counted(report)}, {report['support_size']} support conversations each"
         figure.suptitle(f"{report['data']}: {tasks}; bands are 95% intervals over tasks", fontsize=11)
         axes = list(figure.subplots(1, panels, squeeze=False)[0])
         for panel in axes:

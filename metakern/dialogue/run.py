@@ -35,10 +35,11 @@ from metakern import io
 from metakern.dialogue import checkpoint
 from metakern.dialogue.config import MAY_CHANGE, Config
 from metakern.dialogue.registry import build_algorithm, build_model_of, tokenizer_class
+from metakern.dialogue.split import Split
 from metakern.dialogue.tokenizer import DialogueTokenizer
 from metakern.errors import CheckpointError, DataError, UserError
 
-__all__ = ["Run", "part_of", "verified"]
+__all__ = ["Run", "check_tasks", "part_of", "verified"]
 
 # All that a pretrained tokenizer reads, whatever its class, and the labels of a parser or a policy.
 VOCABULARY_FILES = (
@@ -64,6 +65,7 @@ class Run:
         state: What the checkpoint says beside tensors: the phase, the step, the seconds, the best validation loss.
         base: The fingerprint of the pretrained weights that the run began with; "" for a model trained from scratch.
         labels: The labels that a parser or a policy was trained with; none of a generator.
+        data: The digest of the split that it is trained on (`Split.digest`); "" if none is known.
     """
 
     path: Path
@@ -73,6 +75,7 @@ class Run:
     state: dict[str, Any] = field(default_factory=dict)
     base: str = ""
     labels: tuple[str, ...] = ()
+    data: str = ""
 
     @classmethod
     def create(cls, path: Path, config: Config, tokenizer: DialogueTokenizer, labels: Sequence[str] = ()) -> Run:
@@ -161,8 +164,8 @@ class Run:
         """
         weights = checkpoint.module_tensors(module or self.algorithm)
         tensors = {f"weights.{key}": value for key, value in weights.items()} | dict(extra or {})
-        facts = {"vocabulary": _vocabulary(self.path), "base": self.base, "config": self.config.settings()}
-        state = {**self.state, **facts}
+        facts = {"base": self.base, "data": self.data, "config": self.config.settings()}
+        state = {**self.state, "vocabulary": _vocabulary(self.path), **facts}
         checkpoint.save(self.path / "checkpoints", name, tensors, state)
         if self.config.lora and name == "best":
             mk.save_lora(self.model, self.path / "adapter")
@@ -178,6 +181,7 @@ class Run:
         Raises:
             CheckpointError: If the checkpoint is missing or damaged, or belongs to another vocabulary, pretrained model
                 or architecture.
+            DataError: If the run has other data than the checkpoint.
         """
         folder = (source or self.path) / "checkpoints"
         tensors, state = checkpoint.load(folder, name)
@@ -189,11 +193,26 @@ class Run:
                 f"{folder / name}: was trained from other weights of {self.config.model} than are there now:"
                 " put those back"
             )
+        if self.data not in ("", saved := state.pop("data", "")) and saved:
+            raise DataError(
+                f"{self.config.data}: has other tasks or dialogues than when {folder / name} was saved: put them back,"
+                " or begin another run"
+            )
+        self.data = self.data or saved
         del state["config"]
         weights = {key[8:]: tensors.pop(key) for key in list(tensors) if key.startswith("weights.")}
         checkpoint.load_module(module or self.algorithm, weights, folder / name)
         self.state = state
         return tensors
+
+
+def check_tasks(run: Run, split: Split) -> None:
+    """Raise a `DataError` if the run was trained on other tasks than those of the split, of which others are unseen."""
+    if run.data and run.data.partition(":")[0] != split.digest.partition(":")[0]:
+        raise DataError(
+            f"{run.config.data}: is not split into the tasks that {run.path} was trained and validated on, so unseen"
+            " tasks can't be told: put back the tasks that it had"
+        )
 
 
 def verified(path: Path, name: str) -> Config:
@@ -262,6 +281,7 @@ def _check_state(state: Mapping[str, Any], source: Path) -> None:
         "worse": is_number(state.get("worse", 0), 0, int),
         "vocabulary": isinstance(state.get("vocabulary"), str),
         "base": isinstance(state.get("base"), str),
+        "data": isinstance(state.get("data", ""), str),
         "config": isinstance(state.get("config"), dict),
         "from": isinstance(state.get("from", ""), str),
     }

@@ -23,6 +23,7 @@ happens.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -58,6 +59,14 @@ class Split:
     validation: tuple[TaskData, ...]
     test: tuple[TaskData, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Two digests, with a colon between them: of each part's names of tasks, and of their numbers of dialogues."""
+        parts = (self.train, self.validation, self.test)
+        names = [[task.task_id for task in part] for part in parts]
+        sizes = [[len(task.dialogues) for task in part] for part in parts]
+        return ":".join(hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32] for value in (names, sizes))
 
     def summary(self) -> str:
         """Return lines for the user: the sizes, what was left out, and how many held-out dialogues share a speaker."""

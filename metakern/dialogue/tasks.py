@@ -31,6 +31,7 @@ __all__ = [
     "load_split",
     "load_whole",
     "on_device_of",
+    "overlapping",
     "source_of",
 ]
 
@@ -97,6 +98,18 @@ def load_whole(config: Config, data: str) -> tuple[tuple[TaskData, ...], dict[st
     """
     found = _read(config, data)
     return whole_tasks(found, min_words=config.min_words, overlap=config.overlap, unread=found.skipped)
+
+
+def overlapping(known: Sequence[TaskData], tasks: Sequence[TaskData], config: Config) -> list[str]:
+    """Return the names of the tasks that are known by name, or share texts with known ones, as splits compare them."""
+    texts = partial(texts_of, min_words=config.min_words, overlap=config.overlap)
+    names = {task.task_id for task in known}
+    said = {text for task in known for dialogue in task.dialogues for text in texts(dialogue)}
+    return sorted(
+        task.task_id
+        for task in tasks
+        if task.task_id in names or not all(said.isdisjoint(texts(dialogue)) for dialogue in task.dialogues)
+    )
 
 
 def _read(config: Config, data: str) -> Dialogues:

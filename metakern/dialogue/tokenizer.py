@@ -67,6 +67,10 @@ class DialogueTokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""
 
+    def size(self, ids: Sequence[int]) -> int:
+        """Return the number of bytes of the text of ids in UTF-8, without special tokens."""
+        return len(self.decode(ids).encode())
+
     @abstractmethod
     def save(self, path: str | Path) -> None:
         """Write `path`, a JSON file that holds the vocabulary, and beside it what else `load` reads."""
@@ -300,6 +304,13 @@ class Tokenizer(DialogueTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""
         return self._bpe.decode(list(ids), skip_special_tokens=True)
+
+    def size(self, ids: Sequence[int]) -> int:
+        """Return the number of bytes of ids, of which a window may cut a character; special tokens have none.
+
+        The vocabulary spells each byte as a character of its own.
+        """
+        return sum(len(self.token(index)) for index in ids if not self._is_special(index))
 
     def token(self, index: int) -> str:
         """Return the token of an id, as the vocabulary spells it."""

@@ -89,8 +89,8 @@ def train(
     Args:
         config: All settings of the run.
         out: The folder of the run, which must not hold another one.
-        resume: Continue the run in `out`. Only `steps`, `patience`, `pretrain_steps`, `log_every`, `eval_every`,
-            `eval_tasks`, `device` and `threads` may differ from its config.
+        resume: Continue the run in `out`. Only `steps`, `patience`, `log_every`, `eval_every`, `eval_tasks`, `device`
+            and `threads` may differ from its config, and `pretrain_steps` until the pretraining has ended.
         start: The folder of another run, whose tokenizer and pretrained weights this one begins with. A baseline
             begins so.
         seconds: The time that all of it should take, by which `steps`, `pretrain_steps`, `eval_every` and `log_every`
@@ -148,6 +148,7 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
         costs = processes.first(lambda: measured)
         config = planned(config, seconds, costs)
     run = Run.create(out, config, tokenizer, labels)
+    run.data = split.digest
 
     def write() -> None:
         if not resume:
@@ -275,13 +276,19 @@ def _restore(run: Run, name: str, module: nn.Module | None = None, source: Path 
     return extra
 
 
+def differing(old: Config, new: Config, *more: str) -> list[str]:
+    """Return the settings that must stay as a run began with them, those in `more` among them, and differ."""
+    fixed = [key.name for key in fields(Config) if key.name not in MAY_CHANGE or key.name in more]
+    return [name for name in fixed if getattr(old, name) != getattr(new, name)]
+
+
 def _check_same(old: Config, new: Config, out: Path) -> None:
-    for key in fields(Config):
-        before, after = getattr(old, key.name), getattr(new, key.name)
-        if before != after and key.name not in MAY_CHANGE:
-            raise UserError(
-                f"{out}: {key.name} must be {before!r} as when the run began, got {after!r}: resume without changing it"
-            )
+    pretrained = checkpoint.state_of(out / "checkpoints", "last")["phase"] == "train"
+    if changed := differing(old, new, *(["pretrain_steps"] if pretrained else [])):
+        name, before, after = changed[0], getattr(old, changed[0]), getattr(new, changed[0])
+        raise UserError(
+            f"{out}: {name} must be {before!r} as when the run began, got {after!r}: resume without changing it"
+        )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from metakern.dialogue.manager.parser import EPISODES, SHOTS, FewShotParser, Nea
 from metakern.dialogue.metrics import by_task, over_tasks
 from metakern.dialogue.rates import best_factors, scaled
 from metakern.dialogue.report import keep, show_table, within
-from metakern.dialogue.run import Run
+from metakern.dialogue.run import Run, check_tasks
 from metakern.dialogue.tasks import load_adapted, load_split, load_whole, on_device_of, source_of
 from metakern.dialogue.terminal import say
 from metakern.dialogue.tokenizer import IGNORE
@@ -86,6 +86,7 @@ def evaluate_part(
             f"eval: steps must be at least 0 and repeats at least 1, got {list(steps)} and {repeats}: change them"
         )
     split = load_split(run.config)
+    check_tasks(run, split)
     tasks, left_out = load_whole(run.config, data) if data else (split.test, {})
     names = [run.config.algorithm, *(name for name in compare if name not in (RETRIEVAL, MAJORITY))]
     runs = {name: run if name == run.config.algorithm else contender(run, name) for name in dict.fromkeys(names)}
