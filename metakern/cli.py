@@ -191,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="other data, all tasks of which are judged (default: the test tasks of the run's data)",
     )
+    _add_reading(evaluate, "format", "reader_options", "task_key")
     evaluate.add_argument(
         "--steps",
         metavar="N,N",
@@ -365,10 +366,10 @@ def _add_most(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_reading(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how a support is read; `_reading` takes their values."""
+def _add_reading(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add the flags that say how a support is read, or those in `names`; `_reading` takes their values."""
     for key in fields(Config):
-        if key.name in ("format", "reader_options"):
+        if key.name in (names or ("format", "reader_options")):
             _add_flag(parser, key)
 
 
@@ -456,6 +457,7 @@ def _eval(
     repeats: int,
     replies: bool,
     reply_steps: tuple[int, ...] | None,
+    **reading: Any,
 ) -> None:
     from rich.console import Console
 
@@ -465,16 +467,20 @@ def _eval(
     from metakern.dialogue.report import show
     from metakern.dialogue.run import part_of
 
+    if reading and not data:
+        raise UserError(
+            "eval: --format, --reader-options and --task-key say how --data is read: add it, or leave them out"
+        )
     if (part := part_of(run)) != "generator":
         if replies or reply_steps:
             raise UserError(f"{run}: is the run of a {part}, which has no replies: leave out --replies")
         with processes.joined():
             processes.alone(f"{run}: is the run of a {part}, which one process judges: leave out --processes")
-            show_part(evaluate_part(run, steps, compare, data, repeats), Console())
+            show_part(evaluate_part(run, steps, compare, data, repeats, reading or None), Console())
         return
     reply_steps = reply_steps or (REPLY_STEPS if replies else ())
     with processes.joined():
-        report = evaluate(run, steps, compare, data, reply_steps, repeats)
+        report = evaluate(run, steps, compare, data, reply_steps, repeats, reading or None)
         if processes.is_first():
             show(report, Console())
 

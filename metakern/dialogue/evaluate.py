@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def evaluate(
     data: str | None = None,
     reply_steps: Sequence[int] = (),
     repeats: int = 1,
+    reading: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure the adaptation curve of a run on its test tasks, and write `eval.json` and `eval.png` into its folder.
 
@@ -71,6 +72,8 @@ def evaluate(
             contenders are chosen on the run's validation tasks.
         reply_steps: Numbers of inner steps after which replies are judged, such as `REPLY_STEPS`; none by default.
         repeats: The number of episodes of each task, over which its losses and scores are averaged.
+        reading: How `data` is read: `format`, `reader_options` and `task_key` of `Config`, each with its default. None
+            reads it as the run's data.
 
     Returns:
         What `eval.json` holds. `curves` has, for each algorithm, the query losses of the tasks (`loss`,
@@ -119,7 +122,7 @@ def evaluate(
     split = load_split(run.config)
     check_tasks(run, split)
     validation = episodes(run.config, split.validation, run.tokenizer)
-    tasks, skipped = load_whole(run.config, data) if data else (split.test, {})
+    tasks, skipped = load_whole(run.config, data, reading) if data else (split.test, {})
     seen = overlapping((*split.train, *split.validation), tasks, run.config) if data else []
     test = episodes(run.config, tasks, run.tokenizer, repeats=repeats)
     asked = draw_questions(test) if reply_steps else []

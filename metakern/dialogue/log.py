@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from metakern.dialogue import processes
 from metakern.dialogue.display import Display
+from metakern.errors import CheckpointError
 
 __all__ = ["Log"]
 
@@ -37,8 +38,11 @@ class Log(Display):
     def __call__(self, phase: str, step: int, **numbers: float) -> None:
         """Write the numbers of a step to log.jsonl and TensorBoard."""
         if self.writes:
-            self.file.write(json.dumps({"phase": phase, "step": step, **numbers}) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps({"phase": phase, "step": step, **numbers}) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise CheckpointError(f"{self.file.name}: cannot write: {error.strerror}") from None
             for name, value in numbers.items():
                 self.board.add_scalar(f"{phase}/{name}", value, step)
         if "before" in numbers:

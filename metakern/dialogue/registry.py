@@ -118,6 +118,8 @@ def _made(make: Callable[..., Any], config: Config, *args: Any, **options: Any) 
 def inner_optimizer(config: Config, learned: bool) -> InnerOptimizer:
     """Return the inner optimizer of `config`; `learned`: the outer loop learns its rates."""
     make, options = OPTIMIZERS[config.inner], named("inner_options", config.inner_options)
+    if "lr" in options:
+        raise UserError("inner_options must not have lr, which the setting inner_lr says")
     if make is not mk.optim.MetaCurvature:
         options = {"learn_lr": learned, "per": config.lr_per, **options}
     try:

@@ -119,7 +119,7 @@ def text_of(path: Source) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         byte = data[error.start]
         raise DataError(
-            f"{path}:{line}: must be UTF-8, got byte 0x{byte:02x}: convert it with iconv -t utf-8"
+            f"{path}:{line}: must be UTF-8, got byte 0x{byte:02x}: convert it with iconv -f ENCODING -t utf-8"
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None

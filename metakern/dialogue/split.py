@@ -177,6 +177,15 @@ def split_tasks(
     held_out, train = chosen, [name for family in order for name in family]
     wanted = (fractions[2] or test is not None, fractions[1] or validation is not None, fractions[0])
     if any(wants and not part for wants, part in zip(wanted, (*held_out, train), strict=True)):
+        empty = next(
+            name
+            for name, wants, part in zip(("test", "validation", "training"), wanted, (*held_out, train), strict=True)
+            if wants and not part
+        )
+        if len(families) >= sum(map(bool, wanted)) and (test is not None or validation is not None):
+            raise DataError(
+                f"data must have a task for {empty}, got none: all {len(families)} are named for another part"
+            )
         left_out = count_of({reason: n for reason, n in skipped.items() if n}) or "no dialogue"
         what = "tasks" if len(families) == sum(map(len, families.values())) else "groups of tasks"
         raise lacking(

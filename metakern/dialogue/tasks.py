@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -88,14 +89,19 @@ def load_split(config: Config) -> Split:
 
 
 @by_the_user()
-def load_whole(config: Config, data: str) -> tuple[tuple[TaskData, ...], dict[str, int]]:
+def load_whole(
+    config: Config, data: str, reading: Mapping[str, Any] | None = None
+) -> tuple[tuple[TaskData, ...], dict[str, int]]:
     """Read other data than that of `config`; return all its tasks that have dialogues for support and query.
 
-    A dictionary says what was left out, by reason.
+    A dictionary says what was left out, by reason. `reading`: `format`, `reader_options` and `task_key` in place of
+    those of `config`, each with its default.
 
     Raises:
         DataError: If the data can't be read or hold no such task.
     """
+    if reading is not None:
+        config = replace(config, **{"format": "auto", "reader_options": (), "task_key": "", **reading})
     found = _read(config, data)
     return whole_tasks(found, min_words=config.min_words, overlap=config.overlap, unread=found.skipped)
 

@@ -270,6 +270,12 @@ def test_without_a_terminal_only_replies_are_printed(run, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{other.hear('river stone?')}\n{other.hear('why river?')}\n"
 
 
+def test_bytes_that_are_not_utf_8_are_read_all_the_same(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("river\udce9\n"))
+    talk(Chat(run, seed=5))
+    assert capsys.readouterr().out == f"{Chat(run, seed=5).hear('river?')}\n"
+
+
 def test_in_a_terminal_the_chat_greets_prompts_and_quits(run, monkeypatch, capsys):
     lines, asked = iter(["/help", "/quit"]), []
 

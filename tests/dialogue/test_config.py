@@ -26,7 +26,7 @@ def values_of(key):
     if isinstance(key.default, int):
         return st.integers(rule["least"], rule["most"])
     if isinstance(key.default, float):
-        most = 1e9 if rule["below"] is None else rule["below"]
+        most = min(1e9, rule["most"]) if rule["below"] is None else rule["below"]
         return st.floats(rule["least"] or 0, most, exclude_min=rule["above"] is not None, exclude_max=True)
     text = st.text(st.characters(exclude_categories=["Cs", "Cc"]))
     if key.default and isinstance(key.default, tuple):
@@ -161,8 +161,12 @@ def test_files_of_runs_from_before_are_read_if_they_have_no_time_limit(tmp_path)
 
 
 def test_files_that_cannot_be_read_are_errors(tmp_path):
-    with pytest.raises(UserError, match="cannot read the config: No such file"):
+    with pytest.raises(
+        UserError, match=r"cannot read the config: No such file .*; packaged configs are bots, chitchat,"
+    ):
         Config.load(tmp_path / "none.toml")
+    (tmp_path / "mark.toml").write_bytes(b"\xef\xbb\xbfsteps = 9")  # as Windows writes it
+    assert Config.load(tmp_path / "mark.toml").steps == 9
     with pytest.raises(UserError, match="cannot read the config: Is a directory"):
         Config.load(tmp_path)
     os.mkfifo(tmp_path / "pipe.toml")

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -28,7 +29,7 @@ from metakern.dialogue.split import TaskData
 from metakern.dialogue.tasks import curve, episodes, load_split
 from metakern.dialogue.tokenizer import Tokenizer
 from metakern.dialogue.trainer import train
-from metakern.errors import CheckpointError, UserError
+from metakern.errors import CheckpointError, DataError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +262,33 @@ def test_repeated_episodes_are_averaged_for_each_task(judged, tmp_path):
         evaluate(folder, (0,), repeats=0)
 
 
+def test_a_folder_with_another_run_is_no_contender(tmp_path):
+    config = tiny_config(write_tasks(tmp_path / "data"), steps=2)
+    train(config, tmp_path / "run")
+    train(replace(config, outer_lr=0.5), tmp_path / "run" / "fomaml")
+    with pytest.raises(UserError, match=r"fomaml: is not the contender fomaml of .*, .* differs in .*: move it away"):
+        evaluate(tmp_path / "run", (0,), ("fomaml",))
+
+
+def test_a_run_whose_data_have_other_tasks_is_not_judged_nor_resumed(tmp_path):
+    data = write_tasks(tmp_path / "data", tasks=12)
+    config = tiny_config(data, steps=2)
+    train(config, tmp_path / "run")
+    task = load_split(config).test[0].task_id
+    file = next(data.glob(f"{task}*"))
+    before = file.read_text()
+    file.write_text(before.split("\n", 1)[1])  # a conversation less: the tasks are the same
+    assert task in evaluate(tmp_path / "run", (0,))["tasks"]
+    with pytest.raises(DataError, match=r"has other tasks or dialogues than when .* was saved: put them back"):
+        train(replace(config, steps=4), tmp_path / "run", resume=True)
+    file.unlink()
+    with pytest.raises(DataError, match=r"is not split into the tasks that .* was trained and validated on"):
+        evaluate(tmp_path / "run", (0,))
+    file.write_text(before)
+    evaluate(tmp_path / "run", (0,))
+    assert train(replace(config, steps=4), tmp_path / "run", resume=True).config.steps == 4
+
+
 def test_names_of_contenders_are_checked(trained, tmp_path):
     for name, error in (
         ("finetune:sgdd", "compare finetune:sgdd must name an inner optimizer of sgd, adam"),
@@ -324,11 +352,25 @@ def test_other_data_can_be_evaluated_and_wrong_arguments_are_errors(trained, tmp
     report = evaluate(copy, (0,), data=str(other))
     assert report["data"] == str(other)
     assert len(report["tasks"]) == 12
-    train_tasks = {task.task_id for task in load_split(Run.open(copy).config).train}
-    assert report["seen"] == sorted(train_tasks & set(report["tasks"])) != []
+    split = load_split(Run.open(copy).config)
+    known = {task.task_id for task in (*split.train, *split.validation)}
+    assert report["seen"] == sorted(known & set(report["tasks"])) != []
     console = Console(file=StringIO(), width=120)
     show(report, console)
-    assert f"not unseen: the run was trained on {len(report['seen'])} of these tasks" in console.file.getvalue()
+    assert f"not unseen: the run was trained or validated on texts of {len(report['seen'])} tasks" in (
+        console.file.getvalue()
+    )
+    assert f"12 tasks, {12 - len(report['seen'])} of them unseen" in console.file.getvalue()
+    for file in other.glob("*.jsonl"):  # the same texts under other names
+        file.rename(other / f"other-{file.name}")
+    assert evaluate(copy, (0,), data=str(other))["seen"] == [f"other-{name}" for name in report["seen"]]
+    table = tmp_path / "table.csv"
+    questions = "".join(f"river {i} stone?;cloud {i};shop {i % 3}\n" for i in range(24))
+    table.write_text("Frage;Antwort;Laden\n" + questions)
+    columns = {"format": "csv", "reader_options": ("question=Frage", "answer=Antwort"), "task_key": "Laden"}
+    assert evaluate(copy, (0,), data=str(table), reading=columns)["tasks"] == ["shop 0", "shop 1", "shop 2"]
+    with pytest.raises(DataError, match="must be in a known format"):
+        evaluate(copy, (0,), data=str(table))
     with pytest.raises(UserError, match=r"compare must be among maml, .*, got 'fine'"):
         evaluate(folder, (0,), ("fine",))
     with pytest.raises(UserError, match=r"steps must be whole numbers of at least 0, got \[-1\]"):

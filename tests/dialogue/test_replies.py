@@ -201,7 +201,9 @@ def test_a_reply_that_is_cut_off_is_asked_if_40_characters_are_left():
     tokenizer = Tokenizer.train(task(long)[0].dialogues, 262)
     (asked,) = draw_questions(source_of(task(long), tokenizer, max_length=60))
     assert 40 <= len(asked.taught[0].reply) < 100
-    with pytest.raises(DataError, match="task 't' must have a reply of the bot to judge in its support, got none"):
+    with pytest.raises(
+        DataError, match="task 't' must have a reply of the bot to judge in its support, and a user before it, got none"
+    ):
         draw_questions(source_of(task(long), tokenizer, max_length=32))
     (asked,) = draw_questions(source_of(task("x" * 8), tokenizer, max_length=32))
     assert asked.taught[0].reply[-1] == tokenizer.eos_id
@@ -209,10 +211,12 @@ def test_a_reply_that_is_cut_off_is_asked_if_40_characters_are_left():
 
 def test_tasks_without_a_turn_of_the_bot_are_an_error():
     talks = tuple(dialogue("t", str(i), [("ann", f"{i}!"), ("ann", "well")]) for i in range(2))
-    with pytest.raises(DataError, match="task 't' must have a reply of the bot to judge in its support, got none"):
+    with pytest.raises(
+        DataError, match="task 't' must have a reply of the bot to judge in its support, and a user before it, got none"
+    ):
         draw_questions(source_of([TaskData("t", talks)], train_on="all"))
     blank = tuple(replace(d, turns=(Turn("user", f"{i}?"), Turn("bot", " "))) for i, d in enumerate(talks))
-    with pytest.raises(DataError, match="got none: windows of 48 tokens hold no whole one and no 40 characters"):
+    with pytest.raises(DataError, match="got none: where windows of 48 tokens hold no whole one and no 40 characters"):
         draw_questions(source_of([TaskData("t", blank)], Tokenizer.train(talks, 262)))
 
 

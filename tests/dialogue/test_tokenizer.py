@@ -1,6 +1,7 @@
 """The tokenizer: texts are decoded unchanged, labels are those of replies, and damaged files are refused."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -29,6 +30,23 @@ def test_texts_are_decoded_unchanged_and_never_become_special_tokens(text):
     ids = TOKENIZER.encode(text)
     assert TOKENIZER.decode(ids) == text
     assert not set(ids) & set(range(len(SPECIAL_TOKENS)))
+
+
+@pytest.mark.parametrize("text", ["hi", "привет", "\N{GRINNING FACE} ok"])
+def test_the_size_of_a_cut_character_is_that_of_its_bytes(text):
+    ids = TOKENIZER.encode(text)
+    sizes = [TOKENIZER.size(ids[:i]) for i in range(len(ids) + 1)]
+    assert sizes[-1] == len(text.encode()) == TOKENIZER.size([TOKENIZER.bos_id, *ids, TOKENIZER.eos_id])
+    assert all(a < b for a, b in itertools.pairwise(sizes))
+    assert sizes == [len(b"".join(_bytes_of(index) for index in ids[:i])) for i in range(len(ids) + 1)]
+
+
+def _bytes_of(index: int) -> bytes:
+    """The bytes of a token, by GPT-2's alphabet of bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    alphabet = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return bytes(alphabet[character] for character in TOKENIZER.token(index))
 
 
 def test_special_tokens_are_left_out_of_decoded_text():

@@ -415,6 +415,13 @@ def test_the_worth_of_adaptation_is_said_after_pretraining(tmp_path, data, monke
     assert little == ("that is little: the context tells the task already, and no meta-learner can win much more here")
 
 
+def test_the_steps_of_a_pretraining_that_has_ended_stay(tmp_path, data):
+    config = tiny_config(data, steps=2, pretrain_steps=0)
+    train(config, tmp_path / "run")
+    with pytest.raises(UserError, match="pretrain_steps must be 0 as when the run began, got 5"):
+        train(replace(config, steps=3, pretrain_steps=5), tmp_path / "run", resume=True)
+
+
 def test_a_baseline_starts_where_the_run_started(tmp_path, data):
     config = tiny_config(data)
     train(config, tmp_path / "run")

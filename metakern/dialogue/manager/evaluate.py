@@ -16,7 +16,7 @@ any intent, as all have as many texts; of a policy the commonest act of the supp
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def evaluate_part(
     compare: Sequence[str] = (),
     data: str | None = None,
     repeats: int = 1,
+    reading: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Judge the run of a parser or of a policy on its test tasks, and write `eval.json` into its folder.
 
@@ -69,6 +70,7 @@ def evaluate_part(
             pretrained weights) or another algorithm of parsers. `retrieval` and `majority` are always there.
         data: Data of which all tasks are judged in place of the run's test tasks.
         repeats: By how much there are more episodes.
+        reading: How `data` is read, as for `metakern.dialogue.evaluate.evaluate`.
 
     Returns:
         What `eval.json` holds: `part`, `data`, the names of the `tasks` (for a parser, the intents), `columns` (the
@@ -87,7 +89,7 @@ def evaluate_part(
         )
     split = load_split(run.config)
     check_tasks(run, split)
-    tasks, left_out = load_whole(run.config, data) if data else (split.test, {})
+    tasks, left_out = load_whole(run.config, data, reading) if data else (split.test, {})
     names = [run.config.algorithm, *(name for name in compare if name not in (RETRIEVAL, MAJORITY))]
     runs = {name: run if name == run.config.algorithm else contender(run, name) for name in dict.fromkeys(names)}
     sources = (
