@@ -75,8 +75,8 @@ def draw_questions(source: Episodes, limit: int = 12) -> list[Questions]:
             if not usable:
                 raise DataError(
                     f"replies: task {name!r} must have a reply of the bot to judge in its {side}, and a user before it,"
-                    f" got none: where windows of {source.max_length} tokens hold no whole one and no {JUDGED} characters"
-                    " of one, raise max_length, else evaluate without replies"
+                    f" got none: where windows of {source.max_length} tokens hold no whole one and no {JUDGED}"
+                    " characters of one, raise max_length, else evaluate without replies"
                 )
             drawn.append(usable[:limit])
         asked.append(Questions(sides[0], *drawn))
