@@ -429,10 +429,10 @@ def _train(config: str | None, out: str | None, resume: bool, time: float | None
     from metakern.dialogue import processes
     from metakern.dialogue.trainer import train
 
-    if resume and out and not config and (Path(out) / "config.toml").exists():
-        config = str(Path(out) / "config.toml")
     settings = Config.parse(flags, "train", base=Config.load(config) if config else None)
     out = out or str(Path("runs") / re.sub(r"\W+", "-", f"{settings.data}-{settings.model}-{settings.algorithm}"))
+    if resume and not config and (begun := Path(out) / "config.toml").exists():
+        settings = Config.parse(flags, "train", base=Config.load(begun))
     with processes.joined():
         run = train(settings, out, resume=resume, seconds=time)
         if processes.is_first():

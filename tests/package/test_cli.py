@@ -159,6 +159,8 @@ def test_the_default_folder_of_a_run_is_named_by_data_model_and_algorithm(folder
     config = ["--config", str(folder / "tiny.toml"), "--data", "d.a-ta"]
     assert main(["train", *config, *limits, "--algorithm", "fomaml"]) == 0
     assert (tmp_path / "runs" / "d-a-ta-gru-fomaml" / "config.toml").exists()
+    named = ["--data", "d.a-ta", "--model", "gru", "--algorithm", "fomaml"]  # the other settings are those of the run
+    assert main(["train", "--resume", *named, "--steps", "2"]) == 0
 
 
 def test_doctor_says_whether_the_meta_gradient_of_a_run_is_exact(folder, capsys):
