@@ -189,7 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--data",
         metavar="NAME",
-        help="other data, all tasks of which are judged (default: the test tasks of the run's data)",
+        help="other data, all tasks of which are judged (default: the test tasks of the run's data); read as the run's"
+        " data are, unless one of the next three flags is given",
     )
     _add_reading(evaluate, "format", "reader_options", "task_key")
     evaluate.add_argument(

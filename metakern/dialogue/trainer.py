@@ -149,6 +149,7 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
         config = planned(config, seconds, costs)
     run = Run.create(out, config, tokenizer, labels)
     run.data = split.digest
+    saved = _restore(run, "last") if resume else {}  # before anything is written, as it refuses other data
 
     def write() -> None:
         if not resume:
@@ -159,10 +160,7 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
     if not resume:
         prepare(run.model, split.train, tokenizer)
     plain, phases = _parts(run, sources)
-    saved: dict[str, Tensor] = {}
-    if resume:
-        saved = _restore(run, "last")
-    elif start:
+    if start:
         _restore(run, "pretrained", run.body, start)
     if start or (resume and run.state["phase"] == "train"):
         phases = phases[-1:]

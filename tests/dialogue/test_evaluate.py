@@ -17,6 +17,7 @@ import metakern as mk
 from metakern.dialogue import evaluate as module
 from metakern.dialogue import rates
 from metakern.dialogue import report as reports
+from metakern.dialogue.config import Config
 from metakern.dialogue.contenders import contender
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.evaluate import evaluate
@@ -281,6 +282,7 @@ def test_a_run_whose_data_have_other_tasks_is_not_judged_nor_resumed(tmp_path):
     assert task in evaluate(tmp_path / "run", (0,))["tasks"]
     with pytest.raises(DataError, match=r"has other tasks or dialogues than when .* was saved: put them back"):
         train(replace(config, steps=4), tmp_path / "run", resume=True)
+    assert Config.load(tmp_path / "run" / "config.toml").steps == 2
     file.unlink()
     with pytest.raises(DataError, match=r"is not split into the tasks that .* was trained and validated on"):
         evaluate(tmp_path / "run", (0,))

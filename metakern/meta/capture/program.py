@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_map_only
 
 UNITS = 4  # units in the last place by which a nudge changes a number at most
 _aten = torch.ops.aten
@@ -119,13 +120,9 @@ class Program:
         """Run with other rounding: change each number that a step computes or reads by some units in the last place."""
         nudge = _Nudge(seed)
         constants = {id(t): nudge(t) for t in self.constants}
+        own = partial(tree_map_only, Tensor, lambda t: constants[id(t)])
         steps = [
-            replace(
-                step,
-                function=nudge.after(step.function),
-                args=_mapped(step.args, constants),
-                kwargs=_mapped(step.kwargs, constants),
-            )
+            replace(step, function=nudge.after(step.function), args=own(step.args), kwargs=own(step.kwargs))
             for step in self.steps
         ]
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
@@ -168,9 +165,11 @@ class _Nudge:
     def _followed(self, direct: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             memory = {t.untyped_storage().data_ptr() for t in leaves((args, kwargs), Tensor)}
-            fresh: Any = lambda t: t if t.untyped_storage().data_ptr() in memory else self(t)  # noqa: E731
-            results = direct(*args, **kwargs)
-            return _mapped(results, {id(t): fresh(t) for t in leaves(results, Tensor)})
+
+            def other(t: Tensor) -> Tensor:
+                return t if t.untyped_storage().data_ptr() in memory else self(t)
+
+            return tree_map_only(Tensor, other, direct(*args, **kwargs))
 
         return call
 
@@ -178,15 +177,6 @@ class _Nudge:
 def _direct(function: Any) -> Callable[..., Any]:
     """Return what does the same as a step's function in less time."""
     return _BINDINGS.get(function) or getattr(function, "_op", function)
-
-
-def _mapped(value: Any, others: dict[int, Tensor]) -> Any:
-    """Return the nested value with each tensor replaced by its entry in `others`, which its id finds."""
-    if isinstance(value, Tensor):
-        return others.get(id(value), value)
-    if isinstance(value, dict):
-        return {key: _mapped(v, others) for key, v in value.items()}
-    return type(value)(_mapped(v, others) for v in value) if isinstance(value, list | tuple) else value
 
 
 def registers(value: Any) -> list[Register]:
