@@ -1,6 +1,7 @@
 """The kernels of layer norm and RMS norm. RMS norm is layer norm with a mean of 0, and has no mean_ptr.
 
-Formulas and names are those of metakern/ops/layer_norm and rms_norm. vjp applied to t_ct_y is a term of vjp_jvp, so one
+Formulas and names are those of metakern/ops/layer_norm and rms_norm. The kernels are compiled with ROUNDED, so where
+a product and a sum may be contracted, tl.fma does it. vjp applied to t_ct_y is a term of vjp_jvp, so one
 kernel serves both. Its argument v is ct_y for vjp, which has no tangents, and t_ct_y for vjp_jvp.
 
 | tile | tensor | shape |
@@ -29,7 +30,7 @@ from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.triton_kernels.launch import INTERPRETED, ROUNDED, cdiv, contiguous, jit, launch, wide
 
 # The widest row that is one block. The tiles of a wider one would not all stay in registers.
-LARGEST = {"forward": 16384, "jvp": 8192, "vjp": 4096}
+LARGEST = {"forward": 16384, "jvp": 8192, "vjp": 8192}
 TILE = 32 if INTERPRETED else 2048
 PROGRAMS = 2 if INTERPRETED else 1024  # that sum a chunk of rows each, if that makes at most MOST tiles for each
 MOST = 2 if INTERPRETED else 64
@@ -71,7 +72,7 @@ def _mean(a, D: tl.constexpr):
 @triton.jit
 def _projected(a, x_hat, mean_a, mean_x_hat_a):
     """Returns P a = a - mean(a) - x̂ mean(x̂ a)."""
-    return a - mean_a - x_hat * mean_x_hat_a
+    return tl.fma(x_hat, -mean_x_hat_a, a - mean_a)
 
 
 @triton.jit
@@ -164,7 +165,7 @@ def _jvp_kernel(
         x_hat, _ = _normal(x[0], x[1], x[2], n, d, D, some, inside)
         t_y = _projected(_load(t_x_ptr, n, d, D, inside), x_hat, t_mean, slope) * rstd
         if weight is not None:
-            t_y = t_y * _parameter(weight, t, n, d, D) + x_hat * _parameter(t_weight, t, n, d, D)
+            t_y = tl.fma(x_hat, _parameter(t_weight, t, n, d, D), t_y * _parameter(weight, t, n, d, D))
         if t_bias is not None:
             t_y += _parameter(t_bias, t, n, d, D)
         tl.store(t_y_ptr + n * D + d, t_y, inside)
@@ -186,7 +187,7 @@ def _cotangents(v_ptr, ct_y_ptr, weight, t_weight, t, n, d, D: tl.constexpr, ins
         w = _parameter(weight, t, n, d, D)
         t_g, g = w * v, w * ct_y
         if ct_y_ptr is not None:
-            t_g += _parameter(t_weight, t, n, d, D) * ct_y
+            t_g = tl.fma(_parameter(t_weight, t, n, d, D), ct_y, t_g)
     return v, ct_y, t_g, g
 
 
@@ -194,7 +195,8 @@ def _cotangents(v_ptr, ct_y_ptr, weight, t_weight, t, n, d, D: tl.constexpr, ins
 def _t_normal(x_hat, rstd, t_x, n, d, D: tl.constexpr, some, inside):
     """Returns t_x̂ and t_ρ. `t_x` holds the pointers of t_x, t_mean and t_ρ."""
     t_rstd = tl.load(t_x[2] + n, some, other=0.0)
-    return _centered(t_x[0], t_x[1], n, d, D, some, inside) * rstd + x_hat * (t_rstd / rstd), t_rstd
+    t_x_hat = tl.fma(x_hat, t_rstd / rstd, _centered(t_x[0], t_x[1], n, d, D, some, inside) * rstd)
+    return t_x_hat, t_rstd
 
 
 @jit
@@ -246,13 +248,13 @@ def _vjp_kernel(
             x_hat, rstd = _normal(x[0], x[1], x[2], n, d, D, some, inside)
             v, ct_y, t_g, g = _cotangents(v_ptr, ct_y_ptr, weight, t_weight, t, n, d, D, inside, zero)
             out = rstd * _projected(t_g, x_hat, mean_t_g, mean_x_t_g)
-            weight_sum += v * x_hat
+            weight_sum = tl.fma(v, x_hat, weight_sum)
             bias_sum += v
             if ct_y_ptr is not None:
                 t_x_hat, t_rstd = _t_normal(x_hat, rstd, t_x, n, d, D, some, inside)
-                out += t_rstd * _projected(g, x_hat, mean_g, mean_x_g)
-                out -= rstd * (t_x_hat * mean_x_g + x_hat * mean_t_x_g)
-                weight_sum += ct_y * t_x_hat
+                out = tl.fma(_projected(g, x_hat, mean_g, mean_x_g), t_rstd, out)
+                out = tl.fma(tl.fma(x_hat, mean_t_x_g, t_x_hat * mean_x_g), -rstd, out)
+                weight_sum = tl.fma(ct_y, t_x_hat, weight_sum)
             if out_ptr is not None:
                 tl.store(out_ptr + n * D + d, out, inside)
     d = first * BLOCK_D + tl.arange(0, BLOCK_D)
