@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import metakern as mk
 from metakern.ops import SPECS
 from metakern.ops.core import selfcheck
 from metakern.ops.core.spec import Make, Sample, Spec
+from metakern.ops.core.triton_kernels import tables
 
 pytestmark = pytest.mark.skipif(mk.backends()["triton"] != "available", reason=mk.backends()["triton"])
 
@@ -156,16 +158,36 @@ def test_numbers_of_an_update_are_combined_in_float64():
     torch.testing.assert_close(phi[0].double(), -0.1 * exact.sign(), rtol=1e-4, atol=0)  # eps is not 0
 
 
-@pytest.mark.parametrize("sizes", [(5,), (40, 0, 7, 16), (0, 3), (8, 8, 1)], ids=str)
-def test_tables_made_in_a_cuda_graph_are_those_of_an_ordinary_call(monkeypatch, sizes):
-    foreach = import_module("metakern.ops.core.triton_kernels.foreach")
+TABLES = (2**47 + 1, 0, 16), (0.999, 1e-30), (1,), (1.0,)
+
+
+def all_tables(sizes: tuple[int, ...]) -> list[torch.Tensor]:
     cpu = torch.device("cpu")
-    values = (2**47 + 1, 0, 16), (0.999, 1e-30)
-    ordinary = [*foreach.blocks(sizes, 8, cpu), *(foreach.table(of, cpu) for of in values)]
-    monkeypatch.setattr(foreach, "in_cuda_graph", lambda device: True)
-    in_graph = [*foreach.blocks(sizes, 8, cpu), *(foreach.table(of, cpu) for of in values)]
+    return [*tables.blocks(sizes, 8, cpu), *(tables.table(values, cpu) for values in TABLES)]
+
+
+@pytest.mark.parametrize("sizes", [(5,), (40, 0, 7, 16), (0, 3), (8, 8, 1)], ids=str)
+@pytest.mark.parametrize("kept", [False, True], ids=["by-kernels", "after-it"])
+def test_tables_made_in_a_cuda_graph_are_those_of_an_ordinary_call(monkeypatch, sizes, kept):
+    ordinary = all_tables(sizes)
+    monkeypatch.setattr(tables, "in_cuda_graph", lambda device: True)
+    of_graph = tables.Kept(torch.device("cpu"))
+    with of_graph if kept else nullcontext():
+        in_graph = all_tables(sizes)
+        for a in in_graph if kept else ():
+            a.zero_()
+        assert all(a is b for a, b in zip(in_graph, all_tables(sizes), strict=True)) == kept
+    of_graph.fill()
+    assert not tables.Kept.recording
     for a, b in zip(ordinary, in_graph, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_table_of_integers_is_not_taken_for_one_of_equal_numbers() -> None:
+    with mk.backend("triton"):  # one parameter of one element: the table of its sizes is that of the rate 1.0, as values
+        for rate in (2.0, 1.0):
+            (phi,) = mk.ops.sgd_update([torch.ones(1)], [torch.ones(1)], rate)
+            assert phi.item() == 1 - rate
 
 
 def test_sums_over_coordinates_in_parts_are_those_in_one(monkeypatch):

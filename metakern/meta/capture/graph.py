@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metakern.meta.capture.recorder import INTEGERS
 from metakern.meta.draws import ZEROS
+from metakern.ops.core.triton_kernels.tables import Kept
 
 SHARE = 0.5  # of the free memory that a graph may take; ordinary runs, which audit it, take as much beside it
 _READ = torch.ops.aten._local_scalar_dense.default
@@ -97,11 +98,13 @@ class Graph:
         with torch.no_grad(), torch.cuda.device(self._device):
             graphs.wait()
             self._inputs = [t.clone() for t in inputs]
-            reads = _Reads(numbers)
-            with torch.enable_grad(), _HIDDEN, graphs.recorded(self._graph), reads if numbers else nullcontext():
-                found = list(function(self._inputs))
+            reads, self._tables = _Reads(numbers), Kept(self._device)
+            with torch.enable_grad(), _HIDDEN, graphs.recorded(self._graph), self._tables:
+                with reads if numbers else nullcontext():
+                    found = list(function(self._inputs))
                 reads.finish()
                 self._outputs = [None if t is None else t.detach() for t in found]
+            self._tables.fill()
 
     def fits(self) -> bool:
         """Whether all tensors that it reads are where they were, with the layouts that they had."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from metakern.ops.core.rules import Tensors
 from metakern.ops.core.spec import Make, Sample
-from metakern.ops.core.triton_kernels.foreach import TYPES, blocks, foreach, table
+from metakern.ops.core.triton_kernels.foreach import TYPES, foreach
 from metakern.ops.core.triton_kernels.launch import INTERPRETED, addresses, contiguous, jit, launch, wide
+from metakern.ops.core.triton_kernels.tables import blocks, table
 from metakern.ops.global_norm import SPEC, rules
 
 BLOCK = 8 if INTERPRETED else 4096

@@ -6,18 +6,13 @@
 | inner | how many elements of a parameter share one value of an input, such as those of a task | [count], int64 |
 | sizes, starts | the number of elements of a parameter, and the index of its first block | [count], int64 |
 | owners | the parameter that a block belongs to | [blocks], int32 |
-
-Tables are cached by their values. A training loop mostly gets the same memory at each step, and then nothing is copied
-to the device. While a CUDA graph is recorded, nothing may be copied from the host, and a table must live as long as the
-graph: there, kernels write the tables from their arguments, at every replay.
 """
 
 from __future__ import annotations
 
 import linecache
 from collections.abc import Mapping
-from functools import cache, lru_cache
-from itertools import accumulate
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from metakern.native.record import in_cuda_graph, unrecorded
 from metakern.ops.core.formula import Generated
 from metakern.ops.core.rules import Tensors
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, addresses, cdiv, contiguous, jit, launch, wide
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, addresses, contiguous, jit, launch, wide
+from metakern.ops.core.triton_kernels.tables import blocks, table
 from metakern.ops.core.updates import rules
 
 BLOCKS = (8, 8) if INTERPRETED else (2048, 1024)  # the second for more than MANY inputs, which need more registers
@@ -153,48 +148,6 @@ def foreach(program: Generated, values: Mapping[str, Input], like: Tensors) -> l
         tables=True,
     )
     return y
-
-
-def table(values: tuple[int, ...] | tuple[float, ...], device: torch.device) -> Tensor:
-    """Returns the values as a tensor on a device, copied there without synchronizing with it."""
-    if in_cuda_graph(device):
-        made = torch.zeros(len(values), dtype=_dtype(values), device=device)
-        torch._foreach_add_(made.unbind(), list(values))
-        return made
-    return _kept_table(values, device, _stream(device))
-
-
-def blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the tables `starts` and `owners`."""
-    if not in_cuda_graph(device):
-        return _kept_blocks(sizes, block, device, _stream(device))
-    ends = tuple(accumulate(cdiv(size, block) for size in sizes))
-    owners = torch.searchsorted(table(ends, device), torch.arange(ends[-1], device=device), right=True, out_int32=True)
-    return table((0, *ends[:-1]), device), owners
-
-
-@lru_cache(maxsize=1024)
-@unrecorded
-def _kept_table(values: tuple[int, ...] | tuple[float, ...], device: torch.device, stream: int) -> Tensor:
-    made = torch.tensor(values, dtype=_dtype(values), device="cpu")
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
-
-
-@lru_cache(maxsize=64)
-@unrecorded
-def _kept_blocks(sizes: tuple[int, ...], block: int, device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
-    counts = torch.tensor([cdiv(size, block) for size in sizes], device="cpu")
-    owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32, device="cpu"), counts)
-    return (counts.cumsum(0) - counts).to(device), owners.to(device)
-
-
-def _dtype(values: tuple[int, ...] | tuple[float, ...]) -> torch.dtype:
-    return torch.float64 if isinstance(values[0], float) else torch.int64
-
-
-def _stream(device: torch.device) -> int:
-    """Returns the stream on which a table is copied: another one may read it before the copy is done."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 RULES = rules(foreach, merged=False)
