@@ -184,7 +184,7 @@ def test_tables_made_in_a_cuda_graph_are_those_of_an_ordinary_call(monkeypatch, 
 
 
 def test_a_table_of_integers_is_not_taken_for_one_of_equal_numbers() -> None:
-    with mk.backend("triton"):  # one parameter of one element: the table of its sizes is that of the rate 1.0, as values
+    with mk.backend("triton"):  # the table of the sizes, (1,), equals that of the rate, (1.0,)
         for rate in (2.0, 1.0):
             (phi,) = mk.ops.sgd_update([torch.ones(1)], [torch.ones(1)], rate)
             assert phi.item() == 1 - rate

@@ -18,10 +18,24 @@ from torch import Tensor
 from metakern.ops.core import matrices
 from metakern.ops.core.rules import Rules, Tensors
 from metakern.ops.core.spec import Make, Sample
-from metakern.ops.core.triton_kernels.launch import cdiv, contiguous, jit, launch, wide
-from metakern.ops.cross_entropy import kept
+from metakern.ops.core.triton_kernels.launch import cdiv, contiguous, jit, launch, quotient, wide
 
 LARGEST = 4096  # elements of a block
+
+
+@jit
+def _share_kernel(target_ptr, share_ptr, N, IGNORED, BLOCK_N: tl.constexpr):
+    """Stores s of a task's tokens."""
+    t = tl.program_id(0).to(tl.int64)
+    counts = tl.zeros([BLOCK_N], tl.int32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        counts += tl.load(target_ptr + t * N + n, n < N, other=IGNORED) != IGNORED
+    share = quotient(1.0, tl.maximum(tl.sum(counts, 0), 1).to(share_ptr.dtype.element_ty))
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        counted = tl.load(target_ptr + t * N + n, n < N, other=IGNORED) != IGNORED
+        tl.store(share_ptr + t * N + n, tl.where(counted, share, 0.0), n < N)
 
 
 @jit
@@ -127,20 +141,19 @@ def cotangents(
 
 
 def forward(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensors, Tensors]:
-    share, target = _kept(c, inputs)
-    loss, lse = losses(inputs[0], target, share)
+    share = _share(c, inputs[0])
+    loss, lse = losses(inputs[0], c.target, share)
     return ((share * loss).sum(-1).to(inputs[0].dtype),), (lse,)
 
 
 def jvp(c: SimpleNamespace, inputs: Tensors, r: Tensors, t_inputs: Tensors) -> tuple[Tensors, Tensors]:
-    share, target = _kept(c, inputs)
-    t_loss, t_lse = t_losses(inputs[0], r[0], target, t_inputs[0], share)
+    share = _share(c, inputs[0])
+    t_loss, t_lse = t_losses(inputs[0], r[0], c.target, t_inputs[0], share)
     return ((share * t_loss).sum(-1).to(inputs[0].dtype),), (t_lse,)
 
 
 def vjp(c: SimpleNamespace, inputs: Tensors, r: Tensors, ct_outputs: Tensors) -> Tensors:
-    share, target = _kept(c, inputs)
-    return (cotangents(inputs[0], r[0], target, share * ct_outputs[0].unsqueeze(-1)),)
+    return (cotangents(inputs[0], r[0], c.target, _share(c, inputs[0]) * ct_outputs[0].unsqueeze(-1)),)
 
 
 def vjp_jvp(
@@ -152,15 +165,19 @@ def vjp_jvp(
     ct_outputs: Tensors,
     t_ct_outputs: Tensors | None,
 ) -> Tensors:
-    share, target = _kept(c, inputs)
+    share = _share(c, inputs[0])
     t_scale = None if t_ct_outputs is None else share * t_ct_outputs[0].unsqueeze(-1)
     scale = share * ct_outputs[0].unsqueeze(-1)
-    return (cotangents(inputs[0], r[0], target, t_scale, scale, t_inputs[0], t_r[0]),)
+    return (cotangents(inputs[0], r[0], c.target, t_scale, scale, t_inputs[0], t_r[0]),)
 
 
-def _kept(c: SimpleNamespace, inputs: Tensors) -> tuple[Tensor, Tensor]:
-    share, place = kept(c.target, c.ignore_index, matrices.wide(inputs[0][:0]).dtype)
-    return share, place.squeeze(-1)
+def _share(c: SimpleNamespace, z: Tensor) -> Tensor:
+    """Returns s [T, N], the weight of each token in its task's mean."""
+    (T, N), (target,) = c.target.shape, contiguous(c.target)
+    share = matrices.wide(z[:0]).new_empty(T, N)
+    block = triton.next_power_of_2(min(max(N, 1), LARGEST))
+    launch(_share_kernel, (T,), z.device, target, share, N, c.ignore_index, BLOCK_N=block)
+    return share
 
 
 RULES = Rules(forward, jvp, vjp, vjp_jvp)

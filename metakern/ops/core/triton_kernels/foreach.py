@@ -22,7 +22,7 @@ from torch import Tensor
 
 from metakern.ops.core.formula import Generated
 from metakern.ops.core.rules import Tensors
-from metakern.ops.core.triton_kernels.launch import INTERPRETED, addresses, contiguous, jit, launch, wide
+from metakern.ops.core.triton_kernels.launch import INTERPRETED, addresses, contiguous, jit, launch, quotient, wide
 from metakern.ops.core.triton_kernels.tables import blocks, table
 from metakern.ops.core.updates import rules
 
@@ -80,15 +80,6 @@ def _kernel(
     for k in tl.static_range(OUTPUTS):
         y_ptr = tl.multiple_of(tl.load(outputs[k] + i).to(tl.pointer_type(TYPE)), ALIGNED)
         tl.store(y_ptr + at, y[k].to(TYPE), inside)
-
-
-@triton.jit
-def quotient(a, b):
-    """Returns a / b, rounded correctly. Near the start of Adam, derivatives are differences of nearly equal terms."""
-    y = a / b
-    if y.dtype == tl.float32:
-        y = tl.div_rn(a, b)
-    return y
 
 
 @triton.jit

@@ -132,3 +132,12 @@ def cdiv(a: int, b: int) -> int:
 def wide(x):
     """Returns x in the dtype of its accumulation: float64 for float64, else float32."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@triton.jit
+def quotient(a, b):
+    """Returns a / b, rounded correctly. Near the start of Adam, derivatives are differences of nearly equal terms."""
+    y = a / b
+    if y.dtype == tl.float32:
+        y = tl.div_rn(a, b)
+    return y

@@ -4,8 +4,8 @@ Tables are cached by their values. A training loop mostly gets the same memory a
 to the device.
 
 While a CUDA graph is recorded, nothing may be copied from the host, and a table must live as long as the graph. A graph
-of metakern's own gives its tables memory, which it keeps, and fills them once the recording is over (`Kept`). In a graph
-that somebody else records, kernels write the tables from their arguments, at every replay.
+of metakern's own keeps its tables, and fills them once the recording is over (`Kept`). In a graph that somebody else
+records, kernels write the tables from their arguments, at every replay.
 """
 
 from __future__ import annotations
