@@ -1,10 +1,10 @@
 """The engine: it makes, verifies and keeps a plan for each kind of batch, and runs a batch by its plan.
 
 A plan holds for what it was verified on: the loss and the inner optimizer, the structure of support and query, their
-sizes to a factor of two, the number of inner steps, PyTorch's settings, and the state of the model (its modules with
-their classes, training flags, forwards and plain attributes; its parameters and which of them are trained). When one
-of these changes, another plan is made. The plans that were used last are kept. Under fold, the losses are also compared
-with those of single tasks, once for each new size of a batch.
+sizes to a factor of two, PyTorch's settings, and the state of the model (its modules with their classes, training
+flags, forwards and plain attributes; its parameters and which of them are trained). When one of these changes, another
+plan is made. For another number of inner steps, only strategy and chunks are chosen anew. The plans used last are
+kept. Under fold, the losses are also compared with those of single tasks, once for each new size of a batch.
 
 One thread at a time may run a model, because the parameters of each task replace its own meanwhile. Other threads that
 adapt it wait; other threads that call it get an error.
@@ -74,21 +74,29 @@ class Engine:
             tasks_of(batch, what)
         batches = whole(*batches)
         kinds = frozenset(map(_sizes, batches))
-        found = self._kept(self._base(loss, inner, steps, first_order), kinds, outer)
+        base, numbers = self._base(loss, inner, first_order)
+        found = self._kept(base, kinds, outer, steps)
         if found is None:
-            found = self._made(loss, inner, steps, first_order, outer, batches)
-            self._plans[self._base(loss, inner, steps, first_order), kinds, outer] = found
+            other = self._kept(base, kinds, outer)
+            found = None if other is None else other.resized(batches, steps)
+            if found is None:
+                found = self._made(loss, inner, steps, first_order, outer, batches)
+                base, numbers = self._base(loss, inner, first_order)  # a trial finds attributes that do not count
+            self._plans[base, kinds, outer, steps] = found
             if len(self._plans) > PLANS:
                 self._plans.popitem(last=False)
         inner.prepare(found.parameters.adapted)  # another model may have used this optimizer meanwhile
-        found.numbers = tuple(self._attributes(loss, numbers=True).items())
+        found.numbers = tuple(numbers.items())
         self.last = found
         return found
 
-    def _kept(self, base: tuple, kinds: frozenset, outer: bool) -> Prepared | None:
-        """Return a plan that was verified on batches of these kinds, and for meta-gradients if `outer`; or None."""
+    def _kept(self, base: tuple, kinds: frozenset, outer: bool, steps: int | None = None) -> Prepared | None:
+        """Return a plan that was verified on batches of these kinds, and for meta-gradients if `outer`; or None.
+
+        It is for this number of inner steps, or for any.
+        """
         for key, found in self._plans.items():
-            if key[0] == base and kinds <= key[1] and outer <= key[2]:
+            if key[0] == base and kinds <= key[1] and outer <= key[2] and steps in (None, key[3]):
                 self._plans.move_to_end(key)
                 return found
         return None
@@ -113,7 +121,8 @@ class Engine:
                 f"MAML: inner must not learn a parameter of the model that is not adapted, got {twice[0]!r}: adapt it,"
                 " or give inner a parameter of its own"
             )
-        before = {**self._attributes(loss), **self._attributes(loss, numbers=True)}
+        attributes, numbers = self._attributes(loss)
+        before = attributes.keys() | numbers.keys()
         kinds: dict[Any, Any] = {}
         for batch in sorted(batches, key=_largest):  # of batches of one structure, only the largest is tried
             kinds[structure(batch)] = batch
@@ -123,55 +132,54 @@ class Engine:
         planner = Planner(roles, loss, wishes, watch, inner)
         found = planner.plan(tried, steps, first_order or not outer, without)
         give_back()  # a trial takes several times the memory of a meta-gradient
-        self._volatile |= found.changed & before.keys()
+        self._volatile |= found.changed & before
         for i, leaf in enumerate(found.outside):
             roles.shared[f"(loss) {i}"] = leaf  # type: ignore[assignment]
-        plan = found.plan
-        kind: type[Unroll] = ImplicitUnroll if isinstance(found.batching, Implicit) else Unroll
-        unroll = kind(found.batching, inner, steps, first_order, plan.hvp, found.python, found.graph, plan.snapshots)
 
-        def again(failed: str, batches: Sequence[Any]) -> Prepared:
+        def again(failed: str, batches: Sequence[Any], steps: int) -> Prepared:
             return self._made(loss, inner, steps, first_order, outer, batches, [*without, failed], watch)
 
-        return Prepared(roles, found, unroll, loss, again, self.wishes.batching == "auto", watch)
+        return Prepared(planner, found, inner, steps, first_order, again)
 
-    def _base(self, loss: Loss, inner: InnerOptimizer, steps: int, first_order: bool) -> tuple:
-        """Return everything that a plan depends on besides the batches, to be compared."""
+    def _base(self, loss: Loss, inner: InnerOptimizer, first_order: bool) -> tuple[tuple, dict[tuple[int, str], Any]]:
+        """Return what a plan depends on besides batches and inner steps, to be compared; and the numbers beside it.
+
+        When one of these numbers changes, as an annealed temperature does at each step, folded losses are compared
+        again.
+        """
         parameters = tuple((id(p), p.requires_grad, p.dtype, p.device) for p in self.model.parameters())
-        attributes = tuple(self._attributes(loss).items())
+        attributes, numbers = self._attributes(loss)
         switches = (_autocast(), torch.get_default_dtype(), nn.Module.__call__, *map(partial(getattr, F), _FOLDED))
-        of_loop = (id(loss), id(inner), steps, first_order)
-        return of_loop, parameters, attributes, switches, torch.are_deterministic_algorithms_enabled()
+        of_loop = (id(loss), id(inner), first_order)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return (of_loop, parameters, tuple(attributes.items()), switches, deterministic), numbers
 
-    def _attributes(self, loss: Loss, numbers: bool = False) -> dict[tuple[int, str], Any]:
+    def _attributes(self, loss: Loss) -> tuple[dict[tuple[int, str], Any], dict[tuple[int, str], Any]]:
         """Return the plain attributes of all modules of model and loss, their classes, children and hooks.
 
-        Containers and configuration objects are looked into. The values of numbers are left out, since they may change
-        at each step, as an annealed temperature does. With `numbers`, return these values alone: when one changes,
-        folded losses are compared again.
+        Containers and configuration objects are looked into. The values of numbers are apart, in the second dictionary.
         """
         found: dict[tuple[int, str], Any] = {}
-        seen: dict[int, Any] = {}
+        numbers: dict[tuple[int, str], Any] = {}
+        seen: dict[int, tuple[Any, Any]] = {}
         for module in dict.fromkeys(m for root in (self.model, *modules_of(loss)) for m in root.modules()):
             place = id(module)
             for name, value in vars(module).items():
                 if (place, name) in self._volatile:
                     continue
                 if type(value) in PLAIN:
-                    if numbers == (type(value) in (int, float)):
-                        found[place, name] = value
+                    (numbers if type(value) in (int, float) else found)[place, name] = value
                 elif name not in INTERNAL:
                     if id(value) not in seen:  # many modules may share one configuration object
-                        seen[id(value)] = contents(value, numbers)
-                    found[place, name] = seen[id(value)]
-            if not numbers:
-                found[place, "__class__"] = type(module), type(module).forward
-                if module._buffers:  # one that is None is another loss than one that is a tensor
-                    found[place, "_buffers"] = tuple((name, b is None) for name, b in module._buffers.items())
-                found[place, "_modules"] = tuple(map(id, module._modules.values()))
-                if hooks := (*module._forward_hooks, *module._forward_pre_hooks):
-                    found[place, "hooks"] = hooks
-        return found
+                        seen[id(value)] = contents(value, numbers=False), contents(value, numbers=True)
+                    found[place, name], numbers[place, name] = seen[id(value)]
+            found[place, "__class__"] = type(module), type(module).forward
+            if module._buffers:  # one that is None is another loss than one that is a tensor
+                found[place, "_buffers"] = tuple((name, b is None) for name, b in module._buffers.items())
+            found[place, "_modules"] = tuple(map(id, module._modules.values()))
+            if hooks := (*module._forward_hooks, *module._forward_pre_hooks):
+                found[place, "hooks"] = hooks
+        return found, numbers
 
 
 class Prepared:
@@ -179,24 +187,38 @@ class Prepared:
 
     def __init__(
         self,
-        parameters: Parameters,
+        planner: Planner,
         found: Found,
-        unroll: Unroll,
-        loss: Loss,
-        again: Callable[[str, Sequence[Any]], Prepared],
-        auto: bool,
-        watch: Stopwatch,
+        inner: InnerOptimizer,
+        steps: int,
+        first_order: bool,
+        again: Callable[[str, Sequence[Any], int], Prepared],
+        watch: Stopwatch | None = None,
     ) -> None:
-        self.loss, self._again, self._auto, self._watch = loss, again, auto, watch
+        self._planner, self._found, self._steps, self._first_order = planner, found, steps, first_order
+        self._again, self._watch = again, watch or planner.watch
+        self.loss, self.parameters, self.plan = planner.loss, planner.parameters, found.plan
+        batching = found.batching
+        kind: type[Unroll] = ImplicitUnroll if isinstance(batching, Implicit) else Unroll
+        self.unroll = kind(
+            batching, inner, steps, first_order, self.plan.hvp, found.python, found.graph, self.plan.snapshots
+        )
         self._confirmed: OrderedDict[Any, None] = OrderedDict()
-        self._take(found, unroll, parameters)
-
-    def _take(self, found: Found, unroll: Unroll, parameters: Parameters) -> None:
-        self.plan, self.unroll, self.parameters, self._draws = found.plan, unroll, parameters, found.draws
-        self._keeps = bool(found.changed)
         self._captures, self.numbers = dict[tuple[Any, ...], Captures](), tuple[Any, ...]()
-        self.shared: list[Tensor] = list(parameters.shared.values())
-        self.outer: list[Tensor] = [*parameters.adapted.values(), *self.shared, *unroll.inner.hyper_parameters()]
+        self.shared: list[Tensor] = list(self.parameters.shared.values())
+        self.outer: list[Tensor] = [*self.parameters.adapted.values(), *self.shared, *inner.hyper_parameters()]
+
+    def resized(self, batches: Sequence[Any], steps: int) -> Prepared | None:
+        """Return a plan for another number of inner steps, without another trial; None where one is needed."""
+        found = self._planner.resized(self._found, batches, steps)
+        if found is None:
+            return None
+        return Prepared(self._planner, found, self.unroll.inner, steps, self._first_order, self._again, Stopwatch())
+
+    @property
+    def _may_change(self) -> bool:
+        """Whether another batching may replace this one where it fails."""
+        return self._planner.wishes.batching == "auto"
 
     @property
     def explained(self) -> Plan:
@@ -271,7 +293,7 @@ class Prepared:
                     self._confirm(whole(*chunk))
                     result = compute(*chunk, *(select(tree, part) for tree in more))
             except FoldError as error:
-                if not self._auto:
+                if not self._may_change:
                     raise
                 leaves = list(map(id, self.outer))
                 self._replan(str(error), batches)
@@ -284,7 +306,7 @@ class Prepared:
                 if _out_of_memory(error) and tried > 1:
                     self.plan = self.plan.halved(tried)
                     continue
-                if not self._auto or _out_of_memory(error) or str(error).startswith("MAML: "):
+                if not self._may_change or _out_of_memory(error) or str(error).startswith("MAML: "):
                     raise
                 try:  # something may have changed so that this batching fails, and another one does not
                     self._replan(one_line(error), batches)
@@ -297,7 +319,7 @@ class Prepared:
     @contextmanager
     def _kept_tensors(self) -> Iterator[None]:
         """Remove tensors that a forward pass stores in its modules within the block, as they hold many tasks."""
-        state = ModuleState(self.parameters.model.modules()) if self._keeps else None
+        state = ModuleState(self.parameters.model.modules()) if self._found.changed else None
         try:
             yield
         finally:
@@ -307,7 +329,7 @@ class Prepared:
     def _replan(self, why: str, batches: Sequence[Any]) -> None:
         """Replace this plan by one with the next batching, after this batching failed on a later batch."""
         name = IMPLICIT if self.plan.implicit else self.unroll.batching.name
-        other = self._again(name, whole(*batches))
+        other = self._again(name, whole(*batches), self._steps)
         self.__dict__.update(other.__dict__)
         self.plan = replace(self.plan, reasons=(*self.plan.reasons, f"{name} failed on a later batch: {why}"))
 
@@ -343,13 +365,13 @@ class Prepared:
         with undisturbed(theta[0].device), torch.set_grad_enabled(self.unroll.graph), alike():
             batching.fold.within = alike  # the mode set here has no effect once the fold steps out of vmap
             try:
-                with Alike(tasks) if self._draws else nullcontext():
+                with Alike(tasks) if self._found.draws else nullcontext():
                     found = batching.losses(self.unroll.initial(theta, 0), batch)
             finally:
                 batching.fold.within = nullcontext
                 state.restore()
             for t in {0, tasks - 1}:
-                with Alike() if self._draws else nullcontext():
+                with Alike() if self._found.draws else nullcontext():
                     alone = batching.one(select(batch, t), [p[t] for p in theta])
                 state.restore()
                 if not torch.allclose(found[t], alone, rtol=tolerance, atol=tolerance / 100, equal_nan=True):
@@ -367,7 +389,7 @@ def _sizes(batch: Any) -> Any:
 
 def _largest(batch: Any) -> int:
     """Return the number of elements in the largest tensor of one task."""
-    return max((t[0].numel() for t in tensors(batch)), default=0)
+    return max((t.numel() // len(t) for t in tensors(batch)), default=0)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -90,6 +90,7 @@ class Found:
     python: bool  # whether they draw from Python's or NumPy's generators
     changed: set[tuple[int, str]]  # attributes that a forward pass changes: (id of the module, name)
     graph: bool = False  # whether the loss takes derivatives itself
+    verified: tuple[str, ...] = ()  # the reasons that hold for every number of inner steps
 
 
 class Planner:
@@ -164,7 +165,8 @@ class Planner:
         except Exception:  # the doctor can't examine this model, but second-order terms are lost all the same
             places = []
         if lost in _NOTES and not places:
-            return replace(found, plan=replace(found.plan, reasons=(*found.plan.reasons, _NOTES[lost])))
+            note, plan = _NOTES[lost], found.plan
+            return replace(found, plan=replace(plan, reasons=(*plan.reasons, note)), verified=(*found.verified, note))
         where = "; ".join(places) or "call metakern.doctor to find the place"
         raise ValueError(f"MAML: second derivatives must not be lost, but this model and loss lose them: {where}")
 
@@ -194,8 +196,22 @@ class Planner:
             elif self.wishes.weights == "implicit":
                 reasons.append("explicit weights: implicit ones need batching fold")
             plan = self._sized(chosen, hvp, saved, tasks_of(batches[0]), steps, reasons)
-            return Found(plan, chosen, trial.outside, any(trial.draws), trial.python, trial.changed, trial.graph)
+            draws, verified = any(trial.draws), tuple(reasons)
+            return Found(plan, chosen, trial.outside, draws, trial.python, trial.changed, trial.graph, verified)
         return None
+
+    def resized(self, found: Found, batches: Sequence[Any], inner_steps: int) -> Found | None:
+        """Return what an earlier trial found, with the plan for another number of inner steps.
+
+        None where other weights are to be implicit then.
+        """
+        plan = found.plan
+        if self.weights.chosen(inner_steps) != [*plan.implicit]:
+            return None
+        self._free = free_bytes(next(iter(self.parameters.adapted.values())).device)
+        tasks = tasks_of(batches[0])
+        plan = self._sized(found.batching, plan.hvp, plan.activation_bytes, tasks, inner_steps, found.verified)
+        return replace(found, plan=plan)
 
     def _affordable(self) -> bool:
         """Whether a trial in float64 needs at most half of the free memory."""
@@ -206,8 +222,9 @@ class Planner:
         return numbers + frozen <= FLOAT64_PARAMETERS and needed <= self._free // 2
 
     def _sized(
-        self, batching: Batching, hvp: str, saved: int, tasks: int, inner_steps: int, reasons: list[str]
+        self, batching: Batching, hvp: str, saved: int, tasks: int, inner_steps: int, verified: Sequence[str]
     ) -> Plan:
+        reasons = [*verified]
         implicit = batching.places if isinstance(batching, Implicit) else {}
         adapted = [p for name, p in self.parameters.adapted.items() if name not in implicit]
         device = next(iter(self.parameters.adapted.values())).device

@@ -41,6 +41,7 @@ class Weights:
     Attributes:
         names: The names of these weights.
         reasons: Why other matrices are explicit, in lines for the plan.
+        numbers: How many numbers the pairs of each of these weights have in an inner step of a task; set by `batching`.
     """
 
     def __init__(self, parameters: Parameters, loss: Loss, inner: InnerOptimizer | None, wish: str) -> None:
@@ -49,6 +50,7 @@ class Weights:
         if wish == "auto":  # which is measured on CPUs
             sizes = {name: p.numel() for name, p in parameters.adapted.items() if p.device.type == "cpu"}
             self.names = [name for name in self.names if sizes.get(name, 0) >= LARGE]
+        self.numbers: dict[str, int] = {}
         self.reasons = [f"explicit weights: {_listed(names)}: {why}" for why, names in left.items()]
 
     def batching(
@@ -60,15 +62,14 @@ class Weights:
         try:
             with trial.watch.part("implicit weights"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                numbers = numbers_of(trial, self._made(trial.roles, records, plain, self.names))
-                names = self.names if self.wish == "implicit" else self._paying(numbers, steps)
-                if not names:
+                self.numbers = numbers_of(trial, self._made(trial.roles, records, plain, self.names))
+                if not (names := self.chosen(steps)):
                     return None, ["explicit weights: a task has too many tokens for implicit ones to pay"]
                 verify(trial, self._made(trial.roles, records, plain, names), hvp)
         except Exception as error:  # a model may raise anything where a weight is not what it expects
             return None, [f"implicit weights are not possible: {one_line(error)}", *self.reasons]
         made = self._made(self.parameters, records, plain, names)
-        made.pair_bytes = sum(numbers[name] * p.itemsize for name, p in made.weights.items())
+        made.pair_bytes = sum(self.numbers[name] * p.itemsize for name, p in made.weights.items())
         reason = f"implicit weights: {_listed(names)} equal plain autograd on two tasks, {trial.measure()}"
         return made, [reason, *self.reasons]
 
@@ -79,10 +80,12 @@ class Weights:
         made.fold.records = made.explicit.fold.records = records
         return made
 
-    def _paying(self, numbers: dict[str, int], steps: int) -> list[str]:
-        """Return the names of the weights for which the implicit form takes less time and memory."""
-        sizes = {name: self.parameters.adapted[name].numel() for name in numbers}
-        return [name for name, size in sizes.items() if steps * numbers[name] <= SHARE * size]
+    def chosen(self, steps: int) -> list[str]:
+        """Return the names of the weights to be implicit: with "auto" where that takes less time and memory."""
+        if self.wish == "implicit":
+            return self.names
+        sizes = {name: self.parameters.adapted[name].numel() for name in self.numbers}
+        return [name for name, size in sizes.items() if steps * self.numbers[name] <= SHARE * size]
 
 
 def _candidates(parameters: Parameters, inner: InnerOptimizer) -> tuple[list[str], dict[str, list[str]]]:

@@ -120,6 +120,37 @@ def test_plans_are_exact_whatever_the_first_batch_is(model: type[Net], first: st
     assert maml.plan.batching == ("fold" if model is Net else "vmap")
 
 
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of inner steps for which a plan was verified."""
+    found, verified = list[int](), plan.Planner.plan
+
+    def counted(self: Any, batches: Any, steps: int, *args: Any, **options: Any) -> Any:
+        found.append(steps)
+        return verified(self, batches, steps, *args, **options)
+
+    monkeypatch.setattr(plan.Planner, "plan", counted)
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "recompute", "capture": True}, {"weights": "implicit"}], ids=str)
+def test_another_number_of_inner_steps_needs_no_other_trial(trials: list[int], options: dict[str, Any]) -> None:
+    net = Net()
+    maml, plans = maml_of(net, ce, **options), dict[int, plan.Plan]()
+    for steps in (1, 3, 0, 5, 1, 3):
+        maml.steps = steps
+        same(ours(maml, points(steps), points(2)), plain(net, ce, points(steps), points(2), steps))
+        plans[steps] = maml.plan
+    assert trials == [1]
+    for steps, made in plans.items():
+        assert made.batching == "fold"
+        assert (f"the graph of {steps} steps" in str(made)) != ("strategy" in options)
+    maml.evaluate(points(1), points(2), (0, 7))
+    maml.first_order = True
+    maml(points(1), points(2))
+    assert trials == [1, 3]
+
+
 def test_the_query_is_verified_too() -> None:
     class Switch(Net):
         def forward(self, x: Tensor, center: Any = None) -> Tensor:
@@ -474,7 +505,7 @@ class Forked(nn.Module):
 
 
 @pytest.mark.parametrize("negative", [slice(0, 2), slice(2, 4), slice(3, 4)])
-def test_another_batching_takes_over_in_the_middle_of_a_batch(negative: slice) -> None:
+def test_another_batching_takes_over_in_the_middle_of_a_batch(negative: slice, trials: list[int]) -> None:
     torch.manual_seed(0)
     x, y, model = torch.rand(4, 5, 3).double() + 0.1, torch.randn(4, 5, 3).double(), Forked()
     mk.MAML(model, squares, inner=mk.optim.SGD(lr=LR), steps=2, task_chunk=2)((x, y), (x, y))
@@ -485,6 +516,9 @@ def test_another_batching_takes_over_in_the_middle_of_a_batch(negative: slice) -
     for found, exact in zip(ours(maml, (x, y), (x, y)), plain(model, squares, (x, y), (x, y)), strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-11)
     assert maml.plan.batching == "loop"
+    maml.steps, before = 3, len(trials)  # what failed is not taken for another number of steps
+    same(ours(maml, (x, y), (x, y)), plain(model, squares, (x, y), (x, y), 3))
+    assert (maml.plan.batching, len(trials)) == ("loop", before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -434,10 +434,13 @@ def test_a_wrong_implicit_weight_is_found_by_the_verification(fault: str, monkey
 def test_auto_takes_large_weights_that_see_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "LARGE", 40 * 40)
     model = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 80), nn.Tanh(), nn.Linear(80, 3)).double()
-    plans = []
+    plans, one = [], implicit(model, regression_loss, mk.optim.SGD(lr=0.3), 1, weights="auto")
     for steps in (2, 4):  # 4 rows a step: 16 rows break even at 40 x 80 / 120 = 26.7, of which `auto` allows a half
         maml = implicit(model, regression_loss, mk.optim.SGD(lr=0.3), steps, weights="auto")
-        maml(points(1), points(2))
+        one.steps = steps
+        for made in (maml, one):
+            made(points(1), points(2))
+        assert maml.plan.implicit == one.plan.implicit
         plans.append(maml.plan)
     assert plans[0].implicit == ("2.weight",)
     assert plans[1].implicit == ()

@@ -433,7 +433,12 @@ class _Known(Function):
 
     @staticmethod
     def forward(ctx: Any, gradients: Gradients, ct: Tensor, *parameters: Tensor) -> tuple:
-        return tuple(None if g is None else g * ct.to(g.dtype) for g in gradients)
+        present = [g for g in gradients if g is not None]
+        if present and all(g.dtype == ct.dtype and g.device == ct.device for g in present):
+            scaled = iter(torch._foreach_mul(present, ct))
+        else:
+            scaled = (g * ct.to(g.dtype) for g in present)
+        return tuple(None if g is None else next(scaled) for g in gradients)
 
     @staticmethod
     def backward(ctx: Any, *ct: Tensor) -> tuple:

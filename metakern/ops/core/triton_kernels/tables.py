@@ -74,8 +74,8 @@ def blocks(sizes: tuple[int, ...], block: int, device: torch.device) -> tuple[Te
     if not in_cuda_graph(device):
         return _cached_blocks(sizes, block, device, _stream(device))
     if (kept := Kept.recording.get((device, _stream(device)))) is not None:
-        starts, owners = (kept.table((sizes, block, i), lambda i=i: _blocks(sizes, block)[i]) for i in range(2))
-        return starts, owners
+        starts = kept.table((sizes, block, "starts"), lambda: _blocks(sizes, block)[0])
+        return starts, kept.table((sizes, block, "owners"), lambda: _blocks(sizes, block)[1])
     ends = tuple(accumulate(_counts(sizes, block)))
     owners = torch.searchsorted(table(ends, device), torch.arange(ends[-1], device=device), right=True, out_int32=True)
     return table((0, *ends[:-1]), device), owners
