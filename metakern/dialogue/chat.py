@@ -88,8 +88,9 @@ def adapt(
     with io.locked(out):
         _check_free(out)
         generator = LanguageModel(run, most=most)
-        line = generator.learn(read(support, format, **options), progress)
-        _write(run, generator.model, out)
+        known = read(support, format, **options)
+        line = generator.learn(known, progress)
+        _write(run, generator.model, known, out)
     return line
 
 
@@ -101,7 +102,7 @@ class Chat:
 
     Args:
         run: The run whose model talks; it is not changed.
-        support: Dialogues to learn at the start.
+        support: Dialogues to learn at the start. Without any, a run that was adapted knows what it was taught.
         parser: Says what a message means; None stands for `NearestParser()`.
         policy: Says what to do about it; None stands for `TaughtPolicy()`.
         progress: A function that is called with a line about each step of an adaptation.
@@ -129,7 +130,7 @@ class Chat:
         self.known, self.turns = list(support), list[Turn]()
         self.done: list[list[Dialogue] | None] = []  # what /undo takes back: what was known before a lesson, or a reply
         self.lesson: list[Turn] | None = None
-        self.greeting = self._learn() if self.known else GREETING
+        self.greeting = self._learn() if self.known else self._recall()
 
     @property
     def model(self) -> nn.Module:
@@ -228,6 +229,16 @@ class Chat:
             lines.append(f"taught with two answers, of which the last one counts: {text}")
         return "\n".join(lines)
 
+    def _recall(self) -> str:
+        """Take up what an adapted run was taught, which its weights hold; return the line to greet with."""
+        taught = self.run.path / TAUGHT
+        if self.run.state["phase"] != "adapted" or not taught.exists():
+            return GREETING
+        self.known = list(read(str(taught)))
+        self.manager.recall(self.known)
+        exchanges = sum(len(exchanges_of(dialogue)) for dialogue in self.known)
+        return f"taught {exchanges} exchanges before; /teach me more or just talk; /help shows the commands"
+
     def _undo(self) -> str:
         if not self.done:
             return "nothing to take back"
@@ -249,8 +260,7 @@ class Chat:
         out = Path(folder)
         with io.locked(out):
             _check_free(out)
-            io.write(out / TAUGHT, "".join(map(_messages, self.known)).encode())
-            _write(self.run, self.model, out)
+            _write(self.run, self.model, self.known, out)
         return f"saved; next: metakern chat {folder}"
 
 
@@ -259,8 +269,9 @@ def _check_free(out: Path) -> None:
         raise UserError(f"{out}: holds a run already; choose another folder")
 
 
-def _write(run: Run, model: nn.Module, out: Path) -> None:
-    """Write a run whose model has been adapted into the folder `out`; `run` itself stays as it is."""
+def _write(run: Run, model: nn.Module, known: Sequence[Dialogue], out: Path) -> None:
+    """Write a run whose model has been adapted to `known` into the folder `out`; `run` itself stays as it is."""
+    io.write(out / TAUGHT, "".join(map(_messages, known)).encode())
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     try:
         run.model.load_state_dict(model.state_dict())
@@ -303,7 +314,11 @@ def talk(chat: Chat) -> None:
     while True:
         try:
             line = ask(chat.prompt)
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
+            if interactive or not chat.lesson:
+                return
+            line = ""  # the end of a pipe ends a lesson, too
+        except KeyboardInterrupt:
             return
         shown = False
         try:

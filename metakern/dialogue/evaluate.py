@@ -89,9 +89,9 @@ def evaluate(
         has some replies of the run to the first task, before adaptation and after the most steps.
 
     Raises:
-        UserError: If a number of steps is negative, `repeats` below 1, a contender unknown, or `path` not the folder of
-            a run; if there are contenders and the run has not been trained or is an adapted one; if "retrieval" is
-            compared without `reply_steps`.
+        UserError: If a number of steps is negative, `repeats` below 1, a contender unknown, `reading` given without
+            `data`, or `path` not the folder of a run; if there are contenders and the run has not been trained or is an
+            adapted one; if "retrieval" is compared without `reply_steps`.
         DataError: If the data can't be read or hold too few tasks, or a task has no reply that can be judged.
         CheckpointError: If a checkpoint can't be used, or that of a contender can't be written.
 
@@ -115,6 +115,8 @@ def evaluate(
         raise UserError(f"eval: reply_steps must be whole numbers of at least 0, got {list(reply_steps)}")
     if repeats < 1:
         raise UserError(f"eval: repeats must be at least 1, got {repeats}")
+    if reading is not None and not data:
+        raise UserError(f"eval: reading says how data is read, and needs data, got {dict(reading)}")
     steps, reply_steps = (tuple(sorted(set(numbers))) for numbers in (steps, reply_steps))
     run = Run.open(path)
     if run.config.part != "generator":

@@ -236,6 +236,24 @@ def test_a_saved_chat_is_a_run_with_what_it_was_taught(run, tmp_path, monkeypatc
     assert [d.turns[1].text for d in read("mine/support.jsonl")] == ["stone \x1b[2J"]
     with pytest.raises(UserError, match="holds a run already"):
         chat.hear("/save mine")
+    again = Chat(saved, most=1)
+    assert again.greeting.startswith("taught 1 exchanges before")
+    assert all(torch.equal(p, saved.model.get_parameter(name)) for name, p in again.model.named_parameters())
+    assert (again.hear("river"), again.hear("/undo")) == (
+        chat.hear("river"),
+        "the last message and its answer are taken back",
+    )
+    teach_in(again, "maple", "otter")
+    assert [again.hear(said) for said in ("river", "maple")] == [chat.hear("river"), "otter"]
+    assert Chat(saved, [lesson_of("cloud", "ember")], most=1).hear("river") != chat.hear("river")
+
+
+def test_a_lesson_may_end_with_the_input(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/teach\nriver\nstone\n"))
+    chat = Chat(run, most=1)
+    talk(chat)
+    assert "inner steps: 1" in capsys.readouterr().out
+    assert chat.hear("river") == "stone"
 
 
 def test_a_policy_may_ask_back_or_hand_over_instead_of_inventing(run):

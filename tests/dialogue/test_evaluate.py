@@ -370,6 +370,8 @@ def test_other_data_can_be_evaluated_and_wrong_arguments_are_errors(trained, tmp
     questions = "".join(f"river {i} stone?;cloud {i};shop {i % 3}\n" for i in range(24))
     table.write_text("Frage;Antwort;Laden\n" + questions)
     columns = {"format": "csv", "reader_options": ("question=Frage", "answer=Antwort"), "task_key": "Laden"}
+    with pytest.raises(UserError, match="reading says how data is read, and needs data"):
+        evaluate(copy, (0,), reading=columns)
     assert evaluate(copy, (0,), data=str(table), reading=columns)["tasks"] == ["shop 0", "shop 1", "shop 2"]
     with pytest.raises(DataError, match="must be in a known format"):
         evaluate(copy, (0,), data=str(table))

@@ -150,14 +150,17 @@ class Manager:
         if not any(exchanges_of(dialogue) for dialogue in dialogues):
             raise UserError("teach: support must hold a reply of the bot, got none")
         line = self.generator.learn(dialogues, progress) if self.generator else ""
+        self.recall(dialogues)
+        return line
+
+    def recall(self, dialogues: Sequence[Dialogue]) -> None:
+        """Teach parser and policy `dialogues`, which the generator holds already, in place of what they learned."""
         self.parser.learn(dialogues)
         self.policy.learn(dialogues)
-        return line
 
     def forget(self) -> None:
         """Forget all that was taught."""
-        self.parser.learn([])
-        self.policy.learn([])
+        self.recall([])
         if self.generator:
             self.generator.forget()
 
