@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -10,10 +11,34 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from metakern.dialogue import processes
 from metakern.dialogue.terminal import printable, say
+from metakern.meta.seconds import LOG
 
 __all__ = ["Display"]
 
 Self = TypeVar("Self", bound="Display")
+PLAN = "plan"
+
+
+class _Plans(logging.Handler):
+    """Shows in a bar what a plan does besides meta-gradients. Meanwhile no other handler gets these records."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._display.planning(record.getMessage())
+
+    def __enter__(self) -> None:
+        self._before = LOG.level, LOG.propagate
+        LOG.setLevel(logging.INFO)
+        LOG.propagate = False
+        LOG.addHandler(self)
+
+    def __exit__(self, *_: Any) -> None:
+        LOG.removeHandler(self)
+        level, LOG.propagate = self._before
+        LOG.setLevel(level)
 
 
 class Display:
@@ -27,14 +52,17 @@ class Display:
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), console=self.console
         )
+        self._plans = _Plans(self)
 
     def __enter__(self: Self) -> Self:
         if self.console.is_terminal:
             self.bar.start()
+            self._plans.__enter__()
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self.console.is_terminal:
+            self._plans.__exit__()
             self.bar.stop()
 
     def say(self, text: str) -> None:
@@ -51,8 +79,17 @@ class Display:
             line: Whether to print a line where there is no terminal.
         """
         if self.console.is_terminal:
+            for task in self.bar.tasks:
+                if task.description == PLAN:
+                    self.bar.remove_task(task.id)
             if not any(task.description == part for task in self.bar.tasks):
                 self.bar.add_task(part, total=1.0, text="")
             self.bar.update(self.bar.task_ids[-1], completed=done, text=escape(printable(text)))
         elif line:
             self.say(f"{part} {text}")
+
+    def planning(self, step: str) -> None:
+        """Show, until the next progress, which step of verifying a plan or a captured program has begun."""
+        if not any(task.description == PLAN for task in self.bar.tasks):
+            self.bar.add_task(PLAN, total=None, text="")  # without a total, the bar moves to and fro
+        self.bar.update(self.bar.task_ids[-1], text=escape(step))

@@ -1,11 +1,17 @@
-"""What a plan reports about its calls: the wall time besides meta-gradients, and the use of captured programs."""
+"""What a plan reports about its calls: the wall time besides meta-gradients, and the use of captured programs.
+
+The logger `metakern.plan` says at level INFO which part begins, as the first call of a large model takes minutes.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+LOG = logging.getLogger("metakern.plan")
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Stopwatch:
     def part(self, name: str) -> Iterator[None]:
         self._charge()
         self._running.append(name)
+        LOG.info("%s", name)
         self._seconds.setdefault(name, 0.0)
         try:
             yield
