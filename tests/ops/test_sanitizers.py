@@ -33,7 +33,7 @@ def test_no_kernel_accesses_memory_outside_of_its_tensors(tmp_path: Path) -> Non
     preload = f"{library('libasan.so')}:{library('libstdc++.so')}"
     options = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     fuzz = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "ops" / "fuzz.py"), str(built), "1200"],
+        [sys.executable, str(ROOT / "tests" / "ops" / "fuzz.py"), str(built), "800"],
         cwd=ROOT,
         env=os.environ | options | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
