@@ -42,7 +42,7 @@ TARGETS = {
 }
 DTYPES = (torch.float32, torch.bfloat16)
 FIRSTS = (90, "gfx942")
-SMALL = {"metalstm_update", "prototype_log_softmax"}  # blocks of one size, far from the limits: for the first GPUs alone
+SMALL = {"metalstm_update", "prototype_log_softmax"}  # their blocks are far from the limits of all GPUs
 UPDATES = {name for name, spec in SPECS.items() if spec.op.kernels is KERNELS}  # they share the kernels in foreach.py
 
 
