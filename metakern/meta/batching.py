@@ -23,6 +23,7 @@ from metakern.meta.batches import over_tasks, select, structure
 from metakern.meta.fold import Fold
 from metakern.meta.functions import FusedFunctions, Repaired
 from metakern.meta.parameters import Parameters
+from metakern.meta.state import every_module
 from metakern.ops.core.plain import plain_operations
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -107,8 +108,8 @@ def exact_kernels(model: nn.Module | None = None) -> Iterator[None]:
     they are.
     """
     fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
-    modules = () if model is None else model.modules()
-    recurrent = model is None or any(isinstance(module, nn.RNNBase) for module in model.modules())
+    modules = [] if model is None else every_module(model)
+    recurrent = model is None or any(isinstance(module, nn.RNNBase) for module in modules)
     with ExitStack() as undo:
         undo.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)

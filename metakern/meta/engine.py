@@ -39,7 +39,7 @@ from metakern.meta.implicit import Implicit, ImplicitUnroll
 from metakern.meta.parameters import Adapt, Parameters, put
 from metakern.meta.plan import Found, Plan, Planner, Wishes
 from metakern.meta.seconds import Stopwatch, Usage
-from metakern.meta.state import INTERNAL, PLAIN, ModuleState, contents, undisturbed
+from metakern.meta.state import INTERNAL, PLAIN, ModuleState, contents, every_module, undisturbed
 from metakern.meta.unroll import Unroll
 from metakern.meta.verify import comparable, modules_of, one_line
 from metakern.optim import InnerOptimizer
@@ -147,7 +147,8 @@ class Engine:
         When one of these numbers changes, as an annealed temperature does at each step, folded losses are compared
         again.
         """
-        parameters = tuple((id(p), p.requires_grad, p.dtype, p.device) for p in self.model.parameters())
+        own = (p for m in every_module(self.model) for p in m._parameters.values() if p is not None)
+        parameters = tuple((id(p), p.requires_grad, p.dtype, p.device) for p in own)
         attributes, numbers = self._attributes(loss)
         switches = (_autocast(), torch.get_default_dtype(), nn.Module.__call__, *map(partial(getattr, F), _FOLDED))
         of_loop = (id(loss), id(inner), first_order)
@@ -162,7 +163,7 @@ class Engine:
         found: dict[tuple[int, str], Any] = {}
         numbers: dict[tuple[int, str], Any] = {}
         seen: dict[int, tuple[Any, Any]] = {}
-        for module in dict.fromkeys(m for root in (self.model, *modules_of(loss)) for m in root.modules()):
+        for module in every_module(self.model, *modules_of(loss)):
             place = id(module)
             for name, value in vars(module).items():
                 if (place, name) in self._volatile:

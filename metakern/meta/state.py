@@ -19,9 +19,21 @@ from torch import Tensor, nn
 _DEPTH = 6  # levels of nested containers that are looked into
 
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
 INTERNAL = frozenset(vars(nn.Module()))  # attributes that every module has
 _MOST = 256  # of a container with more items, only the number of items is compared
+
+
+def every_module(*roots: nn.Module) -> list[nn.Module]:
+    """Return the roots and all modules within them, each once: `nn.Module.modules` takes several times as long."""
+    found = dict.fromkeys(roots)
+    modules = list(found)
+    for module in modules:  # the list grows meanwhile
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                modules.append(child)
+    return modules
 
 
 def contents(value: Any, numbers: bool, depth: int = 3) -> Any:
