@@ -1186,7 +1186,7 @@ def test_guards_compare_by_identity_and_no_module_state_is_kept(monkeypatch: pyt
     assert uses(maml) > 0
     assert compared == []
     assert maml._engine.last is not None
-    assert not maml._engine.last._keeps
+    assert not maml._engine.last._found.changed
 
 
 def test_auto_records_after_some_calls_and_never_warns() -> None:
