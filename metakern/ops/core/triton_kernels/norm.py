@@ -1,8 +1,8 @@
 """The kernels of layer norm and RMS norm. RMS norm is layer norm with a mean of 0, and has no mean_ptr.
 
-Formulas and names are those of metakern/ops/layer_norm and rms_norm. The kernels are compiled with ROUNDED, so where
-a product and a sum may be contracted, tl.fma does it. vjp applied to t_ct_y is a term of vjp_jvp, so one
-kernel serves both. Its argument v is ct_y for vjp, which has no tangents, and t_ct_y for vjp_jvp.
+Formulas and names are those of metakern/ops/layer_norm and rms_norm. vjp applied to t_ct_y is a term of vjp_jvp, so one
+kernel serves both. Its argument v is ct_y for vjp, which has no tangents, and t_ct_y for vjp_jvp. The kernels are
+compiled with ROUNDED; tl.fma stands where a product and a sum may be rounded once.
 
 | tile | tensor | shape |
 |---|---|---|
