@@ -46,7 +46,7 @@ def _fail_for_want_of_a_package(report: Any) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest tests first, so that the processes that share all tests end at about the same time."""
-    items.sort(key=lambda item: not item.name.startswith("test_kernels_compile_for_every_gpu"))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.hookimpl(wrapper=True)
