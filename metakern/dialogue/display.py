@@ -27,11 +27,11 @@ class _Plans(logging.Handler):
         self._display = display
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._display.planning(record.getMessage())
+        self._display.planning(record.getMessage() if record.levelno >= logging.INFO else "")
 
     def __enter__(self) -> None:
         self._before = LOG.level, LOG.propagate
-        LOG.setLevel(logging.INFO)
+        LOG.setLevel(logging.DEBUG)
         LOG.propagate = False
         LOG.addHandler(self)
 
@@ -79,17 +79,19 @@ class Display:
             line: Whether to print a line where there is no terminal.
         """
         if self.console.is_terminal:
-            for task in self.bar.tasks:
-                if task.description == PLAN:
-                    self.bar.remove_task(task.id)
             if not any(task.description == part for task in self.bar.tasks):
                 self.bar.add_task(part, total=1.0, text="")
-            self.bar.update(self.bar.task_ids[-1], completed=done, text=escape(printable(text)))
+            bar = next(task.id for task in self.bar.tasks if task.description == part)
+            self.bar.update(bar, completed=done, text=escape(printable(text)))
         elif line:
             self.say(f"{part} {text}")
 
     def planning(self, step: str) -> None:
-        """Show, until the next progress, which step of verifying a plan or a captured program has begun."""
-        if not any(task.description == PLAN for task in self.bar.tasks):
-            self.bar.add_task(PLAN, total=None, text="")  # without a total, the bar moves to and fro
-        self.bar.update(self.bar.task_ids[-1], text=escape(step))
+        """Show which step of verifying a plan or a captured program has begun, in a bar of its own; "": none runs."""
+        bars = [task.id for task in self.bar.tasks if task.description == PLAN]
+        if not step:
+            for bar in bars:
+                self.bar.remove_task(bar)
+            return
+        bar = bars[0] if bars else self.bar.add_task(PLAN, total=None, text="")  # without a total, it moves to and fro
+        self.bar.update(bar, text=escape(step))

@@ -1,6 +1,7 @@
 """What a plan reports about its calls: the wall time besides meta-gradients, and the use of captured programs.
 
-The logger `metakern.plan` says at level INFO which part begins, as the first call of a large model takes minutes.
+The logger `metakern.plan` says at level INFO which part begins, as the first call of a large model takes minutes; and
+at level DEBUG when none runs any more.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ class Stopwatch:
         finally:
             self._charge()
             self._running.pop()
+            if not self._running:
+                LOG.debug("%s has ended", name)
 
     def _charge(self) -> None:
         """Add the time since the last call to the part that runs."""

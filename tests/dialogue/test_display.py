@@ -31,21 +31,27 @@ def test_a_terminal_has_a_bar_for_each_part_of_the_work():
     assert "train" in display.console.file.getvalue()
 
 
-def test_a_terminal_shows_what_the_first_call_does_until_there_is_progress(caplog):
+def test_a_terminal_shows_what_the_first_call_does(caplog):
     display = Display()
     display.bar.live.console = display.console = Console(file=StringIO(), force_terminal=True, width=80)
     maml = mk.MAML(torch.nn.Linear(3, 2), mk.losses.classification)
     batch = torch.randn(2, 4, 3), torch.randint(2, (2, 4))
     seen, show = [], display.planning
-    display.planning = lambda step: (seen.append(step), show(step))
+
+    def planning(step):
+        show(step)
+        seen.append((step, [task.description for task in display.bar.tasks]))
+
+    display.planning = planning
     with display:
         display.progress("train", 0.0, "0/10", line=False)
         maml(batch, batch)
-        assert [task.description for task in display.bar.tasks] == ["train", "plan"]
         display.progress("train", 0.1, "1/10", line=False)
-        assert [task.description for task in display.bar.tasks] == ["train"]
-    assert {"truth, first order", "truth, second order", "fold, first order"} <= {*seen}
+        assert [(task.description, task.completed) for task in display.bar.tasks] == [("train", 0.1)]
+    assert {"truth, first order", "truth, second order", "fold, first order"} <= {step for step, _ in seen}
+    assert all(bars == (["train", "plan"] if step else ["train"]) for step, bars in seen)
     assert not caplog.records
     with caplog.at_level(logging.INFO, "metakern.plan"):
         mk.MAML(torch.nn.Linear(3, 2), mk.losses.classification)(batch, batch)
     assert "fold, second order" in caplog.messages
+    assert not any("ended" in message for message in caplog.messages)
