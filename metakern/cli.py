@@ -230,7 +230,9 @@ def _parser() -> argparse.ArgumentParser:
         "--support", metavar="FILE", required=True, help="conversations to adapt to, such as chat messages in JSONL"
     )
     _add_reading(adapt)
-    adapt.add_argument("--out", metavar="DIR", required=True, help="folder of the adapted run")
+    adapt.add_argument(
+        "--out", metavar="DIR", required=True, help="folder of the adapted run, with a copy of the conversations"
+    )
     _add_most(adapt)
 
     chat = add(_chat, "Chat with a run", argument_default=argparse.SUPPRESS)

@@ -58,7 +58,7 @@ def adapt(
     Args:
         path: The folder of the run, which is not changed.
         support: The conversations to adapt to: a file or folder, or packaged data, as `readers.read` takes it.
-        out: The folder of the new run.
+        out: The folder of the new run. It gets a copy of the conversations, `support.jsonl`, for chats with the run.
         most: The largest number of inner steps, as of `metakern.dialogue.teach.teach`.
         progress: A function that is called with a line about each step.
         format: The format of the conversations, as of `readers.read`.
