@@ -120,12 +120,12 @@ namespace {
 constexpr std::size_t kMostTensors = 32, kMostScalars = 4;
 constexpr std::int64_t kWorthAThread = 1 << 15;  // an instruction of fewer elements runs on one thread
 
-struct Signature {
+struct Definition {
     const char* name;
     std::size_t inputs;
     ElementType result, first_input;
 };
-constexpr Signature kInstructions[] = {
+constexpr Definition kInstructions[] = {
 #define METAKERN_ELEMENTWISE_NAME(name, inputs, formula) {#name, inputs, kOwnType, kOwnType},
 #define METAKERN_OTHER_NAME(name, inputs, result, first_input) {#name, inputs, result, first_input},
     METAKERN_ELEMENTWISE(METAKERN_ELEMENTWISE_NAME) METAKERN_OTHER_INSTRUCTIONS(METAKERN_OTHER_NAME)
@@ -136,8 +136,8 @@ constexpr Signature kInstructions[] = {
 // The bytes of an element of tensor number `operand` of an instruction; the result is number 0.
 std::int64_t element_bytes(int name, int type, int operand) {
     constexpr std::int64_t kBytes[] = {4, 8, 8, 1};
-    const Signature& signature = kInstructions[name];
-    const ElementType fixed = operand == 0 ? signature.result : operand == 1 ? signature.first_input : kOwnType;
+    const Definition& definition = kInstructions[name];
+    const ElementType fixed = operand == 0 ? definition.result : operand == 1 ? definition.first_input : kOwnType;
     return kBytes[fixed == kOwnType ? type : fixed];
 }
 
