@@ -43,6 +43,11 @@ def run(title: str, command: list[str | Path], total: int = 0) -> None:
         sys.exit(f"{''.join(output)}\n{title}: failed with exit code {process.returncode}")
 
 
+def kernels() -> list[Path]:
+    """Return the compiled C++ kernels in this folder."""
+    return list((ROOT / "metakern").glob("_C*.so"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environment", type=Path, help="folder of the virtual environment, made where it is missing")
@@ -63,7 +68,15 @@ def main() -> None:
     if options.wheel:
         run(f"metakern ({options.wheel.name})", [*pip, "--no-deps", options.wheel])
     else:
+        for stale in kernels():
+            stale.unlink()
         run("metakern, with its kernels", [*pip, "--no-deps", "--no-build-isolation", "-e", "."])
+        if not kernels() and shutil.which("c++") and "METAKERN_NATIVE" not in os.environ:  # a warning that pip hides
+            sys.exit(
+                "metakern: the C++ kernels were not built: METAKERN_NATIVE=cpu"
+                f" {environment / 'bin' / 'python'} setup.py build_ext --inplace says why;"
+                " set METAKERN_NATIVE=none to do without them"
+            )
 
 
 if __name__ == "__main__":

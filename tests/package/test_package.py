@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 import zipfile
 from importlib.metadata import version
@@ -97,3 +98,36 @@ def test_without_a_compiler_auto_builds_a_pure_wheel_and_cpu_fails(source: Path)
     result = build(source, "cpu", **NOTHING)
     assert result.returncode != 0
     assert "set METAKERN_NATIVE=none to do without them" in result.stderr
+
+
+@pytest.mark.parametrize("builds", [True, False])
+@pytest.mark.parametrize(("compiler", "native"), [("/usr/bin/c++", ""), (None, ""), ("/usr/bin/c++", "none")])
+def test_an_environment_of_a_clone_lacks_its_kernels_only_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: bool, compiler: str | None, native: str
+) -> None:
+    script = runpy.run_path(str(ROOT / "requirements" / "install.py"))
+    main, names = script["main"], script["main"].__globals__
+    (tmp_path / "metakern").mkdir()
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements" / "demo.txt").touch()
+    kernels = tmp_path / "metakern" / "_C.cpython-311.so"
+    kernels.touch()  # of an earlier commit
+
+    def step(title: str, *_: object) -> None:
+        if title.startswith("metakern"):
+            assert not kernels.exists()
+            kernels.touch() if builds else None
+
+    monkeypatch.setitem(names, "ROOT", tmp_path)
+    monkeypatch.setitem(names, "run", step)
+    monkeypatch.setattr(names["venv"], "create", lambda *_, **__: None)
+    monkeypatch.setattr(names["shutil"], "which", lambda name: compiler)
+    monkeypatch.setattr(sys, "argv", ["install.py", str(tmp_path / "env"), "demo", "torch"])
+    monkeypatch.delenv("METAKERN_NATIVE", raising=False)
+    if native:
+        monkeypatch.setenv("METAKERN_NATIVE", native)
+    if builds or not compiler or native:
+        main()
+    else:
+        with pytest.raises(SystemExit, match="the C.. kernels were not built: METAKERN_NATIVE=cpu .* says why"):
+            main()
