@@ -129,5 +129,5 @@ def test_an_environment_of_a_clone_lacks_its_kernels_only_without_a_compiler(
     if builds or not compiler or native:
         main()
     else:
-        with pytest.raises(SystemExit, match="the C.. kernels were not built: METAKERN_NATIVE=cpu .* says why"):
+        with pytest.raises(SystemExit, match=r"the C.. kernels were not built: METAKERN_NATIVE=cpu .* says why"):
             main()
