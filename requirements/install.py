@@ -43,9 +43,11 @@ def run(title: str, command: list[str | Path], total: int = 0) -> None:
         sys.exit(f"{''.join(output)}\n{title}: failed with exit code {process.returncode}")
 
 
-def kernels() -> list[Path]:
-    """Return the compiled C++ kernels in this folder."""
-    return list((ROOT / "metakern").glob("_C*.so"))
+def kernels(python: Path) -> Path:
+    """Return where a build puts the C++ kernels for this Python."""
+    script = "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"
+    suffix = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    return ROOT / "metakern" / f"_C{suffix}"
 
 
 def main() -> None:
@@ -68,10 +70,12 @@ def main() -> None:
     if options.wheel:
         run(f"metakern ({options.wheel.name})", [*pip, "--no-deps", options.wheel])
     else:
-        for stale in kernels():
-            stale.unlink()
+        built = kernels(environment / "bin" / "python")
+        built.unlink(missing_ok=True)  # one of an earlier commit would hide that this build fails
         run("metakern, with its kernels", [*pip, "--no-deps", "--no-build-isolation", "-e", "."])
-        if not kernels() and shutil.which("c++") and "METAKERN_NATIVE" not in os.environ:  # a warning that pip hides
+        if (
+            not built.exists() and shutil.which("c++") and "METAKERN_NATIVE" not in os.environ
+        ):  # a warning that pip hides
             sys.exit(
                 "metakern: the C++ kernels were not built: METAKERN_NATIVE=cpu"
                 f" {environment / 'bin' / 'python'} setup.py build_ext --inplace says why;"

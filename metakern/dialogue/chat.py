@@ -237,7 +237,7 @@ class Chat:
         self.known = list(read(str(taught)))
         self.manager.recall(self.known)
         exchanges = sum(len(exchanges_of(dialogue)) for dialogue in self.known)
-        return f"taught {exchanges} exchanges before; /teach me more or just talk; /help shows the commands"
+        return f"exchanges taught before: {exchanges}; /teach me more or just talk; /help shows the commands"
 
     def _undo(self) -> str:
         if not self.done:

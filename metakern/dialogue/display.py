@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from metakern.dialogue import processes
 from metakern.dialogue.terminal import printable, say
@@ -52,18 +53,16 @@ class Display:
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), console=self.console
         )
-        self._plans = _Plans(self)
+        self._plans, self._shown = _Plans(self), ExitStack()
 
     def __enter__(self: Self) -> Self:
         if self.console.is_terminal:
-            self.bar.start()
-            self._plans.__enter__()
+            self._shown.enter_context(self.bar)
+            self._shown.enter_context(self._plans)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.console.is_terminal:
-            self._plans.__exit__()
-            self.bar.stop()
+        self._shown.close()
 
     def say(self, text: str) -> None:
         """Print lines of text as they are, but for what `printable` replaces."""
@@ -79,19 +78,20 @@ class Display:
             line: Whether to print a line where there is no terminal.
         """
         if self.console.is_terminal:
-            if not any(task.description == part for task in self.bar.tasks):
-                self.bar.add_task(part, total=1.0, text="")
-            bar = next(task.id for task in self.bar.tasks if task.description == part)
-            self.bar.update(bar, completed=done, text=escape(printable(text)))
+            self.bar.update(self._bar_of(part, 1.0), completed=done, text=escape(printable(text)))
         elif line:
             self.say(f"{part} {text}")
 
     def planning(self, step: str) -> None:
         """Show which step of verifying a plan or a captured program has begun, in a bar of its own; "": none runs."""
-        bars = [task.id for task in self.bar.tasks if task.description == PLAN]
-        if not step:
-            for bar in bars:
-                self.bar.remove_task(bar)
-            return
-        bar = bars[0] if bars else self.bar.add_task(PLAN, total=None, text="")  # without a total, it moves to and fro
-        self.bar.update(bar, text=escape(step))
+        bar = self._bar_of(PLAN, None)  # without a total, it moves to and fro
+        if step:
+            self.bar.update(bar, text=escape(step))
+        else:
+            self.bar.remove_task(bar)
+
+    def _bar_of(self, part: str, total: float | None) -> TaskID:
+        """Return the bar of a part of the work, a new one where it has none."""
+        found = (task.id for task in self.bar.tasks if task.description == part)
+        bar = next(found, None)
+        return self.bar.add_task(part, total=total, text="") if bar is None else bar

@@ -250,7 +250,7 @@ class Prepared:
         """
         parameters, before = self.parameters, (self.shared, self.outer)
         roles = parameters.adapted, parameters.shared
-        modules = {id(m): m for root in roots if isinstance(root, nn.Module) for m in root.modules()}.values()
+        modules = every_module(*(root for root in roots if isinstance(root, nn.Module)))
         places = [(m, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
         fresh = {id(p): nn.Parameter(p.detach()) for _, _, p in places if p.requires_grad}
         if any(id(t) not in fresh for t in self.outer):

@@ -32,7 +32,7 @@ from metakern.meta.functions import REPAIRED
 from metakern.meta.parameters import Parameters
 from metakern.meta.seconds import Stopwatch
 from metakern.meta.slopes import direction, judge, norm
-from metakern.meta.state import ModuleState, seeded, undisturbed
+from metakern.meta.state import ModuleState, every_module, seeded, undisturbed
 from metakern.meta.unroll import Gradients, Unroll, derivatives
 from metakern.ops.core.plain import plain_operations
 from metakern.optim import SGD
@@ -70,7 +70,7 @@ class Trial:
         self.watch = watch
         self._slopes = slopes and not first_order
         self.loss, self.first_order, self.plain, self.note, self.worst = loss, first_order, plain, "", 0.0
-        self._modules = list(dict.fromkeys(m for root in (roles.model, *modules_of(loss)) for m in root.modules()))
+        self._modules = every_module(roles.model, *modules_of(loss))
         given = next(iter(roles.adapted.values())).dtype
         self._scale = max(given.itemsize, 4) / dtype.itemsize if dtype and dtype != given else 1.0
         self._own: dict[int, Tensor] = {}  # id of a tensor of the user -> the trial's copy of it
@@ -504,7 +504,7 @@ def opened(
     scalar, depends on no adapted parameter, or changes buffers.
     """
     device = next(iter(roles.adapted.values())).device
-    users = ModuleState(dict.fromkeys(m for root in (roles.model, *modules_of(loss)) for m in root.modules()))
+    users = ModuleState(every_module(roles.model, *modules_of(loss)))
     with undisturbed(device):
         try:
             yield _first(roles, loss, batches, first_order, slopes, double, users, watch, low_rank)

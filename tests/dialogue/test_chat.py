@@ -237,7 +237,7 @@ def test_a_saved_chat_is_a_run_with_what_it_was_taught(run, tmp_path, monkeypatc
     with pytest.raises(UserError, match="holds a run already"):
         chat.hear("/save mine")
     again = Chat(saved, most=1)
-    assert again.greeting.startswith("taught 1 exchanges before")
+    assert again.greeting.startswith("exchanges taught before: 1;")
     assert all(torch.equal(p, saved.model.get_parameter(name)) for name, p in again.model.named_parameters())
     assert (again.hear("river"), again.hear("/undo")) == (
         chat.hear("river"),

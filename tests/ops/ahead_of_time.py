@@ -41,8 +41,6 @@ TARGETS = {
     GPUTarget("hip", "gfx942", 64): 64 << 10,
 }
 DTYPES = (torch.float32, torch.bfloat16)
-FIRSTS = (90, "gfx942")
-SMALL = {"metalstm_update", "prototype_log_softmax"}  # their blocks are far from the limits of all GPUs
 UPDATES = {name for name, spec in SPECS.items() if spec.op.kernels is KERNELS}  # they share the kernels in foreach.py
 
 
@@ -96,8 +94,11 @@ def recorded(op: str, target: GPUTarget) -> list[Launch]:
 
 
 def of_update(spec: Spec, make: Make, target: GPUTarget) -> list[Sample]:
-    """Return samples of an update op: real sizes, and, on one GPU and in one dtype, hyper-parameters of each task."""
-    others = spec.samples(make) if target.arch == 90 and make.dtype == torch.float32 else ()
+    """Return samples of an update op: real sizes, and, on one GPU of each maker, hyper-parameters of each task.
+
+    The latter are in float32 alone: a dtype changes the same load in both.
+    """
+    others = spec.samples(make) if target.arch in (90, "gfx942") and make.dtype == torch.float32 else ()
     return [*spec.benchmark(make), *(s for s in others if s.name.endswith(("rate-per-task", "learned")))]
 
 
@@ -129,8 +130,6 @@ def compiled(op: str) -> Iterator[dict[str, Any]]:
     """Yield the resources that each different kernel takes on each GPU."""
     alike = set()  # kernels without a matrix product: their code is about the same on all GPUs of a maker
     for target in TARGETS:
-        if op in SMALL and target.arch not in FIRSTS:
-            continue
         seen = set()
         for launched in recorded(op, target):
             source, options = launched.bound(target)

@@ -120,6 +120,7 @@ def test_an_environment_of_a_clone_lacks_its_kernels_only_without_a_compiler(
 
     monkeypatch.setitem(names, "ROOT", tmp_path)
     monkeypatch.setitem(names, "run", step)
+    monkeypatch.setitem(names, "kernels", lambda python: kernels)
     monkeypatch.setattr(names["venv"], "create", lambda *_, **__: None)
     monkeypatch.setattr(names["shutil"], "which", lambda name: compiler)
     monkeypatch.setattr(sys, "argv", ["install.py", str(tmp_path / "env"), "demo", "torch"])
