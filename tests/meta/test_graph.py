@@ -24,6 +24,7 @@ from metakern.meta import capture
 from metakern.meta.capture.graph import Graph, Graphs, _Reads
 from metakern.meta.capture.recorder import LIFTS, Recorder, RecordError, record
 from metakern.native.record import Recording
+from metakern.ops.core.triton_kernels import tables
 
 STEPS, SINES = 3, few_shot.sines()
 
@@ -56,7 +57,8 @@ class FakeCapture(Recording):
     def run(self, function: Any, args: Any, kwargs: Any, has_side_effects: bool) -> Any:
         with _disable_current_modes():
             made = function(*args, **kwargs)
-        self.graph.calls.append((function, args, kwargs, tensors_of(made)))
+        if function is not torch.ops.aten.empty.memory_format:  # a graph launches kernels, and memory has none
+            self.graph.calls.append((function, args, kwargs, tensors_of(made)))
         return made
 
     def reads(self, tensors: Any) -> None:
@@ -355,6 +357,22 @@ def test_a_graph_refuses_constants_that_moved(gpu):
     assert results[1] is None
     weight.data = weight.data.clone()
     assert graph([[other]], 1) is None
+
+
+def test_tables_of_a_graph_are_filled_once_after_its_recording(gpu, monkeypatch):
+    monkeypatch.setattr(tables, "in_cuda_graph", lambda device: True)
+    cpu, made = torch.device("cpu"), list[Tensor]()
+
+    def scaled(inputs: list[Tensor]) -> list[Tensor]:
+        made.append(tables.table((2.0, 3.0), cpu))
+        return [inputs[0] * made[-1]]
+
+    graph = Graph(scaled, [torch.ones(2)], [], [], Graphs())
+    for x in (torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 5.0])):
+        (results,) = graph([[x]], 1)
+        assert results[0].equal(x * torch.tensor([2.0, 3.0], dtype=torch.float64))
+    assert len(made) == 1
+    assert [function.__name__ for function, *_ in graph._graph.calls] == ["mul.Tensor", "detach.default"]
 
 
 def test_python_gets_the_numbers_of_the_recorded_run():
