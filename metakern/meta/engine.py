@@ -12,6 +12,7 @@ adapt it wait; other threads that call it get an error.
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections import OrderedDict
@@ -46,6 +47,7 @@ from metakern.optim import InnerOptimizer
 
 PLANS = 16  # plans kept; the one unused for longest is dropped
 IMPLICIT = "implicit weights"  # in place of a batching's name among those that failed
+LARGE_BYTES = 64 * 2**20  # of adapted parameters, from which on what a trial leaves is collected at once
 SIZES = 256  # batch sizes for which a plan remembers that its folded losses were confirmed
 _FOLDED = ("linear", "embedding", "layer_norm", "rms_norm")  # functions of modules that folding replaces
 
@@ -131,7 +133,9 @@ class Engine:
         wishes = replace(self.wishes, weights="explicit") if IMPLICIT in without else self.wishes
         planner = Planner(roles, loss, wishes, watch, inner)
         found = planner.plan(tried, steps, first_order or not outer, without)
-        give_back()  # a trial takes several times the memory of a meta-gradient
+        if sum(p.nbytes for p in roles.adapted.values()) >= LARGE_BYTES:
+            gc.collect()  # a trial has cycles, and takes several times the memory of a meta-gradient
+        give_back()
         self._volatile |= found.changed & before
         for i, leaf in enumerate(found.outside):
             roles.shared[f"(loss) {i}"] = leaf  # type: ignore[assignment]
@@ -315,6 +319,7 @@ class Prepared:
                     raise error from None
                 continue
             yield result
+            del result  # it is as large as the model
             start = part.stop
 
     @contextmanager

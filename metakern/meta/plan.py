@@ -229,12 +229,11 @@ class Planner:
         adapted = [p for name, p in self.parameters.adapted.items() if name not in implicit]
         device = next(iter(self.parameters.adapted.values())).device
         copy_bytes = sum(p.numel() * p.element_size() for p in adapted)
-        if isinstance(batching, Implicit):
-            copy_bytes += inner_steps * batching.pair_bytes
         if self.inner is not None:  # its state is as much a part of a step as the parameters
             with torch.no_grad():
                 copy_bytes += sum(s.nbytes for s in self.inner.init([p.detach()[None] for p in adapted]))
-        working, free = saved + 3 * copy_bytes, self._free
+        pairs = inner_steps * batching.pair_bytes if isinstance(batching, Implicit) else 0  # of all steps
+        working, free = saved + 3 * copy_bytes + 2 * pairs, self._free
         wish, strategy = self.wishes.task_chunk, self.wishes.strategy
         on_cpu = device.type == "cpu"
         room, where = (WORKING_BYTES, "working memory") if on_cpu else (free // 2, "memory")
@@ -258,7 +257,8 @@ class Planner:
                 " are kept"
             )
         if strategy == "auto":
-            stored = min(fitting(working), tasks) * (inner_steps * (3 * saved + 2 * copy_bytes) + working)
+            steps = inner_steps * (3 * saved + 2 * copy_bytes + pairs / 2) + pairs
+            stored = min(fitting(working), tasks) * (steps + working)
             strategy = "store" if stored <= free // 4 else "recompute"
             fits = "fits" if strategy == "store" else "does not fit"
             reasons.append(

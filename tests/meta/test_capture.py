@@ -6,6 +6,7 @@ import copy
 import ctypes
 import functools
 import pickle
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -629,3 +630,28 @@ def test_an_ordinary_run_that_confirms_a_program_gets_the_memory_of_its_arenas(m
         captured(points(i), points(9 + i))
         assert events == ["release", "run"] * (len(events) // 2)
         assert events
+
+
+def test_few_microbatches_have_their_gradients_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "MICROBATCH_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    run = capture._Captured.__call__
+
+    def counted(self: Any, microbatches: Any, *args: Any) -> Any:
+        alive.append(sum(t() is not None for t in made))
+        results = run(self, microbatches, *args)
+        made.extend(weakref.ref(result[1]) for result in results)
+        return results
+
+    model, loss, _, _, _ = build("mlp")
+    captured = mk.MAML(model, loss, steps=1, capture=True)
+    support, query = (tuple(t.repeat(3, 1, 1) for t in points(i)) for i in (0, 9))
+    for _ in range(2):
+        captured(support, query)
+    monkeypatch.setattr(capture._Captured, "__call__", counted)
+    found = gradients(model, captured(support, query))
+    assert len(made) == 9
+    assert alive == [0] * 5
+    assert_equal(found, gradients(model, plain_loss(model, loss, support, query, 1, sgd(0.01))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import metakern as mk
 from metakern.meta import engine, plan, weights
 from metakern.meta.implicit import Implicit, ImplicitUnroll
+from metakern.meta.verify import Trial
 
 STRATEGIES = ("store", "recompute")
 
@@ -250,6 +253,20 @@ def test_chunks_may_take_as_much_memory_as_some_copies_of_the_weights(
         maml(points(seed), points(seed + 10))
     assert min(maml.plan.task_chunk, T) == chunk
     assert len(given) == 1  # the memory of the trial, once
+
+
+def test_nothing_is_left_of_the_trial_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials: list[weakref.ref[Trial]] = []
+    monkeypatch.setattr(engine, "LARGE_BYTES", 1)
+    made = Trial.__init__
+    monkeypatch.setattr(Trial, "__init__", lambda self, *args: (trials.append(weakref.ref(self)), made(self, *args))[1])
+    monkeypatch.setattr(engine, "give_back", lambda: trials.append(trials[0]() is None))
+    gc.disable()
+    try:
+        implicit(mlp().double(), regression_loss, mk.optim.SGD(lr=0.1), 2)(points(1), points(11))
+    finally:
+        gc.enable()
+    assert trials[1:] == [True]
 
 
 class Sizes(TorchDispatchMode):

@@ -215,6 +215,7 @@ class MAML(nn.Module):
         for found in prepared.by_chunks(run, support, outer, more=start):
             losses.append(found[0])
             gradients = added(gradients, found[1:])
+            del found
         return torch.cat(losses), gradients, leaves
 
     def adapt(

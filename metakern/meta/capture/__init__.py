@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from functools import partial, reduce
+from functools import partial
 from itertools import accumulate, count, groupby, takewhile
 from typing import Any
 
@@ -174,11 +174,15 @@ class Captures:
         if truth and parts[0].batch == one.batch:
             parts[0].branch = one.branch
             truths[one.key] = truth
-        losses, *gradients = zip(*self._run(parts, state.guards, truths), strict=True)
+        losses, sums = list[Any](), Results()
+        for value, *gradients in self._run(parts, state.guards, truths):
+            sums = _added(sums, gradients, in_place=len(losses) > 1) if losses else gradients
+            losses.append(value)
+            del gradients  # they are as large as the model
         self._captured += all(self._programs.get(part.key) is not None for part in parts)
         while self._late:
             self._note(self._late.pop())
-        return [torch.cat(losses), *(None if g[0] is None else reduce(torch.add, g) for g in gradients)]
+        return [torch.cat(losses), *sums]
 
     def _ordinary(self, function: Callable[[], Sequence[Tensor | None]]) -> Results:
         """Return `function()`, run by Python and autograd."""
@@ -256,13 +260,12 @@ class Captures:
         )  # equal microbatches
         return -(-tasks // (threads * rounds)), truth
 
-    def _run(self, calls: list[_Application], guards: Guards, truths: dict[Any, Results]) -> list[Results]:
-        """Return the results of the calls.
+    def _run(self, calls: list[_Application], guards: Guards, truths: dict[Any, Results]) -> Iterator[Results]:
+        """Yield the results of the calls, which hold as many gradients at a time as there are threads.
 
         `truths`: the results of runs that were recorded just now, by the key of the program; the first call with such a
         key is the one that was recorded.
         """
-        results: list[Results] = []
         for _, alike in groupby(calls, key=lambda call: call.batch):
             rest = list(alike)
             while rest:
@@ -282,13 +285,12 @@ class Captures:
                 if captured is not None:
                     self._programs[first.key] = self._programs.pop(first.key)  # the one used last is dropped last
                     sure = captured.checked
-                    results += (
+                    yield from (
                         self._played(captured, group) if sure else self._tried(captured, group, truths.get(first.key))
                     )
                 else:
                     done = [truths[first.key]] if first.key in truths else []
-                    results += [*done, *map(self._ordinary, group[len(done) :])]
-        return results
+                    yield from (*done, *map(self._ordinary, group[len(done) :]))
 
     def _branch_of(self, call: _Application) -> int:
         """Return the number of the program for the numbers that Python reads in this call, or 0 if there is none."""
@@ -353,19 +355,20 @@ class Captures:
         before.restore()
         return [self._ordinary(call) for call in calls]
 
-    def _played(self, captured: _Captured, calls: list[_Application]) -> list[Results]:
+    def _played(self, captured: _Captured, calls: list[_Application]) -> Iterable[Results]:
         """Return the results of a program, after the audits that are due."""
-        before = Random(calls[0].inputs[0].device) if captured.is_due() else None
+        if not captured.is_due():
+            return _played(captured, calls, self._precision)
+        before = Random(calls[0].inputs[0].device)
         results = list(_played(captured, calls, self._precision))
-        if before is not None:
-            before.restore()
-            with self._watch.part("comparison"):
-                in_float32 = results
-                if self._precision is not None:
-                    in_float32 = list(_played(captured, calls))
-                    before.restore()
-                for call, found in zip(calls, in_float32, strict=True):
-                    self._audit(captured, call, found)
+        before.restore()
+        with self._watch.part("comparison"):
+            in_float32 = results
+            if self._precision is not None:
+                in_float32 = list(_played(captured, calls))
+                before.restore()
+            for call, found in zip(calls, in_float32, strict=True):
+                self._audit(captured, call, found)
         return results
 
     def _audit(self, captured: _Captured, call: _Application, found: Results) -> None:
@@ -693,8 +696,16 @@ def _played(captured: _Captured, calls: Sequence[_Application], precision: str |
     threads = torch.get_num_threads()
     for i in range(0, len(calls), threads):
         group = calls[i : i + threads]
-        results = captured([call.inputs for call in group], threads, precision)
-        yield from results or map(in_precision(precision)(captured.truth), group)
+        yield from (
+            captured([call.inputs for call in group], threads, precision)
+            or map(in_precision(precision)(captured.truth), group)
+        )
+
+
+def _added(sums: Results, more: Results, in_place: bool) -> Results:
+    """Return sums of gradients with those of another microbatch added."""
+    pairs: Any = zip(sums, more, strict=True)
+    return [None if a is None else a.add_(b) if in_place else a + b for a, b in pairs]
 
 
 def _spread(program: Program, call: _Application, before: Random) -> list[float]:
