@@ -368,6 +368,9 @@ def test_allocations_of_an_arena_do_not_overlap() -> None:
         spans = sorted((offset, offset + size) for offset, size in taken.items())
         assert all(a[1] <= b[0] for a, b in pairwise(spans))
         assert not spans or spans[-1][1] <= arena.size
+    for offset in taken:
+        arena.give_back(offset)
+    assert arena.take(arena.size) == 0  # what was given back is one gap again
 
 
 def test_closed_over_tensors_are_read_at_their_current_address_and_layout() -> None:

@@ -7,8 +7,10 @@ our own kernels. A program with an operation that has no rule has no executable;
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -281,21 +283,27 @@ class Arena:
     def __init__(self) -> None:
         self.size = 0
         self._taken: dict[int, int] = {}  # offset: size
+        self._gaps: list[tuple[int, float]] = [(0, inf)]  # (offset, size), in the order of offsets
 
     def take(self, size: int) -> int:
         size = max(-(-size // ALIGNMENT), 1) * ALIGNMENT
-        end, best = 0, None
-        for offset in sorted(self._taken):
-            if offset - end >= size and (best is None or offset - end < best[0]):
-                best = offset - end, end
-            end = offset + self._taken[offset]
-        at = end if best is None else best[1]
+        i = min((i for i, (_, gap) in enumerate(self._gaps) if gap >= size), key=lambda i: self._gaps[i][1])
+        at, gap = self._gaps[i]
+        self._gaps[i : i + 1] = [(at + size, gap - size)] if gap > size else []
         self._taken[at] = size
         self.size = max(self.size, at + size)
         return at
 
     def give_back(self, offset: int) -> None:
-        del self._taken[offset]
+        begin, size = offset, float(self._taken.pop(offset))
+        i = j = bisect(self._gaps, (offset, 0))
+        if j < len(self._gaps) and self._gaps[j][0] == begin + size:
+            size += self._gaps[j][1]
+            j += 1
+        if i and sum(self._gaps[i - 1]) == begin:
+            i -= 1
+            begin, size = self._gaps[i][0], size + self._gaps[i][1]
+        self._gaps[i:j] = [(begin, size)]
 
 
 def _is_whole(t: Tensor) -> bool:
