@@ -436,6 +436,9 @@ def _train(config: str | None, out: str | None, resume: bool, time: float | None
     out = out or str(Path("runs") / re.sub(r"\W+", "-", f"{settings.data}-{settings.model}-{settings.algorithm}"))
     if resume and not config and (begun := Path(out) / "config.toml").exists():
         settings = Config.parse(flags, "train", base=Config.load(begun))
+    for name in settings.idle(flags) if processes.is_first() else ():
+        note = describe(Config.__dataclass_fields__[name].metadata)
+        print(f"metakern: --{name.replace('_', '-')} changes nothing in this run: {note}", file=sys.stderr)
     with processes.joined():
         run = train(settings, out, resume=resume, seconds=time)
         if processes.is_first():

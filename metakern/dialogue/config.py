@@ -14,7 +14,7 @@ import json
 import math
 import reprlib
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from importlib.resources import files
@@ -326,6 +326,14 @@ class Config:
         """The largest number of inner steps in training."""
         return max(self.inner_steps)
 
+    def idle(self, names: Collection[str]) -> list[str]:
+        """Return those of the named settings that change nothing in a run with this config.
+
+        >>> Config(model="gru", heads=8).idle(["heads", "width"])
+        ['heads']
+        """
+        return [name for name in names if name in _COUNTS and not _COUNTS[name](self)]
+
     @property
     def pretrained(self) -> str:
         """What follows `hf:` in the name of a pretrained model; for other models, an empty string."""
@@ -422,6 +430,27 @@ class Config:
         [2]
         """
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+# The settings that change something in some runs alone, and in which.
+_COUNTS: dict[str, Callable[[Config], Any]] = {
+    "vocab_size": lambda c: not c.pretrained,
+    "validation_part": lambda c: not (c.validation_data or c.validation_tasks),
+    "test_part": lambda c: not (c.test_data or c.test_tasks),
+    "support_size": lambda c: c.part != "parser",
+    "ways": lambda c: c.part == "parser",
+    "shots": lambda c: c.part == "parser",
+    "system": lambda c: c.pretrained,
+    "lora_targets": lambda c: c.lora,
+    "width": lambda c: not c.pretrained,
+    "hidden": lambda c: c.model in RECURRENT,
+    "layers": lambda c: not c.pretrained and c.model != "bag",
+    "heads": lambda c: c.model == "gpt",
+    "dropout": lambda c: not c.pretrained,
+    "lr_per": lambda c: c.learn_lr,
+    "pretrain_lr": lambda c: c.pretrain_steps,
+    "pretrain_on": lambda c: c.pretrain_steps,
+}
 
 
 def _sha256(text: str) -> str:

@@ -46,6 +46,16 @@ def test_flags_override_the_config_file(folder):
     assert config == tiny_config(folder / "data", steps=5, hidden=8, pretrain_steps=2)
 
 
+def test_a_flag_that_changes_nothing_is_named(folder, tmp_path, capsys):
+    start = ["train", "--config", str(folder / "tiny.toml"), "--steps", "1", "--out", str(tmp_path / "run")]
+    assert main([*start, "--hidden", "8", "--heads", "2", "--ways", "3"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("metakern: ")]
+    assert said == [
+        "metakern: --heads changes nothing in this run: attention heads in a layer (gpt)",
+        "metakern: --ways changes nothing in this run: intents of a task (parser)",
+    ]
+
+
 def test_every_key_is_a_flag():
     special = {
         "learn_lr": ("--no-learn-lr", False),
