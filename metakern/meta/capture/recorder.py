@@ -15,9 +15,11 @@ indices of a mask), and where an operation writes to a tensor that outlives the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,7 +166,8 @@ class Recorder(Recording):
             with _disable_current_modes():
                 self.decisions.append((self.named(args[0]), args[0].item()))
             return self.decisions[-1][1]
-        if _LOOKS_AT_DATA.intersection(func.tags) and not _is_of_integers(func, args):
+        traits = _traits(func)
+        if traits.looks_at_data and not _is_of_integers(func, args):
             self.error = RecordError(f"Python looks at the values of a tensor ({func})")
             raise self.error
         if func is ZEROS:
@@ -174,15 +177,16 @@ class Recorder(Recording):
             if args[0].device.type == "cuda":
                 self.error = RecordError("it copies numbers to a GPU (torch.tensor): make that tensor once, before")
             self._own.add(_storage(args[0]))
-        return self.run(func, args, kwargs or {}, func._schema.is_mutable or _RANDOM in func.tags)
+        return self.run(func, args, kwargs or {}, traits.has_side_effects)
 
     def run(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any], has_side_effects: bool) -> Any:
         """Call the function and record it as one step; calls within it are not recorded."""
         named_args, named_kwargs = self.named(args), self.named(kwargs)
         before = {_storage(t) for t in leaves((args, kwargs), Tensor)}
-        with _disable_current_modes():
-            if isinstance(function, OpOverload) and function._schema.is_mutable:
-                self._keep(function, args, kwargs)
+        writes = _traits(function).writes if isinstance(function, OpOverload) else ()
+        with _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext():
+            if writes:
+                self._keep(leaves(_arguments(writes, args, kwargs), Tensor))
             result = function(*args, **kwargs)
         self._own |= {_storage(t) for t in leaves(result, Tensor)} - before
         if self._is_on_gpu:
@@ -191,28 +195,23 @@ class Recorder(Recording):
                 self.peak_bytes = max(self.peak_bytes, torch.cuda.memory_allocated(self._device))
         named_result = self._made(result)
         if isinstance(function, OpOverload):
-            marks = [a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments]
-            written = [named_kwargs.get(a.name) for a, w in zip(function._schema.arguments, marks, strict=True) if w]
-            written += [arg for arg, w in zip(named_args, marks, strict=False) if w]
+            written = _arguments(writes, named_args, named_kwargs)
         else:
             made = {_memory(t) for t in leaves(result, Tensor)}
             pairs = zip(args, named_args, strict=True)
             written = [name for arg, name in pairs if isinstance(arg, Tensor) and _memory(arg) in made - {0}]
-        writes = tuple(registers(written))
+        found = tuple(registers(written))
         self.steps.append(
-            Step(function, named_args, named_kwargs, named_result, has_side_effects or bool(writes), writes)
+            Step(function, named_args, named_kwargs, named_result, has_side_effects or bool(found), found)
         )
         return result
 
-    def _keep(self, function: OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _keep(self, tensors: Iterable[Tensor]) -> None:
         """Copy what the operation is about to overwrite, if it is older than the run; the run then ends in an error."""
-        for i, argument in enumerate(function._schema.arguments):
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for t in leaves(value, Tensor):
-                    if _storage(t) not in self._own:
-                        self._overwritten.append((t, t.clone()))
-                        self.error = RecordError(f"it writes to a tensor {list(t.shape)} that it did not make")
+        for t in tensors:
+            if _storage(t) not in self._own:
+                self._overwritten.append((t, t.clone()))
+                self.error = RecordError(f"it writes to a tensor {list(t.shape)} that it did not make")
 
     def reads(self, tensors: Iterable[Tensor]) -> None:
         self.read |= {id(t): t for t in tensors if _storage(t) not in self._own}
@@ -250,6 +249,26 @@ class Recorder(Recording):
         if isinstance(value, Tensor):
             return self._numbers.setdefault(value, Register(next(self._next), value.shape, value.dtype))  # or known
         return tuple(map(self._made, value)) if isinstance(value, list | tuple) else None
+
+
+class _Traits(NamedTuple):
+    """What the declaration of an operation says, read once: that takes longer than small operations."""
+
+    looks_at_data: bool
+    has_side_effects: bool
+    writes: tuple[tuple[int, str], ...]  # place and name of each argument that it writes to
+
+
+@cache
+def _traits(function: OpOverload) -> _Traits:
+    arguments = enumerate(function._schema.arguments)
+    writes = tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    looks_at_data = not _LOOKS_AT_DATA.isdisjoint(function.tags)
+    return _Traits(looks_at_data, function._schema.is_mutable or _RANDOM in function.tags, writes)
+
+
+def _arguments(which: Iterable[tuple[int, str]], args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in which]
 
 
 def _is_of_integers(function: OpOverload, args: tuple) -> bool:
