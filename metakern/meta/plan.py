@@ -233,9 +233,9 @@ class Planner:
             with torch.no_grad():
                 copy_bytes += sum(s.nbytes for s in self.inner.init([p.detach()[None] for p in adapted]))
         pairs = inner_steps * batching.pair_bytes if isinstance(batching, Implicit) else 0  # of all steps
-        working, free = saved + 3 * copy_bytes + 2 * pairs, self._free
-        wish, strategy = self.wishes.task_chunk, self.wishes.strategy
         on_cpu = device.type == "cpu"
+        working, free = saved + 3 * copy_bytes + PAIR_COPIES[on_cpu] * pairs, self._free
+        wish, strategy = self.wishes.task_chunk, self.wishes.strategy
         room, where = (WORKING_BYTES, "working memory") if on_cpu else (free // 2, "memory")
         if on_cpu and implicit:  # all tasks of a chunk read these weights once
             own = sum(self.parameters.adapted[name].nbytes for name in implicit)
@@ -278,6 +278,7 @@ SNAPSHOTS = 4  # the fewest inner steps whose parameters "recompute" keeps, if t
 # memory="least" keeps those of this many steps, and of as many more as this share of the activations has room for.
 LEAST_SNAPSHOTS, SNAPSHOT_SHARE = 2, 0.5
 WORKING_BYTES = 192 * 2**20  # a CPU's working set of one chunk: a larger one is slower, a smaller one takes more calls
+PAIR_COPIES = (5, 2)  # of all pairs, with cotangents and tangents: on a GPU; on a CPU, where programs reuse memory
 IMPLICIT_COPIES = 4  # or as many copies of the implicit weights: what Adam holds of them, with the gradient
 
 
