@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from metakern import ops
@@ -124,6 +125,7 @@ class Fold:
         leaves, spec = tree_flatten((args, kwargs))
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         result: list[tuple[list, TreeSpec, list[int]]] = []
+        modes = _modes()
 
         def run(in_dims: tuple, tensors: tuple) -> tuple[tuple, tuple]:
             mapped = [t.movedim(d, 0) for t, d in zip(tensors, in_dims, strict=True) if d is not None]
@@ -136,7 +138,7 @@ class Fold:
             for i, tensor, dim in zip(where, tensors, in_dims, strict=True):
                 inner[i] = tensor if dim is None else tensor.movedim(dim, 0).flatten(0, 1)
             inner_args, inner_kwargs = tree_unflatten(inner, spec)
-            with self.within(), self.operations():  # the caller's modes have no effect once _Enter steps out of vmap
+            with _pushed(modes), self.within(), self.operations():
                 outputs, out_spec = tree_flatten(forward(*inner_args, **inner_kwargs))
             out_where = [i for i, o in enumerate(outputs) if isinstance(o, Tensor)]
             result.append((outputs, out_spec, out_where))
@@ -149,6 +151,27 @@ class Fold:
         for i, tensor in zip(out_where, tensors, strict=True):
             outputs[i] = tensor
         return tree_unflatten(outputs, out_spec)
+
+
+def _modes() -> list[TorchFunctionMode]:
+    """Return the caller's function modes, which have no effect once _Enter steps out of vmap.
+
+    Those that trials and `operations` set are left out, as a fold enters its own.
+    """
+    own = "metakern.meta.functions", "metakern.meta.verify"
+    return [mode for mode in _get_current_function_mode_stack() if type(mode).__module__ not in own]
+
+
+@contextmanager
+def _pushed(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
+    """Set modes within the block, without what entering them may do besides."""
+    for mode in modes:
+        _push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in modes:
+            _pop_mode()
 
 
 class _Enter(torch.autograd.Function):

@@ -122,7 +122,10 @@ class Trial:
             if id(t) in self._own:
                 return self._own[id(t)]
             if not isinstance(t, nn.Parameter):
-                made = converted(t).requires_grad_(t.requires_grad and t.is_leaf)
+                made = converted(t).requires_grad_(t.requires_grad)
+                if not t.is_leaf:  # `_reached` finds a graph that is older than the loss
+                    with torch.enable_grad():
+                        made = made.clone()
             elif t.requires_grad or (t.is_floating_point() and dtype not in (None, t.dtype)):
                 made = nn.Parameter(converted(t), requires_grad=t.requires_grad)
             else:  # a frozen parameter is shared, not copied: under LoRA, they are most of the model
@@ -163,6 +166,8 @@ class Trial:
             if not losses.isfinite().all():
                 raise ValueError(f"MAML: loss must be finite for a plan to be verified, got {losses.tolist()}")
             self.graph |= self._needs_graph(probe)
+            if self.changed:
+                self._carries_nothing(pair)
             if not self.batches:
                 self.probe = probe
             self.batches.append(pair)
@@ -226,6 +231,28 @@ class Trial:
         except Exception:  # with a graph, the same call did not raise
             return True
         return False
+
+    def _carries_nothing(self, batch: Any) -> None:
+        """Raise ValueError where a loss depends on what the forward pass before it left in the modules.
+
+        Inner steps would then depend on each other in another way than by parameters, and tasks too.
+        """
+        losses: list[Tensor] = []
+        with self.steady(exact=False), torch.set_grad_enabled(self.graph), self.roles.bound([p[0] for p in self.phi]):
+            for _ in range(2):
+                seeded()
+                with Alike():
+                    losses.append(self.loss(self.roles.model, mapped(Tensor.clone, select(batch, 0))).detach())
+        tolerance = TOLERANCE if self.phi[0].dtype == torch.float64 else 1e-3
+        if torch.allclose(losses[0], losses[1], rtol=tolerance, atol=0, equal_nan=True):
+            return
+        names = {id(module): name for name, module in self.roles.model.named_modules()}
+        names |= {id(module._buffers): f"{name}.a buffer" for name, module in self.roles.model.named_modules()}
+        kept = sorted(f"{names[place]}.{name}".strip(".") for place, name in self.changed if place in names)
+        raise ValueError(
+            "MAML: the loss must not depend on what an earlier forward pass left in the model"
+            f" ({', '.join(kept[:3]) or 'in a container'}): begin anew in each forward pass, or pass it in the batch"
+        )
 
     @contextmanager
     def steady(self, exact: bool = True) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import pytest
@@ -21,6 +22,7 @@ from models import (
     sgd,
 )
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 import metakern as mk
@@ -477,3 +479,78 @@ def test_a_loss_without_gradients_is_refused() -> None:
 
     with pytest.raises(ValueError, match="loss must depend on an adapted parameter, got one with no gradient for any"):
         mk.MAML(model, detached)(points(1), points(2))
+
+
+class Counting(nn.Module):
+    """A model that keeps something at each forward pass, and reads it at the next one if it is told to."""
+
+    def __init__(self, kind: str, reads: bool) -> None:
+        super().__init__()
+        self.layer, self.kind, self.reads, self.count, self.kept = nn.Linear(5, 3), kind, reads, 0, torch.zeros(3)
+        self.register_buffer("state", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, self.count = self.layer(x), self.count + 1
+        kept = {"count": self.count, "kept": self.kept, "state": self.state}[self.kind]
+        y = torch.tanh(y + 0.1 * kept) if self.reads else torch.tanh(y)
+        setattr(self, "state" if self.kind == "state" else "kept", y.mean(0).detach())
+        return y
+
+
+@pytest.mark.parametrize(("kind", "named"), [("count", "count"), ("kept", "kept"), ("state", "a buffer")])
+def test_a_loss_that_reads_what_a_forward_pass_left_is_refused(kind: str, named: str) -> None:
+    support, query = points(0), points(9)
+    with pytest.raises(ValueError, match=rf"what an earlier forward pass left in the model \(.*{named}"):
+        mk.MAML(Counting(kind, True).double(), regression_loss, steps=3)(support, query)
+    model = Counting(kind, False).double()
+    for strategy in ("store", "recompute"):
+        found = gradients(model, mk.MAML(model, regression_loss, steps=3, strategy=strategy)(support, query))
+        assert_equal(found, gradients(model, plain_loss(model, regression_loss, support, query, 3, sgd(0.01))))
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        return result * 2 if func is torch.tanh else result
+
+
+class Reading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.register_buffer("scale", torch.tensor(1.25))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x))) * self.scale.tolist()
+
+
+def test_modes_of_the_caller_reach_a_folded_model() -> None:
+    model = Reading().double()
+    maml, loop = (mk.MAML(model, regression_loss, steps=2, batching=way) for way in ("fold", "loop"))
+    for i in range(5):
+        with Doubled() if i % 2 else nullcontext():
+            torch.testing.assert_close(maml(points(i), points(i + 9)), loop(points(i), points(i + 9)))
+        model.scale.add_(0.5)
+    assert any("values of a tensor (tolist)" in reason for reason in maml.plan.reasons)
+
+
+@pytest.mark.parametrize("place", ["attribute", "buffer"])
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_graph_from_before_the_call_is_refused_where_the_loss_reads_it(place: str, reads: bool) -> None:
+    model = mlp().double()
+    old = model[0].weight.mean() * 2
+    if place == "buffer":
+        model.register_buffer("old", old)
+    else:
+        model.old = old
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        value = regression_loss(model, batch)
+        return value * model.old if reads else value
+
+    maml = mk.MAML(model, loss, steps=2)
+    if reads:
+        with pytest.raises(ValueError, match="whose graph was made before"):
+            maml(points(0), points(9))
+    else:
+        maml(points(0), points(9)).backward()

@@ -47,6 +47,7 @@ _LEAVES_PYTORCH = {
     Tensor.__dlpack__,
     Tensor.storage,
     Tensor.__reduce_ex__,
+    Tensor.__repr__,
 }
 _MAKES_TENSORS = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor, Tensor.new}
 
@@ -124,7 +125,8 @@ class _Watcher(TorchFunctionMode):
         self.error: RecordError | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _LEAVES_PYTORCH:
+        reads = func in _MAKES_TENSORS and any(isinstance(arg, list | tuple) and leaves(arg, Tensor) for arg in args)
+        if func in _LEAVES_PYTORCH or reads:  # of a list of tensors, new ones have the numbers
             self.error = RecordError(f"Python looks at the values of a tensor ({func.__name__})")
             raise self.error
         result = func(*args, **(kwargs or {}))
