@@ -178,7 +178,13 @@ class Engine:
                     if id(value) not in seen:  # many modules may share one configuration object
                         seen[id(value)] = contents(value, numbers=False), contents(value, numbers=True)
                     found[place, name], numbers[place, name] = seen[id(value)]
-            found[place, "__class__"] = type(module), type(module).forward
+            try:
+                found[place, "__class__"] = type(module), type(module).forward
+            except AttributeError:
+                raise ValueError(
+                    f"MAML: modules must be Python's own, got a {type(module).__name__}, whose parameters can't be"
+                    " replaced by a task's: use the module that torch.jit made it of"
+                ) from None
             if module._buffers:  # one that is None is another loss than one that is a tensor
                 found[place, "_buffers"] = tuple((name, b is None) for name, b in module._buffers.items())
             found[place, "_modules"] = tuple(map(id, module._modules.values()))

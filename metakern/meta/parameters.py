@@ -46,6 +46,8 @@ class Parameters:
                     " shard the algorithm and not its layers, fully_shard(maml), and call maml.unshard() before"
                     " maml.adapt or maml.evaluate"
                 )
+            if parameter.requires_grad and parameter.is_complex():
+                raise ValueError(f"MAML: parameters must be real, got {name!r} of {parameter.dtype}")
             if selected(name) and not parameter.requires_grad and adapt is not None:
                 raise ValueError(
                     f"MAML: adapt must select trainable parameters, got {name!r}, which has requires_grad=False"
@@ -55,6 +57,9 @@ class Parameters:
         if not self.adapted:
             rule = "model must have trainable parameters" if adapt is None else "adapt must match a parameter's name"
             raise ValueError(f"MAML: {rule}, got {'none' if adapt is None else repr(adapt)}")
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+                raise ValueError(f"MAML: gradients must be dense, got the embedding {name!r} with sparse=True")
         names = {id(p): name for name, p in self.adapted.items()}
         self.places: list[tuple[nn.Module, str, str]] = [
             (module, attribute, names[id(parameter)])

@@ -164,6 +164,9 @@ class ModuleState:
                     buffer.data.copy_(value)
         for container, copied in self._containers:
             _refill(container, copied)
+        self.restore_generators()
+
+    def restore_generators(self) -> None:
         for put, state in self._generators:
             put(state)
 

@@ -241,6 +241,7 @@ class Trial:
         with self.steady(exact=False), torch.set_grad_enabled(self.graph), self.roles.bound([p[0] for p in self.phi]):
             for _ in range(2):
                 seeded()
+                self.state.restore_generators()
                 with Alike():
                     losses.append(self.loss(self.roles.model, mapped(Tensor.clone, select(batch, 0))).detach())
         tolerance = TOLERANCE if self.phi[0].dtype == torch.float64 else 1e-3

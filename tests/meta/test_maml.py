@@ -554,3 +554,27 @@ def test_a_graph_from_before_the_call_is_refused_where_the_loss_reads_it(place: 
             maml(points(0), points(9))
     else:
         maml(points(0), points(9)).backward()
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 3, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(self.weight.dtype) @ self.weight).abs()
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: torch.jit.trace(nn.Linear(5, 3).double(), points(0)[0]), "got a TopLevelTracedModule"),
+        (Complex, "parameters must be real, got 'weight' of torch.complex128"),
+        (lambda: nn.Sequential(nn.Embedding(3, 5, sparse=True)), "the embedding '0' with sparse=True"),
+    ],
+    ids=["traced", "complex", "sparse"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_no_batching_takes_are_refused(make: Any, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        mk.MAML(make(), regression_loss, steps=1)(points(0), points(9))
