@@ -488,6 +488,8 @@ class Trial:
                 continue
             a, b = _aligned(a, b)
             error = (a - b).norm().item() / max(norms[i], floor)
+            if not b.isfinite().all():
+                raise MismatchError(f"plain autograd's {what} has NaN or infinity on two tasks")
             if not error <= tolerance:
                 raise MismatchError(f"its {what} differs from plain autograd's by {error:.0e}")
             self.worst = max(self.worst, error)
