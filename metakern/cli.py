@@ -436,10 +436,9 @@ def _train(config: str | None, out: str | None, resume: bool, time: float | None
     out = out or str(Path("runs") / re.sub(r"\W+", "-", f"{settings.data}-{settings.model}-{settings.algorithm}"))
     if resume and not config and (begun := Path(out) / "config.toml").exists():
         settings = Config.parse(flags, "train", base=Config.load(begun))
-    for name in settings.idle(flags) if processes.is_first() else ():
-        note = describe(Config.__dataclass_fields__[name].metadata)
-        print(f"metakern: --{name.replace('_', '-')} changes nothing in this run: {note}", file=sys.stderr)
     with processes.joined():
+        if processes.is_first():
+            _name_idle(settings, flags)
         run = train(settings, out, resume=resume, seconds=time)
         if processes.is_first():
             best = f"best validation loss {run.state['best']:.4f} at step {run.state['step']}"
@@ -452,7 +451,16 @@ def _data(name: str, **flags: Any) -> None:
     from metakern.dialogue.worth import measure, show
 
     small = {"model": "gpt", "width": 64, "layers": 2, "outer_lr": 3e-3, "steps": 400}
-    show(name, measure(Config.parse(small | flags | {"data": name}, "data")), Console())
+    settings = Config.parse(small | flags | {"data": name}, "data")
+    _name_idle(settings, flags)
+    show(name, measure(settings), Console())
+
+
+def _name_idle(settings: Config, flags: Mapping[str, Any]) -> None:
+    """Name the flags that change nothing in a run with these settings."""
+    told = {key.name: describe(key.metadata) for key in fields(Config)}
+    for name in settings.idle(flags):
+        print(f"metakern: --{name.replace('_', '-')} changes nothing in this run: {told[name]}", file=sys.stderr)
 
 
 def _eval(

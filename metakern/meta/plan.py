@@ -257,8 +257,8 @@ class Planner:
                 " are kept"
             )
         if strategy == "auto":
-            steps = inner_steps * (3 * saved + 2 * copy_bytes + pairs / 2) + pairs
-            stored = min(fitting(working), tasks) * (steps + working)
+            graphs = inner_steps * (3 * saved + 2 * copy_bytes + pairs // 2) + pairs
+            stored = min(fitting(working), tasks) * (graphs + working)
             strategy = "store" if stored <= free // 4 else "recompute"
             fits = "fits" if strategy == "store" else "does not fit"
             reasons.append(

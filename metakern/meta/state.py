@@ -167,6 +167,7 @@ class ModuleState:
         self.restore_generators()
 
     def restore_generators(self) -> None:
+        """Restore only the random generators that modules hold."""
         for put, state in self._generators:
             put(state)
 

@@ -255,6 +255,23 @@ def test_chunks_may_take_as_much_memory_as_some_copies_of_the_weights(
     assert len(given) == 1  # the memory of the trial, once
 
 
+@pytest.mark.parametrize(("room", "chunk"), [(T, T), (T - 1, T - 1)])
+def test_the_pairs_of_all_steps_count_twice_in_a_chunk(room: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, support, query = 3, points(1), points(11)
+    options: dict[str, Any] = {"task_chunk": "auto", "strategy": "recompute", "batching": "fold"}
+    inner = mk.optim.SGD(lr=0.1)
+    first = implicit(mlp().double(), regression_loss, inner, steps, **options)
+    first(support, query)
+    assert first._engine.last is not None
+    batching, copy = first._engine.last.unroll.batching, sum(p.nbytes for p in first.parameters() if p.dim() == 1)
+    size = first.plan.activation_bytes + (3 + first.plan.snapshots) * copy + 2 * steps * batching.pair_bytes
+    monkeypatch.setattr(plan, "IMPLICIT_COPIES", 0)
+    monkeypatch.setattr(plan, "WORKING_BYTES", room * size + size // 2)
+    again = implicit(mlp().double(), regression_loss, inner, steps, **options)
+    again(support, query)
+    assert again.plan.task_chunk == chunk
+
+
 def test_nothing_is_left_of_the_trial_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
     trials: list[weakref.ref[Trial]] = []
     monkeypatch.setattr(engine, "LARGE_BYTES", 1)

@@ -261,7 +261,7 @@ class Captures:
         return -(-tasks // (threads * rounds)), truth
 
     def _run(self, calls: list[_Application], guards: Guards, truths: dict[Any, Results]) -> Iterator[Results]:
-        """Yield the results of the calls, which hold as many gradients at a time as there are threads.
+        """Yield the results of the calls as they come: gradients are as large as the model, and are not held for all.
 
         `truths`: the results of runs that were recorded just now, by the key of the program; the first call with such a
         key is the one that was recorded.

@@ -125,8 +125,7 @@ class _Watcher(TorchFunctionMode):
         self.error: RecordError | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        reads = func in _MAKES_TENSORS and any(isinstance(arg, list | tuple) and leaves(arg, Tensor) for arg in args)
-        if func in _LEAVES_PYTORCH or reads:  # of a list of tensors, new ones have the numbers
+        if func in _LEAVES_PYTORCH or (func in _MAKES_TENSORS and _holds_tensors(*args, *(kwargs or {}).values())):
             self.error = RecordError(f"Python looks at the values of a tensor ({func.__name__})")
             raise self.error
         result = func(*args, **(kwargs or {}))
@@ -253,8 +252,13 @@ class Recorder(Recording):
         return tuple(map(self._made, value)) if isinstance(value, list | tuple) else None
 
 
+def _holds_tensors(*args: Any) -> bool:
+    """Whether an argument is a list of tensors: what is made of it has their numbers, which Python reads."""
+    return any(isinstance(arg, list | tuple) and leaves(arg, Tensor) for arg in args)
+
+
 class _Traits(NamedTuple):
-    """What the declaration of an operation says, read once: that takes longer than small operations."""
+    """What the declaration of an operation says. It is read once, as reading takes longer than a small operation."""
 
     looks_at_data: bool
     has_side_effects: bool
