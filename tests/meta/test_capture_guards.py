@@ -831,7 +831,10 @@ UNSEEN: dict[str, tuple[Any, str]] = {
     "asarray": (times(lambda: 1.0 + 0 * float(np.asarray(SEEN)[0])), r"values of a tensor \(__array__\)"),
     "item": (times(lambda: 1.0 + 0 * SEEN[0].item()), "values of a tensor"),
     "a list of tensors": (times(lambda: 1.0 + 0 * torch.tensor([SEEN[0]]).sum()), r"values of a tensor \(tensor\)"),
-    "a list by keyword": (times(lambda: 1.0 + 0 * torch.tensor(data=[SEEN[0]]).sum()), r"values of a tensor \(tensor\)"),
+    "a list by keyword": (
+        times(lambda: 1.0 + 0 * torch.tensor(data=[SEEN[0]]).sum()),
+        r"values of a tensor \(tensor\)",
+    ),
     "a repr": (times(lambda: 1.0 + 0 * len(repr(SEEN))), r"values of a tensor \(__repr__\)"),
     "a counter": (None, r"a run changes model\.calls"),
     "a list that grows": (None, r"a run changes model\.seen"),

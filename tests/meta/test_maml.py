@@ -508,6 +508,22 @@ def test_a_loss_that_reads_what_a_forward_pass_left_is_refused(kind: str, named:
         assert_equal(found, gradients(model, plain_loss(model, regression_loss, support, query, 3, sgd(0.01))))
 
 
+class Noisy(nn.Module):
+    """A model that counts its calls and draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.generator, self.count = nn.Linear(5, 3), torch.Generator().manual_seed(0), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.layer(x) + torch.randn(3, generator=self.generator, dtype=x.dtype)
+
+
+def test_random_numbers_of_a_model_are_not_what_a_forward_pass_left() -> None:
+    assert mk.MAML(Noisy().double(), regression_loss, steps=2)(points(0), points(9)).isfinite()
+
+
 class Doubled(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
