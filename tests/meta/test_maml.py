@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -513,11 +514,11 @@ class Noisy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.generator, self.count = nn.Linear(5, 3), torch.Generator().manual_seed(0), 0
+        self.layer, self.generator, self.count = nn.Linear(5, 3), random.Random(0), 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.count += 1
-        return self.layer(x) + torch.randn(3, generator=self.generator, dtype=x.dtype)
+        return self.layer(x) + self.generator.random()
 
 
 def test_random_numbers_of_a_model_are_not_what_a_forward_pass_left() -> None:
