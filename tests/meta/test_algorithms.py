@@ -532,11 +532,25 @@ def test_the_solutions_of_imaml_have_the_dtypes_of_the_parameters() -> None:
 
 def test_imaml_has_no_residual_and_no_gradient_where_both_losses_are_at_their_minima() -> None:
     model, (x, _) = nn.Linear(5, 3).double(), points(1)
-    batch = x, model(x).detach()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_((8 * p).round())  # products of whole numbers are the same in any order
+    x = (8 * x).round()
+    y = model(x).detach()
     for solver in ("cg", "neumann"):
-        imaml = mk.IMAML(model, regression_loss, solver=solver)
-        found = gradients(model, imaml(batch, batch))
+        imaml = mk.IMAML(model, regression_loss, solver=solver, strength=8.0)
+        found = gradients(model, imaml((x, y), (x, y)))
         assert not any(g.any() for g in (*found.values(), imaml.residuals, imaml.inner_residuals))
+
+
+def test_imaml_has_no_residual_where_the_gradient_is_nothing_but_rounding() -> None:
+    model, (x, _) = nn.Linear(5, 3).double(), points(1)
+    y = torch.nextafter(model(x).detach(), torch.tensor(torch.inf).double())
+    imaml = mk.IMAML(model, regression_loss)
+    imaml((x, y), (x, y))
+    assert not imaml.inner_residuals.any()
+    imaml((x, y + 1e-6), (x, y))
+    assert imaml.inner_residuals.all()
 
 
 class ByLoss(mk.optim.InnerOptimizer):

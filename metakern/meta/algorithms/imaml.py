@@ -213,7 +213,9 @@ class IMAML(MAML):
         moved = [p - p0 for p, p0 in zip(phi, theta, strict=True)]
         pull = [strength * t for t in moved]
         size = norms(slope) + norms(pull)
-        rest = norms([g + t for g, t in zip(slope, pull, strict=True)]) / torch.where(size > 0, size, 1)
+        rest = norms([g + t for g, t in zip(slope, pull, strict=True)])
+        rounding = self.steps * torch.finfo(size.dtype).eps * strength * norms(phi)  # each step rounds phi
+        rest = torch.where(rest > rounding, rest / torch.where(size > 0, size, 1), 0)
         kept = [p.flatten(1) for p in phi] if self.keep_solutions else []
         of_strength = [-strength * _dot(x, moved).sum()] * len(inner.hyper_parameters())
         return [
