@@ -438,7 +438,7 @@ def _train(config: str | None, out: str | None, resume: bool, time: float | None
         settings = Config.parse(flags, "train", base=Config.load(begun))
     with processes.joined():
         if processes.is_first():
-            _name_idle(settings, flags)
+            _name_idle(settings, flags, processes.size())
         run = train(settings, out, resume=resume, seconds=time)
         if processes.is_first():
             best = f"best validation loss {run.state['best']:.4f} at step {run.state['step']}"
@@ -456,10 +456,11 @@ def _data(name: str, **flags: Any) -> None:
     show(name, measure(settings), Console())
 
 
-def _name_idle(settings: Config, flags: Mapping[str, Any]) -> None:
-    """Name the flags that change nothing in a run with these settings."""
+def _name_idle(settings: Config, flags: Mapping[str, Any], processes: int = 1) -> None:
+    """Name the flags that change nothing in a run with these settings and so many processes."""
     told = {key.name: describe(key.metadata) for key in fields(Config)}
-    for name in settings.idle(flags):
+    alone = ["shard"] if flags.get("shard") and processes == 1 else []
+    for name in [*settings.idle(flags), *alone]:
         print(f"metakern: --{name.replace('_', '-')} changes nothing in this run: {told[name]}", file=sys.stderr)
 
 

@@ -1,13 +1,15 @@
-"""Measure training over two processes of this machine, and simulate more of them.
+"""Measure training over several processes of this machine, and simulate more of them.
 
-    python -m benchmarks.scaling [--only equal,fsdp,ratio,stream,simulate] [--steps 50] [--megabytes 200]
+    python -m benchmarks.scaling [--only equal,shard,fsdp,ratio,stream,simulate] [--processes 2] [--steps 50]
+                                 [--megabytes 200]
 
-`equal` trains a small model with every algorithm, 7 tasks a step, in two processes and in one, and compares their
-weights, moments and logs. `fsdp` does so with a Llama of 4 layers in float64 that FSDP2 shards. `ratio` times a step of
-two processes, a thread each, as a ratio to that of one process with all tasks, beside the prediction of the cost model
-from a step with half of the tasks and an all-reduce. Timings need two idle cores. `stream` measures the memory of
-conversations that stay in their files, on a generated file. `simulate` computes speedups of the cost model
-(`benchmarks/scaling/model.py`) for three machines and draws them. Results go to benchmarks/results/scaling.json.
+`equal` trains a small model with every algorithm, 7 tasks a step, in several processes and in one, and compares their
+weights, moments and logs; `shard` does so with parameters that are divided between the processes. `fsdp` does so with a
+Llama of 4 layers in float64, in a loop of its own. `ratio` times a step of two processes, a thread each, as a ratio to
+that of one process with all tasks, beside the prediction of the cost model from a step with half of the tasks and an
+all-reduce. Timings need two idle cores. `stream` measures the memory of conversations that stay in their files, on a
+generated file. `simulate` computes speedups of the cost model (`benchmarks/scaling/model.py`) for three machines and
+draws them. Results go to benchmarks/results/scaling.json.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from benchmarks.results import FOLDER
 from benchmarks.scaling.model import Machine, Work, simulate
 from metakern.dialogue.processes import launch
 
-PARTS = ("equal", "fsdp", "ratio", "stream", "simulate")
+PARTS = ("equal", "shard", "fsdp", "ratio", "stream", "simulate")
 PROCESSES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # The rates that a process is assumed to have; the bandwidth is that to another machine.
 MACHINES = {
@@ -49,32 +51,33 @@ def simulated() -> dict[str, Any]:
     return {"processes": list(PROCESSES), "bandwidth": by_bandwidth, "model": by_model}
 
 
-def two(part: str, folder: Path, steps: int) -> None:
-    if code := launch(["-m", "benchmarks.scaling.shared", part, str(folder), str(steps)], 2):
+def shared(part: str, folder: Path, steps: int, processes: int) -> None:
+    if code := launch(["-m", "benchmarks.scaling.shared", part, str(folder), str(steps)], processes):
         raise SystemExit(code)
 
 
-def measured(part: str, folder: Path, steps: int, megabytes: int) -> dict[str, Any]:
-    """Return what a part of `benchmarks.scaling.shared` finds in two processes."""
+def measured(part: str, folder: Path, steps: int, processes: int, megabytes: int) -> dict[str, Any]:
+    """Return what a part of `benchmarks.scaling.shared` finds in several processes."""
     if part == "stream":
         command = [sys.executable, "-m", "benchmarks.scaling.streamed", str(folder), str(megabytes)]
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    if part != "equal":
-        two(part, folder, steps)
+    if part not in ("equal", "shard"):
+        shared(part, folder, steps, processes)
         return json.loads((folder / f"{part}.json").read_text())
     from benchmarks.scaling.shared import compared
 
-    two(part, folder / "two", steps)
+    shared(part, folder / "shared", steps, processes)
     alone = [sys.executable, "-m", "benchmarks.scaling.shared", part, str(folder / "one"), str(steps)]
     subprocess.run(alone, check=True)
     runs = sorted(run.name for run in (folder / "one").iterdir())
-    return {name: compared(folder / "two" / name, folder / "one" / name) for name in runs}
+    return {name: compared(folder / "shared" / name, folder / "one" / name) for name in runs}
 
 
 def main(argv: Sequence[str] = ()) -> None:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated (default: all)")
-    parser.add_argument("--steps", type=positive, default=50, help="outer steps of equal and fsdp (default: 50)")
+    parser.add_argument("--processes", type=positive, default=2, help="processes; ratio is for two (default: 2)")
+    parser.add_argument("--steps", type=positive, default=50, help="outer steps of equal, shard and fsdp (default: 50)")
     parser.add_argument("--megabytes", type=positive, default=200, help="size of the file of stream (default: 200)")
     parser.add_argument("--out", type=kept, default=FOLDER / "scaling.json", help="file for the results")
     args = parser.parse_args(argv)
@@ -86,9 +89,9 @@ def main(argv: Sequence[str] = ()) -> None:
             entry = simulated()
         else:
             with tempfile.TemporaryDirectory() as folder:
-                found = measured(part, Path(folder), args.steps, args.megabytes)
+                found = measured(part, Path(folder), args.steps, args.processes, args.megabytes)
             entry = {"machine": results.machine(), "steps": args.steps, **found}
-        results.keep(args.out, part, entry)
+        results.keep(args.out, part if args.processes == 2 else f"{part}, {args.processes} processes", entry)
         print(part, json.dumps(entry), flush=True)
     if "simulate" in args.only:
         pictures.draw_scaling(results.load(args.out)["simulate"])

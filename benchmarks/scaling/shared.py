@@ -33,7 +33,7 @@ OPTIONS = {
 ROUNDS, WARM = 15, 4  # the first calls plan and record
 
 
-def config_of(algorithm: str, steps: int) -> Config:
+def config_of(algorithm: str, steps: int, shard: bool = False) -> Config:
     """Return the config of a small training, with learned rates, two numbers of inner steps and the plain loss."""
     return Config(
         data="chatterbot:english",
@@ -55,16 +55,22 @@ def config_of(algorithm: str, steps: int) -> Config:
         pretrain_steps=10,
         eval_every=steps,
         threads=1,
+        shard=shard,
     )
 
 
-def equal(out: Path, steps: int) -> None:
+def equal(out: Path, steps: int, shard: bool = False) -> None:
     """Train with every algorithm into `out/<algorithm>`."""
     for name in ALGORITHMS:
         if not (out / name / "done").exists():
             with contextlib.redirect_stdout(io.StringIO()):
-                train(config_of(name, steps), out / name)
+                train(config_of(name, steps, shard), out / name)
             processes.first((out / name / "done").touch)
+
+
+def sharded(out: Path, steps: int) -> None:
+    """Train as `equal` does, with parameters that are divided between the processes."""
+    equal(out, steps, shard=True)
 
 
 def compared(two: Path, one: Path) -> dict[str, float]:
@@ -194,7 +200,7 @@ def timed(width: int) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[Path, int], None]] = {"equal": equal, "fsdp": fsdp, "ratio": ratio}
+PARTS: dict[str, Callable[[Path, int], None]] = {"equal": equal, "shard": sharded, "fsdp": fsdp, "ratio": ratio}
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")

@@ -90,7 +90,8 @@ def save_lora(model: nn.Module, directory: str | Path, parameters: Mapping[str, 
                 f"save_lora: trainable parameters must have a place in PEFT's format, got {name!r}, which is neither "
                 "LoRA's nor of a module without submodules: freeze it"
             )
-        tensors |= {join(path, key): values[join(path, key)] for key in module.state_dict()}
+        own = {*module._parameters, *module._buffers} - module._non_persistent_buffers_set
+        tensors |= {place: values[place] for key in own if (place := join(path, key)) in values}
     config = _config(model, layers)
     config |= {"bias": "lora_only" if biases else "none", "modules_to_save": sorted(modules) or None}
     data = {PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
@@ -99,8 +100,8 @@ def save_lora(model: nn.Module, directory: str | Path, parameters: Mapping[str, 
 
 
 def _values(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the model's state dict with the values of `parameters` in it."""
-    state = model.state_dict()
+    """Returns the model's tensors by all their names, with the values of `parameters` among them."""
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, value in parameters.items():
         if name not in state:
             raise ValueError(f"save_lora: parameters must have names of model's state dict, got {name!r}")

@@ -170,9 +170,13 @@ def _damaged(path: Path) -> CheckpointError:
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the trainable parameters and the persistent buffers of `module` by name; a shared one has one name."""
-    kept = module.state_dict(keep_vars=True).keys()
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    return trainable | {name: x for name, x in module.named_buffers() if name in kept}
+    passing = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, part in module.named_modules()
+        for name in part._non_persistent_buffers_set
+    }
+    return trainable | {name: x for name, x in module.named_buffers() if name not in passing}
 
 
 @torch.no_grad()

@@ -36,7 +36,8 @@ RECURRENT = ("rnn", "gru", "lstm")  # the models of a policy
 PARSERS = ("protonet", "protomaml", "finetune")  # the algorithms of a parser
 REMOVED = ("minutes", "pretrain_minutes")  # time limits, in the files of older runs
 # The settings that may differ from those with which a run began.
-MAY_CHANGE = ("steps", "patience", "pretrain_steps", "log_every", "eval_every", "eval_tasks", "device", "threads")
+OF_THE_MACHINE = ("shard", "device", "threads")
+MAY_CHANGE = ("steps", "patience", "pretrain_steps", "log_every", "eval_every", "eval_tasks", *OF_THE_MACHINE)
 LARGEST = 3e38  # of any number: float32 has no larger ones
 LARGEST_FILE = 2**20  # bytes
 LONGEST = 4096  # characters of a text, and texts or numbers of a list
@@ -282,6 +283,9 @@ class Config:
     eval_tasks: int = _option(0, "tasks in a validation; 0: all validation tasks", least=0, most=10**9)
     seed: int = _option(
         0, "seed of the split, the episodes, the initial weights and the dropout", least=0, most=2**63 - 1
+    )
+    shard: bool = _option(
+        False, "divide parameters, gradients and moments between the processes while no step uses them (FSDP2)"
     )
     device: str = _option("cpu", "where to compute", choices=("cpu", "cuda"))
     threads: int = _option(0, "CPU threads for PyTorch; 0: PyTorch's default", least=0, most=2**10)

@@ -49,6 +49,7 @@ __all__ = [
     "size",
     "sum_gradients",
     "synchronize",
+    "together",
     "weight",
 ]
 
@@ -80,7 +81,7 @@ def joined() -> Iterator[None]:
     if torch.cuda.is_available() and _on_this_machine() <= torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
-    with _together():
+    with together():
         store, place, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
         if _on_this_machine() == count:  # after a restart torchrun's store still has the addresses of dead processes
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -177,7 +178,7 @@ def gather(value: T) -> list[T]:
     if size() == 1:
         return [value]
     found: list[Any] = [None] * size()
-    with _together():
+    with together():
         dist.all_gather_object(found, value)
     return found
 
@@ -197,7 +198,7 @@ def first(call: Callable[[], T]) -> T:
         except UserError as error:
             error.everywhere = True
             outcome[1] = error
-    with _together():
+    with together():
         dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
@@ -208,7 +209,7 @@ def first(call: Callable[[], T]) -> T:
 def synchronize(tensors: Sequence[Tensor]) -> None:
     """Copy the values that `tensors` have in the first process into those of all others."""
     if size() > 1:
-        with _together():
+        with together():
             for tensor in tensors:
                 whole = tensor.detach().contiguous()
                 dist.broadcast(whole, 0)
@@ -250,7 +251,7 @@ def sum_gradients(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
         if has:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             gradients.append(p.grad)
-    with _together():
+    with together():
         reduced = []
         for bucket in _buckets(gradients):
             flat = torch.cat([g.reshape(-1) for g in bucket])
@@ -281,13 +282,13 @@ def _sum(numbers: Sequence[float]) -> list[float]:
     if size() == 1:
         return list(numbers)
     found = torch.tensor(numbers, dtype=torch.float64)
-    with _together():
+    with together():
         dist.all_reduce(found)
     return found.tolist()
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Turn what a collective raises where another process is gone into a `LostProcessError`."""
     try:
         yield

@@ -42,6 +42,7 @@ from metakern.dialogue.planning import Costs, PhaseCosts, planned, seconds_of, s
 from metakern.dialogue.rates import optimizers, tuned
 from metakern.dialogue.registry import ONE_NUMBER, PLAIN, build_algorithm, tokenizer_class
 from metakern.dialogue.run import Run, verified
+from metakern.dialogue.sharding import Sharding, clip, gathered, part_of, replicated
 from metakern.dialogue.split import Split
 from metakern.dialogue.tasks import EpisodeSource, curve, episodes, load_split, on_device_of, source_of
 from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
@@ -89,8 +90,8 @@ def train(
     Args:
         config: All settings of the run.
         out: The folder of the run, which must not hold another one.
-        resume: Continue the run in `out`. Only `steps`, `patience`, `log_every`, `eval_every`, `eval_tasks`, `device`
-            and `threads` may differ from its config, and `pretrain_steps` until the pretraining has ended.
+        resume: Continue the run in `out`. Only `steps`, `patience`, `log_every`, `eval_every`, `eval_tasks`, `device`,
+            `threads` and `shard` may differ from its config, and `pretrain_steps` until the pretraining has ended.
         start: The folder of another run, whose tokenizer and pretrained weights this one begins with. A baseline
             begins so.
         seconds: The time that all of it should take, by which `steps`, `pretrain_steps`, `eval_every` and `log_every`
@@ -162,6 +163,7 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
     plain, phases = _parts(run, sources)
     if start:
         _restore(run, "pretrained", run.body, start)
+    sharding = Sharding(run.algorithm, config.shard)
     if start or (resume and run.state["phase"] == "train"):
         phases = phases[-1:]
     with Log(out) as log, _stop_asked() as stop_asked:
@@ -172,20 +174,24 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
             log.say(costs.summary(config))
         for phase in phases:
             if phase.name == "train" and not saved:
-                if config.pretrain_steps and not start:
-                    _restore(run, "pretrained", run.body)
-                else:
-                    run.state = run.state or phase.beginning()
-                    _save(run, "pretrained", run.body)
-            loop = _Loop(run, phase, plain, log)
+                with sharding.whole(change=True):
+                    if config.pretrain_steps and not start:
+                        _restore(run, "pretrained", run.body)
+                    else:
+                        run.state = run.state or phase.beginning()
+                        _save(run, "pretrained", run.body)
+            loop = _Loop(run, phase, plain, log, sharding)
             if saved:
                 loop.restore(saved)
             else:
                 loop.begin()
                 if phase.name == "train" and _tells_worth(config) and not start:
-                    log.say(_worth_of_adaptation(config, plain, sources.language_validation))
+                    with sharding.whole():
+                        log.say(_worth_of_adaptation(config, plain, sources.language_validation))
             loop.go(stop_asked)
             saved = {}
+    if sharding.active:  # a run whose parameters are whole
+        run = replace(Run.create(out, config, tokenizer, labels), data=run.data)
     _restore(run, "best")
     if isinstance(sources.validation, Utterances):
         run.state["thresholds"] = calibrate(run, sources.validation)
@@ -367,15 +373,18 @@ def _rehearsal(
         run = Run.create(Path(folder), replace(config, log_every=sys.maxsize), tokenizer, labels)
         run.save_vocabulary()
         plain, phases = _parts(run, sources)
+        sharding = Sharding(run.algorithm, config.shard)
         again = time.perf_counter() - created  # what the training spends anew
         try:
-            found = {p.name: _Loop(run, p, plain, log).costs(seconds / 50) for p in phases}
+            found = {p.name: _Loop(run, p, plain, log, sharding).costs(seconds / 50) for p in phases}
         except DivergenceError:
             raise UserError(
                 "train: --time cannot be planned, as losses of the untrained model are not finite: try a lower inner_lr"
             ) from None
         if _tells_worth(config):
-            again += TUNING * seconds_of(partial(curve, plain, sources.language_validation, LOOKS, config.eval_tasks))
+            with sharding.whole():
+                look = partial(curve, plain, sources.language_validation, LOOKS, config.eval_tasks)
+                again += TUNING * seconds_of(look)
     again += sum(costs.first for costs in found.values())
     return Costs(time.perf_counter() - began + again, found["train"], found.get("pretrain"))
 
@@ -383,11 +392,10 @@ def _rehearsal(
 class _Loop:
     """The loop of one phase: outer steps, validations and checkpoints."""
 
-    def __init__(self, run: Run, phase: _Phase, plain: FineTune, log: Log) -> None:
-        self.run, self.phase, self.log = run, phase, log
+    def __init__(self, run: Run, phase: _Phase, plain: FineTune, log: Log, sharding: Sharding) -> None:
+        self.run, self.phase, self.log, self.sharding = run, phase, log, sharding
         self.config, self.algorithm = run.config, phase.algorithm
         self.looks = (0, *sorted(set(self.config.inner_steps))) if phase.name == "train" else (0,)
-        self.rates = _rates(self.algorithm) if phase.name == "train" else []
         self.plain = plain
         self.trained = [p for p in self.algorithm.parameters() if p.requires_grad]
         own = {id(p) for p in run.model.parameters()}
@@ -397,7 +405,8 @@ class _Loop:
             {"params": [p for p in model if p.ndim <= 1]},
             {"params": [p for p in self.trained if id(p) not in own], "lr": self.config.rate_lr},
         ]
-        self.optimizer = torch.optim.AdamW(groups, phase.lr, weight_decay=0.0)
+        together = False if sharding.active else None  # PyTorch updates no divided and whole parameters together
+        self.optimizer = torch.optim.AdamW(groups, phase.lr, weight_decay=0.0, foreach=together)
         self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def begin(self) -> None:
@@ -434,11 +443,14 @@ class _Loop:
         try:
             yield
         except processes.LostProcessError as error:
-            for buffer, before in buffers:
-                buffer.copy_(before)
-            if processes.is_first():
-                self.write()
             where = f"the run is saved at step {self.run.state['step']} of {self.phase.name}"
+            if self.sharding.active:
+                where = "its parts of the parameters are lost, and the run is as at the last checkpoint"
+            else:
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+                if processes.is_first():
+                    self.write(self.moments())
             cure = f"go on with: metakern train --resume --out {self.run.path}"
             raise processes.LostProcessError(f"{processes.LOST}; {where}; {cure}") from error
 
@@ -454,12 +466,12 @@ class _Loop:
         if self.phase.name == "train" and len(set(config.inner_steps)) > 1 and not isinstance(algorithm, ONE_NUMBER):
             algorithm.steps = config.inner_steps[state["step"] % len(config.inner_steps)]
         self.optimizer.zero_grad()
-        loss = _share(algorithm, support, query)
-        loss.backward()
+        loss = self.share(algorithm, support, query)
+        self.sharding.backward(loss)
         if config.lm_weight and self.phase.name == "train":
-            (config.lm_weight * _share(self.plain, support, query)).backward()
-        loss = processes.sum_gradients(self.trained, loss)
-        norm = torch.nn.utils.clip_grad_norm_(algorithm.parameters(), config.clip or math.inf)
+            self.sharding.backward(config.lm_weight * self.share(self.plain, support, query))
+        loss = processes.sum_gradients(replicated(self.trained), loss)
+        norm = clip(list(algorithm.parameters()), config.clip or math.inf)
         if not torch.isfinite(loss + norm):
             names = self.phase.episodes.names(state["step"], config.tasks)
             raise self.divergence(names, self.look(support, query).sum(0))
@@ -472,14 +484,26 @@ class _Loop:
         self.optimizer.step()
         if config.positive_rates:
             with torch.no_grad():
-                for rate in self.rates:
+                for rate in self.rates():
                     rate.clamp_(min=0)
+
+    def share(self, algorithm: Any, support: Any, query: Any) -> Tensor:
+        """Return what a process contributes to the mean loss over all tasks or, in plain training, labeled tokens."""
+        loss = self.sharding(algorithm, support, query)
+        counted = getattr(algorithm, "counted", None)
+        return loss * processes.weight(len(query["input_ids"]) if counted is None else counted)
+
+    def rates(self) -> list[Tensor]:
+        """Return the learned inner rates."""
+        if self.phase.name != "train":
+            return []
+        return [rate for optimizer in optimizers(self.algorithm) for rate in optimizer.lr.parameters()]
 
     def spread_of_rates(self) -> dict[str, float]:
         """Return the mean, the standard deviation and the share of negative values of the learned inner rates."""
-        if not self.rates:
+        if not (rates := self.rates()):
             return {}
-        every = torch.cat([rate.detach().flatten() for rate in self.rates])
+        every = torch.cat([gathered(rate.detach()).flatten() for rate in rates])
         negative = (every < 0).float().mean().item()
         return {"rate": every.mean().item(), "rate_std": every.std(correction=0).item(), "rate_negative": negative}
 
@@ -490,7 +514,8 @@ class _Loop:
     def look(self, support: Any, query: Any) -> Tensor:
         """Return the query losses after the numbers of inner steps in `looks`, `[len(looks), T]`, in eval mode."""
         self.algorithm.eval()
-        losses = self.algorithm.evaluate(support, query, steps=self.looks)
+        with self.sharding.whole():
+            losses = self.algorithm.evaluate(support, query, steps=self.looks)
         self.algorithm.train()
         return torch.cat(processes.gather(losses.cpu()), 1)
 
@@ -500,26 +525,28 @@ class _Loop:
         The best weights of the pretraining are `pretrained`.
         """
         run, config, state = self.run, self.config, self.run.state
-        processes.check_equal(self.trained, f"step {state['step']} of {self.phase.name}")
-        look = (self.algorithm, self.phase.validation, self.looks, config.eval_tasks)
-        names: list[str] = []
-        if isinstance(self.algorithm, FineTune) and len(self.looks) > 1:  # its training says nothing of the inner rates
-            _, losses = tuned(*look)
-        else:
-            names, losses = curve(*look)
-        if not losses.isfinite().all():
-            raise self.divergence(names or curve(*look)[0], losses.sum(0))
-        before, after = losses[0].mean().item(), losses[min(1, len(losses) - 1) :].mean().item()
-        self.log(self.phase.name, state["step"], validation_before=before, validation_after=after)
-        change = f" -> {after:.4f}" if len(losses) > 1 else ""
-        self.log.say(f"{self.phase.name} {state['step']}: validation loss {before:.4f}{change}")
-        state["worse"] = state.get("worse", 0) + 1
-        if state["best"] is None or after < state["best"]:
-            state["best"], state["worse"] = after, 0
-            if self.phase.name == "train":
-                _save(run, "best")
+        processes.check_equal(replicated(self.trained), f"step {state['step']} of {self.phase.name}")
+        with self.sharding.whole():
+            look = (self.algorithm, self.phase.validation, self.looks, config.eval_tasks)
+            names: list[str] = []
+            if isinstance(self.algorithm, FineTune) and len(self.looks) > 1:
+                # its training says nothing of the inner rates
+                _, losses = tuned(*look)
             else:
-                _save(run, "pretrained", run.body)
+                names, losses = curve(*look)
+            if not losses.isfinite().all():
+                raise self.divergence(names or curve(*look)[0], losses.sum(0))
+            before, after = losses[0].mean().item(), losses[min(1, len(losses) - 1) :].mean().item()
+            self.log(self.phase.name, state["step"], validation_before=before, validation_after=after)
+            change = f" -> {after:.4f}" if len(losses) > 1 else ""
+            self.log.say(f"{self.phase.name} {state['step']}: validation loss {before:.4f}{change}")
+            state["worse"] = state.get("worse", 0) + 1
+            if state["best"] is None or after < state["best"]:
+                state["best"], state["worse"] = after, 0
+                if self.phase.name == "train":
+                    _save(run, "best")
+                else:
+                    _save(run, "pretrained", run.body)
         self.save()
 
     def costs(self, limit: float) -> PhaseCosts:
@@ -548,15 +575,25 @@ class _Loop:
 
     def save(self) -> None:
         """Let the first process write the checkpoint `last`."""
-        processes.first(self.write)
+        moments = self.moments()
+        with self.sharding.whole():
+            processes.first(partial(self.write, moments))
 
-    def write(self) -> None:
+    def moments(self) -> dict[str, Tensor]:
+        """Return the state of the optimizer by the names of a checkpoint; in processes that write none, nothing."""
+        found: dict[str, Tensor] = {}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensor = gathered(value)
+                if processes.is_first():
+                    found[f"outer.{i}.{key}"] = tensor.cpu()
+        return found
+
+    def write(self, moments: Mapping[str, Tensor]) -> None:
         """Write the checkpoint `last`, which holds everything that the next step depends on."""
-        moments = self.optimizer.state_dict()["state"]
-        tensors = {f"outer.{i}.{key}": value for i, state in moments.items() for key, value in state.items()}
         if launch := processes.launch_id():
             self.run.state["launch"] = launch
-        self.run.save("last", extra=tensors | self.random())
+        self.run.save("last", extra={**moments, **self.random()})
 
     def random(self) -> dict[str, Tensor]:
         """Return the states of the random generators."""
@@ -578,7 +615,7 @@ class _Loop:
         for i, parameter in enumerate(parameters):
             names = {key: f"outer.{i}.{key}" for key in MOMENTS}
             if names["step"] in saved:  # the optimizer has moved this parameter
-                moments[i] = {key: saved.get(name, parameter) for key, name in names.items()}
+                moments[i] = {key: part_of(saved.get(name, parameter), parameter) for key, name in names.items()}
                 like |= {name: torch.zeros(()) if key == "step" else parameter for key, name in names.items()}
         checkpoint.check_tensors(like | {"random": torch.get_rng_state()}, saved, source)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
@@ -605,18 +642,6 @@ class _Loop:
         if (folder / "last.json").exists():
             cure = f"checkpoints/last holds step {checkpoint.load(folder, 'last')[1]['step']}: {cure}"
         return DivergenceError(f"{what} is not finite at {where}; {cure}")
-
-
-def _rates(algorithm: Any) -> list[Tensor]:
-    """Return the learned inner rates of an algorithm."""
-    return [rate for optimizer in optimizers(algorithm) for rate in optimizer.lr.parameters()]
-
-
-def _share(algorithm: Any, support: Any, query: Any) -> Tensor:
-    """Return what a process contributes to the mean loss over all tasks or, in plain training, all labeled tokens."""
-    loss = algorithm(support, query)
-    counted = getattr(algorithm, "counted", None)
-    return loss * processes.weight(len(query["input_ids"]) if counted is None else counted)
 
 
 def _schedule(config: Config, step: int, done: float) -> float:

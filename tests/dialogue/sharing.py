@@ -1,7 +1,7 @@
 """Trainings that two processes share, for test_processes.py: python sharing.py DATA OUT.
 
 In process 1 memory runs out once, a signal asks one training to stop, and another signal kills the process in the last
-one, which goes on after the restart by the launcher.
+two, which go on after a restart by the launcher. Some trainings divide their parameters between the processes.
 """
 
 import json
@@ -21,14 +21,15 @@ from metakern.dialogue.trainer import StoppedError, train
 
 RUNS = {
     "hypernetwork": {"algorithm": "hypernetwork", "algorithm_options": ("width=8", "rank=2"), "capture": False},
-    "finetune": {"algorithm": "finetune"},
+    "finetune": {"algorithm": "finetune", "shard": True},
     "mamlplusplus": {"algorithm": "mamlplusplus", "algorithm_options": ("anneal=4", "first_order_calls=1")},
+    "maml": {"pretrain_steps": 2, "lr_per": "all", "positive_rates": True, "clip": 0.1, "shard": True},
 }
 STOPPED_AT, KILLED_AT = 2, 4
 
 
 def config_of(name, data):
-    return tiny_config(data, tasks=7, pretrain_steps=0, lm_weight=0.3, **RUNS[name])
+    return tiny_config(data, **{"tasks": 7, "pretrain_steps": 0, "lm_weight": 0.3} | RUNS[name])
 
 
 def run_out_of_memory():
@@ -91,6 +92,9 @@ def main(data, out):
         if other:
             send(signal.SIGKILL, KILLED_AT)
     train(config_of("mamlplusplus", data), out / "mamlplusplus")
+    if other and os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+        send(signal.SIGKILL, KILLED_AT)
+    train(config_of("maml", data), out / "maml")
 
 
 if __name__ == "__main__":

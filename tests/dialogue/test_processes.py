@@ -19,7 +19,7 @@ from metakern.dialogue.evaluate import evaluate
 from metakern.dialogue.trainer import train
 from metakern.errors import UserError
 
-LAUNCH = "import sys; from metakern.dialogue.processes import launch; sys.exit(launch(sys.argv[1:], 2, max_restarts=1))"
+LAUNCH = "import sys; from metakern.dialogue.processes import launch; sys.exit(launch(sys.argv[1:], 2, max_restarts=2))"
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,7 @@ def test_all_processes_stop_at_the_step_in_which_one_is_asked_to(shared):
 def test_a_run_is_saved_when_a_process_is_killed(shared):
     saved = re.findall(r"has ended or can't be reached; the run is saved at step (\d) of train", shared[2])
     assert int(saved[0]) in (KILLED_AT - 1, KILLED_AT)  # the process may be gone before its last messages arrive
+    assert "its parts of the parameters are lost, and the run is as at the last checkpoint" in shared[2]
 
 
 def test_a_process_on_its_own_has_all_tasks():
@@ -134,6 +135,6 @@ def test_the_command_line_starts_processes_but_not_within_one_of_them(monkeypatc
 def test_commands_of_the_page_are_understood():
     page = (ROOT / "docs" / "scaling.md").read_text("utf-8").replace("\\\n", " ")
     commands = re.findall(r"^ *(?:metakern|.*-m metakern) (.*)$", page, re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         cli._parser().parse_args(shlex.split(command))

@@ -14,7 +14,7 @@ from tiny import tiny_config, write_tasks
 
 import metakern as mk
 from metakern import io
-from metakern.dialogue import checkpoint, rates, trainer
+from metakern.dialogue import checkpoint, rates, sharding, trainer
 from metakern.dialogue.config import Config
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.run import Run
@@ -277,7 +277,7 @@ def test_a_validation_that_is_not_finite_names_its_task(tmp_path, data, monkeypa
     ("losses", "what"), [([1.0, float("nan")], "the loss of task '{1}'"), ([1.0, 2.0], "the gradient")]
 )
 def test_a_diverged_step_names_its_task_or_the_gradient(tmp_path, data, monkeypatch, losses, what):
-    clip, calls, names = torch.nn.utils.clip_grad_norm_, [], []
+    clip, calls, names = sharding.clip, [], []
 
     def broken_at_step_2(parameters, limit):
         calls.append(limit)
@@ -287,7 +287,7 @@ def test_a_diverged_step_names_its_task_or_the_gradient(tmp_path, data, monkeypa
         names[:] = loop.phase.episodes.names(2, 2)
         return torch.tensor([[1.0, 1.0], losses])
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken_at_step_2)
+    monkeypatch.setattr("metakern.dialogue.trainer.clip", broken_at_step_2)
     monkeypatch.setattr("metakern.dialogue.trainer._Loop.look", look)
     with pytest.raises(DivergenceError) as error:
         train(tiny_config(data, pretrain_steps=0), tmp_path / "run")

@@ -433,6 +433,14 @@ def test_files_give_the_same_model_again(name: str, tmp_path: Path) -> None:
     ]
 
 
+def test_a_save_asks_for_no_state_dict(tmp_path: Path) -> None:
+    """In a model that FSDP2 has gathered, a state dict would divide the parameters again."""
+    model = SAVED["gpt2"]()
+    for module in model.modules():
+        module.register_state_dict_pre_hook(lambda *_: pytest.fail("a state dict"))
+    mk.save_lora(model, tmp_path)
+
+
 def test_saved_files_have_the_format_of_peft(tmp_path: Path) -> None:
     """Names, shapes and settings; the folder has no other file."""
     from safetensors.torch import load_file

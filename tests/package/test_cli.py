@@ -48,11 +48,13 @@ def test_flags_override_the_config_file(folder):
 
 def test_a_flag_that_changes_nothing_is_named(folder, tmp_path, capsys):
     start = ["train", "--config", str(folder / "tiny.toml"), "--steps", "1", "--out", str(tmp_path / "run")]
-    assert main([*start, "--hidden", "8", "--heads", "2", "--ways", "3"]) == 0
+    assert main([*start, "--hidden", "8", "--heads", "2", "--ways", "3", "--shard"]) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("metakern: ")]
     assert said == [
         "metakern: --heads changes nothing in this run: attention heads in a layer (gpt)",
         "metakern: --ways changes nothing in this run: intents of a task (parser)",
+        "metakern: --shard changes nothing in this run: divide parameters, gradients and moments between the processes"
+        " while no step uses them (FSDP2)",
     ]
 
 
@@ -65,6 +67,7 @@ def test_every_key_is_a_flag():
         "inner_steps": ("--inner-steps=1,3,5", (1, 3, 5)),
         "positive_rates": ("--positive-rates", True),
         "stream": ("--stream", True),
+        "shard": ("--shard", True),
         "shots": ("--shots=1,5", (1, 5)),
         "validation_tasks": ("--validation-tasks=bank*", ("bank*",)),
         "test_tasks": ("--test-tasks=gym,zoo", ("gym", "zoo")),
