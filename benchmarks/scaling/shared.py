@@ -105,7 +105,7 @@ def learner(lora: bool) -> mk.MAML:
 
 def trained(maml: nn.Module, steps: int, tasks: int = 4, alone: bool = False) -> torch.optim.Optimizer:
     """Take outer steps on random tokens; `alone`: with all tasks of a step."""
-    optimizer = torch.optim.AdamW([p for p in maml.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in maml.parameters() if p.requires_grad], lr=1e-3)
     draw = torch.Generator().manual_seed(1)
     for _ in range(steps):
         ids = torch.randint(64, (tasks, 3, 16), generator=draw)[slice(None) if alone else processes.share(tasks)]
