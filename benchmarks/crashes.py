@@ -10,11 +10,14 @@ those of the undisturbed run bit for bit, and no temporary file or lock may be l
     kill        kill -9 before each such call; a `write` has then written half of its bytes
     random      kill -9 at a random time
     full        from each `write` on, the disk is full: one line, exit code 2
+    limit       from each `write` on, no file may grow beyond half of it (ulimit -f): one line, exit code 2
     rename      each `rename` fails with EIO or ESTALE: one line, exit code 2
+    clock       before each call the clock is set to 1970 or to 2096: the command ends as if nothing had happened
     sigterm     at a random time: one line and exit code 130 once the training has begun, else the signal's end
     sigint      the same by Ctrl-C
     import      Ctrl-C while PyTorch is being imported: one line and exit code 130
     suspend     SIGSTOP and SIGCONT at a random time: the command ends as if nothing had happened
+    processes   kill -9 at a random time to one of two processes that share the training: the run goes on with two
     adapt       kill -9 before each call of `metakern adapt`
     eval        kill -9 before each call of `metakern eval --compare finetune`
 
@@ -29,6 +32,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -50,7 +54,7 @@ from metakern.dialogue import checkpoint
 from metakern.dialogue.config import Config
 
 CALLS = ("write", "fsync", "replace")
-AT_TIMES = ("random", "sigterm", "sigint", "import", "suspend")
+AT_TIMES = ("random", "sigterm", "sigint", "import", "suspend", "processes")
 NAMES = ("last", "best", "pretrained")
 WORDS = ("river", "stone", "cloud", "ember", "maple", "otter", "violin", "copper")
 SETTINGS: dict[str, Any] = {"vocab_size": 280, "max_length": 24, "support_size": 2, "query_size": 2, "model": "gru"}
@@ -106,6 +110,24 @@ def full_from(at: int) -> Callable[..., None]:
     return happens
 
 
+def limited_from(at: int) -> Callable[..., None]:
+    """From the call `at` on, files may have half as many bytes as it writes."""
+
+    def happens(count: int, name: str, args: tuple[Any, ...]) -> None:
+        if count == at:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(args[1]) // 2, resource.RLIM_INFINITY))
+
+    return happens
+
+
+def clock_at(at: int) -> Callable[..., None]:
+    def happens(count: int, name: str, args: tuple[Any, ...]) -> None:
+        if count == at:
+            time.time = lambda: (0.0, 4e9)[at % 2]
+
+    return happens
+
+
 def no_rename_at(at: int) -> Callable[..., None]:
     def happens(count: int, name: str, args: tuple[Any, ...]) -> None:
         if count == at and name == "replace":
@@ -124,17 +146,20 @@ class Command:
     """
 
     def __init__(self, arguments: Sequence[str], shim: Shim | None = None) -> None:
-        self.errors, self.calls = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115, closed with it
+        self.calls = tempfile.TemporaryFile()  # noqa: SIM115, closed with it
+        self.errors, errors = os.pipe()
         self.child = os.fork()
         if not self.child:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(self.errors.fileno(), 2)
+            os.dup2(errors, 2)
             io.os = shim or os  # type: ignore[attr-defined]
             code = cli.main(arguments)
             sys.stderr.flush()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             if shim:
                 os.write(self.calls.fileno(), " ".join(shim.calls).encode())
             os._exit(code)
+        os.close(errors)
 
     def end(self) -> tuple[int, list[str]]:
         """Wait for the end of the command; return its exit code, or minus a signal, and the lines of its errors."""
@@ -143,8 +168,8 @@ class Command:
             if time.monotonic() > deadline:
                 os.kill(self.child, signal.SIGKILL)
             time.sleep(0.005)
-        self.errors.seek(0)
-        return os.waitstatus_to_exitcode(ended[1]), self.errors.read().decode().splitlines()
+        with open(self.errors, "rb") as errors:
+            return os.waitstatus_to_exitcode(ended[1]), errors.read().decode().splitlines()
 
     def seen(self) -> list[str]:
         """Return the names of the calls that the shim saw."""
@@ -168,7 +193,8 @@ class Campaign:
         (folder / "config.toml").write_text(config.toml())
         began = time.monotonic()
         command = Command(self.train(folder / "whole"), Shim(nothing))
-        assert command.end()[0] == 0, command.end()
+        ended = command.end()
+        assert not ended[0], ended
         self.seconds, self.calls = time.monotonic() - began, command.seen()
         self.whole = facts(folder / "whole")
 
@@ -214,6 +240,39 @@ class Campaign:
         subprocess.run(["rm", "-rf", out], check=True)
         return wrong and f"{where}: {wrong}"
 
+    def shared(self, times: int) -> Iterator[str]:
+        """Kill one of two processes, and compare with two that nothing happened to."""
+        alone, self.whole = self.whole, {}
+        began = time.monotonic()
+        code, said = self.two(self.folder / "two")
+        seconds, self.whole = time.monotonic() - began, facts(self.folder / "two")
+        yield f"two processes ended with {code}: {said[-200:]!r}" if code else ""
+        for _ in range(times - 1):
+            out, wait, which = self.folder / "run", self.draw.uniform(0, seconds), self.draw.randrange(2)
+            code, said = self.two(out, wait, which)
+            ended = not code or "go on with" in said or not checkpoint.exists(out / "checkpoints", "last")
+            wrong = "" if ended else f"ended with {code}: {said[-200:]!r}"
+            if not wrong and (again := self.two(out))[0]:
+                wrong = f"going on ended with {again}"
+            if not wrong:
+                found = facts(out)
+                wrong = ", ".join(key for key in self.whole if found[key] != self.whole[key])
+            subprocess.run(["rm", "-rf", out], check=True)
+            yield wrong and f"process {which}, {wait:.2f} s: {wrong}"
+        self.whole = alone
+
+    def two(self, out: Path, wait: float | None = None, which: int = 0) -> tuple[int, str]:
+        """Train in two processes, of which one is killed after `wait` seconds; return the exit code and the errors."""
+        command = [sys.executable, "-m", "metakern", *self.train(out), "--processes", "2"]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if wait is not None:
+            time.sleep(wait)
+            workers = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+            if child.poll() is None and len(found := workers.read_text().split()) == 2:
+                os.kill(int(found[which]), signal.SIGKILL)
+        said = child.communicate()[1]
+        return child.returncode, said
+
     def imports(self, times: int) -> Iterator[str]:
         for _ in range(times):
             command = [sys.executable, "-m", "metakern", "doctor"]
@@ -254,7 +313,8 @@ class Campaign:
     ) -> Iterator[str]:
         """Kill a command before its calls, and repeat it."""
         command = Command(arguments, Shim(nothing))
-        assert command.end()[0] == 0, command.end()
+        ended = command.end()
+        assert not ended[0], ended
         whole = found()
         for at in range(1, len(command.seen()) + 1, every):
             if start:
@@ -316,11 +376,14 @@ def trials_of(campaign: Campaign, times: int, every: int) -> dict[str, Callable[
         "kill": lambda: campaign.at_calls(every, kill_at, {-9}),
         "random": lambda: campaign.at_times(times, (signal.SIGKILL,), {0, -9}),
         "full": lambda: campaign.at_calls(every, full_from, {2}, of=["write"]),
+        "limit": lambda: campaign.at_calls(every, limited_from, {2}, of=["write"]),
         "rename": lambda: campaign.at_calls(every, no_rename_at, {2}, of=["replace"]),
+        "clock": lambda: campaign.at_calls(every, clock_at, {0}),
         "sigterm": lambda: campaign.at_times(times, (signal.SIGTERM,), stops | {-15}),
         "sigint": lambda: campaign.at_times(times, (signal.SIGINT,), stops),
         "import": lambda: campaign.imports(times),
         "suspend": lambda: campaign.at_times(times, (signal.SIGSTOP, signal.SIGCONT), {0}),
+        "processes": lambda: campaign.shared(times),
         "adapt": lambda: campaign.adapts(every),
         "eval": lambda: campaign.evals(every),
     }

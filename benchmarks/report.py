@@ -18,6 +18,7 @@ from benchmarks.manager_tables import parsers_table, policies_table
 from benchmarks.options import Parser
 from benchmarks.pictures import bases, draw, markup, stem
 from benchmarks.results import FOLDER, ROOT, machine
+from benchmarks.runs_tables import crashes_table, damage_table, equality_table, fsdp_table, ratio_table
 from benchmarks.tables import (
     ONE_CORE,
     algorithms_tables,
@@ -104,6 +105,18 @@ and the episodes; a task that several seeds test counts once."""
 REPLIES = """\
 The share of questions that are answered right after k inner steps, greedily: "taught" ones are in the support, "unseen"
 ones in the query. `metakern.dialogue.replies` says what is right."""
+PROCESSES = """\
+Training in several processes of one machine (`python -m benchmarks.scaling`), 7 tasks a step, 50 steps, against one
+process: the relative difference of weights and moments, the largest over all algorithms, with whole parameters and with
+those that `--shard` divides."""
+FSDP = "A Llama of 4 layers in float64, in a loop of its own that FSDP2 divides, after 50 steps:"
+RATIO = "The time of a step of two processes, a thread each, over that of one process with all tasks:"
+CRASHES = """\
+Commands that are killed or hindered where they touch the disk, and go on (`python -m benchmarks.crashes`). "Right" is a
+run that is in the end, bit for bit, the one that nothing happened to."""
+DAMAGE = """\
+Damage to the files of a run (`python -m benchmarks.damage`): refused in one line, replaced by the checkpoint before,
+harmless as the run is the same, or not noticed ("silent")."""
 GPU = """\
 `python -m benchmarks.gpu`, from a clone on a machine with a GPU. A check compares all orders of an op, or a
 meta-gradient, with float64. Its error may be twice that of plain PyTorch in the same dtype, and some units of rounding
@@ -195,6 +208,8 @@ def full() -> str:
     parts += ["## Dialogue", DIALOGUE, dialogue.ratios_table(), REPLIES, dialogue.replies_table(), dialogue.machines()]
     parts += ["## Recurrent cells", RECURRENT, recurrent_table(), BATCH_1, recurrent_targets_table()]
     parts += ["## Attention", ATTENTION, attention_table(), "## Ops", OPS, ops_table()]
+    parts += ["## Many processes", PROCESSES, equality_table(), FSDP, fsdp_table(), RATIO, ratio_table()]
+    parts += ["## Crashes and damage", CRASHES, crashes_table(), DAMAGE, damage_table()]
     for found in gpu.gpus():
         parts += [f"## {gpu.title(found)}", GPU, gpu.about(found), gpu.checks(found), GPU_WORKLOADS]
         parts += [gpu.workloads(found), GPU_META, gpu.meta(found), GPU_ATTENTION, gpu.attention(found)]

@@ -17,6 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from metakern import io
 from metakern.errors import CheckpointError
 from metakern.optim.base import ByName
 
-__all__ = ["check_tensors", "exists", "load", "load_module", "module_tensors", "save", "state_of"]
+__all__ = ["check_tensors", "exists", "load", "load_module", "module_tensors", "save", "state_of", "sweep"]
 
 LARGEST_STATE = 2**24  # bytes of a JSON file
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -62,10 +63,24 @@ def save(folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[
     if _sha256(path) not in ("", sha256):
         io.write(_before(folder, name), io.read(path))
     io.write(path, json.dumps({**record, "digest": _digest(record)}, indent=1).encode())
-    kept = {_tensors_of(name, digest) for digest in (sha256, _sha256(_before(folder, name)))}
+    _sweep(folder, name)
+
+
+def sweep(folder: Path) -> None:
+    """Remove tensors that belong to no checkpoint of a folder, such as a process leaves that is killed after a save."""
+    for name in {path.name.rpartition("-")[0] for path in folder.glob("*-*.safetensors")}:
+        _sweep(folder, name)
+
+
+def _sweep(folder: Path, name: str) -> None:
+    records = folder / f"{name}.json", _before(folder, name)
+    if any(path.exists() and not _sha256(path) for path in records):
+        return  # what belongs to a damaged file can't be told
+    kept = {_tensors_of(name, _sha256(path)) for path in records}
     for old in folder.glob(f"{name}-*.safetensors"):
         if old.name not in kept:
-            old.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that can't be written may still be read
+                old.unlink()
 
 
 def load(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

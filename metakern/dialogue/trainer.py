@@ -220,9 +220,14 @@ def _augment(config: Config, tasks: int) -> float:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Within the block, the first process holds the lock of the run's folder."""
+    """Within the block, the first process holds the lock of the run's folder, from which it removes leftovers."""
+
+    def enter() -> None:
+        stack.enter_context(io.locked(out))
+        checkpoint.sweep(out / "checkpoints")
+
     with ExitStack() as stack:
-        processes.first(lambda: stack.enter_context(io.locked(out)))
+        processes.first(enter)
         yield
 
 

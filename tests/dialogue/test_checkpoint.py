@@ -160,6 +160,17 @@ def test_a_missing_checkpoint_is_an_error(saved):
         checkpoint.load(saved, "last")
 
 
+def test_tensors_of_no_checkpoint_are_swept(saved):
+    kept = set(saved.iterdir())
+    (saved / "last-0123456789abcdef.safetensors").write_bytes(b"left by a killed process")
+    checkpoint.sweep(saved)
+    assert set(saved.iterdir()) == kept
+    (saved / "last-0123456789abcdef.safetensors").touch()
+    (saved / "last.json").write_text("{}")
+    checkpoint.sweep(saved)
+    assert set(saved.iterdir()) == {*kept, saved / "last-0123456789abcdef.safetensors"}
+
+
 class Tied(nn.Module):
     def __init__(self, width=3):
         super().__init__()
