@@ -18,7 +18,14 @@ from benchmarks.manager_tables import parsers_table, policies_table
 from benchmarks.options import Parser
 from benchmarks.pictures import bases, draw, markup, stem
 from benchmarks.results import FOLDER, ROOT, machine
-from benchmarks.runs_tables import crashes_table, damage_table, equality_table, fsdp_table, ratio_table
+from benchmarks.runs_tables import (
+    crashes_table,
+    damage_table,
+    equality_table,
+    fsdp_table,
+    ratio_table,
+    soak_table,
+)
 from benchmarks.tables import (
     ONE_CORE,
     algorithms_tables,
@@ -114,6 +121,9 @@ RATIO = "The time of a step of two processes, a thread each, over that of one pr
 CRASHES = """\
 Commands that are killed or hindered where they touch the disk, and go on (`python -m benchmarks.crashes`). "Right" is a
 run that is in the end, bit for bit, the one that nothing happened to."""
+SOAK = """\
+What a process holds over thousands of outer steps on batches of many shapes, with evaluations in between (`python -m
+benchmarks.soak`). By the first quarter of the steps every shape has come about ten times."""
 DAMAGE = """\
 Damage to the files of a run (`python -m benchmarks.damage`): refused in one line, replaced by the checkpoint before,
 harmless as the run is the same, or not noticed ("silent")."""
@@ -209,7 +219,7 @@ def full() -> str:
     parts += ["## Recurrent cells", RECURRENT, recurrent_table(), BATCH_1, recurrent_targets_table()]
     parts += ["## Attention", ATTENTION, attention_table(), "## Ops", OPS, ops_table()]
     parts += ["## Many processes", PROCESSES, equality_table(), FSDP, fsdp_table(), RATIO, ratio_table()]
-    parts += ["## Crashes and damage", CRASHES, crashes_table(), DAMAGE, damage_table()]
+    parts += ["## Crashes, damage and long runs", CRASHES, crashes_table(), DAMAGE, damage_table(), SOAK, soak_table()]
     for found in gpu.gpus():
         parts += [f"## {gpu.title(found)}", GPU, gpu.about(found), gpu.checks(found), GPU_WORKLOADS]
         parts += [gpu.workloads(found), GPU_META, gpu.meta(found), GPU_ATTENTION, gpu.attention(found)]

@@ -93,6 +93,20 @@ def damage_table() -> str:
     return _counted(rows, ("refused", "replaced", "harmless", "silent", "traceback"))
 
 
+def soak_table() -> str:
+    """A row for each training: what the process held at a quarter of the steps and at the end."""
+    rows, where = [], {}
+    for name, entry in results.load(FOLDER / "soak.json").items():
+        looks = entry["looks"]
+        early, late = looks[len(looks) // 4 - 1], looks[-1]
+        steps = (f"{look['step']:,}" for look in (early, late))
+        memory = (f"{look['memory_mib']:.1f} MiB" for look in (early, late))
+        counts = (f"{early[key]:.0f}, {late[key]:.0f}" for key in ("files", "threads"))
+        rows.append([name, f"{entry['shapes']}", ", ".join(steps), ", ".join(memory), *counts])
+        where[described(entry)] = None
+    return "\n".join([table(["", "shapes", "after steps", "memory", "open files", "threads"], rows), "", *where])
+
+
 def _part(name: str) -> tuple[str, str]:
     part, _, processes = name.partition(", ")
     return part, processes.partition(" ")[0] or "2"

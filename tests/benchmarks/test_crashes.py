@@ -11,12 +11,12 @@ from benchmarks import crashes
 @pytest.mark.slow
 def test_a_run_that_was_killed_or_hindered_ends_as_if_nothing_had_happened(tmp_path):
     command = [sys.executable, "-m", "benchmarks.crashes", "--out", tmp_path / "crashes.json"]
-    command += ["--only", "kill,full", "--every", "60"]
+    command += ["--only", "kill,full,limit,clock", "--every", "60"]
     said = crashes.subprocess.run(command, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stdout + said.stderr
     found = json.loads((tmp_path / "crashes.json").read_text())
-    assert found.keys() == {"kill", "full"}
-    assert found["kill"]["trials"].keys() == {"right"}
+    assert found.keys() == {"kill", "full", "limit", "clock"}
+    assert all(entry["trials"].keys() == {"right"} for entry in found.values())
 
 
 def test_a_difference_in_a_bit_is_one():
