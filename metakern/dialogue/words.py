@@ -89,6 +89,8 @@ def length(word: str) -> int:
     >>> length("incomprehensibilities"), length("สวัสดีครับ")
     (1, 2)
     """
+    if word.isascii():
+        return 1
     letters = sum(KINDS[ord(c)] == "L" for c in word) if UNSPACED.match(word) else 0
     return max(1, round(letters / LETTERS_OF_A_WORD))
 
