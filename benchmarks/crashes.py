@@ -323,7 +323,7 @@ class Campaign:
                 subprocess.run(["rm", "-rf", out], check=True)
             Command(arguments, Shim(kill_at(at))).end()
             code, lines = Command(arguments).end()
-            done = code == 2 and lines == [f"metakern: {out}: holds a run already; choose another --out"]
+            done = code == 2 and lines == [f"metakern: {out}: holds a run already; choose another folder"]
             if code and not done:
                 yield f"call {at}: the command ended with {code}: {lines[-1:]}"
             else:

@@ -161,7 +161,7 @@ def _train(config: Config, out: Path, resume: bool, start: Path | None, seconds:
     if not resume:
         prepare(run.model, split.train, tokenizer)
     plain, phases = _parts(run, sources)
-    if start:
+    if start and not resume:
         _restore(run, "pretrained", run.body, start)
     sharding = Sharding(run.algorithm, config.shard)
     if start or (resume and run.state["phase"] == "train"):

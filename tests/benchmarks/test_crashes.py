@@ -11,11 +11,11 @@ from benchmarks import crashes
 @pytest.mark.slow
 def test_a_run_that_was_killed_or_hindered_ends_as_if_nothing_had_happened(tmp_path):
     command = [sys.executable, "-m", "benchmarks.crashes", "--out", tmp_path / "crashes.json"]
-    command += ["--only", "kill,full,limit,clock", "--every", "60"]
+    command += ["--only", "kill,full,limit,clock,adapt,eval", "--every", "60"]
     said = crashes.subprocess.run(command, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stdout + said.stderr
     found = json.loads((tmp_path / "crashes.json").read_text())
-    assert found.keys() == {"kill", "full", "limit", "clock"}
+    assert found.keys() == {"kill", "full", "limit", "clock", "adapt", "eval"}
     assert all(entry["trials"].keys() == {"right"} for entry in found.values())
 
 

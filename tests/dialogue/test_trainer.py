@@ -90,6 +90,22 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path, data, 
     assert log_of(tmp_path / "whole", "train") == log_of(tmp_path / "cut", "train")
 
 
+def test_a_resumed_baseline_goes_on_from_its_own_weights(tmp_path, data, monkeypatch):
+    """Not from those that it started with again."""
+    config = tiny_config(data)
+    train(config, tmp_path / "run")
+    baseline = replace(config, algorithm="finetune")
+    train(baseline, tmp_path / "whole", start=tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(StoppedError):
+            train(baseline, tmp_path / "cut", start=tmp_path / "run")
+    train(baseline, tmp_path / "cut", resume=True, start=tmp_path / "run")
+    (whole, state), (cut, other) = final(tmp_path / "whole"), final(tmp_path / "cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert {**state, "seconds": 0} == {**other, "seconds": 0}
+
+
 @pytest.mark.slow
 def test_a_finished_run_can_be_resumed_with_more_steps(tmp_path, data):
     config = tiny_config(data, cosine=False)
