@@ -56,6 +56,7 @@ from metakern.dialogue.config import Config
 CALLS = ("write", "fsync", "replace")
 AT_TIMES = ("random", "sigterm", "sigint", "import", "suspend", "processes")
 NAMES = ("last", "best", "pretrained")
+OWN = ("seconds", "launch")  # what a state has of a launch of its own
 WORDS = ("river", "stone", "cloud", "ember", "maple", "otter", "violin", "copper")
 SETTINGS: dict[str, Any] = {"vocab_size": 280, "max_length": 24, "support_size": 2, "query_size": 2, "model": "gru"}
 SETTINGS |= {"width": 8, "hidden": 8, "layers": 1, "inner_steps": 1, "tasks": 2, "lr_per": "parameter", "dropout": 0.1}
@@ -352,7 +353,7 @@ def facts(run: Path) -> dict[str, Any]:
     for name in NAMES:
         tensors, state = checkpoint.load(run / "checkpoints", name)
         found[name] = {key: x.numpy().tobytes() for key, x in tensors.items()}
-        found[f"state of {name}"] = {key: value for key, value in state.items() if key != "seconds"}
+        found[f"state of {name}"] = {key: value for key, value in state.items() if key not in OWN}
     left = [path.name for path in run.rglob(".*")]
     found["left over"] = left + [name for name in NAMES if len(list(run.glob(f"checkpoints/{name}-*.safetensors"))) > 2]
     return found
