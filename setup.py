@@ -37,7 +37,7 @@ ISAS = MACHINES.get(platform.machine(), {"baseline": []})
 SANITIZERS = []
 if os.environ.get("METAKERN_SANITIZE") == "1":  # for tests: the kernels abort on a bad memory access
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    SANITIZERS += ["-fno-sanitize=null,object-size,pointer-overflow,vptr"]  # slow to compile; ASan sees what they would
+    SANITIZERS += ["-fno-sanitize=null,object-size,pointer-overflow,vptr"]  # slow to compile; ASan finds the accesses
     FLAGS += ["-O1", "-g1", *SANITIZERS]
     ISAS.pop("avx2", None)
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Icsrc/cuda", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]

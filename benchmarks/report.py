@@ -123,7 +123,7 @@ Commands that are killed or hindered where they touch the disk, and go on (`pyth
 run that is in the end, bit for bit, the one that nothing happened to."""
 SOAK = """\
 What a process holds over thousands of outer steps on batches of many shapes, with evaluations in between (`python -m
-benchmarks.soak`). By the first quarter of the steps every shape has come about ten times."""
+benchmarks.soak`): after a quarter of the steps, by when every shape has come, and at the end."""
 DAMAGE = """\
 Damage to the files of a run (`python -m benchmarks.damage`): refused in one line, replaced by the checkpoint before,
 harmless as the run is the same, or not noticed ("silent")."""

@@ -4,8 +4,8 @@
 
 A model is meta-trained twice, with `capture=True` and with `capture=False`, and evaluated now and then. A step draws
 one of the shapes, which differ in the numbers of tasks and of examples. Memory, open files and threads are read at 20
-times. Every shape has been drawn by the first quarter, on average ten times; from then on nothing may grow. The numbers
-go to benchmarks/results/soak.json.
+times. By the first quarter of the steps every shape has been drawn, with the defaults ten times on average; from then
+on nothing may grow. The numbers go to benchmarks/results/soak.json.
 """
 
 from __future__ import annotations

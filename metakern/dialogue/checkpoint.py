@@ -68,7 +68,7 @@ def save(folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[
 
 def sweep(folder: Path) -> None:
     """Remove tensors that belong to no checkpoint of a folder, such as a process leaves that is killed after a save."""
-    for name in {path.name.rpartition("-")[0] for path in folder.glob("*-*.safetensors")}:
+    for name in {path.name.removesuffix(".json").removesuffix("-before") for path in folder.glob("*.json")}:
         _sweep(folder, name)
 
 
@@ -77,7 +77,7 @@ def _sweep(folder: Path, name: str) -> None:
     if any(path.exists() and not _sha256(path) for path in records):
         return  # what belongs to a damaged file can't be told
     kept = {_tensors_of(name, _sha256(path)) for path in records}
-    for old in folder.glob(f"{name}-*.safetensors"):
+    for old in folder.glob(f"{name}-{'[0-9a-f]' * 16}.safetensors"):  # not what somebody else has put there
         if old.name not in kept:
             with suppress(OSError):  # a folder that can't be written may still be read
                 old.unlink()

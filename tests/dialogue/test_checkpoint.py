@@ -161,6 +161,8 @@ def test_a_missing_checkpoint_is_an_error(saved):
 
 
 def test_tensors_of_no_checkpoint_are_swept(saved):
+    for name in ("last-mine", "my-model", "other-0123456789abcdef"):
+        (saved / f"{name}.safetensors").write_bytes(b"somebody's own")
     kept = set(saved.iterdir())
     (saved / "last-0123456789abcdef.safetensors").write_bytes(b"left by a killed process")
     checkpoint.sweep(saved)

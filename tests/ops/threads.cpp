@@ -59,7 +59,7 @@ void units(unsigned seed) {
     }
 }
 
-// Programs of sums, elementwise instructions and products, with results that do not depend on the threads.
+// Programs of elementwise instructions and a product, with results that do not depend on the threads.
 void executables(unsigned seed) {
     std::mt19937 random(seed);
     const int64_t rows = 96, columns = 512, size = rows * columns;
