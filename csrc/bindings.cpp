@@ -119,6 +119,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
         .def("add_rows", &Executable::add_rows)
         .def("check", &Executable::check)
         .def_property_readonly("bytes", &Executable::bytes)
+        .def_property_readonly("size", &Executable::size)
         .def("release", &Executable::release)
         .def("run", &Executable::run, py::arg("bases"), py::arg("threads"), py::arg("bfloat16"), py::call_guard<py::gil_scoped_release>());
 }

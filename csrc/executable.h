@@ -50,7 +50,9 @@ public:
     // held. The results of a run that stopped are incomplete.
     bool run(const std::vector<std::vector<std::uintptr_t>>& bases, int threads, bool bfloat16);
 
+    // The bytes of the arena, and those of the instructions.
     std::int64_t bytes() const { return bytes_; }
+    std::int64_t size() const { return static_cast<std::int64_t>(code_.capacity() * sizeof(code_[0])); }
 
     // Frees the arenas of all executables, unless one is running. The next run allocates again.
     void release();

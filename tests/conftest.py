@@ -1,11 +1,13 @@
 """Options and fixtures of all tests.
 
-Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported.
+Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported. Tests run with one thread
+unless they set another number.
 """
 
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import re
 import shutil

@@ -34,6 +34,7 @@ from metakern.meta.batches import select, structure, tasks_of, tensors, whole
 from metakern.meta.batching import Folded, Loss, exact_kernels
 from metakern.meta.capture import Captures
 from metakern.meta.capture.recorder import RecordError
+from metakern.meta.capture.room import Room
 from metakern.meta.draws import Alike
 from metakern.meta.fold import FoldError
 from metakern.meta.implicit import Implicit, ImplicitUnroll
@@ -45,7 +46,7 @@ from metakern.meta.unroll import Unroll
 from metakern.meta.verify import comparable, modules_of, one_line
 from metakern.optim import InnerOptimizer
 
-PLANS = 16  # plans kept; the one unused for longest is dropped
+PLANS = 64  # plans kept; the one unused for longest is dropped
 IMPLICIT = "implicit weights"  # in place of a batching's name among those that failed
 LARGE_BYTES = 64 * 2**20  # of adapted parameters, from which on what a trial leaves is collected at once
 SIZES = 256  # batch sizes for which a plan remembers that its folded losses were confirmed
@@ -59,11 +60,12 @@ class Engine:
         self.model, self.adapt, self.wishes = model, adapt, wishes
         self.last: Prepared | None = None
         self._plans: OrderedDict[Any, Prepared] = OrderedDict()
+        self._room = Room()
         self._volatile: set[tuple[int, str]] = set()  # (id of a module, attribute): those that a forward pass changes
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the plans: they hold functions of this model's parameters, and a copy has its own."""
-        return {**self.__dict__, "last": None, "_plans": OrderedDict(), "_volatile": set()}
+        return {**self.__dict__, "last": None, "_plans": OrderedDict(), "_room": Room(), "_volatile": set()}
 
     def prepared(
         self, loss: Loss, inner: InnerOptimizer, steps: int, first_order: bool, outer: bool, batches: Sequence[Any]
@@ -98,7 +100,7 @@ class Engine:
         It is for this number of inner steps, or for any.
         """
         for key, found in self._plans.items():
-            if key[0] == base and kinds <= key[1] and outer <= key[2] and steps in (None, key[3]):
+            if kinds <= key[1] and outer <= key[2] and steps in (None, key[3]) and key[0] == base:
                 self._plans.move_to_end(key)
                 return found
         return None
@@ -143,7 +145,7 @@ class Engine:
         def again(failed: str, batches: Sequence[Any], steps: int) -> Prepared:
             return self._made(loss, inner, steps, first_order, outer, batches, [*without, failed], watch)
 
-        return Prepared(planner, found, inner, steps, first_order, again)
+        return Prepared(planner, found, inner, steps, first_order, again, self._room)
 
     def _base(self, loss: Loss, inner: InnerOptimizer, first_order: bool) -> tuple[tuple, dict[tuple[int, str], Any]]:
         """Return what a plan depends on besides batches and inner steps, to be compared; and the numbers beside it.
@@ -204,10 +206,11 @@ class Prepared:
         steps: int,
         first_order: bool,
         again: Callable[[str, Sequence[Any], int], Prepared],
+        room: Room,
         watch: Stopwatch | None = None,
     ) -> None:
         self._planner, self._found, self._steps, self._first_order = planner, found, steps, first_order
-        self._again, self._watch = again, watch or planner.watch
+        self._again, self._room, self._watch = again, room, watch or planner.watch
         self.loss, self.parameters, self.plan = planner.loss, planner.parameters, found.plan
         batching = found.batching
         kind: type[Unroll] = ImplicitUnroll if isinstance(batching, Implicit) else Unroll
@@ -224,7 +227,8 @@ class Prepared:
         found = self._planner.resized(self._found, batches, steps)
         if found is None:
             return None
-        return Prepared(self._planner, found, self.unroll.inner, steps, self._first_order, self._again, Stopwatch())
+        others = self._first_order, self._again, self._room, Stopwatch()
+        return Prepared(self._planner, found, self.unroll.inner, steps, *others)
 
     @property
     def _may_change(self) -> bool:
@@ -248,7 +252,7 @@ class Prepared:
             roots = {"model": self.parameters.model, "inner": self.unroll.inner, "loss": self.loss, **others}
             names = ["the query losses", *self.parameters.adapted, *self.parameters.shared]
             fresh = partial(self._fresh_leaves, roots.values())
-            self._captures[key] = Captures(roots, capture, names, precision, self._watch, fresh)
+            self._captures[key] = Captures(roots, capture, names, precision, self._watch, fresh, self._room)
         return self._captures[key]
 
     @contextmanager

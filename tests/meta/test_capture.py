@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import gc
 import pickle
+import re
+import warnings
 import weakref
 from contextlib import nullcontext
 from typing import Any
@@ -32,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 import metakern as mk
 from metakern import native
 from metakern.meta import capture
+from metakern.meta.capture import room
 from metakern.meta.capture.executable import Executable
 from metakern.meta.capture.recorder import RecordError, record
 from metakern.meta.capture.rewrite import rewritten
@@ -94,18 +98,74 @@ def test_a_batch_that_the_executable_refuses_runs_ordinarily() -> None:
     assert_equal(gradients(model, maml(batch(4), batch(13))), truth)
 
 
-def test_the_number_of_programs_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "PROGRAMS", 3)
+def _batches_of(sizes: range) -> list[Any]:
+    return [(torch.randn(2, size, 5), torch.randn(2, size, 3)) for size in sizes]
+
+
+def test_programs_of_all_plans_share_a_limited_room(monkeypatch: pytest.MonkeyPatch) -> None:
     captured = mk.MAML(mlp(), regression_loss, capture=True)
-    for size in range(8, 13):  # batches of one plan
-        batch = torch.randn(2, size, 5), torch.randn(2, size, 3)
+    held = captured._engine._room
+    for batch in _batches_of(range(9, 12)):
         captured(batch, batch)
-    assert len(captured._engine.last.captures(True)._programs) == 3
+    monkeypatch.setattr(room, "ROOM", held._taken)
+    monkeypatch.setattr(room, "WAIT", 0)
+    for batch in _batches_of(range(17, 23)):  # more than twice as large, so of another plan
+        captured(batch, batch)
+        assert held._taken <= room.ROOM
+    first, second = (len(plan.captures(True)._programs) for plan in captured._engine._plans.values())
+    assert first == 0 < second
+    captured._engine._plans.clear()
+    captured._engine.last = None
+    gc.collect()
+    assert held._taken == 0
+
+
+@pytest.mark.parametrize("mode", [True, "auto"])
+def test_more_shapes_than_there_is_room_for(mode: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "auto" does not record again and again; with True it does not depend on earlier batches what is captured."""
+    model, recorded = mlp(), list[Any]()
+    ordinary, captured = (mk.MAML(model, regression_loss, capture=c) for c in (False, mode))
+    batches = _batches_of(range(16, 28))
+    for batch in [*batches[:3]] * 3:
+        captured(batch, batch)
+    assert captured._engine._room._taken
+    monkeypatch.setattr(room, "ROOM", captured._engine._room._taken)
+    monkeypatch.setattr(room, "WAIT", 10)
+    monkeypatch.setattr(capture, "record", lambda *args: recorded.append(args) or record(*args))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for batch in 6 * batches:
+            found = gradients(model, captured(batch, batch))
+            assert_equal(found, gradients(model, ordinary(batch, batch)), 1e-5)
+    said = [str(warning.message) for warning in warned]
+    assert bool(said) == (mode is True)
+    assert all(re.match("MAML: the programs of the model take .* dropped and recorded again", line) for line in said)
+    reasons = [reason for plan in captured._engine._plans.values() for reason in plan.explained.reasons]
+    assert any("the programs of the model take" in reason for reason in reasons)
+    assert len(recorded) >= 60 if mode is True else 4 <= len(recorded) <= 2 * (72 // 10)  # of one task and of all
+    recorded.clear()
+    (batch,) = _batches_of(range(30, 31))
+    for _ in range(15):  # a new shape that stays gets its program
+        captured(batch, batch)
+    assert 0 < len(recorded) <= 2
+    assert captured.plan.usage.captured
+
+
+def test_kinds_of_batches_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "KINDS", 3)
+    captured = mk.MAML(mlp(), regression_loss)
+    for batch in 3 * _batches_of(range(16, 22)):
+        captured(batch, batch)
+    captures = captured._engine.last.captures("auto")
+    assert len(captures._calls) == 3
+    assert not captures._programs  # each is as new as ever
 
 
 def test_a_program_in_use_is_not_dropped_for_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "MICROBATCH_BYTES", 2**30)
-    monkeypatch.setattr(capture, "PROGRAMS", 2)
+    monkeypatch.setattr(room, "ROOM", 2 * room.LEAST)
+    monkeypatch.setattr(Executable, "size", 1)
+    monkeypatch.setattr(room, "WAIT", 0)
     model, loss, _, _, _ = build("mlp")
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

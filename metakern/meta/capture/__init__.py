@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import partial
+from hashlib import sha256
 from itertools import accumulate, count, groupby, takewhile
 from typing import Any
 
@@ -43,18 +44,20 @@ from metakern.meta.capture.lowering import LoweringError, lower
 from metakern.meta.capture.program import Decisions, Program
 from metakern.meta.capture.recorder import RecordError, record
 from metakern.meta.capture.rewrite import rewritten
+from metakern.meta.capture.room import DROPS, WAITS, Programs, Room
 from metakern.meta.plan import free_bytes
 from metakern.meta.precision import in_precision
 from metakern.meta.seconds import Stopwatch, Usage
 from metakern.meta.unroll import Random
 from metakern.native.memory import check
 
-PROGRAMS = 32  # programs kept; the one unused for longest is dropped
+KINDS = 4096  # kinds of batches that are remembered; the one unseen for longest is forgotten
 STATES = 8  # guarded states kept; the one unseen for longest is dropped
 MOST_NEW_STATES = 16  # after more new states in a row, nothing more is recorded
 MOST_BRANCHES = 8  # programs for batches of one kind, which differ in the numbers that Python read
 MOST_CHANGED = 2  # recorded runs that may change guarded values before recording is given up
 MICROBATCH_BYTES = 4 * 2**20  # a core's share of the caches
+STEP_BYTES = 2048  # of a step of a program that Python runs
 AUTO_CALLS = 3  # "auto" captures at this call with batches of one kind
 PYTHON_CALLS = 12  # the same for programs that Python runs: recording one takes the time that ten calls of it save
 MOST_MOVED = 8  # programs of one function on a GPU that are recorded anew because a tensor has moved
@@ -85,6 +88,7 @@ class Captures:
         watch: Adds up the time of recording, lowering and comparison.
         fresh: A context in which the function uses no leaf that had a graph before. A CUDA graph is recorded in it. It
             may raise RecordError.
+        room: What holds the programs, with those of other functions; None for a room of its own.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Captures:
         precision: str | None = None,
         watch: Stopwatch | None = None,
         fresh: Callable[[], AbstractContextManager[None]] = nullcontext,
+        room: Room | None = None,
     ) -> None:
         self._fresh = fresh
         self._roots, self._auto, self._names, self._precision = roots, capture == "auto", names, precision
@@ -103,7 +108,8 @@ class Captures:
         self._chunks = self._captured = 0  # chunks of tasks that ran, and those of them that programs ran
         self._states: list[_State] = []  # in the order of last use, the latest first
         self._numbered = self._new_states = self._changed = 0
-        self._programs: dict[Any, _Captured | None] = {}  # None: calls of this key run ordinarily
+        self._room = Room() if room is None else room
+        self._programs = Programs(self._room)  # None: calls of this key run ordinarily
         # Key of a batch -> the decisions of its programs, by number; None: Python read no numbers of it.
         self._branches: dict[Any, dict[int, Decisions | None]] = {}
         self._next_branch = count(1)
@@ -145,6 +151,7 @@ class Captures:
         """
         tasks = tasks_of(batches[0])
         self._chunks += 1
+        self._room.call()
         self._late.clear()
         state = self._state()
         whole = _Application(function, batches)
@@ -158,6 +165,8 @@ class Captures:
             return self._ordinary(partial(function, *batches))
         microbatch, truth = self._microbatch.pop(whole.batch, 0), None
         is_new = not microbatch
+        if is_new and self._has_to_wait():
+            return self._ordinary(partial(function, *batches))
         if is_new:
             microbatch, truth = self._microbatch_of(whole, one, tasks, state.guards)
         self._microbatch[whole.batch] = microbatch
@@ -170,6 +179,8 @@ class Captures:
         sizes = sorted((len(range(i, tasks, number)) for i in range(number)), reverse=True)  # equal sizes are adjacent
         ends = accumulate(sizes)
         parts = [whole.part(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+        if not all(map(self._is_kept, {part.batch: part for part in parts}.values())) and self._has_to_wait():
+            return self._ordinary(partial(function, *batches))
         truths = {}
         if truth and parts[0].batch == one.batch:
             parts[0].branch = one.branch
@@ -273,7 +284,7 @@ class Captures:
                 first.branch = first.branch or self._branch_of(first) or next(self._next_branch)
                 captured = self._programs.get(first.key)
                 if captured is not None and captured.moved():
-                    del self._programs[first.key]
+                    self._programs.drop(first.key)
                     self._moved += first.device.type != "cpu"
                     if self._moved > MOST_MOVED:
                         self._give_up(first, "parameters move in memory from call to call")
@@ -283,7 +294,7 @@ class Captures:
                 rest = rest[len(group) :]
                 captured = self._programs.get(first.key)
                 if captured is not None:
-                    self._programs[first.key] = self._programs.pop(first.key)  # the one used last is dropped last
+                    self._programs.use(first.key)
                     sure = captured.checked
                     yield from (
                         self._played(captured, group) if sure else self._tried(captured, group, truths.get(first.key))
@@ -297,6 +308,19 @@ class Captures:
         branches = self._branches.get(call.batch, {})
         return next((i for i, found in branches.items() if found is None or found.hold(call.inputs)), 0)
 
+    def _has_to_wait(self) -> bool:
+        """Whether a batch without a program runs ordinarily because there is no room; say so.
+
+        With `capture=True` a program is recorded all the same: whether one is used depends on the batch alone.
+        """
+        if self._room.is_full:
+            self._note(WAITS if self._auto else DROPS, DROPS)
+        return self._auto and self._room.is_full
+
+    def _is_kept(self, call: _Application) -> bool:
+        """Whether there are programs for such batches."""
+        return any((*call.batch, branch) in self._programs for branch in self._branches.get(call.batch, {}))
+
     def _joins(self, first: _Application, call: _Application) -> bool:
         """Whether a call runs as `first` does; if so, give it the same branch."""
         known = first.branch in self._branches.get(first.batch, {})
@@ -307,7 +331,7 @@ class Captures:
 
     def _keep(self, call: _Application, captured: _Captured | None) -> None:
         """Keep the program of a call, or None if such calls run ordinarily."""
-        self._programs[call.key] = captured
+        self._programs.put(call.key, captured, 0 if captured is None else captured.size)
         branches = self._branches.setdefault(call.batch, {})
         if captured is not None:
             branches[call.branch] = captured.decisions
@@ -392,7 +416,7 @@ class Captures:
             if program is None
             else "Rounding does not explain it: it is a fault of metakern. Please report it, and use capture=False"
         )
-        self._programs[call.key] = None
+        self._programs.put(call.key, None)
         use = max(captured.uses, 1)
         reason = f"a captured program gave other results than an ordinary run at its use {use}: {difference}"
         self._reasons[reason] = None
@@ -419,8 +443,6 @@ class Captures:
 
         Where recording fails, the call runs ordinarily; unless `is_all` is set, an empty list is returned instead.
         """
-        while len(self._programs) >= PROGRAMS:
-            del self._programs[next(iter(self._programs))]
         before = _Before(call, guards)
         try:
             if len(self._branches.get(call.batch, {})) >= MOST_BRANCHES:
@@ -479,11 +501,10 @@ class Captures:
         self._keep(call, None)
         self._note(reason)
 
-    def _note(self, reason: str) -> None:
+    def _note(self, reason: str, warning: str = "") -> None:
         if reason not in self._reasons and not self._auto:
-            warnings.warn(
-                f"MAML: capture has no effect, as the meta-gradient can't be captured: {reason}", stacklevel=2
-            )
+            effect = "capture has no effect, as the meta-gradient can't be captured"
+            warnings.warn(f"MAML: {warning or f'{effect}: {reason}'}", stacklevel=2)
         self._reasons[reason] = None
 
 
@@ -583,11 +604,14 @@ class _Application:
 
 
 def _value(leaf: Any) -> Any:
-    """Return a hashable stand-in for a leaf that is no tensor. Raises TypeError if it can't be compared by value."""
+    """Return a small hashable stand-in for a leaf that is no tensor.
+
+    Raises TypeError if it can't be compared by value.
+    """
     if is_frozen(leaf):
         return frozen(leaf)
     if isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject and leaf.nbytes <= MOST_BYTES:
-        return leaf.dtype.str, leaf.shape, leaf.tobytes()
+        return leaf.dtype.str, leaf.shape, sha256(leaf.tobytes()).digest()
     if isinstance(leaf, set | frozenset):
         return type(leaf), frozenset(map(_value, leaf))
     raise TypeError(f"the batch holds a {type(leaf).__name__}, which can't be compared by value")
@@ -615,6 +639,8 @@ class _Captured:
         self.agreed = self.checked = self.was_ahead = False
         self._pinned = [(t, _address(t)) for t in pinned]
         self._constants, self.decisions = program.constants, program.decisions
+        steps = len(program.steps) * STEP_BYTES if executable is None else executable.size
+        self.size = steps + sum(t.nbytes for t in program.made)
 
     def moved(self) -> bool:
         """Whether a tensor that it reads has another place or layout than when it was recorded."""
@@ -684,7 +710,7 @@ def _span_of(array: np.ndarray) -> tuple[int, int]:
 
 
 def _drop_oldest(kept: dict[Any, Any]) -> None:
-    if len(kept) > PROGRAMS:
+    if len(kept) > KINDS:
         del kept[next(iter(kept))]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from metakern.native.memory import address
 
 ALIGNMENT = 64  # of tensors in an arena, in bytes
+OBJECT_BYTES = 2**15
 
 
 class Executable:
@@ -32,6 +33,11 @@ class Executable:
     def bytes(self) -> int:
         """The size of the arena: the memory of a run besides inputs, outputs and constants."""
         return self._native.bytes
+
+    @property
+    def size(self) -> int:
+        """The bytes of its instructions, and of the objects around them."""
+        return self._native.size + OBJECT_BYTES
 
     def fits(self) -> bool:
         """Whether the constants have the layouts that they had when the program was lowered."""

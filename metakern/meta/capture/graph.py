@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metakern.meta.capture.recorder import INTEGERS
+from metakern.meta.capture.room import ROOM
 from metakern.meta.draws import ZEROS
 from metakern.ops.core.triton_kernels.tables import Kept
 
+MOST_GRAPHS = 32  # of a model
 SHARE = 0.5  # of the free memory that a graph may take; ordinary runs, which audit it, take as much beside it
 _READ = torch.ops.aten._local_scalar_dense.default
 
@@ -105,6 +107,11 @@ class Graph:
                 reads.finish()
                 self._outputs = [None if t is None else t.detach() for t in found]
             self._tables.fill()
+
+    @property
+    def size(self) -> int:
+        """Bytes for `Room`, which so holds MOST_GRAPHS graphs: they share memory on the GPU, and it is short there."""
+        return ROOM // MOST_GRAPHS
 
     def fits(self) -> bool:
         """Whether all tensors that it reads are where they were, with the layouts that they had."""

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from metakern import native
 from metakern.meta.capture.executable import ALIGNMENT, Executable
 from metakern.meta.capture.program import Program, Register, Step, renamed
-from metakern.meta.capture.rewrite import written
+from metakern.meta.capture.rewrite import is_view, written
 from metakern.meta.unroll import random_states, set_random_states
 
 MOST_DIMS = 6
@@ -176,7 +176,7 @@ class Lowering:
         """Lower one operation on layouts: by its rule, as a view, or by PyTorch's decomposition into others."""
         if (rule := RULES.get(function)) is not None:
             return rule(self, *args, **kwargs)
-        if _is_view(function):
+        if is_view(function):
             return self.made(function, *args, **kwargs)
         decomposition = decomposition_table.get(function)
         if decomposition is None or function._schema.is_mutable:
@@ -339,8 +339,3 @@ def _merged(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         else:
             merged.append((size, *strides))
     return merged
-
-
-def _is_view(function: Any) -> bool:
-    schema = getattr(function, "_schema", None)
-    return schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)

@@ -53,6 +53,8 @@ class Step:
 
     Attributes:
         writes: The registers that it writes to.
+        reads: The registers among its arguments.
+        makes: The registers among its results.
         checks: Whether it has no result and is one of our functions: it raises where its arguments are wrong.
     """
 
@@ -62,20 +64,16 @@ class Step:
     results: Any
     has_side_effects: bool
     writes: tuple[Register, ...]
+    reads: list[Register] = field(init=False, repr=False, compare=False)
+    makes: list[Register] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reads", registers((self.args, self.kwargs)))
+        object.__setattr__(self, "makes", registers(self.results))
 
     @property
     def checks(self) -> bool:
         return self.results is None and not isinstance(self.function, OpOverload)
-
-    @property
-    def reads(self) -> list[Register]:
-        """The registers among its arguments."""
-        return registers((self.args, self.kwargs))
-
-    @property
-    def makes(self) -> list[Register]:
-        """The registers among its results."""
-        return registers(self.results)
 
     def reading(self, names: dict[Register, Any]) -> Step:
         """Return the step with each argument that is a register replaced by its entry in `names`, if it has one."""

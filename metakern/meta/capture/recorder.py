@@ -189,16 +189,17 @@ class Recorder(Recording):
             if writes:
                 self._keep(leaves(_arguments(writes, args, kwargs), Tensor))
             result = function(*args, **kwargs)
-        self._own |= {_storage(t) for t in leaves(result, Tensor)} - before
+        results = leaves(result, Tensor)
+        self._own |= {_storage(t) for t in results} - before
         if self._is_on_gpu:
             self._stays_on_gpu(function, args, kwargs, result)
-            if any(t.untyped_storage().nbytes() >= LARGE_BYTES for t in leaves(result, Tensor)):
+            if any(t.untyped_storage().nbytes() >= LARGE_BYTES for t in results):
                 self.peak_bytes = max(self.peak_bytes, torch.cuda.memory_allocated(self._device))
         named_result = self._made(result)
         if isinstance(function, OpOverload):
             written = _arguments(writes, named_args, named_kwargs)
         else:
-            made = {_memory(t) for t in leaves(result, Tensor)}
+            made = {_memory(t) for t in results}
             pairs = zip(args, named_args, strict=True)
             written = [name for arg, name in pairs if isinstance(arg, Tensor) and _memory(arg) in made - {0}]
         found = tuple(registers(written))

@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from metakern import native
 from metakern.meta.capture.program import Register, Step, registers
@@ -160,10 +162,18 @@ def _users(steps: Sequence[Step]) -> dict[Register, list[int]]:
 
 def _is_view(step: Step) -> bool:
     """Whether the result of a step shares the memory of its first argument."""
-    if step.function is _aten._unsafe_view.default:
-        return True
-    schema = getattr(step.function, "_schema", None)
-    return schema is not None and not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
+    return step.function is _aten._unsafe_view.default or is_view(step.function)
+
+
+def is_view(function: Any) -> bool:
+    """Whether the result of a function is declared to share the memory of an argument."""
+    return isinstance(function, OpOverload) and _declares_view(function)
+
+
+@cache
+def _declares_view(function: OpOverload) -> bool:
+    schema = function._schema
+    return not schema.is_mutable and any(r.alias_info is not None for r in schema.returns)
 
 
 def written(steps: Sequence[Step]) -> set[Register]:
