@@ -244,13 +244,12 @@ class Campaign:
     def shared(self, times: int) -> Iterator[str]:
         """Kill one of two processes, and compare with two that nothing happened to."""
         alone, self.whole = self.whole, {}
-        began = time.monotonic()
-        code, said = self.two(self.folder / "two")
-        seconds, self.whole = time.monotonic() - began, facts(self.folder / "two")
+        code, said, seconds = self.two(self.folder / "two")
+        self.whole = facts(self.folder / "two")
         yield f"two processes ended with {code}: {said[-200:]!r}" if code else ""
         for _ in range(times - 1):
             out, wait, which = self.folder / "run", self.draw.uniform(0, seconds), self.draw.randrange(2)
-            code, said = self.two(out, wait, which)
+            code, said, _ = self.two(out, wait, which)
             ended = not code or "go on with" in said or not checkpoint.exists(out / "checkpoints", "last")
             wrong = "" if ended else f"ended with {code}: {said[-200:]!r}"
             if not wrong and (again := self.two(out))[0]:
@@ -262,17 +261,23 @@ class Campaign:
             yield wrong and f"process {which}, {wait:.2f} s: {wrong}"
         self.whole = alone
 
-    def two(self, out: Path, wait: float | None = None, which: int = 0) -> tuple[int, str]:
-        """Train in two processes, of which one is killed after `wait` seconds; return the exit code and the errors."""
+    def two(self, out: Path, wait: float | None = None, which: int = 0) -> tuple[int, str, float]:
+        """Train in two processes; one is killed `wait` seconds after their run's folder is there.
+
+        Returns the exit code, the errors, and the seconds since then.
+        """
         command = [sys.executable, "-m", "metakern", *self.train(out), "--processes", "2"]
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while not out.exists() and child.poll() is None:
+            time.sleep(0.002)
+        began = time.monotonic()
         if wait is not None:
             time.sleep(wait)
             workers = Path(f"/proc/{child.pid}/task/{child.pid}/children")
             if child.poll() is None and len(found := workers.read_text().split()) == 2:
                 os.kill(int(found[which]), signal.SIGKILL)
         said = child.communicate()[1]
-        return child.returncode, said
+        return child.returncode, said, time.monotonic() - began
 
     def imports(self, times: int) -> Iterator[str]:
         for _ in range(times):

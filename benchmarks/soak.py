@@ -15,7 +15,7 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +50,14 @@ def held() -> dict[str, float]:
     }
 
 
-def soaked(capture: bool, steps: int, shapes: int, seed: int) -> list[dict[str, float]]:
-    """Return what the process holds at times that are equally far apart."""
+def soaked(capture: bool, steps: int, shapes: int, seed: int) -> Iterator[dict[str, float]]:
+    """Yield what the process holds at times that are equally far apart."""
     torch.manual_seed(seed)
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
     maml = mk.MAML(model, loss, mk.optim.SGD(0.02, learn_lr=True), steps=2, capture=capture)
     optimizer = torch.optim.Adam(maml.parameters(), 1e-3)
     sizes = [(1 + i % TASKS, 2 + i // TASKS) for i in range(shapes)]
-    looks = []
     with Progress(LOOKS) as progress:
         for step in range(1, steps + 1):
             shape = draw.choice(sizes)
@@ -69,9 +68,8 @@ def soaked(capture: bool, steps: int, shapes: int, seed: int) -> list[dict[str, 
             if step % EVALUATE_EVERY == 0:
                 maml.evaluate(support, query, steps=(0, 2))
             if step % (steps // LOOKS) == 0:
-                looks.append({"step": step, **held()})
+                yield {"step": step, **held()}
                 progress.say("captured" if capture else "not captured")
-    return looks
 
 
 def main(argv: Sequence[str] = ()) -> None:
@@ -82,9 +80,11 @@ def main(argv: Sequence[str] = ()) -> None:
     parser.add_argument("--out", type=kept, default=FOLDER / "soak.json", help="file for the results")
     args = parser.parse_args(argv)
     for name, capture in (("captured", True), ("not captured", False)):
-        looks: Any = soaked(capture, args.steps, args.shapes, args.seed)
-        entry = {"machine": results.machine(), "steps": args.steps, "shapes": args.shapes, "looks": looks}
-        results.keep(args.out, name, entry)
+        entry = {"machine": results.machine(), "steps": args.steps, "shapes": args.shapes}
+        looks = list[Any]()
+        for look in soaked(capture, args.steps, args.shapes, args.seed):
+            looks.append(look)
+            results.keep(args.out, name, {**entry, "looks": looks})
         print(name, looks[len(looks) // 4], looks[-1], flush=True)
 
 
