@@ -15,6 +15,7 @@ import itertools
 import logging
 import os
 import random
+import re
 import sys
 import threading
 import time
@@ -720,6 +721,18 @@ def deterministic_algorithms() -> Any:
 
 
 @case
+def a_switch_of_a_backend() -> Any:
+    loss = times(lambda: 3.0 if torch.backends.cudnn.benchmark or torch.backends.mkldnn.deterministic else 1.0)
+    return Net(), loss, *setting(torch.backends.mkldnn, "deterministic", True)
+
+
+@case
+def the_precision_of_products_on_a_gpu() -> Any:
+    loss = times(lambda: 3.0 if torch.backends.cuda.matmul.fp32_precision == "tf32" else 1.0)
+    return Net(), loss, *setting(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+
+
+@case
 def the_precision_of_products() -> Any:
     loss = times(lambda: 3.0 if torch.backends.mkldnn.matmul.fp32_precision == "bf16" else 1.0)
     return Net(), loss, *setting(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
@@ -1273,6 +1286,43 @@ def test_values_in_a_batch_other_than_tensors_are_compared_by_value(make: Any) -
         torch.testing.assert_close(found, x.square().sum((1, 2)) * k)
     programs = [program.uses for program in captures._programs.values()]
     assert sum(programs) == (0 if isinstance(leaf, Opaque) else 4)
+
+
+@pytest.mark.parametrize(
+    ("of", "where"),
+    [
+        (lambda n: torch.Tensor([n, 2.0]), r"torch.Tensor\(\[…\]\)"),
+        (lambda n: torch.LongTensor([n, 2]), r"torch.Tensor\(\[…\]\)"),
+        (lambda n: torch.tensor([n, 2]), r"\(tensor\)"),
+        (lambda n: torch.arange(9.0).view(3, 3)[1, [n, 2]], "a list of tensors as an index"),
+    ],
+)
+def test_numbers_of_tensors_in_lists_are_noticed(of: Any, where: str) -> None:
+    """PyTorch reads them below all modes. The data of the first calls are equal, so that no check would find it."""
+
+    def function(batch: Any) -> list[Tensor | None]:
+        return [batch[0].square().sum((1, 2)) * of(batch[1][0]).sum()]
+
+    captures = capture.Captures({"model": nn.Identity(), "inner": nn.Identity(), "loss": function}, "auto")
+    for i in range(7):
+        x = points(i)[0]
+        number = torch.full((len(x),), 1 + i // 5)
+        captures.begin()
+        (found,) = captures(function, (x, number))
+        torch.testing.assert_close(found, x.square().sum((1, 2)) * of(number[0]).sum())
+    assert [reason for reason in captures.reasons if re.search(where, reason)]
+
+
+@pytest.mark.parametrize("numbers", [torch.tensor, torch.Tensor, lambda x: torch.from_numpy(np.array(x))])
+def test_numbers_of_python_are_captured_where_they_can_be_told(numbers: Any) -> None:
+    def function(batch: Any) -> list[Tensor | None]:
+        return [batch[0][:, [0, 1]].square().sum((1, 2)) * numbers([1.0, 2.0]).sum()]
+
+    captures = capture.Captures({"model": nn.Identity(), "inner": nn.Identity(), "loss": function}, "auto")
+    for i in range(6):
+        captures.begin()
+        captures(function, (points(i)[0],))
+    assert bool(captures.usage.captured) == (numbers is not torch.Tensor), captures.reasons
 
 
 def test_programs_do_not_read_the_memory_of_an_earlier_batch() -> None:

@@ -33,7 +33,7 @@ from contextlib import suppress
 from contextvars import ContextVar
 from enum import Enum
 from functools import cached_property, lru_cache, partial
-from itertools import chain, repeat
+from itertools import chain, product, repeat
 from operator import attrgetter, is_
 from threading import local
 from types import (
@@ -101,11 +101,26 @@ _UNCHANGING |= {"_thread", "threading", "abc", "_abc", "weakref", "logging", "co
 _OF_FUNCTION = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _saved_tensors_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 _OF_CELL = attrgetter("cell_contents")
-_PRECISIONS = [("generic", "all"), *(("mkldnn", op) for op in ("all", "matmul", "conv", "rnn"))]
+_PRECISIONS = [("generic", "all"), *product(("mkldnn", "cuda"), ("all", "matmul", "conv", "rnn"))]
+# Switches of PyTorch's backends, as `_get_NAME` of torch._C. Releases differ in which there are. Those of TF32 are
+# among the precisions: the older ones raise an error where the newer ones are used too.
+_SWITCHES = [
+    getter
+    for name in (
+        *("cudnn_enabled", "cudnn_benchmark", "cudnn_deterministic", "mkldnn_enabled", "mkldnn_deterministic"),
+        *("nnpack_enabled", "miopen_immediate", "qengine", "deterministic_fill_uninitialized_memory"),
+        *("blas_preferred_backend", "linalg_preferred_backend", "rocm_fa_preferred_backend", "sdp_priority_order"),
+        *("flash_sdp_enabled", "mem_efficient_sdp_enabled", "math_sdp_enabled", "cudnn_sdp_enabled"),
+        *("overrideable_sdp_enabled", "math_sdp_allow_fp16_bf16_reduction", "cublas_allow_fp16_accumulation"),
+        *("cublas_allow_bf16_reduced_precision_reduction", "cublas_allow_fp16_reduced_precision_reduction"),
+        "cpu_allow_fp16_reduced_precision_reduction",
+    )
+    if (getter := getattr(torch._C, f"_get_{name}", None)) is not None
+]
 
 
 def settings() -> tuple:
-    """Return the backend and PyTorch's modes and defaults on a CPU, which all code depends on."""
+    """Return the backend and PyTorch's modes, switches and defaults, which all code depends on."""
     return (
         backend.chosen(),
         torch.get_default_dtype(),
@@ -116,10 +131,9 @@ def settings() -> tuple:
         torch.is_anomaly_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.backends.mkldnn.enabled,
-        torch.backends.cudnn.enabled,
         torch.backends.mha.get_fastpath_enabled(),
         *(torch._C._get_fp32_precision_getter(*of) for of in _PRECISIONS),
+        *(switch() for switch in _SWITCHES),
         *map(id, _get_current_function_mode_stack()),
         *map(id, _get_current_dispatch_mode_stack()),
         *map(id, _saved_tensors_hooks(False) or ()),

@@ -50,6 +50,7 @@ _LEAVES_PYTORCH = {
     Tensor.__repr__,
 }
 _MAKES_TENSORS = {torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor, Tensor.new_tensor, Tensor.new}
+_INDEXES = {Tensor.__getitem__, Tensor.__setitem__}
 
 
 class RecordError(RuntimeError):
@@ -65,7 +66,8 @@ def record(
 
     Raises RecordError, after undoing what the run wrote to tensors that it did not make.
     """
-    recorder, watcher = Recorder(inputs), _Watcher()
+    watcher = _Watcher()
+    recorder = Recorder(inputs, watcher)
     try:
         with watcher, recorder:
             results = list(function())
@@ -123,15 +125,29 @@ class _Watcher(TorchFunctionMode):
         super().__init__()
         self.made: list[Tensor] = []
         self.error: RecordError | None = None
+        self._call: tuple[Any, Any, Any] | None = None  # the function that runs now, with its arguments
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _LEAVES_PYTORCH or (func in _MAKES_TENSORS and _holds_tensors(*args, *(kwargs or {}).values())):
             self.error = RecordError(f"Python looks at the values of a tensor ({func.__name__})")
             raise self.error
-        result = func(*args, **(kwargs or {}))
+        before, self._call = self._call, (func, args, kwargs or {})
+        try:
+            result = func(*args, **(kwargs or {}))
+        finally:
+            self._call = before
         if func in _MAKES_TENSORS and isinstance(result, Tensor) and all(result is not arg for arg in args):
             self.made.append(result)
         return result
+
+    def origin_of_numbers(self) -> str:
+        """Say where the numbers of a tensor that PyTorch makes now may come from, if that may be another tensor."""
+        if self._call is None:
+            return "torch.Tensor([…]), for which torch.tensor or torch.stack can be seen"
+        func, args, kwargs = self._call
+        if func in _INDEXES and isinstance(args[1], tuple):
+            args = (*args[1], *args[2:])
+        return "a list of tensors as an index" if _holds_tensors(*args, *kwargs.values()) else ""
 
 
 class Recorder(Recording):
@@ -144,8 +160,9 @@ class Recorder(Recording):
 
     peak_bytes = 0
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], watcher: _Watcher) -> None:
         super().__init__()
+        self._watcher = watcher
         self.steps: list[Step] = []
         self.lifted: list[Tensor] = []
         self._overwritten: list[tuple[Tensor, Tensor]] = []  # tensors, with copies of their former values
@@ -175,6 +192,9 @@ class Recorder(Recording):
             func = _aten.zeros.default
         if func in LIFTS:
             self.lifted.append(args[0])
+            is_copy = args[0].untyped_storage().resizable()  # unlike a tensor on the memory of an array
+            if is_copy and (origin := self._watcher.origin_of_numbers()):
+                self.error = RecordError(f"Python looks at the values of a tensor ({origin})")
             if args[0].device.type == "cuda":
                 self.error = RecordError("it copies numbers to a GPU (torch.tensor): make that tensor once, before")
             self._own.add(_storage(args[0]))
