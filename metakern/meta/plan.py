@@ -146,6 +146,10 @@ class Planner:
                 "\n  (if the model checkpoints its activations, call its gradient_checkpointing_disable();"
                 ' strategy="recompute" saves the memory instead)'
             )
+        if trial.writes:
+            words += (
+                "\n  (the loss writes to its batch, so that later steps get other data: have it clone what it changes)"
+            )
         raise ValueError(words)
 
     def _judged(self, found: Found, lost: str, batches: Sequence[Any]) -> Found:

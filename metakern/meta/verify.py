@@ -97,6 +97,7 @@ class Trial:
         self.outside: list[Tensor] = []  # leaves with gradients that the loss reaches and that are no model parameters
         self.draws: list[list[tuple[str, int]]] = []  # for each batch, the random operations of one task (`Alike`)
         self.python = False  # whether model or loss draw from Python's or NumPy's generators
+        self.writes = False  # whether the loss writes to its batch
         self.graph = False  # whether the loss takes derivatives itself, and so fails under `no_grad`
         self.batches: list[Any] = []
         self.parts: list[float] = []  # for each batch, what autograd saves for it over that for the user's two tasks
@@ -281,8 +282,10 @@ class Trial:
         @contextmanager
         def value() -> Iterator[Tensor]:
             with self.steady(exact), torch.enable_grad(), self.roles.bound(phi):
+                given = mapped(Tensor.clone, select(batch, t))
                 with draws:
-                    value = scalar(self.loss(self.roles.model, mapped(Tensor.clone, select(batch, t))))
+                    value = scalar(self.loss(self.roles.model, given))
+                self.writes |= any(t._version for t in tensors(given))
                 yield value
                 self.changed |= self.state.changed()
 
