@@ -1012,15 +1012,8 @@ def test_a_plan_counts_on_the_memory_that_was_free_before_its_trial(monkeypatch:
 
 def test_a_loss_that_writes_to_its_batch_is_refused_with_the_reason() -> None:
     def scaled(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return squared(model, (batch[0].mul_(0.5), batch[1]))
-
-    def masked(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:  # writing again changes nothing
-        return squared(model, (batch[0].abs_(), batch[1]))
-
-    def squared(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.mse_loss(model(batch[0]), batch[1])
+        return F.mse_loss(model(batch[0].mul_(0.5)), batch[1])
 
     batch = torch.randn(2, 4, 5), torch.randn(2, 4, 3)
     with pytest.raises(ValueError, match=r"no batching is exact(.|\n)*the loss writes to its batch.*: have it clone"):
         mk.MAML(nn.Linear(5, 3), scaled)(batch, batch)
-    assert mk.MAML(nn.Linear(5, 3), masked)(batch, batch).isfinite()
