@@ -136,8 +136,7 @@ class Captures:
     @property
     def usage(self) -> Usage:
         """How many programs there are, and how many chunks of tasks ran by them and ordinarily."""
-        programs = sum(captured is not None for captured in self._programs.values())
-        return Usage(programs, self._captured, self._chunks - self._captured)
+        return Usage(self._programs.count(), self._captured, self._chunks - self._captured)
 
     def begin(self) -> None:
         """Begin a call of MAML; all batches until the next one are its chunks."""

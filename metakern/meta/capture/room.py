@@ -53,7 +53,7 @@ class Room:
         self._taken -= size
 
     def _clear(self, number: int) -> None:
-        for key in [key for key in self._entries if key[0] == number]:
+        for key in [key for key in list(self._entries) if key[0] == number]:
             self._remove(key)
 
 
@@ -68,10 +68,15 @@ class Programs(Mapping[Any, Any]):
         return self._room._entries[self._number, key][0]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([key for number, key in self._room._entries if number == self._number])
+        return iter([key for number, key in list(self._room._entries) if number == self._number])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+    def count(self) -> int:
+        """Return the number of programs, which another thread may ask for. None stands for no program."""
+        entries = list(self._room._entries.items())
+        return sum(number == self._number and program is not None for (number, _), (program, _) in entries)
 
     def put(self, key: Any, program: Any, size: int = 0) -> None:
         """Keep a program of so many bytes, as the one used last."""
