@@ -143,6 +143,8 @@ def tensors(tree: Any) -> list[Tensor]:
 
 def ordinary(tree: Any) -> Any:
     """Return the batch with ordinary copies of its inference tensors (as of Lightning's validation), for autograd."""
+    if not any(t.is_inference() for t in tensors(tree)):
+        return tree
     return mapped(lambda t: t.clone() if t.is_inference() else t, tree)
 
 

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern.meta.batches import over_tasks, select, structure
 from metakern.meta.fold import Fold
@@ -99,6 +98,15 @@ def scalar(value: Any) -> Tensor:
     return value
 
 
+# Implementations of attention, each with the functions that read and set whether it may be used. `sdpa_kernel` does the
+# same, in a time that counts beside a captured program's.
+_ATTENTIONS = [
+    (name, getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"))
+    for name in ("cudnn", "flash", "mem_efficient", "math", "overrideable")
+    if hasattr(torch._C, f"_get_{name}_sdp_enabled")
+]
+
+
 @contextmanager
 def exact_kernels(model: nn.Module | None = None) -> Iterator[None]:
     """Within the block PyTorch uses kernels that have second derivatives.
@@ -123,5 +131,8 @@ def exact_kernels(model: nn.Module | None = None) -> Iterator[None]:
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
                 undo.callback(module._buffers.update, dict(module._buffers))
                 module._buffers.update(dict.fromkeys(module._buffers))
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        for name, is_used, use in _ATTENTIONS:
+            if is_used() is not (is_wanted := name == "math"):
+                undo.callback(use, not is_wanted)
+                use(is_wanted)
+        yield

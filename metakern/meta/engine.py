@@ -304,7 +304,7 @@ class Prepared:
             part = slice(start, start + tried)
             try:
                 with running(self.parameters.model), exact_kernels(self.parameters.model), self._kept_tensors():
-                    chunk = [select(batch, part) for batch in batches]
+                    chunk = [select(batch, part) for batch in batches]  # views: a loss may change their flags
                     self._confirm(whole(*chunk))
                     result = compute(*chunk, *(select(tree, part) for tree in more))
             except FoldError as error:

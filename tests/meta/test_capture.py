@@ -120,6 +120,18 @@ def test_programs_of_all_plans_share_a_limited_room(monkeypatch: pytest.MonkeyPa
     assert held._taken == 0
 
 
+def test_one_tensor_in_two_places_of_a_batch_is_two_inputs() -> None:
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        return [(x * y.exp()).sum(1)]
+
+    captures = capture.Captures({"model": nn.Identity(), "inner": nn.Identity(), "loss": function})
+    x = torch.randn(3, 4)
+    for y in (x, x, torch.randn(3, 4), torch.randn(3, 4)):
+        captures.begin()
+        torch.testing.assert_close(captures(function, x, y), function(x, y))
+    assert captures.usage.captured == 4
+
+
 @pytest.mark.parametrize("mode", [True, "auto"])
 def test_more_shapes_than_there_is_room_for(mode: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
     """ "auto" does not record again and again; with True it does not depend on earlier batches what is captured."""

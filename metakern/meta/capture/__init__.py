@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from metakern.meta.allocator import give_back
-from metakern.meta.batches import containers, flatten, tasks_of
+from metakern.meta.batches import containers, flatten
 from metakern.meta.capture import operations  # noqa: F401  (fills the table of lowering rules)
 from metakern.meta.capture.executable import Executable
 from metakern.meta.capture.graph import SHARE, Graph, Graphs
@@ -148,7 +148,6 @@ class Captures:
         Programs are kept by the structure, shapes and other values of the batches, by the guarded state, and by the
         integers and booleans that Python reads from the batches' tensors.
         """
-        tasks = tasks_of(batches[0])
         self._chunks += 1
         self._room.call()
         self._late.clear()
@@ -159,29 +158,27 @@ class Captures:
                 self._note(whole.obstacle)
             return self._ordinary(partial(function, *batches))
         whole.kind = (state.number, *whole.kind)
-        one = whole.part(slice(1))
-        if self._auto and self._too_early(one.batch):
-            return self._ordinary(partial(function, *batches))
-        microbatch, truth = self._microbatch.pop(whole.batch, 0), None
-        is_new = not microbatch
-        if is_new and self._has_to_wait():
-            return self._ordinary(partial(function, *batches))
-        if is_new:
+        tasks, one, truth = len(whole.inputs[0]), None, None
+        if not (microbatch := self._microbatch.pop(whole.batch, 0)):
+            one = whole.part(slice(1))
+            if (self._auto and self._too_early(one.batch)) or self._has_to_wait():
+                return self._ordinary(partial(function, *batches))
             microbatch, truth = self._microbatch_of(whole, one, tasks, state.guards)
+            if self._auto and self._is_for_python(one, whole) and one.batch not in self._slow:
+                self._slow[one.batch] = None
+                _drop_oldest(self._slow)
+                return self._ordinary(partial(function, *batches))
         self._microbatch[whole.batch] = microbatch
         _drop_oldest(self._microbatch)
-        if self._auto and is_new and self._is_for_python(one, whole) and one.batch not in self._slow:
-            self._slow[one.batch] = None
-            _drop_oldest(self._slow)
-            return self._ordinary(partial(function, *batches))
         number = -(-tasks // microbatch)
         sizes = sorted((len(range(i, tasks, number)) for i in range(number)), reverse=True)  # equal sizes are adjacent
         ends = accumulate(sizes)
-        parts = [whole.part(slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-        if not all(map(self._is_kept, {part.batch: part for part in parts}.values())) and self._has_to_wait():
+        slices = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        parts = [whole] if number == 1 else [*map(whole.part, slices)]
+        if self._room.is_full and not all(map(self._is_kept, parts)) and self._has_to_wait():
             return self._ordinary(partial(function, *batches))
         truths = {}
-        if truth and parts[0].batch == one.batch:
+        if truth and one is not None and parts[0].batch == one.batch:
             parts[0].branch = one.branch
             truths[one.key] = truth
         losses, sums = list[Any](), Results()
@@ -564,7 +561,8 @@ class _Application:
         except TypeError as error:
             self.obstacle = str(error)
         if not self.obstacle:
-            self._take([self._leaves[i].contiguous() for i in self._where])
+            # Objects of its own: a recorder could not tell apart two inputs that are one tensor in this call.
+            self._take([self._leaves[i].detach().contiguous() for i in self._where])
             if len(found := {str(t.device) for t in self.inputs}) > 1:
                 self.obstacle = f"the batch holds tensors on {', '.join(sorted(found))}"
 
