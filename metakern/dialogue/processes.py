@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,7 @@ __all__ = [
     "check_equal",
     "first",
     "gather",
+    "have_gradients",
     "is_first",
     "joined",
     "largest",
@@ -56,6 +58,8 @@ __all__ = [
 T = TypeVar("T")
 BUCKET = 25 * 2**20  # bytes of gradients in one all-reduce, as in DistributedDataParallel
 TIMEOUT = timedelta(hours=1)  # of a collective, in which others wait while the first process trains a tokenizer
+_GROUPS = count()  # that this process has joined
+CURE = "go on with --resume, or start again if there is no checkpoint yet"
 LOST = "another process of the run has ended or can't be reached"
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -73,8 +77,7 @@ def joined() -> Iterator[None]:
     A group that is there already, such as that of Accelerate or Lightning, is used as it is. A process that was started
     alone stays alone. On a machine that has a GPU for each of its processes, each gets its own.
     """
-    own = dist.is_available() and not dist.is_initialized() and all(key in os.environ for key in ENVIRONMENT)
-    if not own or os.environ["WORLD_SIZE"] == "1":
+    if not dist.is_available() or dist.is_initialized() or not _are_several():
         yield
         return
     backend = "gloo"
@@ -82,10 +85,13 @@ def joined() -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
     with together():
-        store, place, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        if _on_this_machine() == count:  # after a restart torchrun's store still has the addresses of dead processes
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=place, world_size=count, timeout=TIMEOUT)
+        store, place, number = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun's store still has the addresses of earlier groups, and after a restart those of dead processes.
+        groups = str(next(_GROUPS))
+        if _on_this_machine() == number:
+            groups += "/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(groups, store)
+        dist.init_process_group(backend, store=store, rank=place, world_size=number, timeout=TIMEOUT)
     try:
         yield
     except UserError as error:
@@ -95,6 +101,26 @@ def joined() -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _are_several() -> bool:
+    """Whether the environment says that this process was started as one of several.
+
+    Raises:
+        UserError: If what it says is incomplete, or no number.
+    """
+    found = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
+    for key in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if not (text := os.environ.get(key, "0")).isdigit():
+            raise UserError(f"the environment variable {key} must be a number, got {text!r}: unset it, or use torchrun")
+    if not {"RANK", "WORLD_SIZE"} <= found.keys() or int(found["WORLD_SIZE"]) == 1:
+        return False
+    if missing := [key for key in ENVIRONMENT if key not in found]:
+        raise UserError(
+            f"the environment variable {missing[0]} must be set where WORLD_SIZE is {found['WORLD_SIZE']}: start by"
+            " torchrun or with --processes, or unset WORLD_SIZE"
+        )
+    return True
 
 
 def check(tasks: int, device: str) -> None:
@@ -245,9 +271,8 @@ def sum_gradients(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
     """
     if size() == 1:
         return loss.detach()
-    total, *have = _sum([loss.item(), *(float(p.grad is not None) for p in parameters)])
-    gradients = []
-    for p, has in zip(parameters, have, strict=True):
+    total, gradients = _sum([loss.item()])[0], list[Tensor]()
+    for p, has in zip(parameters, have_gradients(parameters), strict=True):
         if has:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             gradients.append(p.grad)
@@ -261,6 +286,11 @@ def sum_gradients(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
             parts = flat.split([g.numel() for g in bucket])
             torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
     return loss.new_tensor(total)
+
+
+def have_gradients(parameters: Sequence[Tensor]) -> list[bool]:
+    """Return for each parameter whether it has a gradient in any process."""
+    return [count > 0 for count in _sum([float(p.grad is not None) for p in parameters])]
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -293,7 +323,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostProcessError(f"{LOST}; go on with --resume") from error
+        raise LostProcessError(f"{LOST}; {CURE}") from error
 
 
 def launch_id() -> str:
@@ -337,7 +367,7 @@ def launch(arguments: Sequence[str], processes: int, max_restarts: int = 0) -> i
         if failure.exitcode > 0:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
-        print(f"metakern: process {which} of {processes} was ended by {name}; go on with --resume", file=sys.stderr)
+        print(f"metakern: process {which} of {processes} was ended by {name}; {CURE}", file=sys.stderr)
         return 128 - failure.exitcode
     except SignalException as error:
         return 128 + error.sigval

@@ -10,7 +10,7 @@ one layer after another. A scalar, such as one inner rate for all parameters, ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,7 +65,17 @@ class Sharding:
             return module(support, query)
         with processes.together():
             self._root.unshard()  # type: ignore[operator]
-        return self._root(module, support, query)
+        return _Then.apply(self._root(module, support, query), self._complete)
+
+    def _complete(self) -> None:
+        """Give each parameter that has a gradient in any process one in this process, before they are added up.
+
+        Where processes skip different layers, FSDP2 would add the gradients of different parameters.
+        """
+        parameters = [p for p in self._root.parameters() if p.ndim]
+        for p, has in zip(parameters, processes.have_gradients(parameters), strict=True):
+            if has and p.grad is None:
+                p.grad = torch.zeros_like(p)
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of a loss that the sharding has returned, and add them up over processes."""
@@ -102,6 +112,20 @@ class Sharding:
                     p.copy_(part_of(whole[name], p))
 
 
+class _Then(torch.autograd.Function):
+    """The identity, which has a function called at the end of the backward pass, before what FSDP2 does there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Callable[[], None]) -> Tensor:
+        ctx.call = call
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor) -> tuple:
+        torch.autograd.Variable._execution_engine.queue_callback(ctx.call)
+        return ct, None
+
+
 def replicated(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return those of `tensors` that each process holds whole."""
     return [x for x in tensors if not _is_divided(x)]
@@ -126,10 +150,12 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
 def clip(parameters: Sequence[Tensor], largest: float) -> Tensor:
     """Scale the gradients of parameters so that their norm together is at most `largest`; return the norm before."""
     kinds = [[p for p in parameters if _is_divided(p) is divided] for divided in (False, True)]
-    norms = [gathered(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds if kind]
-    norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
-    for kind in kinds:
-        nn.utils.clip_grads_with_norm_(kind, largest, norm)
+    gradients = [[p.grad for p in kind if p.grad is not None] for kind in kinds if kind]
+    with processes.together():
+        norms = [gathered(nn.utils.get_total_norm(kind)) for kind in gradients]
+        norm = torch.stack(norms).norm() if len(norms) > 1 else norms[0]
+        for kind in kinds:
+            nn.utils.clip_grads_with_norm_(kind, largest, norm)
     return norm
 
 

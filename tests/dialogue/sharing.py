@@ -17,6 +17,7 @@ import metakern as mk
 from metakern.dialogue import processes
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.evaluate import evaluate
+from metakern.dialogue.sharding import Sharding, gathered
 from metakern.dialogue.trainer import StoppedError, train
 
 RUNS = {
@@ -74,6 +75,31 @@ def prototypes_apart():
     return max((p.grad - g).abs().max().item() for p, g in zip(protonet.parameters(), alone, strict=True))
 
 
+class Skipping(torch.nn.Module):
+    """Process 0 skips the second of three layers and process 1 the first, as a model does that skips some at random."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, support, query):
+        return self.layers[processes.rank()](support).square().sum()
+
+
+def gradients_of_skipped_layers():
+    """Return by how much each divided gradient differs from that of the one process that has it; None without one."""
+    torch.manual_seed(0)
+    model, x = Skipping(), torch.randn(4, 3)
+    truth = [torch.autograd.grad(layer(x).square().sum(), list(layer.parameters())) for layer in model.layers]
+    sharding = Sharding(model, True)
+    sharding.backward(sharding(model, x, None))
+    found = [[p.grad if p.grad is None else gathered(p.grad) for p in layer.parameters()] for layer in model.layers]
+    return [
+        [None if g is None else (g - t).abs().max().item() for g, t in zip(gradients, true, strict=True)]
+        for gradients, true in zip(found, truth, strict=True)
+    ]
+
+
 def main(data, out):
     other = processes.rank() == 1
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -88,6 +114,7 @@ def main(data, out):
             stopped = processes.gather(str(error))
         sizes = processes.gather(sizes)[1]
         found = {"prototypes": prototypes_apart(), "sizes": sizes, "stopped": stopped, "report": report}
+        found["skipped"] = gradients_of_skipped_layers()
         processes.first(lambda: (out / "found.json").write_text(json.dumps(found)))
         if other:
             send(signal.SIGKILL, KILLED_AT)
@@ -98,5 +125,8 @@ def main(data, out):
 
 
 if __name__ == "__main__":
+    for _ in range(3):  # a launch may have several groups, one after another
+        with processes.joined():
+            processes.gather(0)
     with processes.joined():
         main(*map(Path, sys.argv[1:]))

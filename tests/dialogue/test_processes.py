@@ -65,6 +65,12 @@ def test_gradients_of_prototypes_are_those_of_all_tasks(shared):
     assert shared[1]["prototypes"] < 1e-6
 
 
+def test_processes_may_skip_different_layers(shared):
+    first, second, neither = shared[1]["skipped"]
+    assert max(*first, *second) < 1e-6
+    assert neither == [None, None]
+
+
 def test_memory_that_is_short_in_one_process_shrinks_its_chunks(shared):
     sizes = shared[1]["sizes"]
     assert sizes[0] == 4  # of 7 tasks
@@ -138,3 +144,18 @@ def test_commands_of_the_page_are_understood():
     assert len(commands) == 7
     for command in commands:
         cli._parser().parse_args(shlex.split(command))
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "variable RANK must be a number, got 'x': unset it, or use torchrun"),
+        ({"RANK": "0", "MASTER_PORT": "abc"}, "variable MASTER_PORT must be a number, got 'abc'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "variable MASTER_ADDR must be set where WORLD_SIZE is 2: start by torchrun"),
+    ],
+)
+def test_an_environment_that_is_not_torchruns_is_refused(monkeypatch, variables, complaint):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=complaint), processes.joined():
+        raise AssertionError("it must not begin")
