@@ -315,9 +315,14 @@ def test_a_recording_uses_no_leaf_that_another_graph_has(gpu, monkeypatch, name)
 
 
 @pytest.mark.parametrize(
-    "options", [{"strategy": "store"}, {"strategy": "recompute"}, {"weights": "implicit"}], ids=str
+    ("family", "options"),
+    [
+        *((family, {"strategy": "store"}) for family in FAMILIES),
+        *((family, {"strategy": "recompute"}) for family in ("mlp", "lstm", "llm-full")),
+        *((family, {"weights": "implicit"}) for family in ("gpt", "llm-full")),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_a_meta_step_has_nothing_that_a_cuda_graph_cannot_hold(gpu, monkeypatch, family, options):
     monkeypatch.setattr(Recorder, "__torch_dispatch__", strict)
     work, plain = (adapted(make(f"{family}:tiny")) for _ in range(2))

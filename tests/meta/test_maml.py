@@ -32,8 +32,9 @@ from metakern.meta.plan import Wishes
 from metakern.meta.verify import Trial
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "steps"), [(name, k) for name in MODELS for k in (1, 3, 5) if k < 5 or not name.startswith("hf")]
+)
 def test_meta_gradient_equals_plain_autograd(name: str, steps: int) -> None:
     model, loss, support, query, batchings = build(name)
     value = plain_loss(model, loss, support, query, steps, sgd(0.3))

@@ -33,7 +33,7 @@ from metakern.ops.core.spec import Make, Sample, Spec
 from metakern.ops.core.triton_kernels import launch, products
 from metakern.ops.core.updates import KERNELS
 
-# The GPUs, each with the bytes of shared memory that a program may use. The first of each maker compiles all kernels.
+# The GPUs, each with the bytes of shared memory that a program may use. The first compiles all launches.
 TARGETS = {
     GPUTarget("cuda", 90, 32): 227 << 10,
     GPUTarget("cuda", 80, 32): 163 << 10,
@@ -41,7 +41,7 @@ TARGETS = {
     GPUTarget("hip", "gfx942", 64): 64 << 10,
 }
 DTYPES = (torch.float32, torch.bfloat16)
-ONE_DTYPE = {80: torch.float32, 100: torch.bfloat16}  # of GPUs that compile kernels which others have compiled
+ONE_DTYPE = {80: torch.float32, 100: torch.bfloat16, "gfx942": torch.float32}  # the others compile one dtype
 UPDATES = {name for name, spec in SPECS.items() if spec.op.kernels is KERNELS}  # they share the kernels in foreach.py
 
 

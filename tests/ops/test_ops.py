@@ -52,14 +52,14 @@ a_few_cases = pytest.mark.parametrize(("spec", "sample", "backend"), few(CASES),
 _zero, _missing = ([case for case in CASES if case.values[0].op.zero_tangents == zero] for zero in (True, False))
 # Without zero_tangents, a rule of a backend sees which tangents are missing.
 cases_of_missing_tangents = pytest.mark.parametrize(
-    ("spec", "sample", "backend"), few(_zero) + _missing, indirect=["backend"]
+    ("spec", "sample", "backend"), few(_zero) + few(_missing, 2), indirect=["backend"]
 )
 every_full_case = pytest.mark.parametrize(("spec", "sample", "backend"), FULL, indirect=["backend"])
 native_full_cases = pytest.mark.parametrize(
     ("spec", "sample", "backend"), [case for case in FULL if case.values[2] != "triton"], indirect=["backend"]
 )
 a_few_full_cases = pytest.mark.parametrize(("spec", "sample", "backend"), few(FULL), indirect=["backend"])
-some_cases = pytest.mark.parametrize(("spec", "sample", "backend"), few(CASES, 3), indirect=["backend"])
+some_cases = pytest.mark.parametrize(("spec", "sample", "backend"), few(CASES, 2), indirect=["backend"])
 some_per_task_cases = pytest.mark.parametrize(("spec", "sample", "backend"), few(PER_TASK, 2), indirect=["backend"])
 
 
