@@ -155,8 +155,8 @@ def recorder_on_gpu(monkeypatch):
     """Have recorders take CPU tensors for those of a GPU."""
     made = Recorder.__init__
 
-    def on_gpu(self: Recorder, inputs: Any) -> None:
-        made(self, inputs)
+    def on_gpu(self: Recorder, *arguments: Any) -> None:
+        made(self, *arguments)
         self._is_on_gpu = True
 
     monkeypatch.setattr(Recorder, "__init__", on_gpu)
