@@ -109,18 +109,24 @@ def _are_several() -> bool:
     Raises:
         UserError: If what it says is incomplete, or no number.
     """
-    found = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
-    for key in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        if not (text := os.environ.get(key, "0")).isdigit():
-            raise UserError(f"the environment variable {key} must be a number, got {text!r}: unset it, or use torchrun")
-    if not {"RANK", "WORLD_SIZE"} <= found.keys() or int(found["WORLD_SIZE"]) == 1:
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys() or _number("WORLD_SIZE") == 1:
         return False
-    if missing := [key for key in ENVIRONMENT if key not in found]:
+    if missing := [key for key in ENVIRONMENT if key not in os.environ]:
         raise UserError(
-            f"the environment variable {missing[0]} must be set where WORLD_SIZE is {found['WORLD_SIZE']}: start by"
-            " torchrun or with --processes, or unset WORLD_SIZE"
+            f"the environment variable {missing[0]} must be set where WORLD_SIZE is {os.environ['WORLD_SIZE']}: start"
+            " by torchrun or with --processes, or unset WORLD_SIZE"
         )
+    for key in ("RANK", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        _number(key)
     return True
+
+
+def _number(key: str) -> int:
+    """Return the number that an environment variable holds, 0 if it is not set."""
+    text = os.environ.get(key, "0")
+    if not text.isdigit():
+        raise UserError(f"the environment variable {key} must be a number, got {text!r}: unset it, or use torchrun")
+    return int(text)
 
 
 def check(tasks: int, device: str) -> None:

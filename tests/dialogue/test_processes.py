@@ -149,9 +149,12 @@ def test_commands_of_the_page_are_understood():
 @pytest.mark.parametrize(
     ("variables", "complaint"),
     [
-        ({"RANK": "x", "WORLD_SIZE": "2"}, "variable RANK must be a number, got 'x': unset it, or use torchrun"),
-        ({"RANK": "0", "MASTER_PORT": "abc"}, "variable MASTER_PORT must be a number, got 'abc'"),
+        ({"RANK": "0", "WORLD_SIZE": "x"}, "variable WORLD_SIZE must be a number, got 'x': unset it, or use torchrun"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "variable MASTER_ADDR must be set where WORLD_SIZE is 2: start by torchrun"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "abc"},
+            "variable MASTER_PORT must be a number, got 'abc'",
+        ),
     ],
 )
 def test_an_environment_that_is_not_torchruns_is_refused(monkeypatch, variables, complaint):
@@ -159,3 +162,10 @@ def test_an_environment_that_is_not_torchruns_is_refused(monkeypatch, variables,
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=complaint), processes.joined():
         raise AssertionError("it must not begin")
+
+
+def test_a_port_without_processes_is_nothing(monkeypatch):
+    """As Kubernetes sets it for a service that is named master."""
+    monkeypatch.setenv("MASTER_PORT", "tcp://10.0.0.1:80")
+    with processes.joined():
+        assert processes.size() == 1
