@@ -85,6 +85,7 @@ def test_all_processes_stop_at_the_step_in_which_one_is_asked_to(shared):
 
 def test_a_run_is_saved_when_a_process_is_killed(shared):
     saved = re.findall(r"has ended or can't be reached; the run is saved at step (\d) of train", shared[2])
+    assert saved, shared[2]
     assert int(saved[0]) in (KILLED_AT - 1, KILLED_AT)  # the process may be gone before its last messages arrive
     assert "its parts of the parameters are lost, and the run is as at the last checkpoint" in shared[2]
 
