@@ -277,8 +277,9 @@ def sum_gradients(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
     """
     if size() == 1:
         return loss.detach()
-    total, gradients = _sum([loss.item()])[0], list[Tensor]()
-    for p, has in zip(parameters, have_gradients(parameters), strict=True):
+    total, *have = _sum([loss.item(), *_present(parameters)])
+    gradients = []
+    for p, has in zip(parameters, have, strict=True):
         if has:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             gradients.append(p.grad)
@@ -296,7 +297,12 @@ def sum_gradients(parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
 
 def have_gradients(parameters: Sequence[Tensor]) -> list[bool]:
     """Return for each parameter whether it has a gradient in any process."""
-    return [count > 0 for count in _sum([float(p.grad is not None) for p in parameters])]
+    return [number > 0 for number in _sum(_present(parameters))]
+
+
+def _present(parameters: Sequence[Tensor]) -> list[float]:
+    """Return 1 for each parameter that has a gradient in this process, and 0 for the others."""
+    return [float(p.grad is not None) for p in parameters]
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

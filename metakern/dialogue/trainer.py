@@ -457,8 +457,6 @@ class _Loop:
                 if processes.is_first():
                     self.write(self.moments())
             cure = f"go on with: metakern train --resume --out {self.run.path}"
-            if not checkpoint.exists(self.run.path / "checkpoints", "last"):
-                where, cure = "there is no checkpoint yet", f"remove {self.run.path} and start again"
             raise processes.LostProcessError(f"{processes.LOST}; {where}; {cure}") from error
 
     def step(self) -> None:
