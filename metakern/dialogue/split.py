@@ -27,9 +27,10 @@ import json
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from metakern.dialogue.readers import Dialogue, count_of
-from metakern.dialogue.shards import Line
+from metakern.dialogue.shards import Line, Seen
 from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS, bot_in
 from metakern.dialogue.words import length, words
 from metakern.errors import DataError
@@ -40,7 +41,16 @@ ROLES = {"user", "assistant", "bot", *SYSTEM_SPEAKERS}  # names of roles, which 
 OVERLAPS = ("users", "turns", "dialogues")
 SHARED = "dialogues that share a text with another of their task"
 Texts = Set[Hashable]
-Entries = list[tuple[Dialogue, Texts]]  # a task's dialogues, and the texts by which each overlaps others
+
+
+class Compared(NamedTuple):
+    """A dialogue, and the texts by which it overlaps others."""
+
+    dialogue: Dialogue
+    texts: Texts
+
+
+Entry = Compared | Line
 
 
 @dataclass(frozen=True)
@@ -192,17 +202,21 @@ def split_tasks(
             f"data must have {sum(map(bool, wanted))} {what} of at least {min_dialogues} dialogues",
             f"{len(families)} ({left_out} left out)",
         )
-    used: set[Hashable] = set()
+    used = Seen()
     parts: list[tuple[TaskData, ...]] = []
     for names in (*held_out, train):
         for name in names:
             whole = tasks[name]
-            tasks[name] = [(d, texts) for d, texts in whole if used.isdisjoint(texts | _speakers(d))]
+            tasks[name] = [e for e in whole if used.isdisjoint(e.texts) and used.isdisjoint(_speakers(_dialogue(e)))]
             lost = len(whole) - len(tasks[name])
             skipped["dialogues that share a text or a task's speaker with a held-out split"] += lost
         kept = enough(names)
-        parts.append(tuple(TaskData(name, tuple(d for d, _ in tasks[name])) for name in kept))
-        used.update(kept, *(texts for name in kept for _, texts in tasks[name]))
+        parts.append(tuple(TaskData(name, tuple(map(_dialogue, tasks[name]))) for name in kept))
+        if names is not train:  # after which nothing comes
+            used.update(kept)
+            for name in kept:
+                for entry in tasks[name]:
+                    used.update(entry.texts)
     for kind, found, wants in zip(("test", "validation", "train"), parts, wanted, strict=True):
         if wants and not found:
             raise lacking(f"{kind} must have a task", "none that shares no text with held-out tasks")
@@ -228,7 +242,7 @@ def whole_tasks(
     """
     skipped = Counter(unread)
     tasks, _ = _tasks(dialogues, min_words, overlap, skipped)
-    found = [TaskData(name, tuple(d for d, _ in entries)) for name, entries in tasks.items()]
+    found = [TaskData(name, tuple(map(_dialogue, entries))) for name, entries in tasks.items()]
     kept = tuple(task for task in found if len(task.dialogues) >= min_dialogues)
     skipped[f"tasks of fewer than {min_dialogues} dialogues"] += len(found) - len(kept)
     if not kept:
@@ -238,15 +252,15 @@ def whole_tasks(
 
 def _tasks(
     dialogues: Iterable[Dialogue], min_words: int, overlap: str, skipped: Counter[str]
-) -> tuple[dict[str, Entries], dict[str, str]]:
+) -> tuple[dict[str, list[Entry]], dict[str, str]]:
     """Return the dialogues of each task, of which no two overlap, and the name of the group that each task is in.
 
     Groups that share a task are one. If all tasks are in one group, each is a group of its own.
     """
     if overlap not in OVERLAPS:
         raise ValueError(f"split_tasks: overlap must be one of {', '.join(OVERLAPS)}, got {overlap!r}")
-    tasks: dict[str, Entries] = {}
-    seen: dict[str, set[Hashable]] = {}
+    tasks: dict[str, list[Entry]] = {}
+    seen: dict[str, Seen] = {}
     joined: dict[tuple[str, str], tuple[str, str]] = {}  # a task or a group -> one that it is joined to
 
     def root(of: tuple[str, str]) -> tuple[str, str]:
@@ -259,8 +273,8 @@ def _tasks(
         if group := dialogue.meta.get("group"):
             first, second = sorted((root(("group", group)), root(("task", name))))
             joined[second] = first
-        if seen.setdefault(name, set()).isdisjoint(texts):
-            tasks.setdefault(name, []).append((dialogue, texts))
+        if seen.setdefault(name, Seen()).isdisjoint(texts):
+            tasks.setdefault(name, []).append(dialogue if isinstance(dialogue, Line) else Compared(dialogue, texts))
             seen[name].update(texts)
         else:
             skipped[SHARED] += 1
@@ -274,7 +288,7 @@ def texts_of(dialogue: Dialogue, min_words: int, overlap: str) -> Texts:
     Of a dialogue that stays in its file, return the hashes of these texts.
     """
     if isinstance(dialogue, Line):
-        return dialogue.hashes
+        return dialogue.texts
     spoken = [turn for turn in dialogue.turns if turn.speaker not in SYSTEM_SPEAKERS]
     turns = [tuple(word for word in words(turn.text) if any(map(str.isalnum, word))) for turn in spoken]
     whole = tuple(said or turn.text for said, turn in zip(turns, spoken, strict=True))
@@ -283,6 +297,10 @@ def texts_of(dialogue: Dialogue, min_words: int, overlap: str) -> Texts:
         overlap, [said for said, turn in zip(turns, spoken, strict=True) if turn.speaker != bot]
     )
     return {whole, *(said for said in compared if sum(map(length, said)) >= min_words)}
+
+
+def _dialogue(entry: Entry) -> Dialogue:
+    return entry if isinstance(entry, Line) else entry.dialogue
 
 
 def _speakers(dialogue: Dialogue) -> set[str]:

@@ -1,13 +1,14 @@
 """Conversations that stay in their files: what is drawn from them is what is drawn from memory."""
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny import tiny_config, write_tasks
 
-from metakern.dialogue.shards import Hashes, Line, stream
+from metakern.dialogue.shards import Hashes, Line, Seen, stream
 from metakern.dialogue.tasks import episodes, load_split
 from metakern.dialogue.tokenizer import Tokenizer
 from metakern.errors import DataError, UserError
@@ -54,12 +55,24 @@ def test_only_the_drawn_dialogues_are_read(config, monkeypatch):
 
 
 def test_hashes_are_a_set():
-    found = Hashes(["a", ("b", "c"), "a"])
+    found = Hashes.of(["a", ("b", "c"), "a"])
     assert len(found) == 2
     assert found | {"x"} == {*found, "x"}
     assert next(iter(found)) in found
-    assert not found.isdisjoint(Hashes(["a"]))
-    assert found.isdisjoint(Hashes(["c"]))
+    assert not found.isdisjoint(Hashes.of(["a"]))
+    assert found.isdisjoint(Hashes.of(["c"]))
+
+
+def test_texts_that_were_met_are_those_of_a_set():
+    draw, seen, expected = random.Random(0), Seen(), set()
+    texts = [*(draw.randrange(2000).to_bytes(8, "little") for _ in range(5000)), bytes(8), "a", ("b", "c"), b"short"]
+    draw.shuffle(texts)
+    for text in texts:
+        assert seen.isdisjoint([text]) == (text not in expected)
+        seen.update([text])
+        expected.add(text)
+    assert all(not seen.isdisjoint([text]) for text in texts)
+    assert seen.isdisjoint([(2000).to_bytes(8, "little"), "b", b""])
 
 
 @pytest.mark.parametrize(
