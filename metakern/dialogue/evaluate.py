@@ -29,7 +29,7 @@ from metakern.dialogue.contenders import RETRIEVAL, check, contender, is_plain
 from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.metrics import by_task, interval, over_tasks, paired_interval
-from metakern.dialogue.rates import Tell, at_factors, best_factors, scaled
+from metakern.dialogue.rates import Tell, at_factors, best_factors
 from metakern.dialogue.replies import KINDS, Questions, draw_questions, generated, retrieved, scores
 from metakern.dialogue.report import keep, plot, plot_replies
 from metakern.dialogue.run import Run, check_tasks
@@ -59,7 +59,8 @@ def evaluate(
     so, and the report is returned all the same.
 
     Every contender, the run and what it is compared with, gets the same chances: for each number of steps all its inner
-    rates, learned or not, are multiplied by the factor that has the lowest loss on the validation tasks.
+    rates, learned or not, are multiplied by the factor that has the lowest loss on the validation tasks. A test task on
+    whose support a lower factor does better takes that one, as `metakern.dialogue.rates` says.
 
     Args:
         path: The folder of the run.
@@ -77,8 +78,9 @@ def evaluate(
 
     Returns:
         What `eval.json` holds. `curves` has, for each algorithm, the query losses of the tasks (`loss`,
-        `[len(steps)][T]`, in nats per token), the `perplexity` and the ends of its interval (`low`, `high`), and
-        `bits_per_byte`, as `metrics.over_tasks` returns it. `ratios` has, for each other contender, `ratio`, `low` and
+        `[len(steps)][T]`, in nats per token), the `perplexity` and the ends of its interval (`low`, `high`),
+        `bits_per_byte`, as `metrics.over_tasks` returns it, the `rate_factor` of each number of steps, and how many
+        episodes took a lower one (`lowered`). `ratios` has, for each other contender, `ratio`, `low` and
         `high`, and so has `best_plain`, for the contender in its `names` that has the lowest mean test loss after each
         number of steps, among those that are trained without an inner loop (None if there is none).
         `steps` is in ascending order. With `data`, `left_out` counts what was left out of it, by reason, and `seen` has
@@ -144,11 +146,12 @@ def evaluate(
                 factors |= zip(numbers, best, strict=True)
         of_steps = [factors[k] for k in steps]
         with _shown(f"{name} on the test tasks") as tell:
-            losses = at_factors(each.algorithm, of_steps, test, steps, tell=tell)
+            losses, lowered = at_factors(each.algorithm, of_steps, test, steps, tell=tell)
         curves[name] = {
             **_summary(by_task(losses, repeats)),
             "bits_per_byte": over_tasks(by_task(losses.double() * bits, repeats)),
             "rate_factor": of_steps,
+            "lowered": lowered.sum(1).tolist(),
         }
         if reply_steps:
             said = _replies(name, each, test, asked, reply_steps, factors)
@@ -212,13 +215,12 @@ def _replies(
                 replies.append(replies[-1])
                 continue
             replies.append([])
-            with scaled(run.algorithm, factors[k]):
-                for task in generated(run.algorithm, test, asked, k):
-                    replies[-1].append(task)
-                    done = (i + len(replies[-1]) / own) / len(steps)
-                    minutes, rest = divmod(round((time.monotonic() - began) * (1 / done - 1)), 60)
-                    text = f"after {k} steps  {len(replies[-1])}/{own} episodes  {minutes}:{rest:02d} left"
-                    display.progress(f"replies of {name}", done, text, line=len(replies[-1]) == own)
+            for task in generated(run.algorithm, test, asked, k, factors[k]):
+                replies[-1].append(task)
+                done = (i + len(replies[-1]) / own) / len(steps)
+                minutes, rest = divmod(round((time.monotonic() - began) * (1 / done - 1)), 60)
+                text = f"after {k} steps  {len(replies[-1])}/{own} episodes  {minutes}:{rest:02d} left"
+                display.progress(f"replies of {name}", done, text, line=len(replies[-1]) == own)
             replies[-1] = [task for part in processes.gather(replies[-1]) for task in part]
     return replies
 

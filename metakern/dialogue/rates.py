@@ -1,6 +1,10 @@
 """Choose the inner rates of an algorithm for each number of inner steps: a factor that multiplies all of them.
 
 So no algorithm is judged with rates that were meant for another number of steps, or that nobody has tuned.
+
+A factor that is best on validation tasks can be too high for a task that is unlike all of them, such as one in a script
+that training had never seen: its loss rises instead. Therefore, each test task adapts with this factor and with
+`LOWER` of it, and takes the one of the two that leaves the lower loss on its support.
 """
 
 from __future__ import annotations
@@ -16,9 +20,10 @@ from torch import Tensor
 from metakern.dialogue.tasks import EpisodeSource, curve
 from metakern.optim.base import Stepwise
 
-__all__ = ["at_factors", "best_factors", "optimizers", "scaled", "tuned"]
+__all__ = ["adapted", "at_factors", "best_factors", "optimizers", "scaled", "tuned"]
 
 Tell = Callable[[int, int], None]  # is told how many factors were tried, and how many are known to be left
+LOWER = 10**-0.5  # of a factor: the half decade below it
 REACH = 6  # how many half decades above and below 1 the factor of the inner rates is searched
 
 
@@ -48,10 +53,12 @@ def scaled(algorithm: Any, factor: float) -> Iterator[None]:
                     p.copy_(value)
 
 
-def _at_factor(algorithm: Any, factor: float, source: EpisodeSource, steps: tuple[int, ...], limit: int) -> Tensor:
-    """Return the query losses `[len(steps), T]` of an algorithm whose inner rates are multiplied by a factor."""
+def _at_factor(
+    algorithm: Any, factor: float, source: EpisodeSource, steps: tuple[int, ...], limit: int, on: str = "query"
+) -> Tensor:
+    """Return the losses `[len(steps), T]` of an algorithm whose inner rates are multiplied by a factor."""
     with scaled(algorithm, factor):
-        return curve(algorithm, source, steps, limit)[1]
+        return curve(algorithm, source, steps, limit, on)[1]
 
 
 def at_factors(
@@ -61,17 +68,50 @@ def at_factors(
     steps: tuple[int, ...],
     limit: int = 0,
     tell: Tell | None = None,
-) -> Tensor:
-    """Return the query losses `[len(steps), T]` of the first `limit` tasks of `source` (0: all).
+) -> tuple[Tensor, Tensor]:
+    """Return the query losses of the first `limit` tasks of `source` (0: all), and which tasks took lower rates.
 
-    There is a factor of the algorithm's inner rates for each number of steps.
+    There is a factor of the algorithm's inner rates for each number of steps. Both results are `[len(steps), T]`.
     """
-    found: dict[float, Tensor] = {}
+    found: dict[float, tuple[Tensor, Tensor]] = {}
     for factor in dict.fromkeys(factors):
-        found[factor] = _at_factor(algorithm, factor, source, steps, limit)
+        query = _at_factor(algorithm, factor, source, steps, limit)
+        lowered = torch.zeros_like(query, dtype=torch.bool)
+        if optimizers(algorithm) and any(steps):
+            lower = LOWER * factor
+            lowered = _lower(*(_at_factor(algorithm, f, source, steps, limit, "support") for f in (factor, lower)))
+            if lowered.any():
+                query = torch.where(lowered, _at_factor(algorithm, lower, source, steps, limit), query)
+        found[factor] = query, lowered
         if tell:
             tell(len(found), len(set(factors)) - len(found))
-    return torch.stack([found[factor][i] for i, factor in enumerate(factors)])
+    losses, lowered = (torch.stack([found[f][i][k] for k, f in enumerate(factors)]) for i in range(2))
+    return losses, lowered
+
+
+def adapted(algorithm: Any, support: Any, steps: int, factor: float) -> dict[str, Tensor]:
+    """Return the parameters `[T, *shape]` that are adapted to a support, with a factor of the inner rates.
+
+    They are those of the model that is trained, which a soft prompt is not. Each task takes its factor as in
+    `at_factors`.
+    """
+    adapt = getattr(algorithm, "adapt_trained", algorithm.adapt)
+    if not steps or not optimizers(algorithm):
+        return adapt(support, steps=steps)
+    with scaled(algorithm, factor):
+        phi = adapt(support, steps=steps)
+        loss = algorithm.evaluate(support, support, steps=(steps,))[0]
+    with scaled(algorithm, LOWER * factor):
+        lowered = _lower(loss, algorithm.evaluate(support, support, steps=(steps,))[0])
+        if not lowered.any():
+            return phi
+        lower = adapt(support, steps=steps)
+    return {name: torch.where(lowered.view(-1, *[1] * (p.ndim - 1)), lower[name], p) for name, p in phi.items()}
+
+
+def _lower(high: Tensor, low: Tensor) -> Tensor:
+    """Return where lower rates leave the lower loss; NaN counts as infinite."""
+    return low < high.nan_to_num(math.inf, math.inf)
 
 
 def best_factors(

@@ -22,6 +22,7 @@ from metakern.dialogue.baselines import InContext, Retrieval
 from metakern.dialogue.episodes import Episodes, Exchange
 from metakern.dialogue.generate import greedy
 from metakern.dialogue.metrics import JUDGED, bleu, by_task, chrf, distinct_n, exact, over_tasks, plain, word_f1
+from metakern.dialogue.rates import adapted
 from metakern.dialogue.tasks import load_adapted, on_device_of
 from metakern.errors import DataError
 from metakern.meta.parameters import twin
@@ -83,7 +84,9 @@ def draw_questions(source: Episodes, limit: int = 12) -> list[Questions]:
     return asked
 
 
-def generated(algorithm: Any, source: Episodes, asked: Sequence[Questions], steps: int) -> Iterator[list[str]]:
+def generated(
+    algorithm: Any, source: Episodes, asked: Sequence[Questions], steps: int, factor: float = 1.0
+) -> Iterator[list[str]]:
     """Yield for each episode the replies to its taught and then its unseen questions, after `steps` inner steps.
 
     Several processes share the episodes; each yields those of its own. `InContext` takes no steps and has the support
@@ -94,6 +97,7 @@ def generated(algorithm: Any, source: Episodes, asked: Sequence[Questions], step
         source: The tasks.
         asked: What `draw_questions` returns for them.
         steps: The number of inner steps, at least 0.
+        factor: Multiplies the inner rates, as in `metakern.dialogue.rates`.
     """
     tokenizer, in_context = source.tokenizer, isinstance(algorithm, InContext)
     trained = getattr(algorithm, "trained", algorithm.model)
@@ -105,7 +109,7 @@ def generated(algorithm: Any, source: Episodes, asked: Sequence[Questions], step
     batch = max(1, min(16, HELD // max(size, 1)))
     for names, support, _ in source.evaluation(batch=batch, share=processes.share):
         support = on_device_of(trained, support)
-        phi = {} if in_context else getattr(algorithm, "adapt_trained", algorithm.adapt)(support, steps=steps)
+        phi = {} if in_context else adapted(algorithm, support, steps, factor)
         for t, task in zip(range(len(names)), rest, strict=False):
             load_adapted(model, phi, t)
             before = algorithm.context(support, t, source.max_length).tolist() if in_context else []

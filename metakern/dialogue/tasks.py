@@ -177,11 +177,13 @@ def source_of(
     return part_episodes(config, tasks, tokenizer, labels, **changes)
 
 
-def curve(algorithm: Any, source: EpisodeSource, steps: tuple[int, ...], limit: int = 0) -> tuple[list[str], Tensor]:
-    """Return the names of the first `limit` tasks of `source` (0: all) and their query losses, `[len(steps), T]`.
+def curve(
+    algorithm: Any, source: EpisodeSource, steps: tuple[int, ...], limit: int = 0, on: str = "query"
+) -> tuple[list[str], Tensor]:
+    """Return the names of the first `limit` tasks of `source` (0: all) and their losses, `[len(steps), T]`.
 
-    The losses are measured in evaluation mode after each number of inner steps in `steps`, in nats per token. Processes
-    share the tasks, and each returns all of them.
+    The losses are those on the query, or with `on="support"` on the support. They are measured in evaluation mode after
+    each number of inner steps in `steps`, in nats per token. Processes share the tasks, and each returns all of them.
     """
     training = algorithm.training
     algorithm.eval()
@@ -190,7 +192,7 @@ def curve(algorithm: Any, source: EpisodeSource, steps: tuple[int, ...], limit: 
     for tasks, support, query in source.evaluation(limit or None, share=processes.share):
         names += tasks
         support, query = (on_device_of(algorithm.model, batch) for batch in (support, query))
-        losses.append(algorithm.evaluate(support, query, steps=steps).cpu())
+        losses.append(algorithm.evaluate(support, support if on == "support" else query, steps=steps).cpu())
     algorithm.train(training)
     parts = processes.gather((names, torch.cat(losses, 1)))
     return [name for own, _ in parts for name in own], torch.cat([found for _, found in parts], 1)

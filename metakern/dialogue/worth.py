@@ -86,7 +86,7 @@ def measure(config: Config) -> dict[str, Any]:
             raise StoppedError("data: stopped; nothing is kept") from None
         validation, test = (episodes(plain, part, run.tokenizer) for part in (split.validation, split.test))
         factors = best_factors(run.algorithm, validation, STEPS, config.eval_tasks)
-        losses = at_factors(run.algorithm, factors, test, STEPS).mean(1).tolist()
+        losses = at_factors(run.algorithm, factors, test, STEPS)[0].mean(1).tolist()
     found |= {"steps": list(STEPS), "rates": [config.inner_lr * factor for factor in factors]}
     return found | {"loss": losses, "gain": gain(losses)}
 

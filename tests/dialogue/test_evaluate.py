@@ -52,8 +52,9 @@ def test_the_curve_is_computed_on_test_tasks_with_intervals(trained):
     assert report["tasks"] == unseen
     assert set(unseen).isdisjoint(task.task_id for task in (*split.train, *split.validation))
     test = episodes(run.config, split.test, run.tokenizer)
-    losses = rates.at_factors(run.algorithm, report["curves"]["maml"]["rate_factor"], test, (0, 1, 3))
+    losses, lowered = rates.at_factors(run.algorithm, report["curves"]["maml"]["rate_factor"], test, (0, 1, 3))
     assert report["curves"]["maml"]["loss"] == losses.tolist()
+    assert report["curves"]["maml"]["lowered"] == lowered.sum(1).tolist()
     assert losses[0].equal(curve(run.algorithm, test, (0,))[1][0])
     for i, row in enumerate(losses):
         mean, half = interval(row)
@@ -142,7 +143,7 @@ def test_the_rates_of_every_algorithm_are_tuned_on_validation_tasks(trained, nam
     test = episodes(run.config, split.test, run.tokenizer)
     for i, k in enumerate((1, 3), start=1):
         best = report["curves"][name]["rate_factor"][i]
-        means = {}
+        means, found = {}, {}
         for factor in (best / 10**0.5, best, best * 10**0.5):
             algorithm = Run.open(path).algorithm
             rate = algorithm.inner.lr
@@ -151,9 +152,11 @@ def test_the_rates_of_every_algorithm_are_tuned_on_validation_tasks(trained, nam
                 for p in rate.parameters():
                     p.mul_(factor)
             means[factor] = curve(algorithm, validation, (k,), 2)[1].mean().item()
-            if factor == best:
-                assert report["curves"][name]["loss"][i] == curve(algorithm, test, (k,))[1][0].tolist()
+            found[factor] = [curve(algorithm, test, (k,), on=on)[1][0] for on in ("query", "support")]
         assert min(means, key=means.get) == best
+        (lower, low), (losses, support) = found[best / 10**0.5], found[best]
+        expected = torch.where(low < support, lower, losses)
+        torch.testing.assert_close(torch.tensor(report["curves"][name]["loss"][i]), expected)
 
 
 def test_the_rates_are_as_before_after_they_were_scaled(trained):
@@ -238,8 +241,7 @@ def test_plain_training_keeps_the_weights_that_adapt_best_at_a_tuned_rate(tmp_pa
     scores = {line["step"]: line["validation_after"] for line in lines if "validation_after" in line}
     assert run.state["step"] == min(scores, key=scores.get)
     validation = episodes(config, load_split(config).validation, run.tokenizer)
-    factors = rates.best_factors(run.algorithm, validation, (0, 1, 2))
-    found = rates.at_factors(run.algorithm, factors, validation, (0, 1, 2))
+    _, found = rates.tuned(run.algorithm, validation, (0, 1, 2))
     assert found[1:].mean().item() == pytest.approx(run.state["best"], rel=1e-6)
 
 
@@ -416,8 +418,7 @@ def test_replies_are_judged_beside_the_curves(judged):
                 assert [len(row) for row in metric["values"]] == [len(tasks)] * 2
     said = []
     for k, factor in zip((0, 2), replies["scores"]["maml"]["rate_factor"], strict=True):
-        with rates.scaled(run.algorithm, factor):
-            said.append(list(generated(run.algorithm, test, asked, k)))
+        said.append(list(generated(run.algorithm, test, asked, k, factor)))
     own = {kind: replies["scores"]["maml"][kind] for kind in ("taught", "unseen")}
     assert own == scores(test, asked, said)
     for name, found in (("retrieval", replies["scores"]["retrieval"]), ("incontext", replies["scores"]["incontext"])):
@@ -435,8 +436,7 @@ def test_samples_are_replies_of_the_run_to_its_first_task(judged):
     for key, factor, k in zip(
         ("before", "after"), report["replies"]["scores"]["maml"]["rate_factor"], (0, 2), strict=True
     ):
-        with rates.scaled(run.algorithm, factor):
-            said = next(generated(run.algorithm, test, [asked], k))
+        said = next(generated(run.algorithm, test, [asked], k, factor))
         assert [sample[key] for sample in samples["taught"]] == said[: len(samples["taught"])]
         assert [sample[key] for sample in samples["unseen"]] == said[len(asked.taught) :][: len(samples["unseen"])]
     assert [sample["bot"] for sample in samples["unseen"]] == [exchange.text for exchange in asked.unseen[:3]]
