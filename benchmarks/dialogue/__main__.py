@@ -64,6 +64,7 @@ def measure(name: str, cell: dict[str, Any], data: dict[str, str], seed: int) ->
         "bits_per_byte": {
             contender: _rounded(curve["bits_per_byte"]["mean"]) for contender, curve in report["curves"].items()
         },
+        "lowered": {contender: curve["lowered"] for contender, curve in report["curves"].items()},
     }
     if judged:
         replies = report["replies"]
