@@ -66,6 +66,7 @@ class Run:
         base: The fingerprint of the pretrained weights that the run began with; "" for a model trained from scratch.
         labels: The labels that a parser or a policy was trained with; none of a generator.
         data: The digest of the split that it is trained on (`Split.digest`); "" if none is known.
+        adam: What `teach` adapts the model further with, from its first use on: its plans are made once.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class Run:
     base: str = ""
     labels: tuple[str, ...] = ()
     data: str = ""
+    adam: mk.MAML | None = None
 
     @classmethod
     def create(cls, path: Path, config: Config, tokenizer: DialogueTokenizer, labels: Sequence[str] = ()) -> Run:

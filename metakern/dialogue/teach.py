@@ -1,5 +1,9 @@
 """Teach a model exchanges: adapt it until it gives the taught replies.
 
+The first inner steps are those of the run's algorithm, as many as in its training. They go far, but more of them may
+lead nowhere, as no training has seen them. If replies are still wrong, the steps that follow are Adam's. Its rate is
+the root mean square of the algorithm's first step, which says how far a step may go in this model.
+
 A reply is right if the model, decoding greedily, gives it token by token. That is so exactly if each of its tokens is
 the likeliest one after the tokens before it, so one forward pass over the support judges all replies after each inner
 step.
@@ -10,13 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import metakern as mk
 from metakern.dialogue.episodes import collate
+from metakern.dialogue.rates import scaled
 from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import on_device_of
@@ -26,6 +32,7 @@ from metakern.errors import UserError
 __all__ = ["MOST_STEPS", "Lesson", "Progress", "support_batch", "teach"]
 
 MOST_STEPS = 60
+RATES = 1e-3, 3e-2  # the lowest and the highest rate of Adam
 
 
 @dataclass(frozen=True)
@@ -90,10 +97,10 @@ def teach(
 ) -> Lesson:
     """Return the parameters of the run's model, adapted to `dialogues` until it gives the bot's replies in them.
 
-    The number of inner steps is at least the largest one of the training, and at most `most`. The adaptation ends
-    earlier than that if all replies are right; a question with several answers can have one of them right. Otherwise
-    the result has the parameters after the step with the most right replies; of several such steps, the one with the
-    lowest loss.
+    The number of inner steps is at least the largest one of the training, and at most `most`. Those beyond that of the
+    training are steps of Adam. The adaptation ends before `most` if all replies are right; a question with several
+    answers can have one of them right. Otherwise the result has the parameters after the step with the most right
+    replies; of several such steps, the one with the lowest loss.
 
     Args:
         run: Its model is not changed. Its algorithm is in eval mode afterwards.
@@ -117,7 +124,7 @@ def teach(
     """
     windows = _windows(run, dialogues)
     support, replies = _collated(run, windows), _replies(run, windows)
-    least = min(run.config.most_inner_steps, most)
+    least, own = min(run.config.most_inner_steps, most), run.algorithm
     attainable = len({tuple(support["input_ids"][0, i, :begin].tolist()) for i, begin, _ in replies})
     curve: list[Progress] = []
     found: list[tuple[dict[str, Tensor], Progress]] = []  # the best so far
@@ -133,9 +140,21 @@ def teach(
             found[:] = [({name: p.detach().clone() for name, p in phi.items()}, now)]
         return now.right >= attainable
 
-    run.algorithm.eval()
-    run.algorithm.adapt(support, steps=most, until=enough)
+    own.eval()
+    phi = own.adapt(support, steps=least, until=enough)
+    if most > least and found[0][1].right < attainable:
+        if run.adam is None:
+            run.adam = mk.MAML(run.model, own.loss, inner=mk.optim.Adam(lr=1.0), adapt=list(phi)).eval()
+        with scaled(run.adam, _rate(own, support)):
+            run.adam.adapt(support, most - least, phi, until=lambda k, phi: k > 0 and enough(least + k, phi))
     return Lesson(*found[0], tuple(curve))
+
+
+def _rate(algorithm: Any, support: dict[str, Tensor]) -> float:
+    """Return the root mean square of an algorithm's first inner step, within `RATES`."""
+    before, after = (algorithm.adapt(support, steps=k) for k in (0, 1))
+    step = torch.cat([(after[name] - p).flatten() for name, p in before.items()])
+    return min(max(step.square().mean().sqrt().item(), RATES[0]), RATES[1])
 
 
 def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:

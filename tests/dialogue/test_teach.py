@@ -46,10 +46,28 @@ def test_the_model_replies_as_taught_after_as_many_steps_as_that_takes(run):
     assert seen[0].loss > 5 * lesson.end.loss
     assert lesson.summary.startswith(f"inner steps: {lesson.end.steps}, taught replies right: 3 of 3, loss on them: ")
     support = support_batch(run, taught(*pairs))
-    assert run.algorithm.evaluate(support, support, (lesson.end.steps,)).item() == pytest.approx(lesson.end.loss)
-    for name, p in run.algorithm.adapt(support, steps=lesson.end.steps).items():
-        torch.testing.assert_close(lesson.phi[name], p, rtol=1e-5, atol=1e-6)
+    assert run.algorithm.evaluate(support, support, (0,), lesson.phi).item() == pytest.approx(lesson.end.loss)
     assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+
+
+def test_the_first_steps_are_the_algorithm_s(run):
+    pairs = taught(("river?", "cloud otter"), ("stone?", "maple"))
+    lesson = teach(run, pairs, most=run.config.most_inner_steps)
+    assert lesson.end.steps == run.config.most_inner_steps
+    for name, p in run.algorithm.adapt(support_batch(run, pairs), steps=lesson.end.steps).items():
+        torch.testing.assert_close(lesson.phi[name], p, rtol=1e-5, atol=1e-6)
+    further = teach(run, pairs)
+    assert further.curve[: len(lesson.curve)] == lesson.curve
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "finetune", "hypernetwork"])
+def test_adam_gets_the_replies_right_where_the_algorithm_s_steps_are_too_short(tmp_path, algorithm):
+    run = untrained_run(tmp_path / "run", algorithm=algorithm, inner="sgd", inner_lr=3.0)
+    lesson = teach(run, taught(("river?", "cloud otter"), ("stone?", "maple")), most=200)
+    assert lesson.end.right == 2
+    assert lesson.phi.keys() == dict(run.model.named_parameters()).keys()
+    own = run.algorithm.evaluate(*[support_batch(run, taught(("river?", "cloud otter")))] * 2, (lesson.end.steps,))
+    assert own.item() > 2
 
 
 def test_later_exchanges_of_a_conversation_are_judged_in_their_context(run):
