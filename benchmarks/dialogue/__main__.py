@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.dialogue.lessons import lessons
 from benchmarks.options import Parser, kept, positive
 from benchmarks.results import FOLDER, ROOT, machine
 from metakern.dialogue.config import Config
 from metakern.dialogue.evaluate import STEPS, evaluate
+from metakern.dialogue.run import Run
 from metakern.dialogue.trainer import train
 from metakern.errors import UserError
 
@@ -74,6 +76,10 @@ def measure(name: str, cell: dict[str, Any], data: dict[str, str], seed: int) ->
                 contender: _rounded(found[kind]["exact"]["values"]) for contender, found in replies["scores"].items()
             }
             for kind in ("taught", "unseen")
+        }
+        entry["lessons"] = {
+            name: {key: _rounded(values) for key, values in found.items()}
+            for name, found in lessons(Run.open(folder)).items()
         }
     return entry
 

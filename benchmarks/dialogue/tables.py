@@ -107,6 +107,26 @@ def replies_table(contenders: Sequence[str] = ()) -> str:
     return table(["data/model", "questions", "", *(f"k = {k}" for k in steps)], rows)
 
 
+def lesson(contender: str, key: str) -> Callable[[dict[str, Any]], Iterable[float]]:
+    """Return what reads a value of a contender's lessons from an entry."""
+    return lambda entry: entry["lessons"][contender][key]
+
+
+def lessons_table() -> str:
+    """How models that were taught until they reply as taught do, for all cells where that was measured."""
+    rows = []
+    for name, seeds in load().items():
+        having = [entry for entry in seeds.values() if "lessons" in entry]
+        for contender in having[0]["lessons"] if having else ():
+            steps, taught, unseen = (
+                over_tasks(having, lesson(contender, key)) for key in ("steps", "taught", "unseen")
+            )
+            shares = (f"{x:.0%} [{max(low, 0):.0%}, {min(high, 1):.0%}]" for x, low, high in (taught, unseen))
+            who = NAMES.get(contender, contender).removesuffix(", SGD")
+            rows.append([name, who, f"{steps[0]:.1f} [{steps[1]:.1f}, {steps[2]:.1f}]", *shares])
+    return table(["data/model", "", "inner steps", "taught", "unseen"], rows)
+
+
 def machines() -> str:
     """Where and when the cells were measured."""
     lines = (f"{described(entry)}  " for seeds in load().values() for entry in seeds.values())

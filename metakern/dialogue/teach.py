@@ -29,7 +29,7 @@ from metakern.dialogue.tasks import on_device_of
 from metakern.dialogue.tokenizer import IGNORE, bot_in
 from metakern.errors import UserError
 
-__all__ = ["MOST_STEPS", "Lesson", "Progress", "support_batch", "teach"]
+__all__ = ["MOST_STEPS", "Lesson", "Progress", "judged", "support_batch", "teach"]
 
 MOST_STEPS = 60
 RATES = 1e-3, 3e-2  # the lowest and the highest rate of Adam
@@ -148,6 +148,16 @@ def teach(
         with scaled(run.adam, _rate(own, support)):
             run.adam.adapt(support, most - least, phi, until=lambda k, phi: k > 0 and enough(least + k, phi))
     return Lesson(*found[0], tuple(curve))
+
+
+def judged(run: Run, phi: dict[str, Tensor], dialogues: Iterable[Dialogue]) -> Progress:
+    """Return how many of the bot's replies in `dialogues` the adapted model gives, each in its context; `steps` is 0.
+
+    Raises:
+        UserError: As `teach`.
+    """
+    windows = _windows(run, dialogues)
+    return _progress(run, phi, _collated(run, windows), _replies(run, windows), 0)
 
 
 def _rate(algorithm: Any, support: dict[str, Tensor]) -> float:
