@@ -144,7 +144,7 @@ def teach(
     phi = own.adapt(support, steps=least, until=enough)
     if most > least and found[0][1].right < attainable:
         if run.adam is None:
-            run.adam = mk.MAML(run.model, own.loss, inner=mk.optim.Adam(lr=1.0), adapt=list(phi)).eval()
+            run.adam = mk.MAML(run.model, mk.losses.causal_lm, inner=mk.optim.Adam(lr=1.0), adapt=list(phi)).eval()
         with scaled(run.adam, _rate(own, support)):
             run.adam.adapt(support, most - least, phi, until=lambda k, phi: k > 0 and enough(least + k, phi))
     return Lesson(*found[0], tuple(curve))
@@ -164,7 +164,7 @@ def _rate(algorithm: Any, support: dict[str, Tensor]) -> float:
     """Return the root mean square of an algorithm's first inner step, within `RATES`."""
     before, after = (algorithm.adapt(support, steps=k) for k in (0, 1))
     step = torch.cat([(after[name] - p).flatten() for name, p in before.items()])
-    return min(max(step.square().mean().sqrt().item(), RATES[0]), RATES[1])
+    return min(max(RATES[0], step.square().mean().sqrt().item()), RATES[1])  # the lowest for NaN
 
 
 def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:

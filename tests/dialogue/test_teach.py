@@ -7,7 +7,7 @@ from tiny import untrained_run
 from metakern.dialogue.generate import generate
 from metakern.dialogue.readers import Dialogue, Turn, dialogue
 from metakern.dialogue.tasks import load_adapted
-from metakern.dialogue.teach import support_batch, teach
+from metakern.dialogue.teach import judged, support_batch, teach
 from metakern.errors import UserError
 from metakern.meta.parameters import twin
 
@@ -45,6 +45,8 @@ def test_the_model_replies_as_taught_after_as_many_steps_as_that_takes(run):
     assert run.config.most_inner_steps < lesson.end.steps < 60
     assert seen[0].loss > 5 * lesson.end.loss
     assert lesson.summary.startswith(f"inner steps: {lesson.end.steps}, taught replies right: 3 of 3, loss on them: ")
+    assert judged(run, lesson.phi, taught(*pairs)).right == 3
+    assert judged(run, lesson.phi, taught(("river?", "maple"), pairs[0])).right == 1
     support = support_batch(run, taught(*pairs))
     assert run.algorithm.evaluate(support, support, (0,), lesson.phi).item() == pytest.approx(lesson.end.loss)
     assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
