@@ -60,6 +60,12 @@ def show(report: dict[str, Any], console: Console) -> None:
     say(console, f"{report['data']}, {counted(report)}, by inner steps [95% interval over tasks]\n")
     perplexities = [(name, values, "perplexity", ".1f") for name, values in curves.items()]
     show_table(console, "perplexity", steps, perplexities)
+    for name, values in curves.items():
+        if lowered := [f"{n} after {k} steps" for n, k in zip(values["lowered"], steps, strict=True) if n]:
+            say(
+                console,
+                f"episodes whose support did better at a lower rate of {name}, so took it: {', '.join(lowered)}",
+            )
     ratios: list[Row] = [(f"{name} / {own}", values, "ratio", ".3f") for name, values in report["ratios"].items()]
     if ratios:
         if (best := report["best_plain"]) and len(ratios) > 1:

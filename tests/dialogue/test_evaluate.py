@@ -205,7 +205,12 @@ def test_the_table_and_the_plot_show_every_curve(trained):
     for words in ("maml", "finetune", "fomaml", "finetune / maml", "fomaml / maml", f"{len(report['tasks'])} unseen"):
         assert words in text
     assert f"{report['curves']['maml']['perplexity'][2]:.1f} [" in text
-    alone = {**report, "curves": {"maml": report["curves"]["maml"]}, "ratios": {}, "best_plain": None}
+    alone = {**report, "curves": {"maml": {**report["curves"]["maml"], "lowered": [0, 0, 2]}}, "ratios": {}} | {
+        "best_plain": None
+    }
+    show(alone, console)
+    shown = " ".join(console.file.getvalue().split())
+    assert "episodes whose support did better at a lower rate of maml, so took it: 2 after 3 steps" in shown
     assert len(plot(alone)) != len(plot(report))
 
 
