@@ -73,19 +73,21 @@ def at_factors(
 
     There is a factor of the algorithm's inner rates for each number of steps. Both results are `[len(steps), T]`.
     """
-    found: dict[float, tuple[Tensor, Tensor]] = {}
-    for factor in dict.fromkeys(factors):
-        query = _at_factor(algorithm, factor, source, steps, limit)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    each = list(dict.fromkeys(factors))
+    for n, factor in enumerate(each, 1):
+        numbers = tuple(k for k, own in zip(steps, factors, strict=True) if own == factor)
+        query = _at_factor(algorithm, factor, source, numbers, limit)
         lowered = torch.zeros_like(query, dtype=torch.bool)
-        if optimizers(algorithm) and any(steps):
+        if optimizers(algorithm) and any(numbers):
             lower = LOWER * factor
-            lowered = _lower(*(_at_factor(algorithm, f, source, steps, limit, "support") for f in (factor, lower)))
+            lowered = _lower(*(_at_factor(algorithm, f, source, numbers, limit, "support") for f in (factor, lower)))
             if lowered.any():
-                query = torch.where(lowered, _at_factor(algorithm, lower, source, steps, limit), query)
-        found[factor] = query, lowered
+                query = torch.where(lowered, _at_factor(algorithm, lower, source, numbers, limit), query)
+        found |= zip(numbers, zip(query, lowered, strict=True), strict=True)
         if tell:
-            tell(len(found), len(set(factors)) - len(found))
-    losses, lowered = (torch.stack([found[f][i][k] for k, f in enumerate(factors)]) for i in range(2))
+            tell(n, len(each) - n)
+    losses, lowered = (torch.stack([found[k][i] for k in steps]) for i in range(2))
     return losses, lowered
 
 
@@ -98,14 +100,12 @@ def adapted(algorithm: Any, support: Any, steps: int, factor: float) -> dict[str
     adapt = getattr(algorithm, "adapt_trained", algorithm.adapt)
     if not steps or not optimizers(algorithm):
         return adapt(support, steps=steps)
-    with scaled(algorithm, factor):
-        phi = adapt(support, steps=steps)
-        loss = algorithm.evaluate(support, support, steps=(steps,))[0]
-    with scaled(algorithm, LOWER * factor):
-        lowered = _lower(loss, algorithm.evaluate(support, support, steps=(steps,))[0])
-        if not lowered.any():
-            return phi
-        lower = adapt(support, steps=steps)
+    found, losses = [], []
+    for f in (factor, LOWER * factor):
+        with scaled(algorithm, f):
+            found.append(adapt(support, steps=steps))
+        losses.append(algorithm.evaluate(support, support, steps=(0,), start=found[-1])[0])
+    lowered, (phi, lower) = _lower(*losses), found
     return {name: torch.where(lowered.view(-1, *[1] * (p.ndim - 1)), lower[name], p) for name, p in phi.items()}
 
 

@@ -230,7 +230,7 @@ def test_large_models_are_adapted_one_task_at_a_time(monkeypatch):
     together = list(generated(algorithm, source, asked, 3))
     monkeypatch.setattr("metakern.dialogue.replies.HELD", 1)
     assert list(generated(algorithm, source, asked, 3)) == together
-    assert batches == [2, 1, 1]
+    assert batches == [2, 2, 1, 1, 1, 1]  # at two rates
 
 
 def test_a_model_that_diverged_gives_no_reply():
