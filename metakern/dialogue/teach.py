@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ __all__ = ["MOST_STEPS", "Lesson", "Progress", "judged", "support_batch", "teach
 
 MOST_STEPS = 60
 RATES = 1e-3, 3e-2  # the lowest and the highest rate of Adam
+_ONE_RATE = Lock()  # Adam has the rate of one lesson at a time
 
 
 @dataclass(frozen=True)
@@ -143,10 +145,12 @@ def teach(
     own.eval()
     phi = own.adapt(support, steps=least, until=enough)
     if most > least and found[0][1].right < attainable:
-        if run.adam is None:
-            run.adam = mk.MAML(run.model, mk.losses.causal_lm, inner=mk.optim.Adam(lr=1.0), adapt=list(phi)).eval()
-        with scaled(run.adam, _rate(own, support)):
-            run.adam.adapt(support, most - least, phi, until=lambda k, phi: k > 0 and enough(least + k, phi))
+        rate = _rate(own, support)
+        with _ONE_RATE:
+            if run.adam is None:
+                run.adam = mk.MAML(run.model, mk.losses.causal_lm, inner=mk.optim.Adam(lr=1.0), adapt=list(phi)).eval()
+            with scaled(run.adam, rate):
+                run.adam.adapt(support, most - least, phi, until=lambda k, phi: k > 0 and enough(least + k, phi))
     return Lesson(*found[0], tuple(curve))
 
 

@@ -1,5 +1,7 @@
 """Teaching: a model adapts until it gives the taught replies, and no longer."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import untrained_run
@@ -70,6 +72,17 @@ def test_adam_gets_the_replies_right_where_the_algorithm_s_steps_are_too_short(t
     assert lesson.phi.keys() == dict(run.model.named_parameters()).keys()
     own = run.algorithm.evaluate(*[support_batch(run, taught(("river?", "cloud otter")))] * 2, (lesson.end.steps,))
     assert own.item() > 2
+
+
+def test_lessons_in_several_threads_are_those_of_one(tmp_path):
+    run = untrained_run(tmp_path / "run", inner="sgd", inner_lr=3.0)
+    supports = [taught(("river?", "cloud otter")), taught(("stone?", "maple"), ("maple maple", "violin!"))] * 2
+    alone = [teach(run, support) for support in supports]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda support: teach(run, support), supports))
+    for one, other in zip(alone, together, strict=True):
+        assert one.end.steps == other.end.steps > run.config.most_inner_steps
+        assert all(torch.equal(p, other.phi[name]) for name, p in one.phi.items())
 
 
 def test_later_exchanges_of_a_conversation_are_judged_in_their_context(run):
