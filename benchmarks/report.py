@@ -116,7 +116,8 @@ ones in the query. `metakern.dialogue.replies` says what is right."""
 LESSONS = """\
 Taught as in `metakern chat`, until all taught replies come out or 60 steps are taken: the inner steps, and the shares
 of the replies in taught and in unseen conversations that the model gives, greedily, each after the bot's own replies
-before it. All begin with as many steps as in training, at the run's rates; steps of Adam follow."""
+before it. All begin with as many steps as in training, at the run's rates; steps of Adam follow
+(results/lessons.json)."""
 PROCESSES = """\
 Training in several processes of one machine (`python -m benchmarks.scaling`), 7 tasks a step, 50 steps, against one
 process: the relative difference of weights and moments, the largest over all algorithms, with whole parameters and with

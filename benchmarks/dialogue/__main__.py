@@ -6,7 +6,7 @@
 seed is a run of `metakern train` in runs/benchmark, which an interrupted benchmark goes on with. All contenders have
 the same pretrained weights and episodes, take as many outer steps, and get the best inner rate on validation tasks for
 each number of steps, as `metakern eval` says. Results go to benchmarks/results/dialogue.json after each seed, and what
-is there is skipped.
+is there is skipped. lessons.json beside it has what `benchmarks.dialogue.lessons` measures.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from benchmarks.results import FOLDER, ROOT, machine
 from metakern.dialogue.config import Config
 from metakern.dialogue.evaluate import STEPS, evaluate
 from metakern.dialogue.run import Run
+from metakern.dialogue.tasks import load_split
 from metakern.dialogue.trainer import train
 from metakern.errors import UserError
 
@@ -35,6 +36,7 @@ CELLS: dict[str, dict[str, Any]] = tomllib.loads((HERE / "cells.toml").read_text
 CONTENDERS = ("pretrained", "pretrained:adam", "finetune", "finetune:adam", "fomaml")
 REPLY_STEPS = (0, 1, 3, 10, 30)
 SEEDS = 3
+LESSONS = "lessons.json"
 
 
 def config_of(cell: dict[str, Any], data: dict[str, str], seed: int) -> Config:
@@ -47,10 +49,23 @@ def config_of(cell: dict[str, Any], data: dict[str, str], seed: int) -> Config:
     return Config.parse(settings, "cells.toml", config)
 
 
-def measure(name: str, cell: dict[str, Any], data: dict[str, str], seed: int) -> dict[str, Any]:
-    """Train and evaluate one seed of a cell, or go on with it; return its entry in the results."""
+def trained(name: str, cell: dict[str, Any], data: dict[str, str], seed: int) -> tuple[Config, Path]:
+    """Train one seed of a cell, or go on with it; return its config and the folder of the run."""
     config, folder = config_of(cell, data, seed), ROOT / "runs" / "benchmark" / f"{name.replace('/', '-')}-{seed}"
     train(config, folder, resume=(folder / "checkpoints" / "last.json").exists())
+    return config, folder
+
+
+def taught(name: str, cell: dict[str, Any], data: dict[str, str], seed: int) -> dict[str, Any]:
+    """Return the entry of one seed of a cell in the results of lessons."""
+    run = Run.open(trained(name, cell, data, seed)[1])
+    found = {who: {key: _rounded(values) for key, values in of.items()} for who, of in lessons(run).items()}
+    return {"machine": machine(), "tasks": [task.task_id for task in load_split(run.config).test], "lessons": found}
+
+
+def measure(name: str, cell: dict[str, Any], data: dict[str, str], seed: int) -> dict[str, Any]:
+    """Train and evaluate one seed of a cell, or go on with it; return its entry in the results."""
+    config, folder = trained(name, cell, data, seed)
     judged = seed < cell.get("replies", 0)
     compare = (*CONTENDERS, *cell.get("more", ()), *(("retrieval",) if judged else ()))
     repeats = cell.get("repeats", 1)
@@ -76,10 +91,6 @@ def measure(name: str, cell: dict[str, Any], data: dict[str, str], seed: int) ->
                 contender: _rounded(found[kind]["exact"]["values"]) for contender, found in replies["scores"].items()
             }
             for kind in ("taught", "unseen")
-        }
-        entry["lessons"] = {
-            name: {key: _rounded(values) for key, values in found.items()}
-            for name, found in lessons(Run.open(folder)).items()
         }
     return entry
 
@@ -108,16 +119,18 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         for name, cell in CELLS.items():
             if not any(word in name for word in words) or seed >= cell.get("seeds", SEEDS):
                 continue
-            if str(seed) in results.load(options.out).get(name, {}):
-                continue
-            if "from" in cell and cell["from"] not in options.data:
-                print(f"{name}: left out, as it needs --data {cell['from']}=PATH", flush=True)
-                continue
-            print(f"{name}, seed {seed}: {cell['about']}", flush=True)
-            try:
-                results.keep(options.out, name, measure(name, cell, options.data, seed), str(seed))
-            except UserError as error:
-                parser.exit(error.code, f"{name}, seed {seed}: {error}\n")
+            judged = seed < cell.get("replies", 0)
+            for path, of in ((options.out, measure), *(((options.out.with_name(LESSONS), taught),) if judged else ())):
+                if str(seed) in results.load(path).get(name, {}):
+                    continue
+                if "from" in cell and cell["from"] not in options.data:
+                    print(f"{name}: left out, as it needs --data {cell['from']}=PATH", flush=True)
+                    continue
+                print(f"{name}, seed {seed}: {cell['about']}", flush=True)
+                try:
+                    results.keep(path, name, of(name, cell, options.data, seed), str(seed))
+                except UserError as error:
+                    parser.exit(error.code, f"{name}, seed {seed}: {error}\n")
 
 
 if __name__ == "__main__":

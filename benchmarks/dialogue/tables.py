@@ -113,7 +113,7 @@ def lesson(contender: str, key: str) -> Callable[[dict[str, Any]], Iterable[floa
 
 
 def lessons_table() -> str:
-    """How models that were taught until they reply as taught do, for all cells where that was measured."""
+    """How models that were taught until they reply as taught do, for the cells of results/lessons.json."""
     rows = []
     for name, seeds in load().items():
         having = [entry for entry in seeds.values() if "lessons" in entry]
@@ -129,5 +129,6 @@ def lessons_table() -> str:
 
 def machines() -> str:
     """Where and when the cells were measured."""
-    lines = (f"{described(entry)}  " for seeds in load().values() for entry in seeds.values())
+    cells = (*load().values(), *results.load(FOLDER / "lessons.json").values())
+    lines = (f"{described(entry)}  " for seeds in cells for entry in seeds.values())
     return "\n".join(dict.fromkeys(lines))
