@@ -115,11 +115,10 @@ def lesson(contender: str, key: str) -> Callable[[dict[str, Any]], Iterable[floa
 def lessons_table() -> str:
     """How models that were taught until they reply as taught do, for the cells of results/lessons.json."""
     rows = []
-    for name, seeds in load().items():
-        having = [entry for entry in seeds.values() if "lessons" in entry]
-        for contender in having[0]["lessons"] if having else ():
+    for name, seeds in results.load(FOLDER / "lessons.json").items():
+        for contender in next(iter(seeds.values()))["lessons"]:
             steps, taught, unseen = (
-                over_tasks(having, lesson(contender, key)) for key in ("steps", "taught", "unseen")
+                over_tasks(seeds.values(), lesson(contender, key)) for key in ("steps", "taught", "unseen")
             )
             shares = (f"{x:.0%} [{max(low, 0):.0%}, {min(high, 1):.0%}]" for x, low, high in (taught, unseen))
             who = NAMES.get(contender, contender).removesuffix(", SGD")
