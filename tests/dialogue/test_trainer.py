@@ -413,9 +413,7 @@ def test_the_worth_of_adaptation_is_said_after_pretraining(tmp_path, data, monke
     run.restore("pretrained", run.model)
     validation = episodes(config, load_split(config).validation, run.tokenizer)
     looks = (0, 1, 3, 5)
-    means = rates.at_factors(
-        run.algorithm, rates.best_factors(run.algorithm, validation, looks, 1), validation, looks, 1
-    ).mean(1)
+    means = rates.tuned(run.algorithm, validation, looks, 1)[1].mean(1)
     gain = means[0] - means.min()
     assert gain > 0.1
     measured = "nats per token on the validation tasks, in up to 5 steps"
