@@ -119,13 +119,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         for name, cell in CELLS.items():
             if not any(word in name for word in words) or seed >= cell.get("seeds", SEEDS):
                 continue
-            judged = seed < cell.get("replies", 0)
-            for path, of in ((options.out, measure), *(((options.out.with_name(LESSONS), taught),) if judged else ())):
-                if str(seed) in results.load(path).get(name, {}):
-                    continue
-                if "from" in cell and cell["from"] not in options.data:
-                    print(f"{name}: left out, as it needs --data {cell['from']}=PATH", flush=True)
-                    continue
+            parts = [(options.out, measure)]
+            if seed < cell.get("replies", 0):
+                parts.append((options.out.with_name(LESSONS), taught))
+            left = [(path, of) for path, of in parts if str(seed) not in results.load(path).get(name, {})]
+            if left and "from" in cell and cell["from"] not in options.data:
+                print(f"{name}: left out, as it needs --data {cell['from']}=PATH", flush=True)
+                continue
+            for path, of in left:
                 print(f"{name}, seed {seed}: {cell['about']}", flush=True)
                 try:
                     results.keep(path, name, of(name, cell, options.data, seed), str(seed))

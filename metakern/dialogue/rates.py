@@ -94,8 +94,7 @@ def at_factors(
 def adapted(algorithm: Any, support: Any, steps: int, factor: float) -> dict[str, Tensor]:
     """Return the parameters `[T, *shape]` that are adapted to a support, with a factor of the inner rates.
 
-    They are those of the model that is trained, which a soft prompt is not. Each task takes its factor as in
-    `at_factors`.
+    Each task takes this factor or `LOWER` of it, as in `at_factors`. Of `PromptTuning`, the parameter is the prompt.
     """
     adapt = getattr(algorithm, "adapt_trained", algorithm.adapt)
     if not steps or not optimizers(algorithm):

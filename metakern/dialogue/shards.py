@@ -30,28 +30,24 @@ POSITION = 8  # bytes of the position of a line
 class Hashes(Set[Hashable]):
     """A small set of hashes, which are held as one string of bytes."""
 
-    __slots__ = ("_data",)
+    __slots__ = ("data",)
 
     def __init__(self, data: bytes) -> None:
-        self._data = data
+        self.data = data
 
     @classmethod
     def of(cls, texts: Iterable[Hashable]) -> Hashes:
         """Return the hashes of texts."""
         return cls(b"".join({blake2b(repr(text).encode(), digest_size=DIGEST).digest() for text in texts}))
 
-    @property
-    def data(self) -> bytes:
-        return self._data
-
     def __contains__(self, item: object) -> bool:
         return item in list(self)
 
     def __iter__(self) -> Iterator[bytes]:
-        return (self._data[i : i + DIGEST] for i in range(0, len(self._data), DIGEST))
+        return (self.data[i : i + DIGEST] for i in range(0, len(self.data), DIGEST))
 
     def __len__(self) -> int:
-        return len(self._data) // DIGEST
+        return len(self.data) // DIGEST
 
     @classmethod
     def _from_iterable(cls, items: Iterable[Any]) -> set[Any]:

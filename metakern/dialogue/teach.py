@@ -167,8 +167,9 @@ def judged(run: Run, phi: dict[str, Tensor], dialogues: Iterable[Dialogue]) -> P
 def _rate(algorithm: Any, support: dict[str, Tensor]) -> float:
     """Return the root mean square of an algorithm's first inner step, within `RATES`."""
     before, after = (algorithm.adapt(support, steps=k) for k in (0, 1))
-    step = torch.cat([(after[name] - p).flatten() for name, p in before.items()])
-    return min(max(RATES[0], step.square().mean().sqrt().item()), RATES[1])  # the lowest for NaN
+    squares = sum((after[name] - p).square().sum().item() for name, p in before.items())
+    root = math.sqrt(squares / sum(p.numel() for p in before.values()))
+    return min(max(RATES[0], root), RATES[1])  # the lowest for NaN
 
 
 def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:
