@@ -5,16 +5,11 @@ sizes to a factor of two, PyTorch's settings, and the state of the model (its mo
 flags, forwards and plain attributes; its parameters and which of them are trained). When one of these changes, another
 plan is made. For another number of inner steps, only strategy and chunks are chosen anew. The plans used last are
 kept. Under fold, the losses are also compared with those of single tasks, once for each new size of a batch.
-
-One thread at a time may run a model, because the parameters of each task replace its own meanwhile. Other threads that
-adapt it wait; other threads that call it get an error.
 """
 
 from __future__ import annotations
 
 import gc
-import os
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,7 +18,6 @@ from functools import partial
 from math import ceil
 from types import MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +36,7 @@ from metakern.meta.parameters import Adapt, Parameters, put
 from metakern.meta.plan import Found, Plan, Planner, Wishes
 from metakern.meta.seconds import Stopwatch, Usage
 from metakern.meta.state import INTERNAL, PLAIN, ModuleState, contents, every_module, undisturbed
+from metakern.meta.threads import running
 from metakern.meta.unroll import Unroll
 from metakern.meta.verify import comparable, modules_of, one_line
 from metakern.optim import InnerOptimizer
@@ -410,61 +405,3 @@ def _largest(batch: Any) -> int:
 
 def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_GUARD = threading.Lock()
-
-
-def _renewed() -> None:
-    """Drop all locks in a forked child: the threads that held them do not exist there."""
-    global _GUARD
-    _GUARD = threading.Lock()
-    _LOCKS.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renewed)
-
-
-def lock_of(model: nn.Module) -> Any:
-    """Return the lock of a model, the same for all engines."""
-    with _GUARD:
-        return _LOCKS.setdefault(model, threading.RLock())
-
-
-class _Refusal:
-    """A forward pre-hook that raises RuntimeError where another thread than the owner calls the model."""
-
-    def __init__(self, owner: int) -> None:
-        self.owner = owner
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        if threading.get_ident() != self.owner:
-            raise RuntimeError(
-                "MAML: model must not be called while another thread adapts it: give each thread a copy of its own"
-                " (copy.deepcopy)"
-            )
-
-
-# One hook object per thread and one key for all: the guards of a captured program compare both by identity first.
-_REFUSALS: dict[int, _Refusal] = {}
-_KEY = id(threading)
-
-
-@contextmanager
-def running(model: nn.Module) -> Iterator[None]:
-    """Reserve the model for this thread within the block.
-
-    Other threads that adapt it wait; in other threads that call it, the call raises RuntimeError.
-    """
-    refuse = _REFUSALS.setdefault(threading.get_ident(), _Refusal(threading.get_ident()))
-    with lock_of(model):
-        hooked = _KEY in model._forward_pre_hooks  # by an outer block of this thread
-        if not hooked:
-            model._forward_pre_hooks[_KEY] = refuse
-        try:
-            yield
-        finally:
-            if not hooked:
-                model._forward_pre_hooks.pop(_KEY, None)

@@ -12,6 +12,7 @@ tasks and once with 3; a tensor is folded if its first dimension is T·B, or a m
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -25,6 +26,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from metakern import ops
 from metakern.meta.functions import FusedFunctions
 from metakern.meta.parameters import Parameters, put
+from metakern.meta.threads import Refusal
 from metakern.nn import Linear
 from metakern.nn.lora import LoraLinear
 from metakern.nn.lora import run as run_lora
@@ -62,6 +64,7 @@ class Fold:
         patched[self.model] = partial(self._enter, inner)
         kept = {module: module.__dict__.get("forward") for module in patched}
         self.tasks, self._position = phi[0].shape[0], 0
+        self._refuse = Refusal(threading.get_ident())
         if not self.recording and structure not in self.records:
             raise FoldError("the batch must have a structure that was verified, got another one")
         self.record = [] if self.recording else self.records[structure]
@@ -122,6 +125,7 @@ class Fold:
 
     def _enter(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """Run the model folded; called in place of its forward, inside the vmap over tasks of the user's loss."""
+        self._refuse()  # another thread may have looked up this forward just before the block ended
         leaves, spec = tree_flatten((args, kwargs))
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         result: list[tuple[list, TreeSpec, list[int]]] = []

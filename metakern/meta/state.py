@@ -156,8 +156,7 @@ class ModuleState:
 
     def restore(self) -> None:
         for module, attributes in self._modules:
-            vars(module).clear()
-            vars(module).update(attributes)
+            _refill(vars(module), attributes)
         with torch.no_grad():
             for buffer, value in self._buffers:
                 if not _same(buffer, value):
@@ -182,6 +181,10 @@ def _parts(container: Any) -> list[int]:
 
 
 def _refill(container: Any, copied: Any) -> None:
+    """Put a container's items back. One that holds them still is left alone: other threads may be reading it."""
+    same = _parts(container) == _parts(copied)
+    if same and not (isinstance(container, dict) and list(map(id, container)) != list(map(id, copied))):
+        return
     if isinstance(container, list):
         container[:] = copied
     elif isinstance(container, dict | set):

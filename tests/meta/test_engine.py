@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import sys
 import threading
 import types
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metakern as mk
-from metakern.meta import plan, verify
+from metakern.meta import plan, threads, verify
 from metakern.meta.batches import mapped, select, tasks_of
 from metakern.meta.plan import WORKING_BYTES, _left_in_groups
 
@@ -639,33 +640,70 @@ def test_results_do_not_depend_on_settings_of_pytorch(setting: str) -> None:
             owners[setting].fp32_precision = before
 
 
+@pytest.mark.parametrize("patience", [60.0, 0.1])
+def test_a_call_that_another_thread_is_in_ends_first(patience: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_PATIENCE", patience)
+    entered, go = threading.Event(), threading.Event()
+    x, found = points(1)[0][0], list[Tensor]()
+
+    def between(x: Tensor) -> Tensor:
+        if threading.get_ident() == reader.ident:
+            entered.set()
+            go.wait(60)
+        return x.tanh()
+
+    net = Net(between)
+    reader = threading.Thread(target=lambda: found.append(net(x)))
+    reader.start()
+    assert entered.wait(60)
+    if patience > 1:
+        threading.Timer(0.3, go.set).start()
+        maml_of(net, ce, batching="loop").evaluate(points(1), points(2), (2,))
+        assert go.is_set()
+    else:
+        with pytest.raises(RuntimeError, match="while another thread is within a call of it"):
+            maml_of(net, ce, batching="loop").evaluate(points(1), points(2), (2,))
+    go.set()
+    reader.join(60)
+    assert torch.equal(found[0], net(x))
+    assert not net._forward_pre_hooks
+
+
 def test_two_threads_on_one_model() -> None:
-    net = Net()
-    truth, failures = plain(net, ce, points(1), points(2)), []
+    net, done = Net(), threading.Event()
+    truth, failures, x = plain(net, ce, points(1), points(2)), list[Exception](), points(1)[0][0]
+    y = net(x)
 
     def work(batching: str) -> None:
         try:
-            for _ in range(5):
+            for _ in range(10):
                 maml = maml_of(net, ce, batching=batching)
                 assert abs(maml.evaluate(points(1), points(2), (2,)).mean() - truth[0]) < 1e-9
         except Exception as error:
             failures.append(error)
 
     def read() -> None:
-        for _ in range(200):
+        while not done.is_set():
             try:
-                net(points(1)[0][0])
-            except RuntimeError as error:
+                assert torch.equal(net(x), y)
+            except Exception as error:
                 if "must not be called while another thread adapts it" not in str(error):
                     failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(b,)) for b in ("fold", "loop", "vmap")]
-    threads.append(threading.Thread(target=read))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not any(thread.is_alive() for thread in threads)
+    workers = [threading.Thread(target=work, args=(b,)) for b in ("fold", "loop", "vmap")]
+    reader, interval = threading.Thread(target=read), sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-5)  # threads meet at many places
+        reader.start()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(120)
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
+    reader.join(120)
+    assert not any(thread.is_alive() for thread in (reader, *workers))
     assert failures == []
     same(ours(maml_of(net, ce), points(1), points(2)), truth)
 

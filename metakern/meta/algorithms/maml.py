@@ -19,10 +19,11 @@ from torch.autograd import Function
 
 from metakern.meta.batches import Outer, PerStep, at_step, ordinary, per_step, same_tasks, tasks_of
 from metakern.meta.batching import Loss
-from metakern.meta.engine import Engine, Prepared, running
+from metakern.meta.engine import Engine, Prepared
 from metakern.meta.parameters import Adapt, Parameters
 from metakern.meta.plan import Plan, Wishes
 from metakern.meta.precision import check, in_precision
+from metakern.meta.threads import running
 from metakern.meta.unroll import Gradients, Unroll, added, derivatives
 from metakern.optim import SGD, InnerOptimizer
 
