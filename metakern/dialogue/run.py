@@ -25,6 +25,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class Run:
         labels: The labels that a parser or a policy was trained with; none of a generator.
         data: The digest of the split that it is trained on (`Split.digest`); "" if none is known.
         adam: What `teach` adapts the model further with, from its first use on: its plans are made once.
+        teaching: The lock of `teach`, which sets inner rates for one lesson at a time.
     """
 
     path: Path
@@ -78,6 +80,7 @@ class Run:
     labels: tuple[str, ...] = ()
     data: str = ""
     adam: mk.MAML | None = None
+    teaching: Any = field(default_factory=Lock)
 
     @classmethod
     def create(cls, path: Path, config: Config, tokenizer: DialogueTokenizer, labels: Sequence[str] = ()) -> Run:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from threading import Lock
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor
 
 import metakern as mk
 from metakern.dialogue.episodes import collate
-from metakern.dialogue.rates import scaled
+from metakern.dialogue.rates import LOWER, scaled
 from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import on_device_of
@@ -34,7 +34,6 @@ __all__ = ["MOST_STEPS", "Lesson", "Progress", "judged", "support_batch", "teach
 
 MOST_STEPS = 60
 RATES = 1e-3, 3e-2  # the lowest and the highest rate of Adam
-_ONE_RATE = Lock()  # Adam has the rate of one lesson at a time
 
 
 @dataclass(frozen=True)
@@ -130,23 +129,37 @@ def teach(
     attainable = len({tuple(support["input_ids"][0, i, :begin].tolist()) for i, begin, _ in replies})
     curve: list[Progress] = []
     found: list[tuple[dict[str, Tensor], Progress]] = []  # the best so far
+    before: dict[str, Tensor] = {}
+    rate = RATES[0]
 
     def enough(steps: int, phi: dict[str, Tensor]) -> bool:
+        nonlocal rate
         del curve[steps:]  # the engine begins anew if it has to change its plan
         curve.append(now := _progress(run, phi, support, replies, steps))
         if progress is not None:
             progress(now)
+        if steps == 0:
+            before.update((name, p.detach().clone()) for name, p in phi.items())
+        elif steps == 1 and before:
+            rate = _rate(before, phi)
+            before.clear()
         if steps < least:
             return False
         if not found or (now.right, -now.loss) > (found[0][1].right, -found[0][1].loss):
             found[:] = [({name: p.detach().clone() for name, p in phi.items()}, now)]
         return now.right >= attainable
 
-    own.eval()
-    phi = own.adapt(support, steps=least, until=enough)
-    if most > least and found[0][1].right < attainable:
-        rate = _rate(own, support)
-        with _ONE_RATE:
+    with run.teaching:
+        own.eval()
+        own.adapt(support, steps=least, until=enough)
+        if found[0][1].right < attainable and any(after.loss > now.loss for now, after in pairwise(curve)):
+            first = list(curve)
+            with scaled(own, LOWER):
+                own.adapt(support, steps=least, until=enough)
+            if found[0][1] is first[-1]:
+                curve[:] = first
+        phi, best = found[0]
+        if most > least and best.right < attainable:
             if run.adam is None:
                 run.adam = mk.MAML(run.model, mk.losses.causal_lm, inner=mk.optim.Adam(lr=1.0), adapt=list(phi)).eval()
             with scaled(run.adam, rate):
@@ -164,9 +177,8 @@ def judged(run: Run, phi: dict[str, Tensor], dialogues: Iterable[Dialogue]) -> P
     return _progress(run, phi, _collated(run, windows), _replies(run, windows), 0)
 
 
-def _rate(algorithm: Any, support: dict[str, Tensor]) -> float:
-    """Return the root mean square of an algorithm's first inner step, within `RATES`."""
-    before, after = (algorithm.adapt(support, steps=k) for k in (0, 1))
+def _rate(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    """Return the root mean square of an inner step, within `RATES`."""
     squares = sum((after[name] - p).square().sum().item() for name, p in before.items())
     root = math.sqrt(squares / sum(p.numel() for p in before.values()))
     return min(max(RATES[0], root), RATES[1])  # the lowest for NaN

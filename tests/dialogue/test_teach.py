@@ -7,9 +7,10 @@ import torch
 from tiny import untrained_run
 
 from metakern.dialogue.generate import generate
+from metakern.dialogue.rates import LOWER, scaled
 from metakern.dialogue.readers import Dialogue, Turn, dialogue
 from metakern.dialogue.tasks import load_adapted
-from metakern.dialogue.teach import judged, support_batch, teach
+from metakern.dialogue.teach import Progress, judged, support_batch, teach
 from metakern.errors import UserError
 from metakern.meta.parameters import twin
 
@@ -62,6 +63,20 @@ def test_the_first_steps_are_the_algorithm_s(run):
         torch.testing.assert_close(lesson.phi[name], p, rtol=1e-5, atol=1e-6)
     further = teach(run, pairs)
     assert further.curve[: len(lesson.curve)] == lesson.curve
+
+
+def test_rates_that_raise_the_loss_are_lowered_where_that_helps(run):
+    pairs, steps = taught(("river?", "cloud otter"), ("stone?", "maple")), run.config.most_inner_steps
+    support, shown = support_batch(run, pairs), list[Progress]()
+    with scaled(run.algorithm, 1000.0):
+        lesson = teach(run, pairs, most=steps, progress=shown.append)
+        high = run.algorithm.evaluate(support, support, (steps,)).item()
+        with scaled(run.algorithm, LOWER):
+            low = run.algorithm.evaluate(support, support, (steps,)).item()
+    assert [p.steps for p in shown] == [*range(steps + 1)] * 2
+    assert lesson.end.loss == pytest.approx(min(high, low), rel=1e-3)
+    assert [p.steps for p in lesson.curve] == [*range(steps + 1)]
+    assert lesson.curve[-1] == lesson.end
 
 
 @pytest.mark.parametrize("algorithm", ["maml", "finetune", "hypernetwork"])
