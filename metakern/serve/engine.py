@@ -90,17 +90,18 @@ class Engine:
     """The thread that decodes. `submit` and the other methods may be called from any thread.
 
     Args:
-        model: An `RNNLM` or `GPT`.
+        model: As of `Stack`.
         rows: The largest number of replies in a batch.
         waiting: The largest number of requests that wait for a row.
         eos_id: The id that ends a reply.
+        length: As of `Stack`.
 
     Raises:
-        UserError: If the model has layers that can't hold the weights of several users.
+        UserError: As `Stack`.
     """
 
-    def __init__(self, model: nn.Module, rows: int, waiting: int, eos_id: int) -> None:
-        self.stack = Stack(model, rows)
+    def __init__(self, model: nn.Module, rows: int, waiting: int, eos_id: int, length: int = 0) -> None:
+        self.stack = Stack(model, rows, length)
         self.limit, self.eos_id = waiting, eos_id
         self.tokens = self.steps = 0  # counted since the start
         self._rows: list[_Row] = []
@@ -206,11 +207,7 @@ class Engine:
                 self.stack.arena[place].copy_(resident.weights)
                 self._held[place] = resident
             known = self._reusable(resident, request.prompt)
-            for part, kept in zip(self.stack.cache, resident.cache if known else (), strict=False):
-                part[place].copy_(kept)
-            if not known:
-                for part in self.stack.cache:
-                    part[place].zero_()
+            self.stack.put_cache(place, resident.cache if known else ())
             self._rows.append(_Row(request, known))
             del self._joining[0]
             new.append(request.prompt[known:])
@@ -258,7 +255,7 @@ class Engine:
         """Free a row, keep its cache with the user's model, and emit the end of the reply."""
         place, end, resident = self._rows.index(row), len(self._rows) - 1, row.request.resident
         if reason in ("stop", "length"):
-            resident.ids, resident.cache = row.ids, tuple(part[place].clone() for part in self.stack.cache)
+            resident.ids, resident.cache = row.ids, self.stack.copied_cache(place, len(row.ids))
         if place != end:
             self.stack.move(end, place)
             self._held[place] = self._held[end]

@@ -64,7 +64,8 @@ class Service:
         self.rates, self.requests, self.first_token = Rates(settings.rate), Requests(), Histogram()
         self._residents: OrderedDict[tuple[str, bool], Resident] = OrderedDict()
         self._lock = threading.RLock()
-        self.engine = Engine(run.model, settings.rows, settings.waiting, run.tokenizer.eos_id)
+        length = run.config.max_length
+        self.engine = Engine(run.model, settings.rows, settings.waiting, run.tokenizer.eos_id, length)
         outdated = store.open_for(self._digest())
         self.teacher = Teacher(run, store, self._adopted, settings.most_steps)
         for name in outdated:
@@ -120,4 +121,4 @@ class Service:
     def _digest(self) -> str:
         """Return a digest of the run's weights and vocabulary, for which adapted weights are good."""
         weights = self.engine.stack.base.cpu().numpy().tobytes()
-        return hashlib.sha256(weights + self.run.vocabulary.encode()).hexdigest()
+        return hashlib.sha256(weights + (self.run.vocabulary + self.run.base).encode()).hexdigest()
