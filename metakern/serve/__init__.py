@@ -9,6 +9,7 @@ The modules, from HTTP to the disk:
     service                   all that follows, and users' models in memory
     engine                    continuous batching: one thread that decodes the replies of all users together
     stack, sampling           a model whose layers hold the weights of many users; draws of tokens
+    pretrained                decodes with a model of Hugging Face in a stack
     teacher                   adapts users' models in the background
     store                     users, exchanges and tokens in SQLite; adapted weights in safetensors
 """
