@@ -194,7 +194,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "smollm2": partial(curve_table, "smollm2"),
     },
     "docs/manager.md": {"parsers": parsers_table, "policies": policies_table},
-    "docs/serving.md": {"serving": serving_table},
+    "docs/serving.md": {name: partial(serving_table, name) for name in ("serving", "smollm2")},
 }
 
 

@@ -1,11 +1,14 @@
-"""Measure `metakern serve`: many users, each with a model of their own, on the small GPT of `make bots`.
+"""Measure `metakern serve`: many users, each with a model of their own.
 
-    python -m benchmarks.serving [--users 1,8,16,64] [--rounds 5] [--replies 4] [--threads 2]
+The model is the small GPT of `make bots`, or SmolLM2-135M with LoRA of rank 8.
+
+    python -m benchmarks.serving [--model gpt|smollm2] [--users 1,8,16,64] [--rounds 5] [--replies 4] [--threads 2]
 
 replies    Each user asks for some replies of 8 to 40 tokens, one after the other. Three ways do the same work, in
            interleaved rounds: `batch`, the engine with a row for each user; `one row`, the same engine with one row,
-           which serves one user after the other; and `chat`, the loop of `metakern chat` over models in memory, which
-           has no cache. All must give the same tokens. Ratios are medians of ratios within a round, with quartiles.
+           which serves one user after the other; and `chat`, the loop of `metakern chat` over models in memory (SmolLM2
+           has a cache there, the GPT has none). All must give the same tokens. Ratios are medians of ratios within a
+           round, with quartiles.
 http       The same through HTTP: `metakern serve` in a process, and clients in this one that stream, each user with one
            request at a time. It gives requests a second, and percentiles of the time to the first token and to the end.
 memory     What a user in memory takes, counted, and the growth of the process.
@@ -28,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -41,9 +45,10 @@ from benchmarks.options import Parser, positive
 from benchmarks.recurrent import quartiles
 from metakern.dialogue.config import Config
 from metakern.dialogue.generate import generate
+from metakern.dialogue.huggingface import ChatTokenizer
 from metakern.dialogue.run import Run
 from metakern.dialogue.tasks import load_split
-from metakern.dialogue.tokenizer import Tokenizer
+from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
 from metakern.io import write
 from metakern.meta.parameters import twin
 from metakern.serve.engine import Engine, Request, Resident
@@ -103,10 +108,13 @@ def measure_replies(run: Run, users: int, replies: int, rounds: int) -> dict[str
     models = [twin(run.model).eval() for _ in range(users)]
     for user, model in enumerate(models):
         perturb(model, user)
-    engines = {"batch": Engine(run.model, users, users, NO_END), "one row": Engine(run.model, 1, users, NO_END)}
+    length = run.config.max_length
+    engines = {
+        name: Engine(run.model, rows, users, NO_END, length) for name, rows in (("batch", users), ("one row", 1))
+    }
 
     def residents() -> list[Resident]:
-        return [Resident(engines["batch"].stack.flat(dict(model.named_parameters()))) for model in models]
+        return [Resident(engines["batch"].stack.flat(trained(model))) for model in models]
 
     ways: dict[str, Callable[[], Any]] = {
         name: lambda engine=engine: by_engine(engine, residents(), asked) for name, engine in engines.items()
@@ -135,14 +143,25 @@ def measure_replies(run: Run, users: int, replies: int, rounds: int) -> dict[str
 def perturb(model: nn.Module, seed: int) -> None:
     """Make the model of a user: the same model with other weights."""
     draw = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
+    for p in trained(model).values():
         p += 0.02 * torch.randn(p.shape, generator=draw)
 
 
-def make_run(folder: Path, threads: int) -> Run:
-    """Write a run with random weights, of the sizes in `bots.toml`."""
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters of a model that are not frozen."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def make_run(folder: Path, threads: int, model: str) -> Run:
+    """Write a run before training: a GPT of the sizes in `bots.toml`, or SmolLM2."""
     config = Config(data="bots", width=96, layers=2, heads=4, vocab_size=1024, max_length=96, threads=threads)
-    tokenizer = Tokenizer.train([d for task in load_split(config).train for d in task.dialogues], config.vocab_size)
+    tokenizer: DialogueTokenizer
+    if model == "smollm2":
+        config = replace(config, model="hf:smollm2", lora=8)
+        tokenizer = ChatTokenizer.of(config.pretrained)
+    else:
+        said = [d for task in load_split(config).train for d in task.dialogues]
+        tokenizer = Tokenizer.train(said, config.vocab_size)
     run = Run.create(folder, config, tokenizer)
     tokenizer.save(folder / "tokenizer.json")
     write(folder / "config.toml", config.toml().encode())
@@ -174,7 +193,7 @@ def teach_all(run: Run, users: int) -> None:
         service.store.teach(name, [("x", "y")])
         row = service.store.user(name)
         assert row is not None
-        service.store.adopt(row, {key: p.detach() for key, p in model.named_parameters()})
+        service.store.adopt(row, trained(model))
     service.close()
 
 
@@ -236,7 +255,7 @@ def measure_http(run: Run, users: Sequence[int], replies: int) -> dict[str, Any]
             grown = (resident_bytes(pid) - before) / max(users)
         if name == "batch":
             found["memory_mib"] = {"process, a user": grown / 2**20}
-    engine = Engine(run.model, 1, 1, NO_END)
+    engine = Engine(run.model, 1, 1, NO_END, run.config.max_length)
     counted = engine.stack.arena.nbytes + sum(part.nbytes for part in engine.stack.cache)
     found["memory_mib"]["weights and cache, a user"] = counted / 2**20
     engine.close()
@@ -246,6 +265,7 @@ def measure_http(run: Run, users: Sequence[int], replies: int) -> dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("python -m benchmarks.serving", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     numbers = lambda text: [positive(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--model", choices=("gpt", "smollm2"), default="gpt", help="the model (default: gpt)")
     parser.add_argument("--users", metavar="N,N", type=numbers, default=[1, 8, 16, 64], help="numbers of users")
     parser.add_argument("--rounds", metavar="N", type=positive, default=5, help="rounds of the replies (default: 5)")
     parser.add_argument("--replies", metavar="N", type=positive, default=4, help="replies of a user (default: 4)")
@@ -254,14 +274,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     entry: dict[str, Any] = {"machine": results.machine(), "threads": options.threads, "replies": options.replies}
     entry["users"] = {}
     with tempfile.TemporaryDirectory() as folder:
-        run = make_run(Path(folder) / "run", options.threads)
+        run = make_run(Path(folder) / "run", options.threads, options.model)
         for users in options.users:
             entry["users"][users] = found = measure_replies(run, users, options.replies, options.rounds)
             print(users, json.dumps(found))
         teach_all(run, max(options.users))
         entry["http"] = measure_http(run, options.users, options.replies)
         print(json.dumps(entry["http"]))
-    results.keep(results.FOLDER / "serving.json", "serving", entry)
+    results.keep(results.FOLDER / "serving.json", "serving" if options.model == "gpt" else options.model, entry)
 
 
 if __name__ == "__main__":

@@ -217,9 +217,9 @@ def _short(loss: float) -> str:
     return f"{loss:.3f}" if loss < 100 else "> 100"
 
 
-def serving_table() -> str:
+def serving_table(name: str) -> str:
     """Tokens and requests a second of `metakern serve` by the number of users, beside one user after the other."""
-    found = results.load(FOLDER / "serving.json")["serving"]
+    found = results.load(FOLDER / "serving.json")[name]
     rows = []
     for users, row in found["users"].items():
         ratios = (f"{mid:.1f} [{low:.1f}, {high:.1f}]" for mid, low, high in row["ratios"].values())

@@ -13,7 +13,6 @@ parameters, such as all but the factors of LoRA, are there once for all rows.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import prod
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from metakern.errors import UserError
+from metakern.meta.parameters import twin
 from metakern.nn import GRU, LSTM, RNN, RMSNorm
 from metakern.nn.lora import LoraLinear
 from metakern.nn.recurrent import run
@@ -51,8 +51,7 @@ class Stack:
     """
 
     def __init__(self, model: nn.Module, rows: int, length: int = 0) -> None:
-        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-        copied = copy.deepcopy(model, dict(frozen)).eval()
+        copied = twin(model).eval()
         parameters = {name: p for name, p in copied.named_parameters() if p.requires_grad}
         trained = set(map(id, parameters.values()))
         owners = [m for m in copied.modules() if any(id(p) in trained for p in m._parameters.values())]
@@ -73,7 +72,7 @@ class Stack:
         self.model: Any = copied if hasattr(copied, "next_logits") else _pretrained(copied, length)
         self.cache = self.at(0, rows).empty_cache(rows)
         if self.model is not copied:
-            self._check(copy.deepcopy(model, dict(frozen)).eval())
+            self._check(twin(model).eval())
 
     @torch.no_grad()
     def _check(self, model: nn.Module) -> None:
