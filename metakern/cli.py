@@ -221,7 +221,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_numbers,
         help="numbers of inner steps for --replies, which this flag includes (default: 0,1,3,5,10,30)",
     )
-
+    evaluate.add_argument(
+        "--policy",
+        metavar="RUN",
+        help="folder of the run of a policy, which chooses the acts in hints (default: the acts of the data)",
+    )
     _add_processes(evaluate)
 
     adapt = add(_adapt, "Adapt a run to conversations and save the result as a new run")
@@ -472,6 +476,7 @@ def _eval(
     repeats: int,
     replies: bool,
     reply_steps: tuple[int, ...] | None,
+    policy: str | None,
     **reading: Any,
 ) -> None:
     from rich.console import Console
@@ -487,15 +492,15 @@ def _eval(
             "eval: --format, --reader-options and --task-key say how --data is read: add it, or leave them out"
         )
     if (part := part_of(run)) != "generator":
-        if replies or reply_steps:
-            raise UserError(f"{run}: is the run of a {part}, which has no replies: leave out --replies")
+        if replies or reply_steps or policy:
+            raise UserError(f"{run}: is the run of a {part}, which has no replies: leave out --replies and --policy")
         with processes.joined():
             processes.alone(f"{run}: is the run of a {part}, which one process judges: leave out --processes")
             show_part(evaluate_part(run, steps, compare, data, repeats, reading or None), Console())
         return
     reply_steps = reply_steps or (REPLY_STEPS if replies else ())
     with processes.joined():
-        report = evaluate(run, steps, compare, data, reply_steps, repeats, reading or None)
+        report = evaluate(run, steps, compare, data, reply_steps, repeats, reading or None, policy)
         if processes.is_first():
             show(report, Console())
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import metakern as mk
-from metakern.dialogue.episodes import Batch
 from metakern.dialogue.tokenizer import IGNORE
 from metakern.dialogue.words import words
 from metakern.errors import UserError
 
-Loss = Callable[[nn.Module, Batch], Tensor]
+if TYPE_CHECKING:
+    from metakern.dialogue.episodes import Batch
+
+Loss = Callable[[nn.Module, "Batch"], Tensor]
 PROMPT_LENGTH = 8
 
 

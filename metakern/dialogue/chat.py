@@ -170,7 +170,8 @@ class Chat:
                 yield piece
             if not pieces:
                 yield ""
-            self.turns = [*turns, Turn("bot", "".join(pieces))]
+            act = self.manager.decision.act if self.manager.decision else ""
+            self.turns = [*turns, Turn("bot", "".join(pieces), act)]
             self.done.append(None)
 
     def _obey(self, command: str, argument: str) -> str:
@@ -236,6 +237,7 @@ class Chat:
             return GREETING
         self.known = list(read(str(taught)))
         self.manager.recall(self.known)
+        self.generator.recall(self.known)
         exchanges = sum(len(exchanges_of(dialogue)) for dialogue in self.known)
         return f"exchanges taught before: {exchanges}; /teach me more or just talk; /help shows the commands"
 

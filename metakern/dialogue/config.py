@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from metakern import io
+from metakern.dialogue.hints import KINDS as HINTS
 from metakern.dialogue.readers import formats
 from metakern.dialogue.registry import OPTIMIZERS
 from metakern.dialogue.split import OVERLAPS
@@ -76,8 +77,8 @@ class Config:
     Raises:
         UserError: If a value has the wrong type, is not finite, is out of range, is too long or is none of the choices;
             also if `lora` is not 0 and `model` is not `hf:PATH`, or `precision` is not float32 and `device` is not cpu,
-            or `lm_weight` is not 0 and `part` is not generator, or `model` is bag and `part` is not parser, or `part`
-            is policy and `model` not recurrent.
+            or `lm_weight` is not 0 or `hints` not none and `part` is not generator, or `model` is bag and `part` is not
+            parser, or `part` is policy and `model` not recurrent.
 
     >>> Config(steps=10).steps
     10
@@ -122,6 +123,12 @@ class Config:
         "any",
         "where in a conversation a window may begin (opening is the start, later is after the opening window)",
         choices=("any", "opening", "later"),
+    )
+    hints: str = _option(
+        "none",
+        "what a system turn before each reply of the bot says about it: its dialogue act (data with acts), the reply to"
+        " the most similar message of the support, or both (generator)",
+        choices=HINTS,
     )
     validation_part: float = _option(
         0.1, "share of the tasks for validation, which chooses the best weights", above=0, below=0.5
@@ -320,6 +327,8 @@ class Config:
                 f"model must be one of {', '.join(RECURRENT)} for a policy, with pretrain_steps 0, got {self.model!r}"
                 f" and {self.pretrain_steps}"
             )
+        if self.hints != "none" and self.part != "generator":
+            raise UserError(f"hints must be none for the part {self.part}, got {self.hints!r}")
         if self.lm_weight and self.part != "generator":
             raise UserError(f"lm_weight must be 0 for the part {self.part}, got {self.lm_weight:g}")
         if self.precision != "float32" and self.device != "cpu":

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from metakern.dialogue.hints import Hints
 from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.shards import Line
 from metakern.dialogue.split import TaskData
@@ -27,6 +28,8 @@ __all__ = ["Episodes", "Exchange", "Share", "collate", "draw", "whole"]
 Batch = dict[str, Tensor]
 Startable = tuple[Dialogue, list[int]] | Line  # a dialogue, and the turns at which a window may begin
 Window = tuple[list[int], list[int]]  # ids and labels
+Speech = tuple[Sequence[Turn], str | None]  # turns, and the speaker who is the bot
+Rewriter = Callable[[Sequence[Dialogue]], Callable[[Dialogue], Dialogue]]
 T = TypeVar("T")
 Share = Callable[[int], slice]  # from a number of episodes to the slice of them that is wanted
 
@@ -84,12 +87,16 @@ class Episodes:
             its support, not remembered from earlier episodes (Rajendran, Irpan, Jang 2020, "Meta-learning requires
             meta-augmentation", section 4).
         repeats: The number of episodes of each task in an evaluation.
+        hints: What stands before each reply of the bot, one of `metakern.dialogue.hints.KINDS`. Replies are retrieved
+            from the conversations of the support.
+        policy: It is called with the conversations of a support, and returns a function that gives a conversation of
+            the query other acts, which its hints then name. None leaves the acts of the data.
         windows: Where a window may begin: "any" stands for each turn that is answered, "opening" for the first one
             only, near which people keep to a topic, and "later" for those that the opening window does not reach.
 
     Raises:
         DataError: If there is no task, or a task has fewer than two dialogues with a reply (for "later": one after the
-            opening window).
+            opening window); if hints are to name acts, and the data have none.
         ValueError: If `windows` or `train_on` is unknown, a size is below 1, or `max_length` is too small.
 
     >>> from metakern.dialogue.readers import Turn
@@ -116,6 +123,8 @@ class Episodes:
         task_power: float = 0.0,
         augment: float = 0.0,
         repeats: int = 1,
+        hints: str = "none",
+        policy: Rewriter | None = None,
     ) -> None:
         if windows not in ("any", "opening", "later"):
             raise ValueError(f"Episodes: windows must be any, opening or later, got {windows!r}")
@@ -132,7 +141,7 @@ class Episodes:
             )
         self.tokenizer, self.max_length, self.seed, self.train_on = tokenizer, max_length, seed, train_on
         self.sizes, self.windows, self.task_power = (support_size, query_size), windows, task_power
-        self.augment, self.repeats = augment, repeats
+        self.augment, self.repeats, self.hints, self.policy = augment, repeats, hints, policy
         self._tasks: list[tuple[str, list[Startable]]] = []
         for task in tasks:
             usable = list(self._usable(task.dialogues))
@@ -144,6 +153,8 @@ class Episodes:
             self._tasks.append((task.task_id, usable))
         if not self._tasks:
             raise DataError("Episodes: tasks must hold a task, got none")
+        if "act" in hints and not any(turn.act for _, usable in self._tasks for d in usable for turn in _turns_of(d)):
+            raise DataError("hints: data must have dialogue acts, as the format sgd has, got none")
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -221,9 +232,10 @@ class Episodes:
         """
         for name, dialogues in self._tasks:
             for i in range(self.repeats):
+                drawn = self._draw_windows(dialogues, self._evaluation_rng(name, i))
                 support, query = (
-                    list(dict.fromkeys(exchange for w in side for exchange in self._exchanges(*self._begun(*w))))
-                    for side in self._draw_windows(dialogues, self._evaluation_rng(name, i))
+                    list(dict.fromkeys(exchange for window in side for exchange in self._exchanges(*window)))
+                    for side in self._shown(drawn)
                 )
                 yield name, support, query
 
@@ -235,7 +247,8 @@ class Episodes:
     ) -> tuple[list[str], Batch, Batch]:
         """Draw the windows of tasks, and return the names and batches of those in `part`."""
         drawn = [self._draw_windows(dialogues, rng) for (_, dialogues), rng in zip(tasks, rngs, strict=True)][part]
-        sides = [[[self._encode(*self._begun(*window)) for window in task[side]] for task in drawn] for side in (0, 1)]
+        tasks_shown = [[[self._encoded(*w) for w in side] for side in self._shown(task)] for task in drawn]
+        sides = list(zip(*tasks_shown, strict=True))
         longest = max(len(ids) for side in sides for rows in side for ids, _ in rows)
         length = min(-(-longest // 8) * 8, self.max_length)
         support, query = (collate(side, self.tokenizer.pad_id, length) for side in sides)
@@ -253,6 +266,21 @@ class Episodes:
             for pool, size in zip((shuffled[:cut], shuffled[cut:]), self.sizes, strict=True)
         )
         return support, query
+
+    def _shown(self, drawn: Sequence[Sequence[tuple[Startable, float]]]) -> list[list[Speech]]:
+        """Return the windows of a task's support and query, as `_draw_windows` draws them, with their hints."""
+        support, query = ([self._begun(*window) for window in side] for side in drawn)
+        if self.hints == "none":
+            return [[(self._turns(d, start), bot_in(d)) for d, start in side] for side in (support, query)]
+        known = [dialogue for dialogue, _ in support]
+        if self.policy:
+            rewritten = self.policy(known)
+            query = [(rewritten(dialogue), start) for dialogue, start in query]
+        hints = Hints(self.hints, known)
+        return [
+            [(hints(self._turns(d, start), bot_in(d), d.turns), bot_in(d)) for d, start in side]
+            for side in (support, query)
+        ]
 
     def _usable(self, dialogues: Sequence[Dialogue]) -> Iterator[Startable]:
         """Yield the dialogues that have a window; those that stay in their files all have one."""
@@ -277,18 +305,19 @@ class Episodes:
             return starts
         if self.windows == "opening":
             return starts[:1]
-        opening = ((i, self._encode(dialogue, starts[0], starts[i])[0]) for i in range(1, len(starts)))
+        bot = bot_in(dialogue)
+        opening = (
+            (i, self._encoded(self._turns(dialogue, starts[0], starts[i]), bot)[0]) for i in range(1, len(starts))
+        )
         return starts[next((i for i, ids in opening if len(ids) == self.max_length), len(starts)) :]
 
-    def _encode(self, dialogue: Dialogue, start: int, end: int | None = None) -> Window:
-        turns = self._turns(dialogue, start, end)
-        return self.tokenizer.encode_dialogue(turns, self.train_on, self.max_length, bot_in(dialogue))
+    def _encoded(self, turns: Sequence[Turn], bot: str | None) -> Window:
+        return self.tokenizer.encode_dialogue(turns, self.train_on, self.max_length, bot)
 
     def _turns(self, dialogue: Dialogue, start: int, end: int | None = None) -> Sequence[Turn]:
         return dialogue.turns[: _instructions(dialogue)] + dialogue.turns[start:end]
 
-    def _exchanges(self, dialogue: Dialogue, start: int) -> Iterator[Exchange]:
-        turns, bot = self._turns(dialogue, start), bot_in(dialogue)
+    def _exchanges(self, turns: Sequence[Turn], bot: str | None) -> Iterator[Exchange]:
         for i, prompt, reply in self.tokenizer.replies(turns, self.max_length, bot):
             spoken = [turn for turn in turns[:i] if turn.speaker not in SYSTEM_SPEAKERS]
             if spoken and spoken[-1].speaker != bot:
@@ -316,6 +345,10 @@ def collate(tasks: Sequence[Sequence[Window]], pad_id: int, length: int | None =
 
     mask = (torch.arange(length) < lengths.unsqueeze(-1)).long()
     return {"input_ids": padded(0, pad_id), "attention_mask": mask, "labels": padded(1, IGNORE)}
+
+
+def _turns_of(item: Startable) -> Sequence[Turn]:
+    return (item.read() if isinstance(item, Line) else item[0]).turns
 
 
 def _instructions(dialogue: Dialogue) -> int:

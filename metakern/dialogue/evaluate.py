@@ -28,11 +28,13 @@ from metakern.dialogue.baselines import InContext
 from metakern.dialogue.contenders import RETRIEVAL, check, contender, is_plain
 from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
+from metakern.dialogue.manager.policy import ActPolicy
 from metakern.dialogue.metrics import by_task, interval, over_tasks, paired_interval
 from metakern.dialogue.rates import Tell, at_factors, best_factors
 from metakern.dialogue.replies import KINDS, Questions, draw_questions, generated, retrieved, scores
 from metakern.dialogue.report import keep, plot, plot_replies
 from metakern.dialogue.run import Run, check_tasks
+from metakern.dialogue.split import TaskData
 from metakern.dialogue.tasks import episodes, load_split, load_whole, overlapping
 from metakern.dialogue.tokenizer import IGNORE
 from metakern.errors import UserError
@@ -52,6 +54,7 @@ def evaluate(
     reply_steps: Sequence[int] = (),
     repeats: int = 1,
     reading: Mapping[str, Any] | None = None,
+    policy: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure the adaptation curve of a run on its test tasks, and write `eval.json` and `eval.png` into its folder.
 
@@ -75,6 +78,8 @@ def evaluate(
         repeats: The number of episodes of each task, over which its losses and scores are averaged.
         reading: How `data` is read: `format`, `reader_options` and `task_key` of `Config`, each with its default. None
             reads it as the run's data.
+        policy: The folder of the run of a policy that chooses the acts in the hints of queries, after it has learned
+            those of the support. None takes the acts of the data, of which a chat knows nothing.
 
     Returns:
         What `eval.json` holds. `curves` has, for each algorithm, the query losses of the tasks (`loss`,
@@ -125,10 +130,15 @@ def evaluate(
         raise UserError(f"{path}: must be the run of a generator, got one of a {run.config.part}: use evaluate_part")
     split = load_split(run.config)
     check_tasks(run, split)
-    validation = episodes(run.config, split.validation, run.tokenizer)
+    if policy and "act" not in run.config.hints:
+        raise UserError(f"{path}: hints must have acts for a policy to choose, got {run.config.hints!r}")
+    acts = {"policy": ActPolicy(policy).rewriter} if policy else {}
+    validation = episodes(run.config, split.validation, run.tokenizer, **acts)
     tasks, skipped = load_whole(run.config, data, reading) if data else (split.test, {})
+    if policy:
+        _check_unseen(policy, tasks)
     seen = overlapping((*split.train, *split.validation), tasks, run.config) if data else []
-    test = episodes(run.config, tasks, run.tokenizer, repeats=repeats)
+    test = episodes(run.config, tasks, run.tokenizer, repeats=repeats, **acts)
     asked = draw_questions(test) if reply_steps else []
     bits = _bits_per_byte(test)
     own, curves, replies = run.config.algorithm, {}, {}
@@ -165,6 +175,7 @@ def evaluate(
         "query_size": run.config.query_size,
         "inner_steps": list(run.config.inner_steps),
         "repeats": repeats,
+        "policy": str(policy) if policy else None,
         "tasks": [task.task_id for task in tasks],
         "left_out": skipped,
         "seen": seen,
@@ -178,6 +189,13 @@ def evaluate(
         report["replies"] = {"steps": list(reply_steps), "questions": counts, "scores": replies, "samples": samples}
     processes.first(lambda: _write(report, Path(path)))
     return report
+
+
+def _check_unseen(policy: str | Path, tasks: Sequence[TaskData]) -> None:
+    """Raise UserError if a policy was trained on one of the tasks."""
+    known = {task.task_id for task in load_split(Run.open(policy).config).train}
+    if seen := sorted(known & {task.task_id for task in tasks}):
+        raise UserError(f"{policy}: a policy must not have been trained on a test task, got {seen[0]!r}")
 
 
 @contextmanager

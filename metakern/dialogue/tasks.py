@@ -151,7 +151,7 @@ def episodes(config: Config, tasks: tuple[TaskData, ...], tokenizer: DialogueTok
         DataError: If there is no task, or one has fewer than two dialogues with a reply.
         UserError: If `max_length` is too small for the tokenizer.
     """
-    names = ("support_size", "query_size", "max_length", "seed", "train_on", "windows", "task_power")
+    names = ("support_size", "query_size", "max_length", "seed", "train_on", "windows", "task_power", "hints")
     return Episodes(tasks, tokenizer, **{name: getattr(config, name) for name in names} | changes)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import metakern as mk
 from metakern.dialogue.episodes import collate
+from metakern.dialogue.hints import Hints
 from metakern.dialogue.rates import LOWER, scaled
 from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.run import Run
@@ -123,7 +124,8 @@ def teach(
     >>> [progress.steps for progress in lesson.curve], lesson.end.replies
     ([0, 1, 2], 1)
     """
-    windows = _windows(run, dialogues)
+    dialogues = list(dialogues)
+    windows = _windows(run, dialogues, dialogues)
     support, replies = _collated(run, windows), _replies(run, windows)
     least, own = min(run.config.most_inner_steps, most), run.algorithm
     attainable = len({tuple(support["input_ids"][0, i, :begin].tolist()) for i, begin, _ in replies})
@@ -167,13 +169,17 @@ def teach(
     return Lesson(*found[0], tuple(curve))
 
 
-def judged(run: Run, phi: dict[str, Tensor], dialogues: Iterable[Dialogue]) -> Progress:
+def judged(
+    run: Run, phi: dict[str, Tensor], dialogues: Iterable[Dialogue], support: Iterable[Dialogue] = ()
+) -> Progress:
     """Return how many of the bot's replies in `dialogues` the adapted model gives, each in its context; `steps` is 0.
+
+    Hints have the replies in `support`.
 
     Raises:
         UserError: As `teach`.
     """
-    windows = _windows(run, dialogues)
+    windows = _windows(run, dialogues, support)
     return _progress(run, phi, _collated(run, windows), _replies(run, windows), 0)
 
 
@@ -193,17 +199,18 @@ def support_batch(run: Run, dialogues: Iterable[Dialogue]) -> dict[str, Tensor]:
     Raises:
         UserError: If no window has a token to learn.
     """
-    return _collated(run, _windows(run, dialogues))
+    dialogues = list(dialogues)
+    return _collated(run, _windows(run, dialogues, dialogues))
 
 
-def _windows(run: Run, dialogues: Iterable[Dialogue]) -> list[Window]:
-    """Return the windows of the support that have a token to learn."""
-    config, tokenizer = run.config, run.tokenizer
+def _windows(run: Run, dialogues: Iterable[Dialogue], support: Iterable[Dialogue]) -> list[Window]:
+    """Return the windows of dialogues that have a token to learn, with the hints of the run's config."""
+    config, tokenizer, hints = run.config, run.tokenizer, Hints(run.config.hints, support)
     found = []
     for dialogue in dialogues:
         bot = bot_in(dialogue)
         windows: list[list[Turn]] = []
-        for exchange in _exchanges(dialogue.turns, bot):
+        for exchange in _exchanges(hints(dialogue.turns, bot, dialogue.turns), bot):
             longer = [*windows[-1], *exchange] if windows else exchange
             if windows and tokenizer.length(longer, bot) <= config.max_length:
                 windows[-1] = longer

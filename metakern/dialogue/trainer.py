@@ -34,6 +34,7 @@ from metakern.dialogue.config import MAY_CHANGE, Config
 from metakern.dialogue.display import Display
 from metakern.dialogue.episodes import Episodes
 from metakern.dialogue.gain import gain, worth
+from metakern.dialogue.hints import Hints
 from metakern.dialogue.log import Log
 from metakern.dialogue.manager.parser import calibrate
 from metakern.dialogue.manager.training import labels_of, prepare
@@ -45,7 +46,7 @@ from metakern.dialogue.run import Run, verified
 from metakern.dialogue.sharding import Sharding, clip, gathered, part_of, replicated
 from metakern.dialogue.split import Split
 from metakern.dialogue.tasks import EpisodeSource, curve, episodes, load_split, on_device_of, source_of
-from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer
+from metakern.dialogue.tokenizer import DialogueTokenizer, Tokenizer, bot_in
 from metakern.errors import CheckpointError, UserError
 from metakern.meta.algorithms.registry import ALGORITHMS
 
@@ -270,6 +271,9 @@ def _tokenizer(config: Config, split: Split, folder: Path | None) -> DialogueTok
     dialogues = [dialogue for task in split.train for dialogue in task.dialogues]
     if config.stream and len(dialogues) > SAMPLE:
         dialogues = random.Random(config.seed).sample(dialogues, SAMPLE)
+    if "act" in config.hints:
+        hints = Hints("act")
+        dialogues = [replace(d, turns=hints(d.turns, bot_in(d))) for d in dialogues]
     return Tokenizer.train(dialogues, config.vocab_size, io.cache_folder())
 
 

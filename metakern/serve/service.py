@@ -65,6 +65,8 @@ class Service:
         self._residents: OrderedDict[tuple[str, bool], Resident] = OrderedDict()
         self._lock = threading.RLock()
         length = run.config.max_length
+        if run.config.hints != "none":
+            raise UserError(f"serve: the run's hints must be none, as a server has no policy, got {run.config.hints!r}")
         self.engine = Engine(run.model, settings.rows, settings.waiting, run.tokenizer.eos_id, length)
         outdated = store.open_for(self._digest())
         self.teacher = Teacher(run, store, self._adopted, settings.most_steps)

@@ -44,7 +44,7 @@ def test_a_written_config_is_read_back(tmp_path_factory, data):
     if values["part"] == "policy":
         values |= {"model": data.draw(st.sampled_from(RECURRENT), "model of a policy"), "pretrain_steps": 0, "lora": 0}
     if values["part"] != "generator":
-        values["lm_weight"] = 0.0
+        values |= {"lm_weight": 0.0, "hints": "none"}
     if values["part"] == "parser":
         values["algorithm"] = data.draw(st.sampled_from(PARSERS), "algorithm of a parser")
     config = Config(**values)

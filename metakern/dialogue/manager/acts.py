@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from metakern.dialogue.episodes import Batch, Episodes, Startable
+from metakern.dialogue.episodes import Batch, Episodes, Speech, Startable
 from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.split import TaskData
 from metakern.dialogue.tokenizer import IGNORE, DialogueTokenizer, bot_in
@@ -29,7 +29,6 @@ __all__ = ["Acts", "acts_in", "encoded_turns"]
 
 TURNS = 40  # the largest U; of longer dialogues, the first turns are taken
 Example = tuple[str, int]  # the text of a turn and the number of the act that follows it
-Speech = tuple[Sequence[Turn], str | None]  # turns, and the speaker who is the bot
 
 
 def acts_in(dialogues: Iterable[Dialogue]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from metakern.dialogue.generate import Sampling, stream, text_of_stream
+from metakern.dialogue.hints import Hints
 from metakern.dialogue.manager import Decision
 from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.run import Run
@@ -32,6 +33,8 @@ class LanguageModel:
 
     Attributes:
         model: The adapted model; the run's own before the first `learn`.
+        hints: What says before a reply what it should be like, if the run was trained with hints: the act that the
+            policy chose, and the taught reply to the nearest message.
 
     Raises:
         UserError: If the run is not one of a generator, or a number is out of range.
@@ -58,7 +61,7 @@ class LanguageModel:
         self.most, self.stop, self.most_tokens = most, tuple(filter(None, stop)), most_tokens
         self.sampling = sampling or Sampling()
         self.random = torch.Generator().manual_seed(seed)
-        self.model = self.run.model
+        self.model, self.hints = self.run.model, Hints(self.run.config.hints)
 
     def learn(self, dialogues: Sequence[Dialogue], progress: Callable[[str], object] | None = None) -> str:
         """Adapt the model as trained until it gives the bot's replies in `dialogues`; return a line about it.
@@ -71,16 +74,23 @@ class LanguageModel:
             if progress:
                 progress(f"inner step {now.steps}, taught replies right: {now.right} of {now.replies}")
 
+        dialogues = list(dialogues)
         lesson = teach(self.run, dialogues, self.most, shown)
         if progress:
             progress("")
         self.model = twin(self.run.model)
         load_adapted(self.model, lesson.phi)
+        self.recall(dialogues)
         return lesson.summary
+
+    def recall(self, dialogues: Sequence[Dialogue]) -> None:
+        """Take hints from `dialogues`, which the model holds already."""
+        self.hints = Hints(self.run.config.hints, dialogues)
 
     def forget(self) -> None:
         """Go back to the model as it was trained."""
         self.model = self.run.model
+        self.recall([])
 
     def __call__(self, turns: Sequence[Turn], decision: Decision) -> Iterator[str]:
         """Yield the pieces of a reply to `turns`; those of very long turns that do not fit are dropped, oldest first.
@@ -89,6 +99,7 @@ class LanguageModel:
             UserError: If the model's logits are not finite.
         """
         length, tokenizer = self.run.config.max_length, self.run.tokenizer
+        turns = [*self.hints(turns, "bot"), *self.hints.before(turns[-1].text, decision.act)]
         prompt = tokenizer.prompt(turns, length, "bot")
         room = min(length // 2, length - len(prompt))
         with by_the_user():

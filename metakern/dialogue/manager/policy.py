@@ -8,7 +8,8 @@ ActPolicy      the same, and the next dialogue act, by a model that adapts to a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -126,6 +127,26 @@ class ActPolicy:
         labels = batch.pop("labels")
         logits = self.model(**{name: x[0] for name, x in batch.items()}).reshape(labels.shape[-1], -1)
         return dict(zip(self.acts, logits[len(latest) - 1].softmax(-1).tolist(), strict=True))
+
+    @torch.no_grad()
+    def predicted(self, dialogue: Dialogue) -> Dialogue:
+        """Return a dialogue in which each turn of the bot has the act that the policy expects there.
+
+        The first turn, before which there is nothing, and those beyond the policy's `TURNS` keep theirs.
+        """
+        bot, turns = bot_in(dialogue), list(dialogue.turns)
+        batch = self._encoded([(turns, bot)])
+        labels = batch.pop("labels")
+        logits = self.model(**{name: x[0] for name, x in batch.items()}).reshape(labels.shape[-1], -1)
+        for i, number in enumerate(logits.argmax(-1).tolist()[: len(turns[:TURNS]) - 1], 1):
+            if turns[i].speaker == bot:
+                turns[i] = replace(turns[i], act=self.acts[number])
+        return replace(dialogue, turns=tuple(turns))
+
+    def rewriter(self, support: Sequence[Dialogue]) -> Callable[[Dialogue], Dialogue]:
+        """Learn a support, and return `predicted`; episodes take this method as their `policy`."""
+        self.learn(support)
+        return self.predicted
 
     def __call__(self, turns: Sequence[Turn], parse: Parse) -> Decision:
         """Return what to do after `turns`, with the likeliest act."""
