@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import results
 from benchmarks.results import FOLDER
 from benchmarks.tables import described, table
+from metakern.dialogue.metrics import paired_interval
 
 NAMES = {
     "protonet": "prototypes, meta-trained",
@@ -17,6 +19,15 @@ NAMES = {
     "retrieval": "nearest text, TF-IDF",
     "majority": "majority",
     "maml": "MAML",
+}
+HINTED = "sgd, hints"
+HINTS = {
+    "none": "none",
+    "act": "acts of the data",
+    "act, policy": "acts that the policy chooses",
+    "reply": "nearest taught reply",
+    "act+reply": "nearest taught reply, acts of the data",
+    "act+reply, policy": "nearest taught reply, acts that the policy chooses",
 }
 PARSER = {"accuracy": "found", "accepted": "accepted", "refused": "refused"}
 POLICY = {"accuracy": "exact", "f1": "F1"}
@@ -30,6 +41,22 @@ def parsers_table() -> str:
 def policies_table() -> str:
     """A row for each data set and contender: scores after each number of inner steps, of the first seed."""
     return _table("policy", POLICY, "step")
+
+
+def hints_table() -> str:
+    """A row for each kind of hint: bits a byte and chrF after numbers of inner steps, beside a model without hints."""
+    entry = results.load(FOLDER / "manager.json")[HINTED]["0"]
+    ks, replies = entry["columns"], entry["reply_columns"]
+    after = [f"{k} step{'s' * (k != 1)}" for k in (*ks, ks[-1], *replies)]
+    titles = ["bits a byte"] * len(ks) + ["less than without"] + ["chrF"] * len(replies)
+    rows, plain = [], entry["scores"]["none"]["bits"]
+    for name, scores in entry["scores"].items():
+        bits = [f"{statistics.mean(row):.2f}" for row in scores["bits"]]
+        mean, half = paired_interval(plain[-1], scores["bits"][-1])
+        less = "-" if name == "none" else f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]"
+        rows.append([HINTS[name], *bits, less, *(f"{x:.1f}" for x in scores["chrf"]["mean"])])
+    head = ["hints", *(f"{title}, {k}" for title, k in zip(titles, after, strict=True))]
+    return f"{table(head, rows)}\n\n{described(entry)}"
 
 
 def _table(part: str, metrics: dict[str, str], unit: str) -> str:

@@ -50,6 +50,37 @@ def test_a_set_is_measured_once_and_shown_in_a_table(tmp_path, monkeypatch, caps
     assert json.loads(out.read_text()).keys() == {"hwu"}
 
 
+def test_generators_are_trained_with_each_kind_of_hint(tmp_path, monkeypatch):
+    trained, judged = [], []
+
+    def evaluate(folder, steps, compare, data, reply_steps, policy):
+        judged.append((folder.name, policy and policy.name))
+        of_steps = [[2.0 - 0.1 * len(judged)] * 2] * 4
+        replies = {"maml": {"unseen": {"chrf": scores(10, 20, 30), "bleu": scores(1, 2, 3)}}}
+        curves = {"maml": {"bits_per_byte": {"values": of_steps}}}
+        return {"curves": curves, "replies": {"scores": replies}, "tasks": ["a", "b"]}
+
+    def train(config, folder, resume):
+        trained.append((config.part, config.hints, config.test_part, config.data))
+
+    for name, value in {"train": train, "evaluate": evaluate, "show": print, "machine": lambda: WHERE}.items():
+        monkeypatch.setattr(manager, name, value)
+    monkeypatch.setattr(manager_tables, "FOLDER", tmp_path)
+    config = Config.load("policy")
+    entry = manager.measure_hints("sgd", config)
+    assert trained[0][:2] == ("policy", "none")
+    assert [hints for part, hints, *_ in trained[1:]] == ["none", "act", "reply", "act+reply"]
+    assert {(share, data) for _, _, share, data in trained} == {(config.test_part, config.data)}
+    assert [policy for _, policy in judged] == [None, None, "manager-sgd-0", None, None, "manager-sgd-0"]
+    results.keep(tmp_path / "manager.json", manager_tables.HINTED, entry, "0")
+    lines = manager_tables.hints_table().splitlines()
+    assert "less than without, 10 steps | chrF, 0 steps" in lines[0]
+    assert lines[2].startswith("| none | 1.90 | 1.90 | 1.90 | 1.90 | - | 10.0 |")
+    assert lines[3].startswith("| acts of the data | 1.80 | 1.80 | 1.80 | 1.80 | 0.10 [0.10, 0.10] |")
+    assert len(lines) == 10
+    assert manager_tables.parsers_table().count("\n") == 2
+
+
 @pytest.mark.parametrize("data", ["hwu", "other=x", "hwu=", ""])
 def test_data_needs_a_known_name_and_a_path(data, capsys):
     with pytest.raises(SystemExit) as stop:
