@@ -69,25 +69,34 @@ class Stack:
         for module in owners:
             module.__class__ = LAYERS[type(module)]
             self._places += [(module, name, views[id(p)]) for name, p in module._parameters.items() if id(p) in views]
-        self.model: Any = copied if hasattr(copied, "next_logits") else _pretrained(copied, length)
-        self.cache = self.at(0, rows).empty_cache(rows)
-        if self.model is not copied:
+        if hasattr(copied, "next_logits"):
+            self.model: Any = copied
+            self.cache = self.at(0, rows).empty_cache(rows)
+            return
+        try:
+            self.model = _pretrained(copied, length)
+            self.cache = self.at(0, rows).empty_cache(rows)
             self._check(twin(model).eval())
+        except UserError:
+            raise
+        except Exception as error:  # models of Hugging Face raise errors of any class for a cache that they can't use
+            why = " ".join(str(error)[:200].split())
+            raise UserError(f"serve: {type(model).__name__} can't be decoded with a cache: {why}") from None
 
     @torch.no_grad()
     def _check(self, model: nn.Module) -> None:
-        """Compare the logits of two rows, which begin with three and two tokens, with those of a pretrained model.
+        """Compare the logits of two rows, one of them as long as can be, with those of a pretrained model.
 
         Raises:
             UserError: If they differ.
         """
         draws = torch.Generator().manual_seed(0)
-        rows = slice(0, min(2, len(self.arena)))
-        ids = torch.randint(self.model.vocabulary, (2, 4), generator=draws)[rows]
-        self.arena[rows] += 0.1 * torch.randn(self.arena[rows].shape, generator=draws)
+        length, rows = self.model.length, slice(0, min(2, len(self.arena)))
+        ids = torch.randint(self.model.vocabulary, (2, length), generator=draws)[rows]
+        self.arena[rows] += 0.02 * torch.randn(self.arena[rows].shape, generator=draws)
         known = torch.zeros(len(ids), dtype=torch.long)
-        for counts in (torch.tensor([3, 2])[rows], torch.tensor([1, 1])[rows]):
-            new = ids.gather(1, (known.unsqueeze(1) + torch.arange(int(counts.max()))).clamp(max=3))
+        for counts in (torch.tensor([length - 1, length // 2])[rows], torch.tensor([1, 1])[rows]):
+            new = ids.gather(1, (known.unsqueeze(1) + torch.arange(int(counts.max()))).clamp(max=length - 1))
             logits = self.at(0, len(ids)).next_logits(new, counts, self.cache_at(0, len(ids)), known)
             known = known + counts
             for row, count in enumerate(known.tolist()):
@@ -95,7 +104,7 @@ class Stack:
                 output: Any = torch.func.functional_call(model, phi, kwargs={"input_ids": ids[row : row + 1, :count]})
                 truth = output.logits[0, -1]
                 if not torch.allclose(logits[row], truth, 1e-3, 1e-3 * truth.abs().max().item()):
-                    raise UserError(f"serve: {type(model).__name__} can't be decoded with a cache for several users")
+                    raise UserError(f"serve: {type(model).__name__} gives other logits with a cache for several users")
         self.arena[rows] = self.base
         for part in self.cache:
             part[rows] = 0

@@ -109,8 +109,19 @@ def test_a_wrong_cache_is_noticed(monkeypatch):
         return right(self, key_states, 2 * value_states, layer_idx)
 
     monkeypatch.setattr(pretrained._Layers, "update", wrong)
-    with pytest.raises(UserError, match="LlamaForCausalLM can't be decoded with a cache for several users"):
+    with pytest.raises(UserError, match="LlamaForCausalLM gives other logits with a cache for several users"):
         Stack(make("llama"), rows=2, length=16)
+
+
+def test_a_window_that_no_setting_names_is_noticed():
+    config = transformers.GPTNeoConfig(
+        hidden_size=32, num_layers=2, num_heads=4, vocab_size=50, attention_types=[[["local"], 2]], window_size=8
+    )
+    model = transformers.GPTNeoForCausalLM(config)
+    mk.lora(model, 2)
+    Stack(model, rows=1, length=8)
+    with pytest.raises(UserError, match="serve: GPTNeoForCausalLM "):
+        Stack(model, rows=2, length=16)
 
 
 def test_a_server_of_a_pretrained_model_teaches_each_user_apart(tmp_path):
