@@ -287,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument(
         "--web",
         action="store_true",
-        help="chat in the browser: serve RUN at a free port of this machine, as `metakern serve` does",
+        help="chat in the browser: serve RUN at a port of its own on this machine, as `metakern serve` does",
     )
 
     serve = add(
@@ -523,7 +523,7 @@ def _chat(run: str, web: bool = False, **given: Any) -> None:
     from metakern.serve import server
     from metakern.serve.service import Settings
 
-    server.serve(run, None, "127.0.0.1", 0, Settings(), browse=True)
+    server.serve(run, None, "127.0.0.1", server.port_of(run), Settings(), browse=True)
 
 
 def _talk(

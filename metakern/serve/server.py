@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import webbrowser
+import zlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -23,10 +24,19 @@ from metakern.serve.limits import valid_name
 from metakern.serve.service import Service, Settings
 from metakern.serve.store import Store
 
-__all__ = ["add_token", "revoke_token", "serve", "store_of"]
+__all__ = ["add_token", "port_of", "revoke_token", "serve", "store_of"]
 
 MOST_PORT = 65535
+PRIVATE_PORTS = range(49152, MOST_PORT + 1)
 GRACE = 30  # seconds that open replies have to end in
+
+
+def port_of(run: str) -> int:
+    """Return a port for the page of a run, the same each time, as a browser keeps what it remembers by address.
+
+    It is one of those that IANA leaves to private use.
+    """
+    return PRIVATE_PORTS[zlib.crc32(str(Path(run).resolve()).encode()) % len(PRIVATE_PORTS)]
 
 
 def store_of(run: str, store: str | None) -> Path:
@@ -37,7 +47,8 @@ def store_of(run: str, store: str | None) -> Path:
 def serve(run: str, store: str | None, host: str, port: int, settings: Settings, browse: bool = False) -> None:
     """Serve a run until SIGINT or SIGTERM; replies under way are then finished, for up to half a minute.
 
-    With `browse`, the user's browser opens the page, if there is a desktop to open it on.
+    With `browse`, the user's browser opens the page, if there is a desktop to open it on, and a free port takes the
+    place of one that is taken.
 
     Raises:
         UserError: If the run or the store can't be used, another server has the store, the port is taken, or `host` is
@@ -46,7 +57,7 @@ def serve(run: str, store: str | None, host: str, port: int, settings: Settings,
     os.umask(0o077)  # the store, its log and the weights are for the owner alone
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     path = store_of(run, store)
-    with _listening(host, port) as listener, _alone(path):
+    with _listening(host, port, or_any=browse) as listener, _alone(path):
         opened, kept = Run.open(run), Store(path)
         guarded = kept.has_tokens()
         if not (guarded or _is_loopback(host)):
@@ -102,13 +113,18 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """Return the socket that the server listens at within the block."""
+def _listening(host: str, port: int, or_any: bool) -> Iterator[socket.socket]:
+    """Return the socket that the server listens at within the block; `or_any`: at a free port if this one is taken."""
     if port > MOST_PORT:
         raise UserError(f"serve: port must be at most {MOST_PORT}, got {port}")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family)
+        try:
+            listener = socket.create_server((host, port), family=family)
+        except OSError:
+            if not or_any:
+                raise
+            listener = socket.create_server((host, 0), family=family)
     except OSError as error:
         raise UserError(
             f"serve: cannot listen at {host}, port {port}: {error.strerror}; choose another --port or --host"

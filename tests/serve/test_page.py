@@ -266,7 +266,7 @@ def test_a_chat_on_the_web_serves_the_page_and_refuses_what_the_page_has(monkeyp
     calls = []
     monkeypatch.setattr(server, "serve", lambda *given, **more: calls.append((*given, more)))
     assert main(["chat", "runs/demo", "--web"]) == 0
-    assert calls == [("runs/demo", None, "127.0.0.1", 0, Settings(), {"browse": True})]
+    assert calls == [("runs/demo", None, "127.0.0.1", server.port_of("runs/demo"), Settings(), {"browse": True})]
     assert main(["chat", "runs/demo", "--web", "--top-p", "0.5"]) == 2
     assert "chat: --top-p has no effect with --web" in capsys.readouterr().err
     assert len(calls) == 1

@@ -11,6 +11,7 @@ from metakern.cli import main
 from metakern.dialogue.huggingface import load_model
 from metakern.errors import UserError
 from metakern.serve.engine import Engine
+from metakern.serve.server import _listening, port_of
 from metakern.serve.store import Store
 
 
@@ -53,7 +54,15 @@ def test_a_port_that_is_taken_and_a_folder_without_a_run_are_refused(folder, tmp
     assert "must be at least 1, got 0" in refused(capsys, str(folder), *store, "--rows", "0")
 
 
-def test_pretrained_models_are_refused(tmp_path):
+def test_the_page_of_a_run_has_the_same_port_each_time_unless_it_is_taken():
+    port = port_of("runs/a")
+    assert port == port_of("./runs/a") != port_of("runs/b")
+    assert port in range(49152, 65536)
+    with socket.create_server(("127.0.0.1", 0)) as taken, _listening("127.0.0.1", taken.getsockname()[1], True) as free:
+        assert free.getsockname()[1] != taken.getsockname()[1]
+
+
+def test_pretrained_models_without_lora_are_refused(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
