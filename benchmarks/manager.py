@@ -4,7 +4,7 @@
 
 `clinc`, `banking` and `hwu` are sets of texts with intents, which train a parser by the packaged config `parser`. `sgd`
 is the Schema-Guided Dialogue set, which trains a policy by the config `policy`, and then generators with each kind of
-hint by benchmarks/dialogue/sgd.toml, on the same services. Acts in their hints are those of the data and, a second
+hint by benchmarks/dialogue/sgd.toml in fewer steps, on the same services. Acts in their hints are those of the data and, a second
 time, those that the policy chooses. The seed decides the split, the
 weights and the episodes. Runs are kept in runs/benchmark, where an interrupted benchmark goes on. Results go to
 benchmarks/results/manager.json after each, and what is there is skipped.
@@ -60,7 +60,8 @@ def measure_hints(name: str, policy: Config) -> dict[str, Any]:
     """Train generators with each kind of hint on the tasks of a policy that has been trained; return their entry."""
     same = {key: getattr(policy, key) for key in ("data", "seed", "threads", "validation_part", "test_part")}
     file = ROOT / "benchmarks" / "dialogue" / "sgd.toml"
-    base = replace(Config.load(file), max_length=128, **same)  # hints need room
+    few = {"tasks": 2, "steps": 150, "eval_every": 50, "inner_lr": 0.1}  # an hour for all kinds
+    base = replace(Config.load(file), max_length=112, **few, **same)  # hints need room
     chooser, found = _trained(name, policy), dict[str, Any]()
     for kind in HINTS:
         folder = _trained(f"{name}-{kind}", replace(base, hints=kind))
