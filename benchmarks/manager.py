@@ -4,10 +4,10 @@
 
 `clinc`, `banking` and `hwu` are sets of texts with intents, which train a parser by the packaged config `parser`. `sgd`
 is the Schema-Guided Dialogue set, which trains a policy by the config `policy`, and then generators with each kind of
-hint by benchmarks/dialogue/sgd.toml in fewer steps, on the same services. Acts in their hints are those of the data and, a second
-time, those that the policy chooses. The seed decides the split, the
-weights and the episodes. Runs are kept in runs/benchmark, where an interrupted benchmark goes on. Results go to
-benchmarks/results/manager.json after each, and what is there is skipped.
+hint by benchmarks/dialogue/sgd.toml in fewer steps, on the same services. Acts in their hints are those of the data
+and, a second time, those that the policy chooses. The seed decides the split, the weights and the episodes. Runs are
+kept in runs/benchmark, where an interrupted benchmark goes on. Results go to benchmarks/results/manager.json after
+each, and what is there is skipped.
 """
 
 from __future__ import annotations
