@@ -11,6 +11,7 @@ from metakern.dialogue.config import Config
 from metakern.dialogue.evaluate import evaluate
 from metakern.dialogue.generate import Sampling
 from metakern.dialogue.hints import Hints
+from metakern.dialogue.manager import Decision
 from metakern.dialogue.manager.policy import ActPolicy
 from metakern.dialogue.readers import Dialogue, Turn, read
 from metakern.dialogue.run import Run
@@ -86,9 +87,11 @@ class Acting:
     def learn(self, dialogues):
         pass
 
-    def __call__(self, turns, parse):
-        from metakern.dialogue.manager import Decision
+    def completed(self, dialogue):
+        turns = (t if t.act or t.speaker == "user" else replace(t, act="INFORM") for t in dialogue.turns)
+        return replace(dialogue, turns=tuple(turns))
 
+    def __call__(self, turns, parse):
         return Decision("generate", act="INFORM")
 
 
@@ -105,6 +108,11 @@ def test_a_model_that_is_taught_by_acts_obeys_the_policy(tmp_path):
     assert "".join(chat.generator([Turn("user", "river?")], Acting()([], None))) == "cloud otter"
     assert chat.hear("river?") == "cloud otter"
     assert chat.turns[-1].act == "INFORM"
+    chat = Chat(run, policy=Acting(), most=200, sampling=Sampling(temperature=0))
+    for line in ("/teach", "stone?", "violin", ""):
+        said = chat.hear(line)
+    assert "taught replies right: 1 of 1" in said
+    assert chat.hear("stone?") == "violin"  # taught without an act, and asked with one
     store = Store(tmp_path / "users.sqlite")
     with pytest.raises(UserError, match="serve: the run's hints must be none, as a server has no policy, got 'act'"):
         Service(run, store, Settings())
@@ -154,6 +162,9 @@ def test_an_evaluation_takes_the_acts_of_the_data_or_those_of_a_policy(tmp_path)
             assert turn.act == max(p, key=p.__getitem__)
         else:
             assert turn == dialogue.turns[i]
+    blank = replace(dialogue, turns=tuple(replace(turn, act="") for turn in dialogue.turns))
+    assert acting.completed(blank) == predicted
+    assert acting.completed(dialogue) == dialogue
     other = train(replace(base, **common, part="policy", pretrain_steps=0, seed=5), tmp_path / "other")
     with pytest.raises(UserError, match="a policy must not have been trained on a test task, got 'S"):
         evaluate(run.path, (0, 1), policy=other.path)

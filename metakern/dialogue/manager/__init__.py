@@ -144,12 +144,16 @@ class Manager:
     def learn(self, dialogues: Sequence[Dialogue], progress: Callable[[str], object] | None = None) -> str:
         """Teach all parts `dialogues`, in place of what they learned before; return a line about it.
 
+        Replies that are taught without an act get one for the generator from a policy that has a method `completed`:
+        the act that this policy would choose before them in a chat.
+
         Raises:
             UserError: If no dialogue has a reply of the bot.
         """
         if not any(exchanges_of(dialogue) for dialogue in dialogues):
             raise UserError("teach: support must hold a reply of the bot, got none")
-        line = self.generator.learn(dialogues, progress) if self.generator else ""
+        completed: Callable[[Dialogue], Dialogue] = getattr(self.policy, "completed", lambda dialogue: dialogue)
+        line = self.generator.learn(list(map(completed, dialogues)), progress) if self.generator else ""
         self.recall(dialogues)
         return line
 

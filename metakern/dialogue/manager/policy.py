@@ -143,6 +143,11 @@ class ActPolicy:
                 turns[i] = replace(turns[i], act=self.acts[number])
         return replace(dialogue, turns=tuple(turns))
 
+    def completed(self, dialogue: Dialogue) -> Dialogue:
+        """Return a dialogue in which turns of the bot without an act have the one of `predicted`."""
+        pairs = zip(dialogue.turns, self.predicted(dialogue).turns, strict=True)
+        return replace(dialogue, turns=tuple(turn if turn.act else expected for turn, expected in pairs))
+
     def rewriter(self, support: Sequence[Dialogue]) -> Callable[[Dialogue], Dialogue]:
         """Learn a support, and return `predicted`; episodes take this method as their `policy`."""
         self.learn(support)
