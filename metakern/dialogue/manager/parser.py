@@ -10,7 +10,7 @@ validation tasks, between what is accepted and what is refused:
 
     threshold = argmax_t  ½ P(right and confidence >= t | in scope) + ½ P(confidence < t | out of scope)
 
-A slot is found where the message holds a value that a taught text has for it.
+The slots of a message are those that `metakern.dialogue.manager.slots` finds.
 
 Larson et al. 2019, "An evaluation dataset for intent classification and out-of-scope prediction", section 3.
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from metakern.dialogue.baselines import Retrieval
 from metakern.dialogue.manager import Neighbor, Parse, exchanges_of
+from metakern.dialogue.manager.slots import SlotFinder
 from metakern.dialogue.manager.utterances import Episode, Utterances, encoded
 from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.run import Run
@@ -170,7 +171,7 @@ class _Known:
         latest = {words(said.text) or said.text: (said.text, reply.text) for said, reply in pairs}
         self.examples = list(latest.values())
         self.labels = list(dict.fromkeys(label for _, label in self.examples))
-        self.slots = {words(value): (name, value) for said, _ in pairs for name, value in said.slots if words(value)}
+        self.slots = SlotFinder(said for said, _ in pairs)
         self.nearest = Retrieval(*zip(*self.examples, strict=True)) if self.examples else None
 
     def scores(self, texts: Sequence[str]) -> Tensor:
@@ -192,7 +193,7 @@ class _Known:
 
     def parse(self, text: str, scores: Tensor, threshold: float) -> Parse:
         """Return the parse of a text, given the confidence of each label, `[len(labels)]`."""
-        slots = self._slots(text)
+        slots = self.slots(text)
         if not self.examples or not words(text):
             return Parse(None, 0.0, threshold, slots)
         confidence, best = scores.max(0)
@@ -201,18 +202,6 @@ class _Known:
         neighbors = tuple(Neighbor(*self.examples[i], similar[i]) for i in nearest if similar[i] > 0)
         intent = self.labels[int(best)] if confidence.item() >= threshold else None
         return Parse(intent, confidence.item(), threshold, slots, neighbors)
-
-    def _slots(self, text: str) -> dict[str, str]:
-        """Return the slots whose known values a text holds; of values that overlap, the longest."""
-        said, found = words(text), dict[str, str]()
-        taken = [False] * len(said)
-        for value in sorted(self.slots, key=len, reverse=True):
-            name, written = self.slots[value]
-            for i in range(len(said) - len(value) + 1):
-                if said[i : i + len(value)] == value and not any(taken[i : i + len(value)]):
-                    taken[i : i + len(value)] = [True] * len(value)
-                    found.setdefault(name, written)
-        return found
 
 
 def best_threshold(confidence: Tensor, right: Tensor, strangers: Tensor) -> float:
