@@ -59,6 +59,17 @@ def hints_table() -> str:
     return f"{table(head, rows)}\n\n{described(entry)}"
 
 
+def slots_table() -> str:
+    """A row for each way to find slots, in services of unseen domains: F1, precision and recall by the support."""
+    entry = results.load(FOLDER / "slots.json")["0"]
+    sizes = list(next(iter(entry["scores"].values())))
+    rows = [
+        [name, *(f"{of['f1']:.0%} ({of['precision']:.0%}, {of['recall']:.0%})" for of in found.values())]
+        for name, found in entry["scores"].items()
+    ]
+    return f"{table(['', *(f'{size} conversations' for size in sizes)], rows)}\n\n{described(entry)}"
+
+
 def _table(part: str, metrics: dict[str, str], unit: str) -> str:
     found = {name: seeds["0"] for name, seeds in results.load(FOLDER / "manager.json").items()}
     found = {name: entry for name, entry in found.items() if entry["part"] == part}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import gpu_tables as gpu
 from benchmarks.dialogue import tables as dialogue
-from benchmarks.manager_tables import hints_table, parsers_table, policies_table
+from benchmarks.manager_tables import hints_table, parsers_table, policies_table, slots_table
 from benchmarks.options import Parser
 from benchmarks.pictures import bases, draw, markup, stem
 from benchmarks.results import FOLDER, ROOT, machine
@@ -193,7 +193,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "lessons": dialogue.lessons_table,
         "smollm2": partial(curve_table, "smollm2"),
     },
-    "docs/manager.md": {"parsers": parsers_table, "policies": policies_table, "hints": hints_table},
+    "docs/manager.md": {
+        "parsers": parsers_table,
+        "policies": policies_table,
+        "hints": hints_table,
+        "slots": slots_table,
+    },
     "docs/serving.md": {name: partial(serving_table, name) for name in ("serving", "smollm2")},
 }
 

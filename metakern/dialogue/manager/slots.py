@@ -27,8 +27,8 @@ from metakern.dialogue.words import IDEOGRAPHS, words
 __all__ = ["FEATURES", "SlotFinder", "Span", "alike", "spans_of"]
 
 FEATURES = ("left", "right", "first", "last", "shape", "overlap")
-WEIGHTS = (3.6, 2.1, 0.7, 2.1, 2.8, 2.8)
-THRESHOLD = 7.0
+WEIGHTS = (3.62, 2.11, 0.59, 1.98, 2.81, 2.71)
+THRESHOLD = 6.73
 PIECE = re.compile(rf"{IDEOGRAPHS.pattern}|[^\W_]+|[^\w\s]|_")
 LONGEST = 5  # words of a new value
 MOST = 512  # words of a message that are looked at
