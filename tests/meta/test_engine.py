@@ -669,6 +669,60 @@ def test_a_call_that_another_thread_is_in_ends_first(patience: float, monkeypatc
     assert not net._forward_pre_hooks
 
 
+@pytest.mark.parametrize("batching", ["fold", "loop", "vmap"])
+def test_two_threads_on_models_that_share_modules(batching: str) -> None:
+    nets = [Net(), Net()]
+    nets[1].first = nets[0].first
+    truths, failures = [plain(net, ce, points(1), points(2))[0] for net in nets], list[Any]()
+
+    def work(net: Net, truth: float) -> None:
+        try:
+            maml = maml_of(net, ce, batching=batching)
+            values = [maml.evaluate(points(1), points(2), (2,)).mean().item() for _ in range(10)]
+            values += [maml(points(1), points(2)).item() for _ in range(10)]
+            failures.extend(value for value in values if abs(value - truth) > 1e-9)
+        except Exception as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(nets, truths, strict=True)]
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-5)
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(120)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not any(worker.is_alive() for worker in workers)
+    assert failures == []
+
+
+def test_threads_that_would_wait_for_each_other_are_told() -> None:
+    one, other, both = Net(), Net(), threading.Barrier(2)
+    told = list[str]()
+
+    def work(first: Net, second: Net) -> None:
+        with threads.running(first):
+            both.wait(60)
+            try:
+                with threads.running(second):
+                    pass
+            except RuntimeError as error:
+                told.append(str(error))
+
+    workers = [threading.Thread(target=work, args=pair) for pair in ((one, other), (other, one))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert not any(worker.is_alive() for worker in workers)
+    assert len(told) == 1
+    assert "two threads must not wait for each other's models: give each thread a copy" in told[0]
+    assert not threads._RUNNING
+    assert not threads._WAITING
+
+
 def test_two_threads_on_one_model() -> None:
     net, done = Net(), threading.Event()
     truth, failures, x = plain(net, ce, points(1), points(2)), list[Exception](), points(1)[0][0]
