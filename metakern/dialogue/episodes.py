@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from metakern.dialogue.hints import Hints
+from metakern.dialogue.hints import HINT, Hints
 from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.shards import Line
 from metakern.dialogue.split import TaskData
@@ -47,7 +47,7 @@ class Exchange:
     """A reply of the bot to a turn of somebody else, in a window.
 
     Attributes:
-        context: The texts of the window's turns before the reply, a line each or more.
+        context: The texts of the window's turns before the reply, a line each or more, without hints.
         prompt: The ids of the window before the reply.
         reply: The ids of the reply as they are to be learned. They end with the token that ends a turn if the window
             holds the whole reply.
@@ -321,7 +321,7 @@ class Episodes:
         for i, prompt, reply in self.tokenizer.replies(turns, self.max_length, bot):
             spoken = [turn for turn in turns[:i] if turn.speaker not in SYSTEM_SPEAKERS]
             if spoken and spoken[-1].speaker != bot:
-                context = "\n".join(turn.text for turn in turns[:i])
+                context = "\n".join(turn.text for turn in turns[:i] if turn.act != HINT)
                 yield Exchange(context, tuple(prompt), tuple(reply), self.tokenizer.decode(reply))
 
 

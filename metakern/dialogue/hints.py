@@ -21,9 +21,10 @@ from metakern.dialogue.baselines import Retrieval
 from metakern.dialogue.readers import Dialogue, Turn
 from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS, bot_in
 
-__all__ = ["KINDS", "Hints"]
+__all__ = ["HINT", "KINDS", "Hints"]
 
 KINDS = ("none", "act", "reply", "act+reply")
+HINT = "hint"  # the act of a hint
 
 
 class Hints:
@@ -67,7 +68,7 @@ class Hints:
         """Return the hint before the reply to a message, or nothing if there is none."""
         parts = [f"[{act}]" if act and self.acts else "", self._retrieved(message, tuple(whole))]
         text = " ".join(filter(None, parts))
-        return [Turn("system", text)] if text else []
+        return [Turn("system", text, HINT)] if text else []
 
     def _retrieved(self, message: str, whole: tuple[Turn, ...]) -> str:
         """Return the reply to the nearest message, of which a word is in this one, in conversations other than this."""

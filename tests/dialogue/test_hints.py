@@ -60,6 +60,7 @@ def test_hints_are_read_but_not_learned():
     assert tokenizer.decode(learned) in ("Till six.", "Pianos.")
     [(_, _, [exchange])] = source.exchanges()
     assert tokenizer.decode(exchange.prompt).count("[") == 1
+    assert exchange.context in (SHOP.turns[0].text, TALKS.turns[0].text)
     plain = replace(TALKS, turns=tuple(replace(turn, act="") for turn in TALKS.turns))
     with pytest.raises(DataError, match="hints: data must have dialogue acts, as the format sgd has, got none"):
         episodes(config, (TaskData("shop", (plain, replace(plain, turns=plain.turns * 2))),), tokenizer)
