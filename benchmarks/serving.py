@@ -163,6 +163,7 @@ def make_run(folder: Path, threads: int, model: str) -> Run:
         said = [d for task in load_split(config).train for d in task.dialogues]
         tokenizer = Tokenizer.train(said, config.vocab_size)
     run = Run.create(folder, config, tokenizer)
+    run.state = {"phase": "train", "step": 0}
     tokenizer.save(folder / "tokenizer.json")
     write(folder / "config.toml", config.toml().encode())
     run.save("best")
