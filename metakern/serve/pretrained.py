@@ -52,7 +52,11 @@ class Pretrained:
             )
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+        attention = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+        if hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation(attention)
+        else:  # transformers before 4.54
+            config._attn_implementation = attention
 
     def empty_cache(self, rows: int) -> tuple[Tensor, ...]:
         """Return a cache for `rows` sequences: the keys and the values of each layer, `[rows, H, S, D]`."""

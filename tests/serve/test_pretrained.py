@@ -54,6 +54,7 @@ def make(kind: str, **changes: object) -> torch.nn.Module:
 def test_each_row_equals_the_model_of_its_factors(kind):
     model = make(kind)
     before = {name: p.clone() for name, p in model.state_dict().items()}
+    attention = model.config._attn_implementation
     stack = Stack(model, rows=3, length=16)
     assert len(stack.base) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert torch.equal(stack.arena, stack.base.expand(3, -1))
@@ -79,6 +80,7 @@ def test_each_row_equals_the_model_of_its_factors(kind):
     stack.put_cache(1, kept)
     assert all(torch.equal(part[0], part[1]) for part in stack.cache)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert model.config._attn_implementation == attention
 
 
 def test_the_frozen_weights_are_those_of_the_run():
