@@ -132,11 +132,12 @@ def evaluate(
     check_tasks(run, split)
     if policy and "act" not in run.config.hints:
         raise UserError(f"{path}: hints must have acts for a policy to choose, got {run.config.hints!r}")
-    acts = {"policy": ActPolicy(policy).rewriter} if policy else {}
+    chooser = ActPolicy(policy) if policy else None
+    acts = {"policy": chooser.rewriter} if chooser else {}
     validation = episodes(run.config, split.validation, run.tokenizer, **acts)
     tasks, skipped = load_whole(run.config, data, reading) if data else (split.test, {})
-    if policy:
-        _check_unseen(policy, tasks)
+    if chooser:
+        _check_unseen(chooser.run, tasks)
     seen = overlapping((*split.train, *split.validation), tasks, run.config) if data else []
     test = episodes(run.config, tasks, run.tokenizer, repeats=repeats, **acts)
     asked = draw_questions(test) if reply_steps else []
@@ -191,11 +192,11 @@ def evaluate(
     return report
 
 
-def _check_unseen(policy: str | Path, tasks: Sequence[TaskData]) -> None:
+def _check_unseen(policy: Run, tasks: Sequence[TaskData]) -> None:
     """Raise UserError if a policy was trained on one of the tasks."""
-    known = {task.task_id for task in load_split(Run.open(policy).config).train}
+    known = {task.task_id for task in load_split(policy.config).train}
     if seen := sorted(known & {task.task_id for task in tasks}):
-        raise UserError(f"{policy}: a policy must not have been trained on a test task, got {seen[0]!r}")
+        raise UserError(f"{policy.path}: a policy must not have been trained on a test task, got {seen[0]!r}")
 
 
 @contextmanager

@@ -15,11 +15,11 @@ Wen et al. 2015, "Semantically conditioned LSTM-based natural language generatio
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 
 from metakern.dialogue.baselines import Retrieval
+from metakern.dialogue.manager import exchanges_of
 from metakern.dialogue.readers import Dialogue, Turn
-from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS, bot_in
+from metakern.dialogue.tokenizer import SYSTEM_SPEAKERS
 
 __all__ = ["HINT", "KINDS", "Hints"]
 
@@ -43,9 +43,8 @@ class Hints:
     def __init__(self, kinds: str, support: Iterable[Dialogue] = ()) -> None:
         self.acts, self._known = "act" in kinds, list[tuple[Turn, Turn, tuple[Turn, ...]]]()
         for dialogue in support if "reply" in kinds else ():
-            self._known += [
-                (said, reply, dialogue.turns) for said, reply in _answered(dialogue.turns, bot_in(dialogue))
-            ]
+            answered = ((*pair, dialogue.turns) for pair in exchanges_of(dialogue))
+            self._known += [exchange for exchange in answered if exchange[0].speaker not in SYSTEM_SPEAKERS]
         known = [(said.text, reply.text) for said, reply, _ in self._known]
         self._nearest = Retrieval(*zip(*known, strict=True)) if known else None
 
@@ -77,9 +76,3 @@ class Hints:
         others = zip(self._nearest.cosines(message), self._known, strict=True)
         near = [(cosine, reply.text) for cosine, (_, reply, turns) in others if cosine and turns != whole]
         return max(near, key=lambda pair: pair[0])[1] if near else ""
-
-
-def _answered(turns: Sequence[Turn], bot: str | None) -> list[tuple[Turn, Turn]]:
-    """Return the replies of the bot, each with the turn that it answers."""
-    others = (bot, *SYSTEM_SPEAKERS)
-    return [(said, reply) for said, reply in pairwise(turns) if reply.speaker == bot and said.speaker not in others]

@@ -69,13 +69,7 @@ class Pretrained:
         )
 
     def next_logits(self, input_ids: Tensor, counts: Tensor, cache: Sequence[Tensor], known: Tensor) -> Tensor:
-        """Return the logits `[B, V]` of the token after new tokens, and put these into the cache.
-
-        Args:
-            input_ids: `[B, L]`, the new tokens, padded on the right.
-            counts: `[B]`, int64: the number of new tokens of each sequence, from 1 to L.
-            cache: What `empty_cache(B)` returned and earlier calls have filled.
-            known: `[B]`, int64: the number of tokens in the cache of each sequence.
+        """Return the logits `[B, V]` of the token after new tokens, as `metakern.dialogue.models.GPT.next_logits` does.
 
         Raises:
             ValueError: If a sequence becomes longer than `length`.

@@ -123,10 +123,8 @@ class ActPolicy:
     def probabilities(self, turns: Sequence[Turn]) -> dict[str, float]:
         """Return the probability of each act of the reply to `turns`."""
         latest = turns[-TURNS:]
-        batch = self._encoded([(latest, "bot")])
-        labels = batch.pop("labels")
-        logits = self.model(**{name: x[0] for name, x in batch.items()}).reshape(labels.shape[-1], -1)
-        return dict(zip(self.acts, logits[len(latest) - 1].softmax(-1).tolist(), strict=True))
+        p = self._logits(latest, "bot")[len(latest) - 1].softmax(-1)
+        return dict(zip(self.acts, p.tolist(), strict=True))
 
     @torch.no_grad()
     def predicted(self, dialogue: Dialogue) -> Dialogue:
@@ -135,10 +133,7 @@ class ActPolicy:
         The first turn, before which there is nothing, and those beyond the policy's `TURNS` keep theirs.
         """
         bot, turns = bot_in(dialogue), list(dialogue.turns)
-        batch = self._encoded([(turns, bot)])
-        labels = batch.pop("labels")
-        logits = self.model(**{name: x[0] for name, x in batch.items()}).reshape(labels.shape[-1], -1)
-        for i, number in enumerate(logits.argmax(-1).tolist()[: len(turns[:TURNS]) - 1], 1):
+        for i, number in enumerate(self._logits(turns, bot).argmax(-1).tolist()[: len(turns[:TURNS]) - 1], 1):
             if turns[i].speaker == bot:
                 turns[i] = replace(turns[i], act=self.acts[number])
         return replace(dialogue, turns=tuple(turns))
@@ -158,6 +153,12 @@ class ActPolicy:
         decision, p = self.taught(turns, parse), self.probabilities(turns)
         act = max(p, key=p.__getitem__)
         return Decision(decision.action, decision.reply, act, f"{decision.why}; next act {act} ({p[act]:.0%})")
+
+    def _logits(self, turns: Sequence[Turn], bot: str | None) -> torch.Tensor:
+        """Return the logits of the acts after each turn, `[U, C]`, padded at the end."""
+        batch = self._encoded([(turns, bot)])
+        labels = batch.pop("labels")
+        return self.model(**{name: x[0] for name, x in batch.items()}).reshape(labels.shape[-1], -1)
 
     def _encoded(self, dialogues: Sequence[Speech]) -> dict[str, torch.Tensor]:
         number = {act: i for i, act in enumerate(self.acts)}
