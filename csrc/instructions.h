@@ -25,7 +25,7 @@ struct Instruction {
 // instruction of its name, so that one line here is enough to add it.
 #define METAKERN_ELEMENTWISE(X)                                          \
     X(copy, 1, x[0])                                                     \
-    X(fill, 0, V{} + s)                                                  \
+    X(fill, 0, splat<F>(s))                                                  \
     X(add, 2, x[0] + s * x[1])                                           \
     X(mul, 2, x[0] * x[1])                                               \
     X(div, 2, x[0] / x[1])                                               \
@@ -45,10 +45,10 @@ struct Instruction {
     X(tan, 1, by_lane(x[0], [](F lane) { return tangent(lane); }))       \
     X(atan, 1, by_lane(x[0], [](F lane) { return arctangent(lane); }))   \
     X(abs, 1, (x[0] < 0 ? -x[0] : x[0]) + 0) /* -0 becomes 0 */          \
-    X(sign, 1, x[0] > 0 ? V{} + 1 : x[0] < 0 ? V{} - 1 : V{})            \
+    X(sign, 1, x[0] > 0 ? splat(F(1)) : x[0] < 0 ? splat(F(-1)) : V{})            \
     X(maximum, 2, x[0] != x[0] ? x[0] : x[0] > x[1] ? x[0] : x[1])       \
     X(minimum, 2, x[0] != x[0] ? x[0] : x[0] < x[1] ? x[0] : x[1])       \
-    X(relu, 1, x[0] <= 0 ? V{} : x[0]) /* NaN stays NaN */               \
+    X(relu, 1, x[0] < 0 ? V{} : x[0]) /* NaN and -0 stay */               \
     X(threshold_backward, 2, x[1] <= s ? V{} : x[0])                     \
     X(tanh, 1, tanh_of<F>(x[0]))                                         \
     X(tanh_backward, 2, x[0] * (F(1) - x[1] * x[1]))                     \

@@ -248,7 +248,7 @@ void forward(const Args& args) {
                         store(row + j, e);
                     }
                     if (highest != top[query] && total[query] != 0) {
-                        const F factor = exp<F>(Vec<F>{} + (top[query] - highest))[0];
+                        const F factor = exp<F>(splat(top[query] - highest))[0];
                         total[query] *= factor;
                         F* to = y + query * c.D;
                         each<F>(c.D, [&](int64_t d, auto... w) { store(to + d, load(to + d, w...) * factor, w...); });

@@ -57,7 +57,7 @@ inline Derivatives<F> gated(Vec<F> x, Vec<F> z, Vec<F> w, Vec<F> w_first, Vec<F>
 template <class F>
 inline Derivatives<F> silu(Vec<F> x) {
     const Vec<F> z = clamp<F>(x, -kShut, kShut);
-    return gated<F>(x, z, z, Vec<F>{} + F(1), Vec<F>{});
+    return gated<F>(x, z, z, splat(F(1)), Vec<F>{});
 }
 
 template <class F>

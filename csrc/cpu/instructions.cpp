@@ -36,7 +36,7 @@ inline void walk(const Instruction& p, int dims, const int64_t (&bytes)[inputs +
 template <class F, class... Lanes>
 inline Vec<F> gathered(const F* p, int64_t stride, int64_t i, Lanes... n) {
     if (stride == 1) return load(p + i, n...);
-    if (stride == 0) return Vec<F>{} + *p;
+    if (stride == 0) return splat(*p);
     F lanes[kLanes<F>] = {};
     const int64_t count = (static_cast<int64_t>(n) + ... + (sizeof...(n) ? 0 : kLanes<F>));
     for (int64_t l = 0; l < count; ++l) lanes[l] = p[(i + l) * stride];
@@ -80,7 +80,7 @@ void map(const Instruction& p) {
             Vec<F> number[inputs + 1];
             for (int j = 0; j < inputs; ++j) {
                 from[j] = reinterpret_cast<const F*>(at[j + 1]);
-                number[j] = Vec<F>{} + *from[j];
+                number[j] = splat(*from[j]);
             }
             each<F>(count, [&](int64_t i, auto... n) {
                 for (int j = 0; j < inputs; ++j) x[j] = strides[j + 1] ? load(from[j] + i, n...) : number[j];
@@ -263,7 +263,7 @@ void running_max(const Instruction& p) {
     walk<2>(p, last, bytes, [&](char* const* at) {
         F* out = reinterpret_cast<F*>(at[0]);
         const F* x = reinterpret_cast<const F*>(at[2]);
-        Vec<F> most = Vec<F>{} + *out;
+        Vec<F> most = splat(*out);
         int64_t i = 0;
         for (; i + kLanes<F> <= count; i += kLanes<F>) {
             const Vec<F> v = load(x + i);

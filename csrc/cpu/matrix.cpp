@@ -44,7 +44,7 @@ inline void tile(const F* a, int64_t stride, const F* b, int64_t next, int64_t K
             row[v] = load(b + (v / kPanelVectors) * next + k * kPanel<F> + (v % kPanelVectors) * kLanes<F>);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-            const Vec<F> x = Vec<F>{} + (a_is_row_major ? a[r * stride + k] : a[k * stride + r]);
+            const Vec<F> x = splat(a_is_row_major ? a[r * stride + k] : a[k * stride + r]);
 #pragma GCC unroll 16
             for (int v = 0; v < V; ++v) sum[r][v] += x * row[v];
         }

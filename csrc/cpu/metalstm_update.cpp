@@ -80,7 +80,7 @@ struct MetaLSTMUpdate {
         if constexpr (dual) return x.tangent;
         else return x;
     }
-    static N constant(F c) { return number(V{} + c, V{}); }
+    static N constant(F c) { return number(splat(c), V{}); }
     static N sigmoid_of(N x) {
         const V s = F(1) / (F(1) + exp<F>(-value(x)));
         if constexpr (dual) return {s, s * (F(1) - s) * x.tangent};

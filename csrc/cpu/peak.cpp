@@ -28,7 +28,7 @@ constexpr std::int64_t kSteps = 1 << 16;  // of a unit of work: enough to make t
 // neither these nor who reads the sum, so it can leave nothing out. With a = 1/2 all values stay between 0 and 1.
 template <class F>
 inline void chains(F scale) {
-    const Vec<F> a = Vec<F>{} + scale;
+    const Vec<F> a = splat(scale);
     Vec<F> x[kChains];
 #pragma GCC unroll 24
     for (int i = 0; i < kChains; ++i) x[i] = a * (F(i) / kChains);

@@ -17,8 +17,8 @@ inline Vec<float> sigmoid(Vec<float> x) { return 1.0f / (1.0f + exp<float>(-x));
 inline Vec<double> sigmoid(Vec<double> x) { return 1.0 / (1.0 + exp<double>(-x)); }
 inline Vec<float> tanh(Vec<float> x) { return tanh_of<float>(x); }
 inline Vec<double> tanh(Vec<double> x) { return tanh_of<double>(x); }
-inline Vec<float> positive(Vec<float> x) { return x > 0 ? Vec<float>{} + 1 : Vec<float>{}; }
-inline Vec<double> positive(Vec<double> x) { return x > 0 ? Vec<double>{} + 1 : Vec<double>{}; }
+inline Vec<float> positive(Vec<float> x) { return x > 0 ? splat(1.0f) : Vec<float>{}; }
+inline Vec<double> positive(Vec<double> x) { return x > 0 ? splat(1.0) : Vec<double>{}; }
 #include "../cells.h"
 
 // Fewer multiplications than this are not worth waking a thread.

@@ -61,6 +61,12 @@ inline void store(F* p, Vec<F> v, int64_t n) {
     std::memcpy(p, &v, static_cast<std::size_t>(n) * sizeof(F));
 }
 
+// x in all lanes. `Vec<F>{} + x` would be computed: it is not x where x is -0.
+template <class F>
+inline Vec<F> splat(F x) {
+    return x - Vec<F>{};
+}
+
 // Loads from p + i, or returns zero if p is null, which stands for an absent tensor or a zero tangent.
 template <class F, class... Lanes>
 inline Vec<F> maybe(const F* p, int64_t i, Lanes... n) {
@@ -123,8 +129,8 @@ inline F sum(Vec<F> v) {
 // x limited to [low, high]. NaN stays NaN.
 template <class F>
 inline Vec<F> clamp(Vec<F> x, F low, F high) {
-    x = x < low ? Vec<F>{} + low : x;
-    return x > high ? Vec<F>{} + high : x;
+    x = x < low ? splat(low) : x;
+    return x > high ? splat(high) : x;
 }
 
 // c[0] + c[1] x + c[2] x^2 + ...
@@ -179,7 +185,7 @@ inline Vec<F> exp(Vec<F> x) {
     const Vec<F> k = shifted - E::round;
     const Vec<F> r = (x - k * E::ln2_high) - k * E::ln2_low;
     // 2^k as a product of two powers, each a normal number where 2^k itself is not.
-    const Bits<F> biased = (Bits<F>)shifted - (Bits<F>)(Vec<F>{} + E::round) + 2 * E::bias;
+    const Bits<F> biased = (Bits<F>)shifted - (Bits<F>)splat<F>(E::round) + 2 * E::bias;
     const Bits<F> half = biased >> 1;
     return polynomial(r, E::taylor) * (Vec<F>)(half << E::mantissa) * (Vec<F>)((biased - half) << E::mantissa);
 }
@@ -194,7 +200,7 @@ inline Vec<F> expm1(Vec<F> x) {
     const Vec<F> limited = clamp<F>(x, -1, 1);
     const Vec<F> k = (limited * F(1.4426950408889634) + E::round) - E::round;
     const Vec<F> r = (limited - k * E::ln2_high) - k * E::ln2_low;
-    const Vec<F> scale = k > 0 ? Vec<F>{} + F(2) : k < 0 ? Vec<F>{} + F(0.5) : Vec<F>{} + F(1);
+    const Vec<F> scale = k > 0 ? splat(F(2)) : k < 0 ? splat(F(0.5)) : splat(F(1));
     const Vec<F> small = scale * (r * polynomial(r, one_over_factorial)) + (scale - F(1));
     return ((x < F(-1)) | (x > F(1))) ? exp<F>(x) - F(1) : x == 0 ? x : small;  // -0 stays -0
 }
@@ -229,12 +235,12 @@ inline Vec<F> log_near(Vec<F> u, Vec<F> c) {
     const Bits<F> bits = (above & (((Bits<F>{} + 1) << E::mantissa) - 1)) + L::root_half;
     // k as a number: the exponent, made positive, in the last bits of a large number.
     const Bits<F> k_bits = ((above >> E::mantissa) + 2 * (E::bias + 1)) & (4 * E::bias + 3);
-    const Vec<F> shifted = (Vec<F>)(k_bits + (Bits<F>)(Vec<F>{} + E::round)) - E::round - F(2 * (E::bias + 1));
+    const Vec<F> shifted = (Vec<F>)(k_bits + (Bits<F>)splat<F>(E::round)) - E::round - F(2 * (E::bias + 1));
     const Vec<F> k = subnormal ? shifted - F(L::up_bits) : shifted;
     const Vec<F> f = (Vec<F>)bits - F(1), s = f / (F(2) + f), z = s * s, half = F(0.5) * f * f;
     const Vec<F> y = k * E::ln2_high - ((half - (s * (half + z * polynomial(z, L::terms)) + (k * E::ln2_low + c / u))) - f);
-    const Vec<F> infinite = Vec<F>{} + F(__builtin_inf());
-    return u == 0 ? -infinite : u < 0 ? Vec<F>{} + F(__builtin_nan("")) : ((u == infinite) | (u != u)) ? u : y;
+    const Vec<F> infinite = splat(F(__builtin_inf()));
+    return u == 0 ? -infinite : u < 0 ? splat(F(__builtin_nan(""))) : ((u == infinite) | (u != u)) ? u : y;
 }
 template <class F>
 inline Vec<F> log(Vec<F> x) {

@@ -126,6 +126,30 @@ def test_every_instruction_on_every_layout(name: str, layout: str, dtype: torch.
     check(function, make, 1e-12 if dtype == torch.float64 else 2e-5)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name in INSTRUCTIONS if "extremes" not in name])
+def test_zeros_have_the_right_sign(name: str, layout: str) -> None:
+    """It decides whether one over a zero is inf or -inf. PyTorch's own extremes of 0 and -0 depend on the layout."""
+
+    def make() -> tuple[Tensor, ...]:
+        x = torch.randint(-2, 3, (2, *SHAPE)).double()
+        return tuple(torch.where(x == 0, torch.where(torch.rand(x.shape) > 0.5, -0.0, 0.0), x))
+
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        return [INSTRUCTIONS[name](LAYOUTS[layout](x), LAYOUTS[layout](y))]
+
+    executable, inputs = lowered(function, *make()), make()
+    found = executable([inputs], 1)
+    assert found is not None and (result := found[0][0]) is not None
+    truth = function(*inputs)[0].contiguous()
+    if truth.is_floating_point():
+        assert torch.equal(result.signbit() & (result == 0), truth.signbit() & (truth == 0))
+
+
+def test_numbers_may_be_negative_zeros() -> None:
+    check(lambda x: [1 / (torch.full_like(x, -0.0)), 1 / ((x - 0) * 0 - 0), 1 / (-0.0 * x.abs())], lambda: (torch.randn(40),))
+
+
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_every_instruction_divided_among_threads(name: str) -> None:
     def make() -> tuple[Tensor, ...]:  # with enough elements to be worth a thread

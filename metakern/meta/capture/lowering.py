@@ -218,9 +218,9 @@ class Lowering:
         self.walk(name, tensors, _merged(dims), TYPES[types.pop()], 0, s, t)
         return out
 
-    def affine(self, out: Tensor, x: Tensor, s: float, t: float) -> Tensor:
-        """Add the instruction out = s x + t; return `out`."""
-        if not (x.is_floating_point() or all(isinstance(number, int) for number in (s, t))):
+    def affine(self, out: Tensor, x: Tensor, s: float, t: float = -0.0) -> Tensor:
+        """Add the instruction out = s x + t; return `out`. By default it is the product: adding -0 keeps a zero's sign."""
+        if not (x.is_floating_point() or all(isinstance(number, int) for number in (s, t or 0))):
             raise LoweringError(f"arithmetic of {x.dtype} with floats has no instruction")
         return self.map("affine", out, x, s=s, t=t)
 
@@ -234,7 +234,7 @@ class Lowering:
                 dims_of[d in dims].append((size, 0 if d in dims else out.stride(d), x.stride(d)))
         kept, reduced = sorted(dims_of[False], key=lambda d: -d[1]), sorted(dims_of[True], key=lambda d: -d[2])
         if not reduced:
-            self.map("affine", out, x, s=scale)
+            self.affine(out, x, scale)
             return
         if kept and kept[-1][2] < reduced[-1][2]:
             order, number = [*_merged(kept[:-1]), *_merged(reduced), kept[-1]], -len(_merged(reduced))

@@ -136,17 +136,19 @@ def _cast(w: Lowering, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _sum_of(w: Lowering, out: Tensor, x: Tensor, y: Tensor | float, scale: float) -> Tensor:
     """Lower out = x + scale y."""
-    return w.map("add", out, x, y, s=scale) if isinstance(y, Tensor) else w.affine(out, x, 1, scale * y)
+    if isinstance(y, Tensor):
+        return w.map("add", out, x, y, s=scale)
+    return w.affine(out, x, 1, float(scale) * y if x.is_floating_point() else scale * y)  # -0.0 for a difference with 0
 
 
 def _product_of(w: Lowering, out: Tensor, x: Tensor, y: Tensor | float) -> Tensor:
-    return w.map("mul", out, x, y) if isinstance(y, Tensor) else w.affine(out, x, y, 0)
+    return w.map("mul", out, x, y) if isinstance(y, Tensor) else w.affine(out, x, y)
 
 
 def _quotient_of(w: Lowering, out: Tensor, x: Tensor, y: Tensor | float) -> Tensor:
     if not isinstance(y, Tensor) and not y:
         raise LoweringError("a division by the number zero has no instruction")
-    return w.map("div", out, x, y) if isinstance(y, Tensor) else w.affine(out, x, 1 / y, 0.0)
+    return w.map("div", out, x, y) if isinstance(y, Tensor) else w.affine(out, x, 1 / y)
 
 
 def _binary(name: str, of: Callable[..., Tensor], *more: float) -> None:
@@ -199,7 +201,7 @@ def _addcmul(w: Lowering, x: Tensor, y: Tensor, z: Tensor, value: float = 1) -> 
 
 @_lowers(_aten.neg.default)
 def _neg(w: Lowering, x: Tensor) -> Tensor:
-    return w.affine(_alike(w, x), x, -1, 0)
+    return w.affine(_alike(w, x), x, -1)
 
 
 @_lowers(_aten.rsub.Scalar)
@@ -574,7 +576,7 @@ def _table(w: Lowering, x: Tensor, indices: Sequence[Tensor | None]) -> tuple[Te
     for d in dims:
         index = _within(w, indices[d], x.shape[d])  # type: ignore[arg-type]
         if rows is not None:
-            index = w.map("add", _alike(w, rows, index), w.affine(_alike(w, rows), rows, x.shape[d], 0), index, s=1.0)
+            index = w.map("add", _alike(w, rows, index), w.affine(_alike(w, rows), rows, x.shape[d]), index, s=1.0)
         rows = index
     assert rows is not None
     place = dims[0] if dims[-1] - dims[0] == len(dims) - 1 else 0
@@ -717,7 +719,7 @@ def _mm(w: Lowering, a: Tensor, b: Tensor) -> Tensor:
 def _baddbmm(w: Lowering, add: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
     if a.dtype not in native.DTYPES:
         raise LoweringError(f"a matrix product of {a.dtype} has no instruction")
-    add = add if beta == 1 else w.affine(_alike(w, add), add, beta, 0)
+    add = add if beta == 1 else w.affine(_alike(w, add), add, beta)
     return _product(w, a, b, add.expand(*a.shape[:2], b.shape[2]), scale=alpha)
 
 
