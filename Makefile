@@ -26,7 +26,7 @@ demo: bots languages
 
 bots: .venv/demo
 	$(TRAIN)
-	$(EVAL),retrieval --reply-steps 0,30
+	$(EVAL),retrieval --reply-steps 0,10
 
 chitchat: COMPARE = pretrained,finetune
 languages chitchat: .venv/demo

@@ -38,7 +38,7 @@ class FineTune(nn.Module):
         super().__init__()
         self.model, self.trained, self.loss = model, model, loss
         maml = mk.MAML(model, loss, **options)
-        self.inner, self.adapt, self.evaluate = maml.inner, maml.adapt, maml.evaluate
+        self.inner, self.adapt, self.evaluate, self.curves = maml.inner, maml.adapt, maml.evaluate, maml.curves
         self.adapt_trained = maml.adapt  # of `trained`, which is not always `model`
         self.counted: Tensor | None = None
 

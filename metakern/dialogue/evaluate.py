@@ -149,12 +149,10 @@ def evaluate(
             replies[name] = scores(test, asked, [list(retrieved(test, asked))] * len(reply_steps))
             continue
         each = run if name == own else contender(run, name)
-        factors: dict[int, float] = {}
-        for numbers in (steps, tuple(k for k in reply_steps if k not in steps)):
-            if numbers:
-                with _shown(f"rates of {name} for {max(numbers)} steps") as tell:
-                    best = best_factors(each.algorithm, validation, numbers, run.config.eval_tasks, tell)
-                factors |= zip(numbers, best, strict=True)
+        numbers = tuple(sorted({*steps, *reply_steps}))
+        with _shown(f"rates of {name}") as tell:
+            best = best_factors(each.algorithm, validation, numbers, run.config.eval_tasks, tell)
+        factors = dict(zip(numbers, best, strict=True))
         of_steps = [factors[k] for k in steps]
         with _shown(f"{name} on the test tasks") as tell:
             losses, lowered = at_factors(each.algorithm, of_steps, test, steps, tell=tell)

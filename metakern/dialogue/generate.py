@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -219,8 +220,9 @@ def greedy(
 ) -> list[list[int]]:
     """Return the likeliest ids that follow each prompt, one after another, without the `eos_id` that ends them.
 
-    All prompts are in one batch. A Hugging Face model uses its cache, with the prompts padded on the left. Another
-    model must be causal: it gets the prompts with what has been generated, padded on the right.
+    All prompts are in one batch. A Hugging Face model uses its cache, with the prompts padded on the left. A model of
+    metakern.dialogue.models uses its own, if the replies fit its window. Another model must be causal: it gets the
+    prompts with what has been generated, padded on the right.
 
     Args:
         model: As of `generate`, for ids `[B, L]`.
@@ -246,7 +248,9 @@ def greedy(
             f" {list(map(len, prompts))} and {len(max_new_tokens)} numbers"
         )
     replies: list[list[int]] = [[] for _ in prompts]
-    logits = (_cached_logits if _has_cache(model) else _logits)(model, prompts, replies, pad_id)
+    fits = max(map(sum, zip(map(len, prompts), max_new_tokens, strict=True)), default=0) <= _window(model)
+    steps = _cached_logits if _has_cache(model) else _next_logits if hasattr(model, "next_logits") and fits else _logits
+    logits = steps(model, prompts, replies, pad_id)
     rows = [i for i, limit in enumerate(max_new_tokens) if limit > 0]
     with _eval_mode(model):
         while rows:
@@ -264,15 +268,39 @@ def _logits(
     model: Callable[..., Any], prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], pad_id: int
 ) -> Callable[[list[int]], Tensor]:
     """Return a function of rows that returns their logits `[rows, V]` after their prompts and replies."""
-    window = getattr(model, "max_length", None) or 0
+    window = _window(model)
 
     def logits(rows: list[int]) -> Tensor:
-        texts = [[*prompts[i], *replies[i]][-window:] for i in rows]
+        texts = [[*prompts[i], *replies[i]] for i in rows]
+        texts = [text[max(0, len(text) - window) :] for text in texts]
         longest = max(map(len, texts))
         ids = torch.tensor([[*text, *[pad_id] * (longest - len(text))] for text in texts], device=_device(model))
         output = model(ids)
         last = torch.tensor([len(text) - 1 for text in texts], device=ids.device)
         return getattr(output, "logits", output)[torch.arange(len(texts), device=ids.device), last]
+
+    return logits
+
+
+def _next_logits(
+    model: Any, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]], pad_id: int
+) -> Callable[[list[int]], Tensor]:
+    """Return what `_logits` does, for a model with `next_logits`; after the first call, replies have one id more."""
+    device, kept = _device(model), list(range(len(prompts)))  # the prompts whose cache is held
+    cache: tuple[Tensor, ...] = ()
+
+    def logits(rows: list[int]) -> Tensor:
+        nonlocal cache, kept
+        new = [replies[i][-1:] or [*prompts[i]] for i in rows]
+        if not cache:
+            cache = model.empty_cache(len(rows))
+        elif len(rows) < len(kept):
+            places = torch.tensor([kept.index(i) for i in rows], device=device)
+            cache = tuple(part[places] for part in cache)
+        kept, counts = rows, torch.tensor([*map(len, new)], device=device)
+        ids = torch.tensor([[*text, *[pad_id] * (int(counts.max()) - len(text))] for text in new], device=device)
+        known = torch.tensor([len(prompts[i]) + len(replies[i]) for i in rows], device=device) - counts
+        return model.next_logits(ids, counts, cache, known)
 
     return logits
 
@@ -311,6 +339,11 @@ def _cache(output: Any) -> dict[str, Any]:
     """Return the cache in a model's output as an argument of its next call, or nothing if it has none."""
     keys = output.keys() if isinstance(output, Mapping) else ()  # the old name is an alias, which warns
     return {name: output[name] for name in CACHES if name in keys}
+
+
+def _window(model: Any) -> int:
+    """Return the number of ids that the model can read at once."""
+    return getattr(model, "max_length", None) or sys.maxsize
 
 
 def _device(model: Any) -> torch.device | None:

@@ -104,13 +104,13 @@ class RNNLM(nn.Module):
 
         Args:
             input_ids: `[B, L]`, the new tokens, padded on the right.
-            counts: `[B]`, int64 on the CPU: the number of new tokens of each sequence, from 1 to L.
+            counts: `[B]`, int64: the number of new tokens of each sequence, from 1 to L.
             cache: What `empty_cache(B)` returned and earlier calls have filled.
             known: `[B]`, int64: the number of tokens in the cache of each sequence.
         """
         x = self.embedding(input_ids)
         if x.shape[1] > 1:
-            x = pack_padded_sequence(x, counts, batch_first=True, enforce_sorted=False)
+            x = pack_padded_sequence(x, counts.cpu(), batch_first=True, enforce_sorted=False)
         before = tuple(state.transpose(0, 1) for state in cache)
         _, after = self.rnn(x, before if len(before) > 1 else before[0])
         for state, new in zip(cache, after if len(before) > 1 else (after,), strict=True):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.dialogue.tasks import EpisodeSource, curve
+from metakern.dialogue.tasks import EpisodeSource, curve, measured
 from metakern.optim.base import Stepwise
 
 __all__ = ["adapted", "at_factors", "best_factors", "optimizers", "scaled", "tuned"]
@@ -53,12 +53,16 @@ def scaled(algorithm: Any, factor: float) -> Iterator[None]:
                     p.copy_(value)
 
 
-def _at_factor(
-    algorithm: Any, factor: float, source: EpisodeSource, steps: tuple[int, ...], limit: int, on: str = "query"
-) -> Tensor:
+def _at_factor(algorithm: Any, factor: float, source: EpisodeSource, steps: tuple[int, ...], limit: int) -> Tensor:
     """Return the losses `[len(steps), T]` of an algorithm whose inner rates are multiplied by a factor."""
     with scaled(algorithm, factor):
-        return curve(algorithm, source, steps, limit, on)[1]
+        return curve(algorithm, source, steps, limit)[1]
+
+
+def _on_both(algorithm: Any, factor: float, source: EpisodeSource, steps: tuple[int, ...], limit: int) -> Tensor:
+    """Return the losses on query and support, `[2, len(steps), T]`, with a factor of the inner rates."""
+    with scaled(algorithm, factor):
+        return measured(lambda s, q: algorithm.curves(s, [q, s], steps), algorithm, source, limit)[1]
 
 
 def at_factors(
@@ -77,13 +81,14 @@ def at_factors(
     each = list(dict.fromkeys(factors))
     for n, factor in enumerate(each, 1):
         numbers = tuple(k for k, own in zip(steps, factors, strict=True) if own == factor)
-        query = _at_factor(algorithm, factor, source, numbers, limit)
-        lowered = torch.zeros_like(query, dtype=torch.bool)
         if optimizers(algorithm) and any(numbers):
-            lower = LOWER * factor
-            lowered = _lower(*(_at_factor(algorithm, f, source, numbers, limit, "support") for f in (factor, lower)))
-            if lowered.any():
-                query = torch.where(lowered, _at_factor(algorithm, lower, source, numbers, limit), query)
+            both = [_on_both(algorithm, f, source, numbers, limit) for f in (factor, LOWER * factor)]
+            (query, lower_query), supports = zip(*both, strict=True)
+            lowered = _lower(*supports)
+            query = torch.where(lowered, lower_query, query)
+        else:
+            query = _at_factor(algorithm, factor, source, numbers, limit)
+            lowered = torch.zeros_like(query, dtype=torch.bool)
         found |= zip(numbers, zip(query, lowered, strict=True), strict=True)
         if tell:
             tell(n, len(each) - n)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -31,6 +31,7 @@ __all__ = [
     "load_adapted",
     "load_split",
     "load_whole",
+    "measured",
     "on_device_of",
     "overlapping",
     "source_of",
@@ -177,22 +178,29 @@ def source_of(
     return part_episodes(config, tasks, tokenizer, labels, **changes)
 
 
-def curve(
-    algorithm: Any, source: EpisodeSource, steps: tuple[int, ...], limit: int = 0, on: str = "query"
-) -> tuple[list[str], Tensor]:
+def curve(algorithm: Any, source: EpisodeSource, steps: tuple[int, ...], limit: int = 0) -> tuple[list[str], Tensor]:
     """Return the names of the first `limit` tasks of `source` (0: all) and their losses, `[len(steps), T]`.
 
-    The losses are those on the query, or with `on="support"` on the support. They are measured in evaluation mode after
-    each number of inner steps in `steps`, in nats per token. Processes share the tasks, and each returns all of them.
+    The losses are those on the query, as of `measured`.
+    """
+    return measured(lambda *batches: algorithm.evaluate(*batches, steps=steps), algorithm, source, limit)
+
+
+def measured(
+    losses: Callable[[Batch, Batch], Tensor], algorithm: Any, source: EpisodeSource, limit: int = 0
+) -> tuple[list[str], Tensor]:
+    """Return the names of the first `limit` tasks of `source` (0: all) and `losses` of support and query, `[..., T]`.
+
+    They are measured in evaluation mode of the algorithm, in nats per token. Processes share the tasks, and each
+    returns all of them.
     """
     training = algorithm.training
     algorithm.eval()
     names: list[str] = []
-    losses = [torch.empty(len(steps), 0)]
+    found: list[Tensor] = []
     for tasks, support, query in source.evaluation(limit or None, share=processes.share):
         names += tasks
-        support, query = (on_device_of(algorithm.model, batch) for batch in (support, query))
-        losses.append(algorithm.evaluate(support, support if on == "support" else query, steps=steps).cpu())
+        found.append(losses(*(on_device_of(algorithm.model, batch) for batch in (support, query))).cpu())
     algorithm.train(training)
-    parts = processes.gather((names, torch.cat(losses, 1)))
-    return [name for own, _ in parts for name in own], torch.cat([found for _, found in parts], 1)
+    parts = processes.gather((names, found))
+    return [name for own, _ in parts for name in own], torch.cat([loss for _, own in parts for loss in own], -1)

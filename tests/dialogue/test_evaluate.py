@@ -152,7 +152,9 @@ def test_the_rates_of_every_algorithm_are_tuned_on_validation_tasks(trained, nam
                 for p in rate.parameters():
                     p.mul_(factor)
             means[factor] = curve(algorithm, validation, (k,), 2)[1].mean().item()
-            found[factor] = [curve(algorithm, test, (k,), on=on)[1][0] for on in ("query", "support")]
+            algorithm.eval()
+            ((_, *batches),) = test.evaluation()
+            found[factor] = [algorithm.evaluate(batches[0], on, steps=(k,))[0] for on in reversed(batches)]
         assert min(means, key=means.get) == best
         (lower, low), (losses, support) = found[best / 10**0.5], found[best]
         expected = torch.where(low < support, lower, losses)

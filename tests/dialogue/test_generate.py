@@ -99,9 +99,16 @@ def test_wrong_arguments_and_logits_of_nan_are_errors():
     assert 1 not in generate(lambda ids: masked.expand(1, ids.shape[1], 3), [0], max_new_tokens=50)
 
 
-@pytest.mark.parametrize("name", ["gpt", "lstm"])
-def test_greedy_replies_to_many_prompts_are_those_to_each_alone(name):
-    sizes = {"width": 16, "heads": 2, "max_length": 12} if name == "gpt" else {"embedding": 8, "hidden": 16}
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("gpt", {"width": 16, "heads": 2, "max_length": 12}),  # shorter than prompts with replies
+        ("gpt", {"width": 16, "heads": 2, "max_length": 21}),
+        ("lstm", {"embedding": 8, "hidden": 16}),
+        ("rnn", {"embedding": 8, "hidden": 16, "layers": 2}),
+    ],
+)
+def test_greedy_replies_to_many_prompts_are_those_to_each_alone(name, sizes):
     torch.manual_seed(0)
     model = build_model(name, 30, **sizes)
     prompts, limits = [[3], [1, 2, 5, 7, 9], [4, 4, 8], [6, 1]], [6, 7, 0, 20]

@@ -140,14 +140,18 @@ def test_zeros_have_the_right_sign(name: str, layout: str) -> None:
 
     executable, inputs = lowered(function, *make()), make()
     found = executable([inputs], 1)
-    assert found is not None and (result := found[0][0]) is not None
+    assert found is not None
+    assert (result := found[0][0]) is not None
     truth = function(*inputs)[0].contiguous()
     if truth.is_floating_point():
         assert torch.equal(result.signbit() & (result == 0), truth.signbit() & (truth == 0))
 
 
 def test_numbers_may_be_negative_zeros() -> None:
-    check(lambda x: [1 / (torch.full_like(x, -0.0)), 1 / ((x - 0) * 0 - 0), 1 / (-0.0 * x.abs())], lambda: (torch.randn(40),))
+    check(
+        lambda x: [1 / (torch.full_like(x, -0.0)), 1 / ((x - 0) * 0 - 0), 1 / (-0.0 * x.abs())],
+        lambda: (torch.randn(40),),
+    )
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)

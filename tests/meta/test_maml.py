@@ -263,6 +263,23 @@ def test_adaptation_ends_where_the_caller_says_so() -> None:
     assert all(torch.equal(phi[name], p) for name, p in seen[-1].items())
 
 
+def test_curves_of_several_queries_equal_those_of_each_alone() -> None:
+    model, loss, *_ = build("mlp")
+    maml = mk.MAML(model, loss, task_chunk=2)
+    support, queries = points(1), [points(2), points(3), points(1)]
+    found = maml.curves(support, queries, (0, 3, 1))
+    for curve, query in zip(found, queries, strict=True):
+        torch.testing.assert_close(curve, maml.evaluate(support, query, (0, 3, 1)))
+    start = maml.adapt(support, 2)
+    torch.testing.assert_close(
+        maml.curves(support, queries[:1], (1,), start)[0], maml.evaluate(support, queries[0], (3,))
+    )
+    with pytest.raises(ValueError, match="queries must hold at least one batch, got none"):
+        maml.curves(support, [])
+    with pytest.raises(ValueError, match="query must have the"):
+        maml.curves(support, [queries[0], tree_map(lambda a: a[:2], queries[1])])
+
+
 def test_losses_without_grad_equal_those_of_evaluate_and_adapt() -> None:
     model, loss, support, query, _ = build("mlp")
     maml = mk.MAML(model, loss, steps=2)

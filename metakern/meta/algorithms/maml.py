@@ -303,24 +303,53 @@ class MAML(nn.Module):
         >>> maml.evaluate((x, y), (x, y), steps=(0, 1)).shape
         torch.Size([2, 5])
         """
+        return self.curves(support, [query], steps, start)[0]
+
+    def curves(
+        self,
+        support: Any,
+        queries: Sequence[Any],
+        steps: Sequence[int] = (0, 1, 3, 5, 10),
+        start: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Return what `evaluate` returns for each of several query batches, from one adaptation.
+
+        Args:
+            support: As for `evaluate`.
+            queries: The batches of the losses, at least one, each as for `evaluate`.
+            steps: As for `evaluate`.
+            start: As for `adapt`.
+
+        Returns:
+            A detached tensor `[len(queries), len(steps), T]`.
+
+        Raises:
+            ValueError: `queries` is empty, or as `evaluate` raises it.
+        """
         wanted = counts(steps)
-        support = per_step(support, max(wanted))
-        same_tasks(support, query)
+        support, queries = per_step(support, max(wanted)), list(queries)
+        if not queries:
+            raise ValueError("MAML: queries must hold at least one batch, got none")
+        for query in queries:
+            same_tasks(support, query)
         if torch.is_inference_mode_enabled():  # adaptation takes gradients
             with torch.inference_mode(False):
-                return self.evaluate(ordinary(support), ordinary(query), steps, start)
-        prepared = self._prepare(support, query)
-        _reaches(support, query, max(wanted))
+                return self.curves(ordinary(support), list(map(ordinary, queries)), steps, start)
+        prepared = self._prepare(support, *queries)
+        for query in queries:
+            _reaches(support, query, max(wanted))
 
         @in_precision(self.precision)
-        def compute(support: Any, query: Any, *start: list[Tensor]) -> Tensor:
+        def compute(support: Any, *more: Any) -> Tensor:
+            queries, start = more[:asked], more[asked:]
             unroll = self._loop(prepared, *start)
             trajectory = enumerate(self._trajectory(prepared, support, max(wanted), *start))
-            losses = {k: unroll.query(phi, at_step(query, k)) for k, phi in trajectory if k in wanted}
-            return torch.stack([losses[k] for k in wanted])
+            losses = {k: [unroll.query(phi, at_step(q, k)) for q in queries] for k, phi in trajectory if k in wanted}
+            return torch.stack([loss for k in wanted for loss in losses[k]])
 
-        given = self._given(prepared, support, start)
-        return torch.cat(list(prepared.by_chunks(compute, support, query, more=given)), dim=1)
+        asked, given = len(queries), self._given(prepared, support, start)
+        found = torch.cat(list(prepared.by_chunks(compute, support, *queries, more=given)), dim=1)
+        return found.view(len(wanted), asked, -1).transpose(0, 1)
 
     def _outer(self, query: Any, tasks: int) -> Outer:
         """Return the outer loss by `steps` and `query_weights`."""

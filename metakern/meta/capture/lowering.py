@@ -219,7 +219,7 @@ class Lowering:
         return out
 
     def affine(self, out: Tensor, x: Tensor, s: float, t: float = -0.0) -> Tensor:
-        """Add the instruction out = s x + t; return `out`. By default it is the product: adding -0 keeps a zero's sign."""
+        """Add the instruction out = s x + t; return `out`. By default it is s x: adding -0 keeps a zero's sign."""
         if not (x.is_floating_point() or all(isinstance(number, int) for number in (s, t or 0))):
             raise LoweringError(f"arithmetic of {x.dtype} with floats has no instruction")
         return self.map("affine", out, x, s=s, t=t)
