@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern import ops
@@ -41,7 +42,8 @@ def causal_lm(model: nn.Module, batch: Any) -> Tensor:
         if "input_ids" not in batch or "labels" not in batch:
             raise ValueError(f"causal_lm: batch must hold input_ids and labels, got {sorted(batch)}")
         _has_dims("causal_lm: labels", batch["labels"], 2, "[B, L]")
-        inputs, target = {"input_ids": batch["input_ids"]}, batch["labels"][:, 1:]
+        inputs = {"input_ids": batch["input_ids"]}
+        target = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)  # to cut the last logits off would copy the others
         if batch.get("attention_mask") is not None:
             inputs["attention_mask"] = batch["attention_mask"]
     else:
