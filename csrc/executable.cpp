@@ -189,9 +189,9 @@ void Executable::kernel(std::size_t index, bool is_double, std::vector<Place> pl
     append(run, std::array{static_cast<std::int64_t>(index), std::int64_t{is_double}}, places, sizes, scalars);
 }
 
-void Executable::product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
-                   const std::array<std::int64_t, 8>& strides, double scale) {
-    for (int i = 0; i < 4; ++i) known(places[i], i == 2);
+void Executable::product(bool is_double, const std::array<Place, 6>& places, const std::array<std::int64_t, 4>& sizes,
+                   const std::array<std::int64_t, 8>& strides, double scale, std::int64_t ignored) {
+    for (int i = 0; i < 6; ++i) known(places[i], i == 2 || i >= 4);
     const auto run = [](const State& state, Arguments next) {
         const bool is_double = next.integer();
         Product product{};
@@ -199,15 +199,18 @@ void Executable::product(bool is_double, const std::array<Place, 4>& places, con
         product.b = next.tensor();
         product.add = next.tensor();
         product.c = next.tensor();
+        product.rows = static_cast<const std::int64_t*>(next.tensor());
+        product.terms = static_cast<const std::int64_t*>(next.tensor());
         for (std::int64_t* size : {&product.T, &product.M, &product.N, &product.K}) *size = next.integer();
         for (std::int64_t& stride : product.a_strides) stride = next.integer();
         for (std::int64_t& stride : product.b_strides) stride = next.integer();
         for (std::int64_t& stride : product.add_strides) stride = next.integer();
         product.scale = next.number();
+        product.ignored = next.integer();
         product.bfloat16 = state.bfloat16;
         state.isa.product.run[is_double](product, state.threads);
     };
-    append(run, std::array{std::int64_t{is_double}}, places, sizes, strides, std::array{scale});
+    append(run, std::array{std::int64_t{is_double}}, places, sizes, strides, std::array{scale}, std::array{ignored});
 }
 
 void Executable::instruction(const std::string& name, int type, int reduced, const std::vector<Place>& places,
@@ -309,15 +312,15 @@ void Executable::add_rows(bool is_double, const std::array<Place, 3>& places, st
     append(run, places, std::array{rows, to_rows, D, std::int64_t{is_double}}, std::array{scale});
 }
 
-void Executable::check(Place value, std::int64_t count, std::int64_t high, std::int64_t ignored) {
-    known(value);
+void Executable::check(const std::array<Place, 1>& value, std::int64_t count, std::int64_t high, std::int64_t ignored) {
+    known(value[0]);
     const auto run = [](const State&, Arguments next) {
         const auto* values = static_cast<const std::int64_t*>(next.tensor());
         const std::int64_t count = next.integer(), high = next.integer(), ignored = next.integer();
         for (std::int64_t i = 0; i < count; ++i)
             if (!within(values[i], high) && values[i] != ignored) throw CheckFailed();
     };
-    append(run, std::array{value}, std::array{count, high, ignored});
+    append(run, value, std::array{count, high, ignored});
 }
 
 void Executable::release() { memory_->release(); }

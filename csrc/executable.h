@@ -30,8 +30,8 @@ public:
     // here.
     void kernel(std::size_t index, bool is_double, std::vector<Place> places, std::vector<std::int64_t> sizes,
                 std::vector<double> scalars);
-    void product(bool is_double, const std::array<Place, 4>& places, const std::array<std::int64_t, 4>& sizes,
-                 const std::array<std::int64_t, 8>& strides, double scale);
+    void product(bool is_double, const std::array<Place, 6>& places, const std::array<std::int64_t, 4>& sizes,
+                 const std::array<std::int64_t, 8>& strides, double scale, std::int64_t ignored);
     void instruction(const std::string& name, int type, int reduced, const std::vector<Place>& places,
               const std::vector<std::int64_t>& sizes, const std::vector<std::vector<std::int64_t>>& strides,
               const std::array<double, 2>& scalars);
@@ -43,7 +43,7 @@ public:
     void add_rows(bool is_double, const std::array<Place, 3>& to_from_index, std::int64_t rows, std::int64_t to_rows,
                   std::int64_t D, double scale);
     // Stops the run if an integer is neither in [0, high) nor equal to `ignored`.
-    void check(Place value, std::int64_t count, std::int64_t high, std::int64_t ignored);
+    void check(const std::array<Place, 1>& value, std::int64_t count, std::int64_t high, std::int64_t ignored);
 
     // Runs the instructions once for each row of `bases`, in parallel; the first entry of a row is replaced by the
     // arena. With `bfloat16`, products of float32 matrices round their operands (product.h). Returns whether all checks

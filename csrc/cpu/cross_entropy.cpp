@@ -4,8 +4,9 @@
 //     y = sum of s (l - z[target])             t_l    = p . t_z,   t_y = sum of s (t_l - t_z[target])
 //     ct_z = s ct_y (p - e)                    t_ct_z = s ct_y p (t_z - t_l) + s t_ct_y (p - e)
 //
-// The only tensor written of the size of the logits is a cotangent of them. As l is rounded, exp(z - l) is divided by
-// its own sum, which gives p to full precision, however large the logits.
+// The only tensor written of the size of the logits is a cotangent of them. The logits of ignored tokens are not read; their
+// l and t_l are 0. As l is rounded, exp(z - l) is divided by its own sum, which gives p to full precision, however large
+// the logits.
 #include "rows.h"
 
 namespace metakern::METAKERN_ISA {
@@ -101,9 +102,11 @@ void forward(const Args& args) {
     blocks.run([&](int64_t, int64_t, int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
             const int64_t v = targets.at(r);
+            lse[r] = losses.as<F>()[r] = 0;
+            if (v < 0) continue;
             const auto [top, log_sum] = log_sum_exp(z + r * V, V);
             lse[r] = top + log_sum;
-            losses.as<F>()[r] = v < 0 ? F(0) : top - z[r * V + v] + log_sum;
+            losses.as<F>()[r] = top - z[r * V + v] + log_sum;
         }
     });
     targets.mean(losses.as<F>(), y);
@@ -120,6 +123,8 @@ void jvp(const Args& args) {
     blocks.run([&](int64_t, int64_t, int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r) {
             const int64_t v = targets.at(r);
+            t_lse[r] = losses.as<F>()[r] = 0;
+            if (v < 0) continue;
             Vec<F> total{}, along{};
             each<F>(V, [&](int64_t i, auto... n) {
                 const Vec<F> p = exp<F>(logits(z + r * V, i, n...) - lse[r]);
@@ -127,7 +132,7 @@ void jvp(const Args& args) {
                 along += p * load(t_z + r * V + i, n...);
             });
             t_lse[r] = sum<F>(along) / sum<F>(total);
-            losses.as<F>()[r] = v < 0 ? F(0) : t_lse[r] - t_z[r * V + v];
+            losses.as<F>()[r] = t_lse[r] - t_z[r * V + v];
         }
     });
     targets.mean(losses.as<F>(), t_y);
@@ -143,10 +148,15 @@ void vjp(const Args& args) {
     blocks.run([&](int64_t t, int64_t, int64_t begin, int64_t end) {
         const F scale = targets.share(t) * ct_y[t];
         for (int64_t r = begin; r < end; ++r) {
+            F* p = ct_z + r * V;
             const int64_t v = targets.at(r);
-            const F kept = v < 0 ? F(0) : scale, share = kept / unscaled(z + r * V, lse[r], V, ct_z + r * V);
-            each<F>(V, [&, p = ct_z + r * V](int64_t i, auto... n) { store(p + i, load(p + i, n...) * share, n...); });
-            if (v >= 0) ct_z[r * V + v] -= kept;
+            if (v < 0) {
+                std::memset(p, 0, static_cast<std::size_t>(V) * sizeof(F));
+                continue;
+            }
+            const F share = scale / unscaled(z + r * V, lse[r], V, p);
+            each<F>(V, [&](int64_t i, auto... n) { store(p + i, load(p + i, n...) * share, n...); });
+            p[v] -= scale;
         }
     });
 }
@@ -162,14 +172,18 @@ void vjp_jvp(const Args& args) {
     blocks.run([&](int64_t t, int64_t, int64_t begin, int64_t end) {
         const F scale = targets.share(t) * ct_y[t], t_scale = t_ct_y ? targets.share(t) * t_ct_y[t] : F(0);
         for (int64_t r = begin; r < end; ++r) {
+            F* p = t_ct_z + r * V;
             const int64_t v = targets.at(r);
-            const F kept = v < 0 ? F(0) : scale, t_kept = v < 0 ? F(0) : t_scale;
-            const F total = unscaled(z + r * V, lse[r], V, t_ct_z + r * V), share = kept / total, t_share = t_kept / total;
-            each<F>(V, [&, p = t_ct_z + r * V](int64_t i, auto... n) {
+            if (v < 0) {
+                std::memset(p, 0, static_cast<std::size_t>(V) * sizeof(F));
+                continue;
+            }
+            const F total = unscaled(z + r * V, lse[r], V, p), share = scale / total, t_share = t_scale / total;
+            each<F>(V, [&](int64_t i, auto... n) {
                 const Vec<F> t_log_p = load(t_z + r * V + i, n...) - t_lse[r];
                 store(p + i, load(p + i, n...) * (share * t_log_p + t_share), n...);
             });
-            if (v >= 0) t_ct_z[r * V + v] -= t_kept;
+            p[v] -= t_scale;
         }
     });
 }

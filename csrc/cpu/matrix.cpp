@@ -218,6 +218,39 @@ namespace {
 // kLeastRows, so that packing B pays. A product of fewer than kSmall multiplications is not worth waking a thread.
 constexpr int64_t kMostRows = 1024, kLeastRows = 96, kSmall = 1 << 17;
 
+// Which rows or terms of a product count (product.h): all if `marks` is null. Fewer than kShort in a row that do not are not
+// worth leaving out.
+constexpr int64_t kShort = kRows;
+struct Marks {
+    const int64_t* marks;
+    int64_t ignored, count;
+
+    // Calls run(i, j) for each range [i, j) that counts or, with `counts` false, for those in between.
+    template <class Run>
+    void each(bool counts, Run run) const {
+        int64_t begin = 0, end = 0, next = kept_from(0);
+        while (next < count) {
+            begin = next;
+            if (!counts && begin > end) run(end, begin);
+            do {
+                end = ignored_from(next);
+                next = kept_from(end);
+            } while (next < count && next - end < kShort);
+            if (counts) run(begin, end);
+        }
+        if (!counts && end < count) run(end, count);
+    }
+
+    int64_t kept_from(int64_t i) const {
+        while (marks && i < count && marks[i] == ignored) ++i;
+        return i;
+    }
+    int64_t ignored_from(int64_t i) const {
+        while (i < count && !(marks && marks[i] == ignored)) ++i;
+        return i;
+    }
+};
+
 template <class F>
 void product(const Product& p, int threads) {
     if (!p.M || !p.N) return;
@@ -235,21 +268,32 @@ void product(const Product& p, int threads) {
         const F* a = static_cast<const F*>(p.a) + t * p.a_strides[0] + first * p.a_strides[1];
         const F* b = static_cast<const F*>(p.b) + t * p.b_strides[0];
         const F* add = static_cast<const F*>(p.add);
+        const Marks of_rows{p.rows ? p.rows + t * p.M + first : nullptr, p.ignored, last - first};
+        const Marks of_terms{p.terms ? p.terms + t * p.K : nullptr, p.ignored, p.K};
         F* packed = static_cast<F*>(thread_memory((end - begin) * kDepth * kPanel<F> * static_cast<int64_t>(sizeof(F))));
         Output<F> c{static_cast<F*>(p.c) + t * p.M * p.N, p.N, add ? add + t * p.add_strides[0] : add, p.add_strides[1],
                     static_cast<F>(p.scale)};
         c = c.at(first, j);
-        int64_t k = 0;
-        do {
-            const int64_t depth = p.K - k < kDepth ? p.K - k : kDepth;
+        const Output<F> nothing = c;
+        bool is_empty = true;
+        const auto add_terms = [&](int64_t k, int64_t depth) {
             const Matrix<F> rows{a + k * p.a_strides[2], p.a_strides[1], p.a_strides[2]};
             Ahead<F>::rows_of(rows, 0, last - first < kRows ? last - first : kRows, depth).prefetch(0, 1);
             products.pack(packed, {b + k * p.b_strides[1], p.b_strides[1], p.b_strides[2]}, depth, p.N, begin, end);
-            products.multiply(last - first, width, depth, rows, packed, c);
-            k += kDepth;
+            of_rows.each(true, [&](int64_t i, int64_t i_end) {
+                products.multiply(i_end - i, width, depth, {rows.data + i * rows.rows, rows.rows, rows.columns}, packed, c.at(i, 0));
+            });
             c.add = c.data;
             c.add_rows = c.rows;
-        } while (k < p.K);
+            is_empty = false;
+        };
+        of_terms.each(true, [&](int64_t k, int64_t k_end) {
+            for (; k < k_end; k += kDepth) add_terms(k, k_end - k < kDepth ? k_end - k : kDepth);
+        });
+        const auto add_nothing = [&](int64_t i, int64_t i_end) {
+            products.multiply(i_end - i, width, 0, {a, p.a_strides[1], p.a_strides[2]}, packed, nothing.at(i, 0));
+        };
+        is_empty ? add_nothing(0, last - first) : of_rows.each(false, add_nothing);
     });
 }
 

@@ -247,6 +247,90 @@ def test_passes_that_are_divided_among_threads() -> None:
     check(function, lambda: (torch.randn(301, 257, dtype=torch.float64),), 1e-10)
 
 
+def marked(marks: str, size: int) -> Tensor:
+    """Targets `[size]`, -1 where they are ignored."""
+    i = torch.arange(size)
+    ignored = {
+        "none": i < 0,
+        "all": i >= 0,
+        "every-other": i % 2 > 0,
+        "turns": i % 45 < 25,
+        "ends": (i < 20) | (i > 60),
+    }
+    return torch.where(ignored[marks], -1, i)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("marks", ["none", "all", "every-other", "turns", "ends"])
+def test_products_leave_out_rows_and_terms_that_do_not_count(marks: str, dtype: torch.dtype, isa: str) -> None:
+    T, M, N, K = 2, 100, 37, 300
+    rows, terms = (marked(marks, size).repeat(T) for size in (M, K))
+    a, b, add = torch.randn(T, M, K, dtype=dtype), torch.randn(T, K, N, dtype=dtype), torch.randn(T, M, N, dtype=dtype)
+    a[:, marked(marks, M) < 0] = 0
+    a[..., marked(marks, K) < 0] = 0
+    half = [t.bfloat16().to(dtype) if dtype == torch.float32 else t for t in (a, b)]
+    truths = {False: add + 3 * (a @ b), True: add + 3 * (half[0] @ half[1])}
+    if marks == "turns":  # long enough to be left out
+        b[:, marked(marks, K) < 0] = torch.nan
+        a[:, marked(marks, M) < 0] = torch.nan
+    c, run = torch.empty(T, M, N, dtype=dtype), native.C.Executable(64, 7)
+    places = [native.C.Place(1 + i, 0) for i in range(6)]
+    strides = (*a.stride(), *b.stride(), *add.stride()[:2])
+    run.product(dtype == torch.float64, places, (T, M, N, K), strides, 3.0, -1)
+    for threads, bfloat16 in ((1, False), (3, False), (2, True)):
+        assert run.run([[0, *(t.data_ptr() for t in (a, b, add, c, rows, terms))]], threads, bfloat16)
+        torch.testing.assert_close(c, truths[bfloat16], rtol=0, atol=2e-4)
+
+
+def loss_and_derivatives(
+    x: Tensor, w: Tensor, target: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """Compute `loss(x w, target)`, its gradients, and second derivatives in x and w."""
+    with torch.enable_grad():
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        value = loss(x @ w.mT, target)
+        gradients = torch.autograd.grad(value, (x, w), create_graph=True)
+        second = torch.autograd.grad(sum((g**2).sum() for g in gradients), (x, w))
+    return [value.detach(), *(g.detach() for g in gradients), *second]
+
+
+def entropy(z: Tensor, target: Tensor, ignored: int = -1) -> Tensor:
+    return mk.ops.cross_entropy(z, target, ignored).sum()
+
+
+HEADS: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {  # marks of 9 products, and a loss of the logits
+    "cross-entropy": (8, entropy),
+    "of-a-sum": (8, lambda z, target: entropy((z + z) * 0.5, target)),
+    "twice": (8, lambda z, target: entropy(z, target) + entropy(z * 2, target)),
+    "read-elsewhere": (0, lambda z, target: entropy(z, target) + z.square().mean()),
+    "two-targets": (0, lambda z, target: entropy(z, target) + entropy(z, target.flip(1))),
+    "two-ignored": (0, lambda z, target: entropy(z, target) + entropy(z, torch.where(target < 0, 3, target), 3)),
+    "transposed": (0, lambda z, target: entropy(z[:, :37].mT.contiguous(), target[:, :37])),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_tokens_that_do_not_count_in_a_loss_cost_no_products(name: str) -> None:
+    marks, loss = HEADS[name]
+
+    def make() -> tuple[Tensor, ...]:
+        target = torch.stack([marked("turns", 90), marked("every-other", 90)])[:, torch.randperm(90)] % 37
+        target = (
+            torch.where(target == 36, -1, target) if torch.rand(()) < 0.5 else marked("turns", 180).view(2, 90) % 37 - 1
+        )
+        return torch.randn(2, 90, 8, dtype=torch.float64), torch.randn(2, 37, 8, dtype=torch.float64), target
+
+    def function(x: Tensor, w: Tensor, target: Tensor) -> list[Tensor]:
+        return loss_and_derivatives(x, w, target, loss)
+
+    inputs = make()
+    w = lowering.Lowering(inputs)
+    w.executable(record(lambda: function(*inputs), inputs, rewritten)[0])
+    assert sum(t is not None for call in w.calls if call.method == "product" for t in call.tensors[4:]) == marks
+    for _ in range(3):
+        check(function, make, 1e-10)
+
+
 def test_passes_have_at_most_six_dimensions() -> None:
     def function(x: Tensor) -> list[Tensor]:
         return [x.permute(6, 5, 4, 3, 2, 1, 0) * x]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from metakern import native
 from metakern.meta.capture.executable import ALIGNMENT, Executable
+from metakern.meta.capture.instructions import Instruction, is_whole, memory_of, without_ignored
 from metakern.meta.capture.program import Program, Register, Step, renamed
 from metakern.meta.capture.rewrite import is_view, written
 from metakern.meta.unroll import random_states, set_random_states
@@ -48,20 +48,11 @@ def lower(program: Program, inputs: Sequence[Tensor]) -> Executable:
     return Lowering(inputs).executable(program)
 
 
-@dataclass
-class _Instruction:
-    """A call of a method of the native executable. `arguments` makes its arguments from the places of the tensors."""
-
-    method: str
-    tensors: tuple[Tensor | None, ...]
-    arguments: Callable[[list[Any]], tuple]
-
-
 class Lowering:
     """Traces a program on meta tensors, which have a layout but no memory, and collects the instructions."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
-        self.calls: list[_Instruction] = []
+        self.calls: list[Instruction] = []
         self.values: dict[Register, Tensor] = {}
         self.folded: dict[Register, Tensor] = {}  # values known at lowering (constant folding)
         self.written: set[Register] = set()  # what some step writes to
@@ -83,14 +74,15 @@ class Lowering:
         direct: dict[int, Tensor] = {}  # memory of a temporary that is a whole output -> the output
         for t, output in zip(results, outputs, strict=True):
             if t is not None and output is not None:
-                if _is_whole(t) and not {_memory(t)} & {*self.bases, *direct}:
-                    direct[_memory(t)] = output
+                if is_whole(t) and not {memory_of(t)} & {*self.bases, *direct}:
+                    direct[memory_of(t)] = output
                     continue
-                self.bases[_memory(output)] = -1
+                self.bases[memory_of(output)] = -1
                 self.map("copy", output, t)
         given = [*self.inputs, *(meta for _, meta in self.constants.values()), *(t for t in outputs if t is not None)]
-        self.bases = {_memory(t): 1 + i for i, t in enumerate(given)}
-        self.bases.update((memory, self.bases[_memory(output)]) for memory, output in direct.items())
+        self.bases = {memory_of(t): 1 + i for i, t in enumerate(given)}
+        self.bases.update((memory, self.bases[memory_of(output)]) for memory, output in direct.items())
+        self.calls = without_ignored(self.calls, self.bases)
         return Executable(self.placed(), [t for t, _ in self.constants.values()], outputs)
 
     def placed(self) -> Any:
@@ -98,10 +90,10 @@ class Lowering:
         C = native.C
         last: dict[int, int] = {}
         for i, call in enumerate(self.calls):
-            last.update((_memory(t), i) for t in call.tensors if t is not None)
+            last.update((memory_of(t), i) for t in call.tensors if t is not None)
         arena, offsets = Arena(), {}
         for i, call in enumerate(self.calls):
-            own = {_memory(t): t for t in call.tensors if t is not None and _memory(t) not in self.bases}
+            own = {memory_of(t): t for t in call.tensors if t is not None and memory_of(t) not in self.bases}
             for memory, t in own.items():
                 if memory not in offsets:
                     offsets[memory] = arena.take(t.untyped_storage().nbytes())
@@ -113,12 +105,12 @@ class Lowering:
         def place(t: Tensor | None) -> Any:
             if t is None:
                 return C.Place(-1, 0)
-            memory, within = _memory(t), t.storage_offset() * t.element_size()
+            memory, within = memory_of(t), t.storage_offset() * t.element_size()
             return C.Place(self.bases.get(memory, 0), within + (0 if memory in self.bases else offsets[memory]))
 
         for call in self.calls:
             try:
-                getattr(executable, call.method)(*call.arguments([place(t) for t in call.tensors]))
+                getattr(executable, call.method)(*call.before, list(map(place, call.tensors)), *call.after)
             except ValueError as error:
                 raise LoweringError(str(error)) from error
         return executable
@@ -131,12 +123,12 @@ class Lowering:
         if t.device.type != "cpu" or t.dtype not in TYPES:
             raise LoweringError(f"a tensor of {t.dtype} on {t.device} can't be read by instructions")
         meta = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-        self.bases[_memory(meta)] = -1
+        self.bases[memory_of(meta)] = -1
         return self.new(meta)
 
     def new(self, t: Tensor) -> Tensor:
         """Return t, marked as memory of its own that is filled by an instruction."""
-        self.filled.add(_memory(t))
+        self.filled.add(memory_of(t))
         return t
 
     def constant(self, t: Tensor) -> Tensor:
@@ -166,7 +158,7 @@ class Lowering:
             self.folded.update(_pairs(step.results, step.function(*args, **kwargs)))
             return
         for register in step.writes:
-            if register not in self.values or _memory(self.values[register]) in self.bases:
+            if register not in self.values or memory_of(self.values[register]) in self.bases:
                 raise LoweringError("it writes to an input or a constant")
         self.values.update(
             _pairs(step.results, self.apply(step.function, self.value(step.args), self.value(step.kwargs)))
@@ -181,14 +173,14 @@ class Lowering:
         decomposition = decomposition_table.get(function)
         if decomposition is None or function._schema.is_mutable:
             raise LoweringError(f"{function} has no instruction")
-        given = {_memory(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {memory_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         try:
             with _Decomposing(self):
                 results = decomposition(*args, **kwargs)
         except Exception as error:  # an operation inside has no instruction, or is not for meta tensors
             raise LoweringError(f"{function} has no instruction") from error
         # The operation makes new memory, which later steps may write to, even if its decomposition does not.
-        return tree_map_only(Tensor, lambda t: RULES[_CLONE](self, t) if _memory(t) in given else t, results)
+        return tree_map_only(Tensor, lambda t: RULES[_CLONE](self, t) if memory_of(t) in given else t, results)
 
     def made(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the results of a function of PyTorch on layouts."""
@@ -197,10 +189,20 @@ class Lowering:
         except RuntimeError as error:
             raise LoweringError(str(error)) from error
 
-    def call(self, method: str, *tensors: Tensor | None, arguments: Callable[[list[Any]], tuple]) -> None:
-        if any(t is not None and _memory(t) not in self.filled for t in tensors):
+    def call(
+        self,
+        method: str,
+        *tensors: Tensor | None,
+        before: tuple = (),
+        after: tuple = (),
+        writes: Sequence[Tensor | None] | None = None,
+        name: str = "",
+    ) -> None:
+        """Add an instruction; it writes to its first tensor unless `writes` says otherwise."""
+        if any(t is not None and memory_of(t) not in self.filled for t in tensors):
             raise LoweringError(f"an operand of {method} is a copy that PyTorch made while tracing")
-        self.calls.append(_Instruction(method, tensors, arguments))
+        writes = tensors[:1] if writes is None else writes
+        self.calls.append(Instruction(method, tensors, before, after, tuple(t for t in writes if t is not None), name))
 
     def map(self, name: str, out: Tensor, *inputs: Tensor, s: float = 0.0, t: float = 0.0) -> Tensor:
         """Add an elementwise instruction on `out` and inputs that broadcast to its shape; return `out`."""
@@ -247,9 +249,7 @@ class Lowering:
         if len(dims) > MOST_DIMS:
             raise LoweringError(f"{name} over {len(dims)} dimensions has no instruction (at most {MOST_DIMS})")
         sizes, *strides = (list(column) for column in zip(*dims, strict=True))
-        self.call(
-            "instruction", *tensors, arguments=lambda places: (name, type_, reduced, places, sizes, strides, (s, t))
-        )
+        self.call("instruction", *tensors, before=(name, type_, reduced), after=(sizes, strides, (s, t)), name=name)
 
     def in_rows(self, t: Tensor) -> Tensor:
         """Return t, or a contiguous copy of it."""
@@ -259,7 +259,7 @@ class Lowering:
 
     def copied(self, t: Tensor | None, arranged: Tensor | None) -> None:
         """Add the copy of t to `arranged`, where arranging a call's arguments has made new memory for it."""
-        if t is not None and arranged is not None and _memory(t) != _memory(arranged):
+        if t is not None and arranged is not None and memory_of(t) != memory_of(arranged):
             self.map("copy", self.new(arranged), t)
 
 
@@ -304,15 +304,6 @@ class Arena:
             i -= 1
             begin, size = self._gaps[i][0], size + self._gaps[i][1]
         self._gaps[i:j] = [(begin, size)]
-
-
-def _is_whole(t: Tensor) -> bool:
-    """Whether a tensor is all of its memory, in order."""
-    return t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes
-
-
-def _memory(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
 
 
 def _tensors(value: Any) -> Iterator[bool]:

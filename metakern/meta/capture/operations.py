@@ -589,7 +589,7 @@ def _within(w: Lowering, index: Tensor, size: int) -> Tensor:
         raise LoweringError(f"indexing by {index.dtype} has no instruction")
     is_negative = w.map("lt", _alike(w, index, dtype=torch.bool), index, s=0.0)
     index = w.map("where", _alike(w, index), is_negative, w.affine(_alike(w, index), index, 1, size), index)
-    w.call("check", w.in_rows(index), arguments=lambda places: (places[0], index.numel(), size, 0))
+    w.call("check", w.in_rows(index), after=(index.numel(), size, 0), writes=())
     return index
 
 
@@ -618,7 +618,7 @@ def _scatter_in_place(w: Lowering, x: Tensor, dim: int, index: Tensor, source: T
         raise LoweringError("scatter_ to a tensor that is not contiguous has no instruction")
     numbers = _element_numbers(w, x.shape, dim, index)
     tensors = x, w.in_rows(source[tuple(map(slice, index.shape))]), numbers
-    w.call("put_rows", *tensors, arguments=lambda places: (places, index.numel(), x.numel(), x.element_size()))
+    w.call("put_rows", *tensors, after=(index.numel(), x.numel(), x.element_size()))
     return x
 
 
@@ -635,7 +635,7 @@ def _element_numbers(w: Lowering, shape: Sequence[int], dim: int, index: Tensor)
     if index.dtype != torch.int64:
         raise LoweringError(f"indexing by {index.dtype} has no instruction")
     along = shape[dim] if shape else 1
-    w.call("check", w.in_rows(index), arguments=lambda places: (places[0], index.numel(), along, 0))
+    w.call("check", w.in_rows(index), after=(index.numel(), along, 0), writes=())
     if not index.dim():
         return index
     strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
@@ -665,7 +665,7 @@ def _rows(w: Lowering, table: Tensor, index: Tensor) -> Tensor:
     out = w.new(table.new_empty((*index.shape, *table.shape[1:])))
     row = prod(table.shape[1:]) * table.element_size()
     tensors = out, w.in_rows(table), w.in_rows(index)
-    w.call("take_rows", *tensors, arguments=lambda places: (places, index.numel(), table.shape[0], row))
+    w.call("take_rows", *tensors, after=(index.numel(), table.shape[0], row))
     return out
 
 
@@ -678,7 +678,7 @@ def _index_add(w: Lowering, to: Tensor, dim: int, index: Tensor, source: Tensor,
         )
     is_double, sizes = to.dtype == torch.float64, (index.numel(), to.shape[0], prod(to.shape[1:]))
     tensors = to, w.in_rows(source), w.in_rows(index)
-    w.call("add_rows", *tensors, arguments=lambda places: (is_double, places, *sizes, alpha))
+    w.call("add_rows", *tensors, before=(is_double,), after=(*sizes, alpha))
     return to
 
 
@@ -697,10 +697,10 @@ def _product(
     arranged = native.arrange_product(a, b, add, reuse)
     for t, made in zip((a, b, add), arranged.tensors, strict=False):
         w.copied(t, made)
-    is_double, sizes, strides = a.dtype == torch.float64, arranged.sizes, arranged.strides
-    w.new(arranged.tensors[3])
-    w.call("product", *arranged.tensors, arguments=lambda places: (is_double, places, sizes, strides, scale))
-    return arranged.tensors[3]
+    result = w.new(arranged.tensors[3])
+    before, after = (a.dtype == torch.float64,), (arranged.sizes, arranged.strides, scale, 0)
+    w.call("product", *arranged.tensors, None, None, before=before, after=after, writes=(result,))
+    return result
 
 
 @_lowers(_aten.bmm.default)
@@ -745,12 +745,8 @@ def _kernel(w: Lowering, kernel: str, *inputs: Tensor | None, scalars: Sequence[
         if made is not None:
             w.new(made)
     number, is_double, sizes = signature.number, arranged.dtype == torch.float64, arranged.sizes
-    w.call(
-        "kernel",
-        *arranged.inputs,
-        *arranged.outputs,
-        arguments=lambda places: (number, is_double, places, sizes, list(scalars)),
-    )
+    tensors, after = (*arranged.inputs, *arranged.outputs), (sizes, list(scalars))
+    w.call("kernel", *tensors, before=(number, is_double), after=after, writes=arranged.outputs, name=kernel)
     return arranged.outputs
 
 
@@ -759,4 +755,4 @@ def _all_below(w: Lowering, op: str, name: str, value: Tensor, high: int, ignore
     if value.dtype != torch.int64:
         raise LoweringError(f"checking indices of {value.dtype} has no instruction")
     count = value.numel()
-    w.call("check", w.in_rows(value), arguments=lambda places: (places[0], count, high, ignored or 0))
+    w.call("check", w.in_rows(value), after=(count, high, ignored or 0), writes=())
