@@ -65,7 +65,7 @@ void product(bool is_double, const std::array<std::uintptr_t, 4>& addresses, con
              const std::array<std::int64_t, 8>& strides, double scale, int threads, bool bfloat16) {
     const auto at = [&](int i) { return reinterpret_cast<void*>(addresses[i]); };
     const auto& s = strides;
-    const Product p{at(0), at(1), at(2), at(3), nullptr, nullptr, 0, sizes[0], sizes[1], sizes[2], sizes[3], {s[0], s[1], s[2]},
+    const Product p{at(0),    at(1),    at(2), at(3), sizes[0], sizes[1], sizes[2], sizes[3], {s[0], s[1], s[2]},
                     {s[3], s[4], s[5]}, {s[6], s[7]}, scale, bfloat16};
     py::gil_scoped_release released;
     isa_in_use().product.run[is_double](p, threads);

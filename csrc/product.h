@@ -15,12 +15,12 @@ namespace metakern {
 struct Product {
     const void *a, *b, *add;
     void* c;
-    const std::int64_t *rows, *terms;
-    std::int64_t ignored;
     std::int64_t T, M, N, K;
     std::int64_t a_strides[3], b_strides[3], add_strides[2];
     double scale;
     bool bfloat16;
+    const std::int64_t *rows, *terms;
+    std::int64_t ignored;
 };
 
 struct ProductKernels {
