@@ -27,7 +27,6 @@ from benchmarks.runs_tables import (
     soak_table,
 )
 from benchmarks.tables import (
-    INTEL,
     ONE_CORE,
     algorithms_tables,
     attention_table,
@@ -71,7 +70,6 @@ agree with a meta-gradient in float64.
 - A method that needs a compiler is given 90 seconds to half an hour to get ready, as each workload says where it was
   too little; "first call" says what it took."""
 ONE = "The same machine with `--cores 1`: one core, one thread."
-OTHER = "The same on two cores of an Intel Xeon with AVX-512, as far as it has been measured."
 TARGETS = "The targets that we set for this machine, and what was measured:"
 WHY_NOT = """\
 Why some targets are missed:
@@ -220,8 +218,6 @@ def full() -> str:
     parts = ["# Results", ABOUT, "## All workloads", summary_table(), TARGETS, targets_table(), WHY_NOT]
     if measured(ONE_CORE):
         parts += ["## On one core", ONE, summary_table(machine=ONE_CORE)]
-    if measured(INTEL):
-        parts += ["## On an Intel Xeon", OTHER, summary_table(machine=INTEL)]
     parts.append("## One meta-gradient by method")
     for name, found in measured().items():
         parts += [f"### {name}", f"{WorkloadName.parse(name).title}.{rates(found)}", methods_table(found)]

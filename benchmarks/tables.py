@@ -12,7 +12,6 @@ from benchmarks.workloads import SIZES, WorkloadName, families, family
 
 MACHINE = "amd-epyc-2c"  # the machine whose results README.md and RESULTS.md show
 ONE_CORE = "amd-epyc-1c"  # the same machine with `--cores 1`
-INTEL = "intel-xeon-2c"
 DEFAULT, AUTO = "metakern default", "metakern auto"
 Rows = dict[str, dict[str, Any]]
 CELLS = {  # heading of a column -> key of a row and format
