@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define METAKERN_BYTES 64
 #elif defined(__AVX2__)
@@ -47,19 +51,42 @@ inline Vec<F> load(const F* p) {
     return v;
 }
 template <class F>
+inline void store(F* p, Vec<F> v) {
+    std::memcpy(p, &v, sizeof v);
+}
+#if defined(__AVX512F__)
+inline __mmask16 tail_mask(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Vec<float> load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(tail_mask(n), p); }
+inline Vec<double> load(const double* p, int64_t n) {
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>(tail_mask(n)), p);
+}
+inline void store(float* p, Vec<float> v, int64_t n) { _mm512_mask_storeu_ps(p, tail_mask(n), v); }
+inline void store(double* p, Vec<double> v, int64_t n) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(tail_mask(n)), v);
+}
+#elif defined(__AVX2__)
+inline __m256i tail_mask(const float*, int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i tail_mask(const double*, int64_t n) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+inline Vec<float> load(const float* p, int64_t n) { return _mm256_maskload_ps(p, tail_mask(p, n)); }
+inline Vec<double> load(const double* p, int64_t n) { return _mm256_maskload_pd(p, tail_mask(p, n)); }
+inline void store(float* p, Vec<float> v, int64_t n) { _mm256_maskstore_ps(p, tail_mask(p, n), v); }
+inline void store(double* p, Vec<double> v, int64_t n) { _mm256_maskstore_pd(p, tail_mask(p, n), v); }
+#else
+template <class F>
 inline Vec<F> load(const F* p, int64_t n) {
     Vec<F> v{};
     std::memcpy(&v, p, static_cast<std::size_t>(n) * sizeof(F));
     return v;
 }
 template <class F>
-inline void store(F* p, Vec<F> v) {
-    std::memcpy(p, &v, sizeof v);
-}
-template <class F>
 inline void store(F* p, Vec<F> v, int64_t n) {
     std::memcpy(p, &v, static_cast<std::size_t>(n) * sizeof(F));
 }
+#endif
 
 // x in all lanes. `Vec<F>{} + x` would be computed: it is not x where x is -0.
 template <class F>

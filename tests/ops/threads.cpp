@@ -68,8 +68,8 @@ void executables(unsigned seed) {
         program.instruction("mul", kFloat32, 0, {{0, 0}, {1, 0}, {1, 0}}, {rows, columns},
                             {{columns, 1}, {columns, 1}, {columns, 1}}, {0, 0});
         program.instruction("tanh", kFloat32, 0, {{0, size * 4}, {0, 0}}, {size}, {{1}, {1}}, {0, 0});
-        program.product(false, {Place{0, 0}, Place{0, size * 4}, Place{-1, 0}, Place{2, 0}}, {1, rows, rows, columns},
-                        {size, columns, 1, size, 1, columns, 0, 0}, 1.0);
+        program.product(false, {Place{0, 0}, Place{0, size * 4}, Place{-1, 0}, Place{2, 0}, Place{-1, 0}, Place{-1, 0}},
+                        {1, rows, rows, columns}, {size, columns, 1, size, 1, columns, 0, 0}, 1.0, 0);
         const std::size_t runs = 1 + random() % 4;
         const auto count = static_cast<std::size_t>(size), products = static_cast<std::size_t>(rows * rows);
         std::vector<float> x(count * runs), alone(products * runs), shared(products * runs);
