@@ -246,8 +246,8 @@ struct Marks {
         return i;
     }
     int64_t ignored_from(int64_t i) const {
-        while (i < count && !(marks && marks[i] == ignored)) ++i;
-        return i;
+        while (marks && i < count && marks[i] != ignored) ++i;
+        return marks ? i : count;
     }
 };
 
