@@ -138,6 +138,7 @@ def test_zeros_have_the_right_sign(name: str, layout: str) -> None:
     def function(x: Tensor, y: Tensor) -> list[Tensor]:
         return [INSTRUCTIONS[name](LAYOUTS[layout](x), LAYOUTS[layout](y))]
 
+    torch.manual_seed(0)
     executable, inputs = lowered(function, *make()), make()
     found = executable([inputs], 1)
     assert found is not None
@@ -145,6 +146,13 @@ def test_zeros_have_the_right_sign(name: str, layout: str) -> None:
     truth = function(*inputs)[0].contiguous()
     if truth.is_floating_point():
         assert torch.equal(result.signbit() & (result == 0), truth.signbit() & (truth == 0))
+
+
+def test_sums_of_negative_zeros_are_positive() -> None:
+    for x in (torch.full((), -0.0), torch.full((3, 1), -0.0), torch.full((3, 4), -0.0)):
+        sums = lowered(lambda x: [x.sum(), x.sum(-1), x.mean(-1, keepdim=True)], x)([[x]], 1)
+        assert sums is not None
+        assert not any(t.signbit().any() for t in sums[0] if t is not None)
 
 
 def test_numbers_may_be_negative_zeros() -> None:

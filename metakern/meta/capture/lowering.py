@@ -236,7 +236,7 @@ class Lowering:
                 dims_of[d in dims].append((size, 0 if d in dims else out.stride(d), x.stride(d)))
         kept, reduced = sorted(dims_of[False], key=lambda d: -d[1]), sorted(dims_of[True], key=lambda d: -d[2])
         if not reduced:
-            self.affine(out, x, scale)
+            self.affine(out, x, scale, 0.0)  # a sum of -0 alone is 0
             return
         if kept and kept[-1][2] < reduced[-1][2]:
             order, number = [*_merged(kept[:-1]), *_merged(reduced), kept[-1]], -len(_merged(reduced))
