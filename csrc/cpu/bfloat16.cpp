@@ -74,7 +74,7 @@ bool has_instructions() {
 using Pair = std::uint32_t;
 
 inline __mmask16 first_lanes(int64_t n) {
-    return static_cast<__mmask16>(n >= kLanes32 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1);
+    return static_cast<__mmask16>(n >= kLanes32 ? 0xffff : n <= 0 ? 0 : tail_mask(n));
 }
 
 // Pairs (x_i, y_i) of the first n elements at x and y, and zeros. y may be null, for zeros.

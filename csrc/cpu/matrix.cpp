@@ -218,8 +218,8 @@ namespace {
 // kLeastRows, so that packing B pays. A product of fewer than kSmall multiplications is not worth waking a thread.
 constexpr int64_t kMostRows = 1024, kLeastRows = 96, kSmall = 1 << 17;
 
-// Which rows or terms of a product count (product.h): all if `marks` is null. Fewer than kShort in a row that do not are not
-// worth leaving out.
+// Which rows or terms of a product count (product.h): all if `marks` is null. So do fewer than kShort in a row that need not:
+// computing them is quicker than stopping for them.
 constexpr int64_t kShort = kRows;
 struct Marks {
     const int64_t* marks;

@@ -642,6 +642,8 @@ def test_streams_are_adapted_and_evaluated_as_by_maml() -> None:
     for given, steps in (((query, (0, 3), start), (0, 3)), ((None, None, start), range(4))):
         expected = plain.evaluate(stream, query if given[0] else stream, steps, start)
         torch.testing.assert_close(streaming.evaluate(stream, *given), expected)
+        several = streaming.curves(stream, [given[0] if given[0] else stream] * 2, *given[1:])
+        torch.testing.assert_close(several, expected.expand(2, -1, -1))
     seen: list[int] = []
     streaming.adapt(stream, until=lambda k, phi: seen.append(k) or k == 1)  # type: ignore[func-returns-value]
     assert seen == [0, 1]

@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 import metakern as mk
 from metakern import native
+from metakern.dialogue.models import build_model
 from metakern.meta import capture
 from metakern.meta.capture import room
 from metakern.meta.capture.executable import Executable
@@ -727,3 +728,25 @@ def test_few_microbatches_have_their_gradients_at_once(monkeypatch: pytest.Monke
     assert len(made) == 9
     assert alive == [0] * 5
     assert_equal(found, gradients(model, plain_loss(model, loss, support, query, 1, sgd(0.01))))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("gpt", {"width": 16, "heads": 2, "max_length": 40}), ("gru", {"embedding": 8, "hidden": 16})]
+)
+def test_tokens_that_are_no_labels_may_be_others_in_each_batch(name: str, sizes: dict[str, int]) -> None:
+    """A program leaves them out of the head's products; which these are is up to the batch."""
+    torch.manual_seed(0)
+    model = build_model(name, 50, layers=1, **sizes).double()
+
+    def batch(share: float) -> dict[str, Tensor]:
+        ids = torch.randint(50, (6, 3, 40))
+        is_label = (torch.arange(40) + torch.randint(40, (6, 3, 1))) % 37 >= 37 * share
+        return {"input_ids": ids, "labels": ids.where(is_label, -100)}
+
+    captured, plain = (mk.MAML(model, mk.losses.causal_lm, steps=2, capture=capture) for capture in (True, False))
+    for share in (0.5, 0.0, 0.9, 1.0, 0.6):
+        support, query = batch(share), batch(share)
+        found, truth = (gradients(model, maml(support, query)) for maml in (captured, plain))
+        assert_equal(found, truth, 1e-12)
+    assert captured.plan is not None
+    assert captured.plan.usage.ordinary == 0

@@ -322,10 +322,8 @@ def test_tokens_that_do_not_count_in_a_loss_cost_no_products(name: str) -> None:
     marks, loss = HEADS[name]
 
     def make() -> tuple[Tensor, ...]:
-        target = torch.stack([marked("turns", 90), marked("every-other", 90)])[:, torch.randperm(90)] % 37
-        target = (
-            torch.where(target == 36, -1, target) if torch.rand(()) < 0.5 else marked("turns", 180).view(2, 90) % 37 - 1
-        )
+        kinds = [("turns", "every-other"), ("ends", "none"), ("all", "turns")][int(torch.randint(3, ()))]
+        target = torch.stack([torch.where((m := marked(kind, 90)) < 0, -1, m % 37) for kind in kinds])
         return torch.randn(2, 90, 8, dtype=torch.float64), torch.randn(2, 37, 8, dtype=torch.float64), target
 
     def function(x: Tensor, w: Tensor, target: Tensor) -> list[Tensor]:

@@ -109,8 +109,18 @@ class Streaming(MAML):
     ) -> Tensor:
         """Return the loss of each chunk before its own inner step, `[K, T]`; or as MAML's `evaluate`, with a query."""
         stream = _chunks(stream)
-        steps = range(len(stream.batches)) if steps is None else steps
-        return super().evaluate(stream, stream if query is None else query, steps, start)
+        return self.curves(stream, [stream if query is None else query], steps, start)[0]
+
+    def curves(
+        self,
+        stream: Any,
+        queries: Sequence[Any],
+        steps: Sequence[int] | None = None,
+        start: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Return what `evaluate` returns for each of several queries, `[len(queries), len(steps), T]`."""
+        stream = _chunks(stream)
+        return super().curves(stream, queries, range(len(stream.batches)) if steps is None else steps, start)
 
     def _starts(self, stream: PerStep, window: int) -> Iterator[tuple[int, list[list[Tensor]]]]:
         """Yield the number of the first chunk of each window, and what the weights of its tasks start from."""
